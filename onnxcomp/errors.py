@@ -1,0 +1,37 @@
+"""Every error a user can meet; each message says what is wrong, where, and what to do."""
+
+
+class OnnxcompError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ModelError(OnnxcompError):
+    """A model file or graph is broken, unsafe or unsupported."""
+
+
+class NotConstant(OnnxcompError):
+    """A value that had to be a constant is computed at run time."""
+
+
+class RecipeError(OnnxcompError):
+    """A recipe, pass option or gate expression is wrong."""
+
+
+class UnknownPass(RecipeError):
+    """A pass name that no file and no entry point provides."""
+
+
+class DataError(OnnxcompError):
+    """Calibration or evaluation data is missing, malformed or does not fit the model."""
+
+
+class TargetError(OnnxcompError):
+    """The target cannot run here, or the graph is not legal on it."""
+
+
+class ExportError(OnnxcompError):
+    """A checkpoint could not be turned into an ONNX model."""
+
+
+class GateFailed(OnnxcompError):
+    """The result was refused by a gate; nothing was written."""

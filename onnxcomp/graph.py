@@ -1,0 +1,416 @@
+"""The one owner of a model in memory: every edit goes through `Graph`, which counts it and remembers which nodes it touched."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, _c_api_utils
+
+from onnxcomp.errors import ModelError, NotConstant
+from onnxcomp.groups import Group
+from onnxcomp.maths import Array
+
+__all__ = ["Declined", "Graph", "Site"]
+
+Interface = tuple[tuple[str, str, tuple[int | str, ...] | None], ...]
+CONTRIB = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place a pass may edit: `name` for people, `nodes` the names of the nodes it consists of."""
+
+    name: str
+    nodes: tuple[str, ...]
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A site left as it was, with the reason."""
+
+    site: str
+    why: str
+
+
+def _describe(values: Iterable[ir.Value]) -> Interface:
+    return tuple(
+        (
+            str(v.name),
+            v.dtype.name if v.dtype else "?",
+            None if v.shape is None else tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape),
+        )
+        for v in values
+    )
+
+
+def _same_interface(was: Interface, now: Interface) -> bool:
+    """Names, order and types equal; axes equal where both are static, and no dynamic axis became static."""
+    if [x[:2] for x in was] != [x[:2] for x in now]:
+        return False
+    for (_, _, a), (_, _, b) in zip(was, now, strict=True):
+        if a is None or b is None:
+            continue
+        if len(a) != len(b) or any(isinstance(q, int) and p != q and p != "?" for p, q in zip(a, b, strict=True)):
+            return False
+    return True
+
+
+class Graph:
+    """An `onnx_ir.Model` with counted edits; raises `ModelError` when an edit would break it."""
+
+    def __init__(self, model: ir.Model, path: Path | None = None) -> None:
+        self.model = model
+        self.path = path
+        self.edits = 0
+        self.touched: set[str] = set()
+        self.declined: list[Declined] = []
+        self._counter = itertools.count()
+        self._names = self._give_names()
+        self.interface = (_describe(model.graph.inputs), _describe(model.graph.outputs))
+
+    # ---- reading -------------------------------------------------------------------------------------------------
+
+    @property
+    def inputs(self) -> list[ir.Value]:
+        """Graph inputs that are fed at run time (initializers that are also listed as inputs are left out)."""
+        return [v for v in self.model.graph.inputs if v.name not in self.model.graph.initializers]
+
+    @property
+    def outputs(self) -> list[ir.Value]:
+        """Graph outputs, in order."""
+        return list(self.model.graph.outputs)
+
+    @property
+    def opset(self) -> int:
+        """Version of the default operator set."""
+        return self.model.opset_imports.get("", 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all constants, each counted once however often it is used."""
+        return sum(t.nbytes for t in {id(t): t for t in self._tensors()}.values())
+
+    def _tensors(self) -> Iterator[ir.TensorProtocol]:
+        for graph in self.model.graphs():
+            for v in graph.initializers.values():
+                if v.const_value is not None:
+                    yield v.const_value
+
+    def nodes(self, *ops: str) -> Iterator[ir.Node]:
+        """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating."""
+        for node in list(self.model.graph):
+            if node.graph is not None and (not ops or node.op_type in ops):
+                yield node
+
+    def node(self, name: str) -> ir.Node:
+        """The top-level node of that name; raises `ModelError` if there is none."""
+        for node in self.model.graph:
+            if node.name == name:
+                return node
+        raise ModelError(f"the graph has no node named '{name}'")
+
+    def value(self, name: str) -> ir.Value:
+        """The value of that name at the top level; raises `ModelError` if there is none."""
+        for v in itertools.chain(self.model.graph.inputs, self.model.graph.initializers.values()):
+            if v.name == name:
+                return v
+        for node in self.model.graph:
+            for v in node.outputs:
+                if v.name == name:
+                    return v
+        raise ModelError(f"the graph has no value named '{name}'")
+
+    @staticmethod
+    def tensor(v: ir.Value | None) -> ir.TensorProtocol | None:
+        """The constant behind a value without reading its bytes, or None when it is computed or fed."""
+        if v is None:
+            return None
+        if v.const_value is not None and not (v.is_graph_input() and not v.is_initializer()):
+            return v.const_value
+        node = v.producer()
+        if node is not None and node.op_type == "Constant" and node.domain == "":
+            return ir.convenience.get_const_tensor(v)
+        return None
+
+    def is_constant(self, v: ir.Value | None) -> bool:
+        """Whether the value is known before the model runs."""
+        return self.tensor(v) is not None
+
+    def array(self, v: ir.Value | None) -> Array:
+        """The constant as a numpy array, memory-mapped where the file allows; raises `NotConstant`."""
+        t = self.tensor(v)
+        if t is None:
+            raise NotConstant(f"value '{v.name if v is not None else ''}' is computed at run time, not a constant")
+        a: Array = t.numpy()
+        return a
+
+    # ---- editing -------------------------------------------------------------------------------------------------
+
+    def _give_names(self) -> set[str]:
+        names = {v.name for v in self.model.graph.initializers.values()} | {v.name for v in self.model.graph.inputs}
+        seen: set[str] = set()
+        for node in self.model.graph:
+            if not node.name or node.name in seen:
+                node.name = f"{node.op_type}_{node.outputs[0].name if node.outputs else next(self._counter)}"
+                while node.name in seen:
+                    node.name = f"{node.op_type}_{next(self._counter)}"
+            seen.add(node.name)
+            names.update(v.name for v in node.outputs)
+        return {n for n in names if n} | seen
+
+    def fresh(self, stem: str) -> str:
+        """A name no value or node of the graph has."""
+        name = stem
+        while name in self._names:
+            name = f"{stem}_{next(self._counter)}"
+        self._names.add(name)
+        return name
+
+    def _touch(self, *nodes: ir.Node | None) -> None:
+        self.edits += 1
+        self.touched.update(str(n.name) for n in nodes if n is not None)
+
+    def constant(self, a: Array | ir.TensorProtocol, name: str = "const") -> ir.Value:
+        """A new initializer holding the array or tensor (a lazy or external tensor is not read)."""
+        tensor = a if isinstance(a, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)))
+        fresh = self.fresh(name)
+        v = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        if isinstance(tensor, (ir.Tensor, ir.LazyTensor)):
+            tensor.name = fresh
+        self.model.graph.register_initializer(v)
+        return v
+
+    def put(self, v: ir.Value, a: Array | ir.TensorProtocol, *, users: Collection[ir.Node] | None = None) -> ir.Value:
+        """Give a constant a new content, for all its users or for the named ones only; no edit if it is equal.
+
+        Returns the value that now holds the content. Raises `NotConstant` for a computed value.
+        """
+        old = self.tensor(v)
+        if old is None:
+            raise NotConstant(f"value '{v.name}' is computed at run time, so it cannot be given a content")
+        if old is a or (not isinstance(a, ir.TensorProtocol) and _equal(old.numpy(), a)):
+            return v
+        everyone = [u for u, _ in v.uses()]
+        chosen = everyone if users is None else [u for u in everyone if u in users]
+        if not v.is_initializer() or len(set(chosen)) < len(set(everyone)) or v.is_graph_output():
+            new = self.constant(a, f"{v.name}_new")
+            self.replace(v, new, users=None if users is None else chosen)
+            return new
+        tensor = a if isinstance(a, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=v.name)
+        v.const_value = tensor
+        v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        self._touch(*chosen)
+        return v
+
+    def scale(self, v: ir.Value, by: Array, axis: int, *, users: Collection[ir.Node] | None = None) -> ir.Value:
+        """Multiply a constant along one axis by `by` of shape `[v.shape[axis]]`, rounding once to its type."""
+        a = self.array(v)
+        factor = np.asarray(by, np.float64).reshape([-1 if i == axis % a.ndim else 1 for i in range(a.ndim)])
+        return self.put(v, (a.astype(np.float64) * factor).astype(a.dtype), users=users)
+
+    def op(
+        self,
+        op: str,
+        *xs: ir.Value | Array | None,
+        domain: str = "",
+        outputs: int = 1,
+        name: str = "",
+        like: ir.Value | None = None,
+        **attrs: Any,
+    ) -> ir.Value:
+        """Add a node and return its first output; arrays become constants, `like` lends its type and shape to it."""
+        args = [self.constant(x, f"{name or op.lower()}_const") if isinstance(x, np.ndarray) else x for x in xs]
+        while args and args[-1] is None:
+            args.pop()
+        node_name = self.fresh(name or op)
+        node = ir.node(op, args, {k: a for k, a in attrs.items() if a is not None}, domain=domain, num_outputs=outputs, name=node_name)
+        for i, out in enumerate(node.outputs):
+            out.name = self.fresh(f"{node_name}_out{i}" if i else f"{node_name}_out")
+        if like is not None:
+            node.outputs[0].type, node.outputs[0].shape = like.type, like.shape
+        self.model.graph.append(node)
+        if domain and domain not in self.model.opset_imports:
+            self.model.opset_imports[domain] = 1
+        self._touch(node)
+        return node.outputs[0]
+
+    def replace(self, old: ir.Value, new: ir.Value, *, users: Collection[ir.Node] | None = None) -> None:
+        """Feed all consumers of `old`, or the named ones, from `new`; a graph output keeps its name."""
+        if old is new:
+            return
+        if users is None and old.is_graph_output():
+            new = self._as_output(old, new)
+        consumers = []
+        for user, index in tuple(old.uses()):
+            if users is None or user in users:
+                user.replace_input_with(index, new)
+                consumers.append(user)
+        self._touch(old.producer(), *consumers)
+
+    def _as_output(self, old: ir.Value, new: ir.Value) -> ir.Value:
+        """Put `new` where `old` is a graph output, moving the public name over."""
+        if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.producer() is None:
+            new = self.op("Identity", new, like=old)
+        public, shape = old.name, old.shape
+        old.name = self.fresh(f"{public}_was")
+        new.name = public
+        if new.dtype is None:
+            new.type = old.type
+        new.shape = shape
+        outputs = self.model.graph.outputs
+        for i, v in enumerate(outputs):
+            if v is old:
+                outputs[i] = new
+        return new
+
+    def set_input(self, node: ir.Node, index: int, v: ir.Value | None) -> None:
+        """Feed one input of one node from another value."""
+        if index < len(node.inputs) and node.inputs[index] is v:
+            return
+        if index >= len(node.inputs):
+            node.resize_inputs(index + 1)
+        node.replace_input_with(index, v)
+        self._touch(node)
+
+    def set_attr(self, node: ir.Node, **attrs: Any) -> None:
+        """Set attributes; None removes one; no edit where nothing differs."""
+        for key, a in attrs.items():
+            was = node.attributes.get(key)
+            if a is None:
+                if was is not None:
+                    node.attributes.pop(key)
+                    self._touch(node)
+                continue
+            new = ir.convenience.convert_attribute(key, a)
+            if was is None or was.value != new.value:
+                node.attributes[key] = new
+                self._touch(node)
+
+    def take(self, group: Group, keep: Array) -> None:
+        """Keep only the units `keep` (indices, ascending) of a group, everywhere at once; all units is no edit.
+
+        Raises `ModelError` when a place does not fit the group; nothing is edited then.
+        """
+        kept = np.asarray(keep, np.int64)
+        if kept.ndim != 1 or kept.size == 0 or kept[0] < 0 or kept[-1] >= group.units or np.any(np.diff(kept) <= 0):
+            raise ModelError(f"keep must be ascending indices below {group.units}, at least one; got {kept.tolist()[:8]}")
+        if kept.size == group.units:
+            return
+        gone = np.setdiff1d(np.arange(group.units), kept)
+        cuts: dict[tuple[str, int], list[Array]] = {}
+        for slot in group.slots:
+            cuts.setdefault((slot.value, slot.axis), []).append(slot.indices(gone))
+        values = {name: self.value(name) for name in {n for n, _ in cuts} | {s.value for s in group.sizes}}
+        self._check_fit(group, values, cuts)
+        for (name, axis), indices in cuts.items():
+            self.put(values[name], np.delete(self.array(values[name]), np.concatenate(indices), axis=axis))
+        for size in group.sizes:
+            a = self.array(values[size.value]).copy()
+            a.reshape(-1)[size.index] = kept.size * size.per
+            self.put(values[size.value], a)
+        for attr in group.attrs:
+            self.set_attr(self.node(attr.node), **{attr.name: int(kept.size * attr.per)})
+        for io in group.io:
+            v = self.value(io.value)
+            if v.shape is not None:
+                v.shape = ir.Shape([kept.size * io.per if i == io.axis else d for i, d in enumerate(v.shape)])
+        self.forget_shapes()
+
+    def _check_fit(self, group: Group, values: dict[str, ir.Value], cuts: dict[tuple[str, int], list[Array]]) -> None:
+        for (name, axis), indices in cuts.items():
+            shape = self.array(values[name]).shape
+            if axis >= len(shape) or max(int(i.max()) for i in indices) >= shape[axis]:
+                raise ModelError(f"constant '{name}' of shape {shape} does not fit a group of {group.units} units on axis {axis}")
+        for size in group.sizes:
+            now = int(self.array(values[size.value]).reshape(-1)[size.index])
+            if now != group.units * size.per:
+                raise ModelError(f"entry {size.index} of '{size.value}' is {now}, the group expects {group.units * size.per}")
+
+    def decline(self, site: Site | ir.Node | str, why: str) -> None:
+        """Leave an eligible site alone and say why; the report shows it."""
+        name = site if isinstance(site, str) else str(site.name)
+        entry = Declined(name, why)
+        if entry not in self.declined:
+            self.declined.append(entry)
+
+    # ---- upkeep --------------------------------------------------------------------------------------------------
+
+    def clone(self) -> Graph:
+        """An independent copy of the structure; tensors are shared and never edited in place."""
+        other = Graph(self.model.clone(), self.path)
+        other.interface = self.interface
+        return other
+
+    def sweep(self) -> int:
+        """Remove nodes and constants nobody reads; returns how many nodes went."""
+        before = self.model.graph.num_nodes()
+        RemoveUnusedNodesPass()(self.model)
+        gone = before - self.model.graph.num_nodes()
+        self.edits += gone
+        return gone
+
+    def forget_shapes(self) -> None:
+        """Drop recorded shapes of computed values, so that the next `infer_shapes` starts from the inputs."""
+        outputs = set(self.model.graph.outputs)
+        for node in self.model.graph:
+            for v in node.outputs:
+                if v not in outputs:
+                    v.shape = None
+
+    def infer_shapes(self) -> None:
+        """Record what ONNX's shape inference can tell; best effort, never fatal, weights are not read."""
+        import logging
+
+        log = logging.getLogger("onnx_ir")
+        level, _ = log.level, log.setLevel(logging.CRITICAL)
+        outputs = [(v, v.type, v.shape) for v in self.model.graph.outputs]
+        try:
+            ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(self.model)
+        finally:
+            log.setLevel(level)
+            for v, kind, shape in outputs:
+                v.type = kind or v.type
+                v.shape = shape if shape is not None else v.shape
+
+    def verify(self, *, interface: bool = True) -> None:
+        """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
+        self.model.graph.sort()
+        self._check_names()
+        now = (_describe(self.model.graph.inputs), _describe(self.model.graph.outputs))
+        for was, is_now, what in zip(self.interface, now, ("inputs", "outputs"), strict=True):
+            if interface and not _same_interface(was, is_now):
+                raise ModelError(f"the model's {what} changed from {was} to {is_now}")
+        try:
+            _c_api_utils.call_onnx_api(onnx.checker.check_model, self.model)
+        except onnx.checker.ValidationError as e:
+            raise ModelError(f"the graph is not valid ONNX: {e}") from e
+
+    def _check_names(self) -> None:
+        graph, made = self.model.graph, {}
+        known = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
+        for v in itertools.chain(graph.inputs, (v for v in graph.initializers.values() if v not in graph.inputs)):
+            made[v.name] = made.get(v.name, 0) + 1
+        for node in graph:
+            for x in node.inputs:
+                if x is not None and id(x) not in known:
+                    raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which nothing makes")
+            for v in node.outputs:
+                known.add(id(v))
+                if v.name:
+                    made[v.name] = made.get(v.name, 0) + 1
+        if twice := [n for n, count in made.items() if count > 1]:
+            raise ModelError(f"two values have the same name: {', '.join(map(str, twice[:3]))}")
+        if lost := [str(v.name) for v in graph.outputs if id(v) not in known]:
+            raise ModelError(f"graph output '{lost[0]}' is made by no node")
+
+
+def _equal(a: Array, b: Array) -> bool:
+    return a.dtype == b.dtype and a.shape == np.shape(b) and a.tobytes() == np.ascontiguousarray(b).tobytes()
