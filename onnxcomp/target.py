@@ -1,0 +1,163 @@
+"""What a provider runs and how it wants it: data, not code."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from onnxcomp.errors import TargetError
+
+__all__ = ["CPU", "CPU_ARM64", "CPU_AVX2", "CPU_VNNI", "CUDA", "TARGETS", "TENSORRT", "Target", "cpu_features", "find"]
+
+Granularity = Literal["tensor", "channel"]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The legal forms of a quantized linear on a target."""
+
+    activations: tuple[str, ...] = ("u8",)
+    weights: tuple[str, ...] = ("s8",)
+    granularity: tuple[Granularity, ...] = ("channel", "tensor")
+    zero_points: bool = True
+    reduce_range: bool = False
+    pays: bool = True
+
+
+@dataclass(frozen=True)
+class Target:
+    """A place where the model will run; a user adds one as YAML with the same fields."""
+
+    name: str
+    providers: tuple[str, ...]
+    description: str = ""
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    session_options: Mapping[str, str] = field(default_factory=dict)
+    package: str = "onnxcomp[cpu]"
+    min_runtime: str = "1.28"
+    max_opset: int = 23
+    max_ir: int = 10
+    width_multiple: int = 8
+    quantized: Quantized = field(default_factory=Quantized)
+    forms: Mapping[str, str] = field(default_factory=dict)
+    gflops: Mapping[str, float] = field(default_factory=dict)
+    here: bool = True
+
+    @property
+    def provider(self) -> str:
+        """The provider that must really run the model."""
+        return self.providers[0]
+
+
+_CPU_FORMS = {"attention": "Attention", "residual": "Sum", "bias": "Sum", "activation": "Gelu"}
+# GFLOP/s per core class used when nothing may be measured; ratios matter, not values (measured on 2 AVX512-VNNI cores).
+_CPU_RATES = {"fp32": 230.0, "int8": 700.0, "int8-dynamic": 640.0}
+
+CPU = Target(
+    name="cpu",
+    providers=("CPUExecutionProvider",),
+    description="the CPU of this machine",
+    forms=_CPU_FORMS,
+    gflops=_CPU_RATES,
+)
+CPU_VNNI = dataclasses.replace(CPU, name="cpu-vnni", description="x86-64 with AVX-VNNI or AVX512-VNNI", here=False)
+CPU_AVX2 = dataclasses.replace(
+    CPU,
+    name="cpu-avx2",
+    description="x86-64 with AVX2 and no VNNI: u8 x s8 sums saturate, so weights use 7 bits",
+    quantized=Quantized(reduce_range=True),
+    gflops={"fp32": 100.0, "int8": 150.0, "int8-dynamic": 140.0},
+    here=False,
+)
+CPU_ARM64 = dataclasses.replace(
+    CPU,
+    name="cpu-arm64",
+    description="64-bit Arm with dot product instructions",
+    quantized=Quantized(activations=("u8", "s8")),
+    gflops={"fp32": 60.0, "int8": 200.0, "int8-dynamic": 180.0},
+    here=False,
+)
+CUDA = Target(
+    name="cuda",
+    providers=("CUDAExecutionProvider", "CPUExecutionProvider"),
+    description="NVIDIA GPU through ONNX Runtime's CUDA provider (no int8 product for Q/DQ there)",
+    provider_options={"use_tf32": "0"},
+    package="onnxcomp[gpu]",
+    quantized=Quantized(activations=("u8", "s8"), pays=False),
+    forms={"attention": "Attention", "residual": "Add", "bias": "Add", "activation": "Gelu"},
+    gflops={"fp32": 40000.0, "int8": 20000.0, "int8-dynamic": 10000.0},
+)
+TENSORRT = Target(
+    name="tensorrt",
+    providers=("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+    description="NVIDIA GPU through ONNX Runtime's TensorRT provider: symmetric, no zero points, strongly typed",
+    provider_options={"trt_fp16_enable": "0", "trt_engine_cache_enable": "0"},
+    package="onnxcomp[tensorrt]",
+    max_opset=22,
+    quantized=Quantized(activations=("s8",), zero_points=False),
+    forms={"attention": "decomposed", "residual": "Add", "bias": "Add", "activation": "Gelu"},
+    gflops={"fp32": 40000.0, "int8": 400000.0},
+)
+TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORRT)}
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this machine that matter for int8: `avx2`, `avx512f`, `vnni`, `dotprod`; empty where unknown."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return frozenset({"dotprod"} if platform.machine() in ("arm64", "aarch64") else ())
+    words = set(info.read_text(errors="replace").lower().split())
+    found = words & {"avx2", "avx512f"}
+    if words & {"avx512_vnni", "avx_vnni", "avxvnni"}:
+        found.add("vnni")
+    if "asimddp" in words:
+        found.add("dotprod")
+    return frozenset(found)
+
+
+def resolved(target: Target) -> Target:
+    """`cpu` with the limits of this machine's instruction set; any other target as it is."""
+    features = cpu_features()
+    if target.name == "cpu" and "avx2" in features and "vnni" not in features:
+        return dataclasses.replace(target, quantized=CPU_AVX2.quantized, gflops=CPU_AVX2.gflops)
+    return target
+
+
+def find(name: str) -> Target:
+    """A built-in target by name, or one read from a YAML file; raises `TargetError`."""
+    if name in TARGETS:
+        return resolved(TARGETS[name])
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        return _read(path)
+    raise TargetError(f"unknown target '{name}'; there are {', '.join(TARGETS)}, or a YAML file with the same fields")
+
+
+def _read(path: Path) -> Target:
+    import yaml
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    try:
+        raw: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as e:
+        raise TargetError(f"{path}: cannot read the target: {e}") from e
+    if not isinstance(raw, dict):
+        raise TargetError(f"{path}: a target file is a mapping with the fields of a target, such as name and providers")
+    base = raw.pop("like", None)
+    if base is not None and base not in TARGETS:
+        raise TargetError(f"{path}: 'like: {base}' names no built-in target; there are {', '.join(TARGETS)}")
+    if base is not None:
+        raw = dataclasses.asdict(TARGETS[base]) | raw
+    if unknown := set(raw) - {f.name for f in dataclasses.fields(Target)}:
+        raise TargetError(f"{path}: unknown field '{sorted(unknown)[0]}' of a target")
+    try:
+        return TypeAdapter(Target, config=ConfigDict(extra="forbid")).validate_python(raw)
+    except ValidationError as e:
+        first = e.errors()[0]
+        raise TargetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
