@@ -1,0 +1,1 @@
+"""The tests; `tiny` builds the models they use."""
