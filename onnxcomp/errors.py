@@ -34,4 +34,8 @@ class ExportError(OnnxcompError):
 
 
 class GateFailed(OnnxcompError):
-    """The result was refused by a gate; nothing was written."""
+    """The result was refused by a gate; nothing was written; `report` tells what was measured."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report

@@ -1,0 +1,89 @@
+"""onnxcomp makes trained transformers small and fast as ONNX graphs, and proves it.
+
+The names below are loaded when they are first used; importing the package loads none of the heavy libraries.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxcomp.benchmark import bench as bench
+    from onnxcomp.data import Batch as Batch
+    from onnxcomp.data import Dataset as Dataset
+    from onnxcomp.data import load_data as load_data
+    from onnxcomp.errors import DataError as DataError
+    from onnxcomp.errors import GateFailed as GateFailed
+    from onnxcomp.errors import ModelError as ModelError
+    from onnxcomp.errors import OnnxcompError as OnnxcompError
+    from onnxcomp.errors import RecipeError as RecipeError
+    from onnxcomp.errors import TargetError as TargetError
+    from onnxcomp.errors import UnknownPass as UnknownPass
+    from onnxcomp.export import export as export
+    from onnxcomp.gate import Gate as Gate
+    from onnxcomp.graph import Graph as Graph
+    from onnxcomp.job import Job as Job
+    from onnxcomp.job import compress as compress
+    from onnxcomp.job import optimize as optimize
+    from onnxcomp.pipeline import Pass as Pass
+    from onnxcomp.manager import PassManager as PassManager
+    from onnxcomp.manager import Report as Report
+    from onnxcomp.manager import Result as Result
+    from onnxcomp.pipeline import SequentialPass as SequentialPass
+    from onnxcomp.recipe import Recipe as Recipe
+    from onnxcomp.storage import load as load
+    from onnxcomp.storage import save as save
+    from onnxcomp.target import CPU as CPU
+    from onnxcomp.target import CUDA as CUDA
+    from onnxcomp.target import TENSORRT as TENSORRT
+    from onnxcomp.target import Target as Target
+    from onnxcomp.validate import compare as validate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "bench": "benchmark",
+    "Batch": "data",
+    "Dataset": "data",
+    "load_data": "data",
+    "DataError": "errors",
+    "GateFailed": "errors",
+    "ModelError": "errors",
+    "OnnxcompError": "errors",
+    "RecipeError": "errors",
+    "TargetError": "errors",
+    "UnknownPass": "errors",
+    "export": "export",
+    "Gate": "gate",
+    "Graph": "graph",
+    "Job": "job",
+    "compress": "job",
+    "optimize": "job",
+    "Pass": "pipeline",
+    "PassManager": "manager",
+    "Report": "manager",
+    "Result": "manager",
+    "SequentialPass": "pipeline",
+    "Recipe": "recipe",
+    "load": "storage",
+    "save": "storage",
+    "CPU": "target",
+    "CUDA": "target",
+    "TENSORRT": "target",
+    "Target": "target",
+    "validate": "validate",
+}
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'onnxcomp' has no attribute '{name}'")
+    module = import_module(f"onnxcomp.{home}")
+    value = getattr(module, "compare" if name == "validate" else name)
+    globals()[name] = value  # also wins over the submodule of the same name
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,123 @@
+"""Gates: conditions a result must meet, written `NAME OP VALUE`, such as `sqnr>=20` or `perplexity-rise<=1%`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from onnxcomp.errors import RecipeError
+
+__all__ = ["Condition", "Gate", "Verdict"]
+
+# What each name measures; -drop is absolute, -rise relative to the original, latency and size are ratios to the original.
+NAMES = {
+    "sqnr": "signal to quantization noise of the first output, dB",
+    "pooled-sqnr": "the same on mean-pooled embeddings, dB",
+    "cosine": "mean cosine between the outputs",
+    "pooled-cosine": "the same on mean-pooled embeddings",
+    "agreement": "share of equal top-1 answers",
+    "kl": "KL divergence from the original's distribution, nats",
+    "max-abs": "largest absolute difference",
+    "rel-l2": "relative L2 difference",
+    "accuracy-drop": "accuracy of the original minus that of the result",
+    "f1-drop": "macro F1 of the original minus that of the result",
+    "perplexity-rise": "relative rise of perplexity",
+    "latency": "latency over the original's, worst asked shape",
+    "size": "file size over the original's",
+}
+MEASURED_ON_FILES = frozenset({"latency", "size"})
+_EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*$")
+_HOLDS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """One condition; `text` is what the user wrote."""
+
+    name: str
+    op: str
+    bound: float
+    text: str
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """Read `NAME OP VALUE`; raises `RecipeError` with the nearest name for a typo."""
+        match = _EXPR.match(text)
+        if match is None:
+            raise RecipeError(f"gate '{text}' is not NAME OP VALUE, such as sqnr>=20 or perplexity-rise<=1%")
+        name, op, number, unit = match.groups()
+        if name not in NAMES and not (":" in name and name.endswith(("-drop", "-rise"))):
+            near = get_close_matches(name, NAMES, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(NAMES)}"
+            raise RecipeError(f"gate '{text}': unknown name '{name}'{hint}")
+        try:
+            bound = float(number)
+        except ValueError:
+            raise RecipeError(f"gate '{text}': '{number}' is not a number") from None
+        if not math.isfinite(bound):
+            raise RecipeError(f"gate '{text}': the bound must be finite")
+        return cls(name, op, bound / 100 if unit == "%" else bound, text.strip())
+
+    @property
+    def metric(self) -> str | None:
+        """The task metric that has to be computed for this condition, if any."""
+        for suffix in ("-drop", "-rise"):
+            if self.name.endswith(suffix):
+                return self.name.removesuffix(suffix)
+        return None
+
+    def holds(self, value: float) -> bool:
+        """Whether the measured value meets the condition; NaN never does."""
+        return bool(_HOLDS[self.op](value, self.bound))
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A condition with what was measured; `value` is None when nothing could be measured."""
+
+    gate: str
+    value: float | None
+    passed: bool
+
+    def __str__(self) -> str:
+        shown = "not measured" if self.value is None else f"measured {self.value:.4g}"
+        return f"{self.gate}: {shown}, {'passed' if self.passed else 'refused'}"
+
+
+class Gate:
+    """A set of conditions; later ones on the same name and direction replace earlier ones."""
+
+    def __init__(self, expressions: Iterable[str] = ()) -> None:
+        chosen: dict[tuple[str, str], Condition] = {}
+        for text in expressions:
+            c = Condition.parse(text)
+            chosen[c.name, c.op[0]] = c
+        self.conditions = tuple(chosen.values())
+
+    def __repr__(self) -> str:
+        return f"Gate({[c.text for c in self.conditions]})"
+
+    @property
+    def metrics(self) -> list[str]:
+        """Task metrics that must be computed."""
+        return list(dict.fromkeys(m for c in self.conditions if (m := c.metric)))
+
+    @property
+    def wants_latency(self) -> bool:
+        """Whether a benchmark is needed to judge."""
+        return any(c.name == "latency" for c in self.conditions)
+
+    def judge(self, values: Mapping[str, float], *, files: bool = False) -> list[Verdict]:
+        """Verdicts on quality conditions, or with `files` on those measured on the written model.
+
+        A value that was not measured refuses, since nobody can say that it holds.
+        """
+        verdicts = []
+        for c in self.conditions:
+            if (c.name in MEASURED_ON_FILES) is files:
+                value = values.get(c.name)
+                verdicts.append(Verdict(c.text, value, value is not None and c.holds(value)))
+        return verdicts

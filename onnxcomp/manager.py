@@ -1,0 +1,324 @@
+"""The pass manager: snapshot, collect, run, verify, compare with the original, gate; nothing is believed."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import calibrate, runtime, tune
+from onnxcomp.data import Dataset, as_dataset, overlap
+from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
+from onnxcomp.gate import Gate, Verdict
+from onnxcomp.graph import Declined, Graph, Site
+from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
+from onnxcomp.stats import Need, Stats
+from onnxcomp.storage import load, save
+from onnxcomp.target import CPU, Target
+from onnxcomp.validate import Reference, Validation
+
+__all__ = ["PassManager", "Report", "Result", "Step"]
+
+# An exact pass may only add float noise: 80 dB is a relative error of 1e-4, far above fp32 noise, far below any real change.
+EXACT_FLOOR_DB = 80.0
+# Behind a quantizer, noise of 1e-7 moves some values over a rounding edge: a whole step for about one value in 10^4.
+EXACT_FLOOR_QUANTIZED_DB = 40.0
+
+@dataclass
+class Step:
+    """What one pass did: sites eligible and changed, what it declined and why, sizes before and after, drift from the original."""
+
+    name: str
+    spec: str
+    fidelity: str
+    eligible: int = 0
+    changed: int = 0
+    edits: int = 0
+    declined: list[Declined] = field(default_factory=list)
+    nodes: tuple[int, int] = (0, 0)
+    nbytes: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    drift: dict[str, Any] | None = None
+    rolled_back: str = ""
+    cached: bool = False
+
+
+@dataclass
+class Report:
+    """All that was done, declined and measured; `report.py` writes it as tables and versioned JSON."""
+
+    steps: list[Step] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    validation: Validation | None = None
+    integer: runtime.IntegerCheck | None = None
+    warnings: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    benchmark: Any = None
+
+    def step(self, name: str) -> Step:
+        """The last step of that pass; raises `KeyError`."""
+        for s in reversed(self.steps):
+            if s.name == name:
+                return s
+        raise KeyError(name)
+
+
+@dataclass
+class Result:
+    """The compressed model with its report."""
+
+    model: Graph
+    report: Report
+
+    def save(self, out: str | Path) -> Path:
+        """Write the model atomically; returns its path."""
+        return save(self.model, Path(out), metadata=self.report.info.get("metadata", {}))
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024) if sys.platform == "darwin" else peak / 1024
+
+
+@dataclass
+class _Walk:
+    """The state of one run of the manager."""
+
+    original: Graph
+    graph: Graph
+    calibration: Dataset | None
+    reference: Reference | None
+    scratch: Path
+    report: Report
+    variants: Reference | None = None
+
+
+class PassManager:
+    """Runs passes in order on a copy of a model and says what each of them did.
+
+    Raises `RecipeError` for a wrong order, `DataError` where a pass needs data and there is none, `GateFailed` when the
+    result is refused (with `on_fail="rollback"` a refused lossy pass is undone instead).
+    """
+
+    def __init__(
+        self,
+        passes: Iterable[Pass],
+        *,
+        target: Target = CPU,
+        gate: Gate | None = None,
+        memory: int | None = None,
+        cache: Path | None = None,
+        watch: Callable[[str, int, int], None] | None = None,
+        on_fail: str = "raise",
+        seed: int = 0,
+        any_order: bool = False,
+        allow_unchanged: bool = False,
+        measure: bool = True,
+        shapes: Sequence[dict[str, int]] = (),
+    ) -> None:
+        self.passes = tuple(passes)
+        self.target = target
+        self.gate = gate or Gate()
+        self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
+        self.allow_unchanged, self.measure = allow_unchanged, measure
+        self.shapes = tuple(shapes)
+        if on_fail not in ("raise", "rollback"):
+            raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
+        self.on_fail = on_fail
+        if not any_order:
+            check_order(self.passes)
+
+    def run(self, model: Graph | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
+        """Compress a model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts. The model is not edited."""
+        original = load(model) if not isinstance(model, Graph) else model
+        calib, evalu, notes = self._datasets(original, calibration, evaluation)
+        report = Report(warnings=notes)
+        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as scratch:
+            reference = None
+            if evalu is not None:
+                reference = Reference(original, evalu, self.target, metrics=self.gate.metrics, scratch=Path(scratch) / "reference")
+            walk = _Walk(original, original.clone(), calib, reference, Path(scratch), report)
+            for i, p in enumerate(self.passes):
+                if self.watch:
+                    self.watch(p.name, i, len(self.passes))
+                self._step(walk, p)
+            self._finish(walk)
+        return Result(walk.graph, report)
+
+    # ---- one pass ------------------------------------------------------------------------------------------------
+
+    def _step(self, walk: _Walk, p: Pass) -> None:
+        started = time.perf_counter()
+        before = walk.graph
+        work = before.clone()
+        sites = list(p.sites(work, self.target))
+        step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
+        stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
+        work.edits = 0
+        p.run(work, self._env(walk, work, stats, p))
+        work.sweep()
+        if p.changes_interface:
+            work.interface = Graph(work.model).interface
+        self._verify(work, p)
+        step.changed = self._settle(p, work, sites)
+        step.edits, step.declined = work.edits, work.declined
+        step.nodes = (before.model.graph.num_nodes(), work.model.graph.num_nodes())
+        step.nbytes = (before.nbytes, work.nbytes)
+        walk.graph = self._judge(walk, p, step, before, work)
+        step.seconds, step.peak_mib = time.perf_counter() - started, peak_mib()
+        walk.report.steps.append(step)
+
+    def _verify(self, work: Graph, p: Pass) -> None:
+        try:
+            work.infer_shapes()
+            work.verify()
+        except ModelError as e:
+            raise PassFault(f"pass '{p.name}' left a broken graph: {e}") from e
+
+    def _settle(self, p: Pass, work: Graph, sites: list[Site]) -> int:
+        """Count changed sites; a site neither changed nor declined is a fault, a lossy pass that changed none is refused."""
+        declined = {d.site for d in work.declined}
+        changed = [s for s in sites if s.name not in declined and work.touched.intersection(s.nodes)]
+        lost = [s.name for s in sites if s.name not in declined and not work.touched.intersection(s.nodes)]
+        if lost and not self._idle(p, work):
+            raise PassFault(f"pass '{p.name}' neither changed nor declined {len(lost)} of {len(sites)} sites, such as '{lost[0]}'")
+        if p.fidelity is Fidelity.LOSSY and not changed and not self.allow_unchanged and not self._idle(p, work):
+            why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
+            found = f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in this model"
+            raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
+        return len(changed)
+
+    @staticmethod
+    def _idle(p: Pass, work: Graph) -> bool:
+        """An exact pass may have nothing to do; so may a lossy one that says it is at its identity setting."""
+        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or getattr(p, "is_identity", False))
+
+    def _judge(self, walk: _Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
+        """Compare with the original; keep the new graph, or the one before where the pass is refused."""
+        if step.edits == 0:
+            return before
+        if walk.reference is None:
+            return work
+        validation = walk.reference.against(work)
+        step.drift = validation.json()
+        if p.fidelity is Fidelity.EXACT:
+            refused = self._inexact(walk, before, work, validation)
+            if refused and self.on_fail == "raise":
+                raise PassFault(f"pass '{p.name}' promised equal outputs but {refused}")
+        else:
+            failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
+            refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
+        if not refused:
+            walk.report.validation = validation
+            return work
+        step.rolled_back, step.changed = refused, 0
+        walk.report.warnings.append(f"pass '{p.name}' was rolled back: {refused}")
+        return before
+
+    def _inexact(self, walk: _Walk, before: Graph, work: Graph, validation: Validation) -> str:
+        """What an exact pass changed, empty if nothing; once a lossy pass has run, compared with the graph just before."""
+        floor = EXACT_FLOOR_DB
+        if walk.reference is not None and any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
+            floor = EXACT_FLOOR_QUANTIZED_DB
+            validation = Reference(before, walk.reference.data.head(16), self.target).against(work)
+        sqnr = validation.values()["sqnr"]
+        return "" if sqnr >= floor else f"moved them to {sqnr:.1f} dB of the graph before it (floor {floor:.0f} dB)"
+
+    # ---- what passes may ask -------------------------------------------------------------------------------------
+
+    def _env(self, walk: _Walk, work: Graph, stats: Stats, p: Pass) -> Env:
+        return Env(
+            target=self.target,
+            stats=stats,
+            original=walk.original,
+            rng=np.random.default_rng([self.seed, len(walk.report.steps)]),
+            memory=self.memory,
+            scratch=walk.scratch,
+            run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
+            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=self.measure),
+            run_collect=lambda g, needs: self._collect(walk, g, list(needs), p.name),
+            shapes=self.shapes,
+        )
+
+    def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:
+        if not needs:
+            return Stats()
+        if walk.calibration is None:
+            raise DataError(f"pass '{name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')")
+        return calibrate.collect(
+            g, needs, walk.calibration, self.target, original=walk.original, memory=self.memory, scratch=walk.scratch, cache=self.cache
+        )
+
+    def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
+        if walk.calibration is None:
+            raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
+        if walk.variants is None:
+            metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
+            walk.variants = Reference(walk.original, walk.calibration, self.target, metrics=metrics, scratch=walk.scratch / "variants")
+        scores = []
+        for edit in edits:
+            variant = work.clone()
+            edit(variant)
+            variant.model.graph.sort()
+            validation = walk.variants.against(variant)
+            scores.append(Score(score_of(validation, metric), validation))
+        return scores
+
+    # ---- around the passes ---------------------------------------------------------------------------------------
+
+    def _datasets(self, g: Graph, calibration: Any, evaluation: Any) -> tuple[Dataset | None, Dataset | None, list[str]]:
+        """Normalise the two sources; without evaluation data one fifth of the calibration data is held out."""
+        notes = []
+        calib = as_dataset(calibration, g) if _given(calibration) else None
+        evalu = as_dataset(evaluation, g) if _given(evaluation) else None
+        if calib is not None and evalu is None and len(calib) >= 5:
+            calib, evalu = calib.split()
+            notes.append(f"no evaluation data given: {len(evalu)} of {len(calib) + len(evalu)} calibration samples were held out to judge")
+        elif calib is not None and evalu is not None and (shared := overlap(calib, evalu)):
+            notes.append(f"{shared} evaluation samples are also in the calibration data: the accuracy figures are optimistic")
+        if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
+            raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
+        if any(d is not None and d.random for d in (calib, evalu)):
+            notes.append("random data was used: it proves shapes and speed, not accuracy")
+        return calib, evalu, notes
+
+    def _finish(self, walk: _Walk) -> None:
+        """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
+        report = walk.report
+        lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
+        if report.validation is not None and lossy:
+            report.verdicts = self.gate.judge(report.validation.values())
+        if refused := [v for v in report.verdicts if not v.passed]:
+            raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
+
+
+def check_order(passes: Sequence[Pass]) -> None:
+    """Raise `RecipeError` where a pass comes after one of a later stage."""
+    for a, b in zip(passes, passes[1:], strict=False):
+        if a.stage > b.stage:
+            raise RecipeError(
+                f"'{b.name}' ({b.stage.name.lower()}) must come before '{a.name}' ({a.stage.name.lower()}); "
+                "reorder them, or say any_order: true in the recipe"
+            )
+
+
+def score_of(validation: Validation, metric: str | None) -> float:
+    """The asked gate value with lower as better (`sqnr`, `agreement` and `cosine` are negated)."""
+    values = validation.values()
+    name = metric or ("kl" if "kl" in values else "rel-l2")
+    if name not in values:
+        raise OnnxcompError(f"no '{name}' was measured; there are {', '.join(values)}")
+    return -values[name] if name in ("sqnr", "pooled-sqnr", "agreement", "cosine", "pooled-cosine") else values[name]
+
+
+def _given(data: Any) -> bool:
+    return data is not None and not (isinstance(data, (tuple, list)) and not data)

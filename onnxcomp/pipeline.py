@@ -1,0 +1,197 @@
+"""What a pass is, what it may ask of the world, and the manager that runs, checks and gates passes."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from onnxcomp.errors import OnnxcompError, RecipeError
+from onnxcomp.graph import Declined, Graph, Site
+from onnxcomp.stats import Need, Stats
+from onnxcomp.target import Target
+
+if TYPE_CHECKING:
+    from onnxcomp.tune import Cost
+    from onnxcomp.validate import Validation
+
+__all__ = [
+    "Declined",
+    "Edit",
+    "Env",
+    "Fidelity",
+    "Pass",
+    "PassFault",
+    "Score",
+    "SequentialPass",
+    "Site",
+    "Stage",
+]
+
+Edit = Callable[[Graph], None]
+
+
+class Stage(IntEnum):
+    """The order in which passes belong; a recipe out of order is refused unless it says `any_order: true`."""
+
+    CANONICALIZE = 0
+    DEPTH = 1
+    WIDTH = 2
+    ATTENTION = 3
+    TOKENS = 4
+    REFIT = 5
+    RESCALE = 6
+    SPARSIFY = 7
+    WEIGHTS = 8
+    ACTIVATIONS = 9
+    CACHE = 10
+    CORRECT = 11
+    LOWER = 12
+
+
+class Fidelity(Enum):
+    """Whether a pass promises equal outputs (to float noise) or is judged by gates."""
+
+    EXACT = "exact"
+    LOSSY = "lossy"
+
+
+class PassFault(OnnxcompError):
+    """A pass broke its contract: a fault of the pass, not of the user's model or data."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one variant costs in quality: `value` is the asked metric, lower is better, `validation` the whole comparison."""
+
+    value: float
+    validation: Validation
+
+
+@dataclass(frozen=True)
+class Env:
+    """All a pass may ask of the world; the engine does the work behind `evaluate`, `cost` and `collect`."""
+
+    target: Target
+    stats: Stats
+    original: Graph
+    rng: np.random.Generator
+    memory: int | None
+    scratch: Path
+    run_variants: Callable[[Sequence[Edit], str | None], list[Score]]
+    run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
+    run_collect: Callable[[Graph, Sequence[Need]], Stats]
+    shapes: tuple[Mapping[str, int], ...] = ()
+
+    def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
+        """Score edits, each on its own copy of the current graph, against the original on calibration data.
+
+        `metric` is a gate name (`kl`, `rel-l2`, `perplexity-rise`, ...); None takes `kl` where the model has logits, else `rel-l2`.
+        """
+        return self.run_variants(list(variants), metric)
+
+    def cost(self, site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]]) -> list[Cost]:
+        """Seconds and bytes of equivalent micro-models of a site on the target, measured or from its table.
+
+        `shapes` maps the micro-models' inputs to shapes; a failing form is an error naming the site.
+        """
+        try:
+            return self.run_costs(forms, shapes)
+        except OnnxcompError as e:
+            raise type(e)(f"cost of '{site.name}': {e}") from e
+
+    def collect(self, g: Graph, needs: Iterable[Need]) -> Stats:
+        """Statistics of the graph as it is at this moment; only the prefix that is needed runs."""
+        return self.run_collect(g, list(needs))
+
+
+@dataclass(frozen=True)
+class Pass(abc.ABC):
+    """One method: a frozen dataclass whose fields are its options. Statistic, decision, edit; see `Env` for what it may ask."""
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    fidelity: ClassVar[Fidelity]
+    changes_interface: ClassVar[bool] = False
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for f in dataclasses.fields(self):
+            try:
+                value = TypeAdapter(hints[f.name]).validate_python(getattr(self, f.name))
+            except ValidationError as e:
+                raise RecipeError(f"{self.name}: option '{f.name}': {e.errors()[0]['msg']}") from None
+            object.__setattr__(self, f.name, value)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options that differ from their defaults."""
+        return {f.name: v for f in dataclasses.fields(self) if (v := getattr(self, f.name)) != default_of(f)}
+
+    def __str__(self) -> str:
+        if not self.options:
+            return self.name
+        import yaml
+
+        text = yaml.safe_dump({self.name: plain(self.options)}, default_flow_style=True, sort_keys=False, width=10**6)
+        return text.strip().removeprefix("{").removesuffix("}")
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""
+        return ()
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """The statistics that `run` will read from `env.stats`."""
+        return ()
+
+    @abc.abstractmethod
+    def run(self, g: Graph, env: Env) -> None:
+        """Edit the graph."""
+
+
+class SequentialPass(Pass):
+    """A pass that sees each site's inputs as the already edited sites before it make them (GPTQ, layer-wise repair)."""
+
+    def site_needs(self, g: Graph, site: Site, target: Target) -> Iterable[Need]:
+        """The statistics that `edit` of this site will read, of the graph as edited so far."""
+        return ()
+
+    @abc.abstractmethod
+    def edit(self, g: Graph, site: Site, env: Env) -> None:
+        """Edit one site."""
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Visit the sites in topological order, collecting each one's statistics on the changed prefix."""
+        g.model.graph.sort()
+        order = {str(node.name): i for i, node in enumerate(g.nodes())}
+        for site in sorted(self.sites(g, env.target), key=lambda s: min(order[n] for n in s.nodes)):
+            stats = env.collect(g, self.site_needs(g, site, env.target))
+            self.edit(g, site, dataclasses.replace(env, stats=stats))
+
+
+def default_of(f: dataclasses.Field[Any]) -> Any:
+    """The default of a dataclass field."""
+    return f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+
+
+def plain(x: Any) -> Any:
+    """Tuples as lists and enums as values, all the way down, for YAML and JSON."""
+    if isinstance(x, Mapping):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [plain(v) for v in x]
+    return x.value if isinstance(x, Enum) else x
