@@ -1,0 +1,401 @@
+"""Models on disk: mapped on load, published atomically on save, never larger in memory than one tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveUnusedFunctionsPass
+
+from onnxcomp import external
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+
+__all__ = ["COMPANIONS", "copy_companions", "fingerprint", "graphs_of", "load", "publish", "save"]
+
+INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
+SMALL = 1024  # bytes up to which a tensor stays in the model file, where shape inference can read it
+PAGE = 4096
+MIN_IR = 10
+_IR_OF = {  # first IR version that knows a type
+    ir.DataType.FLOAT4E2M1: 11,
+    ir.DataType.FLOAT8E8M0: 12,
+    ir.DataType.UINT2: 13,
+    ir.DataType.INT2: 13,
+    ir.DataType.FLOAT6E2M3: 14,
+    ir.DataType.FLOAT6E3M2: 14,
+}
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "image_processor_config.json",
+)
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def graphs_of(path: str | Path) -> dict[str, Path]:
+    """Name to `.onnx` file for a file or a folder of graphs; raises `ModelError` when there is none."""
+    p = Path(path)
+    if p.is_dir():
+        found = {f.stem: f for f in sorted(p.glob("*.onnx")) if f.is_file()}
+        if not found:
+            raise ModelError(f"{p}: no .onnx file in this folder{_advice(p)}")
+        return found
+    if not p.exists():
+        raise ModelError(f"{p}: no such file or folder")
+    if not p.is_file():
+        raise ModelError(f"{p}: not a plain file")
+    return {p.stem: p}
+
+
+def _advice(folder: Path) -> str:
+    if list(folder.glob("onnx/*.onnx")):
+        return f"; there are some in {folder / 'onnx'}: name one of them"
+    if (folder / "config.json").exists():
+        return "; it looks like a checkpoint: run 'onnxcomp export' on it first"
+    return ""
+
+
+def load(path: str | Path) -> Graph:
+    """A model from an `.onnx` file, or from a folder holding one; weights stay on disk until they are read.
+
+    Local functions are inlined. Raises `ModelError` for anything unsafe, damaged or ambiguous.
+    """
+    found = graphs_of(path)
+    if len(found) > 1:
+        raise ModelError(f"{path}: holds several graphs ({', '.join(found)}); name one of the files")
+    (file,) = found.values()
+    proto = _read(file)
+    external.check(proto, file)
+    try:
+        model = ir.from_proto(proto)
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as e:
+        raise ModelError(f"{file}: not a valid ONNX model: {_first_line(e)}") from e
+    external.attach(model, file.parent)
+    if model.functions:
+        try:
+            InlinePass()(model)
+        except (ir.passes.PassError, ValueError, KeyError) as e:
+            raise ModelError(f"{file}: its local functions cannot be inlined: {_first_line(e)}") from e
+        RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    return Graph(model, file)
+
+
+def _first_line(e: BaseException) -> str:
+    while e.__cause__ is not None:
+        e = e.__cause__
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    """The protobuf of a model without its external data; raises `ModelError`."""
+    try:
+        proto = onnx.ModelProto()
+        proto.ParseFromString(path.read_bytes())
+    except OSError as e:
+        raise ModelError(f"{path}: cannot be read: {e.strerror or e}") from e
+    except (DecodeError, ValueError) as e:
+        raise ModelError(f"{path}: not an ONNX model or truncated") from e
+    if not proto.ir_version or not proto.HasField("graph") or not proto.graph.output or not proto.opset_import:
+        raise ModelError(f"{path}: not an ONNX model or truncated (it has no graph, outputs or operator set)")
+    if proto.graph.sparse_initializer:
+        raise ModelError(f"{path}: sparse initializers are not supported; store the weights dense")
+    return proto
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 (hex) of a model's files, external data included; the same for equal content wherever it lies."""
+    digest = hashlib.sha256()
+    for name, file in graphs_of(path).items():
+        if Path(path).is_dir():
+            digest.update(name.encode() + b"\0")
+        proto = _read(file)
+        external.check(proto, file)
+        for part in (file, *(file.parent / x for x in sorted(external.locations(proto)))):
+            with part.open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] = _NOTHING, name: str = "model.onnx") -> Path:
+    """Write a model to the folder `out` (as `name`), or to the file `out` if it ends in `.onnx`; returns the file.
+
+    Weights over 64 MiB together go to a data file named by their hash, written and synced first; the model file is
+    renamed over last, so that a kill leaves the old result or the new one whole. Raises `ModelError`, also when
+    the output is the source.
+    """
+    target = out if out.suffix == ".onnx" else out / name
+    if graph.path is not None and target.exists() and graph.path.exists() and target.samefile(graph.path):
+        raise ModelError(f"{target}: this is the source model, which is never overwritten; choose another output")
+    made = _make_folder(target.parent)
+    try:
+        sweep(target.parent)
+        written = _write(graph, target, metadata)
+    except OSError as e:
+        raise ModelError(f"{target}: cannot be written: {e.strerror or e}") from e
+    finally:
+        if not target.exists():
+            for folder in made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
+    return written
+
+
+def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
+    model = graph.model.clone()
+    model.metadata_props.update(metadata)
+    _versions(model)
+    unique = {id(t): t.nbytes for t, _ in external.tensors(model)}
+    temporary = _temporary(target)
+    data, done = None, False
+    try:
+        if sum(unique.values()) > INLINE_LIMIT:
+            data = _externalize(model, target, temporary.with_suffix(".data.tmp"))
+        proto = ir.to_proto(model)
+        with temporary.open("xb") as f:
+            f.write(proto.SerializeToString(deterministic=True))
+            _sync(f)
+        os.replace(temporary, target)
+        done = True
+    finally:
+        if data is not None and not done:
+            _drop_old_data(target, None)
+        temporary.unlink(missing_ok=True)
+        temporary.with_suffix(".data.tmp").unlink(missing_ok=True)
+    _sync_folder(target.parent)
+    _drop_old_data(target, data)
+    return target
+
+
+def _versions(model: ir.Model) -> None:
+    """Write the IR version and operator sets explicitly, the lowest that hold the model."""
+    used = {t.dtype for t, _ in external.tensors(model)}
+    domains = set()
+    for graph in model.graphs():
+        used |= {v.dtype for v in (*graph.inputs, *graph.outputs) if v.dtype is not None}
+        for node in graph:
+            domains.add(node.domain)
+            used |= {v.dtype for v in node.outputs if v.dtype is not None}
+    model.ir_version = max([MIN_IR, *(_IR_OF.get(t, 0) for t in used)])
+    for domain in [d for d in model.opset_imports if d and d not in domains]:
+        del model.opset_imports[domain]
+    model.producer_name, model.producer_version = "onnxcomp", ""
+
+
+def _externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
+    """Move tensors over `SMALL` bytes to a data file named by its content, one tensor in memory at a time."""
+    LiftConstantsToInitializersPass(size_limit=SMALL)(model)
+    held: list[tuple[ir.Value, ir.TensorProtocol]] = [
+        (v, t)
+        for t, v in external.tensors(model)
+        if isinstance(v, ir.Value) and t.nbytes > SMALL and t.dtype != ir.DataType.STRING
+    ]
+    offsets: dict[object, int] = {}
+    places: list[int] = []
+    with temporary.open("xb") as f:
+        for _, t in held:
+            key = t.source if isinstance(t, external.MappedTensor) else id(t)
+            if key not in offsets:
+                offsets[key] = _append(f, t, offsets)
+            places.append(offsets[key])
+        _sync(f)
+    with temporary.open("rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
+    data = target.with_name(f"{target.stem}-{digest}.onnx.data")
+    os.replace(temporary, data)
+    for (v, t), offset in zip(held, places, strict=True):
+        shape = ir.Shape(t.shape.numpy())
+        v.const_value = ir.ExternalTensor(data.name, offset, t.nbytes, t.dtype, shape=shape, name=str(v.name))
+    return data
+
+
+class _Hashing:
+    """A writer that counts and hashes what passes through to the file."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.count, self.digest = file, 0, hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Pass bytes on."""
+        self.digest.update(data)
+        self.count += len(data)
+        return self.file.write(data)
+
+
+def _append(f: BinaryIO, t: ir.TensorProtocol, seen: dict[object, int]) -> int:
+    """Write one tensor at the next aligned offset and return it; equal content already written is not written again."""
+    end = f.seek(0, os.SEEK_END)
+    align = PAGE if t.nbytes >= PAGE else 64
+    offset = -(-end // align) * align
+    f.write(bytes(offset - end))
+    out = _Hashing(f)
+    write = getattr(t, "tofile", None)
+    if write is not None:
+        write(out)
+    else:
+        out.write(t.tobytes())
+    if out.count != t.nbytes:
+        raise ModelError(f"tensor '{t.name}' gave {out.count} bytes where its shape and type say {t.nbytes}")
+    key = out.digest.digest()
+    if key in seen:
+        f.truncate(end)
+    return seen.setdefault(key, offset)
+
+
+# ---- publishing ------------------------------------------------------------------------------------------------------
+
+
+def _temporary(target: Path) -> Path:
+    return target.with_name(f".{target.name}.onnxcomp-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Create a folder with its parents; returns those made, innermost first."""
+    made = []
+    for p in (folder, *folder.parents):
+        if p.exists():
+            break
+        made.append(p)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ModelError(f"{folder}: the output folder cannot be made: {e.strerror or e}") from e
+    return made
+
+
+def _sync(f: BinaryIO) -> None:
+    f.flush()
+    os.fsync(f.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def sweep(folder: Path) -> None:
+    """Remove temporaries that a killed run of ours left in a folder."""
+    for p in folder.glob(".*.onnxcomp-*.tmp"):
+        found = re.search(r"\.onnxcomp-(\d+)-[0-9a-f]{8}(\.data)?\.tmp$", p.name)
+        if found and not _alive(int(found[1]), p):
+            if p.is_dir() and not p.is_symlink():
+                shutil.rmtree(p, ignore_errors=True)
+            else:
+                p.unlink(missing_ok=True)
+
+
+def _alive(pid: int, path: Path) -> bool:
+    if os.name != "posix":  # there, signal 0 would end the process
+        return time.time() - path.stat().st_mtime < 86400
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _drop_old_data(target: Path, current: Path | None) -> None:
+    """Remove data files of earlier results of the same name that no model of the folder refers to."""
+    pattern = re.compile(re.escape(target.stem) + r"-[0-9a-f]{12}\.onnx\.data")
+    old = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name) and p != current]
+    if not old:
+        return
+    try:
+        wanted = {x for p in target.parent.glob("*.onnx") for x in external.locations(_read(p))}
+    except ModelError:
+        return  # a foreign file that cannot be read may need them
+    for p in old:
+        if p.name not in wanted:
+            p.unlink(missing_ok=True)
+
+
+@contextmanager
+def publish(out: Path) -> Iterator[Path]:
+    """A staging folder beside `out`; on leaving its files move into place, models last; an error leaves nothing."""
+    made = _make_folder(out.parent)
+    sweep(out.parent)
+    staging = _temporary(out)
+    staging.mkdir()
+    try:
+        yield staging
+        if out.exists() and not out.is_dir():
+            raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
+        if not out.exists():
+            os.replace(staging, out)
+        else:
+            _merge(staging, out)
+        _sync_folder(out.parent)
+    except OSError as e:
+        raise ModelError(f"{out}: cannot be written: {e.strerror or e}") from e
+    finally:
+        if staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _merge(staging: Path, out: Path) -> None:
+    found = (p for p in staging.rglob("*") if p.is_file())
+    files = sorted(found, key=lambda p: (p.suffix == ".onnx", p.suffix != ".data", p))
+    for p in files:
+        goal = out / p.relative_to(staging)
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(p, goal)
+    _sync_folder(out)
+    for p in files:
+        if p.suffix == ".onnx":
+            data = [out / x for x in external.locations(_read(out / p.name))] if (out / p.name).exists() else []
+            _drop_old_data(out / p.name, data[0] if data else None)
+
+
+def copy_companions(source: Path, out: Path) -> list[Path]:
+    """Copy tokenizer, processor and configuration files from one folder to another; returns the copies."""
+    folder = source if source.is_dir() else source.parent
+    copies = []
+    for name in COMPANIONS:
+        p = folder / name
+        if p.is_file() and not (out.exists() and folder.samefile(out)):
+            goal = out / name
+            temporary = _temporary(goal)
+            shutil.copyfile(p, temporary)
+            os.replace(temporary, goal)
+            copies.append(goal)
+    return copies
