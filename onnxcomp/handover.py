@@ -1,0 +1,83 @@
+"""A graph as the runtime takes it: a small message, with large constants left in their files or in our memory."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.maths import Array
+
+__all__ = ["Payload", "payload", "tap"]
+
+# Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
+INLINE_BYTES = 16384
+# The types of which the runtime can use a numpy array in place.
+SHAREABLE = {np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)} | {
+    np.dtype(t) for t in ("float16", "float32", "float64", "bool")
+}
+
+
+@dataclass
+class Payload:
+    """A serialized graph; `folder` holds its external data, `shared` and `files` its large constants in memory."""
+
+    message: bytes = b""
+    folder: Path | None = None
+    shared: dict[str, Array] = field(default_factory=dict)
+    files: dict[str, Array] = field(default_factory=dict)
+
+
+def payload(model: ir.Model) -> Payload:
+    """Serialize a model without copying its large constants; the model is used up (pass a clone)."""
+    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
+    home = _home([t for v in values if (t := v.const_value) is not None])
+    out = Payload(folder=None if home is None else Path(home or ".").resolve())
+    for v in values:
+        t = v.const_value
+        if t is None or (isinstance(t, ir.ExternalTensor) and str(t.base_dir) == home):
+            continue
+        if t.nbytes >= INLINE_BYTES or isinstance(t, ir.ExternalTensor):
+            _leave(v, t, out)
+    out.message = ir.to_proto(model).SerializeToString()
+    return out
+
+
+def _home(tensors: Sequence[ir.TensorProtocol]) -> str | None:
+    """The folder with most of the external data; the runtime can be given only one."""
+    sizes: Counter[str] = Counter()
+    for t in tensors:
+        if isinstance(t, ir.ExternalTensor):
+            sizes[str(t.base_dir)] += t.nbytes
+    return sizes.most_common(1)[0][0] if sizes else None
+
+
+def _leave(v: ir.Value, t: ir.TensorProtocol, out: Payload) -> None:
+    """Replace a constant by a reference to memory that the session is given beside the message."""
+    name, place = str(v.name), f"in-memory-{len(out.shared) + len(out.files)}"
+    a = t.numpy()
+    if a.dtype in SHAREABLE and a.size:
+        out.shared[name] = np.require(a, requirements=["C", "A"])
+    else:
+        out.files[place] = np.frombuffer(t.tobytes(), np.uint8)
+    v.const_value = ir.ExternalTensor(place, 0, t.nbytes, t.dtype, shape=ir.Shape(t.shape.numpy()), name=name)
+
+
+def tap(model: ir.Model, taps: Sequence[str]) -> set[str]:
+    """Add intermediate values to the outputs; returns the taps that are inputs, which need no run to be known."""
+    made = {v.name: v for node in model.graph for v in node.outputs}
+    fed = {str(v.name) for v in model.graph.inputs}
+    outputs = {str(v.name) for v in model.graph.outputs}
+    for name in dict.fromkeys(taps):
+        if name in outputs or name in fed:
+            continue
+        if name not in made:
+            raise ModelError(f"the graph has no computed value named '{name}' to look at")
+        made[name].shape = None  # a stale shape would only make the runtime complain
+        model.graph.outputs.append(made[name])
+    return (set(taps) & fed) - outputs
