@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass, _c_api_utils
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    DeduplicateInitializersPass,
+    IdentityEliminationPass,
+    RemoveUnusedNodesPass,
+    RemoveUnusedOpsetsPass,
+    ShapeInferencePass,
+    _c_api_utils,
+)
 
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
@@ -356,6 +364,15 @@ class Graph:
         gone = before - self.model.graph.num_nodes()
         self.edits += gone
         return gone
+
+    def tidy(self) -> None:
+        """Remove identities, repeated subexpressions, small constants stored twice, dead nodes and unused operator sets."""
+        nodes, constants = self.model.graph.num_nodes(), len(self.model.graph.initializers)
+        for step in (IdentityEliminationPass(), CommonSubexpressionEliminationPass(), DeduplicateInitializersPass(size_limit=4096)):
+            step(self.model)
+        RemoveUnusedNodesPass()(self.model)
+        RemoveUnusedOpsetsPass()(self.model)
+        self.edits += nodes - self.model.graph.num_nodes() + constants - len(self.model.graph.initializers)
 
     def forget_shapes(self) -> None:
         """Drop recorded shapes of computed values, so that the next `infer_shapes` starts from the inputs."""

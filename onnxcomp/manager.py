@@ -200,7 +200,7 @@ class PassManager:
     @staticmethod
     def _idle(p: Pass, work: Graph) -> bool:
         """An exact pass may have nothing to do; so may a lossy one that says it is at its identity setting."""
-        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or getattr(p, "is_identity", False))
+        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity)
 
     def _judge(self, walk: _Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
         """Compare with the original; keep the new graph, or the one before where the pass is refused."""

@@ -150,6 +150,16 @@ class Pass(abc.ABC):
         text = yaml.safe_dump({self.name: plain(self.options)}, default_flow_style=True, sort_keys=False, width=10**6)
         return text.strip().removeprefix("{").removesuffix("}")
 
+    @property
+    def wants_data(self) -> bool:
+        """Whether the pass asks for statistics, so that missing data can be refused before any work."""
+        return type(self).needs is not Pass.needs or isinstance(self, SequentialPass)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the options say that nothing is to change; such a pass makes zero edits."""
+        return False
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""
         return ()

@@ -1,0 +1,333 @@
+"""One unit of work: a model, a recipe and data in; a published model with its report out, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnxcomp
+from onnxcomp import benchmark, report, runtime, storage
+from onnxcomp.data import as_dataset, load_data
+from onnxcomp.errors import GateFailed, ModelError, RecipeError
+from onnxcomp.gate import Gate
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager, Report, Result
+from onnxcomp.pipeline import Pass
+from onnxcomp.recipe import Recipe
+from onnxcomp.target import Target, find
+
+if TYPE_CHECKING:
+    from onnxcomp.data import Dataset
+
+__all__ = ["Job", "compress", "compress_each", "optimize"]
+
+Watch = Callable[[str, int, int], None]
+SMOKE = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides a result, as values; equal hashes mean equal results on one machine and version."""
+
+    model: Path
+    recipe: Recipe
+    target: Target
+    calibration: Any = None
+    evaluation: Any = None
+    samples: int | None = None
+    batch: int = 8
+    sequence: int | None = None
+    seed: int = 0
+    shapes: tuple[Mapping[str, int], ...] = ()
+    memory: int | None = None
+    cache: Path | None = None
+    measure: bool = True
+    allow_code: bool = False
+
+    def hash(self) -> str:
+        """SHA-256 over the model's content, recipe, target, data sources and seed, hex."""
+        parts = {
+            "version": onnxcomp.__version__,
+            "model": storage.fingerprint(self.model),
+            "recipe": self.recipe.hash(),
+            "target": dataclasses.asdict(self.target),
+            "data": [str(self.calibration), str(self.evaluation), self.samples, self.batch, self.sequence],
+            "seed": self.seed,
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+    def dataset(self, source: Any, graph: Graph) -> Dataset | None:
+        """The data behind a source given as text, path or batches; None where nothing is given."""
+        if source is None or (isinstance(source, (tuple, list)) and not source):
+            return None
+        if not isinstance(source, (str, Path)):
+            return as_dataset(source, graph)
+        return load_data(
+            source,
+            graph,
+            self.model.parent,
+            batch=self.batch,
+            samples=self.samples,
+            sequence=self.sequence,
+            allow_code=self.allow_code,
+            seed=self.seed,
+        )
+
+    def manager(self, watch: Watch | None = None) -> PassManager:
+        """The pass manager this job runs."""
+        return PassManager(
+            self.recipe.passes,
+            target=self.target,
+            gate=Gate(self.recipe.gates),
+            memory=self.memory,
+            cache=self.cache,
+            watch=watch,
+            on_fail=self.recipe.on_fail,
+            seed=self.seed,
+            any_order=self.recipe.any_order,
+            allow_unchanged=self.recipe.allow_unchanged,
+            measure=self.measure,
+            shapes=[dict(s) for s in self.shapes],
+        )
+
+    def run(self, watch: Watch | None = None) -> Result:
+        """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured."""
+        graph = storage.load(self.model)
+        calibration = self.dataset(self.calibration, graph)
+        evaluation = self.dataset(self.evaluation, graph)
+        manager = self.manager(watch)
+        try:
+            result = manager.run(graph, calibration, evaluation)
+        except GateFailed as e:
+            if isinstance(e.report, Report):
+                self._describe(e.report, calibration, evaluation)
+            raise
+        self._describe(result.report, calibration, evaluation)
+        return result
+
+    def _describe(self, report: Report, calibration: Dataset | None, evaluation: Dataset | None) -> None:
+        source = storage.fingerprint(self.model)
+        report.info |= {
+            "source": str(self.model),
+            "source_hash": source,
+            "job_hash": self.hash(),
+            "recipe": self.recipe.to_yaml(),
+            "recipe_name": self.recipe.name,
+            "advice": self.recipe.advice,
+            "target": self.target.name,
+            "seed": self.seed,
+            "calibration": None if calibration is None else {"name": calibration.name, "samples": len(calibration)},
+            "evaluation": None if evaluation is None else {"name": evaluation.name, "samples": len(evaluation)},
+            "metadata": {
+                "onnxcomp.version": onnxcomp.__version__,
+                "onnxcomp.source": source,
+                "onnxcomp.recipe": self.recipe.hash(),
+                "onnxcomp.target": self.target.name,
+                "onnxcomp.schema": str(report_schema_version()),
+            },
+        }
+
+
+def report_schema_version() -> int:
+    """Version of the schema of report.json."""
+    return report.SCHEMA_VERSION
+
+
+def compress(model: str | Path, out: str | Path, **options: Any) -> Result:
+    """Compress one model and publish it in the folder (or `.onnx` file) `out`; see `compress_each` for the options.
+
+    Raises `GateFailed` when a gate refuses the result; nothing is written then.
+    """
+    results = compress_each(model, out, **options)
+    if len(results) != 1:
+        raise ModelError(f"{model}: holds {len(results)} graphs ({', '.join(results)}); name one with graph=, or call compress_each")
+    return next(iter(results.values()))
+
+
+def compress_each(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    preset: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    passes: Iterable[Pass | str] | None = None,
+    target: str | Target | None = None,
+    calibration: Any = None,
+    evaluation: Any = None,
+    samples: int | None = None,
+    gates: Iterable[str] = (),
+    on_fail: str | None = None,
+    shapes: Sequence[Mapping[str, int]] = (),
+    opset: int | None = None,
+    memory: int | None = None,
+    plan: bool = False,
+    measure: bool = True,
+    cache: str | Path | None = None,
+    report: str | Path | None = None,
+    allow_code: bool = False,
+    graph: str | None = None,
+    seed: int = 0,
+    batch: int = 8,
+    sequence: int | None = None,
+    watch: Watch | None = None,
+) -> dict[str, Result]:
+    """Compress every graph of a model and publish all of them or none; returns results by graph name.
+
+    One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's; `plan` writes nothing;
+    `measure=False` runs no benchmark and takes the target's tables.
+    """
+    chosen = _recipe(preset, recipe, passes)
+    changes: dict[str, Any] = {"gates": (*chosen.gates, *gates)}
+    if on_fail is not None:
+        changes["on_fail"] = on_fail
+    chosen = dataclasses.replace(chosen, **changes)
+    aim = target if isinstance(target, Target) else find(target or chosen.target)
+    if opset is not None:
+        aim = dataclasses.replace(aim, max_opset=opset)
+    _needs_data(chosen, calibration, plan)
+    graphs = storage.graphs_of(model)
+    if graph is not None:
+        if graph not in graphs:
+            raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(graphs)}")
+        graphs = {graph: graphs[graph]}
+    jobs = {
+        name: Job(
+            path, chosen, aim, calibration, evaluation, samples, batch, sequence, seed, tuple(shapes), memory,
+            Path(cache) if cache else None, measure, allow_code,
+        )
+        for name, path in graphs.items()
+    }  # fmt: skip
+    if plan or out is None:
+        return {name: job.run(watch) for name, job in jobs.items()}
+    return _publish(jobs, Path(out), Path(report) if report else None, watch)
+
+
+def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:
+    """Make a model faster without changing its outputs: the recipe `optimize`, no data needed; options as for `compress`."""
+    return compress(model, out, **({"preset": "optimize"} | options))
+
+
+def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iterable[Pass | str] | None) -> Recipe:
+    from onnxcomp.recipe import parse_pass
+
+    given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x]
+    if len(given) != 1:
+        raise RecipeError(f"say what to do with exactly one of preset, recipe and pass; got {', '.join(given) or 'none'}")
+    if preset:
+        return Recipe.preset(preset)
+    if recipe is not None:
+        return recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
+    return Recipe(name="custom", passes=tuple(p if isinstance(p, Pass) else parse_pass(p) for p in passes or ()))
+
+
+def _needs_data(recipe: Recipe, calibration: Any, plan: bool) -> None:
+    needing = [p.name for p in recipe.passes if p.wants_data]
+    if needing and calibration is None and not plan:
+        raise RecipeError(
+            f"pass '{needing[0]}' needs calibration data; give it with --calibration, for example a calib.jsonl with one "
+            '{"text": "..."} a line, an .npz of arrays by input name, a folder of images, or the word random'
+        )
+
+
+# ---- publishing ------------------------------------------------------------------------------------------------------
+
+
+def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch: Watch | None) -> dict[str, Result]:
+    """Run all jobs into a staging folder, judge the written files, then move everything into place at once."""
+    folder, file_name = (out.parent, out.name) if out.suffix == ".onnx" else (out, None)
+    if file_name and len(jobs) > 1:
+        raise ModelError(f"{out}: several graphs need a folder as output, not a file")
+    results = {}
+    try:
+        with _staging(folder) as staging:
+            for name, job in jobs.items():
+                results[name] = _stage(job, staging, _file_name(job, folder, file_name), watch)
+            source = next(iter(jobs.values())).model.parent
+            if not (folder.exists() and folder.samefile(source)):
+                storage.copy_companions(source, staging)
+    except GateFailed as e:
+        if report_file is not None and isinstance(e.report, Report):
+            report.write(e.report, report_file)
+        raise
+    if report_file is not None:
+        report.write(next(iter(results.values())).report, report_file)
+    return results
+
+
+def _staging(folder: Path) -> AbstractContextManager[Path]:
+    return storage.publish(folder)
+
+
+def _file_name(job: Job, folder: Path, asked: str | None) -> str:
+    """The source's file name, or one with the recipe's name where that would overwrite the source."""
+    name = asked or job.model.name
+    if folder.exists() and folder.samefile(job.model.parent) and name == job.model.name:
+        if asked:
+            raise ModelError(f"{job.model}: is the source model and is never overwritten; choose another output")
+        return f"{job.model.stem}-{job.recipe.name}.onnx"
+    return name
+
+
+def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
+    result = job.run(watch)
+    path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
+    _check(job, path, result)
+    stem = Path(name).stem
+    report.write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
+    return result
+
+
+def _check(job: Job, path: Path, result: Result) -> None:
+    """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
+    r = result.report
+    r.info["size"] = {"original": _size(job.model), "result": _size(path)}
+    values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
+    gate = Gate(job.recipe.gates)
+    if job.target.here:
+        smoke(path, job.target)
+        r.integer = runtime.integer_check(path, job.target) if job.target.provider == "CPUExecutionProvider" else None
+    if job.measure and job.target.here:
+        r.benchmark = benchmark.bench([job.model, path], job.target, job.shapes)
+        values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
+    elif gate.wants_latency:
+        raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
+    r.verdicts += gate.judge(values, files=True)
+    refused = [str(v) for v in r.verdicts if not v.passed]
+    if r.integer is not None and not r.integer.ok:
+        refused.append(f"integer check: {r.integer.detail}")
+    if refused:
+        raise GateFailed("the result was refused: " + "; ".join(refused), r)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model file with its external data."""
+    from onnxcomp.external import locations
+    from onnxcomp.storage import _read
+
+    return path.stat().st_size + sum((path.parent / x).stat().st_size for x in locations(_read(path)))
+
+
+def smoke(path: Path, target: Target) -> None:
+    """Run the written model at two shapes where its axes are dynamic; raises `ModelError` where it fails or is not finite."""
+    import numpy as np
+
+    graph = storage.load(path)
+    with runtime.Session(path, target) as session:
+        for shape in SMOKE:
+            data = load_data("random", graph, path.parent, batch=shape["batch"], samples=shape["batch"], sequence=shape["sequence"])
+            for batch in data:
+                for name, y in session.run(batch.feeds).items():
+                    if y.dtype.kind == "f" and not np.isfinite(y).all():
+                        raise ModelError(f"the result's output '{name}' is not finite at {shape}")
+
+
+def clear(folder: Path) -> None:
+    """Forget the cached statistics and steps under a `--cache` folder."""
+    shutil.rmtree(folder, ignore_errors=True)

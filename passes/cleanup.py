@@ -1,0 +1,23 @@
+"""Remove what nobody reads and what is there twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxcomp.graph import Graph
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+
+__all__ = ["Cleanup"]
+
+
+@dataclass(frozen=True)
+class Cleanup(Pass):
+    """Drop dead nodes, identities, repeated subexpressions, equal constants stored twice and unused operator sets."""
+
+    stage: ClassVar[Stage] = Stage.CANONICALIZE
+    fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Tidy the whole graph; there are no sites to decline."""
+        g.tidy()
