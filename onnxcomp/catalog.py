@@ -1,0 +1,179 @@
+"""The passes there are: named from their files without importing any, loaded one module at a time."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from onnxcomp import passes
+from onnxcomp.errors import RecipeError, UnknownPass
+from onnxcomp.pipeline import Pass, PassFault, default_of, plain
+
+__all__ = ["GROUP", "Option", "PassInfo", "describe", "load", "names", "nearest", "options_schema"]
+
+GROUP = "onnxcomp.passes"  # entry points of third parties: `name = "module:Class"`
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a pass, as text for people; `default` is the plain value, `required` when there is none."""
+
+    name: str
+    type: str
+    default: Any
+    range: str
+    doc: str
+    required: bool = False
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """What `onnxcomp passes NAME` shows."""
+
+    name: str
+    stage: str
+    fidelity: str
+    doc: str
+    options: tuple[Option, ...]
+    origin: str = "onnxcomp"
+
+
+def names() -> list[str]:
+    """Names of all passes, sorted; raises `RecipeError` where a third party takes a name that exists."""
+    return sorted([*_built_in(), *_third_party()])
+
+
+def load(name: str) -> type[Pass]:
+    """The class of one pass, importing only its module; raises `UnknownPass` with the nearest name."""
+    if name in _built_in():
+        return _only_pass(f"{passes.__name__}.{name.replace('-', '_')}")
+    others = _third_party()
+    if name not in others:
+        raise UnknownPass(f"unknown pass '{name}'{nearest(name, names())}")
+    return _from_entry_point(others[name])
+
+
+def describe(name: str) -> PassInfo:
+    """Stage, fidelity, documentation and options of one pass; raises `UnknownPass`."""
+    cls = load(name)
+    origin = "onnxcomp" if name in _built_in() else _owner(_third_party()[name])
+    return PassInfo(name, cls.stage.name.lower(), cls.fidelity.value, inspect.getdoc(cls) or "", _options(cls), origin)
+
+
+def options_schema(cls: type[Pass]) -> dict[str, Any]:
+    """JSON schema of a pass's options; definitions are named after the pass, so that schemas can be put together."""
+    schema = TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{cls.name}.{{model}}")
+    if "$defs" in schema:
+        schema["$defs"] = {f"{cls.name}.{key}": value for key, value in schema["$defs"].items()}
+    return schema
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """The tail of an error about an unknown name: the nearest one, or all there are."""
+    there = list(known)
+    near = get_close_matches(str(name).strip().lower().replace("_", "-"), there, 1)
+    near = near or get_close_matches(str(name), there, 1)
+    return f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(there) or 'none'}"
+
+
+# ---- where passes come from ------------------------------------------------------------------------------------------
+
+
+def _built_in() -> set[str]:
+    found = (m.name for m in pkgutil.iter_modules(passes.__path__))
+    return {n.replace("_", "-") for n in found if not n.startswith("_")}
+
+
+def _third_party() -> dict[str, EntryPoint]:
+    """Entry points by pass name; a clash is refused, since a recipe must mean the same thing everywhere."""
+    found: dict[str, EntryPoint] = {}
+    built_in = _built_in()
+    for point in entry_points(group=GROUP):
+        if point.name in built_in:
+            raise RecipeError(f"{_owner(point)} provides a pass '{point.name}', a name onnxcomp has itself; uninstall it")
+        first = found.setdefault(point.name, point)
+        if first.value != point.value:
+            raise RecipeError(f"{_owner(first)} and {_owner(point)} both provide a pass '{point.name}'; uninstall one")
+    return found
+
+
+def _owner(point: EntryPoint) -> str:
+    return f"the package '{point.dist.name}'" if point.dist is not None else f"the entry point '{point.value}'"
+
+
+def _from_entry_point(point: EntryPoint) -> type[Pass]:
+    try:
+        cls: object = point.load()
+    except (ImportError, AttributeError) as e:
+        raise PassFault(f"{_owner(point)}: the pass '{point.name}' cannot be imported from {point.value}: {e}") from e
+    if not (isinstance(cls, type) and issubclass(cls, Pass)):
+        raise PassFault(f"{_owner(point)}: {point.value} is not a subclass of onnxcomp.Pass")
+    if cls.name != point.name:
+        raise PassFault(f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal")
+    return cls
+
+
+def _only_pass(module_name: str) -> type[Pass]:
+    module = import_module(module_name)
+    found = [
+        x
+        for x in vars(module).values()
+        if isinstance(x, type) and issubclass(x, Pass) and x.__module__ == module_name and not inspect.isabstract(x)
+    ]
+    if len(found) != 1:
+        raise PassFault(f"{module_name} must define exactly one pass, not {len(found)}")
+    return found[0]
+
+
+# ---- options as text -------------------------------------------------------------------------------------------------
+
+
+def _options(cls: type[Pass]) -> tuple[Option, ...]:
+    schema = options_schema(cls)
+    rows = []
+    for f in fields(cls):
+        shape = schema["properties"][f.name]
+        required = f.default is MISSING and f.default_factory is MISSING
+        default = None if required else plain(default_of(f))
+        rows.append(Option(f.name, _type(shape, schema), default, _range(shape), shape.get("description", ""), required))
+    return tuple(rows)
+
+
+def _type(shape: dict[str, Any], schema: dict[str, Any]) -> str:
+    if "$ref" in shape:
+        return _type(schema["$defs"][shape["$ref"].removeprefix("#/$defs/")], schema)
+    if "enum" in shape or "const" in shape:
+        return " | ".join(map(str, shape.get("enum", [shape.get("const")])))
+    if "anyOf" in shape:
+        return " | ".join(_type(s, schema) for s in shape["anyOf"])
+    kind = str(shape.get("type", "any"))
+    if kind == "array":
+        return f"list of {_type(shape['items'], schema)}" if shape.get("items") else "list"
+    if kind == "object" and isinstance(shape.get("additionalProperties"), dict):
+        return f"mapping to {_type(shape['additionalProperties'], schema)}"
+    return {"null": "none", "object": "mapping"}.get(kind, kind)
+
+
+_BOUNDS = {
+    "minimum": ">=",
+    "exclusiveMinimum": ">",
+    "maximum": "<=",
+    "exclusiveMaximum": "<",
+    "multipleOf": "multiple of ",
+    "minItems": "length >=",
+    "maxItems": "length <=",
+    "pattern": "matches ",
+}
+
+
+def _range(shape: dict[str, Any]) -> str:
+    bounds = [f"{text}{shape[key]}" for key, text in _BOUNDS.items() if key in shape]
+    return ", ".join([*bounds, *(r for s in shape.get("anyOf", ()) if (r := _range(s)))])
