@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights" / "docs_lm"
 DATA = docs_text.DATA
-STEPS, BATCH, PEAK, WARMUP, DECAY, DROPOUT, AVERAGE = 3600, 16, 2e-3, 200, 0.1, 0.1, 0.998
+STEPS, BATCH, PEAK, WARMUP, DECAY, DROPOUT, AVERAGE = 3000, 16, 2e-3, 200, 0.1, 0.1, 0.998
 
 
 def build(seed: int = 0) -> LlamaForCausalLM:
@@ -91,7 +91,7 @@ def optimizer_of(model: LlamaForCausalLM) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=PEAK, betas=(0.9, 0.98))
 
 
-def train(folder: Path = WEIGHTS, steps: int = STEPS, seed: int = 0, threads: int = 2, log=None) -> float:
+def train(folder: Path = WEIGHTS, steps: int = STEPS, seed: int = 0, threads: int = 1, log=None) -> float:
     """Train from the shipped tokens, write the averaged weights, return perplexity on the tuning modules."""
     import torch
 
