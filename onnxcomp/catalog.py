@@ -98,7 +98,9 @@ def _third_party() -> dict[str, EntryPoint]:
     built_in = _built_in()
     for point in entry_points(group=GROUP):
         if point.name in built_in:
-            raise RecipeError(f"{_owner(point)} provides a pass '{point.name}', a name onnxcomp has itself; uninstall it")
+            raise RecipeError(
+                f"{_owner(point)} provides a pass '{point.name}', a name onnxcomp has itself; uninstall it"
+            )
         first = found.setdefault(point.name, point)
         if first.value != point.value:
             raise RecipeError(f"{_owner(first)} and {_owner(point)} both provide a pass '{point.name}'; uninstall one")
@@ -117,7 +119,9 @@ def _from_entry_point(point: EntryPoint) -> type[Pass]:
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
         raise PassFault(f"{_owner(point)}: {point.value} is not a subclass of onnxcomp.Pass")
     if cls.name != point.name:
-        raise PassFault(f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal")
+        raise PassFault(
+            f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal"
+        )
     return cls
 
 
@@ -143,7 +147,9 @@ def _options(cls: type[Pass]) -> tuple[Option, ...]:
         shape = schema["properties"][f.name]
         required = f.default is MISSING and f.default_factory is MISSING
         default = None if required else plain(default_of(f))
-        rows.append(Option(f.name, _type(shape, schema), default, _range(shape), shape.get("description", ""), required))
+        rows.append(
+            Option(f.name, _type(shape, schema), default, _range(shape), shape.get("description", ""), required)
+        )
     return tuple(rows)
 
 

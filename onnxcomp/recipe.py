@@ -11,7 +11,7 @@ import hashlib
 import importlib.resources
 import json
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,7 +34,7 @@ _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 @dataclass(frozen=True)
 class RecipeData:
-    """Where data comes from, in the words of the command line (which wins); paths are relative to the current folder."""
+    """Where data comes from, as on the command line (which wins); paths are relative to the current folder."""
 
     __pydantic_config__ = _STRICT
 
@@ -78,11 +78,7 @@ class Recipe:
     """What to try when a gate refuses the result."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.passes, str) or not isinstance(self.passes, Sequence):
-            raise RecipeError("recipe: 'passes' must be a list, such as [canonicalize, qdq, lower]")
-        if not self.passes:
-            raise RecipeError("recipe: a recipe needs at least one pass; `onnxcomp passes` lists them")
-        object.__setattr__(self, "passes", tuple(parse_pass(p) for p in self.passes))
+        object.__setattr__(self, "passes", _passes(self.passes))
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
             if name not in ("passes", "__pydantic_config__"):
                 object.__setattr__(self, name, _checked(kind, getattr(self, name), name))
@@ -128,12 +124,14 @@ class Recipe:
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values; of the options only those that differ from their defaults."""
-        rest = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("passes", "data")}
+        rest = {
+            f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("passes", "data")
+        }
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if v is not None}
         return {"passes": [_entry(p) for p in self.passes], **rest, "data": data}
 
     def to_yaml(self) -> str:
-        """The recipe as a file that `from_yaml` reads back to an equal recipe; settings at their defaults are left out."""
+        """The recipe as a file that `from_yaml` reads back to an equal one; settings at their defaults are left out."""
         whole = self.plain()
         defaults = {f.name: plain(f.default) for f in dataclasses.fields(self)} | {"data": {}}
         always = ("passes", "name", "version")
@@ -193,7 +191,9 @@ def schema() -> dict[str, Any]:
         if not options.get("required"):
             entries.append({"const": name, "description": options.get("description", "")})
         body = {"anyOf": [options, {"type": "null"}]} if not options.get("required") else options
-        entries.append({"type": "object", "properties": {name: body}, "required": [name], "additionalProperties": False})
+        entries.append(
+            {"type": "object", "properties": {name: body}, "required": [name], "additionalProperties": False}
+        )
     defs["pass"] = {"anyOf": entries}
     defs["passes"] = {"type": "array", "items": {"$ref": "#/$defs/pass"}, "minItems": 1}
     settings: dict[str, Any] = {"passes": {"$ref": "#/$defs/passes"}}
@@ -248,6 +248,14 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_representer(
     str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style="|" if "\n" in s.strip() else None)
 )
+
+
+def _passes(entries: Any) -> tuple[Pass, ...]:
+    if not isinstance(entries, (list, tuple)):
+        raise RecipeError("recipe: 'passes' must be a list, such as [canonicalize, qdq, lower]")
+    if not entries:
+        raise RecipeError("recipe: a recipe needs at least one pass; `onnxcomp passes` lists them")
+    return tuple(parse_pass(p) for p in entries)
 
 
 def _checked(kind: Any, value: Any, name: str) -> Any:

@@ -1,0 +1,309 @@
+"""A report as JSON of a versioned schema, and its one-line summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypedDict
+
+from pydantic import ConfigDict, TypeAdapter, with_config
+
+import onnxcomp
+from onnxcomp.benchmark import machine
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.manager import Report, Step
+
+__all__ = ["SCHEMA_VERSION", "finite", "headline", "schema", "slower", "to_json", "versions", "write"]
+
+SCHEMA_VERSION = 1
+PACKAGES = ("onnxcomp", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime", "onnxruntime-gpu")
+
+
+# ---- the schema ------------------------------------------------------------------------------------------------------
+
+
+class Interval(TypedDict):
+    """A value and the 95 % interval around it; null where it is not a finite number."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class DataPart(TypedDict):
+    """A dataset: its source and how many samples were used."""
+
+    name: str
+    samples: int
+
+
+class DeclinedPart(TypedDict):
+    """A site left as it was, with the reason."""
+
+    site: str
+    why: str
+
+
+class StepPart(TypedDict):
+    """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass."""
+
+    name: str
+    spec: str
+    fidelity: str
+    eligible: int
+    changed: int
+    edits: int
+    declined: list[DeclinedPart]
+    nodes: tuple[int, int]
+    nbytes: tuple[int, int]
+    seconds: float
+    peak_mib: float
+    drift: dict[str, Any] | None
+    rolled_back: str
+    cached: bool
+
+
+class VerdictPart(TypedDict):
+    """A gate with what was measured; null when nothing could be."""
+
+    gate: str
+    value: float | None
+    passed: bool
+
+
+class MetricPart(TypedDict):
+    """A task metric of both models; `change` has a 95 % bootstrap interval from `low` to `high`."""
+
+    name: str
+    reference: float | None
+    candidate: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
+class ValidationPart(TypedDict):
+    """Result against original on held-out data; `values` by gate name, `outputs` the drift of each output."""
+
+    samples: int
+    data: str
+    random: bool
+    finite: bool
+    values: dict[str, float | None]
+    outputs: dict[str, dict[str, Any]]
+    metrics: dict[str, MetricPart]
+
+
+class RatioPart(Interval):
+    """How many times faster than the original: above 1 is faster."""
+
+    model: str
+    shape: str
+
+
+class BenchmarkPart(TypedDict):
+    """Original against result, interleaved on this machine; `slower` names models surely slower than the original."""
+
+    machine: dict[str, Any]
+    rows: list[dict[str, Any]]
+    ratios: list[RatioPart]
+    slower: list[str]
+    warnings: list[str]
+
+
+class IntegerPart(TypedDict):
+    """The check without a clock: integer products of the runtime-optimized graph, weights dequantized on every run."""
+
+    quantized_linears: int
+    integer_products: int
+    dequantized_weights: int
+    ok: bool
+    detail: str
+
+
+class SourcePart(TypedDict):
+    """The model that was compressed; `sha256` over its files, external data included."""
+
+    path: str
+    sha256: str
+
+
+class RecipePart(TypedDict):
+    """What was done, as a recipe file's text; `sha256` over what changes the result."""
+
+    name: str
+    text: str
+    sha256: str
+    advice: str
+
+
+class SizePart(TypedDict):
+    """Bytes on disk, external data included."""
+
+    original: int
+    result: int
+
+
+class DataParts(TypedDict):
+    """The data used; null where none was."""
+
+    calibration: DataPart | None
+    evaluation: DataPart | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class ReportPart(TypedDict):
+    """report.json of onnxcomp; a number that is infinite or undefined is null."""
+
+    schema_version: int
+    summary: str
+    job: str
+    source: SourcePart
+    recipe: RecipePart
+    target: str
+    seed: int
+    data: DataParts
+    size: SizePart | None
+    steps: list[StepPart]
+    verdicts: list[VerdictPart]
+    validation: ValidationPart | None
+    benchmark: BenchmarkPart | None
+    integer_check: IntegerPart | None
+    warnings: list[str]
+    machine: dict[str, Any]
+    versions: dict[str, str]
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of report.json."""
+    whole = TypeAdapter(ReportPart).json_schema(mode="serialization")
+    whole["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "onnxcomp report"}
+
+
+# ---- report to JSON --------------------------------------------------------------------------------------------------
+
+
+def to_json(report: Report) -> ReportPart:
+    """A report as plain values that `schema()` describes."""
+    info = report.info
+    validation, benchmark, integer = report.validation, report.benchmark, report.integer
+    whole: ReportPart = {
+        "schema_version": SCHEMA_VERSION,
+        "summary": headline(report),
+        "job": str(info.get("job_hash", "")),
+        "source": {"path": str(info.get("source", "")), "sha256": str(info.get("source_hash", ""))},
+        "recipe": _recipe(info),
+        "target": str(info.get("target", "")),
+        "seed": int(info.get("seed", 0)),
+        "data": {"calibration": info.get("calibration"), "evaluation": info.get("evaluation")},
+        "size": info.get("size"),
+        "steps": [_step(s) for s in report.steps],
+        "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
+        "validation": None if validation is None else finite(validation.json()),
+        "benchmark": None if benchmark is None else finite(benchmark.json()),
+        "integer_check": None if integer is None else finite(dataclasses.asdict(integer)),
+        "warnings": list(report.warnings),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    plain: ReportPart = finite(whole)
+    return plain
+
+
+def write(report: Report, path: Path) -> Path:
+    """Write report.json whole or not at all; raises `OnnxcompError` where the place cannot be written."""
+    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OnnxcompError(f"{path}: cannot write the report: {e}") from e
+    return path
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a result."""
+    found = {"python": platform.python_version(), "onnxcomp": onnxcomp.__version__}
+    for name in PACKAGES:
+        try:
+            found.setdefault(name, importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def finite(x: Any) -> Any:
+    """Plain JSON values all the way down: NaN and infinity become None, tuples lists, numpy numbers Python's."""
+    if isinstance(x, Mapping):
+        return {str(k): finite(v) for k, v in x.items()}
+    if isinstance(x, (list, tuple, set, frozenset)):
+        return [finite(v) for v in x]
+    x = x.item() if hasattr(x, "item") else x
+    if isinstance(x, float):
+        return x if math.isfinite(x) else None
+    return x if x is None or isinstance(x, (str, int)) else str(x)
+
+
+def _recipe(info: Mapping[str, Any]) -> RecipePart:
+    metadata = info.get("metadata", {})
+    return {
+        "name": str(info.get("recipe_name", "")),
+        "text": str(info.get("recipe", "")),
+        "sha256": str(metadata.get("onnxcomp.recipe", "")),
+        "advice": str(info.get("advice", "")),
+    }
+
+
+def _step(s: Step) -> StepPart:
+    step: StepPart = finite(dataclasses.asdict(s))
+    return step
+
+
+# ---- the one line that matters ---------------------------------------------------------------------------------------
+
+
+def slower(report: Report) -> list[str]:
+    """Where the benchmark shows the result surely slower than the original: one line per shape."""
+    if report.benchmark is None:
+        return []
+    return [
+        f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}" for r in _ratios(report) if r["high"] < 1
+    ]
+
+
+def headline(report: Report) -> str:
+    """The first line of the summary: that the result is slower, whatever the gates say; else size, speed and drift."""
+    if worse := slower(report):
+        return f"slower than the original: {'; '.join(worse)}"
+    parts = []
+    if size := report.info.get("size"):
+        parts.append(f"{size['result'] / max(1, size['original']):.2f}x the size")
+    if report.benchmark is not None:
+        worst = min(_ratios(report), key=lambda r: float(r["value"]))
+        parts.append(f"{worst['value']:.2f}x as fast [{worst['low']:.2f}, {worst['high']:.2f}] at {worst['shape']}")
+    if report.validation is not None:
+        parts += _quality(report.validation.values(), report.validation.metrics)
+    return ", ".join(parts) or "nothing was measured"
+
+
+def _quality(values: Mapping[str, float], metrics: Mapping[str, Any]) -> list[str]:
+    shown = [f"{m.name} {m.reference:.4g} to {m.candidate:.4g}" for m in metrics.values()]
+    if "sqnr" in values:
+        shown.append("equal outputs" if math.isinf(values["sqnr"]) else f"SQNR {values['sqnr']:.1f} dB")
+    return shown
+
+
+def _ratios(report: Report) -> list[dict[str, Any]]:
+    """Ratios of the result (the benchmark's last model) to the original, by shape."""
+    last = report.benchmark.models[-1]
+    return [r for r in report.benchmark.json()["ratios"] if r["model"] == last]
