@@ -1,0 +1,209 @@
+"""Where batches come from: files, folders, functions or Python objects; re-iterable and checked."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import sources
+from onnxcomp.errors import DataError
+from onnxcomp.graph import Graph
+from onnxcomp.samples import Batch, Fit, Source, TensorSpec, roles, specs, vocabulary
+
+__all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs"]
+
+
+class Dataset:
+    """Samples in batches; iterating again gives the same batches again.
+
+    Law: which samples there are, how they split and their fingerprint depend neither on batch size nor on order of use.
+    """
+
+    def __init__(self, source: Source, batch: int = 8, fit: Fit | None = None, indices: Sequence[int] | None = None):
+        if batch < 1:
+            raise DataError(f"the batch size must be at least 1, got {batch}")
+        self._source, self._fit, self.batch = source, fit, batch
+        self.indices = tuple(range(len(source)) if indices is None else indices)
+        self._hashes: dict[int, bytes] = {}
+
+    @property
+    def name(self) -> str:
+        """What the data is called in reports."""
+        return self._source.name
+
+    @property
+    def random(self) -> bool:
+        """Whether the samples are made up, so that nothing follows for the model's quality."""
+        return self._source.random
+
+    @property
+    def notes(self) -> list[str]:
+        """What was done to the data on the way in: arrays ignored, texts cut, inputs made."""
+        return self._source.notes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Batch]:
+        group: list[int] = []
+        for i in self.indices:
+            if group and (len(group) == self.batch or self._source.key(i) != self._source.key(group[0])):
+                yield self._rows(group)
+                group = []
+            group.append(i)
+        if group:
+            yield self._rows(group)
+
+    def _rows(self, indices: Sequence[int]) -> Batch:
+        batch = self._source.rows(indices)
+        return batch if self._fit is None else self._fit(batch, indices[0], self._source.notes)
+
+    def _with(self, indices: Sequence[int], batch: int | None = None) -> Dataset:
+        part = Dataset(self._source, batch or self.batch, self._fit, indices)
+        part._hashes = self._hashes
+        return part
+
+    def checked(self) -> Dataset:
+        """Itself, after every batch has passed the checks; raises `DataError`."""
+        if not len(self):
+            raise DataError(f"{self.name}: holds no samples")
+        for _ in self:
+            pass
+        return self
+
+    def head(self, n: int) -> Dataset:
+        """The first `n` samples."""
+        return self._with(self.indices[:n])
+
+    def spread(self, n: int) -> Dataset:
+        """At most `n` samples, evenly spaced, so that sorted data stays represented."""
+        if n >= len(self):
+            return self
+        return self._with([self.indices[i * len(self) // n] for i in range(n)])
+
+    def rebatch(self, batch: int) -> Dataset:
+        """The same samples in batches of another size."""
+        return self._with(self.indices, batch)
+
+    def split(self, holdout: int = 5) -> tuple[Dataset, Dataset]:
+        """Calibration and evaluation parts: every `holdout`-th sample is held out; raises `DataError`."""
+        if len(self) < holdout:
+            raise DataError(
+                f"{self.name}: {len(self)} samples are too few to hold one in {holdout} out for evaluation; "
+                "give evaluation data of its own (--eval)"
+            )
+        held = self.indices[holdout - 1 :: holdout]
+        kept = [i for n, i in enumerate(self.indices) if (n + 1) % holdout]
+        return self._with(kept), self._with(held)
+
+    def _hash(self, i: int) -> bytes:
+        """Hash of the feeds of one sample."""
+        if i not in self._hashes:
+            digest = hashlib.sha256()
+            for name, a in sorted(self._rows([i]).feeds.items()):
+                digest.update(f"{name} {a.dtype} {a.shape} ".encode() + np.ascontiguousarray(a).tobytes())
+            self._hashes[i] = digest.digest()
+        return self._hashes[i]
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of all samples and labels in order, whatever the batch size."""
+        digest = hashlib.sha256()
+        for i in self.indices:
+            digest.update(self._hash(i))
+            labels = self._source.rows([i]).labels
+            if labels is not None:
+                digest.update(f"{labels.dtype} {labels.shape} ".encode() + np.ascontiguousarray(labels).tobytes())
+        return digest.hexdigest()
+
+
+def overlap(a: Dataset, b: Dataset) -> int:
+    """How many samples of `b` are also in `a`, by content; labels do not count."""
+    known = {a._hash(i) for i in a.indices}
+    return sum(b._hash(i) in known for i in b.indices)
+
+
+def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str = "") -> Dataset:
+    """A `Dataset` from what a Python caller has: one, a path, a dict of arrays, or an iterable of feeds or `Batch`."""
+    if isinstance(x, Dataset):
+        return x
+    if isinstance(x, (str, Path)):
+        if graph is None:
+            raise DataError(f"{x}: reading data needs the model it is for; call load_data(source, graph, folder)")
+        return load_data(x, graph, graph.path.parent if graph.path else None, batch=batch)
+    source = sources.Rows.of(x, name or f"{type(x).__name__} of batches")
+    fit = None if graph is None else Fit(specs(graph), vocabulary(graph), source.name)
+    return Dataset(source, _static_batch(graph) or max(batch, source.widest), fit).checked()
+
+
+def _static_batch(graph: Graph | None) -> int | None:
+    """The batch size a model insists on, if it does."""
+    sizes = {s.shape[0] for s in specs(graph) if s.shape} if graph is not None else set()
+    return next((d for d in sizes if isinstance(d, int)), None)
+
+
+def load_data(
+    src: str | Path,
+    graph: Graph,
+    folder: Path | None,
+    *,
+    batch: int = 8,
+    samples: int | None = None,
+    sequence: int | None = None,
+    allow_code: bool = False,
+    seed: int = 0,
+) -> Dataset:
+    """Samples for a model from a `SRC`; `folder` holds its tokenizer or image processor, `samples` limits their number.
+
+    `.npz`, a folder of those, `.jsonl`, `.txt`, a folder of images, `package.module:function` (with `allow_code`) or
+    `random`. Every batch is checked here; raises `DataError` naming the source, the input and the sample.
+    """
+    inputs, vocab = specs(graph), vocabulary(graph)
+    if samples is not None and samples < 1:
+        raise DataError(f"the number of samples must be at least 1, got {samples}")
+    source = _open(str(src), graph, folder, samples=samples, sequence=sequence, allow_code=allow_code, seed=seed)
+    fixed = _static_batch(graph)
+    data = Dataset(source, fixed or batch, Fit(inputs, vocab, source.name))
+    if samples is not None:
+        data = data.spread(samples)
+    if fixed and len(data) % fixed:
+        whole = len(data) // fixed * fixed
+        source.notes.append(f"{len(data) - whole} samples were left out: the model takes batches of exactly {fixed}")
+        data = data.head(whole)
+    return data.checked()
+
+
+def _open(
+    src: str,
+    graph: Graph,
+    folder: Path | None,
+    *,
+    samples: int | None,
+    sequence: int | None,
+    allow_code: bool,
+    seed: int,
+) -> Source:
+    from onnxcomp import images, text
+
+    path = Path(src)
+    if src == "random":
+        return sources.Random(graph, folder, samples or 32, sequence, seed)
+    if not path.exists() and ":" in src:
+        return sources.from_function(src, allow_code)
+    if path.is_dir():
+        if sorted(path.glob("*.npz")):
+            return sources.Npz(sorted(path.glob("*.npz")), src)
+        return images.Images(path, graph, folder)
+    if not path.exists():
+        raise DataError(
+            f"{src}: no such file or folder. Data is an .npz, .jsonl or .txt file, a folder of .npz files or images, "
+            "package.module:function, or the word random"
+        )
+    if path.suffix == ".npz":
+        return sources.Npz([path], src)
+    if path.suffix in (".jsonl", ".txt"):
+        return text.open_text(path, graph, folder, sequence)
+    raise DataError(f"{src}: unknown kind of data '{path.suffix}'; use .npz, .jsonl, .txt or a folder of images")

@@ -1,0 +1,274 @@
+"""Text samples: lines or JSON objects, through the tokenizer that lies beside the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from onnxcomp.errors import DataError
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.samples import Batch, TensorSpec, roles, specs, vocabulary
+from onnxcomp.sources import read_json
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+__all__ = ["Text", "open_text"]
+
+LONGEST = 512  # tokens a text is cut to where nobody asked for more
+UNLIMITED = 1_000_000  # transformers writes an absurdly large number where a tokenizer has no limit
+OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # position 0 is pad_token_id + 1
+
+
+@dataclass(frozen=True)
+class Padding:
+    """How short texts are filled up to the longest of a batch, or to `length` where the model's axis is static."""
+
+    token: int
+    kind: int
+    left: bool
+    length: int | None
+
+    def fill(self, rows: Sequence[Array], value: int) -> Array:
+        """Rows of different length as one array `[samples, tokens]` (int64)."""
+        width = self.length or max(len(r) for r in rows)
+        out = np.full((len(rows), width), value, np.int64)
+        for line, r in zip(out, rows, strict=True):
+            start = width - len(r) if self.left else 0
+            line[start : start + len(r)] = r
+        return out
+
+
+class Text:
+    """Tokenized samples, padded per batch; without a mask input only texts of equal length share a batch."""
+
+    random = False
+
+    def __init__(
+        self,
+        name: str,
+        inputs: Sequence[TensorSpec],
+        ids: list[Array],
+        types: list[Array],
+        labels: Array | None,
+        pad: Padding,
+    ) -> None:
+        self.name, self.notes = name, list[str]()
+        self.inputs, self.role = inputs, roles(inputs)
+        self.ids, self.types, self.labels, self.pad = ids, types, labels, pad
+        if "tokens" not in self.role:
+            raise DataError(f"{name}: text needs a model with a token input; this one takes {_names(inputs)}")
+        if pad.length is not None and "mask" not in self.role and any(len(r) != pad.length for r in ids):
+            raise DataError(
+                f"{name}: the model takes exactly {pad.length} tokens and no mask, so every text must have as many"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def key(self, index: int) -> object:
+        """Without a mask, padding would be read as text: only equal lengths go together."""
+        return None if "mask" in self.role else len(self.ids[index])
+
+    def rows(self, indices: Sequence[int]) -> Batch:
+        """The texts of these indices with the mask, types and positions the model asks for."""
+        ids = [self.ids[i] for i in indices]
+        mask = self.pad.fill([np.ones_like(r) for r in ids], 0)
+        made = {
+            "tokens": self.pad.fill(ids, self.pad.token),
+            "mask": mask,
+            "types": self.pad.fill([self.types[i] for i in indices], self.pad.kind),
+            "positions": np.maximum(np.cumsum(mask, 1) - 1, 0),
+        }
+        feeds = {self.role[r]: a for r, a in made.items() if r in self.role}
+        return Batch(feeds, None if self.labels is None else self.labels[list(indices)])
+
+
+def open_text(path: Path, graph: Graph, folder: Path | None, sequence: int | None) -> Text:
+    """Samples of a `.jsonl` file (`text`, `text_pair`, `label`) or a `.txt` file.
+
+    A line of `.txt` is a sample; for a causal language model the lines are one stream, cut every `sequence` tokens.
+    """
+    inputs = specs(graph)
+    tokenizer = _tokenizer(folder, path)
+    config = read_json(folder / "config.json") if folder else {}
+    settings = read_json(folder / "tokenizer_config.json") if folder else {}
+    pad = _padding(tokenizer, settings, config, inputs)
+    limit = _limit(path, graph, tokenizer, settings, config, sequence)
+    tokenizer.no_padding()
+    if path.suffix == ".txt":
+        lines = [x for x in _lines(path) if x.strip()]
+        if not lines:
+            raise DataError(f"{path}: holds no text")
+        if _causal(graph, config):
+            return _stream(path, lines, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
+        return _encode(path, [(x, None) for x in lines], None, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
+    pairs, labels = _jsonl(path, config)
+    return _encode(path, pairs, labels, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
+
+
+def _names(inputs: Sequence[TensorSpec]) -> str:
+    return ", ".join(repr(s.name) for s in inputs) or "nothing"
+
+
+def _tokenizer(folder: Path | None, path: Path) -> Tokenizer:
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as e:
+        raise DataError(f"{path}: text needs the tokenizers package: pip install 'onnxcomp[text]'") from e
+    file = folder / "tokenizer.json" if folder is not None else None
+    if file is None or not file.is_file():
+        raise DataError(f"{path}: text needs a tokenizer.json beside the model{f' in {folder}' if folder else ''}")
+    try:
+        return Tokenizer.from_str(file.read_text(encoding="utf-8"))
+    except Exception as e:
+        raise DataError(f"{file}: cannot be read as a tokenizer: {e}") from e
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from e
+
+
+def _padding(
+    tok: Tokenizer, settings: Mapping[str, Any], config: Mapping[str, Any], inputs: Sequence[TensorSpec]
+) -> Padding:
+    own = tok.padding or {}
+    token = settings.get("pad_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    found = tok.token_to_id(text) if isinstance(text, str) else None
+    chosen = next((x for x in (found, own.get("pad_id"), config.get("pad_token_id"), 0) if isinstance(x, int)), 0)
+    side = settings.get("padding_side") or own.get("direction") or "right"
+    tokens = next((s for s in inputs if s.name == roles(inputs).get("tokens")), None)
+    static = tokens.shape[1] if tokens is not None and isinstance(tokens.shape[1], int) else None
+    return Padding(chosen, int(settings.get("pad_token_type_id") or 0), side == "left", static)
+
+
+def _limit(
+    path: Path,
+    graph: Graph,
+    tok: Tokenizer,
+    settings: Mapping[str, Any],
+    config: Mapping[str, Any],
+    sequence: int | None,
+) -> int:
+    """The most tokens the model, its tokenizer and its configuration allow; `sequence` must not ask for more."""
+    table = vocabulary(graph).get(roles(specs(graph)).get("positions", ""))
+    most = config.get("max_position_embeddings") or config.get("n_positions")
+    if isinstance(most, int) and config.get("model_type") in OFFSET_POSITIONS:
+        most -= int(config.get("pad_token_id") or 0) + 1
+    static = next((s.shape[1] for s in specs(graph) if s.integer and len(s.shape) == 2), None)
+    bounds = [
+        x
+        for x in (table, most, settings.get("model_max_length"), (tok.truncation or {}).get("max_length"), static)
+        if isinstance(x, int) and 0 < x < UNLIMITED
+    ]
+    hard = [x for x in (table, most, static) if isinstance(x, int) and x > 0]
+    if sequence is not None and (sequence < 1 or any(sequence > x for x in hard)):
+        raise DataError(
+            f"{path}: a sequence of {sequence} tokens was asked for, the model takes 1 to {min(hard, default=0)}"
+        )
+    return min(bounds, default=LONGEST)
+
+
+def _causal(graph: Graph, config: Mapping[str, Any]) -> bool:
+    task = graph.model.metadata_props.get("task", "")
+    names = " ".join(map(str, config.get("architectures") or []))
+    return task == "text-generation" or (not task and ("ForCausalLM" in names or "LMHeadModel" in names))
+
+
+def _jsonl(path: Path, config: Mapping[str, Any]) -> tuple[list[tuple[str, str | None]], Array | None]:
+    pairs: list[tuple[str, str | None]] = []
+    labels: list[Any] = []
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as e:
+            raise DataError(f"{path}, line {number}: is not JSON: {e}") from e
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise DataError(f"{path}, line {number}: needs an object with a string 'text'")
+        pair = row.get("text_pair")
+        if pair is not None and not isinstance(pair, str):
+            raise DataError(f"{path}, line {number}: 'text_pair' must be a string")
+        pairs.append((row["text"], pair))
+        labels.append(_label(row.get("label", row.get("labels")), config, f"{path}, line {number}"))
+    if not pairs:
+        raise DataError(f"{path}: holds no samples")
+    if all(x is None for x in labels):
+        return pairs, None
+    if any(x is None for x in labels):
+        raise DataError(f"{path}: sample {labels.index(None)} has no label while others have one")
+    try:
+        return pairs, np.array(labels)
+    except ValueError as e:
+        raise DataError(f"{path}: the labels differ in shape: {e}") from e
+
+
+def _label(raw: Any, config: Mapping[str, Any], where: str) -> Any:
+    """A label as a number or list of numbers; names are looked up in the model's configuration."""
+    if isinstance(raw, str):
+        known = config.get("label2id") or {}
+        if raw not in known:
+            raise DataError(
+                f"{where}: label '{raw}' is not in the model's config.json ({', '.join(map(str, known)) or 'none'})"
+            )
+        return int(known[raw])
+    if raw is None or isinstance(raw, (int, float)):
+        return raw
+    if isinstance(raw, list) and all(isinstance(x, (int, float)) for x in raw):
+        return raw
+    raise DataError(f"{where}: a label is a number, a name of config.json or a list of numbers")
+
+
+def _encode(
+    path: Path,
+    pairs: Sequence[tuple[str, str | None]],
+    labels: Array | None,
+    tok: Tokenizer,
+    inputs: Sequence[TensorSpec],
+    limit: int,
+    pad: Padding,
+) -> Text:
+    try:
+        tok.enable_truncation(limit)
+        found: list[Encoding] = tok.encode_batch([a if b is None else (a, b) for a, b in pairs])
+    except Exception as e:
+        raise DataError(f"{path}: the tokenizer failed: {e}") from e
+    for n, one in enumerate(found):
+        if not one.ids:
+            raise DataError(f"{path}: sample {n} has no tokens")
+    ids = [np.array(x.ids, np.int64) for x in found]
+    text = Text(str(path), inputs, ids, [np.array(x.type_ids, np.int64) for x in found], labels, pad)
+    if cut := sum(bool(x.overflowing) for x in found):
+        text.notes.append(f"{cut} of {len(found)} texts were cut to {limit} tokens")
+    return text
+
+
+def _stream(
+    path: Path, lines: Sequence[str], tok: Tokenizer, inputs: Sequence[TensorSpec], length: int, pad: Padding
+) -> Text:
+    """All lines as one stream of tokens in pieces of `length`, each opened by the tokenizer's start token if any."""
+    tok.no_truncation()
+    start = tok.encode("").ids[:1]
+    found = tok.encode_batch([f"{x}\n" for x in lines], add_special_tokens=False)
+    stream = np.array([i for e in found for i in e.ids], np.int64)
+    room = length - len(start)
+    if room < 1 or stream.size == 0:
+        raise DataError(f"{path}: no token stream of {length} tokens can be made from it")
+    count = max(stream.size // room, 1)
+    head = np.array(start, np.int64)
+    ids = [np.concatenate([head, stream[i * room : (i + 1) * room]]) for i in range(count)]
+    text = Text(str(path), inputs, ids, [np.zeros_like(r) for r in ids], None, pad)
+    if left := stream.size - sum(len(r) - len(start) for r in ids):
+        text.notes.append(f"the last {left} tokens of the stream were left out (pieces of {length})")
+    return text
