@@ -1,4 +1,4 @@
-"""Reference models: one script each with `export(out, seed=0)`; small trained checkpoints in `weights/`, their data in `data/`.
+"""Reference models: one script each with `export(out, seed=0)`; checkpoints in `weights/`, data in `data/`.
 
 Not packaged with onnxcomp, and no part of it imports this folder. Scripts use the public names of `onnxcomp` only.
 """

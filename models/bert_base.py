@@ -1,4 +1,4 @@
-"""bert_base: BERT-base of real size (12 layers of width 768, 110 M parameters) with random weights, for speed and memory only."""
+"""bert_base: BERT-base of real size (12 layers of width 768, 109 M parameters), random weights, for speed only."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The text of `docs_lm`: Python's own documentation strings, split by whole modules.
 
-Strings differ by Python version, so the collected tokens are shipped under `data/docs_lm`; `python -m models.docs_lm --collect`
-regenerates them. A *module* is a top-level name (`email` owns `email.mime.text`); the C twin of a module (`_decimal`, `_pydecimal`)
-belongs to it, and a string seen twice is kept once, so that nothing held out was seen in training.
+Strings differ by Python version, so the tokens are shipped under `data/docs_lm`; `models.docs_lm --collect` makes them
+anew. A *module* is a top-level name (`email` owns `email.mime.text`); its C and Python twins (`_decimal`,
+`_pydecimal`) belong to it. A string met twice is kept once, and near copies of training text are not held out.
 """
 
 from __future__ import annotations
@@ -25,12 +25,46 @@ DATA = Path(__file__).parent / "data" / "docs_lm"
 MARK, PAD = "<|doc|>", "<|pad|>"
 VOCAB, WINDOW = 2048, 128
 HELDOUT_WINDOWS, CALIBRATION_WINDOWS = 256, 128
-SKIPPED = {"test", "tests", "idlelib", "turtledemo", "lib2to3", "site-packages", "dist-packages", "ensurepip", "__pycache__", "antigravity", "this"}
-# Always for training: the topics of pydoc are a third of the text and quote the manual; the others are too large or boilerplate.
+SKIPPED = {
+    "test",
+    "tests",
+    "idlelib",
+    "turtledemo",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "ensurepip",
+    "__pycache__",
+    "antigravity",
+    "this",
+}
+# Always for training: pydoc's topics are a fifth of the text and quote the manual; the others are large or boilerplate.
 TRAIN_ONLY = {"pydoc_data", "builtins", "encodings", "codecs", "os", "email", "tkinter", "distutils"}
-TWINS = {"posix": "os", "nt": "os", "posixpath": "os", "ntpath": "os", "genericpath": "os", "nturl2path": "urllib", "pyexpat": "xml",
-         "elementtree": "xml", "thread": "threading", "bootsubprocess": "subprocess", "posixsubprocess": "subprocess"}
-PLAIN = str.maketrans({"\u201c": '"', "\u201d": '"', "\u2018": "'", "\u2019": "'", "\u2026": "...", "\u2013": "-", "\u2014": "--", "\u00b6": ""})
+TWINS = {
+    "posix": "os",
+    "nt": "os",
+    "posixpath": "os",
+    "ntpath": "os",
+    "genericpath": "os",
+    "nturl2path": "urllib",
+    "pyexpat": "xml",
+    "elementtree": "xml",
+    "thread": "threading",
+    "bootsubprocess": "subprocess",
+    "posixsubprocess": "subprocess",
+}
+PLAIN = str.maketrans(
+    {
+        "\u201c": '"',
+        "\u201d": '"',
+        "\u2018": "'",
+        "\u2019": "'",
+        "\u2026": "...",
+        "\u2013": "-",
+        "\u2014": "--",
+        "\u00b6": "",
+    }
+)
 
 Docs = dict[str, list[str]]
 
@@ -55,15 +89,20 @@ def source_strings(root: Path) -> Iterator[tuple[str, str]]:
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
                 yield ".".join(parts), ast.get_docstring(node) or ""
         if parts[0] == "pydoc_data":
-            yield from (("pydoc_data", leaf.value) for leaf in ast.walk(tree)
-                        if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) and len(leaf.value) > 200)
+            yield from (
+                ("pydoc_data", leaf.value)
+                for leaf in ast.walk(tree)
+                if isinstance(leaf, ast.Constant) and isinstance(leaf.value, str) and len(leaf.value) > 200
+            )
 
 
 def compiled_strings() -> Iterator[tuple[str, str]]:
     """(module, doc string) of the modules written in C, their functions, classes and methods."""
     folder = Path(sysconfig.get_paths()["platstdlib"]) / "lib-dynload"
     suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
-    names = {p.name.split(".")[0] for p in folder.glob("*") if p.name.endswith(suffixes)} | set(sys.builtin_module_names)
+    names = {p.name.split(".")[0] for p in folder.glob("*") if p.name.endswith(suffixes)} | set(
+        sys.builtin_module_names
+    )
     for name in sorted(n for n in names if "test" not in n and n not in SKIPPED):
         try:
             module = importlib.import_module(name)
@@ -139,10 +178,16 @@ def train_tokenizer(texts: Iterable[str], folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[MARK, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=[MARK, PAD], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{MARK} $A", pair=f"{MARK} $A {MARK} $B", special_tokens=[(MARK, 0)])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK, pad_token=PAD, model_max_length=WINDOW)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{MARK} $A", pair=f"{MARK} $A {MARK} $B", special_tokens=[(MARK, 0)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=MARK, eos_token=MARK, pad_token=PAD, model_max_length=WINDOW
+    )
     fast.save_pretrained(folder)
 
 

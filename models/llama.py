@@ -1,7 +1,8 @@
 """llama: Llama-like decoders with random weights, different in every layer, for speed and memory only.
 
-`12x768` is built by transformers and exported; `0.85b` and `7b` are written as ONNX directly (opset 23 RMSNormalization, RotaryEmbedding and
-Attention), their weights streamed to the external data file tensor by tensor: peak memory is one tensor, whatever the size of the model.
+`12x768` is built by transformers and exported; `0.85b` and `7b` are written as ONNX directly (RMSNormalization,
+RotaryEmbedding, Attention of opset 23); weights are streamed to its data file in slices of 64 MB: memory does not
+depend on the size of the model.
 
     python -m models.llama OUT --size 0.85b
 """
@@ -66,7 +67,10 @@ class Weights:
         """Normal weights [rows, columns] of standard deviation gain / sqrt(rows), written in slices of 64 MB."""
         deviation = np.float32(gain / np.sqrt(rows))
         step = max(1, (1 << 24) // columns)
-        slices = (self.rng.standard_normal((min(step, rows - at), columns), np.float32) * deviation for at in range(0, rows, step))
+        slices = (
+            self.rng.standard_normal((min(step, rows - at), columns), np.float32) * deviation
+            for at in range(0, rows, step)
+        )
         return self._write(name, (rows, columns), slices)
 
     def gain(self, name: str, width: int) -> ir.Value:
@@ -114,7 +118,9 @@ class Builder:
         import onnx_ir as ir
 
         tensor = ir.tensor(np.array(numbers, np.int64), name=name)
-        return self.keep(ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor))
+        return self.keep(
+            ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+        )
 
     def linear(self, x: ir.Value, name: str, rows: int, columns: int, gain: float = 1.0) -> ir.Value:
         """x [.., rows] times fresh weights [rows, columns]."""
@@ -127,7 +133,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class Side:
-    """What every layer reads beside the hidden state: mask [B, 1, S, S], positions [B, S], rotary tables [positions, head / 2]."""
+    """Read by every layer: mask [B, 1, S, S], positions [B, S], rotary tables [positions, head / 2]."""
 
     mask: ir.Value
     positions: ir.Value
@@ -175,7 +181,10 @@ def write(out: str | Path, size: Size, seed: int = 0) -> Path:
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     shape = ["batch", "sequence"]
-    ids, mask = (ir.Value(name=n, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64)) for n in ("input_ids", "attention_mask"))
+    ids, mask = (
+        ir.Value(name=n, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.INT64))
+        for n in ("input_ids", "attention_mask")
+    )
     with (folder / DATA_NAME).open("wb") as file:
         b = Builder(Weights(file, folder, seed))
         side = side_inputs(b, size, ids, mask)
@@ -184,7 +193,9 @@ def write(out: str | Path, size: Size, seed: int = 0) -> Path:
             x = layer(b, size, x, side, at)
         logits = b.linear(b.norm(x, "final_norm", size.hidden), "head", size.hidden, size.vocab)
     logits.name, logits.shape, logits.type = "logits", ir.Shape([*shape, size.vocab]), ir.TensorType(ir.DataType.FLOAT)
-    graph = ir.Graph([ids, mask], [logits], nodes=b.nodes, initializers=b.initializers, opset_imports={"": 23}, name="llama")
+    graph = ir.Graph(
+        [ids, mask], [logits], nodes=b.nodes, initializers=b.initializers, opset_imports={"": 23}, name="llama"
+    )
     ir.save(ir.Model(graph, ir_version=11), folder / "model.onnx")
     return folder
 
@@ -196,8 +207,13 @@ def checkpoint(out: str | Path, seed: int = 0, size: Size = SIZES["12x768"]) -> 
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=size.vocab, hidden_size=size.hidden, intermediate_size=size.ffn, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.kv_heads, max_position_embeddings=size.positions,
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.ffn,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        max_position_embeddings=size.positions,
     )
     LlamaForCausalLM(config).eval().save_pretrained(out)
     return Path(out)

@@ -1,6 +1,7 @@
-"""minilm: the real all-MiniLM-L6-v2 encoder (6 layers of width 384, BERT), from a local folder that `tools/fetch_minilm` fills.
+"""minilm: the real all-MiniLM-L6-v2 encoder (BERT, 6 layers of width 384), from the folder `tools/fetch_minilm` fills.
 
-Not shipped; the sentences under `data/minilm` are our own. It has no task head: judge it by agreement with its own embeddings.
+Not shipped; the sentences under `data/minilm` are our own. It has no task head: judge it by agreement with its
+original embeddings (mean over the tokens, then cosine).
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ def checkpoint(folder: str | Path = CACHE) -> Path:
     """The folder with config, tokenizer and weights, or an error that says how to get it."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        raise FileNotFoundError(f"no MiniLM weights in {folder}; run `tools/fetch_minilm --out {folder}` to download and check them (84 MB)")
+        raise FileNotFoundError(
+            f"no MiniLM weights in {folder}; run `tools/fetch_minilm --out {folder}` to download and check them (84 MB)"
+        )
     return folder
 
 

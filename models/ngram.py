@@ -1,7 +1,8 @@
-"""Baselines of a language model: unigram, and interpolated bigram and trigram with absolute discounting (Ney, Essen, Kneser 1994).
+"""Baselines of a language model: unigram, and bigram and trigram interpolated with absolute discounting.
 
-p(w | h) = max(c(h w) - D, 0) / c(h) + D t(h) / c(h) p(w | h'), with t(h) the number of different words after h and h' the shorter
-history; one D per order, chosen on a tuning stream. Windows are scored as a model sees them: no history reaches over their start.
+Ney, Essen, Kneser 1994: p(w | h) = max(c(h w) - D, 0) / c(h) + D t(h) / c(h) p(w | h'), t(h) the number of different
+words after h and h' the shorter history; one D per order, chosen on tuning windows. Windows are scored as a model sees
+them: no history reaches over their start.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def _perplexity(p: np.ndarray) -> float:
 
 
 def perplexities(train: np.ndarray, tune: np.ndarray, heldout: np.ndarray, vocab: int) -> dict[str, float]:
-    """Held-out perplexity of unigram, bigram and trigram: counts from `train` [T], discounts from `tune` [M, W], scored on `heldout` [N, W]."""
+    """Perplexities on `heldout` [N, W] with counts from `train` [T] and discounts chosen on `tune` [M, W]."""
     model = fit(train, vocab)
     tuning, held = look_up(model, tune), look_up(model, heldout)
 

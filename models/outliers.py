@@ -1,12 +1,13 @@
-"""Function-identical checkpoints with LLM-like activation outliers: a few channels `factor` times the median of their tensor.
+"""Function-identical checkpoints with LLM-like activation outliers: a few channels `factor` times the median channel.
 
-A channel of a tensor X that is written by Y (a norm's gain and bias, a linear's output row) and read only by linears may be scaled by s in Y
-and by 1/s in the matching input columns of every reader. With s a power of two the outputs are the same up to the order of additions.
-Where that is legal:
+A channel of a tensor that is written by one module (a norm's gain and bias, a linear's output row) and read only by
+linears may be scaled by s in the writer and by 1/s in the matching input columns of every reader. With s a power of two
+the outputs agree to the rounding of sums, mostly to the bit. Where that is legal:
 
-* Llama: both norms of a layer, and the product before `down_proj`, which is linear in `up_proj` (the final norm too, unless its reader is tied)
+* Llama: both norms of a layer, and the product before `down_proj`, which is linear in `up_proj` (the final norm too,
+  unless its reader is tied to the embedding)
 * pre-norm ViT: both norms of a layer and the final one (GELU is not homogeneous, so nothing inside the MLP)
-* BERT: norms are post-norm and also feed the residual, so only the attention values, which `softmax(QK) V` reads linearly
+* BERT: its post-norms also feed the residual, so only the attention values, which `softmax(QK) V` reads linearly
 """
 
 from __future__ import annotations
@@ -110,7 +111,11 @@ def probe(model: PreTrainedModel, sites: list[Site], seed: int = 0) -> list[np.n
     generator, config = torch.Generator().manual_seed(seed), model.config
     with torch.no_grad():
         if config.model_type == "vit":
-            model(pixel_values=torch.randn(64, config.num_channels, config.image_size, config.image_size, generator=generator))
+            model(
+                pixel_values=torch.randn(
+                    64, config.num_channels, config.image_size, config.image_size, generator=generator
+                )
+            )
         else:
             model(input_ids=torch.randint(config.vocab_size, (8, 64), generator=generator))
     for hook in hooks:
@@ -123,10 +128,12 @@ def ratios(peaks: list[np.ndarray]) -> np.ndarray:
     return np.array([peak.max() / np.median(peak) for peak in peaks])
 
 
-def plant(checkpoint_dir: str | Path, out_dir: str | Path, channels: int = 4, factor: float = 40, seed: int = 0) -> Path:
-    """Write a copy of a checkpoint with the same outputs, in which `channels` channels per site are about `factor` times the median.
+def plant(
+    checkpoint_dir: str | Path, out_dir: str | Path, channels: int = 4, factor: float = 40, seed: int = 0
+) -> Path:
+    """Write a copy with the same outputs, whose sites have `channels` channels of about `factor` times the median.
 
-    Norm sites get the same channels in every layer, as LLMs do; each scale is the power of two that comes nearest to `factor`.
+    Norm sites get the same channels in every layer, as LLMs do; each scale is the power of two nearest to `factor`.
     """
     source, out = Path(checkpoint_dir), Path(out_dir)
     model, rng = load(source), np.random.default_rng(seed)

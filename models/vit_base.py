@@ -1,4 +1,4 @@
-"""vit_base: ViT-base/16 of real size (224 x 224 images, 12 layers of width 768, 86 M parameters) with random weights, for speed only."""
+"""vit_base: ViT-base/16 of real size (12 layers of width 768, 86 M parameters) with random weights, for speed."""
 
 from __future__ import annotations
 
