@@ -1,0 +1,128 @@
+"""From `batch=8,sequence=128` to the shapes of a model's inputs, and inputs of these shapes."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+
+from onnxcomp.data import Dataset
+from onnxcomp.errors import DataError
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.samples import TensorSpec, roles, specs, vocabulary
+
+__all__ = ["default_shapes", "feeds_for", "label", "shapes_of"]
+
+_TEXT = ("tokens", "mask", "positions", "types")
+
+
+def label(shape: Mapping[str, int]) -> str:
+    """How a shape is written: `batch=1,sequence=128`, or `fixed` where nothing is open."""
+    return ",".join(f"{k}={n}" for k, n in shape.items()) or "fixed"
+
+
+def _symbol(spec: TensorSpec, axis: int) -> str | None:
+    """The name of an open axis (an unnamed one is called `input.axis`), None for a fixed one."""
+    d = spec.shape[axis]
+    if isinstance(d, int):
+        return None
+    return f"{spec.name}.{axis}" if d in ("", "?") else d
+
+
+def _places(ports: list[TensorSpec], name: str) -> list[tuple[TensorSpec, int]]:
+    """The axes a name means: those that carry it, else every first axis for `batch`, text's second for `sequence`."""
+    exact = [(p, i) for p in ports for i in range(len(p.shape)) if _symbol(p, i) == name]
+    if exact:
+        return exact
+    if name == "batch":
+        return [(p, 0) for p in ports if p.shape]
+    role = roles(ports)
+    text = {role[r] for r in _TEXT if r in role}
+    if name == "sequence":
+        return [(p, 1) for p in ports if p.name in text and len(p.shape) > 1]
+    return []
+
+
+def default_shapes(g: Graph) -> list[dict[str, int]]:
+    """Batch 1 and 8 with 128 tokens, as far as these axes are open."""
+    ports = specs(g)
+
+    def is_open(name: str) -> bool:
+        return any(_symbol(p, i) is not None for p, i in _places(ports, name))
+
+    rest = {"sequence": 128} if is_open("sequence") else {}
+    return [{"batch": n, **rest} for n in (1, 8)] if is_open("batch") else [rest]
+
+
+def shapes_of(g: Graph, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """The shape of every input; an open batch that is not given is 1.
+
+    Raises `DataError` for a name the model does not have, a fixed axis of another size, or an axis left open.
+    """
+    ports, given = specs(g), dict(shape)
+    known = list(dict.fromkeys(s for p in ports for i in range(len(p.shape)) if (s := _symbol(p, i))))
+    sizes: dict[tuple[str, int], int] = {}
+    if "batch" not in given and any(_symbol(p, i) not in given for p, i in _places(ports, "batch")):
+        given["batch"] = 1
+    for name, n in given.items():
+        if n < 1:
+            raise DataError(f"axis '{name}' must be at least 1, not {n}")
+        if not (places := _places(ports, name)):
+            raise DataError(f"the model has no axis '{name}'; its open axes are {', '.join(known) or 'none'}")
+        for p, i in places:
+            fixed = p.shape[i]
+            if isinstance(fixed, int) and fixed != n and name in shape:
+                raise DataError(f"{name}={n} was asked, but input '{p.name}' has a fixed {name} of {fixed}")
+            sizes.setdefault((p.name, i), n)
+    return {p.name: tuple(_size(p, i, sizes) for i in range(len(p.shape))) for p in ports}
+
+
+def _size(p: TensorSpec, axis: int, sizes: Mapping[tuple[str, int], int]) -> int:
+    d = p.shape[axis]
+    if isinstance(d, int):
+        return d
+    if (p.name, axis) not in sizes:
+        name = _symbol(p, axis)
+        raise DataError(f"axis '{name}' of input '{p.name}' is open; say its size, such as --shape batch=1,{name}=128")
+    return sizes[p.name, axis]
+
+
+def feeds_for(g: Graph, shape: Mapping[str, int], data: Dataset | None = None) -> dict[str, Array]:
+    """Inputs of a shape: random but valid (ids in the vocabulary, nothing masked), or cut and repeated from data."""
+    dims = shapes_of(g, shape)
+    if data is not None:
+        batch = next(iter(data), None)
+        if batch is None:
+            raise DataError(f"the data '{data.name}' is empty")
+        if lost := [name for name in dims if name not in batch.feeds]:
+            raise DataError(f"the data '{data.name}' has no input '{lost[0]}'")
+        return {name: _fit(batch.feeds[name], to) for name, to in dims.items()}
+    role = {name: r for r, name in roles(specs(g)).items()}
+    rows = vocabulary(g)
+    return {p.name: _random(p, dims[p.name], role.get(p.name, ""), rows.get(p.name)) for p in specs(g)}
+
+
+def _fit(a: Array, to: tuple[int, ...]) -> Array:
+    """Cut or repeat along each axis."""
+    if a.ndim != len(to):
+        raise DataError(f"the data has an input of shape {a.shape} where the model takes {to}")
+    for axis, n in enumerate(to):
+        if a.shape[axis] != n:
+            a = np.take(a, np.arange(n) % a.shape[axis], axis=axis)
+    return a
+
+
+def _random(p: TensorSpec, dims: tuple[int, ...], role: str, rows: int | None) -> Array:
+    # Seeded by name, so that two models with the same inputs get the same values.
+    rng = np.random.default_rng(zlib.crc32(p.name.encode()))
+    if role == "positions":
+        return np.broadcast_to(np.arange(dims[-1]), dims).astype(p.dtype)
+    if role == "mask" or p.dtype.kind == "b":
+        return np.ones(dims, p.dtype)
+    if role == "tokens":
+        return rng.integers(0, rows or 2, dims).astype(p.dtype)
+    if p.integer:
+        return np.zeros(dims, p.dtype)
+    return rng.standard_normal(dims, np.float32).astype(p.dtype)

@@ -1,0 +1,371 @@
+"""How far two outputs lie apart and how well each does its task, as per-sample sums that bootstrap can resample."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.errors import DataError, RecipeError
+from onnxcomp.maths import Array, Float64
+
+__all__ = ["METRICS", "Drift", "DriftSums", "Metric", "MetricResult", "Seen", "Sums", "bootstrap", "find"]
+
+RESAMPLES = 1000
+_CHUNK = 1 << 20  # elements widened to float64 at once: 8 MB, whatever the vocabulary
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Distance from the original's output; `kl` in nats, `pooled_*` of mean-pooled embeddings, None where undefined."""
+
+    max_abs: float
+    rel_l2: float
+    sqnr: float
+    cosine: float
+    agreement: float | None = None
+    kl: float | None = None
+    pooled_sqnr: float | None = None
+    pooled_cosine: float | None = None
+    finite: bool = True
+    rows: int = 0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One batch as a metric sees it.
+
+    `rows` is the model's answer without padding `[n, C]`, `sample` the sample each row belongs to and `place` its index
+    inside that sample `[n]`; `against` the original's rows (the same ones when the original itself is scored).
+    """
+
+    rows: Array
+    against: Array
+    sample: Array
+    place: Array
+    size: int
+    per_token: bool = False
+    tokens: Array | None = None
+    labels: Array | None = None
+    outputs: Mapping[str, Array] = field(default_factory=dict)
+    feeds: Mapping[str, Array] = field(default_factory=dict)
+
+    def per_sample(self, values: Array, keep: Array | None = None) -> Float64:
+        """Sum and count of a value per row, by sample: `[size, 2]`."""
+        sample = self.sample if keep is None else self.sample[keep]
+        values = values if keep is None else values[keep]
+        total = np.bincount(sample, values.astype(np.float64), self.size)
+        return np.stack([total, np.bincount(sample, minlength=self.size).astype(np.float64)], axis=1)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Per-sample sums `[B, k]` of one model, and what sums over any set of samples `[R, k]` amount to `[R]`."""
+
+    name: str
+    score: Callable[[Seen], Float64]
+    reduce: Callable[[Float64], Float64]
+    needs_labels: bool = False
+    relative: bool = False
+
+
+@dataclass(frozen=True)
+class MetricResult:
+    """A metric of both models; `change` is the difference (perplexity: relative) with its 95 % bootstrap interval."""
+
+    name: str
+    reference: float
+    candidate: float
+    change: float
+    low: float
+    high: float
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def chunks(*arrays: Array) -> Iterator[tuple[slice, tuple[Float64, ...]]]:
+    """Equal row ranges of `[n, C]` arrays as float64, small enough not to matter in memory."""
+    n, width = arrays[0].shape
+    step = max(1, _CHUNK // max(1, width))
+    for start in range(0, n, step):
+        part = slice(start, min(n, start + step))
+        yield part, tuple(a[part].astype(np.float64) for a in arrays)
+
+
+def row_cosine(a: Array, b: Array) -> Float64:
+    """Cosine per row, `[n]`; two zero rows agree, a zero and a non-zero row do not."""
+    result = np.empty(len(a))
+    for part, (x, y) in chunks(a, b):
+        norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
+        equal = (x == y).all(axis=1).astype(np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            result[part] = np.where(norms > 0, np.einsum("ij,ij->i", x, y) / np.where(norms > 0, norms, 1), equal)
+    return result
+
+
+def _log_softmax(x: Float64) -> Float64:
+    shifted: Float64 = x - x.max(axis=1, keepdims=True)
+    result: Float64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def row_kl(reference: Array, candidate: Array) -> Float64:
+    """KL(reference || candidate) of the softmax of each row, `[n]`, nats."""
+    result = np.empty(len(reference))
+    for part, (x, y) in chunks(reference, candidate):
+        p, q = _log_softmax(x), _log_softmax(y)
+        with np.errstate(invalid="ignore"):
+            result[part] = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(axis=1)
+    return np.maximum(result, 0.0)
+
+
+def row_nll(logits: Array, targets: Array) -> Float64:
+    """Negative log-likelihood of class `targets[i]` under row `i`, `[n]`, nats."""
+    result = np.empty(len(logits))
+    for part, (x,) in chunks(logits):
+        result[part] = -_log_softmax(x)[np.arange(len(x)), targets[part]]
+    return result
+
+
+class DriftSums:
+    """Streaming sums behind a `Drift`; `pooled` also compares the mean of each sample's rows."""
+
+    def __init__(self, *, logits: bool, pooled: bool = False) -> None:
+        self._logits, self._pooled = logits, pooled
+        self._rows = self._cosine = self._agree = self._kl = 0.0
+        self._signal = self._noise = self._max = 0.0
+        self._means = np.zeros(4)  # signal, noise, cosine and number of pooled rows
+        self._finite = self._classes = True
+
+    def update(self, seen: Seen) -> None:
+        """Add one batch; infinities both models share (masked scores) count as equal."""
+        reference, candidate = seen.against, seen.rows
+        self._finite &= not bool((~np.isfinite(candidate) & (candidate != reference)).any())
+        self._classes &= reference.shape[1] > 1
+        for _, (x, y) in chunks(reference, candidate):
+            with np.errstate(invalid="ignore"):
+                noise = np.where(x == y, 0.0, y - x)
+            signal = np.where(np.isfinite(x), x, 0.0)
+            self._signal += float(np.vdot(signal, signal))
+            self._noise += float(np.vdot(noise, noise))
+            self._max = max(self._max, float(np.abs(noise).max(initial=0.0)))
+        angles = np.isfinite(reference).all(axis=1)
+        self._cosine += float(row_cosine(reference[angles], candidate[angles]).sum() + (~angles).sum())
+        self._rows += len(reference)
+        if self._classes:
+            self._agree += float((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
+        if self._logits:
+            self._kl += float(row_kl(reference, candidate).sum())
+        if self._pooled and len(reference):
+            self._pool(_means(reference, seen.sample), _means(candidate, seen.sample))
+
+    def _pool(self, x: Float64, y: Float64) -> None:
+        self._means += [float((x * x).sum()), float(((y - x) ** 2).sum()), float(row_cosine(x, y).sum()), len(x)]
+
+    def result(self) -> Drift:
+        """The drift of everything seen; raises `DataError` when every row was padding."""
+        n = self._rows
+        if n == 0:
+            raise DataError("every token of the evaluation data is padding; check its attention mask")
+        signal, noise, cosine, pooled = self._means
+        return Drift(
+            max_abs=self._max,
+            rel_l2=math.sqrt(self._noise / self._signal) if self._signal > 0 else (math.inf if self._noise else 0.0),
+            sqnr=decibel(self._signal, self._noise),
+            cosine=self._cosine / n,
+            agreement=self._agree / n if self._classes else None,
+            kl=self._kl / n if self._logits and self._classes else None,
+            pooled_sqnr=decibel(signal, noise) if pooled else None,
+            pooled_cosine=float(cosine / pooled) if pooled else None,
+            finite=self._finite,
+            rows=int(n),
+        )
+
+
+def _means(rows: Array, sample: Array) -> Float64:
+    """Mean row of each sample that has any, `[<=B, C]`; `sample` ascends."""
+    starts = np.flatnonzero(np.diff(sample, prepend=-1))
+    counts = np.diff(starts, append=len(sample))[:, None]
+    result: Float64 = np.add.reduceat(rows.astype(np.float64), starts, axis=0) / counts
+    return result
+
+
+def decibel(signal: float, noise: float) -> float:
+    """`10 log10(signal / noise)`: infinite for no noise, NaN when a sum is."""
+    if math.isnan(signal) or math.isnan(noise):
+        return math.nan
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def _mean(sums: Float64) -> Float64:
+    """Total over count, `[R]`."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Float64 = sums[:, 0] / sums[:, 1]
+    return result
+
+
+def _agreement(seen: Seen) -> Float64:
+    return seen.per_sample(seen.rows.argmax(axis=1) == seen.against.argmax(axis=1))
+
+
+def _cosine(seen: Seen) -> Float64:
+    return seen.per_sample(row_cosine(seen.against, seen.rows))
+
+
+def _classes(seen: Seen, metric: str) -> tuple[Array, Array]:
+    """The label of each row, and which rows count (labels below 0 do not); raises `DataError` if they do not fit."""
+    labels, what = seen.labels, f"metric '{metric}'"
+    if labels is None:
+        raise DataError(f"{what} needs labels: add a field 'label' to each line of the data (array 'labels' in npz)")
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{what} needs integer class labels, these are {labels.dtype}")
+    if labels.ndim not in (1, 2) or len(labels) != seen.size:
+        raise DataError(f"{what}: labels of shape {labels.shape} do not fit a batch of {seen.size} samples")
+    if (labels.ndim == 2) != seen.per_token:
+        wanted, given = ("token", "sample") if seen.per_token else ("sample", "token")
+        raise DataError(f"{what}: the model answers per {wanted}, so give one label per {wanted}, not per {given}")
+    if seen.per_token and seen.place.max(initial=0) >= labels.shape[1]:
+        raise DataError(f"{what}: {labels.shape[1]} labels per sample do not cover all its tokens")
+    chosen = labels[seen.sample, seen.place] if seen.per_token else labels[seen.sample]
+    if chosen.max(initial=0) >= seen.rows.shape[1]:
+        raise DataError(f"{what}: label {int(chosen.max())} in the data, the model has {seen.rows.shape[1]} classes")
+    return chosen, chosen >= 0
+
+
+def _accuracy(seen: Seen) -> Float64:
+    labels, keep = _classes(seen, "accuracy")
+    return seen.per_sample(seen.rows.argmax(axis=1) == labels, keep)
+
+
+def _f1(seen: Seen) -> Float64:
+    """Per sample and class: true positives, predictions, labels; `[B, 3 C]`."""
+    labels, keep = _classes(seen, "f1")
+    classes = seen.rows.shape[1]
+    if classes > 1000:
+        raise DataError(f"metric 'f1' is for at most 1000 classes, the model has {classes}; use accuracy")
+    guess, labels, sample = seen.rows.argmax(axis=1)[keep], labels[keep], seen.sample[keep]
+    hits = guess == labels
+    start = sample * 3 * classes
+    at = np.concatenate([(start + labels)[hits], start + classes + guess, start + 2 * classes + labels])
+    return np.bincount(at, minlength=seen.size * 3 * classes).astype(np.float64).reshape(seen.size, -1)
+
+
+def _macro_f1(sums: Float64) -> Float64:
+    """Mean F1 over the classes that occur as label or answer, `[R]`."""
+    hits, guessed, labelled = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
+    occurs = guessed + labelled
+    per_class = 2 * hits / np.maximum(occurs, 1)
+    with np.errstate(invalid="ignore"):
+        result: Float64 = per_class.sum(axis=1) / (occurs > 0).sum(axis=1)
+    return result
+
+
+def _perplexity(seen: Seen) -> Float64:
+    """Negative log-likelihood of each next token, summed per sample; padding and each first token are left out."""
+    if seen.tokens is None or not seen.per_token:
+        raise DataError("metric 'perplexity' needs a language model: token ids in, scores for every token out")
+    after = np.flatnonzero((np.diff(seen.sample) == 0) & (np.diff(seen.place) == 1))
+    targets = seen.tokens[seen.sample[after], seen.place[after] + 1]
+    if targets.max(initial=0) >= seen.rows.shape[1] or targets.min(initial=0) < 0:
+        raise DataError(
+            f"metric 'perplexity': token {targets.max()} is outside the model's {seen.rows.shape[1]} scores"
+        )
+    keep = np.zeros(len(seen.rows), bool)
+    keep[after] = True
+    values = np.zeros(len(seen.rows))
+    values[after] = row_nll(seen.rows[after], targets)
+    return seen.per_sample(values, keep)
+
+
+def _exp_mean(sums: Float64) -> Float64:
+    with np.errstate(over="ignore"):
+        result: Float64 = np.exp(_mean(sums))
+    return result
+
+
+METRICS = {
+    m.name: m
+    for m in (
+        Metric("agreement", _agreement, _mean),
+        Metric("accuracy", _accuracy, _mean, needs_labels=True),
+        Metric("f1", _f1, _macro_f1, needs_labels=True),
+        Metric("perplexity", _perplexity, _exp_mean, relative=True),
+        Metric("cosine", _cosine, _mean),
+    )
+}
+
+
+def find(name: str, *, allow_code: bool = False) -> Metric:
+    """A built-in metric, or your `package.module:function(outputs, feeds, labels) -> [B]`; raises `RecipeError`."""
+    if name in METRICS:
+        return METRICS[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise RecipeError(f"unknown metric '{name}'; there are {', '.join(METRICS)}, or package.module:function")
+    if not allow_code:
+        raise RecipeError(f"metric '{name}' runs code of yours; allow it with --allow-code (allow_code=True)")
+    try:
+        call = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as e:
+        raise RecipeError(f"metric '{name}' cannot be imported: {e}") from e
+    return Metric(name, lambda seen: _own(name, call, seen), _mean)
+
+
+def _own(name: str, call: Callable[..., Any], seen: Seen) -> Float64:
+    scores = np.asarray(call(dict(seen.outputs), dict(seen.feeds), seen.labels), np.float64)
+    if scores.shape != (seen.size,) or not np.isfinite(scores).all():
+        raise DataError(f"metric '{name}' must give one finite score per sample: [{seen.size}], it gave {scores.shape}")
+    return np.stack([scores, np.ones(seen.size)], axis=1)
+
+
+# ---- intervals -------------------------------------------------------------------------------------------------------
+
+
+class Sums:
+    """Per-sample sums of several metrics over the batches of one model."""
+
+    def __init__(self, metrics: Sequence[Metric]) -> None:
+        self._parts: dict[str, list[Float64]] = {m.name: [] for m in metrics}
+        self._metrics = metrics
+
+    def update(self, seen: Seen) -> None:
+        """Score one batch with every metric."""
+        for m in self._metrics:
+            self._parts[m.name].append(m.score(seen))
+
+    def of(self, metric: Metric) -> Float64:
+        """All samples, `[N, k]`."""
+        return np.concatenate(self._parts[metric.name])
+
+
+def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: int = 0) -> MetricResult:
+    """Both values and the 95 % interval of the change, resampling the same samples `[N, k]` of both models."""
+    n = len(reference)
+    values = [float(metric.reduce(s.sum(axis=0, keepdims=True))[0]) for s in (reference, candidate)]
+    rng = np.random.default_rng(seed)
+    step = max(1, (1 << 22) // n)
+    changes = []
+    for start in range(0, RESAMPLES, step):
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=min(step, RESAMPLES - start)).astype(np.float64)
+        changes.append(_change(metric, metric.reduce(counts @ reference), metric.reduce(counts @ candidate)))
+    resampled = np.concatenate(changes)
+    usable = resampled[np.isfinite(resampled)]
+    low, high = np.quantile(usable, [0.025, 0.975]) if usable.size else (math.nan, math.nan)
+    change = float(_change(metric, np.array(values[:1]), np.array(values[1:]))[0])
+    return MetricResult(metric.name, values[0], values[1], change, float(low), float(high))
+
+
+def _change(metric: Metric, reference: Float64, candidate: Float64) -> Float64:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        result: Float64 = candidate / reference - 1 if metric.relative else candidate - reference
+    return result

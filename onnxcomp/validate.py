@@ -1,0 +1,266 @@
+"""Two models on the same batches through one pipeline: drift of every output, and task metrics with intervals."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import metrics as scoring
+from onnxcomp.data import Batch, Dataset
+from onnxcomp.errors import DataError, ModelError
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
+from onnxcomp.outputs import Reading, View, see
+from onnxcomp.runtime import Session
+from onnxcomp.storage import load
+from onnxcomp.target import CPU, Target
+
+__all__ = ["Drift", "MetricResult", "Reference", "Validation", "compare"]
+
+_IN_MEMORY = 256 << 20  # bytes of original outputs kept in memory; the rest goes to disk
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How far a candidate is from the original: `drift` of the first output, `outputs` of each, task `metrics`."""
+
+    drift: Drift
+    metrics: dict[str, MetricResult]
+    samples: int
+    outputs: dict[str, Drift] = field(default_factory=dict)
+    data: str = ""
+    random: bool = False
+
+    @property
+    def finite(self) -> bool:
+        """False when the candidate gives NaN or infinity where the original does not; every gate fails then."""
+        return all(d.finite for d in self.outputs.values()) and self.drift.finite
+
+    def values(self) -> dict[str, float]:
+        """What was measured, by gate name; all NaN when the candidate's output is not finite."""
+        found: dict[str, float] = {}
+        for key, value in dataclasses.asdict(self.drift).items():
+            if key not in ("finite", "rows") and value is not None:
+                found[key.replace("_", "-")] = float(value)
+        for m in self.metrics.values():
+            if m.name in ("accuracy", "f1") or ":" in m.name:
+                found[f"{m.name}-drop"] = m.reference - m.candidate
+            if m.name == "perplexity" or ":" in m.name:
+                found[f"{m.name}-rise"] = m.candidate / m.reference - 1 if m.reference else math.nan
+        return found if self.finite else dict.fromkeys(found, math.nan)
+
+    def json(self) -> dict[str, Any]:
+        """Plain values; a number that is infinite (SQNR of equal outputs) or undefined becomes None."""
+        return {
+            "samples": self.samples,
+            "data": self.data,
+            "random": self.random,
+            "finite": self.finite,
+            "values": _plain(self.values()),
+            "outputs": {name: _plain(dataclasses.asdict(d)) for name, d in self.outputs.items()},
+            "metrics": {name: _plain(dataclasses.asdict(m)) for name, m in self.metrics.items()},
+        }
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+# ---- running ---------------------------------------------------------------------------------------------------------
+
+
+class _Kept:
+    """Outputs of the original per batch: in memory while they are few, then as float32 files that are memory-mapped."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self._scratch, self._own = scratch, None if scratch else tempfile.TemporaryDirectory(prefix="onnxcomp-")
+        self._batches: list[dict[str, Array | Path]] = []
+        self._bytes = 0
+
+    def append(self, outputs: Mapping[str, Array]) -> None:
+        size = sum(a.size * 4 for a in outputs.values())
+        if self._bytes + size <= _IN_MEMORY:
+            self._bytes += size
+            self._batches.append(dict(outputs))
+            return
+        self._batches.append({k: self._write(a, i) for i, (k, a) in enumerate(outputs.items())})
+
+    def _write(self, a: Array, index: int) -> Path:
+        folder = self._scratch or Path(self._own.name if self._own else ".")
+        path = folder / f"original-{id(self):x}-{len(self._batches)}-{index}.npy"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(path, a, allow_pickle=False)
+        except OSError as e:
+            raise DataError(f"cannot keep the original's outputs in {folder}: {e}; use fewer samples") from e
+        return path
+
+    def __getitem__(self, i: int) -> dict[str, Array]:
+        return {
+            k: np.load(a, mmap_mode="r", allow_pickle=False) if isinstance(a, Path) else a
+            for k, a in self._batches[i].items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def _digest(feeds: Mapping[str, Array]) -> bytes:
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(feeds):
+        h.update(f"{name}{feeds[name].dtype}{feeds[name].shape}".encode())
+        h.update(np.ascontiguousarray(feeds[name]).tobytes())
+    return h.digest()
+
+
+class Reference:
+    """The original model's answers on a dataset, computed once; any number of candidates is compared with them.
+
+    `metrics` are computed besides the one that fits the data (accuracy with labels, perplexity for a causal language
+    model). Raises `DataError` for empty data or labels that are missing, `ModelError` when the original gives NaN.
+    """
+
+    def __init__(
+        self,
+        model: Graph | str | Path,
+        data: Dataset,
+        target: Target = CPU,
+        *,
+        metrics: Sequence[str] = (),
+        scratch: Path | None = None,
+        allow_code: bool = False,
+    ) -> None:
+        self.data, self.target = data, target
+        self.view = View.of(model if isinstance(model, Graph) else load(model))
+        self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
+        self._kept = _Kept(scratch)
+        self._seen: list[bytes] = []
+        self._types: dict[str, str] = {}
+        self.samples = 0
+        self._sums = self._run(model if isinstance(model, Graph) else Path(model))
+
+    def _run(self, model: Graph | Path) -> Sums:
+        primary = self.view.outputs[0]
+        names = [r.name for r in self.view.outputs]
+        sums = Sums(self.metrics)
+        with Session(model, self.target) as session:
+            self.inputs = {spec.name for spec in session.inputs}
+            for batch in self.data:
+                out = session.run(batch.feeds, names)
+                if not self._seen:
+                    self._types = {k: a.dtype.name for k, a in out.items()}
+                    self.metrics += [m for m in self._guess(session, batch, out) if m not in self.metrics]
+                    sums = Sums(self.metrics)
+                out = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
+                for seen in see(primary, self.view, batch, out, out):
+                    if np.isnan(seen.rows).any():
+                        raise ModelError(
+                            f"the original gives NaN in '{primary.name}', so nothing can be compared with it"
+                        )
+                    sums.update(seen)
+                self._kept.append(out)
+                self._seen.append(_digest(batch.feeds))
+                self.samples += next(iter(batch.feeds.values())).shape[0]
+        if not self._seen:
+            raise DataError(f"the evaluation data '{self.data.name}' is empty")
+        return sums
+
+    def _guess(self, session: Session, batch: Batch, out: Mapping[str, Array]) -> list[Metric]:
+        """The task metric that fits: accuracy where labels fit, perplexity where no answer depends on later tokens."""
+        first = self.view.outputs[0]
+        seen = next(see(first, self.view, batch, out, out))
+        labels, tokens = batch.labels, seen.tokens
+        if labels is not None and first.logits:
+            whole = np.issubdtype(labels.dtype, np.integer) and (labels.ndim == 2) == seen.per_token
+            return [scoring.METRICS["accuracy"]] if whole and labels.max(initial=0) < seen.rows.shape[1] else []
+        if tokens is None or not seen.per_token or seen.rows.shape[1] != self.view.vocabulary or tokens.shape[1] < 2:
+            return []
+        changed = tokens.copy()
+        changed[:, -1] = (changed[:, -1] + 1) % self.view.vocabulary
+        again = session.run({**batch.feeds, self.view.roles["tokens"]: changed}, [first.name])[first.name]
+        real = _real(self.view.visible(batch.feeds), tokens.shape)
+        move = np.abs(np.where(real[..., None], again - out[first.name], 0))[:, :-1]
+        return [scoring.METRICS["perplexity"]] if move.max(initial=0) < 1e-4 * np.abs(seen.rows).max() else []
+
+    def against(self, candidate: Graph | str | Path) -> Validation:
+        """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's."""
+        names = [r.name for r in self.view.outputs]
+        drifts = {r.name: _drift(r, self.view) for r in self.view.outputs}
+        sums, count = Sums(self.metrics), 0
+        with Session(candidate if isinstance(candidate, Graph) else Path(candidate), self.target) as session:
+            self._check_interface({spec.name for spec in session.inputs}, session.outputs)
+            for count, batch in enumerate(self.data, 1):
+                if count > len(self._kept) or _digest(batch.feeds) != self._seen[count - 1]:
+                    break
+                reference, out = self._kept[count - 1], session.run(batch.feeds, names)
+                self._check_outputs(reference, out)
+                out = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
+                for reading in self.view.outputs:
+                    for seen in see(reading, self.view, batch, out, reference):
+                        drifts[reading.name].update(seen)
+                        if reading is self.view.outputs[0]:
+                            sums.update(seen)
+            else:
+                if count == len(self._kept):
+                    return self._result({k: d.result() for k, d in drifts.items()}, sums)
+        raise DataError(
+            f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
+        )
+
+    def _result(self, drifts: dict[str, Drift], sums: Sums) -> Validation:
+        first = drifts[self.view.outputs[0].name]
+        results = {m.name: scoring.bootstrap(m, self._sums.of(m), sums.of(m)) for m in self.metrics}
+        return Validation(first, results, self.samples, drifts, self.data.name, self.data.random)
+
+    def _check_interface(self, inputs: set[str], outputs: Sequence[str]) -> None:
+        if inputs != self.inputs:
+            raise ModelError(f"the models differ in their inputs: {sorted(self.inputs)} and {sorted(inputs)}")
+        if lost := [r.name for r in self.view.outputs if r.name not in outputs]:
+            raise ModelError(f"the candidate has no output '{lost[0]}'; it has {', '.join(outputs)}")
+
+    def _check_outputs(self, reference: Mapping[str, Array], out: Mapping[str, Array]) -> None:
+        for name, a in out.items():
+            if a.shape != reference[name].shape:
+                raise ModelError(
+                    f"output '{name}' is {reference[name].shape} in the original, {a.shape} in the candidate"
+                )
+            if a.dtype.name != self._types[name]:
+                raise ModelError(
+                    f"output '{name}' is {self._types[name]} in the original, {a.dtype.name} in the candidate"
+                )
+
+
+def _real(mask: Array | None, shape: tuple[int, ...]) -> Array:
+    return np.ones(shape, bool) if mask is None else mask
+
+
+def _drift(reading: Reading, view: View) -> DriftSums:
+    features = not reading.logits and reading.tokens == 1 and "mask" in view.roles
+    return DriftSums(logits=reading.logits, pooled=features)
+
+
+def compare(
+    reference: Graph | str | Path,
+    candidate: Graph | str | Path,
+    data: Dataset,
+    target: Target = CPU,
+    metrics: Sequence[str] = (),
+    *,
+    scratch: Path | None = None,
+    allow_code: bool = False,
+) -> Validation:
+    """Compare two models on a dataset; one session is alive at a time."""
+    original = Reference(reference, data, target, metrics=metrics, scratch=scratch, allow_code=allow_code)
+    return original.against(candidate)
