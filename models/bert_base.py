@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from models import randomise
+
 
 def checkpoint(out: str | Path, seed: int = 0) -> Path:
     """Write a transformers folder with random weights, different in every layer (438 MB)."""
@@ -12,8 +14,7 @@ def checkpoint(out: str | Path, seed: int = 0) -> Path:
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(seed)
-    BertModel(BertConfig(), add_pooling_layer=False).eval().save_pretrained(out)
-    return Path(out)
+    return randomise.save(BertModel(BertConfig()), out, seed)
 
 
 def export(out: str | Path, seed: int = 0) -> Path:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
+from models import randomise
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -215,8 +217,7 @@ def checkpoint(out: str | Path, seed: int = 0, size: Size = SIZES["12x768"]) -> 
         num_key_value_heads=size.kv_heads,
         max_position_embeddings=size.positions,
     )
-    LlamaForCausalLM(config).eval().save_pretrained(out)
-    return Path(out)
+    return randomise.save(LlamaForCausalLM(config), out, seed)
 
 
 def export(out: str | Path, size: str = "12x768", seed: int = 0) -> Path:

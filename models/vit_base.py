@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from models import randomise
+
 
 def checkpoint(out: str | Path, seed: int = 0) -> Path:
     """Write a transformers folder with random weights, different in every layer (346 MB), and its image processor."""
@@ -12,9 +14,8 @@ def checkpoint(out: str | Path, seed: int = 0) -> Path:
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     torch.manual_seed(seed)
-    ViTForImageClassification(ViTConfig(num_labels=1000)).eval().save_pretrained(out)
     ViTImageProcessorPil().save_pretrained(out)
-    return Path(out)
+    return randomise.save(ViTForImageClassification(ViTConfig(num_labels=1000)), out, seed)
 
 
 def export(out: str | Path, seed: int = 0) -> Path:
