@@ -3,6 +3,7 @@
     python -m models.vit_digits --report     held-out accuracy with a bootstrap interval
     python -m models.vit_digits --train      train again from the shipped arrays into weights/vit_digits
     python -m models.vit_digits --data       make the arrays anew from scikit-learn
+    python -m models.vit_digits --images DIR write the held-out images as PNG files, one folder per class
 
 The last 899 images, by other writers than the first 898, are held out; choices (size, augmentation, steps) are made by
 `--tune`, which trains on the first 700 and scores the other 198 of the training half. The seed is fixed, but equal
@@ -89,6 +90,18 @@ def arrays(part: str) -> tuple[np.ndarray, np.ndarray]:
     """(pixel_values [N, 1, 8, 8], labels [N]) of a shipped part."""
     data = np.load(DATA / f"{part}.npz")
     return data["pixel_values"], data["labels"]
+
+
+def write_images(folder: str | Path, part: str = "heldout", count: int | None = None) -> int:
+    """Write the images of a part as PNG files into one subfolder per class; returns how many."""
+    from PIL import Image
+
+    images, labels = arrays(part)
+    for at, (image, label) in enumerate(zip(images[:count], labels[:count], strict=True)):
+        path = Path(folder) / str(label) / f"{part}_{at:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.rint((image[0] + 1) * 127.5).astype(np.uint8)).save(path)
+    return min(len(labels), count or len(labels))
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -196,6 +209,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("data", "tune", "train", "report"):
         parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--images", type=Path, help="folder for the held-out images as PNG files, by class")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
@@ -207,6 +221,8 @@ def main() -> None:
         "threads": args.threads,
         "log": lambda line: print(line, flush=True),
     }
+    if args.images:
+        print(write_images(args.images))
     if args.data:
         write_data()
     if args.tune:

@@ -149,10 +149,22 @@ def test_processors_load_beside_the_weights():
     assert pixels.shape == (1, 1, 8, 8)
     assert float(pixels.max()) == 1.0
     batch = AutoTokenizer.from_pretrained(WEIGHTS / "docs_lm")(
-        ["Return the length.", "Close."], padding=True, return_tensors="np"
+        ["Return the length of the sequence.", "Close."], padding=True, return_tensors="np"
     )
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["attention_mask"].min() == 0
+
+
+def test_images_come_back_through_the_processor_unchanged(tmp_path: Path):
+    from PIL import Image
+
+    assert vit_digits.write_images(tmp_path, "calibration", 12) == 12
+    pixels, labels = vit_digits.arrays("calibration")
+    for path in tmp_path.rglob("*.png"):
+        at = int(path.stem.split("_")[1])
+        found = vit_digits.processor()(Image.open(path), return_tensors="np")["pixel_values"][0]
+        np.testing.assert_allclose(found, pixels[at], atol=1e-6)
+        assert path.parent.name == str(labels[at])
 
 
 def test_shipped_files_stay_small():
