@@ -16,17 +16,24 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 Per = Literal["tensor", "channel"]
+Of = Literal["current", "original"]
+OtherOf = Literal["", "current", "original"]
 Kind = Literal["absmax", "minmax", "mean", "var", "norm2", "gram", "cross_gram", "histogram", "cosine", "sample"]
 
 
 @dataclass(frozen=True)
 class Stat:
-    """What is reduced, and over which axes; `other` is the second value of a pairwise statistic, `n` the rows of a sample."""
+    """What is reduced, and over which axes.
+
+    `other` is the second value of a pairwise statistic, of the graph `other_of` ("" is the graph of the need itself);
+    `n` is the number of rows of a sample.
+    """
 
     kind: Kind
     per: Per = "tensor"
     other: str = ""
     n: int = 0
+    other_of: OtherOf = ""
 
 
 @dataclass(frozen=True)
@@ -35,16 +42,19 @@ class Need:
 
     value: str
     stat: Stat
-    of: Literal["current", "original"] = "current"
+    of: Of = "current"
 
     def __str__(self) -> str:
         return f"{self.stat.kind}({self.value})" + (" of the original" if self.of == "original" else "")
 
 
 class Accumulator(Protocol):
-    """Streaming reduction; law: any split of the batches, merged in any order, gives the same result."""
+    """Streaming reduction; law: any split of the batches, merged in any order, gives the same result.
 
-    def update(self, x: Array) -> None: ...
+    `x` has rows `[R, C]`; `extra` is the second value of a pair or the row keys of a sample (see `accumulate`).
+    """
+
+    def update(self, x: Array, extra: Array | None = None) -> None: ...
     def merge(self, other: Self) -> None: ...
     def result(self) -> Array: ...
 
@@ -75,51 +85,51 @@ def _name(v: ir.Value | str) -> str:
     return name
 
 
-def absmax(v: ir.Value | str, per: Per = "tensor", of: Literal["current", "original"] = "current") -> Need:
+def absmax(v: ir.Value | str, per: Per = "tensor", of: Of = "current") -> Need:
     """Largest magnitude: shape `[]`, or `[C]` per channel."""
     return Need(_name(v), Stat("absmax", per), of)
 
 
-def minmax(v: ir.Value | str, per: Per = "tensor", of: Literal["current", "original"] = "current") -> Need:
+def minmax(v: ir.Value | str, per: Per = "tensor", of: Of = "current") -> Need:
     """Smallest and largest value: shape `[2]`, or `[2, C]` per channel."""
     return Need(_name(v), Stat("minmax", per), of)
 
 
-def mean(v: ir.Value | str, per: Per = "channel", of: Literal["current", "original"] = "current") -> Need:
+def mean(v: ir.Value | str, per: Per = "channel", of: Of = "current") -> Need:
     """Mean over rows: shape `[]`, or `[C]` per channel."""
     return Need(_name(v), Stat("mean", per), of)
 
 
-def var(v: ir.Value | str, per: Per = "channel", of: Literal["current", "original"] = "current") -> Need:
+def var(v: ir.Value | str, per: Per = "channel", of: Of = "current") -> Need:
     """Population variance over rows: shape `[]`, or `[C]` per channel."""
     return Need(_name(v), Stat("var", per), of)
 
 
-def norm2(v: ir.Value | str, per: Per = "channel", of: Literal["current", "original"] = "current") -> Need:
+def norm2(v: ir.Value | str, per: Per = "channel", of: Of = "current") -> Need:
     """Euclidean norm over rows: shape `[]`, or `[C]` per channel (Wanda's statistic)."""
     return Need(_name(v), Stat("norm2", per), of)
 
 
-def gram(v: ir.Value | str, of: Literal["current", "original"] = "current") -> Need:
+def gram(v: ir.Value | str, of: Of = "current") -> Need:
     """`X^T X` over rows: shape `[C, C]`, float64."""
     return Need(_name(v), Stat("gram", "channel"), of)
 
 
-def cross_gram(v: ir.Value | str, other: ir.Value | str, of: Literal["current", "original"] = "current") -> Need:
-    """`X^T Y` over rows, `Y` being the value `other`: shape `[C, D]`, float64."""
-    return Need(_name(v), Stat("cross_gram", "channel", other=_name(other)), of)
+def cross_gram(v: ir.Value | str, other: ir.Value | str, of: Of = "current", other_of: OtherOf = "") -> Need:
+    """`X^T Y` over rows, `Y` being the value `other`, by default of the same graph: shape `[C, D]`, float64."""
+    return Need(_name(v), Stat("cross_gram", "channel", other=_name(other), other_of=other_of), of)
 
 
-def histogram(v: ir.Value | str, of: Literal["current", "original"] = "current") -> Need:
+def histogram(v: ir.Value | str, of: Of = "current") -> Need:
     """Counts by the top 16 bits of the float32 pattern: shape `[65536]`, int64 (see `maths.formats`)."""
     return Need(_name(v), Stat("histogram"), of)
 
 
-def cosine(v: ir.Value | str, other: ir.Value | str, of: Literal["current", "original"] = "current") -> Need:
-    """Mean row-wise cosine between two values of equal shape: shape `[]` (ShortGPT's block influence is one minus it)."""
-    return Need(_name(v), Stat("cosine", other=_name(other)), of)
+def cosine(v: ir.Value | str, other: ir.Value | str, of: Of = "current", other_of: OtherOf = "") -> Need:
+    """Mean row-wise cosine of two values of equal shape: shape `[]` (ShortGPT's block influence is one minus it)."""
+    return Need(_name(v), Stat("cosine", other=_name(other), other_of=other_of), of)
 
 
-def sample(v: ir.Value | str, n: int, of: Literal["current", "original"] = "current") -> Need:
+def sample(v: ir.Value | str, n: int, of: Of = "current") -> Need:
     """A reproducible sample of at most `n` rows, independent of batch size: shape `[<=n, C]`."""
     return Need(_name(v), Stat("sample", "channel", n=n), of)
