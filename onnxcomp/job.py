@@ -18,10 +18,10 @@ from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import GateFailed, ModelError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager, Report, Result
+from onnxcomp.manager import PassManager, Report, Result, host_of
 from onnxcomp.pipeline import Pass
 from onnxcomp.recipe import Recipe
-from onnxcomp.target import Target, find
+from onnxcomp.target import CPU, Target, find
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
@@ -174,7 +174,7 @@ def compress_each(
     allow_code: bool = False,
     graph: str | None = None,
     seed: int = 0,
-    batch: int = 8,
+    batch: int | None = None,
     sequence: int | None = None,
     watch: Watch | None = None,
 ) -> dict[str, Result]:
@@ -191,6 +191,9 @@ def compress_each(
     aim = target if isinstance(target, Target) else find(target or chosen.target)
     if opset is not None:
         aim = dataclasses.replace(aim, max_opset=opset)
+    data = chosen.data
+    calibration = data.calibration if calibration is None else calibration
+    evaluation = data.evaluation if evaluation is None else evaluation
     _needs_data(chosen, calibration, plan)
     graphs = storage.graphs_of(model)
     if graph is not None:
@@ -199,7 +202,8 @@ def compress_each(
         graphs = {graph: graphs[graph]}
     jobs = {
         name: Job(
-            path, chosen, aim, calibration, evaluation, samples, batch, sequence, seed, tuple(shapes), memory,
+            path, chosen, aim, calibration, evaluation, samples or data.samples, batch or data.batch or 8,
+            sequence or data.sequence, seed, tuple(shapes), memory,
             Path(cache) if cache else None, measure, allow_code,
         )
         for name, path in graphs.items()
@@ -290,10 +294,11 @@ def _check(job: Job, path: Path, result: Result) -> None:
     r.info["size"] = {"original": _size(job.model), "result": _size(path)}
     values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
     gate = Gate(job.recipe.gates)
-    if job.target.here:
-        smoke(path, job.target)
-        r.integer = runtime.integer_check(path, job.target) if job.target.provider == "CPUExecutionProvider" else None
-    if job.measure and job.target.here:
+    host, elsewhere = host_of(job.target)
+    smoke(path, host)
+    if job.target.provider == CPU.provider:
+        r.integer = runtime.integer_check(path, host)
+    if job.measure and job.target.here and not elsewhere:
         r.benchmark = benchmark.bench([job.model, path], job.target, job.shapes)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     elif gate.wants_latency:

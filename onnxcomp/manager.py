@@ -13,13 +13,15 @@ from typing import Any
 
 import numpy as np
 
+import onnxcomp
 from onnxcomp import calibrate, runtime, tune
 from onnxcomp.data import Dataset, as_dataset, overlap
-from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
+from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError, TargetError
 from onnxcomp.gate import Gate, Verdict
 from onnxcomp.graph import Declined, Graph, Site
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
 from onnxcomp.stats import Need, Stats
+from onnxcomp.steps import StepCache, content_hash
 from onnxcomp.storage import load, save
 from onnxcomp.target import CPU, Target
 from onnxcomp.validate import Reference, Validation
@@ -99,6 +101,7 @@ class _Walk:
     reference: Reference | None
     scratch: Path
     report: Report
+    steps: StepCache
     variants: Reference | None = None
 
 
@@ -127,6 +130,7 @@ class PassManager:
     ) -> None:
         self.passes = tuple(passes)
         self.target = target
+        self.host, self.host_note = host_of(target)
         self.gate = gate or Gate()
         self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
         self.allow_unchanged, self.measure = allow_unchanged, measure
@@ -145,14 +149,32 @@ class PassManager:
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as scratch:
             reference = None
             if evalu is not None:
-                reference = Reference(original, evalu, self.target, metrics=self.gate.metrics, scratch=Path(scratch) / "reference")
-            walk = _Walk(original, original.clone(), calib, reference, Path(scratch), report)
+                reference = Reference(original, evalu, self.host, metrics=self.gate.metrics, scratch=Path(scratch) / "reference")
+            walk = _Walk(original, original.clone(), calib, reference, Path(scratch), report, self._steps(original, calib, evalu))
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
-                self._step(walk, p)
+                self._resume_or_step(walk, p)
             self._finish(walk)
         return Result(walk.graph, report)
+
+    def _steps(self, original: Graph, calib: Dataset | None, evalu: Dataset | None) -> StepCache:
+        if self.cache is None:
+            return StepCache(None)
+        data = [d.fingerprint() if d is not None else "" for d in (calib, evalu)]
+        settings = (self.target, self.gate, self.on_fail, self.seed, self.measure, self.shapes, onnxcomp.__version__)
+        return StepCache(self.cache, content_hash(original), *data, *settings)
+
+    def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
+        walk.steps.enter(str(p))
+        known = walk.steps.load()
+        if known is None:
+            self._step(walk, p)
+            walk.steps.save(walk.graph, walk.report.steps[-1])
+            return
+        walk.graph, step = known
+        walk.report.steps.append(step)
+        walk.report.validation = None  # stale: the last step's comparison is made again at the end
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
@@ -160,6 +182,7 @@ class PassManager:
         started = time.perf_counter()
         before = walk.graph
         work = before.clone()
+        work.sweep()
         sites = list(p.sites(work, self.target))
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
         stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
@@ -229,7 +252,7 @@ class PassManager:
         floor = EXACT_FLOOR_DB
         if walk.reference is not None and any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
             floor = EXACT_FLOOR_QUANTIZED_DB
-            validation = Reference(before, walk.reference.data.head(16), self.target).against(work)
+            validation = Reference(before, walk.reference.data.head(16), self.host).against(work)
         sqnr = validation.values()["sqnr"]
         return "" if sqnr >= floor else f"moved them to {sqnr:.1f} dB of the graph before it (floor {floor:.0f} dB)"
 
@@ -244,7 +267,7 @@ class PassManager:
             memory=self.memory,
             scratch=walk.scratch,
             run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
-            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=self.measure),
+            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=self.measure and not self.host_note),
             run_collect=lambda g, needs: self._collect(walk, g, list(needs), p.name),
             shapes=self.shapes,
         )
@@ -255,7 +278,7 @@ class PassManager:
         if walk.calibration is None:
             raise DataError(f"pass '{name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')")
         return calibrate.collect(
-            g, needs, walk.calibration, self.target, original=walk.original, memory=self.memory, scratch=walk.scratch, cache=self.cache
+            g, needs, walk.calibration, self.host, original=walk.original, memory=self.memory, scratch=walk.scratch, cache=self.cache
         )
 
     def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
@@ -263,7 +286,7 @@ class PassManager:
             raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
         if walk.variants is None:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
-            walk.variants = Reference(walk.original, walk.calibration, self.target, metrics=metrics, scratch=walk.scratch / "variants")
+            walk.variants = Reference(walk.original, walk.calibration, self.host, metrics=metrics, scratch=walk.scratch / "variants")
         scores = []
         for edit in edits:
             variant = work.clone()
@@ -277,7 +300,7 @@ class PassManager:
 
     def _datasets(self, g: Graph, calibration: Any, evaluation: Any) -> tuple[Dataset | None, Dataset | None, list[str]]:
         """Normalise the two sources; without evaluation data one fifth of the calibration data is held out."""
-        notes = []
+        notes = [self.host_note] if self.host_note else []
         calib = as_dataset(calibration, g) if _given(calibration) else None
         evalu = as_dataset(evaluation, g) if _given(evaluation) else None
         if calib is not None and evalu is None and len(calib) >= 5:
@@ -295,10 +318,22 @@ class PassManager:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
+        if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
+            report.validation = walk.reference.against(walk.graph)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
+
+
+def host_of(target: Target) -> tuple[Target, str]:
+    """Where calibration and comparison run: the target itself, or the CPU where it is not on this machine, with a note."""
+    try:
+        runtime.check_target(target)
+    except TargetError as e:
+        runtime.check_target(CPU)
+        return CPU, f"calibrated and compared on this machine's CPU, speed not measured: {e}"
+    return target, ""
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -1,0 +1,71 @@
+"""Dynamic int8: ranges of the linears' inputs are taken at run time, so no data is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import onnx_ir as ir
+from pydantic import Field
+
+from onnxcomp import blocks, quantize
+from onnxcomp.blocks import Linear
+from onnxcomp.errors import TargetError
+from onnxcomp.graph import Graph, Site
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.target import Granularity, Target
+
+__all__ = ["DynamicQuant"]
+
+
+@dataclass(frozen=True)
+class DynamicQuant(Pass):
+    """Replace linears by DynamicQuantizeLinear and MatMulInteger over int8 weights (float32 models).
+
+    The range is that of the whole batch at hand, padding included: a sample's result depends on its batch.
+    """
+
+    stage: ClassVar[Stage] = Stage.ACTIVATIONS
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    weights: Granularity = "channel"
+    """One weight scale per output channel, or one per tensor."""
+    skip: tuple[str, ...] = ()
+    """Patterns of node or weight names that stay float."""
+    min_size: Annotated[int, Field(ge=0)] = 1024
+    """Weights with fewer elements stay float."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every linear is skipped."""
+        return "*" in self.skip
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every linear with a float weight; raises `TargetError` where the target has no dynamic int8 product."""
+        if not target.provider.startswith("CPU"):
+            raise TargetError(f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target")
+        return [linear.site for linear in quantize.quantizable(g)]
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Quantize the chosen linears; siblings share one run-time range."""
+        codes = quantize.WeightCodes(g, self.weights, 7 if env.target.quantized.reduce_range else 8)
+        for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
+            if group[0].source.dtype is not ir.DataType.FLOAT:
+                for linear in group:
+                    g.decline(linear.site, "dynamic quantization takes float32 inputs only")
+                continue
+            x = g.op("DynamicQuantizeLinear", group[0].source, outputs=3, name=f"{group[0].source.name}_quantize").producer()
+            assert x is not None
+            for linear in group:
+                self._replace(g, linear, x, codes)
+
+    def _replace(self, g: Graph, linear: Linear, x: ir.Node, codes: quantize.WeightCodes) -> None:
+        weight, scale = codes(linear)
+        q, s, z = x.outputs
+        name = linear.name
+        total = g.op("Cast", g.op("MatMulInteger", q, weight, z, name=f"{name}_int8"), to=ir.DataType.FLOAT.value, name=f"{name}_float")
+        y = g.op("Mul", total, g.op("Mul", s, scale, name=f"{name}_scale"), name=f"{name}_rescale", like=linear.node.outputs[0])
+        if linear.node.op_type == "Gemm" and linear.bias is not None:
+            y = g.op("Add", y, linear.bias, name=f"{name}_bias", like=linear.output)
+        g.replace(linear.node.outputs[0], y)

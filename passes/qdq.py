@@ -1,0 +1,110 @@
+"""Static int8: weights and the linears' inputs become integers, with ranges from calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from onnxcomp import blocks, quantize
+from onnxcomp.errors import TargetError
+from onnxcomp.graph import Graph, Site
+from onnxcomp.maths import formats
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.stats import Need, Stats, histogram
+from onnxcomp.target import Granularity, Target
+
+__all__ = ["Qdq"]
+
+
+@dataclass(frozen=True)
+class Qdq(Pass):
+    """Put one QuantizeLinear, DequantizeLinear pair on each distinct input of the linears and int8 weights behind them.
+
+    `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Outputs, attention
+    products and norms stay float: quantizing them costs accuracy and gains no speed.
+    """
+
+    stage: ClassVar[Stage] = Stage.ACTIVATIONS
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    clip: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    """How the range of an input follows from its histogram."""
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
+    """Share of values inside the range, percent; used by clip: percentile."""
+    weights: Granularity = "channel"
+    """One weight scale per output channel, or one per tensor."""
+    activations: Literal["auto", "u8", "s8"] = "auto"
+    """Integer type of the inputs; auto takes the first the target runs fast."""
+    symmetric: bool | None = None
+    """Zero point in the middle of the range; by default only where the target needs it."""
+    outputs: bool = False
+    """Quantize the linears' outputs as well (for runtimes that fuse only between integer operators)."""
+    skip: tuple[str, ...] = ()
+    """Patterns of node or weight names that stay float."""
+    min_size: Annotated[int, Field(ge=0)] = 1024
+    """Weights with fewer elements stay float."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether every linear is skipped."""
+        return "*" in self.skip
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every linear with a float weight; raises `TargetError` where the options are not legal on the target."""
+        self._legal(target)
+        return [linear.site for linear in quantize.quantizable(g)]
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """The histogram of each distinct input (and output) of the linears that will be quantized."""
+        found = quantize.chosen(g.clone(), self.skip, self.min_size)
+        yield from dict.fromkeys(histogram(linear.source) for linear in found)
+        if self.outputs:
+            yield from dict.fromkeys(histogram(linear.output) for linear in found)
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Quantize the chosen linears; siblings share one pair."""
+        bits = 7 if env.target.quantized.reduce_range else 8
+        codes = quantize.WeightCodes(g, self.weights, bits)
+        for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
+            x = self._pair(g, group[0].source, env.stats, env.target)
+            for linear in group:
+                quantize.product(g, linear, x, quantize.integer_weight(codes, linear))
+                if self.outputs:
+                    users = linear.users
+                    g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
+
+    def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target) -> ir.Value:
+        signed, symmetric = self._type(target) == "s8", self._is_symmetric(target)
+        low, high = formats.clip_range(
+            stats[histogram(x)], method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile
+        )
+        scale, zero = formats.affine(low, high, bits=8, signed=signed, symmetric=symmetric)
+        dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
+        constants = (np.asarray(scale, dtype), np.asarray(zero, np.int8 if signed else np.uint8))
+        s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))
+        q = g.op("QuantizeLinear", x, s, z, name=f"{x.name}_quantize")
+        return g.op("DequantizeLinear", q, s, z, name=f"{x.name}_dequantize", like=x)
+
+    def _type(self, target: Target) -> str:
+        return target.quantized.activations[0] if self.activations == "auto" else self.activations
+
+    def _is_symmetric(self, target: Target) -> bool:
+        return not target.quantized.zero_points if self.symmetric is None else self.symmetric
+
+    def _legal(self, target: Target) -> None:
+        """Refuse what the target cannot run, or would run as float arithmetic, before anything is done."""
+        legal = target.quantized
+        if not legal.pays:
+            raise TargetError(f"target '{target.name}' has no int8 product for Q/DQ: the result would be slower; use cpu or tensorrt")
+        if self._type(target) not in legal.activations:
+            why = "one s8 pair that feeds several linears is not fused there" if target.provider.startswith("CPU") else "not run there"
+            raise TargetError(f"qdq: activations '{self.activations}' are not legal on '{target.name}' ({why}); use {legal.activations[0]}")
+        if not legal.zero_points and not self._is_symmetric(target):
+            raise TargetError(f"qdq: '{target.name}' takes no zero points; leave 'symmetric' unset or say symmetric: true")
+        if self.weights not in legal.granularity:
+            raise TargetError(f"qdq: weights per {self.weights} are not legal on '{target.name}'; use {legal.granularity[0]}")

@@ -1,0 +1,49 @@
+"""A layer-wise GPTQ: proves `SequentialPass`, Gram statistics on the changed prefix, and the solver."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from onnxcomp import blocks
+from onnxcomp.graph import Graph, Site
+from onnxcomp.maths import formats, solve
+from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
+from onnxcomp.stats import Need, gram
+from onnxcomp.target import Target
+
+
+@dataclass(frozen=True)
+class GptqLinear(SequentialPass):
+    """Round each linear's weight to `bits` by GPTQ (Frantar 2022, algorithm 1), keeping it stored as float."""
+
+    stage: ClassVar[Stage] = Stage.WEIGHTS
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    bits: Annotated[int, Field(ge=2, le=8)] = 4
+    """Bits of a weight."""
+    plain: bool = False
+    """Round to nearest instead, for comparison."""
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        return [linear.site for linear in blocks.linears(g)]
+
+    def site_needs(self, g: Graph, site: Site, target: Target) -> Iterable[Need]:
+        yield gram(self._linear(g, site).source)
+
+    def edit(self, g: Graph, site: Site, env: Env) -> None:
+        linear = self._linear(g, site)
+        weight = g.array(linear.weight)
+        if self.plain:
+            scale = formats.symmetric_scale(np.abs(weight).max(axis=0), self.bits)
+            top = 2 ** (self.bits - 1) - 1
+            rounded = np.clip(np.rint(weight / scale), -top - 1, top) * scale
+        else:
+            rounded = solve.gptq(env.stats[gram(linear.source)], weight, bits=self.bits).weight
+        g.put(linear.weight, rounded.astype(weight.dtype))
+
+    @staticmethod
+    def _linear(g: Graph, site: Site) -> blocks.Linear:
+        return next(x for x in blocks.linears(g) if x.name == site.name)

@@ -1,0 +1,151 @@
+"""Laws that every pass in the catalogue keeps, on models of every kind."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import catalog, storage
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager
+from onnxcomp.pipeline import Fidelity
+from onnxcomp.runtime import Session
+from onnxcomp.structure import canonicalize
+from tests import tiny
+
+ZOO = {
+    "encoder-post-norm": functools.partial(tiny.encoder),
+    "encoder-pre-norm-no-bias": functools.partial(tiny.encoder, norm="pre", bias=False),
+    "encoder-classifier": functools.partial(tiny.encoder, classes=3),
+    "encoder-static": functools.partial(tiny.encoder, batch=2, sequence=7),
+    "encoder-exported": functools.partial(tiny.encoder, spelled="dynamo"),
+    "decoder-grouped": functools.partial(tiny.decoder),
+    "decoder-tied": functools.partial(tiny.decoder, tied=True),
+    "decoder-exported": functools.partial(tiny.decoder, spelled="dynamo"),
+    "mlp-gated": functools.partial(tiny.mlp, hidden=32, ffn=64, gated=True),
+    "linear-rank-2": functools.partial(tiny.linear, 64, 64, rank=2),
+}
+# The setting at which a lossy pass must change nothing. A new lossy pass adds its own.
+IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
+# Options that make the tiny layers eligible.
+OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
+
+
+def model(name: str) -> Graph:
+    return ZOO[name]()
+
+
+def batches(g: Graph, count: int = 3) -> list[Batch]:
+    sizes = [(2, 7)] * count if "static" in str(g.inputs[0].shape) or isinstance(g.inputs[0].shape[0], int) else [(2, 7), (1, 5), (3, 9)]
+    return [Batch(tiny.feeds(g, b, s, seed=i, padding="right")) for i, (b, s) in enumerate(sizes)]
+
+
+def content(g: Graph) -> bytes:
+    return ir.to_proto(g.model).SerializeToString(deterministic=True)
+
+
+def outputs(g: Graph, batch: Batch) -> list[np.ndarray]:
+    with Session(g) as session:
+        return list(session.run(batch.feeds).values())
+
+
+def prepared(name: str, pass_name: str) -> Graph:
+    """The model as the pass meets it in a recipe: canonical, except for the passes that make it so."""
+    g = model(name)
+    if pass_name not in ("canonicalize", "cleanup"):
+        canonicalize(g)
+    return g
+
+
+def apply(pass_name: str, g: Graph, **options):
+    cls = catalog.load(pass_name)
+    manager = PassManager([cls(**(OPTIONS.get(pass_name, {}) | options))], allow_unchanged=True)
+    return manager.run(g, as_dataset(batches(g), g))
+
+
+@pytest.fixture(params=ZOO, scope="module")
+def zoo_name(request):
+    return request.param
+
+
+@pytest.fixture(params=catalog.names(), scope="module")
+def pass_name(request):
+    return request.param
+
+
+def test_valid_after_and_source_untouched(pass_name, zoo_name):
+    g = prepared(zoo_name, pass_name)
+    before = content(g)
+    result = apply(pass_name, g)
+    assert content(g) == before
+    result.model.verify()
+    assert [v.name for v in result.model.outputs] == [v.name for v in g.outputs]
+    assert [v.name for v in result.model.inputs] == [v.name for v in g.inputs]
+
+
+def test_runs_at_every_shape_and_keeps_outputs(pass_name, zoo_name):
+    g = prepared(zoo_name, pass_name)
+    result = apply(pass_name, g)
+    exact = catalog.load(pass_name).fidelity is Fidelity.EXACT
+    for batch in batches(g):
+        for want, got in zip(outputs(g, batch), outputs(result.model, batch), strict=True):
+            assert want.shape == got.shape
+            rows = batch.feeds["attention_mask"].astype(bool) if want.ndim == 3 and "attention_mask" in batch.feeds else ...
+            error = np.linalg.norm(got[rows] - want[rows]) / np.linalg.norm(want[rows])
+            assert error < (2e-6 if exact else 0.2)
+
+
+def test_every_site_is_changed_or_declined(pass_name, zoo_name):
+    g = prepared(zoo_name, pass_name)
+    step = apply(pass_name, g).report.steps[0]
+    declined = len({d.site for d in step.declined})
+    assert step.changed <= step.eligible
+    assert step.eligible <= step.changed + declined
+
+
+def test_exact_pass_has_nothing_left_to_do(pass_name, zoo_name):
+    if catalog.load(pass_name).fidelity is not Fidelity.EXACT:
+        pytest.skip("only exact passes are idempotent")
+    once = apply(pass_name, prepared(zoo_name, pass_name)).model
+    again = apply(pass_name, once).report.steps[0]
+    assert (again.edits, again.changed) == (0, 0)
+
+
+def test_lossy_pass_at_identity_makes_no_edit(pass_name):
+    if catalog.load(pass_name).fidelity is Fidelity.EXACT:
+        assert pass_name not in IDENTITY
+        return
+    g = prepared("encoder-post-norm", pass_name)
+    result = apply(pass_name, g, **IDENTITY[pass_name])
+    assert result.report.steps[0].edits == 0
+    assert content(result.model) == content(g)
+
+
+def test_lossy_pass_that_changes_nothing_is_an_error(pass_name):
+    if catalog.load(pass_name).fidelity is Fidelity.EXACT:
+        assert apply(pass_name, tiny.linear(2, 2)).report.steps[0].changed == 0
+        return
+    from onnxcomp.errors import RecipeError
+
+    g = tiny.linear(2, 2)
+    with pytest.raises(RecipeError, match="allow_unchanged"):
+        PassManager([catalog.load(pass_name)()]).run(g, as_dataset(batches(g), g))
+
+
+def test_same_input_same_bytes(pass_name):
+    first, second = (content(apply(pass_name, prepared("decoder-grouped", pass_name)).model) for _ in range(2))
+    assert first == second
+
+
+def test_external_data_gives_the_same_result(pass_name, tmp_path: Path):
+    g = prepared("encoder-post-norm", pass_name)
+    path = tiny.external(g, tmp_path)
+    stored = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
+    a, b = apply(pass_name, g), apply(pass_name, storage.load(path))
+    batch = batches(g)[0]
+    for x, y in zip(outputs(a.model, batch), outputs(b.model, batch), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == stored
