@@ -16,6 +16,9 @@ from onnxcomp.maths import Array, Float64
 __all__ = ["METRICS", "Drift", "DriftSums", "Metric", "MetricResult", "Seen", "Sums", "bootstrap", "find"]
 
 RESAMPLES = 1000
+_GROUPS = 4096
+# Infinities and NaN of a broken candidate are results here, not accidents.
+_QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
 _CHUNK = 1 << 20  # elements widened to float64 at once: 8 MB, whatever the vocabulary
 
 
@@ -103,8 +106,7 @@ def row_cosine(a: Array, b: Array) -> Float64:
     for part, (x, y) in chunks(a, b):
         norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
         equal = (x == y).all(axis=1).astype(np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            result[part] = np.where(norms > 0, np.einsum("ij,ij->i", x, y) / np.where(norms > 0, norms, 1), equal)
+        result[part] = np.where(norms > 0, np.einsum("ij,ij->i", x, y) / np.where(norms > 0, norms, 1), equal)
     return result
 
 
@@ -119,8 +121,7 @@ def row_kl(reference: Array, candidate: Array) -> Float64:
     result = np.empty(len(reference))
     for part, (x, y) in chunks(reference, candidate):
         p, q = _log_softmax(x), _log_softmax(y)
-        with np.errstate(invalid="ignore"):
-            result[part] = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(axis=1)
+        result[part] = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(axis=1)
     return np.maximum(result, 0.0)
 
 
@@ -142,14 +143,14 @@ class DriftSums:
         self._means = np.zeros(4)  # signal, noise, cosine and number of pooled rows
         self._finite = self._classes = True
 
+    @_QUIET
     def update(self, seen: Seen) -> None:
         """Add one batch; infinities both models share (masked scores) count as equal."""
         reference, candidate = seen.against, seen.rows
         self._finite &= not bool((~np.isfinite(candidate) & (candidate != reference)).any())
         self._classes &= reference.shape[1] > 1
         for _, (x, y) in chunks(reference, candidate):
-            with np.errstate(invalid="ignore"):
-                noise = np.where(x == y, 0.0, y - x)
+            noise = np.where(x == y, 0.0, y - x)
             signal = np.where(np.isfinite(x), x, 0.0)
             self._signal += float(np.vdot(signal, signal))
             self._noise += float(np.vdot(noise, noise))
@@ -209,8 +210,7 @@ def decibel(signal: float, noise: float) -> float:
 
 def _mean(sums: Float64) -> Float64:
     """Total over count, `[R]`."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Float64 = sums[:, 0] / sums[:, 1]
+    result: Float64 = sums[:, 0] / sums[:, 1]
     return result
 
 
@@ -265,8 +265,7 @@ def _macro_f1(sums: Float64) -> Float64:
     hits, guessed, labelled = np.moveaxis(sums.reshape(len(sums), 3, -1), 1, 0)
     occurs = guessed + labelled
     per_class = 2 * hits / np.maximum(occurs, 1)
-    with np.errstate(invalid="ignore"):
-        result: Float64 = per_class.sum(axis=1) / (occurs > 0).sum(axis=1)
+    result: Float64 = per_class.sum(axis=1) / (occurs > 0).sum(axis=1)
     return result
 
 
@@ -288,8 +287,7 @@ def _perplexity(seen: Seen) -> Float64:
 
 
 def _exp_mean(sums: Float64) -> Float64:
-    with np.errstate(over="ignore"):
-        result: Float64 = np.exp(_mean(sums))
+    result: Float64 = np.exp(_mean(sums))
     return result
 
 
@@ -338,6 +336,7 @@ class Sums:
         self._parts: dict[str, list[Float64]] = {m.name: [] for m in metrics}
         self._metrics = metrics
 
+    @_QUIET
     def update(self, seen: Seen) -> None:
         """Score one batch with every metric."""
         for m in self._metrics:
@@ -348,10 +347,12 @@ class Sums:
         return np.concatenate(self._parts[metric.name])
 
 
+@_QUIET
 def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: int = 0) -> MetricResult:
     """Both values and the 95 % interval of the change, resampling the same samples `[N, k]` of both models."""
-    n = len(reference)
     values = [float(metric.reduce(s.sum(axis=0, keepdims=True))[0]) for s in (reference, candidate)]
+    reference, candidate = _grouped(reference), _grouped(candidate)
+    n = len(reference)
     rng = np.random.default_rng(seed)
     step = max(1, (1 << 22) // n)
     changes = []
@@ -365,7 +366,12 @@ def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: i
     return MetricResult(metric.name, values[0], values[1], change, float(low), float(high))
 
 
+def _grouped(sums: Float64) -> Float64:
+    """Sums of at most 4096 interleaved groups: of that many, resampling groups is as good as resampling samples."""
+    n = min(len(sums), _GROUPS)
+    return sums if n == len(sums) else np.stack([sums[i::n].sum(axis=0) for i in range(n)])
+
+
 def _change(metric: Metric, reference: Float64, candidate: Float64) -> Float64:
-    with np.errstate(invalid="ignore", divide="ignore"):
-        result: Float64 = candidate / reference - 1 if metric.relative else candidate - reference
+    result: Float64 = candidate / reference - 1 if metric.relative else candidate - reference
     return result

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import metrics as scoring
-from onnxcomp.data import Batch, Dataset
+from onnxcomp.data import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -85,7 +87,7 @@ class _Kept:
     """Outputs of the original per batch: in memory while they are few, then as float32 files that are memory-mapped."""
 
     def __init__(self, scratch: Path | None) -> None:
-        self._scratch, self._own = scratch, None if scratch else tempfile.TemporaryDirectory(prefix="onnxcomp-")
+        self._scratch = scratch
         self._batches: list[dict[str, Array | Path]] = []
         self._bytes = 0
 
@@ -97,8 +99,14 @@ class _Kept:
             return
         self._batches.append({k: self._write(a, i) for i, (k, a) in enumerate(outputs.items())})
 
+    def _folder(self) -> Path:
+        if self._scratch is None:
+            self._scratch = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
+            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+        return self._scratch
+
     def _write(self, a: Array, index: int) -> Path:
-        folder = self._scratch or Path(self._own.name if self._own else ".")
+        folder = self._folder()
         path = folder / f"original-{id(self):x}-{len(self._batches)}-{index}.npy"
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -135,15 +143,15 @@ class Reference:
     def __init__(
         self,
         model: Graph | str | Path,
-        data: Dataset,
+        data: Dataset | Iterable[Any] | str | Path,
         target: Target = CPU,
         *,
         metrics: Sequence[str] = (),
         scratch: Path | None = None,
         allow_code: bool = False,
     ) -> None:
-        self.data, self.target = data, target
-        self.view = View.of(model if isinstance(model, Graph) else load(model))
+        graph = model if isinstance(model, Graph) else load(model)
+        self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
         self._kept = _Kept(scratch)
         self._seen: list[bytes] = []
@@ -187,12 +195,20 @@ class Reference:
             return [scoring.METRICS["accuracy"]] if whole and labels.max(initial=0) < seen.rows.shape[1] else []
         if tokens is None or not seen.per_token or seen.rows.shape[1] != self.view.vocabulary or tokens.shape[1] < 2:
             return []
+        return [scoring.METRICS["perplexity"]] if self._is_causal(session, batch, tokens, out[first.name]) else []
+
+    def _is_causal(self, session: Session, batch: Batch, tokens: Array, scores: Array) -> bool:
+        """Whether another last token leaves all scores before it as they were; tried, since names do not tell."""
+        visible = self.view.visible(batch.feeds)
+        mask = np.ones(tokens.shape, bool) if visible is None else visible
+        last = tokens.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
         changed = tokens.copy()
-        changed[:, -1] = (changed[:, -1] + 1) % self.view.vocabulary
-        again = session.run({**batch.feeds, self.view.roles["tokens"]: changed}, [first.name])[first.name]
-        real = _real(self.view.visible(batch.feeds), tokens.shape)
-        move = np.abs(np.where(real[..., None], again - out[first.name], 0))[:, :-1]
-        return [scoring.METRICS["perplexity"]] if move.max(initial=0) < 1e-4 * np.abs(seen.rows).max() else []
+        changed[np.arange(len(last)), last] = (changed[np.arange(len(last)), last] + 1) % (self.view.vocabulary or 1)
+        name = self.view.outputs[0].name
+        again = session.run({**batch.feeds, self.view.roles["tokens"]: changed}, [name])[name]
+        before = mask & (np.arange(tokens.shape[1]) < last[:, None])
+        moved = np.abs(again.astype(np.float32) - scores.astype(np.float32))[before].max(initial=0)
+        return bool(before.any() and moved < 1e-4 * np.abs(scores[before]).max(initial=0))
 
     def against(self, candidate: Graph | str | Path) -> Validation:
         """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's."""
@@ -242,10 +258,6 @@ class Reference:
                 )
 
 
-def _real(mask: Array | None, shape: tuple[int, ...]) -> Array:
-    return np.ones(shape, bool) if mask is None else mask
-
-
 def _drift(reading: Reading, view: View) -> DriftSums:
     features = not reading.logits and reading.tokens == 1 and "mask" in view.roles
     return DriftSums(logits=reading.logits, pooled=features)
@@ -254,13 +266,13 @@ def _drift(reading: Reading, view: View) -> DriftSums:
 def compare(
     reference: Graph | str | Path,
     candidate: Graph | str | Path,
-    data: Dataset,
+    data: Dataset | Iterable[Any] | str | Path,
     target: Target = CPU,
     metrics: Sequence[str] = (),
     *,
     scratch: Path | None = None,
     allow_code: bool = False,
 ) -> Validation:
-    """Compare two models on a dataset; one session is alive at a time."""
+    """Compare two models on a dataset (or on batches, or a data file); one session is alive at a time."""
     original = Reference(reference, data, target, metrics=metrics, scratch=scratch, allow_code=allow_code)
     return original.against(candidate)
