@@ -349,14 +349,14 @@ def _drop_old_data(target: Path, current: Path | None) -> None:
 @contextmanager
 def publish(out: Path) -> Iterator[Path]:
     """A staging folder beside `out`; on leaving its files move into place, models last; an error leaves nothing."""
+    if out.exists() and not out.is_dir():
+        raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
     made = _make_folder(out.parent)
     sweep(out.parent)
     staging = _temporary(out)
     staging.mkdir()
     try:
         yield staging
-        if out.exists() and not out.is_dir():
-            raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
         if not out.exists():
             os.replace(staging, out)
         else:

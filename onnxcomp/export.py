@@ -1,0 +1,70 @@
+"""Checkpoint to ONNX through transformers' exporter or torch's, verified against PyTorch at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.errors import ExportError
+from onnxcomp.export_checkpoint import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
+from onnxcomp.export_routes import TOLERANCE, Watch, Work, first_that_works
+from onnxcomp.storage import publish
+
+__all__ = ["TASKS", "export"]
+
+OPSETS = (18, 23)
+SCHEMA = 1
+
+
+def export(
+    source: str | Path | Any,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    opset: int = 18,
+    dtype: str = "fp32",
+    static: Mapping[str, int] | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    watch: Watch | None = None,
+) -> Path:
+    """Export a checkpoint (local folder, hub id, or a loaded transformers model) to the folder `out`; returns it.
+
+    Writes `model.onnx` with dynamic axes `batch` and `sequence` (or those of `static` fixed), the tokenizer, processor
+    and configuration, and `export.json` with the route, versions and measured differences. Raises `ExportError`.
+    """
+    say = watch or (lambda _: None)
+    _check_options(task, opset, dtype, static or {})
+    log: list[str] = []
+    with publish(Path(out)) as staging:
+        with quiet(log):
+            say("loading the checkpoint")
+            model, task = load_checkpoint(source, task, revision, allow_pickle)
+            job = Work(cast(model, dtype), task, dtype, opset, dict(static or {}), inputs_of(model, source))
+            record = first_that_works(job, staging, say)
+            companions(job.model, source, revision, staging, log)
+        record |= {"schema": SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
+        record |= {"static": job.static, "failed": job.attempts, "versions": versions(), "log": log[-200:]}
+        (staging / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    return Path(out)
+
+
+def _check_options(task: str | None, opset: int, dtype: str, static: Mapping[str, int]) -> None:
+    if task is not None and task not in TASKS:
+        raise ExportError(f"unknown task '{task}'; there are {', '.join(TASKS)}")
+    if not OPSETS[0] <= opset <= OPSETS[1]:
+        raise ExportError(f"opset {opset} is not possible; torch's exporter writes {OPSETS[0]} to {OPSETS[1]}")
+    if dtype not in TOLERANCE:
+        raise ExportError(f"unknown dtype '{dtype}'; there are {', '.join(TOLERANCE)}")
+    for axis, size in static.items():
+        if axis not in ("batch", "sequence") or size < 1:
+            raise ExportError(
+                f"static axis {axis}={size} is not possible; use batch=N or sequence=N with N of at least 1"
+            )
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as e:
+        raise ExportError(f"export needs torch and transformers: pip install 'onnxcomp[export]' ({e})") from e
