@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.structure import decompose
 from onnxcomp.target import Target
 
 __all__ = ["Lower"]
@@ -25,20 +26,24 @@ class Lower(Pass):
     On the CPU a bias behind an integer product is written `Sum`: `MatMul, Add` becomes a float `Gemm` there for rank-2 or
     static inputs, and the int8 weight is dequantized on every run. A residual before a norm and a bias before GELU are
     written `Sum` too, because the runtime's fusions of `Add` with them (SkipLayerNormalization, BiasGelu) are slower.
+    A target that takes only older operator sets gets attention, RMS norm, rotary embedding and GELU spelled out.
     """
 
     stage: ClassVar[Stage] = Stage.LOWER
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every `Add` that has a faster form on the target."""
-        return [Site(str(add.name), (str(add.name),), kind) for add, kind in _adds(g, target)]
+        """Every `Add` that has a faster form on the target, and every operator that is too new for it."""
+        adds = [Site(str(add.name), (str(add.name),), kind) for add, kind in _adds(g, target)]
+        return [*adds, *decompose.newer_sites(g, target.max_opset)]
 
     def run(self, g: Graph, env: Env) -> None:
         """Rewrite the sites; their number is what `sites` says."""
         for add, _ in list(_adds(g, env.target)):
             out = add.outputs[0]
             g.replace(out, g.op("Sum", *add.inputs, name=f"{add.name}_sum", like=out))
+        if g.opset > env.target.max_opset:
+            decompose.lower_opset(g, env.target.max_opset)
 
 
 def _adds(g: Graph, target: Target) -> Iterator[tuple[ir.Node, str]]:

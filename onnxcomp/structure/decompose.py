@@ -1,0 +1,162 @@
+"""The way down: canonical operators spelled in older operator sets, for consumers that know no newer ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxcomp.errors import TargetError
+from onnxcomp.graph import Graph, Site
+
+__all__ = ["lower_opset", "newer_sites"]
+
+OLDEST = 18
+NEW = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
+
+
+def newer_sites(g: Graph, version: int) -> list[Site]:
+    """Nodes of operators that `version` does not have and that can be spelled out."""
+    found = [n for n in g.nodes(*NEW) if n.domain == "" and NEW[n.op_type] > version]
+    return [Site(str(n.name), (str(n.name),), n.op_type) for n in found]
+
+
+def lower_opset(g: Graph, version: int) -> None:
+    """Spell out what `version` lacks and declare it; raises `TargetError` naming the node that cannot go down.
+
+    The operators in between differ in allowed types only, which is checked against the schemas.
+    """
+    if version < OLDEST:
+        raise TargetError(f"opset {version} is too old: results are written for opset {OLDEST} to 23")
+    if g.opset <= version:
+        return
+    for site in newer_sites(g, version):
+        node = g.node(site.nodes[0])
+        g.replace(node.outputs[0], _SPELL[node.op_type](g, node))
+    g.sweep()
+    for node in g.nodes():
+        if node.domain == "":
+            _must_exist(node, version)
+    g.model.opset_imports[""] = version
+    g.edits += 1
+
+
+def _must_exist(node: ir.Node, version: int) -> None:
+    try:
+        schema = onnx.defs.get_schema(node.op_type, version, "")
+    except onnx.defs.SchemaError:
+        raise TargetError(f"node '{node.name}': opset {version} has no {node.op_type}") from None
+    if unknown := [a for a in node.attributes if a not in schema.attributes]:
+        raise TargetError(f"node '{node.name}': {node.op_type} has no attribute '{unknown[0]}' in opset {version}")
+    if len(node.inputs) > schema.max_input:
+        raise TargetError(f"node '{node.name}': {node.op_type} takes fewer inputs in opset {version}")
+    allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
+    for formal, x in zip(schema.inputs, node.inputs, strict=False):
+        if x is not None and x.dtype is not None and formal.type_str in allowed and _type(x) not in allowed[formal.type_str]:
+            raise TargetError(f"node '{node.name}': {node.op_type} does not take {_type(x)} in opset {version}")
+
+
+def _type(x: ir.Value) -> str:
+    names = {"FLOAT": "float", "FLOAT16": "float16", "DOUBLE": "double", "BFLOAT16": "bfloat16", "BOOL": "bool", "STRING": "string"}
+    name = x.dtype.name if x.dtype else ""
+    return f"tensor({names.get(name, name.lower())})"
+
+
+def _ints(*xs: int) -> np.ndarray:
+    return np.array(xs, np.int64)
+
+
+def _float(node: ir.Node) -> np.dtype:  # type: ignore[type-arg]
+    dtype = node.outputs[0].dtype or (node.inputs[0].dtype if node.inputs[0] is not None else None)
+    return (dtype or ir.DataType.FLOAT).numpy()
+
+
+def _attention(g: Graph, node: ir.Node) -> ir.Value:
+    """`softmax(scale q k^T + mask) v`, scale on q, `[B, S, H D]` in and out; key and value heads repeated where grouped."""
+    name, attrs, dtype = str(node.name), node.attributes, _float(node)
+    q, k, v = node.inputs[:3]
+    if attrs.get_int("is_causal", 0) or len([x for x in node.inputs[4:] if x is not None]) or q is None or q.shape is None or len(q.shape) != 3:
+        raise TargetError(f"node '{name}': this Attention (causal flag, cache or 4-D inputs) has no spelling below opset 23")
+    heads, kv = attrs.get_int("q_num_heads"), attrs.get_int("kv_num_heads")
+    width = q.shape[2]
+    scale = attrs.get_float("scale", 0.0) or 1.0 / np.sqrt(int(width) / heads if isinstance(width, int) else 1.0)
+    q4 = _heads(g, q, heads, 1, (0, 2, 1, 3), f"{name}_q")
+    k4 = _heads(g, k, kv, heads // kv, (0, 2, 3, 1), f"{name}_k")
+    v4 = _heads(g, v, kv, heads // kv, (0, 2, 1, 3), f"{name}_v")
+    scores = g.op("MatMul", g.op("Mul", q4, np.array(scale, dtype), name=f"{name}_scaled"), k4, name=f"{name}_scores")
+    if cap := attrs.get_float("softcap", 0.0):
+        bound = np.array(cap, dtype)
+        scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, bound)), bound, name=f"{name}_capped")
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None and mask.dtype is ir.DataType.BOOL:
+        scores = g.op("Where", mask, scores, np.array(np.finfo(dtype).min, dtype), name=f"{name}_masked")
+    elif mask is not None:
+        scores = g.op("Add", scores, mask, name=f"{name}_masked")
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1, name=f"{name}_softmax"), v4, name=f"{name}_mixed")
+    merged = g.op("Transpose", mixed, perm=[0, 2, 1, 3], name=f"{name}_merged")
+    return g.op("Reshape", merged, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
+
+
+def _heads(g: Graph, x: ir.Value | None, heads: int, repeat: int, perm: tuple[int, ...], name: str) -> ir.Value:
+    """`[B, T, heads D]` as `[B, heads repeat, ...]`, last two axes in the order of `perm`."""
+    split = g.op("Reshape", x, _ints(0, 0, heads, -1), name=f"{name}_split")
+    if repeat == 1:
+        return g.op("Transpose", split, perm=list(perm), name=f"{name}_heads")
+    first = g.op("Transpose", split, perm=[0, 2, 1, 3], name=f"{name}_heads")
+    wide = g.op("Expand", g.op("Unsqueeze", first, _ints(2)), _ints(1, 1, repeat, 1, 1), name=f"{name}_repeated")
+    total = x.shape[2] if x is not None and x.shape is not None else None
+    if not isinstance(total, int):
+        raise TargetError(f"'{name}': grouped heads of unknown width have no spelling below opset 23")
+    full = g.op("Reshape", wide, _ints(0, heads * repeat, -1, total // heads), name=f"{name}_grouped")
+    return full if perm[2:] == (1, 3) else g.op("Transpose", full, perm=[0, 1, 3, 2], name=f"{name}_turned")
+
+
+def _rms(g: Graph, node: ir.Node) -> ir.Value:
+    """`x / sqrt(mean(x^2) + eps) * gain` over the last axis."""
+    x, gain = node.inputs[:2]
+    if node.attributes.get_int("axis", -1) != -1:
+        raise TargetError(f"node '{node.name}': RMSNormalization over several axes has no spelling below opset 23")
+    epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), _float(node))
+    power = g.op("ReduceMean", g.op("Mul", x, x), _ints(-1), keepdims=1, name=f"{node.name}_power")
+    root = g.op("Sqrt", g.op("Add", power, epsilon), name=f"{node.name}_root")
+    return g.op("Mul", g.op("Div", x, root), gain, name=f"{node.name}_scaled", like=node.outputs[0])
+
+
+def _rotary(g: Graph, node: ir.Node) -> ir.Value:
+    """Half-split rotation of `[B, S, H D]` by cached cos and sin `[B, S, D/2]`, all of each head."""
+    x, cos, sin = node.inputs[:3]
+    attrs, name = node.attributes, str(node.name)
+    three = x is not None and x.shape is not None and len(x.shape) == 3
+    if not three or attrs.get_int("interleaved", 0) or attrs.get_int("rotary_embedding_dim", 0) or len(node.inputs) > 3:
+        raise TargetError(f"node '{name}': this RotaryEmbedding has no spelling below opset 23")
+    split = g.op("Reshape", x, _ints(0, 0, attrs.get_int("num_heads"), -1), name=f"{name}_split")
+    halves = g.op("Split", split, axis=-1, num_outputs=2, outputs=2, name=f"{name}_halves").producer()
+    assert halves is not None
+    a, b = halves.outputs
+    c, s = (g.op("Unsqueeze", t, _ints(2)) for t in (cos, sin))
+    real = g.op("Sub", g.op("Mul", a, c), g.op("Mul", b, s))
+    imaginary = g.op("Add", g.op("Mul", b, c), g.op("Mul", a, s))
+    turned = g.op("Concat", real, imaginary, axis=-1, name=f"{name}_turned")
+    return g.op("Reshape", turned, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
+
+
+def _gelu(g: Graph, node: ir.Node) -> ir.Value:
+    """`x/2 (1 + erf(x / sqrt 2))`, or the tanh form `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`."""
+    x, dtype = node.inputs[0], _float(node)
+    if node.attributes.get_string("approximate", "none") == "tanh":
+        cube = g.op("Mul", g.op("Mul", x, x), g.op("Mul", x, np.array(0.044715, dtype)))
+        inner = g.op("Tanh", g.op("Mul", g.op("Add", x, cube), np.array(np.sqrt(2 / np.pi), dtype)))
+    else:
+        inner = g.op("Erf", g.op("Mul", x, np.array(np.sqrt(0.5), dtype)))
+    gate = g.op("Add", inner, np.array(1, dtype))
+    return g.op("Mul", g.op("Mul", x, np.array(0.5, dtype)), gate, name=f"{node.name}_out", like=node.outputs[0])
+
+
+_SPELL: dict[str, Callable[[Graph, ir.Node], ir.Value]] = {
+    "Attention": _attention,
+    "RMSNormalization": _rms,
+    "RotaryEmbedding": _rotary,
+    "Gelu": _gelu,
+}

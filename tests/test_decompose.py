@@ -1,0 +1,58 @@
+"""The way down: every canonical operator spelled out gives the same outputs and a valid older model."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from onnxcomp.errors import TargetError
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager
+from onnxcomp.passes.lower import Lower
+from onnxcomp.runtime import Session
+from onnxcomp.structure.decompose import lower_opset
+from onnxcomp.target import CPU, TENSORRT
+from tests import tiny
+
+MODELS = {"encoder": tiny.encoder, "decoder": tiny.decoder, "gated": lambda: tiny.mlp(gated=True), "tanh": tiny.mlp}
+
+
+def run(g: Graph, feeds: dict) -> np.ndarray:
+    with Session(g) as s:
+        return next(iter(s.run(feeds).values()))
+
+
+@pytest.mark.parametrize("version", [18, 20, 22])
+@pytest.mark.parametrize("name", MODELS)
+def test_older_spelling_gives_the_same_outputs(name, version):
+    g = MODELS[name]()
+    old = PassManager([Lower()], target=dataclasses.replace(CPU, max_opset=version)).run(g).model
+    old.verify()
+    assert old.opset == version
+    for batch, sequence in ((2, 7), (1, 3)):
+        feeds = tiny.feeds(g, batch, sequence, padding="right")
+        want, got = run(g, feeds), run(old, feeds)
+        rows = feeds["attention_mask"].astype(bool) if "attention_mask" in feeds else ...
+        assert np.linalg.norm(got[rows] - want[rows]) < 3e-6 * np.linalg.norm(want[rows])
+
+
+def test_tensorrt_gets_scale_on_the_query():
+    g = PassManager([Lower()], target=TENSORRT).run(tiny.encoder()).model
+    assert not list(g.nodes("Attention"))
+    for node in g.nodes("MatMul"):
+        if node.name.endswith("_scores"):
+            assert node.inputs[0].producer().op_type == "Mul"
+            assert node.inputs[1].producer().op_type == "Transpose"
+
+
+def test_too_old_is_refused():
+    with pytest.raises(TargetError, match="opset 17 is too old"):
+        lower_opset(tiny.encoder(), 17)
+
+
+def test_operator_without_a_spelling_is_named():
+    g = tiny.encoder()
+    node = next(g.nodes("Attention"))
+    g.set_attr(node, is_causal=1)
+    with pytest.raises(TargetError, match=str(node.name)):
+        lower_opset(g, 22)
