@@ -114,9 +114,10 @@ class Rounds:
         a, b = self.samples(0), self.samples(model)
         value = float(np.median(a) / np.median(b))
         picks = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
-        # One resample at a time: a thousand at once of a fast model would be gigabytes.
-        ratios = [np.median(a[p]) / np.median(b[p]) for p in picks]
-        low, high = np.quantile(ratios, [0.025, 0.975])
+        # In parts, since all resamples of a fast model at once would be gigabytes.
+        parts = np.array_split(picks, math.ceil(RESAMPLES * max(a.size, b.size) / (1 << 22)))
+        ratios = [np.median(a[p], axis=(1, 2)) / np.median(b[p], axis=(1, 2)) for p in parts]
+        low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
         return Ratio(value, float(low), float(high))
 
 
