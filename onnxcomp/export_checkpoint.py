@@ -35,19 +35,7 @@ _ARCHITECTURES = {
     "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
 }
-# What an exporter may raise on a model it cannot handle; each becomes a cause in the one ExportError.
-FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
 def load_checkpoint(
@@ -68,7 +56,7 @@ def load_checkpoint(
             name, config=config, dtype="float32", use_safetensors=None if allow_pickle else True,
             output_loading_info=True, **common,
         )  # fmt: skip
-    except FAULTS as e:
+    except Exception as e:  # transformers, safetensors and torch raise many kinds
         raise ExportError(_why_not_loaded(source, e, allow_pickle)) from e
     ignored = ("pooler.", ".pooler.") if task == "feature-extraction" else ()
     missing = sorted(k for k in info["missing_keys"] if not any(k.startswith(x) or f".{x}" in f".{k}" for x in ignored))
@@ -158,7 +146,8 @@ def companions(model: Any, source: str | Path | Any, revision: str | None, stagi
         copy_companions(Path(source), staging)
     else:
         _from_hub(str(source), revision, staging)
-    if inputs_of(model, source) != ("pixel_values",) and not (staging / "tokenizer.json").exists():
+    vocabulary = any((staging / name).exists() for name in VOCABULARIES)
+    if vocabulary and not (staging / "tokenizer.json").exists():
         import transformers
 
         try:
@@ -166,7 +155,7 @@ def companions(model: Any, source: str | Path | Any, revision: str | None, stagi
                 str(source), revision=revision, trust_remote_code=False
             )
             tokenizer.save_pretrained(staging)
-        except FAULTS as e:
+        except Exception as e:  # noqa: BLE001  a tokenizer that cannot be converted is no reason to fail
             log.append(f"no tokenizer was written: {one_line(e)}")
 
 
@@ -192,10 +181,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def one_line(e: BaseException) -> str:
-    """The first meaningful line of an error."""
+def one_line(e: BaseException, hide: Path | None = None) -> str:
+    """The first meaningful line of an error, without the path of a temporary folder."""
     lines = [x.strip() for x in str(e).splitlines() if x.strip()]
-    return (lines[0] if lines else type(e).__name__)[:400]
+    return (lines[0] if lines else type(e).__name__).replace(f"{hide}/", "")[:400]
 
 
 class _Capture(logging.Handler):
@@ -217,7 +206,8 @@ def quiet(lines: list[str]) -> Iterator[None]:
 
     capture, text = _Capture(lines), io.StringIO()
     loggers = [
-        logging.getLogger(n) for n in ("torch", "torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir")
+        logging.getLogger(n)
+        for n in ("torch", "torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir", "huggingface_hub")
     ]
     before = [(x, x.handlers, x.propagate) for x in loggers]
     bars = transformers.utils.logging.is_progress_bar_enabled()
