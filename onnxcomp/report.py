@@ -10,16 +10,32 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ConfigDict, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 import onnxcomp
 from onnxcomp.benchmark import machine
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.manager import Report, Step
 
-__all__ = ["SCHEMA_VERSION", "finite", "headline", "schema", "slower", "to_json", "versions", "write"]
+if TYPE_CHECKING:
+    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.manager import Report, Step
+    from onnxcomp.validate import Validation
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "finite",
+    "headline",
+    "quality",
+    "schema",
+    "slower",
+    "speed_headline",
+    "to_json",
+    "versions",
+    "write",
+]
 
 SCHEMA_VERSION = 1
 PACKAGES = ("onnxcomp", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime", "onnxruntime-gpu")
@@ -207,7 +223,7 @@ def to_json(report: Report) -> ReportPart:
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "validation": None if validation is None else finite(validation.json()),
-        "benchmark": None if benchmark is None else finite(benchmark.json()),
+        "benchmark": None if benchmark is None else _benchmark(benchmark),
         "integer_check": None if integer is None else finite(dataclasses.asdict(integer)),
         "warnings": list(report.warnings),
         "machine": machine(),
@@ -254,6 +270,17 @@ def finite(x: Any) -> Any:
     return x if x is None or isinstance(x, (str, int)) else str(x)
 
 
+def _benchmark(b: BenchReport) -> BenchmarkPart:
+    """The benchmark with its models called by their roles, since the result is timed before it has its final path."""
+    called = dict(zip(b.models, ("original", "result"), strict=False))
+    plain = finite(b.json())
+    for row in (*plain["rows"], *plain["ratios"]):
+        row["model"] = called.get(row["model"], row["model"])
+    plain["slower"] = [called.get(name, name) for name in plain["slower"]]
+    part: BenchmarkPart = plain
+    return part
+
+
 def _recipe(info: Mapping[str, Any]) -> RecipePart:
     metadata = info.get("metadata", {})
     return {
@@ -276,9 +303,7 @@ def slower(report: Report) -> list[str]:
     """Where the benchmark shows the result surely slower than the original: one line per shape."""
     if report.benchmark is None:
         return []
-    return [
-        f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}" for r in _ratios(report) if r["high"] < 1
-    ]
+    return [speed([r]) for r in _ratios(report.benchmark) if r["high"] < 1]
 
 
 def headline(report: Report) -> str:
@@ -289,21 +314,37 @@ def headline(report: Report) -> str:
     if size := report.info.get("size"):
         parts.append(f"{size['result'] / max(1, size['original']):.2f}x the size")
     if report.benchmark is not None:
-        worst = min(_ratios(report), key=lambda r: float(r["value"]))
-        parts.append(f"{worst['value']:.2f}x as fast [{worst['low']:.2f}, {worst['high']:.2f}] at {worst['shape']}")
+        parts.append(f"{speed(_ratios(report.benchmark))} the speed")
     if report.validation is not None:
-        parts += _quality(report.validation.values(), report.validation.metrics)
+        parts += quality(report.validation)
     return ", ".join(parts) or "nothing was measured"
 
 
-def _quality(values: Mapping[str, float], metrics: Mapping[str, Any]) -> list[str]:
-    shown = [f"{m.name} {m.reference:.4g} to {m.candidate:.4g}" for m in metrics.values()]
-    if "sqnr" in values:
-        shown.append("equal outputs" if math.isinf(values["sqnr"]) else f"SQNR {values['sqnr']:.1f} dB")
+def quality(v: Validation) -> list[str]:
+    """Task metrics of original and result, and the drift."""
+    shown = [f"{m.name} {m.reference:.4g} > {m.candidate:.4g}" for m in v.metrics.values()]
+    if not v.finite:
+        return [*shown, "the result's outputs are not finite"]
+    sqnr = v.values().get("sqnr")
+    if sqnr is not None:
+        shown.append("equal outputs" if math.isinf(sqnr) else f"SQNR {sqnr:.1f} dB")
     return shown
 
 
-def _ratios(report: Report) -> list[dict[str, Any]]:
-    """Ratios of the result (the benchmark's last model) to the original, by shape."""
-    last = report.benchmark.models[-1]
-    return [r for r in report.benchmark.json()["ratios"] if r["model"] == last]
+def speed(ratios: list[dict[str, Any]]) -> str:
+    """The smallest ratio with its interval and shape."""
+    r = min(ratios, key=lambda r: float(r["value"]))
+    return f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}"
+
+
+def speed_headline(b: BenchReport) -> str:
+    """One line for a benchmark: who is slower than the first model, else how fast each is."""
+    if worse := b.slower():
+        return "\n".join(f"{name}: slower than {b.models[0]}: {speed(_ratios(b, name))}" for name in worse)
+    return "\n".join(f"{name}: {speed(_ratios(b, name))}" for name in b.models[1:])
+
+
+def _ratios(b: BenchReport, model: str | None = None) -> list[dict[str, Any]]:
+    """Ratios of a model (by default the last) to the first one, by shape."""
+    wanted = model or b.models[-1]
+    return [r for r in b.json()["ratios"] if r["model"] == wanted]

@@ -1,0 +1,119 @@
+"""Two model files on one data source, judged by gates: what `onnxcomp validate` does."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+
+import onnxcomp
+from onnxcomp.data import load_data
+from onnxcomp.errors import GateFailed, ModelError
+from onnxcomp.gate import Gate, Verdict
+from onnxcomp.report import finite, quality
+from onnxcomp.storage import graphs_of, load
+from onnxcomp.target import find
+
+if TYPE_CHECKING:
+    from onnxcomp.data import Dataset
+    from onnxcomp.graph import Graph
+    from onnxcomp.validate import Validation
+
+__all__ = ["Asked", "Compared", "DataChoice", "chosen_graphs", "compare", "file_bytes", "one_graph"]
+
+
+@dataclass(frozen=True)
+class DataChoice:
+    """A data source with how much of it is used."""
+
+    source: str
+    samples: int | None = None
+    batch: int = 8
+    sequence: int | None = None
+    seed: int = 0
+    allow_code: bool = False
+
+    def open(self, graph: Graph, folder: Path) -> Dataset:
+        """The dataset for a model with its tokenizer or image processor in `folder`; raises `DataError`."""
+        return load_data(
+            self.source,
+            graph,
+            folder,
+            batch=self.batch,
+            samples=self.samples,
+            sequence=self.sequence,
+            allow_code=self.allow_code,
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A validation with the verdicts of the gates."""
+
+    validation: Validation
+    verdicts: tuple[Verdict, ...]
+
+    def json(self) -> dict[str, Any]:
+        """Plain values."""
+        whole = {**self.validation.json(), "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
+        plain: dict[str, Any] = finite(whole)
+        return plain
+
+    def headline(self) -> str:
+        """Metrics and drift in one line."""
+        return ", ".join(quality(self.validation))
+
+    def check(self) -> None:
+        """Raise `GateFailed` where a gate refuses."""
+        if refused := [str(v) for v in self.verdicts if not v.passed]:
+            raise GateFailed(f"the candidate does not meet {'; '.join(refused)}")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked of the comparison; metrics that gates name are computed as well."""
+
+    metrics: tuple[str, ...] = ()
+    gates: tuple[str, ...] = ()
+    target: str = "cpu"
+    graph: str | None = None
+
+
+def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) -> Compared:
+    """Run both models on the data and judge the candidate."""
+    gate = Gate(asked.gates)
+    first, second = one_graph(reference, asked.graph), one_graph(candidate, asked.graph)
+    dataset = data.open(load(first), first.parent)
+    wanted = list(dict.fromkeys([*asked.metrics, *gate.metrics]))
+    v = onnxcomp.validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
+    sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
+    return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
+
+
+def file_bytes(model: Path) -> int:
+    """Bytes of a model on disk, external data included."""
+    tensors = (v.const_value for g in load(model).model.graphs() for v in g.initializers.values())
+    beside = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
+    return sum(p.stat().st_size for p in {model.resolve(), *beside})
+
+
+def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:
+    """The graphs of a model, or only the named one; raises `ModelError`."""
+    found = graphs_of(model)
+    if graph is None:
+        return found
+    if graph not in found:
+        raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(found)}")
+    return {graph: found[graph]}
+
+
+def one_graph(model: Path, graph: str | None) -> Path:
+    """The file of the one graph meant; raises `ModelError` where a folder holds several and none is named."""
+    found = chosen_graphs(model, graph if model.is_dir() else None)
+    if len(found) > 1:
+        raise ModelError(f"{model}: holds {len(found)} graphs ({', '.join(found)}); name one with --graph")
+    return next(iter(found.values()))

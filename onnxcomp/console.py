@@ -1,0 +1,89 @@
+"""What the command line shares: where output goes, progress, and how its values are read. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcomp.errors import RecipeError
+
+__all__ = ["Output", "parse_memory", "parse_shape"]
+
+Watch = Callable[[str, int, int], None]
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNITS |= {f"{u}b": n for u, n in list(_UNITS.items()) if u not in ("", "b")}
+_UNITS |= {f"{u}ib": 2 ** (10 * (i + 1)) for i, u in enumerate("kmgt")}
+WIDE = 140  # columns where output is no terminal, so that nothing is cut off
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's results go: tables, or one JSON object, on stdout; everything else on stderr."""
+
+    json: bool = False
+    quiet: bool = False
+    verbose: bool = False
+
+    def show(self, data: Any, headline: str, *tables: Any) -> None:
+        """The result: `data` with `--json`, else the headline and, unless quiet, the tables."""
+        if self.json:
+            sys.stdout.write(json.dumps(data, indent=2, allow_nan=False) + "\n")
+            return
+        console = _console(sys.stdout)
+        if headline:
+            console.print(headline, markup=False, highlight=False, soft_wrap=True)
+        for table in () if self.quiet else tables:
+            console.print(table, soft_wrap=isinstance(table, str), markup=False)
+
+    def note(self, text: str) -> None:
+        """A remark on stderr, unless quiet."""
+        if not self.quiet:
+            sys.stderr.write(f"{text}\n")
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Watch | None]:
+        """A progress bar on stderr, where that is a terminal; yields what is called with (label, done, total)."""
+        if self.quiet or not sys.stderr.isatty():
+            yield None
+            return
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description:<24}"), BarColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+            task = bar.add_task("", total=None)
+
+            def watch(label: str, done: int, total: int) -> None:
+                bar.update(task, description=label, completed=done, total=total)
+
+            yield watch
+
+
+def _console(stream: Any) -> Any:
+    from rich.console import Console
+
+    return Console(file=stream, width=None if stream.isatty() else WIDE, highlight=False)
+
+
+def parse_shape(text: str) -> dict[str, int]:
+    """Axes and sizes from `batch=1,sequence=128`; raises `RecipeError`."""
+    shape: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = (x.strip() for x in part.partition("="))
+        if not (name and equals and number.isdecimal() and int(number) > 0) or name in shape:
+            raise RecipeError(f"shape '{text}' is not AXIS=SIZE,..., such as batch=1,sequence=128")
+        shape[name] = int(number)
+    return shape
+
+
+def parse_memory(text: str) -> int:
+    """Bytes from `4GiB`, `500MB` or a plain number; raises `RecipeError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    unit = match.group(2).lower() if match else "?"
+    if match is None or unit not in _UNITS or (size := int(float(match.group(1)) * _UNITS[unit])) <= 0:
+        raise RecipeError(f"memory '{text}' is not a size such as 4GiB or 500MB")
+    return size

@@ -1,0 +1,158 @@
+"""What this machine and this installation can do, and what to repair."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import runtime
+from onnxcomp.benchmark import machine
+from onnxcomp.errors import TargetError
+from onnxcomp.graph import Graph
+from onnxcomp.report import versions
+from onnxcomp.target import CPU, CUDA, TENSORRT, Target, cpu_features
+
+__all__ = ["Check", "diagnose"]
+
+Status = Literal["ok", "info", "warning", "broken"]
+EXTRAS = {
+    "export": (("torch", "transformers", "safetensors"), "onnxcomp export"),
+    "text": (("tokenizers",), "text data (.jsonl, .txt)"),
+    "image": (("PIL",), "image folders"),
+    "graphsurgeon": (("onnx_graphsurgeon",), "graphsurgeon scripts in recipes"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; `advice` says what to do about it."""
+
+    status: Status
+    check: str
+    detail: str
+    advice: str = ""
+
+
+def diagnose() -> dict[str, Any]:
+    """All checks with the machine and versions; `ok` is False when something is broken."""
+    found = [
+        _python(),
+        *_runtimes(),
+        *(_provider(t) for t in (CPU, CUDA, TENSORRT)),
+        _integers(),
+        _threads(),
+        _memory(),
+    ]
+    found += [_extra(name, modules, what) for name, (modules, what) in EXTRAS.items()]
+    return {
+        "ok": all(c.status != "broken" for c in found),
+        "checks": [asdict(c) for c in found],
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def _python() -> Check:
+    text = ", ".join(f"{name} {v}" for name, v in versions().items())
+    return Check("ok", "versions", text)
+
+
+def _runtimes() -> list[Check]:
+    found = runtime.installed_runtimes()
+    text = ", ".join(f"{name} {version}" for name, version in found.items())
+    if not found:
+        return [Check("broken", "runtime", "ONNX Runtime is not installed", "pip install 'onnxcomp[cpu]'")]
+    if len(found) > 1:
+        advice = f"pip uninstall -y {' '.join(found)}, then pip install 'onnxcomp[cpu]' or 'onnxcomp[gpu]'"
+        return [Check("broken", "runtime", f"{text} overwrite each other's files", advice)]
+    return [Check("ok", "runtime", text)]
+
+
+def probe() -> Graph:
+    """The smallest model: y = x + x, two floats."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
+    node = ir.node("Add", [x, x], name="add")
+    node.outputs[0].name = "y"
+    graph = ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 18}, name="probe")
+    return Graph(ir.Model(graph, ir_version=8))
+
+
+def _provider(target: Target) -> Check:
+    """Whether a model really runs there; only a CPU that does not work is broken."""
+    name = f"target {target.name}"
+    try:
+        with runtime.Session(probe(), target) as session:
+            session.run({"x": np.ones(2, np.float32)})
+    except TargetError as e:
+        return Check("broken" if target is CPU else "info", name, str(e))
+    return Check("ok", name, f"{target.provider} runs models")
+
+
+def _integers() -> Check:
+    """What the instruction set means for int8."""
+    features = cpu_features()
+    named = ", ".join(sorted(features)) or "unknown"
+    if "vnni" in features or "dotprod" in features:
+        return Check("ok", "int8", f"{named}: integer dot products, int8 is fast and exact")
+    if "avx2" in features:
+        text = f"{named}, no VNNI: u8 x s8 sums saturate at 16 bits and int8 gains less speed"
+        return Check(
+            "warning", "int8", text, "weights use 7 bits here (target cpu); deploy on a CPU with VNNI if you can"
+        )
+    if features:
+        return Check(
+            "warning", "int8", f"{named}: no integer dot products", "expect smaller files, little speed from int8"
+        )
+    text = f"the instruction set of this {platform.machine()} CPU is not known"
+    return Check("info", "int8", text, "measure with onnxcomp bench")
+
+
+def _threads() -> Check:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = os.environ.get("OMP_NUM_THREADS")
+    text = f"{allowed} of {os.cpu_count()} logical cores" + (f", OMP_NUM_THREADS={limit}" if limit else "")
+    return Check("ok", "threads", text)
+
+
+def _memory() -> Check:
+    total, free = memory()
+    if total is None or free is None:
+        return Check("info", "memory", "unknown on this system")
+    text = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
+    if free < 2 << 30:
+        return Check("warning", "memory", text, "limit calibration with --memory 1GiB")
+    return Check("ok", "memory", text)
+
+
+def memory() -> tuple[int | None, int | None]:
+    """Total and free bytes of memory, within the limit of the container if there is one; None where unknown."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return None, None
+    rows = dict(line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+    total, free = (int(rows[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    limit, used = (_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and limit < total:
+        total, free = limit, min(free, limit - (used or 0))
+    return total, free
+
+
+def _number(path: Path) -> int | None:
+    text = path.read_text().strip() if path.is_file() else ""
+    return int(text) if text.isdecimal() else None
+
+
+def _extra(name: str, modules: tuple[str, ...], what: str) -> Check:
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
+    if not missing:
+        return Check("ok", f"extra {name}", f"{', '.join(modules)} installed")
+    return Check(
+        "info", f"extra {name}", f"{', '.join(missing)} missing, needed for {what}", f"pip install 'onnxcomp[{name}]'"
+    )

@@ -1,0 +1,74 @@
+"""How the command line says what went wrong, and its exit codes."""
+
+from __future__ import annotations
+
+import io
+import sys
+import traceback
+from types import TracebackType
+from typing import Any
+
+from onnxcomp.console import WIDE, Output
+from onnxcomp.errors import GateFailed, OnnxcompError
+
+__all__ = ["FAULT", "REFUSED", "USAGE", "as_json", "crash", "explain"]
+
+FAULT, USAGE, REFUSED = 1, 2, 3
+OURS = "this is a fault of ours, please report it"
+
+
+def explain(e: OnnxcompError, *, json: bool, verbose: bool) -> int:
+    """Say on stderr what is wrong (with `--json` also as an object on stdout); returns the exit code."""
+    from onnxcomp.pipeline import PassFault
+
+    if verbose:
+        sys.stderr.write("".join(traceback.format_exception(e)))
+    report: Any = None
+    if isinstance(e, GateFailed):
+        code, first = REFUSED, "refused"
+        report, tail = _refusal(e)
+    elif isinstance(e, PassFault):
+        code, first, tail = FAULT, f"error: {OURS} (of the pass)", ""
+    else:
+        code, first, tail = USAGE, "error", ""
+    sys.stderr.write(f"{first}: {e}\n{tail}")
+    if json:
+        as_json(type(e).__name__, str(e), code, report)
+    return code
+
+
+def _refusal(e: GateFailed) -> tuple[Any, str]:
+    """The report as JSON, and what was measured with the recipe's advice as text."""
+    from onnxcomp.manager import Report
+
+    if not isinstance(e.report, Report):
+        return None, ""
+    from rich.console import Console
+
+    from onnxcomp.report import to_json
+    from onnxcomp.tables import report_tables
+
+    text = io.StringIO()
+    console = Console(file=text, width=WIDE, highlight=False)
+    for table in report_tables(e.report):
+        console.print(table, markup=False, soft_wrap=isinstance(table, str))
+    advice = str(e.report.info.get("advice", "")).strip()
+    return to_json(e.report), text.getvalue() + "Nothing was written.\n" + (
+        f"What to try:\n{advice}\n" if advice else ""
+    )
+
+
+def as_json(kind: str, message: str, code: int, report: Any = None) -> None:
+    """An error as the one object on stdout; `report` tells what was measured when a gate refused."""
+    error = {"type": kind, "message": message, "exit_code": code}
+    Output(json=True).show({"error": error} | ({"report": report} if report else {}), "")
+
+
+def crash(json: bool, verbose: bool, kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+    """The hook for what nobody expected: a traceback only with `-v`; Python exits with 1 after it."""
+    if verbose:
+        traceback.print_exception(kind, e, trace)
+    message = f"{kind.__name__}: {e}"
+    sys.stderr.write(f"error: {OURS}: {message}" + ("\n" if verbose else "; -v shows where\n"))
+    if json:
+        as_json(kind.__name__, message, FAULT)

@@ -1,0 +1,183 @@
+"""Reports as tables for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.catalog import PassInfo
+    from onnxcomp.gate import Verdict
+    from onnxcomp.manager import Report, Step
+    from onnxcomp.validate import Validation
+
+__all__ = ["anatomy", "benchmark", "checks", "option_table", "pass_table", "report_tables", "validation", "verdicts"]
+
+SHOWN = 3  # declined sites named per reason
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
+    """A plain table; the first `left` columns are text, the others numbers."""
+    t = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, name in enumerate(columns):
+        t.add_column(name, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        t.add_row(*("" if x is None else str(x) for x in row))
+    return t
+
+
+def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableType]:
+    """What was done, what was left alone and why, and what was measured."""
+    found: list[RenderableType] = [steps(report.steps)]
+    if any(s.declined for s in report.steps):
+        found.append(declined(report.steps, every=verbose))
+    if report.verdicts:
+        found.append(verdicts(report.verdicts))
+    if report.validation is not None:
+        found.append(validation(report.validation))
+    if report.benchmark is not None:
+        found.append(benchmark(report.benchmark, ("original", "result")))
+    if (check := report.integer) is not None and check.quantized_linears:
+        found.append(
+            f"integer check {'passed' if check.ok else 'FAILED'}: {check.integer_products} integer products for "
+            f"{check.quantized_linears} quantized linears, {check.dequantized_weights} weights dequantized at run time"
+        )
+    return [*found, *(f"note: {w}" for w in report.warnings)]
+
+
+def steps(found: Sequence[Step]) -> Table:
+    """One row per pass."""
+    rows = [
+        (
+            s.spec,
+            s.eligible,
+            s.changed,
+            len(s.declined),
+            f"{s.nodes[0]} > {s.nodes[1]}",
+            f"{_mb(s.nbytes[0])} > {_mb(s.nbytes[1])}",
+            _drift(s),
+            f"{s.seconds:.1f}" + (" (cached)" if s.cached else ""),
+        )
+        for s in found
+    ]
+    return table("Passes", ("pass", "eligible", "changed", "declined", "nodes", "MB", "drift", "s"), rows)
+
+
+def declined(found: Sequence[Step], *, every: bool = False) -> Table:
+    """Sites left alone, grouped by reason; all of them by name with `every`."""
+    rows = [(s.name, *row) for s in found for row in _grouped([(d.site, d.why) for d in s.declined], every=every)]
+    return table("Left alone", ("pass", "sites", "why", "such as"), rows, left=4)
+
+
+def verdicts(found: Sequence[Verdict]) -> Table:
+    """Gates with what was measured."""
+    rows = [(v.gate, _number(v.value, "not measured"), "passed" if v.passed else "REFUSED") for v in found]
+    return table("Gates", ("gate", "measured", "verdict"), rows)
+
+
+def validation(v: Validation) -> Table:
+    """Drift and task metrics on held-out data, metrics with their interval."""
+    rows: list[tuple[Any, ...]] = [
+        (m.name, _number(m.reference), _number(m.candidate), _number(m.change), f"[{m.low:.4g}, {m.high:.4g}]")
+        for m in v.metrics.values()
+    ]
+    rows += [(name, "", _number(value), "", "") for name, value in v.values().items() if not _is_change(name, v)]
+    title = f"Against the original, {v.samples} samples" + (" of random data" if v.random else "")
+    return table(title, ("metric", "original", "result", "change", "95 % interval"), rows)
+
+
+def benchmark(b: BenchReport, names: Sequence[str] = ()) -> Table:
+    """Times per model and shape; the ratio is how many times faster than the first model."""
+    data = b.json()
+    called = dict(zip(b.models, names, strict=False))
+    rows = []
+    for r, x in zip(b.rows, data["ratios"], strict=True):
+        rate = f"{r.throughput:.1f}/s" if r.tokens is None else f"{r.tokens:.0f} tok/s"
+        times = (f"{r.median_ms:.2f}", f"{r.p90:.2f}", f"{r.p99:.2f}")
+        ratio = f"{x['value']:.2f}x [{x['low']:.2f}, {x['high']:.2f}]"
+        sizes = (f"{r.peak_mib:.0f}", f"{r.size_mib:.1f}", f"{r.load_s:.2f}")
+        rows.append((called.get(r.model, r.model), r.shape, *times, ratio, rate, *sizes))
+    where = f"{b.rows[0].provider}, {b.rows[0].threads} threads" if b.rows else ""
+    columns = ("model", "shape", "ms", "p90", "p99", "speed", "rate", "peak MiB", "file MiB", "load s")
+    return table(f"Speed on {data['machine'].get('cpu', 'this machine')}, {where}", columns, rows, left=2)
+
+
+def pass_table(found: Iterable[PassInfo]) -> Table:
+    """All passes, one line each."""
+    rows = [(i.name, i.stage, i.fidelity, i.doc.partition("\n")[0]) for i in found]
+    return table("Passes", ("name", "stage", "fidelity", "what it does"), rows, left=4)
+
+
+def option_table(info: PassInfo) -> Table | str:
+    """Options of one pass."""
+    if not info.options:
+        return "No options."
+    rows = [(o.name, o.type, "required" if o.required else _default(o.default), o.range, o.doc) for o in info.options]
+    return table("Options", ("option", "type", "default", "range", "what it does"), rows, left=5)
+
+
+def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
+    """What a model is, one fact a line, and what was not recognised, grouped by reason."""
+    rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in ("name", "not_recognised")]
+    found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
+    if lost := facts["not_recognised"]:
+        grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
+        found.append(table("Not recognised", ("sites", "why", "such as"), grouped, left=3))
+    return found
+
+
+def checks(found: Iterable[Mapping[str, str]]) -> Table:
+    """What `doctor` found."""
+    rows = [(c["status"], c["check"], c["detail"], c["advice"]) for c in found]
+    return table("", ("status", "what", "found", "what to do"), rows, left=4)
+
+
+def _is_change(name: str, v: Validation) -> bool:
+    return name.rpartition("-")[0] in v.metrics
+
+
+def _drift(s: Step) -> str:
+    if s.rolled_back:
+        return f"rolled back: {s.rolled_back}"
+    if s.drift is None:
+        return ""
+    sqnr = s.drift["values"].get("sqnr")
+    return f"{sqnr:.1f} dB" if sqnr is not None else "none" if s.drift["finite"] else "not finite"
+
+
+def _grouped(declined: Sequence[tuple[str, str]], *, every: bool) -> list[tuple[int, str, str]]:
+    """Count, reason and names, the most frequent reason first."""
+    rows = []
+    for why, count in Counter(why for _, why in declined).most_common():
+        sites = [site for site, reason in declined if reason == why]
+        named = sites if every else sites[:SHOWN]
+        rows.append((count, why, ", ".join(named) + (", ..." if len(named) < count else "")))
+    return rows
+
+
+def _default(x: Any) -> str:
+    if isinstance(x, bool):
+        return str(x).lower()
+    return "none" if x is None or x == [] else str(x)
+
+
+def _mb(nbytes: int) -> str:
+    return f"{nbytes / 1e6:.1f}" if nbytes < 1e8 else f"{nbytes / 1e6:.0f}"
+
+
+def _number(x: float | None, missing: str = "-") -> str:
+    return missing if x is None else f"{x:.4g}"
+
+
+def _fact(x: Any) -> str:
+    if isinstance(x, Mapping):
+        return ", ".join(f"{k}: {_fact(v)}" for k, v in x.items())
+    if isinstance(x, (list, tuple)):
+        return ", ".join(_fact(v) for v in x)
+    return f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
