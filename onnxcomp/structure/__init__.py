@@ -1,0 +1,71 @@
+"""Recognition: any exporter's graph to the canonical form, in place, from dataflow alone."""
+
+from __future__ import annotations
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.activation import raise_activations
+from onnxcomp.structure.attention import raise_attention
+from onnxcomp.structure.layout import fold_batch, simplify_layouts
+from onnxcomp.structure.linear import raise_linears, split_packed
+from onnxcomp.structure.norm import raise_norms
+from onnxcomp.structure.opset import convert
+from onnxcomp.structure.rotary import raise_rotary
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.targets import reroot
+from onnxcomp.structure.tidy import drop_no_ops, fold_constants, merge_equal
+
+__all__ = ["OPSET", "canonicalize"]
+
+OPSET = 23
+
+
+def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
+    """Raise a graph to standard operators of opset 23, in place; what is not recognised is declined with the reason.
+
+    Outputs are equal to float noise on rows that see at least one key. With `exact_rows` sites where a row without
+    any key would change stay as they are. Raises `ModelError` when the operator set cannot be raised.
+    """
+    if graph.opset < OPSET:
+        _adopt(graph, convert(graph, OPSET))
+    before = graph.edits
+    _local(graph)
+    f = Facts(graph)
+    raise_activations(graph, f)
+    raise_norms(graph, f)
+    raise_linears(graph)
+    _settle(graph, f)
+    fold_batch(graph, f)
+    simplify_layouts(graph, f)
+    _settle(graph, f)
+    split_packed(graph, f)
+    raise_rotary(graph, f)
+    raise_attention(graph, f, exact_rows=exact_rows)
+    _settle(graph, f)
+    simplify_layouts(graph, f)
+    _settle(graph, f)
+    reroot(graph, f)
+    merge_equal(graph)
+    _settle(graph, f)
+    if graph.edits > before:
+        graph.verify()
+
+
+def _local(graph: Graph) -> None:
+    fold_constants(graph)
+    drop_no_ops(graph, Facts(graph))
+    merge_equal(graph)
+    graph.sweep()
+
+
+def _settle(graph: Graph, f: Facts) -> None:
+    """Remove what lost its readers, so that counts of users are true, and restore the order."""
+    drop_no_ops(graph, f)
+    graph.sweep()
+    graph.model.graph.sort()
+
+
+def _adopt(graph: Graph, converted: Graph) -> None:
+    """Put the converted model into the given graph object."""
+    graph.model = converted.model
+    graph._names |= converted._names
+    graph.edits += 1

@@ -1,0 +1,178 @@
+"""Activations by numerical fingerprint: what a cone of elementwise nodes computes, compared on a grid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Float64
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["raise_activations"]
+
+# Dense where the functions bend, then far out, so that a cubic that only agrees near zero is told apart.
+GRID: Float64 = np.concatenate([np.linspace(-9, 9, 181), np.array([-1e3, -40.0, -17.0, 17.0, 40.0, 1e3])])
+DEPTH = 8
+
+
+def _erf(x: Float64) -> Float64:
+    return np.array([math.erf(t) for t in x.reshape(-1)]).reshape(x.shape)
+
+
+def _sigmoid(x: Float64) -> Float64:
+    return np.asarray(0.5 * (1 + np.tanh(x / 2)), np.float64)
+
+
+def _gelu_erf(x: Float64) -> Float64:
+    return np.asarray(0.5 * x * (1 + _erf(x / math.sqrt(2))), np.float64)
+
+
+def _gelu_tanh(x: Float64) -> Float64:
+    return np.asarray(0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), np.float64)
+
+
+REFERENCES: dict[str, Float64] = {
+    "gelu": _gelu_erf(GRID),
+    "gelu-tanh": _gelu_tanh(GRID),
+    "silu": GRID * _sigmoid(GRID),
+    "quick-gelu": GRID * _sigmoid(1.702 * GRID),
+}
+ELEMENTWISE: dict[str, Callable[..., Float64]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Pow": np.power,
+    "Neg": np.negative,
+    "Reciprocal": np.reciprocal,
+    "Exp": np.exp,
+    "Tanh": np.tanh,
+    "Erf": _erf,
+    "Sigmoid": _sigmoid,
+    "Identity": lambda x: x,
+}
+
+
+class Cone:
+    """Values as functions of one value `x`, on the grid."""
+
+    def __init__(self, f: Facts, x: ir.Value) -> None:
+        self.f = f
+        self.known: dict[ir.Value, Float64 | None] = {x: GRID}
+
+    def at(self, v: ir.Value | None, depth: int = 2 * DEPTH) -> Float64 | None:
+        """The value on the grid, or None when it is not a function of `x` alone."""
+        if v is None:
+            return None
+        if v not in self.known:
+            self.known[v] = self._evaluate(v, depth)
+        return self.known[v]
+
+    def _evaluate(self, v: ir.Value, depth: int) -> Float64 | None:
+        number = self.f.scalar(v)
+        if number is not None:
+            return np.full(GRID.shape, number)
+        node = v.producer()
+        if node is None or node.domain or node.op_type not in ELEMENTWISE or depth == 0:
+            return None
+        parts = [self.at(x, depth - 1) for x in node.inputs]
+        known = [p for p in parts if p is not None]
+        if len(known) < len(parts):
+            return None
+        with np.errstate(all="ignore"):
+            return np.asarray(ELEMENTWISE[node.op_type](*known), np.float64)
+
+
+def raise_activations(g: Graph, f: Facts) -> None:
+    """Rewrite each spelled-out activation: GELUs to Gelu, SiLU and quick-GELU to `x * Sigmoid(c * x)`."""
+    for seed in g.nodes("Erf", "Tanh", "Sigmoid"):
+        found = _recognise(f, seed)
+        if found is not None:
+            kind, x, y = found
+            if not _canonical(f, kind, x, y):
+                g.replace(y, _emit(g, kind, x, y))
+
+
+def _recognise(f: Facts, seed: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:
+    """Name, input and output of the activation around a transcendental node."""
+    for x in _above(f, seed):
+        cone = Cone(f, x)
+        if cone.at(seed.outputs[0]) is None:
+            continue
+        for y in _below(cone, seed.outputs[0]):
+            kind = _kind(cone.at(y), x.dtype)
+            if kind is not None:
+                return kind, x, y
+    return None
+
+
+def _kind(y: Float64 | None, dtype: ir.DataType | None) -> str | None:
+    """The reference nearest to the samples, if it is near enough for the type (constants are rounded to it)."""
+    if y is None or not np.isfinite(y).all():
+        return None
+    off = {name: float(np.max(np.abs(y - r) / (1 + np.abs(GRID)))) for name, r in REFERENCES.items()}
+    best = min(off, key=lambda name: off[name])
+    tolerance = 3e-4 if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else 1e-6
+    return best if off[best] <= tolerance else None
+
+
+def _above(f: Facts, seed: ir.Node) -> Iterator[ir.Value]:
+    """Values the seed may be a function of, nearest first."""
+    layer, seen = [seed.inputs[0]], set()
+    for _ in range(DEPTH):
+        above: list[ir.Value | None] = []
+        for v in layer:
+            if v is None or v in seen or f.scalar(v) is not None:
+                continue
+            seen.add(v)
+            yield v
+            node = v.producer()
+            if node is not None and node.domain == "" and node.op_type in ELEMENTWISE:
+                above.extend(node.inputs)
+        layer = above
+
+
+def _below(cone: Cone, start: ir.Value) -> Iterator[ir.Value]:
+    """Values after `start` that are functions of the cone's input, nearest first."""
+    layer, seen = [start], {start}
+    for _ in range(DEPTH):
+        below = []
+        for v in layer:
+            for user, _ in v.uses():
+                out = user.outputs[0]
+                if out not in seen and user.op_type in ELEMENTWISE and cone.at(out) is not None:
+                    seen.add(out)
+                    below.append(out)
+                    yield out
+        layer = below
+
+
+def _canonical(f: Facts, kind: str, x: ir.Value, y: ir.Value) -> bool:
+    """Whether `y` is already spelled `x * Sigmoid(c * x)`."""
+    product = y.producer()
+    if kind not in ("silu", "quick-gelu") or product is None or product.op_type != "Mul" or x not in product.inputs:
+        return False
+    gate = product.inputs[1 - product.inputs.index(x)]
+    sigmoid = gate.producer() if gate is not None else None
+    if sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.inputs[0] is None:
+        return False
+    inner = sigmoid.inputs[0].producer()
+    return (
+        sigmoid.inputs[0] is x if kind == "silu" else inner is not None and inner.op_type == "Mul" and x in inner.inputs
+    )
+
+
+def _emit(g: Graph, kind: str, x: ir.Value, y: ir.Value) -> ir.Value:
+    if kind == "gelu":
+        return g.op("Gelu", x, like=y)
+    if kind == "gelu-tanh":
+        return g.op("Gelu", x, approximate="tanh", like=y)
+    inner = x
+    if kind == "quick-gelu":
+        dtype = (x.dtype or ir.DataType.FLOAT).numpy()
+        inner = g.op("Mul", x, np.array(1.702, dtype), like=y)
+    return g.op("Mul", x, g.op("Sigmoid", inner, like=y), like=y)

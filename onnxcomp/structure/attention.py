@@ -1,0 +1,120 @@
+"""Attention: every core becomes the standard operator, on `[b, s, n * h]`, with grouped heads unexpanded."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.core import NotAttention, find_core, raise_core
+from onnxcomp.structure.dims import Shape
+from onnxcomp.structure.layout import Sunk, reshaped, sink
+from onnxcomp.structure.mask import Masks
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.targets import Sizes
+
+__all__ = ["raise_attention"]
+
+
+def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
+    """Raise every attention that is recognised; the others are declined with the reason."""
+    masks = Masks(g, f, exact_rows)
+    for softmax in g.nodes("Softmax"):
+        if softmax.domain == "":
+            _raise_core(g, f, masks, softmax)
+    sizes = Sizes(g, f)
+    for node in g.nodes("Attention"):
+        if node.domain == "":
+            _normalise(g, f, masks, sizes, node)
+
+
+def _raise_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> None:
+    try:
+        core = find_core(g, f, masks, softmax)
+    except NotAttention as why:
+        g.decline(softmax, f"attention: {why}")
+        return
+    if masks.exact_rows and core.masks and core.finite:
+        g.decline(softmax, "attention: rows that see no key would change (asked for exact rows)")
+        return
+    raise_core(g, f, masks, core)
+
+
+def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node) -> None:
+    """Bring one operator to the canonical form: explicit scale, real KV heads, fitted bool mask, three axes."""
+    q, k = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if q is None or k is None:
+        g.decline(node, "attention: shapes are not known")
+        return
+    if any(x is not None for x in node.inputs[4:]) or any(
+        list(v.uses()) or v.is_graph_output() for v in node.outputs[1:]
+    ):
+        g.decline(node, "attention: it has a key-value cache or a score output")
+        return
+    _explicit_scale(g, node, q)
+    _mask(g, f, masks, sizes, node, q, k)
+    if len(q) == 4:
+        _sink(g, f, node, q)
+
+
+def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
+    width = q[-1]
+    if "scale" in node.attributes or not isinstance(width, int):
+        return
+    heads = 1 if len(q) == 4 else node.attributes.get_int("q_num_heads", 1)
+    g.set_attr(node, scale=(width // heads) ** -0.5)
+
+
+def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, q: Shape, k: Shape) -> None:
+    queries, keys = (q[2], k[2]) if len(q) == 4 else (q[1], k[1])
+    given = node.inputs[3] if len(node.inputs) > 3 else None
+    kept = None if given is None or masks.allows_all(given) else given
+    meaning = masks.as_bool(kept) if kept is not None else None
+    mask = meaning if meaning is not None else kept
+    if node.attributes.get_int("is_causal", 0):
+        causal = masks.causal(queries, keys, sizes)
+        if causal is None or (mask is not None and not masks.is_bool(mask)):
+            g.decline(node, "attention: a causal product that is not square, or has a float bias, keeps its flag")
+            return
+        mask = causal if mask is None else masks.both(causal, mask)
+        g.set_attr(node, is_causal=None)
+    if mask is not None:
+        fitted = masks.fitted(mask, queries, keys, sizes)
+        if fitted is None:
+            g.decline(node, "attention: the mask's axes are not known")
+            return
+        mask = fitted
+    if mask is not given:
+        g.set_input(node, 3, mask)
+
+
+def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
+    parts = [_sunk(g, f, node, i) for i in range(3)]
+    if any(p is None for p in parts):
+        g.decline(node, "attention: head count or head width is not static")
+        return
+    queries, keys, values = (p for p in parts if p is not None)
+    if (keys.heads, keys.repeat) != (values.heads, values.repeat) or queries.heads % keys.heads:
+        keys, values = (sink(g, f, node.inputs[i], scaled=i == 1) or p for i, p in ((1, keys), (2, values)))  # type: ignore[arg-type]
+    width, out = f.shape(node.outputs[0]), node.outputs[0]
+    if width is None or keys.heads != values.heads or queries.heads % keys.heads:
+        g.decline(node, f"attention: {queries.heads} query heads cannot be grouped over {keys.heads} key heads")
+        return
+    scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
+    cap = node.attributes.get_float("softcap", 0.0) or None
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    new = g.op("Attention", queries.value, keys.value, values.value, mask, scale=scale, softcap=cap)
+    g.set_attr(_made(new), q_num_heads=queries.heads, kv_num_heads=keys.heads)
+    split = reshaped(g, f, new, [q[0], q[2], queries.heads, width[-1]])
+    if split is not None:
+        g.replace(out, g.op("Transpose", split, perm=[0, 2, 1, 3], like=out))
+
+
+def _sunk(g: Graph, f: Facts, node: ir.Node, index: int) -> Sunk | None:
+    x = node.inputs[index]
+    return None if x is None else sink(g, f, x, scaled=index < 2, grouped=index > 0)
+
+
+def _made(v: ir.Value) -> ir.Node:
+    node = v.producer()
+    assert node is not None
+    return node

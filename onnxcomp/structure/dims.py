@@ -1,0 +1,144 @@
+"""Sizes of axes: integers, or products of named unknowns; enough algebra to prove two layouts equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+__all__ = [
+    "Dim",
+    "Equalities",
+    "Shape",
+    "Size",
+    "add",
+    "divide",
+    "floor",
+    "is_static",
+    "multiply",
+    "named",
+    "product",
+    "subtract",
+]
+
+
+@dataclass(frozen=True)
+class Dim:
+    """`factor` times the product of named unknowns (sorted); a sum is one unknown named by its text."""
+
+    factor: int
+    names: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = ([str(self.factor)] if self.factor != 1 else []) + list(self.names)
+        return "*".join(parts)
+
+
+Size = int | Dim
+Shape = tuple[Size, ...]
+
+
+def named(name: str) -> Dim:
+    """The unknown of that name."""
+    return Dim(1, (name,))
+
+
+def _made(factor: int, names: Iterable[str]) -> Size:
+    kept = tuple(sorted(names))
+    return Dim(factor, kept) if kept and factor else factor
+
+
+def _parts(a: Size) -> tuple[int, tuple[str, ...]]:
+    return (a, ()) if isinstance(a, int) else (a.factor, a.names)
+
+
+def multiply(a: Size, b: Size) -> Size:
+    """The product."""
+    (f, x), (g, y) = _parts(a), _parts(b)
+    return _made(f * g, x + y)
+
+
+def product(sizes: Iterable[Size]) -> Size:
+    """The product of all; 1 for none."""
+    total: Size = 1
+    for size in sizes:
+        total = multiply(total, size)
+    return total
+
+
+def divide(a: Size, b: Size) -> Size | None:
+    """The quotient where it is exact whatever the unknowns are, else None."""
+    (f, x), (g, y) = _parts(a), _parts(b)
+    if g == 0 or f % g:
+        return None
+    left = list(x)
+    for name in y:
+        if name not in left:
+            return None
+        left.remove(name)
+    return _made(f // g, left)
+
+
+def floor(a: Size, b: Size) -> Size:
+    """Integer division towards minus infinity; an unknown of its own where it is not exact."""
+    if isinstance(a, int) and isinstance(b, int) and b:
+        return a // b
+    exact = divide(a, b)
+    return exact if exact is not None else named(f"({a}//{b})")
+
+
+def add(a: Size, b: Size) -> Size:
+    """The sum; of unlike unknowns an unknown of its own."""
+    (f, x), (g, y) = _parts(a), _parts(b)
+    if x == y:
+        return _made(f + g, x)
+    if a == 0 or b == 0:
+        return b if a == 0 else a
+    return named(f"({a}+{b})")
+
+
+def subtract(a: Size, b: Size) -> Size:
+    """The difference; `(x + y) - y` and the like are not simplified, except to 0."""
+    (f, x), (g, y) = _parts(a), _parts(b)
+    if x == y:
+        return _made(f - g, x)
+    return a if b == 0 else named(f"({a}-{b})")
+
+
+class Equalities:
+    """Unknowns that must be equal wherever the model runs, because they were broadcast together."""
+
+    def __init__(self, preferred: Iterable[str] = ()) -> None:
+        self._parent: dict[str, str] = {}
+        self._preferred = set(preferred)
+
+    def find(self, name: str) -> str:
+        """The name that stands for all equal ones."""
+        while name in self._parent:
+            name = self._parent[name]
+        return name
+
+    def assume(self, a: Size, b: Size) -> None:
+        """Record that two single unknowns are equal; anything else is ignored."""
+        if isinstance(a, int) or isinstance(b, int) or len(a.names) != 1 or len(b.names) != 1 or a.factor != b.factor:
+            return
+        x, y = self.find(a.names[0]), self.find(b.names[0])
+        if x != y:
+            kept, gone = (y, x) if y in self._preferred and x not in self._preferred else (x, y)
+            self._parent[gone] = kept
+
+    def plain(self, a: Size) -> Size:
+        """The size in terms of the representatives."""
+        return a if isinstance(a, int) else _made(a.factor, (self.find(n) for n in a.names))
+
+    def same(self, a: Size, b: Size) -> bool:
+        """Whether two sizes are proved, or assumed, equal."""
+        return self.plain(a) == self.plain(b)
+
+    def match(self, a: Sequence[Size], b: Sequence[Size]) -> bool:
+        """Whether two shapes are equal axis by axis."""
+        return len(a) == len(b) and all(self.same(x, y) for x, y in zip(a, b, strict=True))
+
+
+def is_static(sizes: Iterable[Size]) -> bool:
+    """Whether every size is an integer."""
+    return all(isinstance(s, int) for s in sizes)

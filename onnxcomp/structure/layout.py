@@ -1,0 +1,305 @@
+"""Layouts as groups of axes, followed backwards through Transpose, Reshape, Expand and scalings; every step is proved.
+
+A value of shape `[b, s, n * h]` that was split and turned to `[b, n, s, h]` is still `[(b), (s), (n, h)]` in terms of
+the axes it started from. Axes of length 1 carry nothing and are an empty group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.dims import Shape, Size, product
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "trace"]
+
+MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One indivisible axis; equal only to itself."""
+
+    size: Size
+
+
+Axes = tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A value seen from a later one: its axes in terms of those, what was repeated on the way, and the scale."""
+
+    value: ir.Value
+    axes: tuple[Axes, ...]
+    origin: tuple[Axes, ...]
+    repeated: frozenset[Axis] = frozenset()
+    scale: float = 1.0
+
+    def split(self, axis: Axis, parts: Axes) -> Trace:
+        """The same with one axis written as several."""
+
+        def cut(groups: tuple[Axes, ...]) -> tuple[Axes, ...]:
+            return tuple(tuple(p for a in g for p in (parts if a is axis else (a,))) for g in groups)
+
+        return replace(self, axes=cut(self.axes), origin=cut(self.origin))
+
+
+def start(f: Facts, v: ir.Value) -> Trace | None:
+    """The trace that begins, and so far ends, at `v`."""
+    shape = f.shape(v)
+    if shape is None:
+        return None
+    axes = tuple(() if d == 1 else (Axis(d),) for d in shape)
+    return Trace(v, axes, axes)
+
+
+def trace(f: Facts, v: ir.Value, *, through: Sequence[str] = MOVES) -> Iterator[Trace]:
+    """Every earlier value that holds the same elements, nearest first; ends where a step cannot be proved."""
+    t = start(f, v)
+    while t is not None:
+        yield t
+        node = t.value.producer()
+        if node is None or node.domain or node.op_type not in through or node.inputs[0] is None:
+            return
+        t = _step(f, t, node)
+
+
+def _step(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
+    x = node.inputs[0]
+    if x is None:
+        return None
+    if node.op_type == "Transpose":
+        perm = node.attributes.get_ints("perm", list(reversed(range(len(t.axes)))))
+        axes = [t.axes[perm.index(i)] for i in range(len(perm))]
+        return replace(t, value=x, axes=tuple(axes))
+    if node.op_type == "Expand":
+        return _unexpand(f, t, x)
+    if node.op_type in ("Mul", "Div"):
+        return _unscale(f, t, node)
+    if node.op_type == "Identity":
+        return replace(t, value=x)
+    shape = f.shape(x)
+    return None if shape is None else _regroup(f, t, x, shape)
+
+
+def _regroup(f: Facts, t: Trace, x: ir.Value, shape: Shape) -> Trace | None:
+    """The flat order of axes, cut into the given sizes; an axis may be split where its size divides."""
+    flat = [a for group in t.axes for a in group]
+    groups: list[Axes] = []
+    for d in shape:
+        group: list[Axis] = []
+        left: Size | None = d
+        while left is not None and left != 1:
+            if not flat:
+                return None
+            a = flat.pop(0)
+            rest = f.quotient(left, a.size)
+            if rest is None:
+                more = f.quotient(a.size, left)
+                if more is None:
+                    return None
+                parts = (Axis(left), Axis(more))
+                t = t.split(a, parts)
+                groups = [tuple(p for b in g for p in (parts if b is a else (b,))) for g in groups]
+                flat.insert(0, parts[1])
+                a, rest = parts[0], 1
+            group.append(a)
+            left = rest
+        groups.append(tuple(group))
+    return None if flat else replace(t, value=x, axes=tuple(groups))
+
+
+def _unexpand(f: Facts, t: Trace, x: ir.Value) -> Trace | None:
+    shape = f.shape(x)
+    if shape is None or len(shape) > len(t.axes):
+        return None
+    added = len(t.axes) - len(shape)
+    axes = list(t.axes[added:])
+    gone = [a for group in t.axes[:added] for a in group]
+    for i, d in enumerate(shape):
+        if d == 1:
+            gone += axes[i]
+            axes[i] = ()
+        elif not f.same(d, product(a.size for a in axes[i])):
+            return None
+    return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(gone))
+
+
+def _unscale(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
+    a, b = node.inputs[0], node.inputs[1]
+    x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
+    if x is None or number is None or (node.op_type == "Div" and (x is b or number == 0)) or f.rank(x) != len(t.axes):
+        return None
+    return replace(t, value=x, scale=t.scale * number if node.op_type == "Mul" else t.scale / number)
+
+
+# ---- emitting ----------------------------------------------------------------------------------------------------
+
+
+def reshaped(g: Graph, f: Facts, x: ir.Value, sizes: Sequence[Size], like: ir.Value | None = None) -> ir.Value | None:
+    """`x` in another shape, with a constant target of 0 and one -1; None if more than one size is open."""
+    target = constant_target(f, x, sizes)
+    return None if target is None else g.op("Reshape", x, np.array(target, np.int64), like=like)
+
+
+def constant_target(f: Facts, x: ir.Value, sizes: Sequence[Size]) -> list[int] | None:
+    """A Reshape target that needs nothing at run time, or None."""
+    shape = f.shape(x) or ()
+    target = []
+    for i, d in enumerate(sizes):
+        if isinstance(d, int):
+            target.append(d)
+        else:
+            target.append(0 if i < len(shape) and f.same(shape[i], d) else -1)
+    return target if target.count(-1) <= 1 and 0 not in sizes else None
+
+
+@dataclass(frozen=True)
+class Sunk:
+    """A `[b, n, s, h]` value as `[b, s, n * h]`; `repeat` copies of each of `heads` heads were made on the way."""
+
+    value: ir.Value
+    heads: int
+    repeat: int
+    scale: float
+
+
+def sink(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> Sunk | None:
+    """Find or make the 3-D value behind a 4-D one; None when head count or width is not static."""
+    shape = f.shape(v)
+    if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
+        return None
+    through = MOVES + (("Mul", "Div") if scaled else ()) + (("Expand",) if grouped else ())
+    best: tuple[int, Trace] | None = None
+    for t in trace(f, v, through=through):
+        cost = _distance(t)
+        if cost is not None and (best is None or cost <= best[0]):
+            best = (cost, t)
+    if best is None:
+        return None
+    cost, t = best
+    kept = [a for a in t.origin[1] if a not in t.repeated]
+    heads, repeat = product(a.size for a in kept), product(a.size for a in t.repeated)
+    if not isinstance(heads, int) or not isinstance(repeat, int):
+        return None
+    value = t.value
+    if cost == 2:
+        value = g.op("Transpose", value, perm=_order(t))
+    if cost:
+        flat = reshaped(g, f, value, [shape[0], shape[2], heads * shape[3]])
+        if flat is None:
+            return None
+        value = flat
+    return Sunk(value, heads, repeat, t.scale)
+
+
+def _distance(t: Trace) -> int | None:
+    """0: already `[b, s, n * h]`; 1: a Reshape away; 2: a Transpose and a Reshape; None: not reachable from here."""
+    b, n, s, h = t.origin
+    kept = tuple(a for a in n if a not in t.repeated)
+    if any(a not in n for a in t.repeated) or n[: len(kept)] != kept:
+        return None
+    if t.axes == (b, s, kept + h):
+        return 0
+    if t.axes == (b, s, kept, h):
+        return 1
+    return 2 if len(t.axes) == 4 and _order(t) is not None else None
+
+
+def _order(t: Trace) -> list[int] | None:
+    """Where the batch, sequence, head and width axes are; None if they are not four whole axes."""
+    b, n, s, h = t.origin
+    kept = tuple(a for a in n if a not in t.repeated)
+    order: list[int] = []
+    for want in (b, s, kept, h):
+        spots = [i for i, got in enumerate(t.axes) if got == want and i not in order]
+        if not spots:
+            return None
+        order.append(spots[0])
+    return order
+
+
+# ---- chains ------------------------------------------------------------------------------------------------------
+
+
+def simplify_layouts(g: Graph, f: Facts) -> None:
+    """Collapse chains of layout moves: to nothing, to one Reshape, or to one Transpose, where that is proved."""
+    for node in g.nodes(*MOVES):
+        if node.domain == "":
+            _simplify(g, f, node)
+
+
+def _simplify(g: Graph, f: Facts, node: ir.Node) -> None:
+    out = node.outputs[0]
+    shape = f.shape(out)
+    if shape is None or not (out.is_graph_output() or list(out.uses())):
+        return
+    chain = list(trace(f, out))[1:]
+    for t in reversed(chain):
+        if t.axes == t.origin and len(f.shape(t.value) or ()) == len(shape):
+            if not out.is_graph_output() or not (t.value.producer() is None or t.value.is_graph_output()):
+                g.replace(out, t.value)
+            return
+    for t in reversed(chain[1:]):
+        if _collapse(g, f, out, t, shape):
+            return
+
+
+def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool:
+    """Replace a chain of several moves by one; False when one is not enough."""
+    flat = [a for group in t.axes for a in group]
+    if flat == [a for group in t.origin for a in group]:
+        new = reshaped(g, f, t.value, shape, like=out)
+        if new is not None:
+            g.replace(out, new)
+        return new is not None
+    if len(t.axes) != len(t.origin) or sum(1 for group in t.axes if not group) > 1:
+        return False
+    order = [t.axes.index(group) for group in t.origin if group in t.axes]
+    if len(order) < len(t.axes):
+        return False
+    g.replace(out, g.op("Transpose", t.value, perm=order, like=out))
+    return True
+
+
+def fold_batch(g: Graph, f: Facts) -> None:
+    """Let linears and their biases work on the original axes: a Reshape that folds leading axes moves below them."""
+    for node in g.nodes("MatMul", "Add", "Sum"):
+        if node.domain == "" and len(node.inputs) == 2:
+            _lift(g, f, node)
+
+
+def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
+    index = next((i for i, x in enumerate(node.inputs) if x is not None and _folds(f, x)), None)
+    if index is None or (node.op_type == "MatMul" and index != 0):
+        return
+    folded, other = node.inputs[index], node.inputs[1 - index]
+    tensor = g.tensor(other)
+    producer = folded.producer() if folded is not None else None
+    shape = f.shape(node.outputs[0])
+    if tensor is None or producer is None or shape is None or folded is None:
+        return
+    x, width = producer.inputs[0], (f.shape(folded) or (0,))[-1]
+    if len(tensor.shape) != (2 if node.op_type == "MatMul" else 1) or (
+        node.op_type != "MatMul" and tensor.shape[0] != width
+    ):
+        return
+    new = g.op(node.op_type, x, other) if index == 0 else g.op(node.op_type, other, x)
+    back = reshaped(g, f, new, shape, like=node.outputs[0])
+    if back is not None:
+        g.replace(node.outputs[0], back)
+
+
+def _folds(f: Facts, v: ir.Value) -> bool:
+    """Whether a value is a Reshape that keeps the last axis and changes the number of axes before it."""
+    node = v.producer()
+    if node is None or node.op_type != "Reshape" or node.domain:
+        return False
+    a, b = f.shape(node.inputs[0]), f.shape(v)
+    return a is not None and b is not None and len(a) > len(b) >= 2 and f.same(a[-1], b[-1])

@@ -1,0 +1,166 @@
+"""Norms by dataflow: from the mean of squares down to the scaled value, up to what was squared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.dims import Size
+from onnxcomp.structure.rules import axes_of
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["raise_norms"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A norm: `x` normalized to `y`, before gain and bias."""
+
+    x: ir.Value
+    y: ir.Value
+    epsilon: float
+    centred: bool
+    width: int
+
+
+def raise_norms(g: Graph, f: Facts) -> None:
+    """Rewrite spelled-out norms over the last axis to LayerNormalization and RMSNormalization."""
+    for mean in g.nodes("ReduceMean"):
+        squared = _squared(f, mean.inputs[0])
+        root = _root(f, mean) if squared is not None else None
+        if squared is None or root is None:
+            continue
+        normalized = _scaled(f, squared, root[0])
+        if normalized is None:
+            continue
+        why = _unfit(f, mean)
+        if why:
+            g.decline(mean, why)
+            continue
+        x, centred = _centre(f, squared)
+        width = _width(f, x)
+        if width is None:
+            g.decline(mean, "norm: the normalized width is not static")
+            continue
+        _rewrite(g, f, Found(x, normalized, root[1], centred, width))
+
+
+def _only(v: ir.Value, *ops: str) -> list[ir.Node]:
+    return [u for u in dict.fromkeys(u for u, _ in v.uses()) if u.op_type in ops and u.domain == ""]
+
+
+def _squared(f: Facts, v: ir.Value | None) -> ir.Value | None:
+    """`c` where `v` is `c * c` or `c ** 2`."""
+    node = v.producer() if v is not None else None
+    if node is None:
+        return None
+    if node.op_type == "Mul" and node.inputs[0] is node.inputs[1]:
+        return node.inputs[0]
+    return node.inputs[0] if node.op_type == "Pow" and f.scalar(node.inputs[1]) == 2 else None
+
+
+def _root(f: Facts, mean: ir.Node) -> tuple[ir.Value, float] | None:
+    """The square root of `mean + eps` (its inverse when it is a Pow), and the epsilon."""
+    for add in _only(mean.outputs[0], "Add"):
+        other = add.inputs[1] if add.inputs[0] is mean.outputs[0] else add.inputs[0]
+        epsilon = f.scalar(other)
+        if epsilon is None:
+            continue
+        for node in _only(add.outputs[0], "Sqrt", "Pow"):
+            if node.op_type == "Sqrt" or f.scalar(node.inputs[1]) == -0.5:
+                return node.outputs[0], epsilon
+    return None
+
+
+def _scaled(f: Facts, c: ir.Value, root: ir.Value) -> ir.Value | None:
+    """`c / root` however it is spelled."""
+    node = root.producer()
+    if node is not None and node.op_type == "Pow":
+        return _times(c, root)
+    for div in _only(root, "Div"):
+        if div.inputs[0] is c and div.inputs[1] is root:
+            return div.outputs[0]
+        if f.scalar(div.inputs[0]) == 1 and div.inputs[1] is root:
+            return _times(c, div.outputs[0])
+    for inverse in _only(root, "Reciprocal"):
+        return _times(c, inverse.outputs[0])
+    return None
+
+
+def _times(c: ir.Value, r: ir.Value) -> ir.Value | None:
+    for mul in _only(r, "Mul"):
+        if c in mul.inputs:
+            return mul.outputs[0]
+    return None
+
+
+def _unfit(f: Facts, mean: ir.Node) -> str:
+    rank, axes = f.rank(mean.inputs[0]), axes_of(f, mean)
+    if rank is None or axes is None or [a % rank for a in axes] != [rank - 1]:
+        return "norm: the mean is not over the last axis alone"
+    return "" if mean.attributes.get_int("keepdims", 1) else "norm: the mean drops its axis"
+
+
+def _centre(f: Facts, c: ir.Value) -> tuple[ir.Value, bool]:
+    """`x` and True where `c` is `x - mean(x)` over the last axis, else `c` itself."""
+    node = c.producer()
+    if node is None or node.op_type != "Sub" or node.inputs[0] is None or node.inputs[1] is None:
+        return c, False
+    mean = node.inputs[1].producer()
+    if mean is None or mean.op_type != "ReduceMean" or mean.inputs[0] is not node.inputs[0] or _unfit(f, mean):
+        return c, False
+    return node.inputs[0], True
+
+
+def _width(f: Facts, x: ir.Value) -> int | None:
+    shape = f.shape(x)
+    last: Size | None = shape[-1] if shape else None
+    return last if isinstance(last, int) else None
+
+
+def _rewrite(g: Graph, f: Facts, found: Found) -> None:
+    x, y, stash = found.x, found.y, 1
+    casts = _casts(found)
+    if casts is not None:
+        x, y = casts
+    gain, scaled = _affine(g, y, "Mul", found.width)
+    dtype = (x.dtype or ir.DataType.FLOAT).numpy()
+    scale = gain if gain is not None else np.ones(found.width, dtype)
+    out = scaled or y
+    if not found.centred:
+        g.replace(out, g.op("RMSNormalization", x, scale, axis=-1, epsilon=found.epsilon, stash_type=stash, like=out))
+        return
+    bias, shifted = _affine(g, out, "Add", found.width)
+    out = shifted or out
+    new = g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=found.epsilon, stash_type=stash, like=out)
+    g.replace(out, new)
+
+
+def _casts(found: Found) -> tuple[ir.Value, ir.Value] | None:
+    """The low-precision input and output around a norm computed in float32."""
+    down = [u for u, _ in found.y.uses()]
+    up = found.x.producer()
+    if up is None or up.op_type != "Cast" or len(down) != 1 or down[0].op_type != "Cast" or up.inputs[0] is None:
+        return None
+    source = up.inputs[0]
+    if source.dtype is None or down[0].attributes.get_int("to", 0) != source.dtype:
+        return None
+    return source, down[0].outputs[0]
+
+
+def _affine(g: Graph, y: ir.Value, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
+    """The constant row that scales or shifts `y`, and the result; only when nothing else reads `y`."""
+    uses = list(y.uses())
+    if len(uses) != 1 or uses[0][0].op_type != op or y.is_graph_output():
+        return None, None
+    node, index = uses[0]
+    row = node.inputs[1 - index]
+    tensor = g.tensor(row)
+    if row is None or tensor is None or tensor.size != width or tensor.shape[-1] != width:
+        return None, None
+    if len(tensor.shape) > 1:
+        row = g.constant(tensor.numpy().reshape(width), str(row.name))
+    return row, node.outputs[0]

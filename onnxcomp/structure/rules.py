@@ -1,0 +1,296 @@
+"""Shape rules of single operators; None where a rule cannot tell (then the recorded shape is used)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.structure.dims import Dim, Shape, Size, add, divide, multiply, named, product
+
+if TYPE_CHECKING:
+    from onnxcomp.structure.shapes import Facts
+
+__all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape"]
+
+Rule = Callable[["Facts", ir.Node], "Shape | None"]
+
+
+def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
+    """The attribute `axis` as a non-negative number."""
+    axis = node.attributes.get_int("axis", default)
+    return axis % rank if rank else 0
+
+
+def _first(f: Facts, node: ir.Node) -> Shape | None:
+    return f.shape(node.inputs[0])
+
+
+def _broadcast(f: Facts, node: ir.Node) -> Shape | None:
+    shapes = [f.shape(x) for x in node.inputs if x is not None]
+    known = [s for s in shapes if s is not None]
+    return f.broadcast(known) if len(known) == len(shapes) else None
+
+
+def _matmul(f: Facts, node: ir.Node) -> Shape | None:
+    a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return None
+    f.equal.assume(a[-1], b[-2])
+    return (*f.broadcast([a[:-2], b[:-2]]), a[-2], b[-1])
+
+
+def _gemm(f: Facts, node: ir.Node) -> Shape | None:
+    a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if a is None or b is None or len(a) != 2 or len(b) != 2:
+        return None
+    return (a[node.attributes.get_int("transA", 0)], b[1 - node.attributes.get_int("transB", 0)])
+
+
+def _transpose(f: Facts, node: ir.Node) -> Shape | None:
+    s = f.shape(node.inputs[0])
+    if s is None:
+        return None
+    perm = node.attributes.get_ints("perm", list(reversed(range(len(s)))))
+    return tuple(s[p] for p in perm)
+
+
+def axes_of(f: Facts, node: ir.Node) -> list[int] | None:
+    """Axes given as attribute or as second input; None when computed, empty when absent."""
+    if "axes" in node.attributes:
+        return list(node.attributes.get_ints("axes"))
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    if given is None:
+        return []
+    c = f.content(given)
+    if c is None or not all(isinstance(x, int) for x in c.reshape(-1)):
+        return None
+    return [int(x) for x in c.reshape(-1)]
+
+
+def _unsqueeze(f: Facts, node: ir.Node) -> Shape | None:
+    s, axes = f.shape(node.inputs[0]), axes_of(f, node)
+    if s is None or axes is None:
+        return None
+    rank = len(s) + len(axes)
+    new, rest = {a % rank for a in axes}, iter(s)
+    return tuple(1 if i in new else next(rest) for i in range(rank))
+
+
+def _squeeze(f: Facts, node: ir.Node) -> Shape | None:
+    s, axes = f.shape(node.inputs[0]), axes_of(f, node)
+    if s is None or axes is None or (not axes and any(isinstance(d, Dim) for d in s)):
+        return None
+    gone = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
+    return tuple(d for i, d in enumerate(s) if i not in gone)
+
+
+def _reduce(f: Facts, node: ir.Node) -> Shape | None:
+    s, axes = f.shape(node.inputs[0]), axes_of(f, node)
+    if s is None or axes is None:
+        return None
+    gone = {a % len(s) for a in axes} if axes else set(range(len(s)))
+    keep = node.attributes.get_int("keepdims", 1)
+    return tuple(1 if i in gone else d for i, d in enumerate(s) if keep or i not in gone)
+
+
+def _reshape(f: Facts, node: ir.Node) -> Shape | None:
+    out, s, target = node.outputs[0], f.shape(node.inputs[0]), f.content(node.inputs[1])
+    if target is None or s is None:
+        return _rank_only(f, node)
+    zero = node.attributes.get_int("allowzero", 0)
+    dims: list[Size] = []
+    open_axis = None
+    for i, t in enumerate(target.reshape(-1)):
+        if t == 0 and not zero:
+            dims.append(s[i] if i < len(s) else f.fresh(out, i))
+        elif t == -1:
+            open_axis = i
+            dims.append(1)
+        else:
+            dims.append(t if isinstance(t, int | Dim) else f.fresh(out, i))
+    if open_axis is not None:
+        rest = f.quotient(product(s), product(dims))
+        dims[open_axis] = rest if rest is not None else f.fresh(out, open_axis)
+    return tuple(dims)
+
+
+def _rank_only(f: Facts, node: ir.Node) -> Shape | None:
+    """A reshape to a computed target: the recorded shape, or unknowns of the right number."""
+    out, length = node.outputs[0], f.shape(node.inputs[1])
+    if out.shape is not None or length is None or len(length) != 1 or not isinstance(length[0], int):
+        return None
+    return tuple(f.fresh(out, i) for i in range(length[0]))
+
+
+def _expand(f: Facts, node: ir.Node) -> Shape | None:
+    s, target = f.shape(node.inputs[0]), f.content(node.inputs[1])
+    if s is None or target is None:
+        return _rank_only(f, node)
+    wanted = tuple(
+        t if isinstance(t, int | Dim) else f.fresh(node.outputs[0], i) for i, t in enumerate(target.reshape(-1))
+    )
+    return f.broadcast([wanted, s])
+
+
+def _concat(f: Facts, node: ir.Node) -> Shape | None:
+    shapes = [f.shape(x) for x in node.inputs]
+    known = [s for s in shapes if s is not None]
+    if len(known) != len(shapes) or not known:
+        return None
+    axis = axis_of(node, len(known[0]))
+    total: Size = 0
+    for s in known:
+        total = add(total, s[axis])
+    others = f.broadcast([(*s[:axis], 1, *s[axis + 1 :]) for s in known])
+    return (*others[:axis], total, *others[axis + 1 :])
+
+
+def _slice(f: Facts, node: ir.Node) -> Shape | None:
+    s = f.shape(node.inputs[0])
+    parts = [f.content(x) if x is not None else None for x in node.inputs[1:]]
+    if s is None or len(parts) < 2:
+        return None
+    starts, ends = parts[0], parts[1]
+    axes = (
+        parts[2]
+        if len(parts) > 2 and node.inputs[3] is not None
+        else np.arange(starts.size if starts is not None else 0)
+    )
+    steps = parts[3] if len(parts) > 3 and node.inputs[4] is not None else None
+    if (
+        starts is None
+        or ends is None
+        or axes is None
+        or (len(parts) > 3 and node.inputs[4] is not None and steps is None)
+    ):
+        return None
+    dims = list(s)
+    for i, a in enumerate(axes.reshape(-1)):
+        step = int(steps.reshape(-1)[i]) if steps is not None else 1
+        axis = int(a) % len(s)
+        dims[axis] = _sliced(f, node.outputs[0], axis, s[axis], starts.reshape(-1)[i], ends.reshape(-1)[i], step)
+    return tuple(dims)
+
+
+def _sliced(f: Facts, out: ir.Value, axis: int, d: Size, start: object, end: object, step: int) -> Size:
+    if isinstance(d, int) and isinstance(start, int) and isinstance(end, int):
+        return len(range(*slice(start, end if end > -(2**62) else None, step).indices(d)))
+    if start == 0 and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
+        return d
+    if start == 0 and step == 1 and isinstance(end, Dim) and isinstance(d, int | Dim) and f.same(d, end):
+        return d
+    written = f.recorded(out)
+    return written[axis] if written is not None else f.fresh(out, axis)
+
+
+def split_shape(f: Facts, node: ir.Node, index: int) -> Shape | None:
+    """Shape of one output of a Split."""
+    s = f.shape(node.inputs[0])
+    if s is None:
+        return None
+    axis = axis_of(node, len(s), 0)
+    lengths = f.content(node.inputs[1]) if len(node.inputs) > 1 else None
+    if lengths is not None:
+        part = lengths.reshape(-1)[index]
+    else:
+        part = divide(s[axis], len(node.outputs))
+    return (*s[:axis], part, *s[axis + 1 :]) if isinstance(part, int | Dim) else None
+
+
+def _gather(f: Facts, node: ir.Node) -> Shape | None:
+    s, i = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if s is None or i is None:
+        return None
+    axis = axis_of(node, len(s), 0)
+    return s[:axis] + i + s[axis + 1 :]
+
+
+def _second(f: Facts, node: ir.Node) -> Shape | None:
+    return f.shape(node.inputs[1])
+
+
+def _gather_nd(f: Facts, node: ir.Node) -> Shape | None:
+    s, i = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    batch = node.attributes.get_int("batch_dims", 0)
+    if s is None or not i or not isinstance(i[-1], int):
+        return None
+    return i[:-1] + s[batch + i[-1] :]
+
+
+def _range(f: Facts, node: ir.Node) -> Shape | None:
+    start, limit, step = (f.content(x) for x in node.inputs)
+    if limit is None or start is None or step is None or start.reshape(-1)[0] != 0 or step.reshape(-1)[0] != 1:
+        return None
+    n = limit.reshape(-1)[0]
+    return (n,) if isinstance(n, int | Dim) else None
+
+
+def _shape(f: Facts, node: ir.Node) -> Shape | None:
+    s = f.shape(node.inputs[0])
+    if s is None:
+        return None
+    return (len(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]),)
+
+
+def _of_shape(f: Facts, node: ir.Node) -> Shape | None:
+    c = f.content(node.inputs[0])
+    return None if c is None else tuple(x if isinstance(x, int | Dim) else named("?") for x in c.reshape(-1))
+
+
+def _flatten(f: Facts, node: ir.Node) -> Shape | None:
+    s = f.shape(node.inputs[0])
+    if s is None:
+        return None
+    axis = axis_of(node, len(s) + 1, 1)
+    return (product(s[:axis]), product(s[axis:]))
+
+
+def _attention(f: Facts, node: ir.Node) -> Shape | None:
+    q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
+    if q is None or v is None:
+        return None
+    if len(q) == 4:
+        return (*q[:3], v[-1])
+    width = divide(v[-1], node.attributes.get_int("kv_num_heads", 1))
+    return None if width is None else (q[0], q[1], multiply(width, node.attributes.get_int("q_num_heads", 1)))
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+ELEMENTWISE = _words("""
+    Add Sub Mul Div Pow Mod Max Min Sum And Or Xor Equal Greater GreaterOrEqual Less LessOrEqual Where PRelu
+    BitwiseAnd BitwiseOr
+""")
+UNARY = _words("""
+    Abs Ceil Clip Cast CastLike Cos Sin Erf Exp Floor Gelu Identity IsInf IsNaN LeakyRelu Log LogSoftmax Neg Not
+    Reciprocal Relu Round Sigmoid Sign Softmax Softplus Sqrt Tanh Trilu CumSum LayerNormalization RMSNormalization
+    RotaryEmbedding Elu HardSigmoid HardSwish Mish Dropout QuantizeLinear DequantizeLinear ScatterND ScatterElements
+    BatchNormalization InstanceNormalization GroupNormalization Swish
+""")
+SHAPE_RULES: dict[str, Rule] = {
+    **dict.fromkeys(ELEMENTWISE, _broadcast),
+    **dict.fromkeys(UNARY, _first),
+    **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"), _reduce),
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Reshape": _reshape,
+    "Expand": _expand,
+    "Concat": _concat,
+    "Slice": _slice,
+    "Gather": _gather,
+    "GatherElements": _second,
+    "GatherND": _gather_nd,
+    "Range": _range,
+    "Shape": _shape,
+    "ConstantOfShape": _of_shape,
+    "Flatten": _flatten,
+    "Attention": _attention,
+}

@@ -1,0 +1,163 @@
+"""One forward walk that learns the shape of every value and the content of small ones (see `contents`).
+
+Weights are not read. Shapes recorded by the exporter are used only where no rule applies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.contents import CONTENT_RULES, Content, constant_content, small
+from onnxcomp.structure.dims import Dim, Equalities, Shape, Size, divide, named, product
+from onnxcomp.structure.rules import SHAPE_RULES, split_shape
+from onnxcomp.structure.uniform import Uniform, uniform, uniform_of
+
+__all__ = ["Facts"]
+
+
+class Facts:
+    """What is known about values before the model runs; new nodes are understood on demand."""
+
+    def __init__(self, g: Graph) -> None:
+        self.g = g
+        self.roots: dict[str, tuple[ir.Value, int]] = {}
+        self._shapes: dict[ir.Value, Shape | None] = {}
+        self._contents: dict[ir.Value, Content | None] = {}
+        self._uniform: dict[ir.Value, Uniform | None] = {}
+        for v in g.inputs:
+            self._shapes[v] = self._of_input(v)
+        self.equal = Equalities(self.roots)
+        for node in g.nodes():
+            self._visit(node)
+
+    # ---- questions -----------------------------------------------------------------------------------------------
+
+    def shape(self, v: ir.Value | None) -> Shape | None:
+        """Sizes of the axes, or None when not even their number is known."""
+        if v is None:
+            return None
+        if v not in self._shapes:
+            self._learn(v)
+        return self._shapes[v]
+
+    def content(self, v: ir.Value | None) -> Content | None:
+        """Elements of a small value: ints, sizes, floats, bools, None where unknown; else None."""
+        if v is None:
+            return None
+        if v not in self._contents:
+            self._learn(v)
+        return self._contents.get(v)
+
+    def uniform(self, v: ir.Value | None) -> Uniform | None:
+        """What is known of all elements at once, whatever the shape: their common value, a lower bound."""
+        if v is None:
+            return None
+        if v not in self._uniform:
+            self._learn(v)
+        return self._uniform.get(v)
+
+    def scalar(self, v: ir.Value | None) -> float | None:
+        """The number that every element of a value with one element, or of a uniform one-element shape, is."""
+        c = self.content(v)
+        if c is None or c.size != 1:
+            return None
+        x = c.reshape(-1)[0]
+        return float(x) if isinstance(x, int | float) and not isinstance(x, bool) else None
+
+    def rank(self, v: ir.Value | None) -> int | None:
+        """Number of axes."""
+        s = self.shape(v)
+        return None if s is None else len(s)
+
+    def same(self, a: Size, b: Size) -> bool:
+        """Whether two sizes are proved, or assumed, equal."""
+        return self.equal.same(a, b)
+
+    def quotient(self, a: Size, b: Size) -> Size | None:
+        """`a / b` where exact, after replacing equal unknowns by one name."""
+        return divide(self.equal.plain(a), self.equal.plain(b))
+
+    def broadcast(self, shapes: Sequence[Shape]) -> Shape:
+        """The common shape; unlike unknowns broadcast together are assumed equal."""
+        rank = max((len(s) for s in shapes), default=0)
+        result: list[Size] = [1] * rank
+        for s in shapes:
+            for i, d in enumerate(s, rank - len(s)):
+                result[i] = self._joined(result[i], d)
+        return tuple(result)
+
+    def _joined(self, a: Size, b: Size) -> Size:
+        if b == 1 or a == b:
+            return a
+        if a == 1 or isinstance(b, int):
+            return b
+        self.equal.assume(a, b)
+        return b if isinstance(a, Dim) and not self.rooted(a) and self.rooted(b) else a
+
+    def rooted(self, a: Size) -> bool:
+        """Whether a size can be read off the graph inputs."""
+        return isinstance(a, int) or all(n in self.roots for n in a.names)
+
+    # ---- the walk ------------------------------------------------------------------------------------------------
+
+    def _of_input(self, v: ir.Value) -> Shape | None:
+        if v.shape is None:
+            return None
+        dims: list[Size] = []
+        for i, d in enumerate(v.shape):
+            size = d if isinstance(d, int) else named(str(d.value or f"{v.name}.{i}"))
+            if isinstance(size, Dim):
+                self.roots.setdefault(size.names[0], (v, i))
+            dims.append(size)
+        return tuple(dims)
+
+    def _learn(self, v: ir.Value) -> None:
+        node = v.producer()
+        tensor = self.g.tensor(v)
+        if tensor is not None:
+            self._shapes[v] = tuple(d for d in tensor.shape if isinstance(d, int))
+            self._contents[v] = constant_content(tensor)
+            self._uniform[v] = uniform_of(tensor)
+        elif node is not None and node.graph is self.g.model.graph:
+            self._visit(node)
+        else:
+            self._shapes[v], self._contents[v], self._uniform[v] = self.recorded(v), None, None
+
+    def _visit(self, node: ir.Node) -> None:
+        rule = SHAPE_RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        first = rule(self, node) if rule is not None else None
+        for i, out in enumerate(node.outputs):
+            own = first if i == 0 or node.op_type == "Dropout" else None
+            if node.op_type == "Split" and node.domain == "":
+                own = split_shape(self, node, i)
+            self._shapes[out] = own if own is not None else self.recorded(out)
+            self._contents[out] = None
+            self._uniform[out] = None
+        if node.domain == "" and len(node.outputs) == 1:
+            content = CONTENT_RULES.get(node.op_type)
+            self._contents[node.outputs[0]] = small(content(self, node)) if content is not None else None
+            self._uniform[node.outputs[0]] = uniform(self, node)
+
+    def recorded(self, v: ir.Value) -> Shape | None:
+        """The shape the exporter wrote down."""
+        if v.shape is None:
+            return None
+        return tuple(self._named(v, i, d) for i, d in enumerate(v.shape))
+
+    def _named(self, v: ir.Value, axis: int, d: int | ir.SymbolicDim) -> Size:
+        if isinstance(d, int):
+            return d
+        text = d.value
+        if not text:
+            return named(f"?{v.name}.{axis}")
+        parts = str(text).split("*")
+        if all(p.isdigit() or p in self.roots for p in parts):
+            return product([int(p) if p.isdigit() else named(p) for p in parts])
+        return named(str(text))
+
+    def fresh(self, v: ir.Value, axis: int) -> Size:
+        """An unknown that belongs to one axis of one value."""
+        return named(f"?{v.name}.{axis}")

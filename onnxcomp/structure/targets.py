@@ -1,0 +1,184 @@
+"""Shape arithmetic rebuilt from the graph inputs: constants where nothing is open, else `Shape` of an input.
+
+Whatever else computed it (reads of activations above all) loses its users and goes; what remains is the same for
+every exporter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.dims import Dim, Size
+from onnxcomp.structure.layout import constant_target
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["Sizes", "reroot"]
+
+Key = tuple[Size, ...]
+CARRIERS = {
+    "Shape",
+    "Gather",
+    "Slice",
+    "Concat",
+    "Squeeze",
+    "Unsqueeze",
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Where",
+    "Equal",
+    "Max",
+    "Min",
+}
+
+
+class Sizes:
+    """One shared value per list of sizes, made from graph inputs; what an earlier run made is found again."""
+
+    def __init__(self, g: Graph, f: Facts) -> None:
+        self.g, self.f = g, f
+        self._vectors: dict[Key, ir.Value] = {}
+        self._scalars: dict[Size, ir.Value] = {}
+        made: set[ir.Value] = set()
+        for node in g.nodes("Shape", "Concat", "Squeeze"):
+            if node.domain == "" and self._is_ours(node, made):
+                self._remember(node.outputs[0], made)
+
+    def _is_ours(self, node: ir.Node, made: set[ir.Value]) -> bool:
+        x = node.inputs[0]
+        if node.op_type == "Shape":
+            c = self.f.content(node.outputs[0])
+            d = c[0] if c is not None and c.size == 1 else None
+            return isinstance(d, Dim) and self.f.roots.get(d.names[0]) == (x, node.attributes.get_int("start", 0))
+        if node.op_type == "Squeeze":
+            return x in made and x is not None and node.inputs[-1] is not x
+        return all(v in made or self._is_number(v) for v in node.inputs)
+
+    def _is_number(self, v: ir.Value | None) -> bool:
+        t = self.g.tensor(v)
+        return t is not None and len(t.shape) == 1
+
+    def _remember(self, v: ir.Value, made: set[ir.Value]) -> None:
+        c = self.f.content(v)
+        if c is None or not all(isinstance(x, int | Dim) for x in c.reshape(-1)):
+            return
+        made.add(v)
+        if c.ndim == 0:
+            self._scalars.setdefault(c.item(), v)
+        else:
+            self._vectors.setdefault(tuple(c), v)
+
+    def possible(self, sizes: Sequence[object]) -> bool:
+        """Whether every size is a number or a single axis of a graph input."""
+        return all(
+            (isinstance(d, int) and not isinstance(d, bool))
+            or (isinstance(d, Dim) and d.factor == 1 and len(d.names) == 1 and self.f.rooted(d))
+            for d in sizes
+        )
+
+    def vector(self, sizes: Sequence[Size]) -> ir.Value:
+        """The sizes as int64 `[len(sizes)]`; they must be `possible`."""
+        key = tuple(sizes)
+        if all(isinstance(d, int) for d in key):
+            return self.g.constant(np.array(key, np.int64), "sizes")
+        if key not in self._vectors:
+            self._vectors[key] = self._shape(key[0]) if len(key) == 1 else self._concat(key)
+        return self._vectors[key]
+
+    def _shape(self, d: Size) -> ir.Value:
+        assert isinstance(d, Dim)
+        source, axis = self.f.roots[d.names[0]]
+        return self.g.op("Shape", source, start=axis, end=axis + 1)
+
+    def _concat(self, key: Key) -> ir.Value:
+        return self.g.op("Concat", *[self.vector([d]) for d in key], axis=0)
+
+    def scalar(self, d: Size) -> ir.Value:
+        """One size as an int64 without axes."""
+        if isinstance(d, int):
+            return self.g.constant(np.array(d, np.int64), "size")
+        if d not in self._scalars:
+            self._scalars[d] = self.g.op("Squeeze", self.vector([d]), np.array([0], np.int64))
+        return self._scalars[d]
+
+
+def reroot(g: Graph, f: Facts) -> None:
+    """Rebuild every computed size that a node reads; Reshape and Expand targets become constants where they can."""
+    sizes = Sizes(g, f)
+    for node in g.nodes():
+        if node.domain:
+            continue
+        if node.op_type in ("Reshape", "Expand"):
+            _target(g, f, sizes, node)
+            continue
+        if node.op_type in CARRIERS and f.content(node.outputs[0]) is not None:
+            continue
+        for i, v in enumerate(node.inputs):
+            if v is not None and not g.is_constant(v) and _is_sizes(f, v):
+                _rebuild(g, f, sizes, node, i, v)
+
+
+def _is_sizes(f: Facts, v: ir.Value) -> bool:
+    node = v.producer()
+    c = f.content(v)
+    known = c is not None and c.ndim <= 1 and c.size > 0
+    return (
+        known and node is not None and (v.dtype == ir.DataType.INT64 or (v.dtype is None and node.op_type in CARRIERS))
+    )
+
+
+def _rebuild(g: Graph, f: Facts, sizes: Sizes, node: ir.Node, index: int, v: ir.Value) -> None:
+    c = f.content(v)
+    if c is None or not sizes.possible(list(c.reshape(-1))):
+        return
+    g.set_input(node, index, sizes.scalar(c.item()) if c.ndim == 0 else sizes.vector(list(c)))
+
+
+def _target(g: Graph, f: Facts, sizes: Sizes, node: ir.Node) -> None:
+    x, target, shape = node.inputs[0], node.inputs[1], f.shape(node.outputs[0])
+    if x is None or target is None or shape is None:
+        return
+    if node.op_type == "Reshape":
+        wanted = constant_target(f, x, shape)
+    else:
+        wanted = _expand_target(f, x, target)
+    if wanted is not None:
+        if node.op_type == "Reshape":
+            g.set_attr(node, allowzero=None)
+        _set_constant(g, f, node, wanted)
+        return
+    c = f.content(target)
+    if c is not None and not g.is_constant(target) and c.ndim == 1 and sizes.possible(list(c)):
+        g.set_input(node, 1, sizes.vector(list(c)))
+
+
+def _set_constant(g: Graph, f: Facts, node: ir.Node, wanted: list[int]) -> None:
+    """Give the node its own constant, so that cutting one layer leaves the others alone."""
+    old = node.inputs[1]
+    if old is not None and g.is_constant(old) and old.producer() is None and len(list(old.uses())) == 1:
+        c = f.content(old)
+        if c is not None and c.ndim == 1 and list(c) == wanted:
+            return
+    g.set_input(node, 1, g.constant(np.array(wanted, np.int64), "shape"))
+
+
+def _expand_target(f: Facts, x: ir.Value, target: ir.Value) -> list[int] | None:
+    """Sizes to expand to, with 1 where the input already has the size; None if an open size is added."""
+    shape, c = f.shape(x), f.content(target)
+    if shape is None or c is None or c.ndim != 1:
+        return None
+    padded = (1,) * (c.size - len(shape)) + shape
+    wanted = []
+    for want, have in zip(c, padded[-c.size :], strict=True):
+        if isinstance(want, int):
+            wanted.append(1 if want == have and want != 1 else want)
+        elif isinstance(want, Dim) and f.same(want, have):
+            wanted.append(1)
+        else:
+            return None
+    return wanted

@@ -1,0 +1,102 @@
+"""House-keeping between the recognisers: no-ops out, small constants folded, equal computations made once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["drop_no_ops", "fold_constants", "merge_equal"]
+
+LIMIT = 1 << 14  # elements of a constant worth folding: gains and tables, not weights
+FOLDS: dict[str, Callable[..., Any]] = {
+    "Add": np.add,
+    "Sub": np.subtract,
+    "Mul": np.multiply,
+    "Div": np.divide,
+    "Neg": np.negative,
+    "Sqrt": np.sqrt,
+    "Cos": np.cos,
+    "Sin": np.sin,
+}
+RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+def drop_no_ops(g: Graph, f: Facts) -> None:
+    """Remove Identity, inference Dropout, casts to the same type, and expansions to the same shape."""
+    for node in g.nodes("Identity", "Dropout", "Cast", "Expand"):
+        x, y = node.inputs[0], node.outputs[0]
+        if node.domain or x is None or not _is_no_op(g, f, node, x):
+            continue
+        if not y.is_graph_output() or (x.producer() is not None and not x.is_graph_output()):
+            g.replace(y, x)
+
+
+def _is_no_op(g: Graph, f: Facts, node: ir.Node, x: ir.Value) -> bool:
+    if node.op_type == "Cast":
+        return x.dtype is not None and x.dtype == node.attributes.get_int("to", 0)
+    if node.op_type == "Expand":
+        a, b = f.shape(x), f.shape(node.outputs[0])
+        return a is not None and b is not None and a == b
+    if node.op_type == "Dropout":
+        training = node.inputs[2] if len(node.inputs) > 2 else None
+        off = training is None or (f.uniform(training) is not None and f.uniform(training).value == 0.0)  # type: ignore[union-attr]
+        return off and not any(list(v.uses()) or v.is_graph_output() for v in node.outputs[1:])
+    return True
+
+
+def fold_constants(g: Graph) -> None:
+    """Compute elementwise nodes whose inputs are all small constants, such as `1 + gain`."""
+    for node in g.nodes(*FOLDS):
+        tensors = [g.tensor(x) for x in node.inputs]
+        known = [t for t in tensors if t is not None and t.size <= LIMIT and t.dtype.is_floating_point()]
+        if node.domain or len(known) < len(tensors) or len({t.dtype for t in known}) != 1:
+            continue
+        arrays: list[Array] = [t.numpy() for t in known]
+        with np.errstate(all="ignore"):
+            result = np.asarray(FOLDS[node.op_type](*arrays)).astype(arrays[0].dtype)
+        if result.size <= LIMIT and not node.outputs[0].is_graph_output():
+            g.replace(node.outputs[0], g.constant(result, str(node.outputs[0].name)))
+
+
+def merge_equal(g: Graph) -> None:
+    """Make equal computations once; constants count as equal when they are one value, or small with one content."""
+    seen: dict[Any, ir.Node] = {}
+    constants: dict[Any, ir.Value] = {}
+    for node in g.nodes():
+        if node.op_type in RANDOM or any(
+            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
+        ):
+            continue
+        inputs = tuple(_identity(g, x, constants) for x in node.inputs)
+        key = (node.domain, node.op_type, inputs, _attributes(node), len(node.outputs))
+        first = seen.setdefault(key, node)
+        if first is not node and not any(v.is_graph_output() for v in node.outputs):
+            for old, new in zip(node.outputs, first.outputs, strict=True):
+                g.replace(old, new)
+
+
+def _identity(g: Graph, x: ir.Value | None, constants: dict[Any, ir.Value]) -> ir.Value | None:
+    """The value that stands for all equal ones."""
+    t = g.tensor(x)
+    if x is None or t is None or t.size > 16 or t.dtype == ir.DataType.STRING:
+        return x
+    return constants.setdefault((t.dtype, tuple(t.shape), t.tobytes()), x)
+
+
+def _attributes(node: ir.Node) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((k, _plain(a)) for k, a in node.attributes.items()))
+
+
+def _plain(a: ir.Attr) -> str:
+    """The attribute's content as text; a large tensor counts as different from every other."""
+    if a.type != ir.AttributeType.TENSOR:
+        return str(a.value)
+    t = a.as_tensor()
+    return f"{t.dtype} {t.shape} {t.tobytes()!r}" if t.size <= 16 and t.dtype != ir.DataType.STRING else str(id(t))
