@@ -7,9 +7,10 @@ import math
 import mmap
 import os
 import stat
+import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
@@ -36,18 +37,24 @@ class DataFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.file: BinaryIO = path.open("rb")
-        self.size = os.fstat(self.file.fileno()).st_size
-        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ) if self.size else None
+        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._fd)
+        self.size = os.fstat(self._fd).st_size
+        self.map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if self.size else None
 
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
         """The bytes of a range in pieces, read without touching the mapping, so that they do not stay resident."""
         while length > 0:
-            piece = os.pread(self.file.fileno(), min(_CHUNK, length), offset)
+            piece = self._read(offset, min(_CHUNK, length))
             if not piece:
                 raise ModelError(f"{self.path}: the file became shorter while it was read")
             yield piece
             offset, length = offset + len(piece), length - len(piece)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._fd, length, offset)
+        return b"" if self.map is None else self.map[offset : offset + length]
 
 
 class MappedTensor(ir.ExternalTensor):
