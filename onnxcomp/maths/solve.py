@@ -1,0 +1,152 @@
+"""Solvers that see the data only through Gram matrices: least squares, repair after a cut, GPTQ.
+
+Layout of ONNX's MatMul: `y = x W`, `x` in R^K, `W [K, N]`; a row of `W` is an in-channel. `G = X^T X` over the
+calibration rows, so the squared error of weights `V` in place of `W` is `tr((V - W)^T G (V - W))`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcomp.errors import DataError
+from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
+
+__all__ = ["Gptq", "Solution", "error", "gptq", "least_squares", "repair"]
+
+DAMP_LIMIT = 1e6
+LAZY = 128  # in-channels between two updates of the rest of the matrix
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Weights `[K, N]`, float64, and the damping that was needed, relative to the mean of the Gram diagonal."""
+
+    weights: Float64
+    damp: float
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Quantized weights, their squared error on the calibration data, that of rounding to nearest, and the damping."""
+
+    quantized: Quantized
+    loss: float
+    rounding_loss: float
+    damp: float
+
+
+def error(gram: Array, delta: Array) -> Float64:
+    """Squared error per out-channel that a change of the weights makes: `diag(D^T G D)`, shape `[N]`."""
+    d = np.asarray(delta, np.float64)
+    return np.asarray(np.maximum(np.einsum("kn,kn->n", d, np.asarray(gram, np.float64) @ d), 0.0))
+
+
+def _checked(gram: Array, name: str = "Gram matrix") -> Float64:
+    g = np.asarray(gram, np.float64)
+    if g.ndim != 2 or g.shape[0] != g.shape[1] or not np.isfinite(g).all():
+        raise DataError(f"the {name} is not a finite square matrix, its shape is {list(g.shape)}")
+    return np.asarray((g + g.T) / 2)
+
+
+def damped(gram: Float64, damp: float) -> tuple[Float64, Float64, float]:
+    """The Gram matrix with `damp * mean(diag)` on its diagonal, its lower Cholesky factor, and the damp that worked.
+
+    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity.
+    """
+    level = float(np.diag(gram).mean()) if gram.size else 0.0
+    if level <= 0:
+        return np.eye(len(gram)), np.eye(len(gram)), damp
+    while damp < DAMP_LIMIT:
+        h = gram + damp * level * np.eye(len(gram))
+        try:
+            return h, np.asarray(np.linalg.cholesky(h), np.float64), damp
+        except np.linalg.LinAlgError:
+            damp = max(damp * 10, 1e-10)
+    raise DataError(f"the Gram matrix is not positive even with a damping of {damp:g} times its diagonal")
+
+
+def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | None = None) -> Solution:
+    """Weights that minimise `||X W - Y||^2 + damp * mean(diag G) * ||W - start||^2`, `G = X^T X`, `C = X^T Y`.
+
+    Law: the error on the calibration data is not larger than that of `start` (zero by default), whatever the damping.
+    """
+    g = _checked(gram)
+    c = np.asarray(cross, np.float64)
+    w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
+    h, _, used = damped(g, damp)
+    return Solution(w0 + np.linalg.solve(h, c - g @ w0), used)
+
+
+def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solution:
+    """Weights of the kept in-channels `[len(keep), N]` that make up for the ones cut, `G_kk^-1 G_k: W` when undamped.
+
+    Law: the error on the calibration data is not larger than that of cutting alone.
+    """
+    g, w = _checked(gram), np.asarray(weights, np.float64)
+    kept = np.asarray(keep, np.int64)
+    if w.shape[0] != len(g) or kept.size == 0:
+        raise DataError(f"weights {list(w.shape)} and {kept.size} kept channels do not fit a Gram matrix of {len(g)}")
+    return least_squares(g[np.ix_(kept, kept)], g[kept] @ w, damp, start=w[kept])
+
+
+def gptq(
+    gram: Array,
+    weights: Array,
+    fmt: Format | str = "int4",
+    *,
+    block: int = 0,
+    symmetric: bool = True,
+    mse: bool = True,
+    damp: float = 0.01,
+    act_order: bool = True,
+) -> Gptq:
+    """Round in-channels one by one, each error spread over the ones still to come (GPTQ, arXiv 2210.17323).
+
+    Scales come first, per out-channel or per `block` in-channels of one ("static groups", so that any order keeps the
+    codes where they belong). Law: no out-channel's error on the calibration data is larger than by rounding to nearest.
+    """
+    f = format_of(fmt)
+    g, w = _checked(gram), np.asarray(weights, np.float64)
+    if w.ndim != 2 or w.shape[0] != len(g):
+        raise DataError(f"weights of shape {list(w.shape)} do not fit a Gram matrix of {len(g)} in-channels")
+    nearest = fit(weights, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=mse)
+    codes, used = _sweep(g, w, nearest, f, damp, act_order)
+    scaled = Quantized(codes, nearest.scale, nearest.zero, nearest.axis, nearest.block)
+    plain, ours = error(g, nearest.array() - w), error(g, scaled.array() - w)
+    worse = ours > plain
+    best = Quantized(np.where(worse, nearest.codes, codes), nearest.scale, nearest.zero, nearest.axis, nearest.block)
+    return Gptq(best, float(np.minimum(ours, plain).sum()), float(plain.sum()), used)
+
+
+def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, act_order: bool) -> tuple[Array, float]:
+    """Codes of all in-channels, visited by falling diagonal of the Gram matrix or in order."""
+    k, n = w.shape
+    order = np.argsort(-np.diag(g), kind="stable") if act_order else np.arange(k)
+    dead = np.diag(g) <= 0
+    upper, used = _inverse_factor(np.where(np.eye(k, dtype=bool) & dead, 1.0, g)[np.ix_(order, order)], damp)
+    scale = np.broadcast_to(spread(scales.scale, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
+    zero = np.broadcast_to(spread(scales.zero, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
+    rest = w[order].copy()
+    codes = np.zeros((k, n), f.dtype)
+    for start in range(0, k, LAZY):
+        end = min(start + LAZY, k)
+        errors = np.zeros((end - start, n))
+        for i in range(start, end):
+            q = quantize(rest[i], scale[i], zero[i], f)
+            e = (rest[i] - (q.astype(np.float64) - zero[i]) * scale[i]) / upper[i, i]
+            rest[i + 1 : end] -= np.outer(upper[i, i + 1 : end], e)
+            codes[i], errors[i - start] = q, e
+        rest[end:] -= upper[start:end, end:].T @ errors
+    unordered = np.empty_like(codes)
+    unordered[order] = codes
+    return unordered, used
+
+
+def _inverse_factor(h: Float64, damp: float) -> tuple[Float64, float]:
+    """Upper triangular `U` with `U^T U = H^-1`, from the Cholesky factor of `H` read backwards."""
+    _, lower, used = damped(h[::-1, ::-1], damp)
+    upper = np.linalg.inv(lower[::-1, ::-1])
+    return np.triu(upper), used
