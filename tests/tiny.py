@@ -71,6 +71,15 @@ class Build:
             self.shared[key] = self.op("Shape", self.g.model.graph.inputs[0], start=axis, end=axis + 1)
         return self.shared[key]
 
+    def positions(self) -> ir.Value:
+        """0, 1, 2, ... along the sequence, shape `[s]`."""
+
+        def make() -> ir.Value:
+            length = self.op("Squeeze", self.size(1), self.ints(0))
+            return self.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
+
+        return self._shared("positions", make)
+
     # ---- parts ---------------------------------------------------------------------------------------------------
 
     def norm(self, x: ir.Value, name: str) -> ir.Value:
@@ -162,8 +171,7 @@ class Build:
     def _angle(self) -> ir.Value:
         """Rotation angles `[1, s, width / 2]`."""
         step = self.floats(10000.0) ** (-np.arange(0, self.width, 2, dtype=np.float32) / self.width)
-        length = self.op("Squeeze", self.size(1), self.ints(0))
-        positions = self.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
+        positions = self.positions()
         row = self.op("Unsqueeze", self.op("Cast", positions, to=int(ir.DataType.FLOAT)), self.ints(0, 2))
         return self.op("Mul", row, step.reshape(1, 1, -1).astype(np.float32))
 
@@ -195,8 +203,7 @@ class Build:
         seen = self.op("Unsqueeze", real, self.ints(1, 2))
         if not self.decoder:
             return self.op("Expand", seen, self.op("Concat", self.ints(1, 1), self.size(1), self.ints(1), axis=0))
-        length = self.op("Squeeze", self.size(1), self.ints(0))
-        positions = self.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
+        positions = self.positions()
         key, query = self.op("Unsqueeze", positions, self.ints(0)), self.op("Unsqueeze", positions, self.ints(1))
         return self.op("And", self.op("LessOrEqual", key, query), seen)
 
@@ -256,8 +263,7 @@ def encoder(
     g = _start(batch, sequence, _opset(spelled, opset))
     b = Build(g, np.random.default_rng(seed), hidden, heads, heads, ffn, bias, spelled)
     ids = g.model.graph.inputs[0]
-    length = b.op("Squeeze", b.size(1), b.ints(0))
-    place = b.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
+    place = b.positions()
     words = b.op("Gather", b.weight("embeddings.words", vocabulary, hidden, scale=1.0), ids)
     x = b.op("Add", words, b.op("Gather", b.weight("embeddings.positions", positions, hidden, scale=0.5), place))
     x = b.norm(x, "embeddings.norm")
@@ -266,7 +272,7 @@ def encoder(
     if norm == "pre":
         x = b.norm(x, "norm")
     if not classes:
-        return finish(g, b.op("Identity", x), "last_hidden_state", [batch, sequence, hidden])
+        return finish(g, x, "last_hidden_state", [batch, sequence, hidden])
     first = b.op("Gather", x, np.array(0, np.int64), axis=1)
     return finish(g, b.linear(first, "classifier", hidden, classes, bias=True), "logits", [batch, classes])
 

@@ -11,12 +11,14 @@ from onnxcomp.structure.norm import raise_norms
 from onnxcomp.structure.opset import convert
 from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
 from onnxcomp.structure.tidy import drop_no_ops, fold_constants, merge_equal
 
-__all__ = ["OPSET", "canonicalize"]
+__all__ = ["OPSET", "canonicalize", "sites"]
 
 OPSET = 23
+ROUNDS = 4  # one recogniser may open the way for another; two rounds settle every graph seen so far
 
 
 def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
@@ -25,11 +27,24 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     Outputs are equal to float noise on rows that see at least one key. With `exact_rows` sites where a row without
     any key would change stay as they are. Raises `ModelError` when the operator set cannot be raised.
     """
+    start, names = graph.edits, {str(n.name) for n in graph.nodes()}
     if graph.opset < OPSET:
         _adopt(graph, convert(graph, OPSET))
-    before = graph.edits
-    _local(graph)
+    for _ in range(ROUNDS):
+        before = graph.edits
+        _round(graph, exact_rows)
+        if graph.edits == before:
+            break
+    if graph.edits > start:
+        graph.touched |= names - {str(n.name) for n in graph.nodes()}
+        graph.verify()
+
+
+def _round(graph: Graph, exact_rows: bool) -> None:
+    fold_constants(graph)
+    merge_equal(graph)
     f = Facts(graph)
+    _settle(graph, f)
     raise_activations(graph, f)
     raise_norms(graph, f)
     raise_linears(graph)
@@ -46,22 +61,13 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     reroot(graph, f)
     merge_equal(graph)
     _settle(graph, f)
-    if graph.edits > before:
-        graph.verify()
-
-
-def _local(graph: Graph) -> None:
-    fold_constants(graph)
-    drop_no_ops(graph, Facts(graph))
-    merge_equal(graph)
-    graph.sweep()
 
 
 def _settle(graph: Graph, f: Facts) -> None:
-    """Remove what lost its readers, so that counts of users are true, and restore the order."""
+    """Remove what lost its readers, so that counts of users are true."""
+    graph.model.graph.sort()  # the sweep walks backwards
     drop_no_ops(graph, f)
     graph.sweep()
-    graph.model.graph.sort()
 
 
 def _adopt(graph: Graph, converted: Graph) -> None:

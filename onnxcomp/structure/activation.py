@@ -12,7 +12,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Float64
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["raise_activations"]
+__all__ = ["find_activations", "raise_activations"]
 
 # Dense where the functions bend, then far out, so that a cubic that only agrees near zero is told apart.
 GRID: Float64 = np.concatenate([np.linspace(-9, 9, 181), np.array([-1e3, -40.0, -17.0, 17.0, 40.0, 1e3])])
@@ -87,14 +87,18 @@ class Cone:
             return np.asarray(ELEMENTWISE[node.op_type](*known), np.float64)
 
 
-def raise_activations(g: Graph, f: Facts) -> None:
-    """Rewrite each spelled-out activation: GELUs to Gelu, SiLU and quick-GELU to `x * Sigmoid(c * x)`."""
+def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, tuple[str, ir.Value, ir.Value]]]:
+    """The transcendental node of each activation not in its canonical spelling, with its kind, input and output."""
     for seed in g.nodes("Erf", "Tanh", "Sigmoid"):
         found = _recognise(f, seed)
-        if found is not None:
-            kind, x, y = found
-            if not _canonical(f, kind, x, y):
-                g.replace(y, _emit(g, kind, x, y))
+        if found is not None and not _canonical(*found):
+            yield seed, found
+
+
+def raise_activations(g: Graph, f: Facts) -> None:
+    """Rewrite each spelled-out activation: GELUs to Gelu, SiLU and quick-GELU to `x * Sigmoid(c * x)`."""
+    for _, (kind, x, y) in find_activations(g, f):
+        g.replace(y, _emit(g, kind, x, y))
 
 
 def _recognise(f: Facts, seed: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:
@@ -151,7 +155,7 @@ def _below(cone: Cone, start: ir.Value) -> Iterator[ir.Value]:
         layer = below
 
 
-def _canonical(f: Facts, kind: str, x: ir.Value, y: ir.Value) -> bool:
+def _canonical(kind: str, x: ir.Value, y: ir.Value) -> bool:
     """Whether `y` is already spelled `x * Sigmoid(c * x)`."""
     product = y.producer()
     if kind not in ("silu", "quick-gelu") or product is None or product.op_type != "Mul" or x not in product.inputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnxcomp.structure.dims import Size
 from onnxcomp.structure.rules import axes_of
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["raise_norms"]
+__all__ = ["find_norms", "raise_norms"]
 
 
 @dataclass(frozen=True)
@@ -26,26 +27,29 @@ class Found:
     width: int
 
 
-def raise_norms(g: Graph, f: Facts) -> None:
-    """Rewrite spelled-out norms over the last axis to LayerNormalization and RMSNormalization."""
+def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, Found | str]]:
+    """The mean of each spelled-out norm, and the norm or why it is not raised."""
     for mean in g.nodes("ReduceMean"):
         squared = _squared(f, mean.inputs[0])
         root = _root(f, mean) if squared is not None else None
-        if squared is None or root is None:
-            continue
-        normalized = _scaled(f, squared, root[0])
-        if normalized is None:
-            continue
-        why = _unfit(f, mean)
-        if why:
-            g.decline(mean, why)
+        normalized = _scaled(f, squared, root[0]) if squared is not None and root is not None else None
+        if squared is None or root is None or normalized is None:
             continue
         x, centred = _centre(f, squared)
-        width = _width(f, x)
-        if width is None:
-            g.decline(mean, "norm: the normalized width is not static")
-            continue
-        _rewrite(g, f, Found(x, normalized, root[1], centred, width))
+        why, width = _unfit(f, mean), _width(f, x)
+        if why or width is None:
+            yield mean, why or "norm: the normalized width is not static"
+        else:
+            yield mean, Found(x, normalized, root[1], centred, width)
+
+
+def raise_norms(g: Graph, f: Facts) -> None:
+    """Rewrite spelled-out norms over the last axis to LayerNormalization and RMSNormalization."""
+    for mean, found in find_norms(g, f):
+        if isinstance(found, str):
+            g.decline(mean, found)
+        else:
+            _rewrite(g, found)
 
 
 def _only(v: ir.Value, *ops: str) -> list[ir.Node]:
@@ -121,7 +125,7 @@ def _width(f: Facts, x: ir.Value) -> int | None:
     return last if isinstance(last, int) else None
 
 
-def _rewrite(g: Graph, f: Facts, found: Found) -> None:
+def _rewrite(g: Graph, found: Found) -> None:
     x, y, stash = found.x, found.y, 1
     casts = _casts(found)
     if casts is not None:

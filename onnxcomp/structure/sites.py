@@ -1,0 +1,25 @@
+"""What canonicalize is asked to raise: every site ends raised, or declined with a reason under the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from onnxcomp.graph import Graph, Site
+from onnxcomp.structure.activation import find_activations
+from onnxcomp.structure.norm import find_norms
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["sites"]
+
+
+def sites(g: Graph) -> Iterator[Site]:
+    """Softmaxes, attentions in four axes, spelled-out norms and activations, Gemm with a constant weight."""
+    f = Facts(g)
+    for node in g.nodes("Softmax", "Attention", "Gemm"):
+        spelled = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
+        if node.domain == "" and (spelled or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):
+            yield Site(str(node.name), (str(node.name),), "linear" if node.op_type == "Gemm" else "attention")
+    for mean, _ in find_norms(g, f):
+        yield Site(str(mean.name), (str(mean.name),), "norm")
+    for seed, _ in find_activations(g, f):
+        yield Site(str(seed.name), (str(seed.name),), "activation")

@@ -1,0 +1,33 @@
+"""Raise any exporter's graph to the canonical form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from onnxcomp import structure
+from onnxcomp.graph import Graph, Site
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.target import Target
+
+__all__ = ["Canonicalize"]
+
+
+@dataclass(frozen=True)
+class Canonicalize(Pass):
+    """Recognise attention, norms, activations, rotary embeddings and linears; write them as standard opset 23 operators."""
+
+    stage: ClassVar[Stage] = Stage.CANONICALIZE
+    fidelity: ClassVar[Fidelity] = Fidelity.EXACT
+
+    exact_rows: bool = False
+    """Leave an attention spelled out where rows that see no key would change (by default they are undefined)."""
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Everything that is spelled out and could be raised."""
+        return structure.sites(g)
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Raise the whole graph; what is not recognised is declined with the reason."""
+        structure.canonicalize(g, exact_rows=self.exact_rows)
