@@ -136,7 +136,7 @@ class Recipe:
         defaults = {f.name: plain(f.default) for f in dataclasses.fields(self)} | {"data": {}}
         always = ("passes", "name", "version")
         kept = {k: v for k, v in whole.items() if k in always or v != defaults[k]}
-        text: str = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+        text: str = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, width=100)
         return text
 
     def hash(self) -> str:
@@ -227,14 +227,16 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader that also refuses a key that appears twice."""
+    """The safe loader that also refuses a key that is no scalar or appears twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError("the key of a mapping must be plain text")
+            if key.value in seen:
                 raise yaml.YAMLError(f"'{key.value}' appears twice in one mapping")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            seen.add(key.value)
         return super().construct_mapping(node, deep)
 
 
