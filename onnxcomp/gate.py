@@ -12,7 +12,7 @@ from onnxcomp.errors import RecipeError
 
 __all__ = ["Condition", "Gate", "Verdict"]
 
-# What each name measures; -drop is absolute, -rise relative to the original, latency and size are ratios to the original.
+# What each name measures: -drop is absolute, -rise relative to the original; latency and size are ratios to it.
 NAMES = {
     "sqnr": "signal to quantization noise of the first output, dB",
     "pooled-sqnr": "the same on mean-pooled embeddings, dB",

@@ -1,15 +1,15 @@
-"""The one owner of a model in memory: every edit goes through `Graph`, which counts it and remembers which nodes it touched."""
+"""The one owner of a model in memory: every edit goes through `Graph`, which counts it and what it touched."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator
+import logging
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
@@ -18,16 +18,15 @@ from onnx_ir.passes.common import (
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
     ShapeInferencePass,
-    _c_api_utils,
 )
 
+from onnxcomp import checks
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array
 
 __all__ = ["Declined", "Graph", "Site"]
 
-Interface = tuple[tuple[str, str, tuple[int | str, ...] | None], ...]
 CONTRIB = "com.microsoft"
 
 
@@ -48,29 +47,6 @@ class Declined:
     why: str
 
 
-def _describe(values: Iterable[ir.Value]) -> Interface:
-    return tuple(
-        (
-            str(v.name),
-            v.dtype.name if v.dtype else "?",
-            None if v.shape is None else tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape),
-        )
-        for v in values
-    )
-
-
-def _same_interface(was: Interface, now: Interface) -> bool:
-    """Names, order and types equal; axes equal where both are static, and no dynamic axis became static."""
-    if [x[:2] for x in was] != [x[:2] for x in now]:
-        return False
-    for (_, _, a), (_, _, b) in zip(was, now, strict=True):
-        if a is None or b is None:
-            continue
-        if len(a) != len(b) or any(isinstance(q, int) and p != q and p != "?" for p, q in zip(a, b, strict=True)):
-            return False
-    return True
-
-
 class Graph:
     """An `onnx_ir.Model` with counted edits; raises `ModelError` when an edit would break it."""
 
@@ -82,7 +58,7 @@ class Graph:
         self.declined: list[Declined] = []
         self._counter = itertools.count()
         self._names = self._give_names()
-        self.interface = (_describe(model.graph.inputs), _describe(model.graph.outputs))
+        self.interface = checks.interface(model.graph)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -190,7 +166,9 @@ class Graph:
         """A new initializer holding the array or tensor (a lazy or external tensor is not read)."""
         tensor = a if isinstance(a, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)))
         fresh = self.fresh(name)
-        v = ir.Value(name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        v = ir.Value(
+            name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+        )
         if isinstance(tensor, (ir.Tensor, ir.LazyTensor)):
             tensor.name = fresh
         self.model.graph.register_initializer(v)
@@ -212,9 +190,13 @@ class Graph:
             new = self.constant(a, f"{v.name}_new")
             self.replace(v, new, users=None if users is None else chosen)
             return new
-        tensor = a if isinstance(a, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=v.name)
+        tensor = (
+            a
+            if isinstance(a, ir.TensorProtocol)
+            else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=v.name)
+        )
         v.const_value = tensor
-        v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape)
+        v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         self._touch(*chosen)
         return v
 
@@ -239,7 +221,14 @@ class Graph:
         while args and args[-1] is None:
             args.pop()
         node_name = self.fresh(name or op)
-        node = ir.node(op, args, {k: a for k, a in attrs.items() if a is not None}, domain=domain, num_outputs=outputs, name=node_name)
+        node = ir.node(
+            op,
+            args,
+            {k: a for k, a in attrs.items() if a is not None},
+            domain=domain,
+            num_outputs=outputs,
+            name=node_name,
+        )
         for i, out in enumerate(node.outputs):
             out.name = self.fresh(f"{node_name}_out{i}" if i else f"{node_name}_out")
         if like is not None:
@@ -309,7 +298,9 @@ class Graph:
         """
         kept = np.asarray(keep, np.int64)
         if kept.ndim != 1 or kept.size == 0 or kept[0] < 0 or kept[-1] >= group.units or np.any(np.diff(kept) <= 0):
-            raise ModelError(f"keep must be ascending indices below {group.units}, at least one; got {kept.tolist()[:8]}")
+            raise ModelError(
+                f"keep must be ascending indices below {group.units}, at least one; got {kept.tolist()[:8]}"
+            )
         if kept.size == group.units:
             return
         gone = np.setdiff1d(np.arange(group.units), kept)
@@ -317,7 +308,7 @@ class Graph:
         for slot in group.slots:
             cuts.setdefault((slot.value, slot.axis), []).append(slot.indices(gone))
         values = {name: self.value(name) for name in {n for n, _ in cuts} | {s.value for s in group.sizes}}
-        self._check_fit(group, values, cuts)
+        group.check({name: self.array(v) for name, v in values.items()})
         for (name, axis), indices in cuts.items():
             self.put(values[name], np.delete(self.array(values[name]), np.concatenate(indices), axis=axis))
         for size in group.sizes:
@@ -331,16 +322,6 @@ class Graph:
             if v.shape is not None:
                 v.shape = ir.Shape([kept.size * io.per if i == io.axis else d for i, d in enumerate(v.shape)])
         self.forget_shapes()
-
-    def _check_fit(self, group: Group, values: dict[str, ir.Value], cuts: dict[tuple[str, int], list[Array]]) -> None:
-        for (name, axis), indices in cuts.items():
-            shape = self.array(values[name]).shape
-            if axis >= len(shape) or max(int(i.max()) for i in indices) >= shape[axis]:
-                raise ModelError(f"constant '{name}' of shape {shape} does not fit a group of {group.units} units on axis {axis}")
-        for size in group.sizes:
-            now = int(self.array(values[size.value]).reshape(-1)[size.index])
-            if now != group.units * size.per:
-                raise ModelError(f"entry {size.index} of '{size.value}' is {now}, the group expects {group.units * size.per}")
 
     def decline(self, site: Site | ir.Node | str, why: str) -> None:
         """Leave an eligible site alone and say why; the report shows it."""
@@ -366,9 +347,13 @@ class Graph:
         return gone
 
     def tidy(self) -> None:
-        """Remove identities, repeated subexpressions, small constants stored twice, dead nodes and unused operator sets."""
+        """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
         nodes, constants = self.model.graph.num_nodes(), len(self.model.graph.initializers)
-        for step in (IdentityEliminationPass(), CommonSubexpressionEliminationPass(), DeduplicateInitializersPass(size_limit=4096)):
+        for step in (
+            IdentityEliminationPass(),
+            CommonSubexpressionEliminationPass(),
+            DeduplicateInitializersPass(size_limit=4096),
+        ):
             step(self.model)
         RemoveUnusedNodesPass()(self.model)
         RemoveUnusedOpsetsPass()(self.model)
@@ -384,49 +369,25 @@ class Graph:
 
     def infer_shapes(self) -> None:
         """Record what ONNX's shape inference can tell; best effort, never fatal, weights are not read."""
-        import logging
-
         log = logging.getLogger("onnx_ir")
-        level, _ = log.level, log.setLevel(logging.CRITICAL)
+        level = log.level
+        log.setLevel(logging.CRITICAL)
         outputs = [(v, v.type, v.shape) for v in self.model.graph.outputs]
         try:
             ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(self.model)
         finally:
             log.setLevel(level)
-            for v, kind, shape in outputs:
-                v.type = kind or v.type
-                v.shape = shape if shape is not None else v.shape
+        for v, kind, shape in outputs:
+            v.type = kind or v.type
+            v.shape = shape if shape is not None else v.shape
 
     def verify(self, *, interface: bool = True) -> None:
         """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
         self.model.graph.sort()
-        self._check_names()
-        now = (_describe(self.model.graph.inputs), _describe(self.model.graph.outputs))
-        for was, is_now, what in zip(self.interface, now, ("inputs", "outputs"), strict=True):
-            if interface and not _same_interface(was, is_now):
-                raise ModelError(f"the model's {what} changed from {was} to {is_now}")
-        try:
-            _c_api_utils.call_onnx_api(onnx.checker.check_model, self.model)
-        except onnx.checker.ValidationError as e:
-            raise ModelError(f"the graph is not valid ONNX: {e}") from e
-
-    def _check_names(self) -> None:
-        graph, made = self.model.graph, {}
-        known = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
-        for v in itertools.chain(graph.inputs, (v for v in graph.initializers.values() if v not in graph.inputs)):
-            made[v.name] = made.get(v.name, 0) + 1
-        for node in graph:
-            for x in node.inputs:
-                if x is not None and id(x) not in known:
-                    raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which nothing makes")
-            for v in node.outputs:
-                known.add(id(v))
-                if v.name:
-                    made[v.name] = made.get(v.name, 0) + 1
-        if twice := [n for n, count in made.items() if count > 1]:
-            raise ModelError(f"two values have the same name: {', '.join(map(str, twice[:3]))}")
-        if lost := [str(v.name) for v in graph.outputs if id(v) not in known]:
-            raise ModelError(f"graph output '{lost[0]}' is made by no node")
+        checks.names(self.model.graph)
+        if interface:
+            checks.same_interface(self.interface, checks.interface(self.model.graph))
+        checks.schemas(self.model)
 
 
 def _equal(a: Array, b: Array) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from onnxcomp.errors import ModelError
 from onnxcomp.maths import Array
 
 __all__ = ["AttrSlot", "Group", "IoSlot", "Size", "Slot"]
@@ -67,3 +69,16 @@ class Group:
     sizes: tuple[Size, ...] = ()
     attrs: tuple[AttrSlot, ...] = ()
     io: tuple[IoSlot, ...] = ()
+
+    def check(self, arrays: Mapping[str, Array]) -> None:
+        """Raise `ModelError` for a constant that does not hold all units where the group says."""
+        everyone = np.arange(self.units)
+        for slot in self.slots:
+            shape = arrays[slot.value].shape
+            if slot.axis >= len(shape) or int(slot.indices(everyone).max()) >= shape[slot.axis]:
+                what = f"a group of {self.units} units on axis {slot.axis}"
+                raise ModelError(f"constant '{slot.value}' of shape {shape} does not fit {what}")
+        for size in self.sizes:
+            now, then = int(arrays[size.value].reshape(-1)[size.index]), self.units * size.per
+            if now != then:
+                raise ModelError(f"entry {size.index} of '{size.value}' is {now}, the group expects {then}")

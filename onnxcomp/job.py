@@ -147,7 +147,9 @@ def compress(model: str | Path, out: str | Path, **options: Any) -> Result:
     """
     results = compress_each(model, out, **options)
     if len(results) != 1:
-        raise ModelError(f"{model}: holds {len(results)} graphs ({', '.join(results)}); name one with graph=, or call compress_each")
+        raise ModelError(
+            f"{model}: holds {len(results)} graphs ({', '.join(results)}); name one with graph=, or call compress_each"
+        )
     return next(iter(results.values()))
 
 
@@ -214,7 +216,7 @@ def compress_each(
 
 
 def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:
-    """Make a model faster without changing its outputs: the recipe `optimize`, no data needed; options as for `compress`."""
+    """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
     return compress(model, out, **({"preset": "optimize"} | options))
 
 
@@ -223,7 +225,9 @@ def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iter
 
     given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x]
     if len(given) != 1:
-        raise RecipeError(f"say what to do with exactly one of preset, recipe and pass; got {', '.join(given) or 'none'}")
+        raise RecipeError(
+            f"say what to do with exactly one of preset, recipe and pass; got {', '.join(given) or 'none'}"
+        )
     if preset:
         return Recipe.preset(preset)
     if recipe is not None:
@@ -235,8 +239,8 @@ def _needs_data(recipe: Recipe, calibration: Any, plan: bool) -> None:
     needing = [p.name for p in recipe.passes if p.wants_data]
     if needing and calibration is None and not plan:
         raise RecipeError(
-            f"pass '{needing[0]}' needs calibration data; give it with --calibration, for example a calib.jsonl with one "
-            '{"text": "..."} a line, an .npz of arrays by input name, a folder of images, or the word random'
+            f"pass '{needing[0]}' needs calibration data; give it with --calibration, for example a calib.jsonl with "
+            'one {"text": "..."} a line, an .npz of arrays by input name, a folder of images, or the word random'
         )
 
 
@@ -320,13 +324,15 @@ def _size(path: Path) -> int:
 
 
 def smoke(path: Path, target: Target) -> None:
-    """Run the written model at two shapes where its axes are dynamic; raises `ModelError` where it fails or is not finite."""
+    """Run the written model at two shapes where its axes are dynamic; raises `ModelError` if that fails."""
     import numpy as np
 
     graph = storage.load(path)
     with runtime.Session(path, target) as session:
         for shape in SMOKE:
-            data = load_data("random", graph, path.parent, batch=shape["batch"], samples=shape["batch"], sequence=shape["sequence"])
+            data = load_data(
+                "random", graph, path.parent, batch=shape["batch"], samples=shape["batch"], sequence=shape["sequence"]
+            )
             for batch in data:
                 for name, y in session.run(batch.feeds).items():
                     if y.dtype.kind == "f" and not np.isfinite(y).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import sys
 import tempfile
@@ -28,14 +29,15 @@ from onnxcomp.validate import Reference, Validation
 
 __all__ = ["PassManager", "Report", "Result", "Step"]
 
-# An exact pass may only add float noise: 80 dB is a relative error of 1e-4, far above fp32 noise, far below any real change.
+# An exact pass may only add float noise: 80 dB is a relative error of 1e-4, far above fp32 noise, far below a change.
 EXACT_FLOOR_DB = 80.0
 # Behind a quantizer, noise of 1e-7 moves some values over a rounding edge: a whole step for about one value in 10^4.
 EXACT_FLOOR_QUANTIZED_DB = 40.0
 
+
 @dataclass
 class Step:
-    """What one pass did: sites eligible and changed, what it declined and why, sizes before and after, drift from the original."""
+    """What one pass did: sites eligible and changed, what it declined and why, sizes, drift from the original."""
 
     name: str
     spec: str
@@ -142,15 +144,19 @@ class PassManager:
             check_order(self.passes)
 
     def run(self, model: Graph | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
-        """Compress a model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts. The model is not edited."""
+        """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
         report = Report(warnings=notes)
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as scratch:
             reference = None
             if evalu is not None:
-                reference = Reference(original, evalu, self.host, metrics=self.gate.metrics, scratch=Path(scratch) / "reference")
-            walk = _Walk(original, original.clone(), calib, reference, Path(scratch), report, self._steps(original, calib, evalu))
+                reference = Reference(
+                    original, evalu, self.host, metrics=self.gate.metrics, scratch=Path(scratch) / "reference"
+                )
+            walk = _Walk(
+                original, original.clone(), calib, reference, Path(scratch), report, self._steps(original, calib, evalu)
+            )
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
@@ -208,15 +214,19 @@ class PassManager:
             raise PassFault(f"pass '{p.name}' left a broken graph: {e}") from e
 
     def _settle(self, p: Pass, work: Graph, sites: list[Site]) -> int:
-        """Count changed sites; a site neither changed nor declined is a fault, a lossy pass that changed none is refused."""
+        """Count changed sites; one neither changed nor declined is a fault, a lossy pass must change one."""
         declined = {d.site for d in work.declined}
         changed = [s for s in sites if s.name not in declined and work.touched.intersection(s.nodes)]
         lost = [s.name for s in sites if s.name not in declined and not work.touched.intersection(s.nodes)]
         if lost and not self._idle(p, work):
-            raise PassFault(f"pass '{p.name}' neither changed nor declined {len(lost)} of {len(sites)} sites, such as '{lost[0]}'")
+            raise PassFault(
+                f"pass '{p.name}' neither changed nor declined {len(lost)} of {len(sites)} sites, such as '{lost[0]}'"
+            )
         if p.fidelity is Fidelity.LOSSY and not changed and not self.allow_unchanged and not self._idle(p, work):
             why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
-            found = f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in this model"
+            found = (
+                f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in this model"
+            )
             raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
         return len(changed)
 
@@ -248,7 +258,7 @@ class PassManager:
         return before
 
     def _inexact(self, walk: _Walk, before: Graph, work: Graph, validation: Validation) -> str:
-        """What an exact pass changed, empty if nothing; once a lossy pass has run, compared with the graph just before."""
+        """What an exact pass changed, empty if nothing; behind a lossy pass, compared with the graph just before."""
         floor = EXACT_FLOOR_DB
         if walk.reference is not None and any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
             floor = EXACT_FLOOR_QUANTIZED_DB
@@ -259,6 +269,7 @@ class PassManager:
     # ---- what passes may ask -------------------------------------------------------------------------------------
 
     def _env(self, walk: _Walk, work: Graph, stats: Stats, p: Pass) -> Env:
+        measured = self.measure and not self.host_note
         return Env(
             target=self.target,
             stats=stats,
@@ -267,7 +278,7 @@ class PassManager:
             memory=self.memory,
             scratch=walk.scratch,
             run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
-            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=self.measure and not self.host_note),
+            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=measured),
             run_collect=lambda g, needs: self._collect(walk, g, list(needs), p.name),
             shapes=self.shapes,
         )
@@ -276,9 +287,18 @@ class PassManager:
         if not needs:
             return Stats()
         if walk.calibration is None:
-            raise DataError(f"pass '{name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')")
+            raise DataError(
+                f"pass '{name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')"
+            )
         return calibrate.collect(
-            g, needs, walk.calibration, self.host, original=walk.original, memory=self.memory, scratch=walk.scratch, cache=self.cache
+            g,
+            needs,
+            walk.calibration,
+            self.host,
+            original=walk.original,
+            memory=self.memory,
+            scratch=walk.scratch,
+            cache=self.cache,
         )
 
     def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
@@ -286,7 +306,9 @@ class PassManager:
             raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
         if walk.variants is None:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
-            walk.variants = Reference(walk.original, walk.calibration, self.host, metrics=metrics, scratch=walk.scratch / "variants")
+            walk.variants = Reference(
+                walk.original, walk.calibration, self.host, metrics=metrics, scratch=walk.scratch / "variants"
+            )
         scores = []
         for edit in edits:
             variant = work.clone()
@@ -298,16 +320,21 @@ class PassManager:
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 
-    def _datasets(self, g: Graph, calibration: Any, evaluation: Any) -> tuple[Dataset | None, Dataset | None, list[str]]:
+    def _datasets(
+        self, g: Graph, calibration: Any, evaluation: Any
+    ) -> tuple[Dataset | None, Dataset | None, list[str]]:
         """Normalise the two sources; without evaluation data one fifth of the calibration data is held out."""
         notes = [self.host_note] if self.host_note else []
         calib = as_dataset(calibration, g) if _given(calibration) else None
         evalu = as_dataset(evaluation, g) if _given(evaluation) else None
         if calib is not None and evalu is None and len(calib) >= 5:
             calib, evalu = calib.split()
-            notes.append(f"no evaluation data given: {len(evalu)} of {len(calib) + len(evalu)} calibration samples were held out to judge")
+            total = len(calib) + len(evalu)
+            notes.append(f"no evaluation data: {len(evalu)} of {total} calibration samples were held out to judge")
         elif calib is not None and evalu is not None and (shared := overlap(calib, evalu)):
-            notes.append(f"{shared} evaluation samples are also in the calibration data: the accuracy figures are optimistic")
+            notes.append(
+                f"{shared} evaluation samples are also in the calibration data: the accuracy figures are optimistic"
+            )
         if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
             raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
         if any(d is not None and d.random for d in (calib, evalu)):
@@ -327,7 +354,7 @@ class PassManager:
 
 
 def host_of(target: Target) -> tuple[Target, str]:
-    """Where calibration and comparison run: the target itself, or the CPU where it is not on this machine, with a note."""
+    """Where calibration and comparison run: the target, or the CPU where it is not on this machine, with a note."""
     try:
         runtime.check_target(target)
     except TargetError as e:
@@ -338,7 +365,7 @@ def host_of(target: Target) -> tuple[Target, str]:
 
 def check_order(passes: Sequence[Pass]) -> None:
     """Raise `RecipeError` where a pass comes after one of a later stage."""
-    for a, b in zip(passes, passes[1:], strict=False):
+    for a, b in itertools.pairwise(passes):
         if a.stage > b.stage:
             raise RecipeError(
                 f"'{b.name}' ({b.stage.name.lower()}) must come before '{a.name}' ({a.stage.name.lower()}); "

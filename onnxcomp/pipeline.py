@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -70,7 +70,7 @@ class PassFault(OnnxcompError):
 
 @dataclass(frozen=True)
 class Score:
-    """What one variant costs in quality: `value` is the asked metric, lower is better, `validation` the whole comparison."""
+    """What one variant costs in quality: `value` is the asked metric (lower is better), of the whole `validation`."""
 
     value: float
     validation: Validation
@@ -94,7 +94,7 @@ class Env:
     def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
         """Score edits, each on its own copy of the current graph, against the original on calibration data.
 
-        `metric` is a gate name (`kl`, `rel-l2`, `perplexity-rise`, ...); None takes `kl` where the model has logits, else `rel-l2`.
+        `metric` is a gate name (`kl`, `rel-l2`, `perplexity-rise`, ...); None takes `kl` for logits, else `rel-l2`.
         """
         return self.run_variants(list(variants), metric)
 
@@ -115,7 +115,7 @@ class Env:
 
 @dataclass(frozen=True)
 class Pass(abc.ABC):
-    """One method: a frozen dataclass whose fields are its options. Statistic, decision, edit; see `Env` for what it may ask."""
+    """One method: a frozen dataclass whose fields are its options; `Env` is all it may ask."""
 
     name: ClassVar[str]
     stage: ClassVar[Stage]

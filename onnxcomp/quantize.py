@@ -1,8 +1,8 @@
-"""Quantized linears as graph edits: what is eligible, integer weights, and products over them; shared by every quantizer."""
+"""Quantized linears as graph edits, shared by every quantizer: what is eligible, integer weights, products."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -12,11 +12,14 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats
-from onnxcomp.target import Granularity
+from onnxcomp.maths.formats import FORMATS
+from onnxcomp.target import Granularity, Target
 
-__all__ = ["chosen", "integer_weight", "product", "quantizable"]
+__all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable"]
 
-LAZY_BYTES = 16 << 20  # weights from this size on, when they lie in a file, become codes only when they are written or run
+LAZY_BYTES = (
+    16 << 20
+)  # weights from this size on, when they lie in a file, become codes only when they are written or run
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
@@ -26,10 +29,12 @@ def quantizable(g: Graph) -> list[Linear]:
 
 
 def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
-    """Quantizable linears less those whose node or weight matches a skip pattern or is small; these are declined by name."""
+    """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name."""
     patterns, kept = tuple(skip), []
     for linear in quantizable(g):
-        hit = next((p for p in patterns if any(fnmatchcase(n, p) for n in (linear.name, str(linear.weight.name)))), None)
+        hit = next(
+            (p for p in patterns if any(fnmatchcase(n, p) for n in (linear.name, str(linear.weight.name)))), None
+        )
         k, n = linear.sizes
         if hit is not None:
             g.decline(linear.site, f"skipped by the pattern '{hit}'")
@@ -43,8 +48,9 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
 class WeightCodes:
     """Integer forms of weights, one per stored tensor, so that layers sharing a weight share its codes too."""
 
-    def __init__(self, g: Graph, granularity: Granularity, bits: int) -> None:
-        self.g, self.granularity, self.bits = g, granularity, bits
+    def __init__(self, g: Graph, granularity: Granularity, target: Target) -> None:
+        self.g, self.axis = g, 1 if granularity == "channel" else None
+        self.format = FORMATS["int8"].narrowed(7) if target.quantized.reduce_range else FORMATS["int8"]
         self._made: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
 
     def __call__(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
@@ -55,30 +61,40 @@ class WeightCodes:
         return self._made[key]
 
     def _make(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
-        tensor, transposed = self.g.tensor(linear.weight), linear.transposed
+        tensor, axis, fmt = self.g.tensor(linear.weight), self.axis, self.format
         assert tensor is not None
-        weight = _oriented(tensor.numpy(), transposed)
-        axes = 0 if self.granularity == "channel" else None
-        scale = formats.symmetric_scale(np.abs(weight).max(axis=axes), self.bits)
+
+        def weight() -> Array:
+            return tensor.numpy().T if linear.transposed else tensor.numpy()
+
+        limit = np.abs(weight()).max(axis=None if axis is None else 0)
+        scale, zero = formats.affine(-limit, limit, fmt, symmetric=True, scale_type=tensor.dtype.numpy())
+
+        def codes() -> Array:
+            return formats.quantize(weight(), scale, zero, fmt, axis=axis)
+
+        held: Array | ir.LazyTensor = (
+            codes() if tensor.nbytes < LAZY_BYTES or isinstance(tensor, ir.Tensor) else _lazy(codes, linear.sizes)
+        )
         stem = str(linear.weight.name)
-        codes: Array | ir.LazyTensor
-        if isinstance(tensor, (ir.ExternalTensor, ir.LazyTensor)) and tensor.nbytes >= LAZY_BYTES:
-            codes = ir.LazyTensor(
-                lambda: ir.tensor(_codes(_oriented(tensor.numpy(), transposed), scale, self.bits)),
-                dtype=ir.DataType.INT8,
-                shape=ir.Shape(weight.shape),
-            )
-        else:
-            codes = _codes(weight, scale, self.bits)
-        put = self.g.constant
-        return put(codes, f"{stem}_int8"), put(scale.astype(weight.dtype), f"{stem}_scale")
+        return self.g.constant(held, f"{stem}_int8"), self.g.constant(scale, f"{stem}_scale")
+
+
+def _lazy(codes: Callable[[], Array], shape: tuple[int, int]) -> ir.LazyTensor:
+    return ir.LazyTensor(lambda: ir.tensor(codes()), dtype=ir.DataType.INT8, shape=ir.Shape(shape))
 
 
 def integer_weight(codes: WeightCodes, linear: Linear) -> ir.Value:
     """The dequantized weight `[K, N]` as a value: int8 codes behind DequantizeLinear."""
     q, scale = codes(linear)
-    axis = 1 if codes.granularity == "channel" else None
-    return codes.g.op("DequantizeLinear", q, scale, axis=axis, name=f"{linear.name}_weight", like=linear.weight if not linear.transposed else None)
+    return codes.g.op(
+        "DequantizeLinear",
+        q,
+        scale,
+        axis=codes.axis,
+        name=f"{linear.name}_weight",
+        like=linear.weight if not linear.transposed else None,
+    )
 
 
 def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
@@ -91,13 +107,3 @@ def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
     if linear.bias is not None:
         y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=linear.output)
     g.replace(linear.output, y)
-
-
-def _oriented(weight: Array, transposed: bool) -> Array:
-    return weight.T if transposed else weight
-
-
-def _codes(weight: Array, scale: Array, bits: int) -> Array:
-    limit = 2 ** (bits - 1) - 1
-    codes: Array = np.clip(np.rint(weight.astype(np.float32) / scale.astype(np.float32)), -limit, limit).astype(np.int8)
-    return codes

@@ -108,7 +108,7 @@ TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORR
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this machine that matter for int8: `avx2`, `avx512f`, `vnni`, `dotprod`; empty where unknown."""
+    """Instruction sets of this machine that matter for int8 (`avx2`, `avx512f`, `vnni`, `dotprod`), where known."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return frozenset({"dotprod"} if platform.machine() in ("arm64", "aarch64") else ())

@@ -44,18 +44,22 @@ class DynamicQuant(Pass):
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight; raises `TargetError` where the target has no dynamic int8 product."""
         if not target.provider.startswith("CPU"):
-            raise TargetError(f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target")
+            raise TargetError(
+                f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target"
+            )
         return [linear.site for linear in quantize.quantizable(g)]
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears; siblings share one run-time range."""
-        codes = quantize.WeightCodes(g, self.weights, 7 if env.target.quantized.reduce_range else 8)
+        codes = quantize.WeightCodes(g, self.weights, env.target)
         for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
             if group[0].source.dtype is not ir.DataType.FLOAT:
                 for linear in group:
                     g.decline(linear.site, "dynamic quantization takes float32 inputs only")
                 continue
-            x = g.op("DynamicQuantizeLinear", group[0].source, outputs=3, name=f"{group[0].source.name}_quantize").producer()
+            x = g.op(
+                "DynamicQuantizeLinear", group[0].source, outputs=3, name=f"{group[0].source.name}_quantize"
+            ).producer()
             assert x is not None
             for linear in group:
                 self._replace(g, linear, x, codes)
@@ -64,8 +68,19 @@ class DynamicQuant(Pass):
         weight, scale = codes(linear)
         q, s, z = x.outputs
         name = linear.name
-        total = g.op("Cast", g.op("MatMulInteger", q, weight, z, name=f"{name}_int8"), to=ir.DataType.FLOAT.value, name=f"{name}_float")
-        y = g.op("Mul", total, g.op("Mul", s, scale, name=f"{name}_scale"), name=f"{name}_rescale", like=linear.node.outputs[0])
+        total = g.op(
+            "Cast",
+            g.op("MatMulInteger", q, weight, z, name=f"{name}_int8"),
+            to=ir.DataType.FLOAT.value,
+            name=f"{name}_float",
+        )
+        y = g.op(
+            "Mul",
+            total,
+            g.op("Mul", s, scale, name=f"{name}_scale"),
+            name=f"{name}_rescale",
+            like=linear.node.outputs[0],
+        )
         if linear.node.op_type == "Gemm" and linear.bias is not None:
             y = g.op("Add", y, linear.bias, name=f"{name}_bias", like=linear.output)
         g.replace(linear.node.outputs[0], y)

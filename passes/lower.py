@@ -21,12 +21,12 @@ NORMS = ("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Choose the runtime's fastest spelling of biases and residuals (forms and reasons: the target's table).
+    """Choose the runtime's fastest spelling of biases and residuals, from the target's table.
 
-    On the CPU a bias behind an integer product is written `Sum`: `MatMul, Add` becomes a float `Gemm` there for rank-2 or
-    static inputs, and the int8 weight is dequantized on every run. A residual before a norm and a bias before GELU are
-    written `Sum` too, because the runtime's fusions of `Add` with them (SkipLayerNormalization, BiasGelu) are slower.
-    A target that takes only older operator sets gets attention, RMS norm, rotary embedding and GELU spelled out.
+    On the CPU a bias behind an integer product is written `Sum`: `MatMul, Add` becomes a float `Gemm` there for rank-2
+    or static inputs, and the int8 weight is dequantized on every run. A residual before a norm and a bias before GELU
+    are written `Sum` too: the runtime's fusions of `Add` with them (SkipLayerNormalization, BiasGelu) are slower. A
+    target that takes only older operator sets gets attention, RMS norm, rotary embedding and GELU spelled out.
     """
 
     stage: ClassVar[Stage] = Stage.LOWER

@@ -14,6 +14,7 @@ from onnxcomp import blocks, quantize
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import formats
+from onnxcomp.maths.clipping import clip_range
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, histogram
 from onnxcomp.target import Granularity, Target
@@ -25,8 +26,8 @@ __all__ = ["Qdq"]
 class Qdq(Pass):
     """Put one QuantizeLinear, DequantizeLinear pair on each distinct input of the linears and int8 weights behind them.
 
-    `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Outputs, attention
-    products and norms stay float: quantizing them costs accuracy and gains no speed.
+    `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Outputs,
+    attention products and norms stay float: quantizing them costs accuracy and gains no speed.
     """
 
     stage: ClassVar[Stage] = Stage.ACTIVATIONS
@@ -68,8 +69,7 @@ class Qdq(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears; siblings share one pair."""
-        bits = 7 if env.target.quantized.reduce_range else 8
-        codes = quantize.WeightCodes(g, self.weights, bits)
+        codes = quantize.WeightCodes(g, self.weights, env.target)
         for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
             x = self._pair(g, group[0].source, env.stats, env.target)
             for linear in group:
@@ -79,13 +79,11 @@ class Qdq(Pass):
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
 
     def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target) -> ir.Value:
-        signed, symmetric = self._type(target) == "s8", self._is_symmetric(target)
-        low, high = formats.clip_range(
-            stats[histogram(x)], method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile
-        )
-        scale, zero = formats.affine(low, high, bits=8, signed=signed, symmetric=symmetric)
+        fmt, symmetric = "int8" if self._type(target) == "s8" else "uint8", self._is_symmetric(target)
+        counts = stats[histogram(x)]
+        low, high = clip_range(counts, method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile)
         dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
-        constants = (np.asarray(scale, dtype), np.asarray(zero, np.int8 if signed else np.uint8))
+        constants = formats.affine(low, high, fmt, symmetric=symmetric, scale_type=dtype)
         s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))
         q = g.op("QuantizeLinear", x, s, z, name=f"{x.name}_quantize")
         return g.op("DequantizeLinear", q, s, z, name=f"{x.name}_dequantize", like=x)
@@ -98,13 +96,16 @@ class Qdq(Pass):
 
     def _legal(self, target: Target) -> None:
         """Refuse what the target cannot run, or would run as float arithmetic, before anything is done."""
-        legal = target.quantized
+        legal, name = target.quantized, target.name
         if not legal.pays:
-            raise TargetError(f"target '{target.name}' has no int8 product for Q/DQ: the result would be slower; use cpu or tensorrt")
+            raise TargetError(f"qdq: '{name}' has no int8 product, so the result would be slower; use cpu or tensorrt")
         if self._type(target) not in legal.activations:
-            why = "one s8 pair that feeds several linears is not fused there" if target.provider.startswith("CPU") else "not run there"
-            raise TargetError(f"qdq: activations '{self.activations}' are not legal on '{target.name}' ({why}); use {legal.activations[0]}")
+            on_cpu = target.provider.startswith("CPU")
+            why = "one s8 pair feeding several linears is not fused there" if on_cpu else "it does not run there"
+            use = legal.activations[0]
+            raise TargetError(f"qdq: activations '{self.activations}' are not legal on '{name}' ({why}); use {use}")
         if not legal.zero_points and not self._is_symmetric(target):
-            raise TargetError(f"qdq: '{target.name}' takes no zero points; leave 'symmetric' unset or say symmetric: true")
+            raise TargetError(f"qdq: '{name}' takes no zero points; leave 'symmetric' unset or say symmetric: true")
         if self.weights not in legal.granularity:
-            raise TargetError(f"qdq: weights per {self.weights} are not legal on '{target.name}'; use {legal.granularity[0]}")
+            use = legal.granularity[0]
+            raise TargetError(f"qdq: weights per {self.weights} are not legal on '{name}'; use {use}")

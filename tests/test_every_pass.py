@@ -39,7 +39,11 @@ def model(name: str) -> Graph:
 
 
 def batches(g: Graph, count: int = 3) -> list[Batch]:
-    sizes = [(2, 7)] * count if "static" in str(g.inputs[0].shape) or isinstance(g.inputs[0].shape[0], int) else [(2, 7), (1, 5), (3, 9)]
+    sizes = (
+        [(2, 7)] * count
+        if "static" in str(g.inputs[0].shape) or isinstance(g.inputs[0].shape[0], int)
+        else [(2, 7), (1, 5), (3, 9)]
+    )
     return [Batch(tiny.feeds(g, b, s, seed=i, padding="right")) for i, (b, s) in enumerate(sizes)]
 
 
@@ -93,7 +97,11 @@ def test_runs_at_every_shape_and_keeps_outputs(pass_name, zoo_name):
     for batch in batches(g):
         for want, got in zip(outputs(g, batch), outputs(result.model, batch), strict=True):
             assert want.shape == got.shape
-            rows = batch.feeds["attention_mask"].astype(bool) if want.ndim == 3 and "attention_mask" in batch.feeds else ...
+            rows = (
+                batch.feeds["attention_mask"].astype(bool)
+                if want.ndim == 3 and "attention_mask" in batch.feeds
+                else ...
+            )
             error = np.linalg.norm(got[rows] - want[rows]) / np.linalg.norm(want[rows])
             assert error < (2e-6 if exact else 0.2)
 

@@ -10,7 +10,12 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.gate import NAMES, Condition, Gate
 
 
-@given(st.sampled_from(sorted(NAMES)), st.sampled_from(["<=", ">=", "<", ">"]), st.floats(-1e6, 1e6), st.sampled_from(["", "%", "x", " dB"]))
+@given(
+    st.sampled_from(sorted(NAMES)),
+    st.sampled_from(["<=", ">=", "<", ">"]),
+    st.floats(-1e6, 1e6),
+    st.sampled_from(["", "%", "x", " dB"]),
+)
 def test_reads_what_it_prints(name, op, bound, unit):
     c = Condition.parse(f" {name} {op} {bound!r}{unit} ")
     assert (c.name, c.op) == (name, op)

@@ -22,7 +22,11 @@ CASES = {
     "lower-encoder": (lambda: tiny.encoder(layers=1), ["lower"], CPU),
     "qdq-decoder": (lambda: tiny.decoder(layers=1), ["qdq: {min_size: 1}", "lower"], CPU),
     "qdq-encoder-siblings": (lambda: tiny.encoder(layers=1), ["qdq: {min_size: 1, weights: tensor}"], CPU),
-    "qdq-gemm-rank-2": (lambda: tiny.encoder(layers=1, classes=3, spelled="dynamo"), ["canonicalize", "qdq: {min_size: 1}", "lower"], CPU),
+    "qdq-gemm-rank-2": (
+        lambda: tiny.encoder(layers=1, classes=3, spelled="dynamo"),
+        ["canonicalize", "qdq: {min_size: 1}", "lower"],
+        CPU,
+    ),
     "qdq-tensorrt": (lambda: tiny.mlp(hidden=8, ffn=16), ["qdq: {min_size: 1}"], TENSORRT),
     "dynamic-quant-encoder": (lambda: tiny.encoder(layers=1), ["dynamic-quant: {min_size: 1}", "lower"], CPU),
 }
@@ -37,7 +41,11 @@ def text(g: Graph) -> str:
             return "-"
         if v not in names and g.is_constant(v):
             t = g.tensor(v)
-            small = f"={np.asarray(t.numpy()).tolist()}" if t.dtype.is_integer() and t.size <= 4 and t.dtype.bitwidth > 8 else ""
+            small = (
+                f"={np.asarray(t.numpy()).tolist()}"
+                if t.dtype.is_integer() and t.size <= 4 and t.dtype.bitwidth > 8
+                else ""
+            )
             return f"{t.dtype.name.lower()}{list(t.shape)}{small}"
         return names.setdefault(v, f"%{len(names)}")
 
@@ -58,9 +66,10 @@ def test_rewrite_reads_as_recorded(case):
     if not any(s.startswith(("canonicalize", "cleanup")) for s in specs):
         canonicalize(g)
     batches = [Batch(tiny.feeds(g, 2, 7, seed=i)) for i in range(2)]
-    run = PassManager([parse_pass(s) for s in specs], target=target, allow_unchanged=True).run(g, as_dataset(batches, g))
+    run = PassManager([parse_pass(s) for s in specs], target=target, allow_unchanged=True).run(
+        g, as_dataset(batches, g)
+    )
     path = GOLDEN / f"{case}.txt"
     if os.environ.get("UPDATE_GOLDEN"):
         path.write_text(text(run.model))
     assert path.read_text() == text(run.model)
-

@@ -129,16 +129,27 @@ def test_dynamic_axis_may_not_become_static():
 
 
 def group() -> Group:
-    return Group(4, (Slot("a", 1, block=2), Slot("b", 0, offset=8, stride=2)), (Size("n", 1, per=2),), (AttrSlot("node", "heads"),))
+    return Group(
+        4,
+        (Slot("a", 1, block=2), Slot("b", 0, offset=8, stride=2)),
+        (Size("n", 1, per=2),),
+        (AttrSlot("node", "heads"),),
+    )
 
 
 def cut_model() -> Graph:
     a, b = np.arange(24, dtype=np.float32).reshape(3, 8), np.arange(16, dtype=np.float32)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([3, 8]))
-    values = {k: ir.Value(name=k, const_value=ir.tensor(v, name=k)) for k, v in {"a": a, "b": b, "n": np.array([0, 8])}.items()}
+    values = {
+        k: ir.Value(name=k, const_value=ir.tensor(v, name=k))
+        for k, v in {"a": a, "b": b, "n": np.array([0, 8])}.items()
+    }
     node = ir.node("Reshape", [x, values["n"]], {}, name="node")
     node.attributes["heads"] = ir.AttrInt64("heads", 4)
-    model = ir.Model(ir.Graph([x], list(node.outputs), nodes=[node], initializers=list(values.values()), opset_imports={"": 23}), ir_version=10)
+    model = ir.Model(
+        ir.Graph([x], list(node.outputs), nodes=[node], initializers=list(values.values()), opset_imports={"": 23}),
+        ir_version=10,
+    )
     return Graph(model)
 
 

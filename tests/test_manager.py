@@ -83,7 +83,10 @@ def test_the_callers_model_is_not_edited_and_edits_are_counted():
     assert report.steps[0].drift["values"]["sqnr"] < 60
 
 
-@pytest.mark.parametrize(("pass_", "message"), [(Lazy(), "neither changed nor declined"), (Breaker(), "broken graph"), (Liar(), "promised equal outputs")])
+@pytest.mark.parametrize(
+    ("pass_", "message"),
+    [(Lazy(), "neither changed nor declined"), (Breaker(), "broken graph"), (Liar(), "promised equal outputs")],
+)
 def test_a_pass_that_breaks_its_contract_is_a_fault(pass_, message):
     g = tiny.encoder()
     with pytest.raises(PassFault, match=message):
@@ -99,7 +102,9 @@ def test_gate_refuses_and_its_report_tells():
 
 def test_rollback_undoes_only_the_refused_pass():
     g = tiny.encoder()
-    result = PassManager([Canonicalize(), Bend(), Lower()], gate=Gate(["sqnr>=60"]), on_fail="rollback").run(g, (), data(g))
+    result = PassManager([Canonicalize(), Bend(), Lower()], gate=Gate(["sqnr>=60"]), on_fail="rollback").run(
+        g, (), data(g)
+    )
     bend = result.report.step("bend")
     assert "sqnr>=60" in bend.rolled_back
     assert result.report.step("lower").changed > 0
@@ -162,7 +167,9 @@ class Doubling(SequentialPass):
 
 def test_sequential_pass_recollects_on_the_changed_prefix():
     g = tiny.mlp(hidden=8, ffn=16, gated=False, bias=False)
-    batches = [Batch({"x": np.abs(np.random.default_rng(i).standard_normal((2, 5, 8))).astype(np.float32)}) for i in range(3)]
+    batches = [
+        Batch({"x": np.abs(np.random.default_rng(i).standard_normal((2, 5, 8))).astype(np.float32)}) for i in range(3)
+    ]
     up, down = blocks.linears(g)
     x = np.concatenate([b.feeds["x"].reshape(-1, 8) for b in batches]).astype(np.float64)
     Doubling.seen.clear()
@@ -181,7 +188,9 @@ def drift(pass_, g, calibration, evaluation, metric="rel-l2"):
 def test_gptq_beats_rounding_on_held_out_data():
     g = tiny.encoder(hidden=32, ffn=64)
     calibration, evaluation = data(g, 24), data(g, 8, seed=100)
-    assert drift(GptqLinear(bits=3), g, calibration, evaluation) < drift(GptqLinear(bits=3, plain=True), g, calibration, evaluation)
+    assert drift(GptqLinear(bits=3), g, calibration, evaluation) < drift(
+        GptqLinear(bits=3, plain=True), g, calibration, evaluation
+    )
 
 
 def test_least_squares_repair_beats_the_plain_cut():

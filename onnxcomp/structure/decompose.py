@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
@@ -54,12 +55,24 @@ def _must_exist(node: ir.Node, version: int) -> None:
         raise TargetError(f"node '{node.name}': {node.op_type} takes fewer inputs in opset {version}")
     allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
     for formal, x in zip(schema.inputs, node.inputs, strict=False):
-        if x is not None and x.dtype is not None and formal.type_str in allowed and _type(x) not in allowed[formal.type_str]:
+        if (
+            x is not None
+            and x.dtype is not None
+            and formal.type_str in allowed
+            and _type(x) not in allowed[formal.type_str]
+        ):
             raise TargetError(f"node '{node.name}': {node.op_type} does not take {_type(x)} in opset {version}")
 
 
 def _type(x: ir.Value) -> str:
-    names = {"FLOAT": "float", "FLOAT16": "float16", "DOUBLE": "double", "BFLOAT16": "bfloat16", "BOOL": "bool", "STRING": "string"}
+    names = {
+        "FLOAT": "float",
+        "FLOAT16": "float16",
+        "DOUBLE": "double",
+        "BFLOAT16": "bfloat16",
+        "BOOL": "bool",
+        "STRING": "string",
+    }
     name = x.dtype.name if x.dtype else ""
     return f"tensor({names.get(name, name.lower())})"
 
@@ -68,17 +81,25 @@ def _ints(*xs: int) -> np.ndarray:
     return np.array(xs, np.int64)
 
 
-def _float(node: ir.Node) -> np.dtype:  # type: ignore[type-arg]
+def _float(node: ir.Node) -> np.dtype[Any]:
     dtype = node.outputs[0].dtype or (node.inputs[0].dtype if node.inputs[0] is not None else None)
     return (dtype or ir.DataType.FLOAT).numpy()
 
 
 def _attention(g: Graph, node: ir.Node) -> ir.Value:
-    """`softmax(scale q k^T + mask) v`, scale on q, `[B, S, H D]` in and out; key and value heads repeated where grouped."""
+    """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; scale on q, grouped heads repeated."""
     name, attrs, dtype = str(node.name), node.attributes, _float(node)
     q, k, v = node.inputs[:3]
-    if attrs.get_int("is_causal", 0) or len([x for x in node.inputs[4:] if x is not None]) or q is None or q.shape is None or len(q.shape) != 3:
-        raise TargetError(f"node '{name}': this Attention (causal flag, cache or 4-D inputs) has no spelling below opset 23")
+    if (
+        attrs.get_int("is_causal", 0)
+        or len([x for x in node.inputs[4:] if x is not None])
+        or q is None
+        or q.shape is None
+        or len(q.shape) != 3
+    ):
+        raise TargetError(
+            f"node '{name}': this Attention (causal flag, cache or 4-D inputs) has no spelling below opset 23"
+        )
     heads, kv = attrs.get_int("q_num_heads"), attrs.get_int("kv_num_heads")
     width = q.shape[2]
     scale = attrs.get_float("scale", 0.0) or 1.0 / np.sqrt(int(width) / heads if isinstance(width, int) else 1.0)
@@ -129,7 +150,7 @@ def _rotary(g: Graph, node: ir.Node) -> ir.Value:
     x, cos, sin = node.inputs[:3]
     attrs, name = node.attributes, str(node.name)
     three = x is not None and x.shape is not None and len(x.shape) == 3
-    if not three or attrs.get_int("interleaved", 0) or attrs.get_int("rotary_embedding_dim", 0) or len(node.inputs) > 3:
+    if not three or any(attrs.get_int(a, 0) for a in ("interleaved", "rotary_embedding_dim")) or len(node.inputs) > 3:
         raise TargetError(f"node '{name}': this RotaryEmbedding has no spelling below opset 23")
     split = g.op("Reshape", x, _ints(0, 0, attrs.get_int("num_heads"), -1), name=f"{name}_split")
     halves = g.op("Split", split, axis=-1, num_outputs=2, outputs=2, name=f"{name}_halves").producer()

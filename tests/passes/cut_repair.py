@@ -44,6 +44,6 @@ class CutRepair(Pass):
             kept = np.sort(np.argsort(-energy, kind="stable")[: max(1, round(weight.shape[0] * (1 - self.ratio)))])
             if self.repair and kept.size < weight.shape[0]:
                 better = weight.copy()
-                better[kept] = solve.repair(moments, weight, kept)
+                better[kept] = solve.repair(moments, weight, kept).weights
                 g.put(mlp.down.weight, better)
             g.take(coupling.ffn_of(g, mlp), kept)

@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from onnxcomp import blocks
@@ -36,12 +35,11 @@ class GptqLinear(SequentialPass):
     def edit(self, g: Graph, site: Site, env: Env) -> None:
         linear = self._linear(g, site)
         weight = g.array(linear.weight)
+        fmt = formats.FORMATS["int8"].narrowed(self.bits)
         if self.plain:
-            scale = formats.symmetric_scale(np.abs(weight).max(axis=0), self.bits)
-            top = 2 ** (self.bits - 1) - 1
-            rounded = np.clip(np.rint(weight / scale), -top - 1, top) * scale
+            rounded = formats.fit(weight, fmt, axis=1, mse=True).array()
         else:
-            rounded = solve.gptq(env.stats[gram(linear.source)], weight, bits=self.bits).weight
+            rounded = solve.gptq(env.stats[gram(linear.source)], weight, fmt).quantized.array()
         g.put(linear.weight, rounded.astype(weight.dtype))
 
     @staticmethod

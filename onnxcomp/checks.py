@@ -1,0 +1,80 @@
+"""What makes a graph valid: names, order, schemas, and an interface that stays as the user knows it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes.common import _c_api_utils
+
+from onnxcomp.errors import ModelError
+
+__all__ = ["Interface", "interface", "names", "same_interface", "schemas"]
+
+Port = tuple[str, str, tuple[int | str, ...] | None]
+Interface = tuple[tuple[Port, ...], tuple[Port, ...]]
+
+
+def interface(graph: ir.Graph) -> Interface:
+    """Name, element type and axes of every input and output."""
+    return _describe(graph.inputs), _describe(graph.outputs)
+
+
+def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
+    return tuple(
+        (
+            str(v.name),
+            v.dtype.name if v.dtype else "?",
+            None if v.shape is None else tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape),
+        )
+        for v in values
+    )
+
+
+def same_interface(before: Interface, now: Interface) -> None:
+    """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
+    for was, has, what in zip(before, now, ("inputs", "outputs"), strict=True):
+        if not _same(was, has):
+            raise ModelError(f"the model's {what} changed from {was} to {has}")
+
+
+def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
+    if [x[:2] for x in was] != [x[:2] for x in has]:
+        return False
+    for (_, _, a), (_, _, b) in zip(was, has, strict=True):
+        if a is None or b is None:
+            continue
+        if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):
+            return False
+    return True
+
+
+def names(graph: ir.Graph) -> None:
+    """Raise `ModelError` for a value that nothing makes or a name that two values have."""
+    made: dict[str | None, int] = {}
+    known = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
+    fed = set(graph.inputs)
+    for v in itertools.chain(graph.inputs, (v for v in graph.initializers.values() if v not in fed)):
+        made[v.name] = made.get(v.name, 0) + 1
+    for node in graph:
+        for x in node.inputs:
+            if x is not None and id(x) not in known:
+                raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which nothing makes")
+        for v in node.outputs:
+            known.add(id(v))
+            if v.name:
+                made[v.name] = made.get(v.name, 0) + 1
+    if twice := [n for n, count in made.items() if count > 1]:
+        raise ModelError(f"two values have the same name: {', '.join(map(str, twice[:3]))}")
+    if lost := [str(v.name) for v in graph.outputs if id(v) not in known]:
+        raise ModelError(f"graph output '{lost[0]}' is made by no node")
+
+
+def schemas(model: ir.Model) -> None:
+    """Run ONNX's checker without reading the weights; raises `ModelError`."""
+    try:
+        _c_api_utils.call_onnx_api(onnx.checker.check_model, model)
+    except onnx.checker.ValidationError as e:
+        raise ModelError(f"the graph is not valid ONNX: {e}") from e

@@ -1,0 +1,182 @@
+"""A job end to end: published whole or not at all, judged on the written file, resumed from its cache."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import onnxcomp as oc
+from onnxcomp import storage
+from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
+from onnxcomp.job import Job, compress_each
+from onnxcomp.recipe import Recipe
+from onnxcomp.target import CPU
+from tests import tiny
+
+SMALL = ["canonicalize", "cleanup", "qdq: {min_size: 1}", "lower"]
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    tiny.external(tiny.encoder(spelled="dynamo"), folder)
+    (folder / "config.json").write_text('{"vocab_size": 50}')
+    return folder
+
+
+@pytest.fixture
+def batches() -> list:
+    g = tiny.encoder()
+    return [tiny.feeds(g, 2, 9, seed=i, padding="right") for i in range(10)]
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_compress_publishes_model_report_and_companions(source, batches, tmp_path):
+    before = listing(source)
+    result = oc.compress(
+        source, tmp_path / "out", passes=SMALL, calibration=batches, gates=["sqnr>=10", "size<=1x"], measure=False
+    )
+    assert listing(source) == before
+    assert set(listing(tmp_path / "out")) >= {"model.onnx", "report.json", "config.json"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [s["name"] for s in report["steps"]] == ["canonicalize", "cleanup", "qdq", "lower"]
+    assert result.report.step("qdq").changed == 12
+    assert result.report.integer.integer_products == result.report.integer.quantized_linears == 12
+    assert all(v.passed for v in result.report.verdicts)
+    props = storage.load(tmp_path / "out").model.metadata_props
+    assert props["onnxcomp.source"] == storage.fingerprint(source / "model.onnx")
+
+
+def test_refused_result_writes_nothing_but_the_asked_report(source, batches, tmp_path):
+    with pytest.raises(GateFailed, match="sqnr>=90"):
+        oc.compress(
+            source,
+            tmp_path / "out",
+            passes=SMALL,
+            calibration=batches,
+            gates=["sqnr>=90"],
+            measure=False,
+            report=tmp_path / "why.json",
+        )
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "why.json"}
+    assert not json.loads((tmp_path / "why.json").read_text())["verdicts"][0]["passed"]
+
+
+def test_size_gate_is_judged_on_the_written_file(source, batches, tmp_path):
+    with pytest.raises(GateFailed, match="size<=0.01x"):
+        oc.compress(source, tmp_path / "out", passes=SMALL, calibration=batches, gates=["size<=0.01x"], measure=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_latency_gate_is_measured_and_the_report_has_the_rows(source, batches, tmp_path):
+    result = oc.compress(
+        source,
+        tmp_path / "out",
+        passes=SMALL,
+        calibration=batches,
+        gates=["latency<=1000x"],
+        shapes=[{"batch": 1, "sequence": 8}],
+    )
+    assert {r.model for r in result.report.benchmark.rows} != set()
+    assert [v.passed for v in result.report.verdicts] == [True]
+    with pytest.raises(RecipeError, match="latency gate"):
+        oc.compress(
+            source, tmp_path / "other", passes=SMALL, calibration=batches, gates=["latency<=1000x"], measure=False
+        )
+    assert not (tmp_path / "other").exists()
+
+
+def test_same_folder_keeps_the_source_beside_the_result(source, tmp_path):
+    before = listing(source)
+    oc.optimize(source, source, measure=False)
+    after = listing(source)
+    assert {k: after[k] for k in before} == before
+    assert "model-optimize.onnx" in after
+    with pytest.raises(ModelError, match="never overwritten"):
+        oc.optimize(source / "model.onnx", source / "model.onnx", measure=False)
+    assert listing(source) == after
+
+
+def test_output_may_be_a_file(source, tmp_path):
+    oc.optimize(source, tmp_path / "fast.onnx", measure=False)
+    assert (tmp_path / "fast.onnx").is_file()
+    assert (tmp_path / "fast.report.json").is_file()
+
+
+def test_every_graph_of_a_folder_or_the_named_one(source, tmp_path):
+    tiny.external(tiny.decoder(), source, "decoder.onnx")
+    both = compress_each(source, tmp_path / "both", preset="optimize", measure=False)
+    assert set(both) == {"model", "decoder"}
+    assert {"model.onnx", "decoder.onnx"} <= set(listing(tmp_path / "both"))
+    oc.optimize(source, tmp_path / "one", graph="decoder", measure=False)
+    assert "model.onnx" not in listing(tmp_path / "one")
+    with pytest.raises(ModelError, match="no graph 'encoder'"):
+        oc.optimize(source, tmp_path / "none", graph="encoder", measure=False)
+
+
+def test_one_bad_graph_leaves_nothing(source, tmp_path):
+    (source / "broken.onnx").write_bytes(b"\x00not a model")
+    with pytest.raises(ModelError, match=r"broken\.onnx"):
+        compress_each(source, tmp_path / "out", preset="optimize", measure=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_plan_writes_nothing(source, batches, tmp_path):
+    results = compress_each(source, tmp_path / "out", passes=SMALL, calibration=batches, plan=True)
+    assert results["model"].report.step("qdq").eligible == 12
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_to_do_must_be_said_once(source, tmp_path):
+    for options in ({}, {"preset": "int8", "passes": SMALL}):
+        with pytest.raises(RecipeError, match="exactly one"):
+            oc.compress(source, tmp_path / "out", **options)
+    with pytest.raises(RecipeError, match=r"calib\.jsonl"):
+        oc.compress(source, tmp_path / "out", preset="int8")
+
+
+def test_cached_steps_are_taken_up_where_the_recipe_differs(source, batches, tmp_path):
+    def go(out, passes):
+        report = oc.compress(
+            source, tmp_path / out, passes=passes, calibration=batches, cache=tmp_path / "cache", measure=False
+        ).report
+        return [s.cached for s in report.steps]
+
+    assert go("a", SMALL) == [False] * 4
+    assert go("b", SMALL) == [True] * 4
+    assert go("c", [*SMALL[:2], "qdq: {min_size: 1, clip: minmax}", "lower"]) == [True, True, False, False]
+    a, b = ((tmp_path / x / "model.onnx").read_bytes() for x in "ab")
+    assert a == b
+
+
+def test_job_hash_follows_everything_that_decides(source):
+    job = Job(source / "model.onnx", Recipe.preset("int8"), CPU)
+    same = Job(source / "model.onnx", Recipe.preset("int8"), CPU)
+    others = [
+        Job(source / "model.onnx", Recipe.preset("int8-dynamic"), CPU),
+        Job(source / "model.onnx", Recipe.preset("int8"), CPU, seed=1),
+        Job(source / "model.onnx", Recipe.preset("int8"), CPU, samples=3),
+    ]
+    assert job.hash() == same.hash()
+    assert len({j.hash() for j in (job, *others)}) == 4
+
+
+def test_absent_target_compresses_on_the_cpu_and_says_so(source, batches, tmp_path):
+    result = oc.compress(source, tmp_path / "trt", passes=SMALL, target="tensorrt", calibration=batches)
+    assert any("speed not measured" in w for w in result.report.warnings)
+    assert result.report.benchmark is None
+    assert result.model.opset <= 22
+    with pytest.raises(TargetError):
+        oc.bench([source / "model.onnx"], oc.CUDA)
+
+
+def test_older_opset_on_request(source, tmp_path):
+    result = oc.optimize(source, tmp_path / "old", opset=18, measure=False)
+    assert result.model.opset == 18
+    assert not list(result.model.nodes("Attention"))
+    assert np.isfinite(result.report.info["size"]["result"])

@@ -1,0 +1,187 @@
+"""Rows of the list of users' pains with neighbouring tools, each as a test that it does not happen here."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import runtime
+from onnxcomp.calibrate import collect
+from onnxcomp.data import Batch, as_dataset, load_data
+from onnxcomp.errors import RecipeError, TargetError
+from onnxcomp.gate import Gate
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager
+from onnxcomp.maths import formats
+from onnxcomp.passes.qdq import Qdq
+from onnxcomp.recipe import Recipe
+from onnxcomp.stats import histogram, minmax
+from onnxcomp.target import CUDA, TENSORRT
+from tests import tiny
+
+
+def run(g, feeds):
+    with runtime.Session(g) as s:
+        return next(iter(s.run(feeds).values()))
+
+
+def data(g, shapes=((2, 7),) * 4):
+    return as_dataset([Batch(tiny.feeds(g, b, s, seed=i)) for i, (b, s) in enumerate(shapes)], g)
+
+
+MEMORY = """
+    import resource, sys
+    from onnxcomp.calibrate import collect
+    from onnxcomp.data import load_data
+    from onnxcomp.stats import histogram
+    from onnxcomp import blocks
+    from tests import tiny
+    g = tiny.encoder(layers=2, hidden=256, ffn=1024, positions=200)
+    data = load_data("random", g, None, batch=4, samples=int(sys.argv[1]), sequence=128)
+    collect(g, [histogram(x.source) for x in blocks.linears(g)], data)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def peak(samples):
+    code = textwrap.dedent(MEMORY)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(samples)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd()},
+    )
+    return int(done.stdout)
+
+
+def test_rows_1_and_3_calibration_memory_does_not_grow_with_samples():
+    # 4 MB of activations a sample: keeping them would add 380 MB between the two runs.
+    assert peak(128) < 1.05 * peak(32)
+
+
+def test_row_5_batches_may_differ_in_shape():
+    g = tiny.encoder()
+    mixed = PassManager([Qdq(min_size=1)]).run(g, data(g, ((2, 7), (1, 12), (3, 4), (2, 9))))
+    assert mixed.report.step("qdq").changed > 0
+
+
+def test_row_6_statistics_do_not_depend_on_the_batch_size():
+    g = tiny.encoder()
+    samples = load_data("random", g, None, batch=1, samples=12, sequence=9)
+    name = next(iter(g.nodes("Gelu"))).outputs[0].name
+    found = [collect(g, [histogram(name), minmax(name)], samples.rebatch(b)) for b in (1, 5, 12)]
+    low, high = formats.clip_range(found[0][histogram(name)], method="entropy")
+    for other in found[1:]:
+        # Float sums inside the model may move a value over a bin's edge; the counts and the chosen range stay.
+        assert (
+            np.abs(found[0][histogram(name)] - other[histogram(name)]).sum() <= 2e-3 * found[0][histogram(name)].sum()
+        )
+        np.testing.assert_allclose(found[0][minmax(name)], other[minmax(name)], rtol=1e-5)
+        np.testing.assert_allclose(formats.clip_range(other[histogram(name)], method="entropy"), (low, high), rtol=1e-2)
+
+
+def test_row_17_failing_shape_inference_is_not_fatal():
+    g = tiny.encoder()
+    x = g.outputs[0]
+    # A custom operator has no shape function: everything behind it stays unknown.
+    g.model.opset_imports["custom.example"] = 1
+    strange = g.op("Mystery", next(g.nodes("Gelu")).outputs[0], domain="custom.example")
+    g.infer_shapes()
+    assert strange.shape is None
+    assert x.shape == ir.Shape(["batch", "sequence", 32])
+    g.verify()
+
+
+def test_row_29_zero_points_are_refused_before_anything_is_written():
+    g = tiny.mlp(hidden=32, ffn=64)
+    batches = as_dataset([tiny.feeds(g, 2, 5, seed=i) for i in range(3)], g)
+    for pass_ in (Qdq(symmetric=False), Qdq(activations="u8")):
+        with pytest.raises(TargetError, match="tensorrt"):
+            PassManager([pass_], target=TENSORRT).run(g, batches)
+    legal = PassManager([Qdq()], target=TENSORRT).run(g, batches).model
+    for node in legal.nodes("QuantizeLinear", "DequantizeLinear"):
+        assert len(node.inputs) < 3 or not legal.array(node.inputs[2]).any()
+        assert node.inputs[0].dtype != ir.DataType.UINT8
+    with pytest.raises(TargetError, match="cuda"):
+        PassManager([Qdq()], target=CUDA).run(g, batches)
+
+
+def test_row_31_asymmetric_ranges_are_sane_and_the_output_is_checked():
+    g = tiny.mlp(hidden=32, ffn=64)
+    rng = np.random.default_rng(0)
+    # All positive, far from zero: the case in which a wrong zero point ruins everything.
+    feeds = [{"x": (100 + rng.standard_normal((4, 8, 32))).astype(np.float32)} for _ in range(6)]
+    result = PassManager([Qdq(clip="minmax")], gate=Gate(["sqnr>=20"])).run(g, as_dataset(feeds, g))
+    for node in result.model.nodes("QuantizeLinear"):
+        scale, zero = (result.model.array(v) for v in node.inputs[1:3])
+        assert np.isfinite(scale)
+        assert scale > 0
+        assert zero.dtype == np.uint8
+    assert result.report.verdicts[0].passed
+
+
+def test_row_38_quantized_model_keeps_its_dynamic_axes():
+    g = tiny.encoder()
+    result = PassManager(Recipe.preset("int8").passes, allow_unchanged=True).run(g, data(g)).model
+    for batch, sequence in ((1, 3), (5, 19)):
+        assert run(result, tiny.feeds(g, batch, sequence)).shape == (batch, sequence, 32)
+
+
+@pytest.mark.export
+def test_row_40_a_broken_export_is_noticed_at_once(tmp_path, monkeypatch):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from onnxcomp.errors import ExportError
+
+    oc_export = pytest.importorskip("onnxcomp.exporter")
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        num_labels=3,
+    )
+    torch.manual_seed(0)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "checkpoint")
+    real = runtime.Session.run
+    monkeypatch.setattr(
+        runtime.Session, "run", lambda self, *a, **k: {n: y + 0.5 for n, y in real(self, *a, **k).items()}
+    )
+    with pytest.raises(ExportError):
+        oc_export.export(tmp_path / "checkpoint", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_row_42_quickstart_is_small_and_offline():
+    from tests.test_readme import blocks
+
+    commands = "\n".join(text for language, text in blocks() if language == "bash")
+    assert "models/weights/docs_lm" in commands
+    assert "http" not in commands
+
+
+def test_row_43_two_runtimes_overwriting_each_other_are_noticed(monkeypatch):
+    import importlib.metadata
+
+    real = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name)
+    )
+    assert set(runtime.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
+
+
+def test_row_47_a_pass_that_changes_nothing_says_so():
+    g = tiny.encoder()
+    with pytest.raises(RecipeError, match="changed none of the"):
+        PassManager([Qdq(min_size=10**9)]).run(g, data(g))
+    step = PassManager([Qdq(min_size=1, skip=("MatMul",))], allow_unchanged=True).run(g, data(g)).report.step("qdq")
+    assert step.eligible == step.changed + len(step.declined)
+    assert all(d.why for d in step.declined)
