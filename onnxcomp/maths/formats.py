@@ -105,7 +105,7 @@ def affine(
         zero = np.full(lo.shape, middle)
     else:
         zero = np.clip(np.rint(f.low - lo / scale.astype(np.float64)), f.low, f.high)
-    return scale, _cast(zero, f)
+    return np.asarray(scale), _cast(np.asarray(zero), f)
 
 
 def _cast(codes: Array, f: Format) -> Array:
