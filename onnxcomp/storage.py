@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import re
 import shutil
@@ -11,7 +12,6 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import BinaryIO
 
 import onnx
@@ -55,7 +55,6 @@ COMPANIONS = (
     "processor_config.json",
     "image_processor_config.json",
 )
-_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def fingerprint(path: str | Path) -> str:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] = _NOTHING, name: str = "model.onnx") -> Path:
+def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] | None = None, name: str = "model.onnx") -> Path:
     """Write a model to the folder `out` (as `name`), or to the file `out` if it ends in `.onnx`; returns the file.
 
     Weights over 64 MiB together go to a data file named by their hash, written and synced first; the model file is
@@ -161,7 +160,7 @@ def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] = _NOTHING, nam
     made = _make_folder(target.parent)
     try:
         sweep(target.parent)
-        written = _write(graph, target, metadata)
+        written = _write(graph, target, metadata or {})
     except OSError as e:
         raise ModelError(f"{target}: cannot be written: {e.strerror or e}") from e
     finally:
@@ -282,11 +281,7 @@ def _temporary(target: Path) -> Path:
 
 def _make_folder(folder: Path) -> list[Path]:
     """Create a folder with its parents; returns those made, innermost first."""
-    made = []
-    for p in (folder, *folder.parents):
-        if p.exists():
-            break
-        made.append(p)
+    made = list(itertools.takewhile(lambda p: not p.exists(), (folder, *folder.parents)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
