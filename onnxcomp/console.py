@@ -12,7 +12,7 @@ from typing import Any
 
 from onnxcomp.errors import RecipeError
 
-__all__ = ["Output", "parse_memory", "parse_shape"]
+__all__ = ["Output", "parse_memory", "parse_shape", "show"]
 
 Watch = Callable[[str, int, int], None]
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -38,7 +38,7 @@ class Output:
         if headline:
             console.print(headline, markup=False, highlight=False, soft_wrap=True)
         for table in () if self.quiet else tables:
-            console.print(table, soft_wrap=isinstance(table, str), markup=False)
+            show(console, table)
 
     def note(self, text: str) -> None:
         """A remark on stderr, unless quiet."""
@@ -61,6 +61,13 @@ class Output:
                 bar.update(task, description=label, completed=done, total=total)
 
             yield watch
+
+
+def show(console: Any, item: Any) -> None:
+    """Print a table with an empty line before it, or a line of text."""
+    if not isinstance(item, str):
+        console.print()
+    console.print(item, soft_wrap=isinstance(item, str), markup=False)
 
 
 def _console(stream: Any) -> Any:

@@ -8,7 +8,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-from onnxcomp.console import WIDE, Output
+from onnxcomp.console import WIDE, Output, show
 from onnxcomp.errors import GateFailed, OnnxcompError
 
 __all__ = ["FAULT", "REFUSED", "USAGE", "as_json", "crash", "explain"]
@@ -51,9 +51,9 @@ def _refusal(e: GateFailed) -> tuple[Any, str]:
     text = io.StringIO()
     console = Console(file=text, width=WIDE, highlight=False)
     for table in report_tables(e.report):
-        console.print(table, markup=False, soft_wrap=isinstance(table, str))
+        show(console, table)
     advice = str(e.report.info.get("advice", "")).strip()
-    return to_json(e.report), text.getvalue() + "Nothing was written.\n" + (
+    return to_json(e.report), text.getvalue() + "\nNothing was written.\n" + (
         f"What to try:\n{advice}\n" if advice else ""
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -242,7 +243,8 @@ def write(report: Report, path: Path) -> Path:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as e:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise OnnxcompError(f"{path}: cannot write the report: {e}") from e
     return path
 
@@ -314,7 +316,7 @@ def headline(report: Report) -> str:
     if size := report.info.get("size"):
         parts.append(f"{size['result'] / max(1, size['original']):.2f}x the size")
     if report.benchmark is not None:
-        parts.append(f"{speed(_ratios(report.benchmark))} the speed")
+        parts.append(speed(_ratios(report.benchmark)))
     if report.validation is not None:
         parts += quality(report.validation)
     return ", ".join(parts) or "nothing was measured"
@@ -334,7 +336,7 @@ def quality(v: Validation) -> list[str]:
 def speed(ratios: list[dict[str, Any]]) -> str:
     """The smallest ratio with its interval and shape."""
     r = min(ratios, key=lambda r: float(r["value"]))
-    return f"{r['value']:.2f}x [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}"
+    return f"{r['value']:.2f}x the speed [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}"
 
 
 def speed_headline(b: BenchReport) -> str:

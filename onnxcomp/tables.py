@@ -168,7 +168,7 @@ def _default(x: Any) -> str:
 
 
 def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.1f}" if nbytes < 1e8 else f"{nbytes / 1e6:.0f}"
+    return f"{nbytes / 1e6:.{2 if nbytes < 1e6 else 1 if nbytes < 1e8 else 0}f}"
 
 
 def _number(x: float | None, missing: str = "-") -> str:

@@ -1,0 +1,198 @@
+"""report.json against its schema, and the tables people read."""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from rich.console import Console
+
+import onnxcomp as oc
+from onnxcomp import recipe, report, storage, tables
+from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
+from onnxcomp.console import show
+from onnxcomp.data import Batch
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.gate import Verdict
+from onnxcomp.graph import Declined
+from onnxcomp.manager import Report, Step, Validation
+from onnxcomp.metrics import Drift, MetricResult
+from onnxcomp.runtime import IntegerCheck
+from tests import tiny
+
+SCHEMA = report.schema()
+
+
+def valid(data: Any) -> Any:
+    """The data as it reads back from a file, after a check against the schema."""
+    again = json.loads(json.dumps(data, allow_nan=False))
+    jsonschema.validate(again, SCHEMA)
+    return again
+
+
+def text(found: list[Any]) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    for item in found:
+        show(console, item)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def bench(ratio: float, spread: float = 0.0) -> BenchReport:
+    """A benchmark of two models in which the second is `ratio` times as fast."""
+    rng = np.random.default_rng(0)
+
+    def block(seconds: float) -> Block:
+        return Block(tuple(float(seconds * (1 + spread * x)) for x in rng.standard_normal(4)), 0.0)
+
+    rounds = Rounds(tuple((block(0.1), block(0.1 / ratio)) for _ in range(8)))
+    rows = [
+        Row(name, "batch=1", 100.0, 101.0, 102.0, 99.0, 32, 0, 10.0, None, 100.0, 0.1, size, "CPUExecutionProvider", 2)
+        for name, size in (("/tmp/a.onnx", 4.0), ("/tmp/stage/a.onnx", 1.0))
+    ]
+    names = [r.model for r in rows]
+    return BenchReport(rows=rows, machine={"cpu": "a cpu"}, models=names, rounds={"batch=1": rounds})
+
+
+def validation(sqnr: float = 20.0, finite: bool = True) -> Validation:
+    drift = Drift(0.1, 0.01, sqnr, 0.999, finite=finite)
+    metrics = {"accuracy": MetricResult("accuracy", 0.9, 0.88, -0.02, -0.04, math.nan)}
+    return Validation(drift, metrics, 40, {"logits": drift}, "x.npz", True)
+
+
+def full() -> Report:
+    step = Step("qdq", "qdq: {clip: mse}", "lossy", 3, 1, 4, nodes=(10, 12), nbytes=(4_000_000, 1_000_000))
+    step.declined = [Declined("head", "too small"), Declined("embed", "too small")]
+    step.drift = validation().json()
+    refused = [Verdict("sqnr>=30", 20.0, False), Verdict("kl<=1", None, False)]
+    info = {"size": {"original": 4000, "result": 1000}, "calibration": {"name": "a.npz", "samples": 3}}
+    check = IntegerCheck(2, 1, 1, False, "one is dequantized")
+    return Report([step], refused, validation(), check, ["random data was used"], info, bench(2.0))
+
+
+def test_an_empty_report_is_valid() -> None:
+    data = valid(report.to_json(Report()))
+    assert data["summary"] == "nothing was measured"
+    assert data["schema_version"] == report.SCHEMA_VERSION
+
+
+def test_a_full_report_is_valid() -> None:
+    data = valid(report.to_json(full()))
+    assert data["steps"][0]["declined"][0] == {"site": "head", "why": "too small"}
+    assert data["verdicts"][1] == {"gate": "kl<=1", "value": None, "passed": False}
+    assert data["validation"]["metrics"]["accuracy"]["high"] is None
+    assert [r["model"] for r in data["benchmark"]["rows"]] == ["original", "result"]
+    assert {r["model"]: r["value"] for r in data["benchmark"]["ratios"]} == {
+        "original": pytest.approx(1.0),
+        "result": pytest.approx(2.0),
+    }
+    assert data["integer_check"]["ok"] is False
+
+
+def test_what_is_not_finite_becomes_null() -> None:
+    r = full()
+    r.validation, r.verdicts = validation(math.inf), [Verdict("sqnr>=30", math.nan, False)]
+    r.steps[0].seconds = np.float32(1.5)  # type: ignore[assignment]
+    data = valid(report.to_json(r))
+    assert data["validation"]["values"]["sqnr"] is None
+    assert data["verdicts"][0]["value"] is None
+    assert data["steps"][0]["seconds"] == 1.5
+    assert report.finite({1: (np.int64(3), -math.inf, Path("x"), None, True)}) == {"1": [3, None, "x", None, True]}
+
+
+@pytest.mark.parametrize("change", [{"extra": 1}, {"schema_version": 2}, {"steps": [{}]}, {"size": {"original": 1}}])
+def test_the_schema_refuses_anything_else(change: dict[str, Any]) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(json.loads(json.dumps({**report.to_json(Report()), **change})), SCHEMA)
+
+
+def test_slower_is_the_first_line_whatever_the_gates() -> None:
+    r = full()
+    r.verdicts = [Verdict("sqnr>=3", 20.0, True)]
+    assert report.headline(r).startswith("0.25x the size, 2.00x the speed")
+    r.benchmark = bench(0.8)
+    assert report.headline(r).startswith("slower than the original: 0.80x")
+    # An interval that reaches 1 proves nothing.
+    r.benchmark = bench(0.99, spread=0.3)
+    assert r.benchmark.ratio(1, "batch=1").high > 1
+    assert not report.headline(r).startswith("slower")
+
+
+def test_the_headline_says_when_outputs_are_equal_or_broken() -> None:
+    assert "equal outputs" in report.headline(Report(validation=validation(math.inf)))
+    assert "not finite" in report.headline(Report(validation=validation(finite=False)))
+    assert "accuracy 0.9 > 0.88" in report.headline(Report(validation=validation()))
+
+
+def test_a_benchmark_s_headline_names_models() -> None:
+    assert report.speed_headline(bench(2.0)).startswith("/tmp/stage/a.onnx: 2.00x the speed")
+    assert "slower than /tmp/a.onnx: 0.50x" in report.speed_headline(bench(0.5))
+
+
+def test_tables_hold_what_was_done_declined_and_measured() -> None:
+    shown = text(tables.report_tables(full()))
+    for part in (
+        "qdq: {clip: mse}",
+        "10 > 12",
+        "4.0 > 1.0",
+        "20.0 dB",
+        "too small",
+        "head, embed",
+        "sqnr>=30",
+        "REFUSED",
+    ):
+        assert part in shown, shown
+    for part in ("not measured", "random data", "0.88", "[-0.04, nan]", "2.00x [", "integer check FAILED", "a cpu"):
+        assert part in shown, shown
+    assert "/tmp/stage" not in shown
+
+
+def test_declined_sites_are_grouped_unless_all_are_asked_for() -> None:
+    step = Step("qdq", "qdq", "lossy", declined=[Declined(f"node{i}", "too small") for i in range(9)])
+    short, whole = (text([tables.declined([step], every=every)]) for every in (False, True))
+    assert "node2, ..." in short
+    assert "node8" not in short
+    assert "node8" in whole
+    assert short.count("too small") == whole.count("too small") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"rolled_back": "sqnr>=20: measured 3, refused"}, "rolled back: sqnr>=20"),
+        ({"drift": validation(math.inf).json()}, "none"),
+        ({"drift": validation(finite=False).json()}, "not finite"),
+        ({"cached": True}, "(cached)"),
+    ],
+)
+def test_a_step_says_what_became_of_it(change: dict[str, Any], says: str) -> None:
+    assert says in text([tables.steps([Step("qdq", "qdq", "lossy", **change)])])
+
+
+def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = report.write(full(), tmp_path / "deep" / "report.json")
+    valid(json.loads(path.read_text()))
+    assert [p.name for p in path.parent.iterdir()] == ["report.json"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OnnxcompError, match="cannot write the report"):
+        report.write(full(), tmp_path / "file" / "report.json")
+
+
+def test_a_real_report_is_valid(tmp_path: Path) -> None:
+    source = storage.save(tiny.encoder(), tmp_path / "source")
+    batches = [Batch(tiny.feeds(storage.load(source), 4, 9, seed=i)) for i in range(4)]
+    steps = [recipe.parse_pass(x) for x in ("cleanup", "qdq: {min_size: 1}", "lower")]
+    result = oc.compress(source, tmp_path / "out", passes=steps, calibration=batches, gates=["sqnr>=10"], measure=False)
+    data = valid(json.loads((tmp_path / "out" / "report.json").read_text()))
+    assert data["source"]["sha256"] == storage.fingerprint(source)
+    assert recipe.Recipe.from_yaml(data["recipe"]["text"]).hash() == data["recipe"]["sha256"]
+    assert data["size"]["result"] < data["size"]["original"]
+    assert data["data"]["calibration"]["samples"] == 16
+    assert any("3 of 16 calibration samples were held out" in w for w in data["warnings"])
+    assert data["steps"][1]["changed"] == result.report.step("qdq").changed > 0
+    assert "sqnr>=10" in text(tables.report_tables(result.report))
