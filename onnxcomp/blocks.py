@@ -2,138 +2,284 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph, Site
+from onnxcomp.structure.ends import Embedding, Head, embeddings, head
+from onnxcomp.structure.views import PASSED, Index, Linear, NormSite, linears, norms, siblings
 
-__all__ = ["Linear", "linears", "siblings"]
+__all__ = [
+    "Attention",
+    "Embedding",
+    "Head",
+    "Layer",
+    "Linear",
+    "Mlp",
+    "NormSite",
+    "anatomy",
+    "attentions",
+    "embeddings",
+    "head",
+    "layers",
+    "linears",
+    "mlps",
+    "norms",
+    "siblings",
+]
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Linear:
-    """`output = input @ weight + bias`: one MatMul or Gemm with a constant 2-D weight, also behind DequantizeLinear.
-
-    `weight` is the stored constant (the int8 one when quantized), `source` the float input before any Q/DQ pair,
-    `output` the value after the bias, `add` the node that adds the bias (None for Gemm or without bias).
-    """
+class Attention:
+    """One attention with its four projections; `head_dim` is the width of a query head, `mask` the fourth input."""
 
     node: ir.Node
-    weight: ir.Value
-    bias: ir.Value | None
-    input: ir.Value
-    source: ir.Value
-    output: ir.Value
-    add: ir.Node | None = None
-    dequantize: ir.Node | None = None
-    transposed: bool = False
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mask: ir.Value | None
+    rotary: tuple[ir.Node, ...] = ()
+    inner_norms: tuple[NormSite, ...] = ()
 
     @property
     def name(self) -> str:
-        """The name of the product's node."""
+        """The name of the Attention node."""
         return str(self.node.name)
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Fan-in `K` and fan-out `N`."""
-        shape = self.weight.shape
-        k, n = (int(d) for d in (shape or (0, 0)))  # type: ignore[arg-type]
-        return (n, k) if self.transposed else (k, n)
+    def linears(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """Query, key, value and output projections."""
+        return (self.q, self.k, self.v, self.o)
 
     @property
-    def quantized(self) -> bool:
-        """Whether the weight is stored in a low-precision type."""
-        return self.dequantize is not None
-
-    @property
-    def users(self) -> tuple[ir.Node, ...]:
-        """Nodes that read the output."""
-        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+    def is_cross(self) -> bool:
+        """Whether keys come from another sequence than queries."""
+        return self.q.source is not self.k.source
 
     @property
     def site(self) -> Site:
-        """The place in the graph, for passes and reports."""
-        nodes = [n for n in (self.node, self.add) if n is not None]
-        return Site(self.name, tuple(str(n.name) for n in nodes), "linear")
+        """The place in the graph, projections included."""
+        return Site(self.name, (self.name, *(n for x in self.linears for n in x.site.nodes)), "attention")
 
 
-def linears(g: Graph) -> list[Linear]:
-    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none."""
-    found = (_linear(g, node) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
-    return [x for x in found if x is not None]
+def attentions(g: Graph) -> list[Attention]:
+    """Every Attention in three axes whose four projections are linears, in graph order."""
+    index = Index.of(g)
+    found = (_attention(index, node) for node in g.nodes("Attention") if node.domain == "")
+    return [a for a in found if a is not None]
 
 
-def siblings(found: Iterable[Linear]) -> list[list[Linear]]:
-    """Linears that read the same input (query, key and value; gate and up), in order."""
-    groups: dict[ir.Value, list[Linear]] = {}
-    for linear in found:
-        groups.setdefault(linear.source, []).append(linear)
-    return list(groups.values())
-
-
-def _linear(g: Graph, node: ir.Node) -> Linear | None:
-    x, w = node.inputs[0], node.inputs[1]
-    if x is None or w is None or g.is_constant(x):
+def _attention(index: Index, node: ir.Node) -> Attention | None:
+    heads, kv = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
+    rotary: list[ir.Node] = []
+    inner: list[NormSite] = []
+    parts = [_projection(index, x, rotary, inner) for x in node.inputs[:3]]
+    o = _reader(index, node.outputs[0])
+    q, k, v = parts
+    if q is None or k is None or v is None or o is None or not heads or not kv:
         return None
-    weight, dequantize = _stored(g, w)
-    if weight is None or weight.shape is None or len(weight.shape) != 2:
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    return Attention(node, q, k, v, o, heads, kv, q.sizes[1] // heads, mask, tuple(rotary), tuple(inner))
+
+
+def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: list[NormSite]) -> Linear | None:
+    """The linear behind a query, key or value, past its rotation, its norm and layout moves."""
+    while v is not None and v not in index.made:
+        node = v.producer()
+        if node is None:
+            return None
+        if node.op_type == "RotaryEmbedding":
+            rotary.append(node)
+        elif v in index.norm:
+            inner.append(index.norm[v])
+        elif node.op_type not in PASSED:
+            return None
+        v = node.inputs[0]
+    return index.made.get(v) if v is not None else None
+
+
+def _reader(index: Index, v: ir.Value) -> Linear | None:
+    """The one linear that reads a value, past layout moves."""
+    while v not in index.read:
+        users = list(dict.fromkeys(u for u, _ in v.uses()))
+        if len(users) != 1 or users[0].op_type not in PASSED:
+            return None
+        v = users[0].outputs[0]
+    return index.read[v][0] if len(index.read[v]) == 1 else None
+
+
+# ---- feed-forward ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when there is a gate."""
+
+    up: Linear
+    gate: Linear | None
+    down: Linear
+    activation: str
+
+    @property
+    def name(self) -> str:
+        """The name of the down projection's node."""
+        return self.down.name
+
+    @property
+    def width(self) -> int:
+        """Channels between up and down."""
+        return self.down.sizes[0]
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Up, gate if there is one, down."""
+        return (self.up, self.down) if self.gate is None else (self.up, self.gate, self.down)
+
+    @property
+    def site(self) -> Site:
+        """The place in the graph."""
+        return Site(self.name, tuple(n for x in self.linears for n in x.site.nodes), "mlp")
+
+
+def mlps(g: Graph) -> list[Mlp]:
+    """Every feed-forward part that returns to the width it started from, in graph order."""
+    index = Index.of(g)
+    found = (_mlp(g, index, down) for down in index.made.values())
+    return [m for m in found if m is not None and m.up.sizes[0] == m.down.sizes[1]]
+
+
+def _mlp(g: Graph, index: Index, down: Linear) -> Mlp | None:
+    plain = _activated(g, index, down.source)
+    if plain is not None:
+        return Mlp(plain[0], None, down, plain[1])
+    node = down.source.producer()
+    if node is None or node.op_type != "Mul":
         return None
-    source = _before_quantizing(x)
-    if node.op_type == "Gemm":
-        return _gemm(g, node, x, source, weight, dequantize)
-    bias, add = _bias(g, node.outputs[0], weight.shape[1])
-    output = add.outputs[0] if add is not None else node.outputs[0]
-    return Linear(node, weight, bias, x, source, output, add, dequantize)
+    for a, b in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+        gate = _activated(g, index, a)
+        up = index.made.get(b) if b is not None else None
+        if gate is not None and up is not None and up.source is gate[0].source:
+            return Mlp(up, gate[0], down, gate[1])
+    return None
 
 
-def _gemm(
-    g: Graph, node: ir.Node, x: ir.Value, source: ir.Value, weight: ir.Value, dequantize: ir.Node | None
-) -> Linear | None:
-    scaled = node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
-    if scaled or node.attributes.get_int("transA", 0):
+def _activated(g: Graph, index: Index, v: ir.Value | None) -> tuple[Linear, str] | None:
+    """The linear whose activated output `v` is, and the activation's name."""
+    node = v.producer() if v is not None else None
+    if node is None:
         return None
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is not None and _stored(g, bias)[0] is None:
+    x, kind = node.inputs[0], node.op_type.lower()
+    if node.op_type == "Gelu":
+        kind = "gelu-tanh" if node.attributes.get_string("approximate", "none") == "tanh" else "gelu"
+    elif node.op_type == "Mul":
+        found = _gated_by_itself(g, node)
+        if found is None:
+            return None
+        x, kind = found
+    elif node.op_type not in ("Relu", "Tanh", "Sigmoid", "Elu", "LeakyRelu", "HardSwish", "Softplus", "Mish", "Selu"):
         return None
-    transposed = bool(node.attributes.get_int("transB", 0))
-    return Linear(node, weight, bias, x, source, node.outputs[0], None, dequantize, transposed)
+    return (index.made[x], kind) if x in index.made else None
 
 
-def _stored(g: Graph, v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant behind a value, seen through one DequantizeLinear."""
-    if g.is_constant(v):
-        return v, None
-    node = v.producer()
-    if node is not None and node.op_type == "DequantizeLinear" and g.is_constant(node.inputs[0]):
-        return node.inputs[0], node
-    return None, None
+def _gated_by_itself(g: Graph, node: ir.Node) -> tuple[ir.Value, str] | None:
+    """`x` and the name where a product is `x * Sigmoid(x)`, `x * Sigmoid(1.702 x)` or `Relu(x) ** 2`."""
+    for x, gate in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+        inner = gate.producer() if gate is not None else None
+        if x is None or inner is None:
+            continue
+        if inner.op_type == "Relu" and x is gate and inner.inputs[0] is not None:
+            return inner.inputs[0], "relu2"
+        if inner.op_type == "Sigmoid" and inner.inputs[0] is x:
+            return x, "silu"
+        scaled = inner.inputs[0].producer() if inner.op_type == "Sigmoid" and inner.inputs[0] is not None else None
+        if scaled is not None and scaled.op_type == "Mul" and x in scaled.inputs:
+            number = g.tensor(scaled.inputs[1 - list(scaled.inputs).index(x)])
+            if number is not None and number.size == 1 and np.isclose(float(number.numpy().item()), 1.702):
+                return x, "quick-gelu"
+    return None
 
 
-def _before_quantizing(x: ir.Value) -> ir.Value:
-    """The float value before a QuantizeLinear, DequantizeLinear pair, or the value itself."""
-    dequantize = x.producer()
-    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
-        return x
-    quantize = dequantize.inputs[0].producer()
-    if quantize is None or quantize.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
-        return x
-    return quantize.inputs[0] or x
+# ---- layers ------------------------------------------------------------------------------------------------------
 
 
-def _bias(g: Graph, product: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant row added to a product that nothing else reads."""
-    uses = tuple(product.uses())
-    if len(uses) != 1 or product.is_graph_output():
-        return None, None
-    add, index = uses[0]
-    if add.op_type not in ("Add", "Sum") or len(add.inputs) != 2:
-        return None, None
-    other = add.inputs[1 - index]
-    if other is None:
-        return None, None
-    bias, _ = _stored(g, other)
-    if bias is None or bias.shape is None or len(bias.shape) == 0 or bias.shape[-1] != width:
-        return None, None
-    return (other if other is bias else bias, add) if all(d == 1 for d in bias.shape[:-1]) else (None, None)
+@dataclass(frozen=True)
+class Layer:
+    """One transformer layer: its attentions (a second one is cross attention), feed-forward part and norms."""
+
+    index: int
+    attentions: tuple[Attention, ...]
+    mlp: Mlp | None
+    norms: tuple[NormSite, ...]
+    position: str
+
+    @property
+    def attention(self) -> Attention | None:
+        """The first attention."""
+        return self.attentions[0] if self.attentions else None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All linears of the layer."""
+        own = tuple(x for a in self.attentions for x in a.linears)
+        return own + (self.mlp.linears if self.mlp is not None else ())
+
+
+def layers(g: Graph) -> list[Layer]:
+    """Attentions and the feed-forward part that follows them, layer by layer, with the norms around them."""
+    place = {node: i for i, node in enumerate(g.nodes())}
+    parts: list[Attention | Mlp] = [*attentions(g), *mlps(g)]
+    parts.sort(key=lambda p: place[p.o.node if isinstance(p, Attention) else p.down.node])
+    groups: list[list[Attention | Mlp]] = []
+    for part in parts:
+        done = bool(groups) and any(isinstance(p, Mlp) for p in groups[-1])
+        if not groups or done:
+            groups.append([])
+        groups[-1].append(part)
+    found = norms(g)
+    return [_layer(i, group, found) for i, group in enumerate(groups)]
+
+
+def _layer(index: int, group: Sequence[Attention | Mlp], found: Sequence[NormSite]) -> Layer:
+    heads = tuple(p for p in group if isinstance(p, Attention))
+    mlp = next((p for p in group if isinstance(p, Mlp)), None)
+    entries, exits = _ends(group)
+    residuals = {out for x in exits for u, _ in x.uses() if u.op_type in ("Add", "Sum") for out in u.outputs}
+    after = [n for n in found if n.input in residuals]
+    before = [n for n in found if n.output in entries]
+    sandwiched = [n for n in found if n.input in exits]
+    is_pre = any(_bypasses(n) for n in before)
+    own = before if is_pre else [n for n in after if n.output in entries or not _bypasses(n)]
+    inner = [n for a in heads for n in a.inner_norms]
+    kept = [n for n in found if n in own or n in sandwiched or n in inner]
+    position = "pre" if is_pre else "post" if own else "none"
+    return Layer(index, heads, mlp, tuple(kept), "pre and post" if is_pre and sandwiched else position)
+
+
+def _ends(group: Sequence[Attention | Mlp]) -> tuple[set[ir.Value], set[ir.Value]]:
+    """What the parts of a layer read and what they add to the stream."""
+    entries = {p.q.source if isinstance(p, Attention) else p.up.source for p in group}
+    exits = {p.o.output if isinstance(p, Attention) else p.down.output for p in group}
+    return entries, exits
+
+
+def _bypasses(norm: NormSite) -> bool:
+    """Whether the stream also goes past the norm, unnormalized, into an addition."""
+    return any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses())
+
+
+def anatomy(g: Graph) -> dict[str, Any]:
+    """What a canonical model consists of, as JSON; see `structure.anatomy`."""
+    from onnxcomp.structure.anatomy import describe
+
+    return describe(g)

@@ -1,0 +1,90 @@
+"""The ends of a model: the tables it starts from and the product it ends in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.views import PASSED, Index, Linear, stored
+
+__all__ = ["Embedding", "Head", "embeddings", "head"]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """A constant table `[rows, width]` read by index; `kind` is tokens, positions or types."""
+
+    node: ir.Node
+    table: ir.Value
+    indices: ir.Value
+    rows: int
+    width: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """The product that makes a graph output; `tied` when its weight is an embedding table, seen through a Transpose."""
+
+    node: ir.Node
+    weight: ir.Value
+    outputs: int
+    tied: bool
+    linear: Linear | None
+
+
+def embeddings(g: Graph) -> list[Embedding]:
+    """Every table read by computed or fed indices; the largest one read by a fed index is the tokens' one."""
+    found: list[Embedding] = []
+    for node in g.nodes("Gather"):
+        table, _ = stored(g, node.inputs[0]) if node.inputs[0] is not None else (None, None)
+        indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
+        if table is None or indices is None or table.shape is None or len(table.shape) != 2 or axis != 0:
+            continue
+        rows, width = table.shape.numpy()
+        if g.is_constant(indices) or (table.dtype is not None and table.dtype.is_integer() and table is node.inputs[0]):
+            continue
+        kind = "types" if _is_fed(indices) else "positions"
+        found.append(Embedding(node, table, indices, rows, width, kind))
+    fed = [e for e in found if e.kind == "types"]
+    most = max((e.rows for e in fed), default=0)
+    return [
+        Embedding(e.node, e.table, e.indices, e.rows, e.width, "tokens" if e in fed and e.rows == most else e.kind)
+        for e in found
+    ]
+
+
+def _is_fed(v: ir.Value) -> bool:
+    """Whether indices are a graph input, past layout moves."""
+    node = v.producer()
+    while node is not None and node.op_type in PASSED and node.inputs[0] is not None:
+        v = node.inputs[0]
+        node = v.producer()
+    return v.is_graph_input()
+
+
+def head(g: Graph) -> Head | None:
+    """The last product before the first graph output, when nothing but layout moves lies between."""
+    index = Index.of(g)
+    for out in g.outputs:
+        v: ir.Value | None = out
+        while v is not None and v not in index.made:
+            node = v.producer()
+            if node is not None and node.op_type == "MatMul":
+                return _tied_head(g, node)
+            v = node.inputs[0] if node is not None and node.op_type in PASSED else None
+        if v is not None:
+            linear = index.made[v]
+            tables = {id(g.tensor(e.table)) for e in embeddings(g)}
+            return Head(linear.node, linear.weight, linear.sizes[1], id(g.tensor(linear.weight)) in tables, linear)
+    return None
+
+
+def _tied_head(g: Graph, node: ir.Node) -> Head | None:
+    turned = node.inputs[1].producer() if node.inputs[1] is not None else None
+    table = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
+    if table is None or not g.is_constant(table) or table.shape is None:
+        return None
+    return Head(node, table, table.shape.numpy()[0], any(e.table is table for e in embeddings(g)), None)

@@ -1,0 +1,199 @@
+"""Linears and norms of a graph as typed values, and where each is made and read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph, Site
+
+__all__ = ["PASSED", "Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
+
+NORMS = ("LayerNormalization", "RMSNormalization")
+PASSED = ("Reshape", "Transpose", "Identity", "Cast", "Squeeze", "Unsqueeze")
+
+
+@dataclass(frozen=True)
+class Linear:
+    """`output = input @ weight + bias`: one MatMul or Gemm with a constant 2-D weight, also behind DequantizeLinear.
+
+    `weight` is the stored constant (the int8 one when quantized), `source` the float input before any Q/DQ pair,
+    `output` the value after the bias, `add` the node that adds the bias (None for Gemm or without bias).
+    """
+
+    node: ir.Node
+    weight: ir.Value
+    bias: ir.Value | None
+    input: ir.Value
+    source: ir.Value
+    output: ir.Value
+    add: ir.Node | None = None
+    dequantize: ir.Node | None = None
+    transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name of the product's node."""
+        return str(self.node.name)
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Fan-in `K` and fan-out `N`."""
+        shape = self.weight.shape
+        k, n = (int(d) for d in (shape or (0, 0)))  # type: ignore[arg-type]
+        return (n, k) if self.transposed else (k, n)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the weight is stored in a low-precision type."""
+        return self.dequantize is not None
+
+    @property
+    def users(self) -> tuple[ir.Node, ...]:
+        """Nodes that read the output."""
+        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+
+    @property
+    def site(self) -> Site:
+        """The place in the graph, for passes and reports."""
+        nodes = [n for n in (self.node, self.add) if n is not None]
+        return Site(self.name, tuple(str(n.name) for n in nodes), "linear")
+
+
+def linears(g: Graph) -> list[Linear]:
+    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none."""
+    found = (_linear(g, node) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
+    return [x for x in found if x is not None]
+
+
+def siblings(found: Iterable[Linear]) -> list[list[Linear]]:
+    """Linears that read the same input (query, key and value; gate and up), in order."""
+    groups: dict[ir.Value, list[Linear]] = {}
+    for linear in found:
+        groups.setdefault(linear.source, []).append(linear)
+    return list(groups.values())
+
+
+def _linear(g: Graph, node: ir.Node) -> Linear | None:
+    x, w = node.inputs[0], node.inputs[1]
+    if x is None or w is None or g.is_constant(x):
+        return None
+    weight, dequantize = stored(g, w)
+    if weight is None or weight.shape is None or len(weight.shape) != 2:
+        return None
+    source = _before_quantizing(x)
+    if node.op_type == "Gemm":
+        return _gemm(g, node, x, source, weight, dequantize)
+    bias, add = _bias(g, node.outputs[0], weight.shape[1])
+    output = add.outputs[0] if add is not None else node.outputs[0]
+    return Linear(node, weight, bias, x, source, output, add, dequantize)
+
+
+def _gemm(
+    g: Graph, node: ir.Node, x: ir.Value, source: ir.Value, weight: ir.Value, dequantize: ir.Node | None
+) -> Linear | None:
+    scaled = node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
+    if scaled or node.attributes.get_int("transA", 0):
+        return None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None and stored(g, bias)[0] is None:
+        return None
+    transposed = node.attributes.get_int("transB", 0) == 1
+    return Linear(node, weight, bias, x, source, node.outputs[0], None, dequantize, transposed)
+
+
+def stored(g: Graph, v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
+    """The constant behind a value, seen through one DequantizeLinear."""
+    if g.is_constant(v):
+        return v, None
+    node = v.producer()
+    if node is not None and node.op_type == "DequantizeLinear" and g.is_constant(node.inputs[0]):
+        return node.inputs[0], node
+    return None, None
+
+
+def _before_quantizing(x: ir.Value) -> ir.Value:
+    """The float value before a QuantizeLinear, DequantizeLinear pair, or the value itself."""
+    dequantize = x.producer()
+    if dequantize is None or dequantize.op_type != "DequantizeLinear" or dequantize.inputs[0] is None:
+        return x
+    quantize = dequantize.inputs[0].producer()
+    if quantize is None or quantize.op_type not in ("QuantizeLinear", "DynamicQuantizeLinear"):
+        return x
+    return quantize.inputs[0] or x
+
+
+def _bias(g: Graph, product: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value | None, ir.Node | None]:
+    """The constant row added to a product that nothing else reads."""
+    uses = tuple(product.uses())
+    if len(uses) != 1 or product.is_graph_output():
+        return None, None
+    add, index = uses[0]
+    if add.op_type not in ("Add", "Sum") or len(add.inputs) != 2:
+        return None, None
+    other = add.inputs[1 - index]
+    if other is None:
+        return None, None
+    bias, _ = stored(g, other)
+    if bias is None or bias.shape is None or len(bias.shape) == 0 or bias.shape[-1] != width:
+        return None, None
+    return (other if other is bias else bias, add) if all(d == 1 for d in bias.shape[:-1]) else (None, None)
+
+
+@dataclass(frozen=True)
+class NormSite:
+    """A LayerNormalization or RMSNormalization over the last axis, with the constants that scale and shift it."""
+
+    node: ir.Node
+    kind: str
+    gain: ir.Value
+    bias: ir.Value | None
+    input: ir.Value
+    output: ir.Value
+
+    @property
+    def name(self) -> str:
+        """The node's name."""
+        return str(self.node.name)
+
+    @property
+    def site(self) -> Site:
+        """The place in the graph."""
+        return Site(self.name, (self.name,), "norm")
+
+    @property
+    def readers(self) -> tuple[ir.Node, ...]:
+        """Nodes that read the result."""
+        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+
+
+def norms(g: Graph) -> list[NormSite]:
+    """Every norm with a constant gain, in graph order."""
+    found = []
+    for node in g.nodes(*NORMS):
+        x, gain = node.inputs[0], node.inputs[1]
+        bias = node.inputs[2] if len(node.inputs) > 2 else None
+        if x is not None and gain is not None and g.is_constant(gain) and (bias is None or g.is_constant(bias)):
+            kind = "layer" if node.op_type == "LayerNormalization" else "rms"
+            found.append(NormSite(node, kind, gain, bias, x, node.outputs[0]))
+    return found
+
+
+@dataclass
+class Index:
+    """Linears and norms by the values they make and read."""
+
+    made: dict[ir.Value, Linear] = field(default_factory=dict)
+    read: dict[ir.Value, list[Linear]] = field(default_factory=dict)
+    norm: dict[ir.Value, NormSite] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, g: Graph) -> Index:
+        """The index of a graph as it is now."""
+        index = cls(norm={x.output: x for x in norms(g)})
+        for x in linears(g):
+            index.made[x.output] = x
+            index.read.setdefault(x.source, []).append(x)
+        return index
