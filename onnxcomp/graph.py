@@ -349,6 +349,7 @@ class Graph:
     def tidy(self) -> None:
         """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
         nodes, constants = self.model.graph.num_nodes(), len(self.model.graph.initializers)
+        shapes = [v.shape for v in self.model.graph.outputs]  # an identity's input would lend the output its axis names
         for step in (
             IdentityEliminationPass(),
             CommonSubexpressionEliminationPass(),
@@ -357,6 +358,8 @@ class Graph:
             step(self.model)
         RemoveUnusedNodesPass()(self.model)
         RemoveUnusedOpsetsPass()(self.model)
+        for v, shape in zip(self.model.graph.outputs, shapes, strict=True):
+            v.shape = shape if shape is not None else v.shape
         self.edits += nodes - self.model.graph.num_nodes() + constants - len(self.model.graph.initializers)
 
     def forget_shapes(self) -> None:
