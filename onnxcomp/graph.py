@@ -348,19 +348,22 @@ class Graph:
 
     def tidy(self) -> None:
         """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
-        nodes, constants = self.model.graph.num_nodes(), len(self.model.graph.initializers)
-        shapes = [v.shape for v in self.model.graph.outputs]  # an identity's input would lend the output its axis names
-        for step in (
+        steps = (
+            DeduplicateInitializersPass(size_limit=4096),
             IdentityEliminationPass(),
             CommonSubexpressionEliminationPass(),
-            DeduplicateInitializersPass(size_limit=4096),
-        ):
-            step(self.model)
-        RemoveUnusedNodesPass()(self.model)
+            RemoveUnusedNodesPass(),
+        )
+        graph = self.model.graph
+        while True:  # merged constants make equal nodes, merged nodes leave unused constants
+            before = graph.num_nodes() + len(graph.initializers)
+            for step in steps:
+                step(self.model)
+            gone = before - graph.num_nodes() - len(graph.initializers)
+            if gone == 0:
+                break
+            self.edits += gone
         RemoveUnusedOpsetsPass()(self.model)
-        for v, shape in zip(self.model.graph.outputs, shapes, strict=True):
-            v.shape = shape if shape is not None else v.shape
-        self.edits += nodes - self.model.graph.num_nodes() + constants - len(self.model.graph.initializers)
 
     def forget_shapes(self) -> None:
         """Drop recorded shapes of computed values, so that the next `infer_shapes` starts from the inputs."""

@@ -38,7 +38,7 @@ def model(name: str) -> Graph:
     return ZOO[name]()
 
 
-def batches(g: Graph, count: int = 3) -> list[Batch]:
+def batches(g: Graph, count: int = 10) -> list[Batch]:
     sizes = (
         [(2, 7)] * count
         if "static" in str(g.inputs[0].shape) or isinstance(g.inputs[0].shape[0], int)
