@@ -181,7 +181,7 @@ def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
     try:
         if sum(unique.values()) > INLINE_LIMIT:
             data = _externalize(model, target, temporary.with_suffix(".data.tmp"))
-        proto = ir.to_proto(model)
+        proto = ir.to_proto(_embedded(model, data))
         with temporary.open("xb") as f:
             f.write(proto.SerializeToString(deterministic=True))
             _sync(f)
@@ -239,14 +239,31 @@ def _externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
     return data
 
 
+def _embedded(model: ir.Model, data: Path | None) -> ir.Model:
+    """Take tensors that lie in any file but `data` into the model file."""
+    for t, holder in list(external.tensors(model)):
+        if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data.name):
+            continue
+        proto = onnx.TensorProto(name=t.name or "", data_type=t.dtype.value, dims=t.shape.numpy(), raw_data=t.tobytes())
+        held = ir.TensorProtoTensor(proto)
+        if isinstance(holder, ir.Value):
+            holder.const_value = held
+        else:
+            node, name = holder
+            node.attributes[name] = ir.AttrTensor(name, held)
+    return model
+
+
 class _Hashing:
     """A writer that counts and hashes what passes through to the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.count, self.digest = file, 0, hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
-        """Pass bytes on."""
+    def write(self, data: bytes | memoryview) -> int:
+        """Pass bytes on; exporters hand over arrays of any rank."""
+        view = memoryview(data)
+        data = view.cast("B") if view.nbytes else b""
         self.digest.update(data)
         self.count += len(data)
         return self.file.write(data)
