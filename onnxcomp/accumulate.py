@@ -151,6 +151,8 @@ class Gram:
 
     def update(self, x: Array, extra: Array | None = None) -> None:
         xs = [x] if extra is None else [x, extra]
+        for a in xs:
+            _finite(a)  # at once, not when the buffer is full, so that the batch can be named
         if self.filled == 0 and x.shape[0] >= BUFFER:
             return self._product(xs)
         if not self.buffers:

@@ -313,7 +313,7 @@ def _cache_key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset,
 def _read(path: Path, asked: Sequence[Need]) -> Stats | None:
     """Statistics from the cache; None where there are none or the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
             return Stats({n: f[f"s{i}"] for i, n in enumerate(asked)})
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
