@@ -228,7 +228,9 @@ def validate(
     result = comparison.compare(reference, candidate, data, asked)
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
     output.show(result.json(), result.headline(), *shown)
-    result.check()
+    if result.refused:
+        sys.stderr.write(f"refused: {result.refused}\n")
+        raise typer.Exit(failures.REFUSED)
 
 
 @app.command()

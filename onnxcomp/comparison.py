@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
-import onnxcomp
 from onnxcomp.data import load_data
-from onnxcomp.errors import GateFailed, ModelError
+from onnxcomp.errors import ModelError
 from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
 from onnxcomp.storage import graphs_of, load
 from onnxcomp.target import find
+from onnxcomp.validate import Validation
+from onnxcomp.validate import compare as compare_models
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
     from onnxcomp.graph import Graph
-    from onnxcomp.validate import Validation
 
 __all__ = ["Asked", "Compared", "DataChoice", "chosen_graphs", "compare", "file_bytes", "one_graph"]
 
@@ -67,10 +67,10 @@ class Compared:
         """Metrics and drift in one line."""
         return ", ".join(quality(self.validation))
 
-    def check(self) -> None:
-        """Raise `GateFailed` where a gate refuses."""
-        if refused := [str(v) for v in self.verdicts if not v.passed]:
-            raise GateFailed(f"the candidate does not meet {'; '.join(refused)}")
+    @property
+    def refused(self) -> str:
+        """What a gate refuses, empty if nothing."""
+        return "; ".join(str(v) for v in self.verdicts if not v.passed)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) ->
     first, second = one_graph(reference, asked.graph), one_graph(candidate, asked.graph)
     dataset = data.open(load(first), first.parent)
     wanted = list(dict.fromkeys([*asked.metrics, *gate.metrics]))
-    v = onnxcomp.validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
+    v = compare_models(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
     sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
 
