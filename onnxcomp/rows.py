@@ -29,7 +29,10 @@ def dims(v: ir.Value) -> Dims | None:
 def mask_name(graph: Graph) -> str | None:
     """The input that says which tokens are real, if the model has one of shape [batch, sequence]."""
     found = specs(graph)
-    name = roles(found).get("mask")
+    name = roles(found).get("mask", "")
+    # A padding mask says the opposite, a mask of pixels or of masked positions says something else.
+    if not name.lower().endswith("mask") or any(word in name.lower() for word in ("padding", "pixel", "global")):
+        return None
     return next((s.name for s in found if s.name == name and len(s.shape) == 2), None)
 
 

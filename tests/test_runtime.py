@@ -141,6 +141,32 @@ def test_constants_of_two_folders_and_of_memory_meet_in_one_session(tmp_path: Pa
     assert np.array_equal(run(mixed, feeds), wanted)
 
 
+@pytest.mark.parametrize("where", ["file", "memory"])
+def test_constants_beyond_two_gigabytes_are_handed_over(where: str, tmp_path: Path) -> None:
+    """Pains rows 18, 19 and 23: other tools serialize weights into one message, which ends at 2 GB."""
+    rows, width = 1_100_000, 512
+    if where == "file":
+        path = tmp_path / "table.bin"
+        with path.open("wb") as f:
+            f.truncate(rows * width * 4)  # sparse: takes no disk
+            f.seek((rows - 1) * width * 4)
+            f.write(np.full(width, 3, np.float32).tobytes())
+        shape = ir.Shape([rows, width])
+        table: Any = ir.ExternalTensor(
+            "table.bin", 0, None, ir.DataType.FLOAT, shape=shape, name="t", base_dir=tmp_path
+        )
+    else:
+        table = np.zeros((rows, width), np.float32)  # the pages that nobody writes take no memory
+        table[-1] = 3
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"]))
+    g = Graph(ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="g"), ir_version=10))
+    g = tiny.finish(g, g.op("Gather", g.constant(table, "table"), x), "y", ["n", width])
+    assert g.nbytes > 2**31
+    with Session(g, prepack=False, taps=["x"]) as s:
+        y = s.run({"x": np.array([0, rows - 1])})["y"]
+    assert np.array_equal(y, np.stack([np.zeros(width), np.full(width, 3)]))
+
+
 def test_types_numpy_does_not_know_are_handed_over_as_bytes() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 256]))
     g = Graph(ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="g"), ir_version=10))

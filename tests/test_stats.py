@@ -13,8 +13,9 @@ from hypothesis.extra import numpy as hnp
 from onnxcomp import stats
 from onnxcomp.accumulate import BUFFER, PAIRS, accumulator, family, finish
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.rows import Samples, rows, token_axis
+from onnxcomp.rows import Samples, mask_name, rows, token_axis
 from onnxcomp.stats import Need, Stat, Stats
+from tests import tiny
 
 NEEDS = [
     stats.absmax("v"),
@@ -211,3 +212,14 @@ def test_row_keys_depend_on_the_sample_not_on_its_batch() -> None:
     assert np.array_equal(together, np.concatenate([first, alone]))
     assert len(set(together.tolist())) == 5
     assert Samples({"ids": ids}, None).keys(7, None) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [("attention_mask", True), ("input_mask", True), ("padding_mask", False), ("bool_masked_pos", False)],
+)
+def test_only_a_mask_of_real_tokens_leaves_rows_out(name: str, counts: bool) -> None:
+    g = tiny.encoder()
+    g.model.graph.inputs[1].name = name
+    assert mask_name(g) == (name if counts else None)
+    assert mask_name(tiny.mlp()) is None
