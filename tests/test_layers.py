@@ -19,7 +19,7 @@ HEAVY = {"onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript"
 LAYERS = [
     {"__init__", "errors"},
     {"stats", "groups", "target", "maths/"},
-    {"graph", "storage", "external", "handover"},
+    {"checks", "graph", "storage", "external", "handover"},
     {"structure/", "blocks", "coupling", "quantize", "integer"},
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
