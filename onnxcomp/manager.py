@@ -33,6 +33,7 @@ __all__ = ["PassManager", "Report", "Result", "Step"]
 EXACT_FLOOR_DB = 80.0
 # Behind a quantizer, noise of 1e-7 moves some values over a rounding edge: a whole step for about one value in 10^4.
 EXACT_FLOOR_QUANTIZED_DB = 40.0
+EXACT_SAMPLES = 16  # evaluation samples an exact pass is checked on; lossy passes and the result are compared on all
 
 
 @dataclass
@@ -241,28 +242,31 @@ class PassManager:
             return before
         if walk.reference is None:
             return work
-        validation = walk.reference.against(work)
-        step.drift = validation.json()
+        walk.report.validation = None  # of the graph before
         if p.fidelity is Fidelity.EXACT:
-            refused = self._inexact(walk, before, work, validation)
+            refused = self._inexact(walk, step, before, work)
             if refused and self.on_fail == "raise":
                 raise PassFault(f"pass '{p.name}' promised equal outputs but {refused}")
         else:
+            validation = walk.reference.against(work)
+            step.drift = validation.json()
             failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
             refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
+            walk.report.validation = None if refused else validation
         if not refused:
-            walk.report.validation = validation
             return work
         step.rolled_back, step.changed = refused, 0
         walk.report.warnings.append(f"pass '{p.name}' was rolled back: {refused}")
         return before
 
-    def _inexact(self, walk: _Walk, before: Graph, work: Graph, validation: Validation) -> str:
-        """What an exact pass changed, empty if nothing; behind a lossy pass, compared with the graph just before."""
-        floor = EXACT_FLOOR_DB
-        if walk.reference is not None and any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
-            floor = EXACT_FLOOR_QUANTIZED_DB
-            validation = Reference(before, walk.reference.data.head(16), self.host).against(work)
+    def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
+        """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass against the graph before."""
+        assert walk.reference is not None
+        few, floor, base = walk.reference.data.head(EXACT_SAMPLES), EXACT_FLOOR_DB, walk.original
+        if any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
+            floor, base = EXACT_FLOOR_QUANTIZED_DB, before
+        validation = Reference(base, few, self.host).against(work)
+        step.drift = validation.json() if base is walk.original else None
         sqnr = validation.values()["sqnr"]
         return "" if sqnr >= floor else f"moved them to {sqnr:.1f} dB of the graph before it (floor {floor:.0f} dB)"
 
