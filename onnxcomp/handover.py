@@ -34,7 +34,10 @@ class Payload:
 
 
 def payload(model: ir.Model) -> Payload:
-    """Serialize a model without copying its large constants; the model is used up (pass a clone)."""
+    """Serialize a model without its large constants; the model is used up (pass a clone).
+
+    The runtime maps constants that lie in files, and copies the ones in memory once when the session is made.
+    """
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     home = _home([t for v in values if (t := v.const_value) is not None])
     out = Payload(folder=None if home is None else Path(home or ".").resolve())

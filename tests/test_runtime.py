@@ -110,7 +110,7 @@ def test_a_closed_session_says_so() -> None:
 # ---- handing over --------------------------------------------------------------------------------------------------
 
 
-def test_large_constants_are_handed_over_without_a_copy(tmp_path: Path) -> None:
+def test_large_constants_stay_out_of_the_message(tmp_path: Path) -> None:
     g = tiny.linear(256, 128, bias=False)
     path = tiny.external(g, tmp_path)
     mapped = handover.payload(Graph(ir.load(path)).model)
