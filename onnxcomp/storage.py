@@ -12,12 +12,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass, RemoveUnusedFunctionsPass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp import external
 from onnxcomp.errors import ModelError
@@ -26,8 +25,6 @@ from onnxcomp.graph import Graph
 __all__ = ["COMPANIONS", "copy_companions", "fingerprint", "graphs_of", "load", "publish", "save"]
 
 INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
-SMALL = 1024  # bytes up to which a tensor stays in the model file, where shape inference can read it
-PAGE = 4096
 MIN_IR = 10
 _IR_OF = {  # first IR version that knows a type
     ir.DataType.FLOAT4E2M1: 11,
@@ -180,11 +177,11 @@ def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
     data, done = None, False
     try:
         if sum(unique.values()) > INLINE_LIMIT:
-            data = _externalize(model, target, temporary.with_suffix(".data.tmp"))
-        proto = ir.to_proto(_embedded(model, data))
+            data = external.externalize(model, target, temporary.with_suffix(".data.tmp"))
+        proto = ir.to_proto(external.embedded(model, data))
         with temporary.open("xb") as f:
             f.write(proto.SerializeToString(deterministic=True))
-            _sync(f)
+            external.sync(f)
         os.replace(temporary, target)
         done = True
     finally:
@@ -212,83 +209,6 @@ def _versions(model: ir.Model) -> None:
     model.producer_name, model.producer_version = "onnxcomp", ""
 
 
-def _externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
-    """Move tensors over `SMALL` bytes to a data file named by its content, one tensor in memory at a time."""
-    LiftConstantsToInitializersPass(size_limit=SMALL)(model)
-    held: list[tuple[ir.Value, ir.TensorProtocol]] = [
-        (v, t)
-        for t, v in external.tensors(model)
-        if isinstance(v, ir.Value) and t.nbytes > SMALL and t.dtype != ir.DataType.STRING
-    ]
-    offsets: dict[object, int] = {}
-    places: list[int] = []
-    with temporary.open("xb") as f:
-        for _, t in held:
-            key = t.source if isinstance(t, external.MappedTensor) else id(t)
-            if key not in offsets:
-                offsets[key] = _append(f, t, offsets)
-            places.append(offsets[key])
-        _sync(f)
-    with temporary.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()[:12]
-    data = target.with_name(f"{target.stem}-{digest}.onnx.data")
-    os.replace(temporary, data)
-    for (v, t), offset in zip(held, places, strict=True):
-        shape = ir.Shape(t.shape.numpy())
-        v.const_value = ir.ExternalTensor(data.name, offset, t.nbytes, t.dtype, shape=shape, name=str(v.name))
-    return data
-
-
-def _embedded(model: ir.Model, data: Path | None) -> ir.Model:
-    """Take tensors that lie in any file but `data` into the model file."""
-    for t, holder in list(external.tensors(model)):
-        if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data.name):
-            continue
-        proto = onnx.TensorProto(name=t.name or "", data_type=t.dtype.value, dims=t.shape.numpy(), raw_data=t.tobytes())
-        held = ir.TensorProtoTensor(proto)
-        if isinstance(holder, ir.Value):
-            holder.const_value = held
-        else:
-            node, name = holder
-            node.attributes[name] = ir.AttrTensor(name, held)
-    return model
-
-
-class _Hashing:
-    """A writer that counts and hashes what passes through to the file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.count, self.digest = file, 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Pass bytes on; exporters hand over arrays of any rank."""
-        view = memoryview(data)
-        data = view.cast("B") if view.nbytes else b""
-        self.digest.update(data)
-        self.count += len(data)
-        return self.file.write(data)
-
-
-def _append(f: BinaryIO, t: ir.TensorProtocol, seen: dict[object, int]) -> int:
-    """Write one tensor at the next aligned offset and return it; equal content already written is not written again."""
-    end = f.seek(0, os.SEEK_END)
-    align = PAGE if t.nbytes >= PAGE else 64
-    offset = -(-end // align) * align
-    f.write(bytes(offset - end))
-    out = _Hashing(f)
-    write = getattr(t, "tofile", None)
-    if write is not None:
-        write(out)
-    else:
-        out.write(t.tobytes())
-    if out.count != t.nbytes:
-        raise ModelError(f"tensor '{t.name}' gave {out.count} bytes where its shape and type say {t.nbytes}")
-    key = out.digest.digest()
-    if key in seen:
-        f.truncate(end)
-    return seen.setdefault(key, offset)
-
-
 # ---- publishing ------------------------------------------------------------------------------------------------------
 
 
@@ -304,11 +224,6 @@ def _make_folder(folder: Path) -> list[Path]:
     except OSError as e:
         raise ModelError(f"{folder}: the output folder cannot be made: {e.strerror or e}") from e
     return made
-
-
-def _sync(f: BinaryIO) -> None:
-    f.flush()
-    os.fsync(f.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -164,6 +164,18 @@ def test_lazy_tensors_are_evaluated_one_at_a_time(tmp_path: Path) -> None:
     assert [float(g.array(v)[0, 0]) for v in storage.load(tmp_path).model.graph.initializers.values()] == [0, 1, 2]
 
 
+def test_a_small_result_takes_the_data_of_its_source_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result must not refer to the data file of its source, in this folder or another."""
+    monkeypatch.setattr(storage, "INLINE_LIMIT", 0)
+    g = tiny.encoder()
+    source = storage.load(storage.save(g, tmp_path / "small_result_of_external"))
+    monkeypatch.undo()
+    file = storage.save(source, tmp_path / "out")
+    assert names(tmp_path / "out") == ["model.onnx"]
+    assert not external.locations(onnx.load(file, load_external_data=False))
+    assert weights(storage.load(file)) == weights(g)
+
+
 def test_local_functions_are_inlined(tmp_path: Path) -> None:
     text = """<ir_version: 10, opset_import: ["": 18, "mine": 1]>
     agraph (float[n] x) => (float[n] y) { y = mine.twice(x) }
@@ -532,7 +544,7 @@ def test_opset_conversion_does_not_read_the_weights(tmp_path: Path) -> None:
     storage.save(tiny.encoder(spelled="dynamo"), tmp_path)
     g = storage.load(tmp_path)
     new = convert(g, 23)
-    big = [v.const_value for v in new.model.graph.initializers.values() if v.const_value.nbytes > storage.SMALL]
+    big = [v.const_value for v in new.model.graph.initializers.values() if v.const_value.nbytes > external.SMALL]
     assert (g.opset, new.opset) == (18, 23)
     assert big
     assert all(isinstance(t, external.MappedTensor) for t in big)
