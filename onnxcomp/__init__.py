@@ -3,7 +3,9 @@
 The names below are loaded when they are first used; importing the package loads none of the heavy libraries.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -81,8 +83,19 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'onnxcomp' has no attribute '{name}'")
     module = import_module(f"onnxcomp.{home}")
     value = getattr(module, "compare" if name == "validate" else name)
-    globals()[name] = value  # also wins over the submodule of the same name
+    globals()[name] = value
     return value
+
+
+class _Package(ModuleType):
+    """Keeps `validate` and `export` the functions: importing the submodule would put the module in their place."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (isinstance(value, ModuleType) and _HOME.get(name) == name):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

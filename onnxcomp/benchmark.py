@@ -78,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than the first model, above 1 is faster, with its 95 % bootstrap interval."""
+    """How many times faster than another model, above 1 is faster, with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -109,9 +109,9 @@ class Rounds:
         """Samples that were measured and not used."""
         return sum(len(row[model].samples) for row in self.blocks) - self.samples(model).size
 
-    def ratio(self, model: int) -> Ratio:
-        """Median of the first model over that of `model`, resampling rounds (both models' blocks together)."""
-        a, b = self.samples(0), self.samples(model)
+    def ratio(self, model: int, base: int = 0) -> Ratio:
+        """Median of `base` over that of `model`, resampling rounds (both models' blocks together)."""
+        a, b = self.samples(base), self.samples(model)
         value = float(np.median(a) / np.median(b))
         picks = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
         # In parts, since all resamples of a fast model at once would be gigabytes.
@@ -136,15 +136,15 @@ class BenchReport:
         """The measured shapes, as labels."""
         return list(self.rounds)
 
-    def ratio(self, index: int, shape: str | Mapping[str, int]) -> Ratio:
-        """Speed-up of model `index` over the first one; raises `OnnxcompError` for a shape that was not measured."""
+    def ratio(self, index: int, shape: str | Mapping[str, int], base: int = 0) -> Ratio:
+        """Speed-up of model `index` over model `base`; raises `OnnxcompError` for what was not measured."""
         key = shape if isinstance(shape, str) else label(shape)
-        if key not in self.rounds or not 0 <= index < len(self.models):
+        if key not in self.rounds or not (0 <= index < len(self.models) and 0 <= base < len(self.models)):
             known = "; ".join(self.rounds)
             raise OnnxcompError(
                 f"model {index} at '{key}' was not measured; there are {len(self.models)} models at {known}"
             )
-        return self.rounds[key].ratio(index)
+        return self.rounds[key].ratio(index, base)
 
     def slower(self) -> list[str]:
         """Models surely slower than the first at some shape: the whole interval lies below 1."""

@@ -124,6 +124,8 @@ def test_a_ratio_survives_a_drifting_clock(clock: list[float], speedup: float) -
 def test_the_first_model_has_ratio_one() -> None:
     r = report(rounds((1, 2), (3, 2), (2, 2)))
     assert r.ratio(0, "batch=1").value == r.ratio(0, {"batch": 1}).low == 1
+    assert r.ratio(1, "batch=1", base=1).value == 1
+    assert r.ratio(0, "batch=1", base=1).value == 1 / r.ratio(1, "batch=1").value
     assert r.shapes == ["batch=1"]
 
 

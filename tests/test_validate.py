@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -451,3 +452,9 @@ def test_cached_keys_and_values_are_read_along_their_token_axis() -> None:
     tokens = sum(int(b.feeds["attention_mask"].sum()) for b in ds)
     assert v.outputs["present"].rows == 4 * tokens
     assert v.outputs["present"].sqnr == pytest.approx(v.drift.sqnr)
+
+
+def test_public_names_are_functions_whatever_was_imported_first() -> None:
+    code = "import onnxcomp.validate, onnxcomp as oc; assert oc.validate is sys.modules['onnxcomp.validate'].compare"
+    done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
