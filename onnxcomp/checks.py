@@ -81,7 +81,7 @@ def schemas(model: ir.Model) -> None:
 
 
 def _check(proto: onnx.ModelProto) -> None:
-    # The checker would look for small external tensors in the current folder; all initializers are listed as inputs here.
+    # The checker would look for external tensors in the current folder; all initializers are listed as inputs here.
     held = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(held)

@@ -80,13 +80,8 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of all constants, each counted once however often it is used."""
-        return sum(t.nbytes for t in {id(t): t for t in self._tensors()}.values())
-
-    def _tensors(self) -> Iterator[ir.TensorProtocol]:
-        for graph in self.model.graphs():
-            for v in graph.initializers.values():
-                if v.const_value is not None:
-                    yield v.const_value
+        held = (v.const_value for graph in self.model.graphs() for v in graph.initializers.values())
+        return sum({id(t): t.nbytes for t in held if t is not None}.values())
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
         """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating."""
@@ -355,7 +350,7 @@ class Graph:
             RemoveUnusedNodesPass(),
         )
         graph = self.model.graph
-        while True:  # merged constants make equal nodes, merged nodes leave unused constants
+        while True:  # merged constants make equal nodes, and these leave unused constants
             before = graph.num_nodes() + len(graph.initializers)
             for step in steps:
                 step(self.model)

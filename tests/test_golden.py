@@ -1,4 +1,4 @@
-"""What each rewrite looks like, as text. `UPDATE_GOLDEN=1 pytest tests/test_golden.py` writes the files anew; read the diff."""
+"""What each rewrite looks like, as text; `UPDATE_GOLDEN=1 pytest tests/test_golden.py` writes the files anew."""
 
 import os
 from pathlib import Path

@@ -68,7 +68,7 @@ def test_refused_result_writes_nothing_but_the_asked_report(source, batches, tmp
 
 
 def test_size_gate_is_judged_on_the_written_file(source, batches, tmp_path):
-    with pytest.raises(GateFailed, match="size<=0.01x"):
+    with pytest.raises(GateFailed, match=r"size<=0\.01x"):
         oc.compress(source, tmp_path / "out", passes=SMALL, calibration=batches, gates=["size<=0.01x"], measure=False)
     assert not (tmp_path / "out").exists()
 

@@ -117,7 +117,7 @@ def test_gates_without_data_are_refused():
 
 
 def test_order_is_enforced_unless_waived():
-    with pytest.raises(RecipeError, match="'bend' .* must come before 'lower'"):
+    with pytest.raises(RecipeError, match=r"'bend' .* must come before 'lower'"):
         PassManager([Lower(), Bend()])
     assert len(PassManager([Lower(), Bend()], any_order=True).passes) == 2
 
@@ -170,7 +170,7 @@ def test_sequential_pass_recollects_on_the_changed_prefix():
     batches = [
         Batch({"x": np.abs(np.random.default_rng(i).standard_normal((2, 5, 8))).astype(np.float32)}) for i in range(3)
     ]
-    up, down = blocks.linears(g)
+    up, _ = blocks.linears(g)
     x = np.concatenate([b.feeds["x"].reshape(-1, 8) for b in batches]).astype(np.float64)
     Doubling.seen.clear()
     PassManager([Doubling()]).run(g, as_dataset(batches, g), as_dataset(batches, g))

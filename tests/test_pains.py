@@ -14,7 +14,6 @@ from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.gate import Gate
-from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
 from onnxcomp.passes.qdq import Qdq

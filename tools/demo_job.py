@@ -4,9 +4,8 @@ import sys
 import time
 from pathlib import Path
 
-from models import docs_lm, vit_digits
-
 import onnxcomp as oc
+from models import docs_lm, vit_digits
 from onnxcomp.report import show
 
 JOBS = {

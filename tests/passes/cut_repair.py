@@ -1,4 +1,4 @@
-"""Cuts feed-forward channels and repairs what is left by least squares: proves Gram statistics of the uncut layer and `take`."""
+"""Cuts feed-forward channels and repairs by least squares: proves Gram statistics of the uncut layer and `take`."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from onnxcomp.target import Target
 
 @dataclass(frozen=True)
 class CutRepair(Pass):
-    """Drop the feed-forward channels of least energy `G_jj |W_j|^2`, then refit the down projection on the kept ones."""
+    """Drop the feed-forward channels of least energy `G_jj |W_j|^2`, then refit the down projection."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
