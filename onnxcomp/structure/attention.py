@@ -17,29 +17,29 @@ __all__ = ["raise_attention"]
 
 def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     """Raise every attention that is recognised; the others are declined with the reason."""
-    masks = Masks(g, f, exact_rows)
+    masks = Masks(g, f)
     for softmax in g.nodes("Softmax"):
         if softmax.domain == "":
-            _raise_core(g, f, masks, softmax)
+            _raise_core(g, f, masks, softmax, exact_rows)
     sizes = Sizes(g, f)
     for node in g.nodes("Attention"):
         if node.domain == "":
-            _normalise(g, f, masks, sizes, node)
+            _normalise(g, f, masks, sizes, node, exact_rows)
 
 
-def _raise_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> None:
+def _raise_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node, exact_rows: bool) -> None:
     try:
         core = find_core(g, f, masks, softmax)
     except NotAttention as why:
         g.decline(softmax, f"attention: {why}")
         return
-    if masks.exact_rows and core.masks and core.finite:
+    if exact_rows and core.changes:
         g.decline(softmax, "attention: rows that see no key would change (asked for exact rows)")
         return
     raise_core(g, f, masks, core)
 
 
-def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node) -> None:
+def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
     """Bring one operator to the canonical form: explicit scale, real KV heads, fitted bool mask, three axes."""
     q, k = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if q is None or k is None:
@@ -51,7 +51,7 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node) ->
         g.decline(node, "attention: it has a key-value cache or a score output")
         return
     _explicit_scale(g, node, q)
-    _mask(g, f, masks, sizes, node, q, k)
+    _mask(g, f, masks, sizes, node, exact_rows)
     if len(q) == 4:
         _sink(g, f, node, q)
 
@@ -64,27 +64,29 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
     g.set_attr(node, scale=(width // heads) ** -0.5)
 
 
-def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, q: Shape, k: Shape) -> None:
-    queries, keys = (q[2], k[2]) if len(q) == 4 else (q[1], k[1])
+def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
+    """One bool mask with its last axes written out, or none; the guard behind the operator goes where it repeats it."""
+    q, k = f.shape(node.inputs[0]) or (), f.shape(node.inputs[1]) or ()
     given = node.inputs[3] if len(node.inputs) > 3 else None
-    kept = None if given is None or masks.allows_all(given) else given
-    meaning = masks.as_bool(kept) if kept is not None else None
-    mask = meaning if meaning is not None else kept
+    mask = None if given is None or masks.allows_all(given) else given
+    meaning = masks.as_bool(mask) if mask is not None else None
+    guarded = masks.guarded(node.outputs[0], meaning)
+    if guarded is not None:
+        g.replace(guarded, node.outputs[0])
+    if mask is not None and meaning is not None and not (exact_rows and guarded is None and masks.is_finite(mask)):
+        mask = meaning
     if node.attributes.get_int("is_causal", 0):
-        causal = masks.causal(queries, keys, sizes)
+        causal = masks.causal(q[-2], k[-2], sizes)
         if causal is None or (mask is not None and not masks.is_bool(mask)):
             g.decline(node, "attention: a causal product that is not square, or has a float bias, keeps its flag")
             return
         mask = causal if mask is None else masks.both(causal, mask)
         g.set_attr(node, is_causal=None)
-    if mask is not None:
-        fitted = masks.fitted(mask, queries, keys, sizes)
-        if fitted is None:
-            g.decline(node, "attention: the mask's axes are not known")
-            return
-        mask = fitted
-    if mask is not given:
-        g.set_input(node, 3, mask)
+    fitted = masks.fitted(mask, q[-2], k[-2], sizes) if mask is not None else None
+    if mask is not None and fitted is None:
+        g.decline(node, "attention: the mask's axes are not known")
+    elif fitted is not given:
+        g.set_input(node, 3, fitted)
 
 
 def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:

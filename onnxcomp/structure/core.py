@@ -22,7 +22,10 @@ class NotAttention(Exception):
 
 @dataclass
 class Core:
-    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or what guards it."""
+    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or what guards it.
+
+    `changes` tells that rows which see no key would come out differently.
+    """
 
     q: ir.Value
     k: ir.Value
@@ -31,7 +34,7 @@ class Core:
     scale: float
     softcap: float = 0.0
     masks: list[ir.Value] = field(default_factory=list)
-    finite: bool = False
+    changes: bool = False
 
 
 @dataclass
@@ -60,7 +63,9 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
     q, k = product.inputs[0], product.inputs[1]
     if q is None or k is None or v is None:
         raise NotAttention("an input of a product is missing")
-    core = Core(q, k, v, out, walk.scale, walk.softcap, walk.masks, walk.finite or not guarded)
+    repeated = masks.guarded(out, walk.masks[0] if len(walk.masks) == 1 else None)
+    changes = repeated is None and (walk.finite or not guarded)
+    core = Core(q, k, v, repeated or out, walk.scale, walk.softcap, walk.masks, bool(walk.masks) and changes)
     _check(f, core)
     return core
 
@@ -99,18 +104,8 @@ def _mask_added(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     if meaning is None and walk.scale != 1.0:
         raise NotAttention("the scale is applied after a position bias")
     walk.masks.append(meaning if meaning is not None else mask)
-    walk.finite |= not _is_infinite(f, mask)
+    walk.finite |= masks.is_finite(mask)
     return scores
-
-
-def _is_infinite(f: Facts, mask: ir.Value) -> bool:
-    """Whether what the mask adds to forbid a key is -inf (then empty rows were NaN, or guarded)."""
-    node = mask.producer()
-    if node is None or node.op_type != "Where":
-        known = f.uniform(mask)
-        return known is not None and known.value == 0.0
-    fills = [f.uniform(x) for x in node.inputs[1:]]
-    return any(u is not None and u.value == -np.inf for u in fills)
 
 
 def _mask_selected(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:

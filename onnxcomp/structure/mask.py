@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.structure.dims import Size
+from onnxcomp.structure.rules import axes_of
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import Sizes
 
@@ -24,7 +25,6 @@ class Masks:
 
     g: Graph
     f: Facts
-    exact_rows: bool = False
     _bools: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
     _made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
@@ -65,6 +65,8 @@ class Masks:
             return None
         if node.op_type == "Where":
             return self._of_where(node)
+        if node.op_type == "Mul":
+            return self._of_product(node)
         if node.op_type in MOVES and node.inputs[0] is not None:
             inner = self.as_bool(node.inputs[0])
             if inner is None:
@@ -80,12 +82,71 @@ class Masks:
         condition, x, y = node.inputs[:3]
         for allowed, blocked, positive in ((x, y, True), (y, x, False)):
             known, fill = self.f.uniform(allowed), self.fill(blocked)
-            if condition is None or known is None or known.value != 0.0 or fill is None:
-                continue
-            if self.exact_rows and fill != -np.inf:
-                return None
-            return condition if positive else self.negated(condition)
+            if condition is not None and known is not None and known.value == 0.0 and fill is not None:
+                return condition if positive else self.negated(condition)
         return None
+
+    def _of_product(self, node: ir.Node) -> ir.Value | None:
+        """`Cast(blocked) * fill` and `(1 - Cast(allowed)) * fill`, for bools."""
+        for x, fill in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            low, inner = self.fill(fill), x.producer() if x is not None else None
+            if low is None or inner is None or not np.isfinite(low):
+                continue
+            if inner.op_type == "Sub" and self.f.scalar(inner.inputs[0]) == 1.0:
+                return self.uncast(inner.inputs[1])
+            blocked = self.uncast(x)
+            if blocked is not None:
+                return self.negated(blocked)
+        return None
+
+    def uncast(self, v: ir.Value | None) -> ir.Value | None:
+        """The bool value behind a Cast to numbers."""
+        node = v.producer() if v is not None else None
+        if node is None or node.op_type != "Cast" or node.inputs[0] is None:
+            return None
+        return node.inputs[0] if self.is_bool(node.inputs[0]) else None
+
+    def empty_rows(self, v: ir.Value | None) -> ir.Value | None:
+        """The bool mask whose rows without any key are the True elements of `v`, or None."""
+        node = v.producer() if v is not None else None
+        if node is None or len(node.inputs) != 2:
+            return None
+        limit = self.f.uniform(node.inputs[1])
+        top = limit.value if limit is not None else None
+        fits = {
+            "Less": top is not None and 0 < top <= 1,
+            "LessOrEqual": top is not None and 0 <= top < 1,
+            "Equal": top == 0,
+        }
+        count = node.inputs[0].producer() if fits.get(node.op_type) and node.inputs[0] is not None else None
+        rank = self.f.rank(count.inputs[0]) if count is not None else None
+        if count is None or rank is None or count.op_type not in ("ReduceSum", "ReduceMax"):
+            return None
+        axes = axes_of(self.f, count)
+        last = axes is not None and [a % rank for a in axes] == [rank - 1]
+        return self.uncast(count.inputs[0]) if last and count.attributes.get_int("keepdims", 1) == 1 else None
+
+    def guarded(self, out: ir.Value, mask: ir.Value | None) -> ir.Value | None:
+        """`Where(no key, 0, out)` when it only repeats what `mask` does to rows that see no key."""
+        users = list(dict.fromkeys(u for u, _ in out.uses()))
+        where = users[0] if len(users) == 1 and not out.is_graph_output() else None
+        if where is None or where.op_type != "Where" or where.inputs[2] is not out:
+            return None
+        zero, rows = self.f.uniform(where.inputs[1]), self.empty_rows(where.inputs[0])
+        if rows is None or zero is None or zero.value != 0.0:
+            return None
+        return where.outputs[0] if rows is mask or self.allows_all(rows) else None
+
+    def is_finite(self, v: ir.Value) -> bool:
+        """Whether a mask forbids keys with a finite number (then rows without keys were a mean, not NaN or 0)."""
+        if self.is_bool(v):
+            return False
+        node = v.producer()
+        if node is None or node.op_type != "Where":
+            known = self.f.uniform(v)
+            return known is None or known.value != 0.0
+        fills = [self.f.uniform(x) for x in node.inputs[1:]]
+        return not any(u is not None and u.value == -np.inf for u in fills)
 
     def both(self, a: ir.Value, b: ir.Value) -> ir.Value:
         """Keys that both bool masks allow."""

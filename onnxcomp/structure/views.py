@@ -95,7 +95,7 @@ def _gemm(
     g: Graph, node: ir.Node, x: ir.Value, source: ir.Value, weight: ir.Value, dequantize: ir.Node | None
 ) -> Linear | None:
     scaled = node.attributes.get_float("alpha", 1.0) != 1.0 or node.attributes.get_float("beta", 1.0) != 1.0
-    if scaled or node.attributes.get_int("transA", 0):
+    if scaled or node.attributes.get_int("transA", 0) == 1:
         return None
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None and stored(g, bias)[0] is None:
