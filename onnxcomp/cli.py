@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +51,7 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 lets the runtime choose.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result in one line, and errors.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that was left alone; tracebacks.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that was left alone; warnings, tracebacks.")]
 
 
 def _version(wanted: bool) -> None:
@@ -306,6 +307,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if args is None else args)
     json, verbose = "--json" in given, bool({"-v", "--verbose"} & set(given))
+    if verbose:
+        logging.basicConfig(level=logging.WARNING)
+        logging.getLogger("onnxcomp").setLevel(logging.DEBUG)  # the runtime's own warnings as well
     if args is None:
         sys.excepthook = functools.partial(failures.crash, json, verbose)
     try:

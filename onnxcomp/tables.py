@@ -124,7 +124,8 @@ def option_table(info: PassInfo) -> Table | str:
 
 def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
     """What a model is, one fact a line, and what was not recognised, grouped by reason."""
-    rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in ("name", "not_recognised")]
+    hidden = ("name", "not_recognised")
+    rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in hidden and v is not None]
     found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
     if lost := facts["not_recognised"]:
         grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
@@ -177,7 +178,7 @@ def _number(x: float | None, missing: str = "-") -> str:
 
 def _fact(x: Any) -> str:
     if isinstance(x, Mapping):
-        return ", ".join(f"{k}: {_fact(v)}" for k, v in x.items())
+        return ", ".join(f"{k}: {_fact(v)}" for k, v in x.items() if v is not None)
     if isinstance(x, (list, tuple)):
         return ", ".join(_fact(v) for v in x)
     return f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -27,8 +28,9 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line in this process: exit code, stdout, stderr."""
+    monkeypatch.setattr(logging.getLogger("onnxcomp"), "level", logging.NOTSET)  # put back after -v
 
     def go(*args: object) -> tuple[int, str, str]:
         code = cli.main([str(a) for a in args])
@@ -205,6 +207,25 @@ def test_bench_times_models(run: Run, place: Path, monkeypatch: pytest.MonkeyPat
     code, out, _ = run(*args)
     assert code == 0
     assert "batch=1,sequence=4" in out
+
+
+def test_export_passes_its_options_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def export(source: str, out: Path, **options: Any) -> Path:
+        asked.update(options, source=source)
+        out.mkdir()
+        (out / "export.json").write_text('{"task": "text-classification", "dtype": "fp16"}')
+        return out
+
+    monkeypatch.setattr(onnxcomp, "export", export)
+    args = ("export", "org/name", "-o", tmp_path / "out", "--dtype", "fp16", "--opset", 20, "--revision", "v1")
+    code, out, err = run(*args, "--static", "batch=1", "--json")
+    assert (code, err) == (0, "")
+    assert one_object(out) == {"out": str(tmp_path / "out"), "task": "text-classification", "dtype": "fp16"}
+    given = {k: asked[k] for k in ("source", "dtype", "opset", "revision", "static", "allow_pickle")}
+    expected = {"source": "org/name", "dtype": "fp16", "opset": 20, "revision": "v1", "static": {"batch": 1}}
+    assert given == expected | {"allow_pickle": False}
 
 
 def test_passes_are_listed_and_explained(run: Run) -> None:
