@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from onnxcomp import __version__
 from onnxcomp.errors import ExportError
 from onnxcomp.storage import COMPANIONS, copy_companions
 
@@ -172,8 +173,9 @@ def _from_hub(name: str, revision: str | None, staging: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for name in ("onnxcomp", "torch", "transformers", "onnxscript", "onnx", "onnx-ir"):
+    """Versions of everything that took part in the export."""
+    found = {"onnxcomp": __version__}
+    for name in ("torch", "transformers", "onnxscript", "onnx", "onnx-ir"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
