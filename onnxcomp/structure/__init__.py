@@ -30,8 +30,9 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     start, names = graph.edits, {str(n.name) for n in graph.nodes()}
     if graph.opset < OPSET:
         _adopt(graph, convert(graph, OPSET))
+    declined = list(graph.declined)
     for _ in range(ROUNDS):
-        before = graph.edits
+        before, graph.declined = graph.edits, list(declined)  # what an earlier round could not raise may go now
         _round(graph, exact_rows)
         if graph.edits == before:
             break
