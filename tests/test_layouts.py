@@ -169,3 +169,40 @@ def test_shape_reads_of_activations_are_rerooted_on_inputs():
     assert all(n.inputs[0] is g.inputs[0] for n in g.nodes("Shape"))
     with Session(g) as s:
         assert s.run({"x": np.zeros((3, 5, 8), np.float32)})["y"].shape == (5, 3, 2, 4)
+
+
+def test_local_functions_are_inlined():
+    x, a = (ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["b", 4])) for n in "xa")
+    inner = ir.node("Sigmoid", [a])
+    body = ir.Graph([a], inner.outputs, nodes=[inner], opset_imports={"": 20}, name="body")
+    call = ir.node("Gate", [x], domain="mine")
+    call.outputs[0].name = "y"
+    outer = ir.Graph([x], [], nodes=[call], opset_imports={"": 20, "mine": 1}, name="outer")
+    function = ir.Function("mine", "Gate", graph=body, attributes=[])
+    g = tiny.finish(Graph(ir.Model(outer, ir_version=10, functions=[function])), call.outputs[0], "y", ["b", 4])
+    canonicalize(g)
+    assert [n.op_type for n in g.nodes()] == ["Sigmoid"]
+    assert not g.model.functions
+
+
+def test_axes_broadcast_together_are_equal_in_proofs_only():
+    """Two inputs name their batch differently; one of them may be 1 when the model runs."""
+    x, p = (
+        ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([d, "s", 8]))
+        for n, d in (("x", "s72"), ("p", "s43"))
+    )
+    g = Graph(ir.Model(ir.Graph([x, p], [], nodes=[], opset_imports={"": 23}, name="two"), ir_version=10))
+    y = g.op("Add", x, p)
+    zeros = g.op("ConstantOfShape", g.op("Concat", g.op("Shape", y, start=0, end=2), np.array([1, 1]), axis=0))
+    split = g.op("Reshape", y, g.op("Concat", g.op("Shape", y, start=0, end=2), np.array([2, 4]), axis=0))
+    source = tiny.finish(g, g.op("Add", split, zeros), "y", [None] * 4)
+    f = Facts(source)
+    first = f.shape(source.node("Add").outputs[0])[0]
+    assert f.same(first, named("s72"))
+    assert f.same(first, named("s43"))
+    assert not f.rooted(first)
+    new = source.clone()
+    canonicalize(new)
+    feeds = {"x": np.ones((1, 5, 8), np.float32), "p": np.ones((3, 5, 8), np.float32)}
+    with Session(source) as a, Session(new) as b:
+        np.testing.assert_array_equal(a.run(feeds)["y"], b.run(feeds)["y"])

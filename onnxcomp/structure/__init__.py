@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from onnx_ir.passes.common import InlinePass
+
 from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
@@ -28,6 +30,8 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     any key would change stay as they are. Raises `ModelError` when the operator set cannot be raised.
     """
     start, names = graph.edits, {str(n.name) for n in graph.nodes()}
+    if graph.model.functions:
+        _adopt(graph, _inlined(graph))
     if graph.opset < OPSET:
         _adopt(graph, convert(graph, OPSET))
     declined = list(graph.declined)
@@ -71,8 +75,15 @@ def _settle(graph: Graph, f: Facts) -> None:
     graph.sweep()
 
 
-def _adopt(graph: Graph, converted: Graph) -> None:
-    """Put the converted model into the given graph object."""
-    graph.model = converted.model
-    graph._names |= converted._names
+def _inlined(graph: Graph) -> Graph:
+    """A copy without local functions."""
+    copy = graph.clone()
+    InlinePass()(copy.model)
+    return Graph(copy.model, graph.path)
+
+
+def _adopt(graph: Graph, new: Graph) -> None:
+    """Put a rewritten model into the given graph object."""
+    graph.model = new.model
+    graph._names |= new._names
     graph.edits += 1

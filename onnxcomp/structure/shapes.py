@@ -95,7 +95,12 @@ class Facts:
         if a == 1 or isinstance(b, int):
             return b
         self.equal.assume(a, b)
-        return b if isinstance(a, Dim) and not self.rooted(a) and self.rooted(b) else a
+        if self.rooted(a) != self.rooted(b):
+            return a if self.rooted(a) else b
+        # Either may be 1 when the model runs, so the result is neither: equal in proofs, not readable from an input.
+        both = named("|".join(sorted((str(a), str(b)))))
+        self.equal.assume(a, both)
+        return both
 
     def rooted(self, a: Size) -> bool:
         """Whether a size can be read off the graph inputs."""

@@ -177,7 +177,7 @@ def _expand_target(f: Facts, x: ir.Value, target: ir.Value) -> list[int] | None:
     for want, have in zip(c, padded[-c.size :], strict=True):
         if isinstance(want, int):
             wanted.append(1 if want == have and want != 1 else want)
-        elif isinstance(want, Dim) and f.same(want, have):
+        elif isinstance(want, Dim) and want == have:
             wanted.append(1)
         else:
             return None
