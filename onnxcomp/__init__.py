@@ -3,9 +3,7 @@
 The names below are loaded when they are first used; importing the package loads none of the heavy libraries.
 """
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,16 +18,16 @@ if TYPE_CHECKING:
     from onnxcomp.errors import RecipeError as RecipeError
     from onnxcomp.errors import TargetError as TargetError
     from onnxcomp.errors import UnknownPass as UnknownPass
-    from onnxcomp.export import export as export
+    from onnxcomp.exporter import export as export
     from onnxcomp.gate import Gate as Gate
     from onnxcomp.graph import Graph as Graph
     from onnxcomp.job import Job as Job
     from onnxcomp.job import compress as compress
     from onnxcomp.job import optimize as optimize
-    from onnxcomp.pipeline import Pass as Pass
     from onnxcomp.manager import PassManager as PassManager
-    from onnxcomp.manager import Report as Report
-    from onnxcomp.manager import Result as Result
+    from onnxcomp.outcome import Report as Report
+    from onnxcomp.outcome import Result as Result
+    from onnxcomp.pipeline import Pass as Pass
     from onnxcomp.pipeline import SequentialPass as SequentialPass
     from onnxcomp.recipe import Recipe as Recipe
     from onnxcomp.storage import load as load
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from onnxcomp.target import CUDA as CUDA
     from onnxcomp.target import TENSORRT as TENSORRT
     from onnxcomp.target import Target as Target
-    from onnxcomp.validate import compare as validate
+    from onnxcomp.validation import validate as validate
 
 __version__ = "0.1.0"
 
@@ -54,7 +52,7 @@ _HOME = {
     "RecipeError": "errors",
     "TargetError": "errors",
     "UnknownPass": "errors",
-    "export": "export",
+    "export": "exporter",
     "Gate": "gate",
     "Graph": "graph",
     "Job": "job",
@@ -62,8 +60,8 @@ _HOME = {
     "optimize": "job",
     "Pass": "pipeline",
     "PassManager": "manager",
-    "Report": "manager",
-    "Result": "manager",
+    "Report": "outcome",
+    "Result": "outcome",
     "SequentialPass": "pipeline",
     "Recipe": "recipe",
     "load": "storage",
@@ -72,7 +70,7 @@ _HOME = {
     "CUDA": "target",
     "TENSORRT": "target",
     "Target": "target",
-    "validate": "validate",
+    "validate": "validation",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -82,20 +80,9 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'onnxcomp' has no attribute '{name}'")
     module = import_module(f"onnxcomp.{home}")
-    value = getattr(module, "compare" if name == "validate" else name)
+    value = getattr(module, name)
     globals()[name] = value
     return value
-
-
-class _Package(ModuleType):
-    """Keeps `validate` and `export` the functions: importing the submodule would put the module in their place."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (isinstance(value, ModuleType) and _HOME.get(name) == name):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

@@ -17,7 +17,7 @@ from onnxcomp.console import Output, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
 
 if TYPE_CHECKING:
-    from onnxcomp.manager import Result
+    from onnxcomp.outcome import Result
 
 __all__ = ["app", "main"]
 

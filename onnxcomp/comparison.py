@@ -15,8 +15,7 @@ from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
 from onnxcomp.storage import graphs_of, load
 from onnxcomp.target import find
-from onnxcomp.validate import Validation
-from onnxcomp.validate import compare as compare_models
+from onnxcomp.validation import Validation, validate
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
@@ -89,7 +88,7 @@ def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) ->
     first, second = one_graph(reference, asked.graph), one_graph(candidate, asked.graph)
     dataset = data.open(load(first), first.parent)
     wanted = list(dict.fromkeys([*asked.metrics, *gate.metrics]))
-    v = compare_models(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
+    v = validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
     sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
 

@@ -39,7 +39,7 @@ def explain(e: OnnxcompError, *, json: bool, verbose: bool) -> int:
 
 def _refusal(e: GateFailed) -> tuple[Any, str]:
     """The report as JSON, and what was measured with the recipe's advice as text."""
-    from onnxcomp.manager import Report
+    from onnxcomp.outcome import Report
 
     if not isinstance(e.report, Report):
         return None, ""

@@ -1,4 +1,7 @@
-"""Gates: conditions a result must meet, written `NAME OP VALUE`, such as `sqnr>=20` or `perplexity-rise<=1%`."""
+"""Gates: conditions a result must meet, written `NAME OP VALUE`, such as `sqnr>=20` or `perplexity-rise<=1%`.
+
+A trailing `?` judges only where the value can be measured (labels, a language model), which is how presets ask.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ NAMES = {
     "size": "file size over the original's",
 }
 MEASURED_ON_FILES = frozenset({"latency", "size"})
-_EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*$")
+_EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*(\?)?\s*$")
 _HOLDS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
 
 
@@ -41,6 +44,7 @@ class Condition:
     op: str
     bound: float
     text: str
+    optional: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -48,7 +52,7 @@ class Condition:
         match = _EXPR.match(text)
         if match is None:
             raise RecipeError(f"gate '{text}' is not NAME OP VALUE, such as sqnr>=20 or perplexity-rise<=1%")
-        name, op, number, unit = match.groups()
+        name, op, number, unit, optional = match.groups()
         if name not in NAMES and not (":" in name and name.endswith(("-drop", "-rise"))):
             near = get_close_matches(name, NAMES, 1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(NAMES)}"
@@ -59,7 +63,7 @@ class Condition:
             raise RecipeError(f"gate '{text}': '{number}' is not a number") from None
         if not math.isfinite(bound):
             raise RecipeError(f"gate '{text}': the bound must be finite")
-        return cls(name, op, bound / 100 if unit == "%" else bound, text.strip())
+        return cls(name, op, bound / 100 if unit == "%" else bound, text.strip(), optional is not None)
 
     @property
     def metric(self) -> str | None:
@@ -103,7 +107,7 @@ class Gate:
     @property
     def metrics(self) -> list[str]:
         """Task metrics that must be computed."""
-        return list(dict.fromkeys(m for c in self.conditions if (m := c.metric)))
+        return list(dict.fromkeys(m for c in self.conditions if not c.optional and (m := c.metric)))
 
     @property
     def wants_latency(self) -> bool:
@@ -113,11 +117,13 @@ class Gate:
     def judge(self, values: Mapping[str, float], *, files: bool = False) -> list[Verdict]:
         """Verdicts on quality conditions, or with `files` on those measured on the written model.
 
-        A value that was not measured refuses, since nobody can say that it holds.
+        A value that was not measured refuses, since nobody can say that it holds, unless the condition is optional.
         """
         verdicts = []
         for c in self.conditions:
             if (c.name in MEASURED_ON_FILES) is files:
                 value = values.get(c.name)
+                if value is None and c.optional:
+                    continue
                 verdicts.append(Verdict(c.text, value, value is not None and c.holds(value)))
         return verdicts

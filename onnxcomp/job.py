@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxcomp
-from onnxcomp import benchmark, report, runtime, storage
+from onnxcomp import benchmark, runtime, storage
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import GateFailed, ModelError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager, Report, Result, host_of
+from onnxcomp.manager import PassManager, host_of
+from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass
 from onnxcomp.recipe import Recipe
+from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.target import CPU, Target, find
 
 if TYPE_CHECKING:
@@ -95,24 +97,23 @@ class Job:
             allow_unchanged=self.recipe.allow_unchanged,
             measure=self.measure,
             shapes=[dict(s) for s in self.shapes],
+            allow_code=self.allow_code,
         )
 
     def run(self, watch: Watch | None = None) -> Result:
         """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured."""
         graph = storage.load(self.model)
-        calibration = self.dataset(self.calibration, graph)
-        evaluation = self.dataset(self.evaluation, graph)
-        manager = self.manager(watch)
+        calibration, evaluation = (self.dataset(x, graph) for x in (self.calibration, self.evaluation))
         try:
-            result = manager.run(graph, calibration, evaluation)
+            result = self.manager(watch).run(graph, calibration, evaluation)
         except GateFailed as e:
             if isinstance(e.report, Report):
-                self._describe(e.report, calibration, evaluation)
+                self._describe(e.report)
             raise
-        self._describe(result.report, calibration, evaluation)
+        self._describe(result.report)
         return result
 
-    def _describe(self, report: Report, calibration: Dataset | None, evaluation: Dataset | None) -> None:
+    def _describe(self, report: Report) -> None:
         source = storage.fingerprint(self.model)
         report.info |= {
             "source": str(self.model),
@@ -123,21 +124,14 @@ class Job:
             "advice": self.recipe.advice,
             "target": self.target.name,
             "seed": self.seed,
-            "calibration": None if calibration is None else {"name": calibration.name, "samples": len(calibration)},
-            "evaluation": None if evaluation is None else {"name": evaluation.name, "samples": len(evaluation)},
             "metadata": {
                 "onnxcomp.version": onnxcomp.__version__,
                 "onnxcomp.source": source,
                 "onnxcomp.recipe": self.recipe.hash(),
                 "onnxcomp.target": self.target.name,
-                "onnxcomp.schema": str(report_schema_version()),
+                "onnxcomp.schema": str(SCHEMA_VERSION),
             },
         }
-
-
-def report_schema_version() -> int:
-    """Version of the schema of report.json."""
-    return report.SCHEMA_VERSION
 
 
 def compress(model: str | Path, out: str | Path, **options: Any) -> Result:
@@ -145,12 +139,10 @@ def compress(model: str | Path, out: str | Path, **options: Any) -> Result:
 
     Raises `GateFailed` when a gate refuses the result; nothing is written then.
     """
-    results = compress_each(model, out, **options)
-    if len(results) != 1:
-        raise ModelError(
-            f"{model}: holds {len(results)} graphs ({', '.join(results)}); name one with graph=, or call compress_each"
-        )
-    return next(iter(results.values()))
+    held = storage.graphs_of(model)
+    if len(held) > 1 and not options.get("graph"):
+        raise ModelError(f"{model}: holds the graphs {', '.join(held)}; name one with graph=, or call compress_each")
+    return next(iter(compress_each(model, out, **options).values()))
 
 
 def compress_each(
@@ -262,10 +254,10 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
                 storage.copy_companions(source, staging)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
-            report.write(e.report, report_file)
+            write(e.report, report_file)
         raise
     if report_file is not None:
-        report.write(next(iter(results.values())).report, report_file)
+        write(next(iter(results.values())).report, report_file)
     return results
 
 
@@ -288,7 +280,7 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
     _check(job, path, result)
     stem = Path(name).stem
-    report.write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
+    write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
     return result
 
 

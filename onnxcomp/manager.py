@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -18,16 +16,17 @@ import onnxcomp
 from onnxcomp import calibrate, runtime, tune
 from onnxcomp.data import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError, TargetError
-from onnxcomp.gate import Gate, Verdict
-from onnxcomp.graph import Declined, Graph, Site
+from onnxcomp.gate import Gate
+from onnxcomp.graph import Graph, Site
+from onnxcomp.outcome import Report, Result, Step, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache, content_hash
-from onnxcomp.storage import load, save
+from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
-from onnxcomp.validate import Reference, Validation
+from onnxcomp.validation import Reference, Validation
 
-__all__ = ["PassManager", "Report", "Result", "Step"]
+__all__ = ["PassManager", "check_order", "host_of"]
 
 # An exact pass may only add float noise: 80 dB is a relative error of 1e-4, far above fp32 noise, far below a change.
 EXACT_FLOOR_DB = 80.0
@@ -35,64 +34,6 @@ EXACT_FLOOR_DB = 80.0
 # quantization itself moves them; what must stay is the distance to the original.
 LOST_DB = 1.0
 EXACT_SAMPLES = 16  # evaluation samples an exact pass is checked on; lossy passes and the result are compared on all
-
-
-@dataclass
-class Step:
-    """What one pass did: sites eligible and changed, what it declined and why, sizes, drift from the original."""
-
-    name: str
-    spec: str
-    fidelity: str
-    eligible: int = 0
-    changed: int = 0
-    edits: int = 0
-    declined: list[Declined] = field(default_factory=list)
-    nodes: tuple[int, int] = (0, 0)
-    nbytes: tuple[int, int] = (0, 0)
-    seconds: float = 0.0
-    peak_mib: float = 0.0
-    drift: dict[str, Any] | None = None
-    rolled_back: str = ""
-    cached: bool = False
-
-
-@dataclass
-class Report:
-    """All that was done, declined and measured; `report.py` writes it as tables and versioned JSON."""
-
-    steps: list[Step] = field(default_factory=list)
-    verdicts: list[Verdict] = field(default_factory=list)
-    validation: Validation | None = None
-    integer: runtime.IntegerCheck | None = None
-    warnings: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
-    benchmark: Any = None
-
-    def step(self, name: str) -> Step:
-        """The last step of that pass; raises `KeyError`."""
-        for s in reversed(self.steps):
-            if s.name == name:
-                return s
-        raise KeyError(name)
-
-
-@dataclass
-class Result:
-    """The compressed model with its report."""
-
-    model: Graph
-    report: Report
-
-    def save(self, out: str | Path) -> Path:
-        """Write the model atomically; returns its path."""
-        return save(self.model, Path(out), metadata=self.report.info.get("metadata", {}))
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024) if sys.platform == "darwin" else peak / 1024
 
 
 @dataclass
@@ -106,7 +47,7 @@ class _Walk:
     scratch: Path
     report: Report
     steps: StepCache
-    variants: Reference | None = None
+    variants: dict[str | None, Reference] = field(default_factory=dict)
 
 
 class PassManager:
@@ -131,6 +72,7 @@ class PassManager:
         allow_unchanged: bool = False,
         measure: bool = True,
         shapes: Sequence[dict[str, int]] = (),
+        allow_code: bool = False,
     ) -> None:
         self.passes = tuple(passes)
         self.target = target
@@ -138,7 +80,7 @@ class PassManager:
         self.gate = gate or Gate()
         self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
         self.allow_unchanged, self.measure = allow_unchanged, measure
-        self.shapes = tuple(shapes)
+        self.shapes, self.allow_code = tuple(shapes), allow_code
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail
@@ -149,22 +91,23 @@ class PassManager:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
-        report = Report(warnings=notes)
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as scratch:
+        report = Report(warnings=notes, info={"calibration": _described(calib), "evaluation": _described(evalu)})
+        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+            scratch = Path(folder)
             reference = None
             if evalu is not None:
-                reference = Reference(
-                    original, evalu, self.host, metrics=self.gate.metrics, scratch=Path(scratch) / "reference"
-                )
-            walk = _Walk(
-                original, original.clone(), calib, reference, Path(scratch), report, self._steps(original, calib, evalu)
-            )
+                reference = self._reference(original, evalu, self.gate.metrics, scratch / "reference")
+            steps = self._steps(original, calib, evalu)
+            walk = _Walk(original, original.clone(), calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
                 self._resume_or_step(walk, p)
             self._finish(walk)
         return Result(walk.graph, report)
+
+    def _reference(self, model: Graph, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
+        return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
 
     def _steps(self, original: Graph, calib: Dataset | None, evalu: Dataset | None) -> StepCache:
         if self.cache is None:
@@ -261,9 +204,10 @@ class PassManager:
         return before
 
     def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
-        """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add to the drift."""
+        """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
-        few = Reference(walk.original, walk.reference.data.head(EXACT_SAMPLES), self.host)
+        data = walk.reference.data.head(EXACT_SAMPLES)
+        few = self._reference(walk.original, data, (), walk.scratch / f"few-{len(walk.report.steps)}")
         validation = few.against(work)
         step.drift = validation.json()
         floor = EXACT_FLOOR_DB
@@ -310,17 +254,16 @@ class PassManager:
     def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
         if walk.calibration is None:
             raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
-        if walk.variants is None:
+        if metric not in walk.variants:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
-            walk.variants = Reference(
-                walk.original, walk.calibration, self.host, metrics=metrics, scratch=walk.scratch / "variants"
-            )
+            kept = walk.scratch / f"variants-{len(walk.variants)}"
+            walk.variants[metric] = self._reference(walk.original, walk.calibration, metrics, kept)
         scores = []
         for edit in edits:
             variant = work.clone()
             edit(variant)
             variant.model.graph.sort()
-            validation = walk.variants.against(variant)
+            validation = walk.variants[metric].against(variant)
             scores.append(Score(score_of(validation, metric), validation))
         return scores
 
@@ -345,6 +288,7 @@ class PassManager:
             raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
         if any(d is not None and d.random for d in (calib, evalu)):
             notes.append("random data was used: it proves shapes and speed, not accuracy")
+        notes += dict.fromkeys(f"{d.name}: {note}" for d in (calib, evalu) if d is not None for note in d.notes)
         return calib, evalu, notes
 
     def _finish(self, walk: _Walk) -> None:
@@ -390,3 +334,7 @@ def score_of(validation: Validation, metric: str | None) -> float:
 
 def _given(data: Any) -> bool:
     return data is not None and not (isinstance(data, (tuple, list)) and not data)
+
+
+def _described(data: Dataset | None) -> dict[str, Any] | None:
+    return None if data is None else {"name": data.name, "samples": len(data)}

@@ -21,7 +21,7 @@ from onnxcomp.target import Target
 
 if TYPE_CHECKING:
     from onnxcomp.tune import Cost
-    from onnxcomp.validate import Validation
+    from onnxcomp.validation import Validation
 
 __all__ = [
     "Declined",

@@ -22,8 +22,8 @@ from onnxcomp.errors import OnnxcompError
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
-    from onnxcomp.manager import Report, Step
-    from onnxcomp.validate import Validation
+    from onnxcomp.outcome import Report, Step
+    from onnxcomp.validation import Validation
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import onnx_ir as ir
 from pydantic import TypeAdapter, ValidationError
@@ -13,9 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from onnxcomp import storage
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-
-if TYPE_CHECKING:
-    from onnxcomp.manager import Step
+from onnxcomp.outcome import Step
 
 __all__ = ["StepCache", "content_hash"]
 
@@ -46,8 +44,6 @@ class StepCache:
 
     def load(self) -> tuple[Graph, Step] | None:
         """The graph after the current step and what the step did, or None."""
-        from onnxcomp.manager import Step
-
         if self.folder is None or not (here := self.folder / self._key).is_dir():
             return None
         try:
@@ -59,8 +55,6 @@ class StepCache:
 
     def save(self, g: Graph, step: Step) -> None:
         """Keep a finished step."""
-        from onnxcomp.manager import Step
-
         if self.folder is None:
             return
         with storage.publish(self.folder / self._key) as staging:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
     from onnxcomp.catalog import PassInfo
     from onnxcomp.gate import Verdict
-    from onnxcomp.manager import Report, Step
-    from onnxcomp.validate import Validation
+    from onnxcomp.outcome import Report, Step
+    from onnxcomp.validation import Validation
 
 __all__ = ["anatomy", "benchmark", "checks", "option_table", "pass_table", "report_tables", "validation", "verdicts"]
 

@@ -55,6 +55,14 @@ def test_nan_and_unmeasured_never_pass(value):
     assert agreement.value is None
 
 
+def test_optional_condition_is_judged_where_it_was_measured():
+    gate = Gate(["accuracy-drop<=1%?"])
+    assert gate.metrics == []
+    assert gate.judge({}) == []
+    assert [v.passed for v in gate.judge({"accuracy-drop": 0.02})] == [False]
+    assert Gate(["accuracy-drop<=1%?", "accuracy-drop<=5%"]).conditions[0].bound == 0.05
+
+
 def test_quality_and_file_conditions_are_judged_apart():
     gate = Gate(["latency<=0.6x", "size<=0.3x", "perplexity-rise<=1%"])
     assert [v.gate for v in gate.judge({"perplexity-rise": 0.02})] == ["perplexity-rise<=1%"]

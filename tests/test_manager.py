@@ -213,9 +213,9 @@ def test_head_ablation_silences_the_least_important_head():
     for head in range(blocks.attentions(g)[0].heads):
         variant = g.clone()
         silence(0, head)(variant)
-        from onnxcomp.validate import compare
+        from onnxcomp.validation import validate
 
-        assert best <= compare(g, variant, calibration).values()["rel-l2"] * (1 + 1e-5)
+        assert best <= validate(g, variant, calibration).values()["rel-l2"] * (1 + 1e-5)
 
 
 # ---- the cost of forms -----------------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
-from onnxcomp.export import TASKS, export  # noqa: E402
 from onnxcomp.export_routes import TOLERANCE, first_that_works  # noqa: E402
+from onnxcomp.exporter import TASKS, export  # noqa: E402
 
 TEXT = {
     "hidden_size": 16,

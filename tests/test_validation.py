@@ -22,10 +22,10 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.metrics import DriftSums, Seen
 from onnxcomp.runtime import Session
-from onnxcomp.validate import Reference, Validation, compare
+from onnxcomp.validation import Reference, Validation, validate
 from tests import tiny
 
-validate = sys.modules["onnxcomp.validate"]
+module = sys.modules["onnxcomp.validation"]
 
 
 def data(g: Graph, batches: int = 4, labels: Array | None = None, padding: str = "none", batch: int = 3) -> Dataset:
@@ -62,7 +62,7 @@ def seen(rows: Array, against: Array | None = None, **more: object) -> Seen:
 
 def test_a_model_compared_with_itself_is_exact_and_its_json_is_plain() -> None:
     g = tiny.encoder()
-    v = compare(g, g.clone(), data(g))
+    v = validate(g, g.clone(), data(g))
     assert v.drift.max_abs == 0
     assert v.drift.sqnr == math.inf
     assert v.values()["cosine"] == pytest.approx(1)
@@ -75,7 +75,7 @@ def test_a_model_compared_with_itself_is_exact_and_its_json_is_plain() -> None:
 def test_drift_is_the_plain_formula_over_unmasked_tokens() -> None:
     g = tiny.encoder()
     h, ds = nudged(g), data(g, padding="left")
-    drift = compare(g, h, ds).drift
+    drift = validate(g, h, ds).drift
     keep = [b.feeds["attention_mask"] == 1 for b in ds]
     x, y = (
         np.concatenate([o[k] for o, k in zip(outputs(m, ds), keep, strict=True)]).astype(np.float64) for m in (g, h)
@@ -97,14 +97,14 @@ def test_what_stands_in_padding_does_not_count() -> None:
     other = [
         Batch({**b.feeds, "input_ids": np.where(b.feeds["attention_mask"] == 1, b.feeds["input_ids"], 3)}) for b in ds
     ]
-    a, b = compare(g, h, ds), compare(g, h, other)
+    a, b = validate(g, h, ds), validate(g, h, other)
     assert a.values() == pytest.approx(b.values(), rel=1e-4)
 
 
 def test_pooled_embeddings_are_compared_for_feature_extraction_only() -> None:
     g = tiny.encoder()
     h, ds = nudged(g), data(g, padding="left")
-    values = compare(g, h, ds).values()
+    values = validate(g, h, ds).values()
     means = []
     for m in (g, h):
         pairs = zip(outputs(m, ds), ds, strict=True)
@@ -114,7 +114,7 @@ def test_pooled_embeddings_are_compared_for_feature_extraction_only() -> None:
     assert values["pooled-sqnr"] == pytest.approx(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()), rel=1e-4)
     assert values["pooled-cosine"] > 0.9
     lm = tiny.decoder()
-    assert "pooled-sqnr" not in compare(lm, nudged(lm), data(lm)).values()
+    assert "pooled-sqnr" not in validate(lm, nudged(lm), data(lm)).values()
 
 
 def test_kl_of_logits_is_the_plain_formula() -> None:
@@ -122,7 +122,7 @@ def test_kl_of_logits_is_the_plain_formula() -> None:
     h, ds = nudged(g), data(g)
     x, y = (np.concatenate(outputs(m, ds)).astype(np.float64) for m in (g, h))
     p, q = (np.exp(z) / np.exp(z).sum(1, keepdims=True) for z in (x, y))
-    assert compare(g, h, ds).values()["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-4)
+    assert validate(g, h, ds).values()["kl"] == pytest.approx((p * np.log(p / q)).sum(1).mean(), rel=1e-4)
 
 
 @given(st.integers(1, 6), st.integers(2, 5), st.integers(0, 999))
@@ -156,7 +156,7 @@ def test_only_padding_is_an_error() -> None:
     feeds = tiny.feeds(g)
     feeds["attention_mask"] = np.zeros_like(feeds["attention_mask"])
     with pytest.raises(DataError, match="padding"):
-        compare(g, g, [feeds])
+        validate(g, g, [feeds])
 
 
 def test_answers_per_token_position_leave_padding_out() -> None:
@@ -167,7 +167,7 @@ def test_answers_per_token_position_leave_padding_out() -> None:
     g.model.graph.outputs.clear()
     g = tiny.finish(g, scores, "start_logits", ["batch", "sequence"])
     h, ds = nudged(g), data(g, padding="left")
-    v = compare(g, h, ds, metrics=["agreement"])
+    v = validate(g, h, ds, metrics=["agreement"])
     assert v.drift.rows == 12
     agree = []
     for a, b, batch in zip(outputs(g, ds), outputs(h, ds), ds, strict=True):
@@ -185,7 +185,7 @@ def test_labels_make_accuracy_the_task_metric() -> None:
     plain = data(g, batches=6)
     truth = np.concatenate(outputs(g, plain)).argmax(1)
     truth[:3] = (truth[:3] + 1) % 5
-    v = compare(g, nudged(g, 1.5), data(g, batches=6, labels=truth))
+    v = validate(g, nudged(g, 1.5), data(g, batches=6, labels=truth))
     m = v.metrics["accuracy"]
     assert m.reference == pytest.approx(15 / 18)
     assert v.values()["accuracy-drop"] == pytest.approx(m.reference - m.candidate)
@@ -210,14 +210,14 @@ def test_token_labels_below_zero_and_padding_do_not_count() -> None:
     truth = outputs(g, ds)[0].argmax(-1)
     truth[0] = -100
     truth[batch.feeds["attention_mask"] == 0] = 7
-    v = compare(g, g.clone(), [Batch(batch.feeds, truth)], metrics=["accuracy"])
+    v = validate(g, g.clone(), [Batch(batch.feeds, truth)], metrics=["accuracy"])
     assert v.metrics["accuracy"].reference == 1
 
 
 def test_perplexity_is_of_next_tokens_without_padding_and_the_first() -> None:
     g = tiny.decoder()
     h, ds = nudged(g, 1.3), data(g, padding="left")
-    v = compare(g, h, ds)
+    v = validate(g, h, ds)
     expected = []
     for m in (g, h):
         nll, n = 0.0, 0
@@ -239,8 +239,8 @@ def test_a_model_that_looks_ahead_gets_no_perplexity_unasked() -> None:
     out = g.op("MatMul", g.outputs[0], np.random.default_rng(0).standard_normal((32, 50)).astype(np.float32))
     g.model.graph.outputs.clear()
     masked = tiny.finish(g, out, "logits", ["batch", "sequence", 50])
-    assert compare(masked, masked.clone(), data(masked, padding="right")).metrics == {}
-    assert set(compare(masked, masked.clone(), data(masked), metrics=["perplexity"]).metrics) == {"perplexity"}
+    assert validate(masked, masked.clone(), data(masked, padding="right")).metrics == {}
+    assert set(validate(masked, masked.clone(), data(masked), metrics=["perplexity"]).metrics) == {"perplexity"}
 
 
 def test_interval_covers_a_known_difference() -> None:
@@ -283,8 +283,8 @@ def test_a_metric_of_the_user_needs_permission_and_gets_a_gate() -> None:
     g = tiny.encoder(classes=5)
     name = f"{__name__}:score_first"
     with pytest.raises(RecipeError, match="allow-code"):
-        compare(g, g, data(g), metrics=[name])
-    v = compare(g, nudged(g), data(g), metrics=[name], allow_code=True)
+        validate(g, g, data(g), metrics=[name])
+    v = validate(g, nudged(g), data(g), metrics=[name], allow_code=True)
     assert v.values()[f"{name}-drop"] == pytest.approx(-v.metrics[name].change)
     assert not Gate([f"{name}-drop<=-99"]).judge(v.values())[0].passed
 
@@ -308,13 +308,13 @@ def test_unknown_metrics_are_refused_by_name() -> None:
 def test_labels_that_do_not_fit_say_what_to_do(labels: Array | None, message: str) -> None:
     g = tiny.encoder(classes=5)
     with pytest.raises(DataError, match=message):
-        compare(g, g, data(g, batches=1, labels=labels), metrics=["accuracy"])
+        validate(g, g, data(g, batches=1, labels=labels), metrics=["accuracy"])
 
 
 def test_perplexity_of_a_classifier_is_refused() -> None:
     g = tiny.encoder(classes=5)
     with pytest.raises(DataError, match="language model"):
-        compare(g, g, data(g), metrics=["perplexity"])
+        validate(g, g, data(g), metrics=["perplexity"])
 
 
 # ---- broken candidates, data that changes ----------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def test_nan_fails_every_gate() -> None:
     h = g.clone()
     head = [n for n in h.nodes("MatMul") if h.is_constant(n.inputs[1])][-1]
     h.put(head.inputs[1], np.full_like(h.array(head.inputs[1]), np.nan))
-    v = compare(g, h, data(g))
+    v = validate(g, h, data(g))
     assert not v.finite
     gates = ["sqnr>=-999", "agreement>=0", "kl<=1e9", "max-abs<=1e30", "cosine>=-1"]
     assert not any(verdict.passed for verdict in Gate(gates).judge(v.values()))
@@ -400,8 +400,8 @@ def test_a_model_without_float_outputs_is_refused() -> None:
 def test_large_answers_are_kept_on_disk_and_compared_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g = tiny.decoder()
     h, ds = nudged(g), data(g)
-    in_memory = compare(g, h, ds)
-    monkeypatch.setattr(validate, "_IN_MEMORY", 0)
+    in_memory = validate(g, h, ds)
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
     ref = Reference(g, ds, scratch=tmp_path / "kept")
     files = sorted((tmp_path / "kept").iterdir())
     assert len(files) == 4
@@ -411,7 +411,7 @@ def test_large_answers_are_kept_on_disk_and_compared_alike(tmp_path: Path, monke
 
 
 def test_a_folder_of_its_own_goes_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "_IN_MEMORY", 0)
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
     g = tiny.encoder(classes=5)
     ref = Reference(g, data(g))
     folder = ref._kept._scratch
@@ -423,7 +423,7 @@ def test_a_folder_of_its_own_goes_with_the_reference(monkeypatch: pytest.MonkeyP
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validate, "_IN_MEMORY", 0)
+    monkeypatch.setattr(module, "_IN_MEMORY", 0)
     (tmp_path / "file").write_text("")
     g = tiny.encoder(classes=5)
     with pytest.raises(DataError, match="cannot keep the original's outputs"):
@@ -432,7 +432,7 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_paths_and_folders_are_compared_too(tmp_path: Path) -> None:
     g = tiny.encoder(classes=5)
-    v = compare(tiny.external(g, tmp_path), tmp_path, data(g))
+    v = validate(tiny.external(g, tmp_path), tmp_path, data(g))
     assert isinstance(v, Validation)
     assert v.drift.max_abs == 0
 
@@ -448,13 +448,15 @@ def test_cached_keys_and_values_are_read_along_their_token_axis() -> None:
     g.model.graph.outputs.append(extra)
     g = Graph(g.model)
     ds = data(g, padding="left")
-    v = compare(g, nudged(g), ds)
+    v = validate(g, nudged(g), ds)
     tokens = sum(int(b.feeds["attention_mask"].sum()) for b in ds)
     assert v.outputs["present"].rows == 4 * tokens
     assert v.outputs["present"].sqnr == pytest.approx(v.drift.sqnr)
 
 
 def test_public_names_are_functions_whatever_was_imported_first() -> None:
-    code = "import onnxcomp.validate, onnxcomp as oc; assert oc.validate is sys.modules['onnxcomp.validate'].compare"
+    code = (
+        "import onnxcomp.validation, onnxcomp as oc; assert oc.validate is sys.modules['onnxcomp.validation'].validate"
+    )
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

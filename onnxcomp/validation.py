@@ -26,7 +26,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
 
-__all__ = ["Drift", "MetricResult", "Reference", "Validation", "compare"]
+__all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]
 
 _IN_MEMORY = 256 << 20  # bytes of original outputs kept in memory; the rest goes to disk
 
@@ -263,7 +263,7 @@ def _drift(reading: Reading, view: View) -> DriftSums:
     return DriftSums(logits=reading.logits, pooled=features)
 
 
-def compare(
+def validate(
     reference: Graph | str | Path,
     candidate: Graph | str | Path,
     data: Dataset | Iterable[Any] | str | Path,

@@ -1,0 +1,78 @@
+"""What came of a pipeline: steps, verdicts, measurements, and the model itself."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp.gate import Verdict
+from onnxcomp.graph import Declined, Graph
+from onnxcomp.storage import save
+
+if TYPE_CHECKING:
+    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.runtime import IntegerCheck
+    from onnxcomp.validation import Validation
+
+__all__ = ["Report", "Result", "Step", "peak_mib"]
+
+
+@dataclass
+class Step:
+    """What one pass did: sites eligible and changed, what it declined and why, sizes, drift from the original."""
+
+    name: str
+    spec: str
+    fidelity: str
+    eligible: int = 0
+    changed: int = 0
+    edits: int = 0
+    declined: list[Declined] = field(default_factory=list)
+    nodes: tuple[int, int] = (0, 0)
+    nbytes: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    peak_mib: float = 0.0
+    drift: dict[str, Any] | None = None
+    rolled_back: str = ""
+    cached: bool = False
+
+
+@dataclass
+class Report:
+    """All that was done, declined and measured; `report.py` writes it as tables and versioned JSON."""
+
+    steps: list[Step] = field(default_factory=list)
+    verdicts: list[Verdict] = field(default_factory=list)
+    validation: Validation | None = None
+    integer: IntegerCheck | None = None
+    warnings: list[str] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    benchmark: BenchReport | None = None
+
+    def step(self, name: str) -> Step:
+        """The last step of that pass; raises `KeyError`."""
+        for s in reversed(self.steps):
+            if s.name == name:
+                return s
+        raise KeyError(name)
+
+
+@dataclass
+class Result:
+    """The compressed model with its report."""
+
+    model: Graph
+    report: Report
+
+    def save(self, out: str | Path) -> Path:
+        """Write the model atomically; returns its path."""
+        return save(self.model, Path(out), metadata=self.report.info.get("metadata", {}))
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1024 * 1024) if sys.platform == "darwin" else peak / 1024
