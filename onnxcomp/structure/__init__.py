@@ -15,7 +15,7 @@ from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
-from onnxcomp.structure.tidy import drop_no_ops, fold_constants, merge_equal
+from onnxcomp.structure.tidy import drop_no_ops, fold_constants, lift_constants, merge_equal
 
 __all__ = ["OPSET", "canonicalize", "sites"]
 
@@ -46,6 +46,7 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
 
 
 def _round(graph: Graph, exact_rows: bool) -> None:
+    lift_constants(graph)
     fold_constants(graph)
     merge_equal(graph)
     f = Facts(graph)

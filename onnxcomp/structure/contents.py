@@ -95,7 +95,7 @@ def _extreme(op: Callable[..., Any]) -> Any:
     return f
 
 
-def _unary(op: Callable[[float], float]) -> Any:
+def _unary(op: Callable[[float], float | None]) -> Any:
     def f(x: Any) -> Any:
         try:
             return op(x) if isinstance(x, int | float) else None
@@ -103,6 +103,14 @@ def _unary(op: Callable[[float], float]) -> Any:
             return None
 
     return f
+
+
+def _whole(op: Callable[[float], int], x: float) -> float | None:
+    """A float rounded by `op`; None so near to an integer that single precision may fall on its other side."""
+    nearest = round(x)
+    if x != nearest and abs(x - nearest) < 1e-5 * max(1.0, abs(x)):
+        return None
+    return type(x)(op(x))
 
 
 def _logic(op: Callable[[bool, bool], bool]) -> Any:
@@ -153,7 +161,10 @@ def _cast(f: Facts, node: ir.Node) -> Content | None:
             return x if to != ir.DataType.BOOL else None
         if to == ir.DataType.BOOL:
             return bool(x)
-        return float(x) if to.is_floating_point() else int(x) if math.isfinite(x) else None
+        if to.is_floating_point():
+            return float(x)
+        whole = _whole(math.trunc, x) if math.isfinite(x) else None
+        return None if whole is None else int(whole)
 
     return _boxed(np.frompyfunc(one, 1, 1)(c))
 
@@ -318,9 +329,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Neg": _each(_unary(operator.neg), 1),
     "Sqrt": _each(_unary(math.sqrt), 1),
     "Reciprocal": _each(_unary(lambda x: 1.0 / x), 1),
-    "Floor": _each(_unary(math.floor), 1),
-    "Ceil": _each(_unary(math.ceil), 1),
+    "Floor": _each(_unary(lambda x: _whole(math.floor, x)), 1),
+    "Ceil": _each(_unary(lambda x: _whole(math.ceil, x)), 1),
     "Abs": _each(_unary(abs), 1),
-    "Exp": _each(_unary(math.exp), 1),
-    "Log": _each(_unary(math.log), 1),
 }

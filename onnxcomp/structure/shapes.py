@@ -132,6 +132,8 @@ class Facts:
             self._shapes[v], self._contents[v], self._uniform[v] = self.recorded(v), None, None
 
     def _visit(self, node: ir.Node) -> None:
+        if node.op_type == "Constant" and self.g.tensor(node.outputs[0]) is not None:
+            return self._learn(node.outputs[0])
         rule = SHAPE_RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         first = rule(self, node) if rule is not None else None
         for i, out in enumerate(node.outputs):
@@ -145,6 +147,7 @@ class Facts:
             content = CONTENT_RULES.get(node.op_type)
             self._contents[node.outputs[0]] = small(content(self, node)) if content is not None else None
             self._uniform[node.outputs[0]] = uniform(self, node)
+        return None
 
     def recorded(self, v: ir.Value) -> Shape | None:
         """The shape the exporter wrote down."""

@@ -12,7 +12,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["drop_no_ops", "fold_constants", "merge_equal"]
+__all__ = ["drop_no_ops", "fold_constants", "lift_constants", "merge_equal"]
 
 LIMIT = 1 << 14  # elements of a constant worth folding: gains and tables, not weights
 FOLDS: dict[str, Callable[..., Any]] = {
@@ -49,6 +49,20 @@ def _is_no_op(g: Graph, f: Facts, node: ir.Node, x: ir.Value) -> bool:
         off = training is None or (f.uniform(training) is not None and f.uniform(training).value == 0.0)  # type: ignore[union-attr]
         return off and not any(list(v.uses()) or v.is_graph_output() for v in node.outputs[1:])
     return True
+
+
+def lift_constants(g: Graph) -> None:
+    """Make initializers of Constant nodes, as most exporters write them."""
+    for node in g.nodes("Constant"):
+        out = node.outputs[0]
+        tensor = g.tensor(out)
+        if tensor is not None and node.domain == "" and not out.is_graph_output():
+            g.replace(out, g.constant(_view(tensor), str(out.name)))
+
+
+def _view(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """The same content under a name of its own: the tensor belongs to copies of the graph as well."""
+    return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
 
 
 def fold_constants(g: Graph) -> None:
