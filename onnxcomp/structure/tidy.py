@@ -29,8 +29,8 @@ RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLik
 
 
 def drop_no_ops(g: Graph, f: Facts) -> None:
-    """Remove Identity, inference Dropout, casts to the same type, and expansions to the same shape."""
-    for node in g.nodes("Identity", "Dropout", "Cast", "Expand"):
+    """Remove Identity, inference Dropout, casts to the same type, expansions to the same shape, products with one."""
+    for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div"):
         x, y = node.inputs[0], node.outputs[0]
         if node.domain or x is None or not _is_no_op(g, f, node, x):
             continue
@@ -41,7 +41,9 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
 def _is_no_op(g: Graph, f: Facts, node: ir.Node, x: ir.Value) -> bool:
     if node.op_type == "Cast":
         return x.dtype is not None and x.dtype == node.attributes.get_int("to", 0)
-    if node.op_type == "Expand":
+    if node.op_type in ("Expand", "Mul", "Div"):
+        if node.op_type != "Expand" and f.scalar(node.inputs[1]) != 1:
+            return False
         a, b = f.shape(x), f.shape(node.outputs[0])
         return a is not None and b is not None and a == b
     if node.op_type == "Dropout":
