@@ -149,6 +149,9 @@ def test_tied_head_is_one_tensor():
     assert end.tied
     assert (end.outputs, end.weight.name) == (50, "embeddings.words")
     assert len(blocks.linears(g)) == 14
+    shared = blocks.linears(g, tied=True)[-1]
+    assert (shared.node, shared.weight, shared.transposed) == (end.node, end.weight, True)
+    assert shared.sizes == (32, 50)
 
 
 # ---- anatomy ---------------------------------------------------------------------------------------------------------

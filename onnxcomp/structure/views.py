@@ -62,9 +62,13 @@ class Linear:
         return Site(self.name, tuple(str(n.name) for n in nodes), "linear")
 
 
-def linears(g: Graph) -> list[Linear]:
-    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none."""
-    found = (_linear(g, node) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
+def linears(g: Graph, *, tied: bool = False) -> list[Linear]:
+    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none.
+
+    With `tied` also products with a constant seen through a Transpose, such as a head that shares the embedding table:
+    their `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
+    """
+    found = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
     return [x for x in found if x is not None]
 
 
@@ -76,11 +80,17 @@ def siblings(found: Iterable[Linear]) -> list[list[Linear]]:
     return list(groups.values())
 
 
-def _linear(g: Graph, node: ir.Node) -> Linear | None:
+def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     x, w = node.inputs[0], node.inputs[1]
     if x is None or w is None or g.is_constant(x):
         return None
     weight, dequantize = stored(g, w)
+    turned = _turned(g, w) if weight is None and tied and node.op_type == "MatMul" else None
+    if turned is not None:
+        rows = turned.shape[0] if turned.shape is not None else 0
+        bias, add = _bias(g, node.outputs[0], rows)
+        output = add.outputs[0] if add is not None else node.outputs[0]
+        return Linear(node, turned, bias, x, _before_quantizing(x), output, add, None, True)
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     source = _before_quantizing(x)
@@ -89,6 +99,15 @@ def _linear(g: Graph, node: ir.Node) -> Linear | None:
     bias, add = _bias(g, node.outputs[0], weight.shape[1])
     output = add.outputs[0] if add is not None else node.outputs[0]
     return Linear(node, weight, bias, x, source, output, add, dequantize)
+
+
+def _turned(g: Graph, w: ir.Value) -> ir.Value | None:
+    """The constant matrix that `w` is the transpose of."""
+    node = w.producer()
+    if node is None or node.op_type != "Transpose" or not g.is_constant(node.inputs[0]):
+        return None
+    table = node.inputs[0]
+    return table if table is not None and table.shape is not None and len(table.shape) == 2 else None
 
 
 def _gemm(
