@@ -16,7 +16,7 @@ __all__ = ["Canonicalize"]
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Recognise attention, norms, activations, rotary embeddings and linears; write them as standard opset 23 operators."""
+    """Recognise attention, norms, activations, rotary embeddings and linears; write them as standard operators."""
 
     stage: ClassVar[Stage] = Stage.CANONICALIZE
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
