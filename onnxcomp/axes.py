@@ -12,6 +12,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.samples import TensorSpec, roles, specs, vocabulary
+from onnxcomp.sources import made_up
 
 __all__ = ["default_shapes", "feeds_for", "label", "shapes_of"]
 
@@ -101,7 +102,9 @@ def feeds_for(g: Graph, shape: Mapping[str, int], data: Dataset | None = None) -
         return {name: _fit(batch.feeds[name], to) for name, to in dims.items()}
     role = {name: r for r, name in roles(specs(g)).items()}
     rows = vocabulary(g)
-    return {p.name: _random(p, dims[p.name], role.get(p.name, ""), rows.get(p.name)) for p in specs(g)}
+    # Seeded by name, so that two models with the same inputs get the same values.
+    seeds = {p.name: np.random.default_rng(zlib.crc32(p.name.encode())) for p in specs(g)}
+    return {p.name: made_up(p, dims[p.name], role.get(p.name, ""), rows.get(p.name), seeds[p.name]) for p in specs(g)}
 
 
 def _fit(a: Array, to: tuple[int, ...]) -> Array:
@@ -112,17 +115,3 @@ def _fit(a: Array, to: tuple[int, ...]) -> Array:
         if a.shape[axis] != n:
             a = np.take(a, np.arange(n) % a.shape[axis], axis=axis)
     return a
-
-
-def _random(p: TensorSpec, dims: tuple[int, ...], role: str, rows: int | None) -> Array:
-    # Seeded by name, so that two models with the same inputs get the same values.
-    rng = np.random.default_rng(zlib.crc32(p.name.encode()))
-    if role == "positions":
-        return np.broadcast_to(np.arange(dims[-1]), dims).astype(p.dtype)
-    if role == "mask" or p.dtype.kind == "b":
-        return np.ones(dims, p.dtype)
-    if role == "tokens":
-        return rng.integers(0, rows or 2, dims).astype(p.dtype)
-    if p.integer:
-        return np.zeros(dims, p.dtype)
-    return rng.standard_normal(dims, np.float32).astype(p.dtype)

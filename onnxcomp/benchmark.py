@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from onnxcomp.axes import default_shapes, feeds_for, label
 from onnxcomp.bench_worker import Child
@@ -24,7 +23,7 @@ from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
-from onnxcomp.storage import graphs_of, load
+from onnxcomp.storage import file_bytes, graphs_of, load
 from onnxcomp.target import CPU, Target, cpu_features
 
 __all__ = ["BenchReport", "Block", "Ratio", "Row", "bench", "machine"]
@@ -208,10 +207,7 @@ def _contestant(path: Path) -> _Contestant:
     if len(graphs) > 1:
         raise ModelError(f"{path} holds {len(graphs)} graphs ({', '.join(graphs)}); name the .onnx file to benchmark")
     file = next(iter(graphs.values()))
-    g = load(file)
-    tensors = (v.const_value for graph in g.model.graphs() for v in graph.initializers.values())
-    beside = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
-    return _Contestant(str(path), file, g, sum(p.stat().st_size for p in {file.resolve(), *beside}))
+    return _Contestant(str(path), file, load(file), file_bytes(file))
 
 
 def bench(

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnx_ir as ir
-
 from onnxcomp.data import load_data
 from onnxcomp.errors import ModelError
 from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
-from onnxcomp.storage import graphs_of, load
+from onnxcomp.storage import file_bytes, graphs_of, load
 from onnxcomp.target import find
 from onnxcomp.validation import Validation, validate
 
@@ -21,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcomp.data import Dataset
     from onnxcomp.graph import Graph
 
-__all__ = ["Asked", "Compared", "DataChoice", "chosen_graphs", "compare", "file_bytes", "one_graph"]
+__all__ = ["Asked", "Compared", "DataChoice", "chosen_graphs", "compare", "one_graph"]
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,6 @@ def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) ->
     v = validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
     sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
-
-
-def file_bytes(model: Path) -> int:
-    """Bytes of a model on disk, external data included."""
-    tensors = (v.const_value for g in load(model).model.graphs() for v in g.initializers.values())
-    beside = {Path(t.path).resolve() for t in tensors if isinstance(t, ir.ExternalTensor)}
-    return sum(p.stat().st_size for p in {model.resolve(), *beside})
 
 
 def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:

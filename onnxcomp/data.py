@@ -23,11 +23,20 @@ class Dataset:
     Law: which samples there are, how they split and their fingerprint depend neither on batch size nor on order of use.
     """
 
-    def __init__(self, source: Source, batch: int = 8, fit: Fit | None = None, indices: Sequence[int] | None = None):
+    def __init__(
+        self,
+        source: Source,
+        batch: int = 8,
+        fit: Fit | None = None,
+        indices: Sequence[int] | None = None,
+        whole: bool = False,
+    ):
         if batch < 1:
             raise DataError(f"the batch size must be at least 1, got {batch}")
-        self._source, self._fit, self.batch = source, fit, batch
+        self._source, self._fit, self.batch, self._whole = source, fit, batch, whole
         self.indices = tuple(range(len(source)) if indices is None else indices)
+        if whole:  # the model takes batches of exactly this size
+            self.indices = self.indices[: len(self.indices) // batch * batch]
         self._hashes: dict[int, bytes] = {}
 
     @property
@@ -63,7 +72,8 @@ class Dataset:
         return batch if self._fit is None else self._fit(batch, indices[0], self._source.notes)
 
     def _with(self, indices: Sequence[int], batch: int | None = None) -> Dataset:
-        part = Dataset(self._source, batch or self.batch, self._fit, indices)
+        size = self.batch if self._whole else batch or self.batch
+        part = Dataset(self._source, size, self._fit, indices, self._whole)
         part._hashes = self._hashes
         return part
 
@@ -136,7 +146,8 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
         return load_data(x, graph, graph.path.parent if graph.path else None, batch=batch)
     source = sources.Rows.of(x, name or f"{type(x).__name__} of batches")
     fit = None if graph is None else Fit(specs(graph), vocabulary(graph), source.name)
-    return Dataset(source, _static_batch(graph) or max(batch, source.widest), fit).checked()
+    fixed = _static_batch(graph)
+    return Dataset(source, fixed or max(batch, source.widest), fit, whole=fixed is not None).checked()
 
 
 def _static_batch(graph: Graph | None) -> int | None:
@@ -166,13 +177,12 @@ def load_data(
         raise DataError(f"the number of samples must be at least 1, got {samples}")
     source = _open(str(src), graph, folder, samples=samples, sequence=sequence, allow_code=allow_code, seed=seed)
     fixed = _static_batch(graph)
-    data = Dataset(source, fixed or batch, Fit(inputs, vocab, source.name))
+    data = Dataset(source, fixed or batch, Fit(inputs, vocab, source.name), whole=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
-    if fixed and len(data) % fixed:
-        whole = len(data) // fixed * fixed
-        source.notes.append(f"{len(data) - whole} samples were left out: the model takes batches of exactly {fixed}")
-        data = data.head(whole)
+    if fixed and len(source) > len(data):
+        left = len(source) - len(data)
+        source.notes.append(f"{left} samples were left out: the model takes batches of exactly {fixed}")
     return data.checked()
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import collections
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -152,6 +154,7 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
     _set(graph.outputs, sorted(keep, key=lambda v: job.outputs.index(v.name)))
     _set(graph.inputs, sorted(graph.inputs, key=lambda v: job.inputs.index(v.name)))
     RemoveUnusedNodesPass()(program)
+    _name_nodes(program)
     ClearMetadataAndDocStringPass()(program)  # stack traces and paths of this machine
     _name_axes(job, program)
     exported = Graph(program)
@@ -161,6 +164,21 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
         exported = convert(exported, job.opset)
     exported.verify(interface=False)
     save(exported, staging, metadata={"task": job.task, "exported_by": f"onnxcomp {versions()['onnxcomp']}"})
+
+
+def _name_nodes(program: Any) -> None:
+    """Name nodes by the module that made them, such as `model.layers.0.mlp.down_proj/MatMul`: people point at these."""
+    taken: collections.Counter[str] = collections.Counter()
+    for node in program.graph:
+        try:
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+        except (ValueError, SyntaxError):
+            continue
+        module = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
+        if module:
+            name = f"{module}/{node.op_type}"
+            node.name = f"{name}_{taken[name]}" if taken[name] else name
+            taken[name] += 1
 
 
 def _set(values: Any, wanted: list[Any]) -> None:

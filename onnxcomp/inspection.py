@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from onnxcomp.blocks import anatomy
-from onnxcomp.comparison import chosen_graphs, file_bytes
+from onnxcomp.blocks import anatomy, linears
+from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import specs
 from onnxcomp.graph import Graph
-from onnxcomp.storage import load
+from onnxcomp.storage import file_bytes, load
 from onnxcomp.structure import canonicalize
 
 __all__ = ["headline", "inspect"]
@@ -38,6 +38,10 @@ def _facts(name: str, path: Path) -> dict[str, Any]:
         "inputs": {s.name: f"{s.dtype}{_shape(s.shape)}" for s in specs(g)},
         "outputs": _outputs(g),
     }
+    own["linears"] = [
+        {"name": x.name, "weight": str(x.weight.name), "shape": list(x.sizes), "quantized": x.quantized}
+        for x in linears(raised)
+    ]
     return own | facts | {"opset": g.opset, "nodes": sum(1 for _ in g.nodes()), "canonical_nodes": facts["nodes"]}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -287,7 +286,7 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
 def _check(job: Job, path: Path, result: Result) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r = result.report
-    r.info["size"] = {"original": _size(job.model), "result": _size(path)}
+    r.info["size"] = {"original": storage.file_bytes(job.model), "result": storage.file_bytes(path)}
     values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
     gate = Gate(job.recipe.gates)
     host, elsewhere = host_of(job.target)
@@ -307,14 +306,6 @@ def _check(job: Job, path: Path, result: Result) -> None:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
 
 
-def _size(path: Path) -> int:
-    """Bytes of a model file with its external data."""
-    from onnxcomp.external import locations
-    from onnxcomp.storage import _read
-
-    return path.stat().st_size + sum((path.parent / x).stat().st_size for x in locations(_read(path)))
-
-
 def smoke(path: Path, target: Target) -> None:
     """Run the written model at two shapes where its axes are dynamic; raises `ModelError` if that fails."""
     import numpy as np
@@ -329,8 +320,3 @@ def smoke(path: Path, target: Target) -> None:
                 for name, y in session.run(batch.feeds).items():
                     if y.dtype.kind == "f" and not np.isfinite(y).all():
                         raise ModelError(f"the result's output '{name}' is not finite at {shape}")
-
-
-def clear(folder: Path) -> None:
-    """Forget the cached statistics and steps under a `--cache` folder."""
-    shutil.rmtree(folder, ignore_errors=True)

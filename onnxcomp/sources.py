@@ -146,7 +146,7 @@ class _Files(Sequence[Batch]):
 
 def _read_npz(path: Path) -> Batch:
     try:
-        with np.load(path, allow_pickle=False) as z:
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
             return _batch({k: z[k] for k in z.files}, str(path))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         why = "it holds Python objects (pickle)" if "pickle" in str(e).lower() and zipfile.is_zipfile(path) else str(e)
@@ -197,17 +197,18 @@ class Random(Rows):
             free = sizes["pixels" if kind == "pixels" else "length"]
             shape = tuple(samples if i == 0 else d if isinstance(d, int) else free for i, d in enumerate(s.shape))
             rows = vocab.get(s.name) or (config.get("vocab_size") if kind == "tokens" else None)
-            feeds[s.name] = _made_up(s, shape, kind, int(rows or 2), rng)
+            feeds[s.name] = made_up(s, shape, kind, rows, rng)
         super().__init__([Batch(feeds)], "random", random=True)
 
 
-def _made_up(s: TensorSpec, shape: tuple[int, ...], kind: str, rows: int, rng: np.random.Generator) -> Array:
+def made_up(s: TensorSpec, shape: tuple[int, ...], kind: str, rows: int | None, rng: np.random.Generator) -> Array:
+    """A valid random value of an input by its role; ids stay below `rows`, other integers are zero."""
     if kind == "mask" or s.dtype.kind == "b":
         return np.ones(shape, s.dtype)
     if kind == "positions":
         return np.broadcast_to(np.arange(shape[-1]), shape).astype(s.dtype)
-    if kind == "types":
-        return np.zeros(shape, s.dtype)
+    if s.integer and kind != "types" and (kind == "tokens" or rows):
+        return rng.integers(0, rows or 2, shape).astype(s.dtype)
     if s.integer:
-        return rng.integers(0, rows, shape).astype(s.dtype)
-    return rng.standard_normal(shape).astype(s.dtype)
+        return np.zeros(shape, s.dtype)
+    return rng.standard_normal(shape, np.float32).astype(s.dtype)

@@ -22,7 +22,7 @@ from onnxcomp import external
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 
-__all__ = ["COMPANIONS", "copy_companions", "fingerprint", "graphs_of", "load", "publish", "save"]
+__all__ = ["COMPANIONS", "copy_companions", "file_bytes", "fingerprint", "graphs_of", "load", "publish", "save"]
 
 INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
 MIN_IR = 10
@@ -139,6 +139,12 @@ def fingerprint(path: str | Path) -> str:
             with part.open("rb") as f:
                 digest.update(hashlib.file_digest(f, "sha256").digest())
     return digest.hexdigest()
+
+
+def file_bytes(path: Path) -> int:
+    """Bytes of one model file on disk, external data included."""
+    beside = external.locations(_read(path))
+    return path.stat().st_size + sum((path.parent / x).stat().st_size for x in beside)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------------------

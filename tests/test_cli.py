@@ -170,6 +170,10 @@ def test_inspect_says_what_it_is(run: Run, place: Path) -> None:
     assert facts["inputs"]["input_ids"] == "int64[batch, sequence]"
     assert facts["outputs"] == {"last_hidden_state": "float[batch, sequence, 32]"}
     assert facts["parameters"]["total"] > 0
+    assert [x["shape"] for x in facts["linears"]] == [[32, 32]] * 4 + [[32, 64], [64, 32]] + [[32, 32]] * 4 + [
+        [32, 64],
+        [64, 32],
+    ]
 
 
 def test_inspect_shows_what_was_not_recognised(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

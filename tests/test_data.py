@@ -506,3 +506,11 @@ def test_our_preparation_is_that_of_transformers(tmp_path: Path) -> None:
     (batch,) = load_data(tmp_path / "x", model_of(("pixel_values", FLOAT, ["batch", 3, 24, 24])), tmp_path)
     theirs = np.asarray(processor(image.fromarray(pixels), return_tensors="np")["pixel_values"])
     assert np.abs(batch.feeds["pixel_values"] - theirs).max() < 0.03
+
+
+def test_a_model_of_fixed_batch_gets_whole_batches_only() -> None:
+    g = tiny.encoder(batch=2, sequence=7)
+    everything = as_dataset([tiny.feeds(g, seed=i) for i in range(8)], g)
+    for part in (everything, *everything.split(), everything.head(5)):
+        assert {b.feeds["input_ids"].shape for b in part} == {(2, 7)}
+    assert [len(x) for x in everything.split()] == [12, 2]

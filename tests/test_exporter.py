@@ -157,6 +157,13 @@ def test_the_model_agrees_at_another_shape(exported: Callable[[str], Path], name
             assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+def test_nodes_are_named_by_the_modules_that_made_them(exported: Callable[[str], Path]) -> None:
+    products = [str(n.name) for n in storage.load(exported("llama")).nodes("MatMul")]
+    assert sum("down_proj" in n for n in products) == 1
+    assert any("layers.0.self_attn.q_proj" in n for n in products)
+    assert len(set(products)) == len(products)
+
+
 def test_nothing_of_this_machine_is_in_the_model(exported: Callable[[str], Path]) -> None:
     raw = (exported("bert") / "model.onnx").read_bytes()
     assert b"site-packages" not in raw
