@@ -30,7 +30,7 @@ __all__ = ["BenchReport", "Block", "Ratio", "Row", "bench", "machine"]
 
 DIRTY = 0.15  # cores taken by others above which a block does not count: one taken core of two costs 3x, not 1.5x
 PAUSE = 0.04  # seconds in which the other model's threads come to rest
-ROUNDS = 8
+ROUNDS = 12
 RESAMPLES = 1000
 
 
@@ -109,15 +109,12 @@ class Rounds:
         return sum(len(row[model].samples) for row in self.blocks) - self.samples(model).size
 
     def ratio(self, model: int, base: int = 0) -> Ratio:
-        """Median of `base` over that of `model`, resampling rounds (both models' blocks together)."""
-        a, b = self.samples(base), self.samples(model)
-        value = float(np.median(a) / np.median(b))
-        picks = np.random.default_rng(0).integers(0, len(a), (RESAMPLES, len(a)))
-        # In parts, since all resamples of a fast model at once would be gigabytes.
-        parts = np.array_split(picks, math.ceil(RESAMPLES * max(a.size, b.size) / (1 << 22)))
-        ratios = [np.median(a[p], axis=(1, 2)) / np.median(b[p], axis=(1, 2)) for p in parts]
-        low, high = np.quantile(np.concatenate(ratios), [0.025, 0.975])
-        return Ratio(value, float(low), float(high))
+        """Median over rounds of the ratio of both models' block medians: a machine that drifts moves both alike."""
+        a, b = (np.median(self.samples(i), axis=1) for i in (base, model))
+        ratios = a / b
+        picks = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
+        low, high = np.quantile(np.median(ratios[picks], axis=1), [0.025, 0.975])
+        return Ratio(float(np.median(ratios)), float(low), float(high))
 
 
 @dataclass

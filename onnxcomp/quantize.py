@@ -24,24 +24,29 @@ FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def quantizable(g: Graph) -> list[Linear]:
-    """Linears whose weight is stored in a float type."""
-    return [x for x in blocks.linears(g) if not x.quantized and x.weight.dtype in FLOATS]
+    """Linears whose weight is stored in a float type, a head that shares the embedding's table among them."""
+    return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
 
 
 def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
     """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name."""
-    patterns, kept = tuple(skip), []
+    patterns, kept, used = tuple(skip), [], set()
     for linear in quantizable(g):
         hit = next(
             (p for p in patterns if any(fnmatchcase(n, p) for n in (linear.name, str(linear.weight.name)))), None
         )
         k, n = linear.sizes
         if hit is not None:
+            used.add(hit)
             g.decline(linear.site, f"skipped by the pattern '{hit}'")
         elif k * n < min_size:
             g.decline(linear.site, f"its {k}x{n} weight is smaller than min_size={min_size}: nothing to gain")
         else:
             kept.append(linear)
+    for pattern in set(patterns) - used - {"*"}:
+        g.decline(
+            f"skip: {pattern}", f"matches no linear; they are called like '{kept[0].name}'" if kept else "matches none"
+        )
     return kept
 
 

@@ -54,7 +54,13 @@ class Target:
         return self.providers[0]
 
 
-_CPU_FORMS = {"attention": "Attention", "residual": "Sum", "bias": "Sum", "activation": "Gelu"}
+_CPU_FORMS = {
+    "quantized": "MatMulIntegerToFloat",
+    "attention": "Attention",
+    "residual": "Sum",
+    "bias": "Sum",
+    "activation": "Gelu",
+}
 # GFLOP/s per core class used when nothing may be measured; ratios matter, not values (measured on 2 AVX512-VNNI cores).
 _CPU_RATES = {"fp32": 230.0, "int8": 700.0, "int8-dynamic": 640.0}
 
