@@ -56,3 +56,34 @@ def test_operator_without_a_spelling_is_named():
     g.set_attr(node, is_causal=1)
     with pytest.raises(TargetError, match=str(node.name)):
         lower_opset(g, 22)
+
+
+@pytest.mark.parametrize("shape", ["dynamic", "static", "rank-2"])
+def test_standard_form_keeps_integer_products_at_every_rank(shape):
+    from onnxcomp.passes.qdq import Qdq
+    from onnxcomp.runtime import integer_check
+
+    g = {
+        "dynamic": tiny.encoder,
+        "static": lambda: tiny.encoder(batch=2, sequence=7),
+        "rank-2": lambda: tiny.linear(64, 64, rank=2),
+    }[shape]()
+    data = [tiny.feeds(g, 2, 7, seed=i) for i in range(5)]
+    quantized = PassManager([Qdq(min_size=1), Lower(standard=True)]).run(g, data).model
+    assert all(node.domain == "" for node in quantized.nodes())
+    check = integer_check(quantized)
+    assert check.ok
+    assert check.integer_products == check.quantized_linears > 0
+    for node in quantized.nodes("Sum"):  # an Add here would be a float Gemm at rank 2 and static shapes
+        node.op_type = "Add"
+    assert integer_check(quantized).ok is (shape == "dynamic")
+
+
+def test_skip_pattern_that_matches_nothing_is_reported():
+    from onnxcomp.passes.qdq import Qdq
+
+    g = tiny.linear(64, 64)
+    data = [tiny.feeds(g, 2, 7, seed=i) for i in range(5)]
+    step = PassManager([Qdq(skip=("*down_proj*",))]).run(g, data).report.steps[0]
+    assert [d.site for d in step.declined] == ["skip: *down_proj*"]
+    assert "called like" in step.declined[0].why

@@ -37,7 +37,7 @@ LAYERS = [
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
     {"report", "job", "inspection", "comparison", "doctor", "tables"},
-    {"console", "failures", "cli"},
+    {"console", "failures", "cli", "__main__"},
 ]
 # They stand beside the layers: what they may import of ours.
 APART = {"export": {"errors", "storage", "runtime", "graph", "target", "structure/opset"}}

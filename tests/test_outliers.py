@@ -1,0 +1,42 @@
+"""A model with planted activation outliers: the plain preset is refused by its default gates, and the advice helps."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.export
+DATA = Path(__file__).parents[1] / "models" / "data" / "vit_digits"
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("transformers")
+    import onnxcomp as oc
+    from models import outliers
+
+    folder = tmp_path_factory.mktemp("planted")
+    outliers.plant(Path(__file__).parents[1] / "models" / "weights" / "vit_digits", folder / "checkpoint")
+    return oc.export(folder / "checkpoint", folder / "model")
+
+
+def compress(planted: Path, out: Path, *what: str) -> subprocess.CompletedProcess[str]:
+    data = ["--calibration", str(DATA / "calibration.npz"), "--eval", str(DATA / "heldout.npz"), "--no-measure"]
+    command = [sys.executable, "-m", "onnxcomp", "compress", str(planted), "-o", str(out), *what, *data]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_plain_preset_is_refused_and_says_what_to_try(planted: Path, tmp_path: Path) -> None:
+    done = compress(planted, tmp_path / "out", "--preset", "int8")
+    assert done.returncode == 3
+    assert "accuracy-drop" in done.stderr + done.stdout
+    assert "clip: entropy" in done.stderr + done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_first_advice_helps(planted: Path, tmp_path: Path) -> None:
+    passes = [x for spec in ("canonicalize", "qdq: {clip: entropy}", "lower") for x in ("--pass", spec)]
+    done = compress(planted, tmp_path / "out", *passes, "--gate", "sqnr>=12", "--gate", "accuracy-drop<=1%")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "model.onnx").exists()
