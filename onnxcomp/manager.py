@@ -14,11 +14,12 @@ import numpy as np
 
 import onnxcomp
 from onnxcomp import calibrate, runtime, tune
+from onnxcomp.bench_worker import peak_mib
 from onnxcomp.data import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError, TargetError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph, Site
-from onnxcomp.outcome import Report, Result, Step, peak_mib
+from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache, content_hash

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
     from onnxcomp.runtime import IntegerCheck
     from onnxcomp.validation import Validation
 
-__all__ = ["Report", "Result", "Step", "peak_mib"]
+__all__ = ["Report", "Result", "Step"]
 
 
 @dataclass
@@ -70,9 +68,3 @@ class Result:
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""
         return save(self.model, Path(out), metadata=self.report.info.get("metadata", {}))
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1024 * 1024) if sys.platform == "darwin" else peak / 1024

@@ -352,9 +352,10 @@ def test_unknown_values_and_changing_channels_are_refused() -> None:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 PEAK = """
-import resource, sys
+import sys
 import numpy as np
 from onnxcomp import stats
+from onnxcomp.bench_worker import peak_mib
 from onnxcomp.calibrate import collect
 from onnxcomp.data import as_dataset
 from tests import tiny
@@ -365,7 +366,7 @@ n = int(sys.argv[1])
 ids = rng.integers(0, 50, (n * 8, 64))
 data = as_dataset({"input_ids": ids, "attention_mask": np.ones_like(ids)}, g, batch=8)
 collect(g, [make(v) for v in names for make in (stats.histogram, stats.minmax, stats.gram)], data)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(round(1024 * peak_mib()))
 """
 
 

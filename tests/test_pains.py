@@ -33,7 +33,8 @@ def data(g, shapes=((2, 7),) * 4):
 
 
 MEMORY = """
-    import resource, sys
+    import sys
+    from onnxcomp.bench_worker import peak_mib
     from onnxcomp.calibrate import collect
     from onnxcomp.data import load_data
     from onnxcomp.stats import histogram
@@ -42,7 +43,7 @@ MEMORY = """
     g = tiny.encoder(layers=2, hidden=256, ffn=1024, positions=200)
     data = load_data("random", g, None, batch=4, samples=int(sys.argv[1]), sequence=128)
     collect(g, [histogram(x.source) for x in blocks.linears(g)], data)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    print(round(1024 * peak_mib()))
 """
 
 
