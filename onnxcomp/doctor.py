@@ -26,7 +26,6 @@ EXTRAS = {
     "export": (("torch", "transformers", "safetensors"), "onnxcomp export"),
     "text": (("tokenizers",), "text data (.jsonl, .txt)"),
     "image": (("PIL",), "image folders"),
-    "graphsurgeon": (("onnx_graphsurgeon",), "graphsurgeon scripts in recipes"),
 }
 
 

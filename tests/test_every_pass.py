@@ -157,3 +157,16 @@ def test_external_data_gives_the_same_result(pass_name, tmp_path: Path):
     for x, y in zip(outputs(a.model, batch), outputs(b.model, batch), strict=True):
         np.testing.assert_array_equal(x, y)
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == stored
+
+
+def test_an_independent_reader_understands_the_result(pass_name, zoo_name):
+    gs = pytest.importorskip("onnx_graphsurgeon")
+    result = apply(pass_name, prepared(zoo_name, pass_name)).model
+    read = gs.import_onnx(ir.to_proto(result.model))
+    before = len(read.nodes)
+    again = ir.from_proto(gs.export_onnx(read.cleanup().toposort()))
+    assert len(read.nodes) == before == result.model.graph.num_nodes()
+    again.ir_version = result.model.ir_version
+    batch = batches(result)[0]
+    for want, got in zip(outputs(result, batch), outputs(Graph(again), batch), strict=True):
+        np.testing.assert_array_equal(want, got)
