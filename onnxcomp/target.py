@@ -147,7 +147,7 @@ def find(name: str) -> Target:
 
 def _read(path: Path) -> Target:
     import yaml
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic import TypeAdapter, ValidationError
 
     try:
         raw: Any = yaml.safe_load(path.read_text())
@@ -158,12 +158,27 @@ def _read(path: Path) -> Target:
     base = raw.pop("like", None)
     if base is not None and base not in TARGETS:
         raise TargetError(f"{path}: 'like: {base}' names no built-in target; there are {', '.join(TARGETS)}")
+    known = {"": Target, "quantized": Quantized}
+    for part, kind in known.items():
+        given = raw.get(part, {}) if part else raw
+        unknown = set(given if isinstance(given, Mapping) else ()) - {f.name for f in dataclasses.fields(kind)}
+        if unknown:
+            where = f" of '{part}'" if part else " of a target"
+            raise TargetError(f"{path}: unknown field '{sorted(unknown)[0]}'{where}")
     if base is not None:
-        raw = dataclasses.asdict(TARGETS[base]) | raw
-    if unknown := set(raw) - {f.name for f in dataclasses.fields(Target)}:
-        raise TargetError(f"{path}: unknown field '{sorted(unknown)[0]}' of a target")
+        raw = _merged(dataclasses.asdict(TARGETS[base]), raw)
     try:
-        return TypeAdapter(Target, config=ConfigDict(extra="forbid")).validate_python(raw)
+        return TypeAdapter(Target).validate_python(raw)
     except ValidationError as e:
         first = e.errors()[0]
         raise TargetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The base with changes; mappings are merged key by key."""
+    both = {
+        k: _merged(v, changes[k])
+        for k, v in base.items()
+        if isinstance(v, Mapping) and isinstance(changes.get(k), Mapping)
+    }
+    return {**base, **changes, **both}
