@@ -11,7 +11,7 @@ from onnx_ir.passes.common import _c_api_utils
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["Interface", "interface", "names", "same_interface", "schemas"]
+__all__ = ["Interface", "interface", "names", "order", "same_interface", "schemas"]
 
 Port = tuple[str, str, tuple[int | str, ...] | None]
 Interface = tuple[tuple[Port, ...], tuple[Port, ...]]
@@ -49,6 +49,14 @@ def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
         if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):
             return False
     return True
+
+
+def order(graph: ir.Graph) -> None:
+    """Sort the nodes so that each comes after what it reads; raises `ModelError` for a cycle."""
+    try:
+        graph.sort()
+    except ValueError as e:
+        raise ModelError(f"the graph reads its own output: {e}") from e
 
 
 def names(graph: ir.Graph) -> None:

@@ -384,7 +384,7 @@ class Graph:
 
     def verify(self, *, interface: bool = True) -> None:
         """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
-        self.model.graph.sort()
+        checks.order(self.model.graph)
         checks.names(self.model.graph)
         if interface:
             checks.same_interface(self.interface, checks.interface(self.model.graph))

@@ -104,7 +104,7 @@ def test_set_attr_counts_only_differences():
     assert "epsilon" not in norm.attributes
 
 
-@pytest.mark.parametrize("damage", ["dangling", "name", "interface", "schema"])
+@pytest.mark.parametrize("damage", ["dangling", "name", "interface", "schema", "cycle"])
 def test_verify_finds_damage(damage):
     g = tiny.linear()
     node = next(g.nodes("MatMul"))
@@ -115,6 +115,8 @@ def test_verify_finds_damage(damage):
             node.outputs[0].name = "x"
         case "interface":
             g.outputs[0].name = "z"
+        case "cycle":
+            node.replace_input_with(0, g.outputs[0])
         case "schema":
             node.op_type = "Softmax"
     with pytest.raises(ModelError):

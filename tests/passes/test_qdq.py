@@ -1,0 +1,92 @@
+"""`qdq` against a numpy formula, and what its options do to the graph."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import blocks
+from onnxcomp.data import as_dataset
+from onnxcomp.errors import TargetError
+from onnxcomp.manager import PassManager
+from onnxcomp.passes.lower import Lower
+from onnxcomp.passes.qdq import Qdq
+from onnxcomp.runtime import Session, integer_check
+from tests import tiny
+
+
+def feeds(g, count=6):
+    return [tiny.feeds(g, 2, 9, seed=i) for i in range(count)]
+
+
+def quantized(g, *passes):
+    return PassManager(passes).run(g, as_dataset(feeds(g), g)).model
+
+
+@pytest.mark.parametrize("weights", ["channel", "tensor"])
+@pytest.mark.parametrize("passes", [(), (Lower(),), (Lower(standard=True),)])
+def test_one_linear_equals_the_formula(weights, passes):
+    g = tiny.linear(64, 48)
+    model = quantized(g, Qdq(weights=weights), *passes)
+    constants = {v.name: model.array(v) for v in model.model.graph.initializers.values()}
+    scale, zero = constants["x_scale"], constants["x_zero"]
+    codes, steps = (next(a for n, a in constants.items() if n.endswith(e)) for e in ("_int8", "weight_scale"))
+    bias = g.array(blocks.linears(g)[0].bias)
+    for batch in feeds(g, 3):
+        x = batch["x"].astype(np.float64)
+        q = np.clip(np.rint(batch["x"] / scale) + zero, 0, 255).astype(np.float64)
+        want = ((q - zero) * float(scale)) @ (codes.astype(np.float64) * steps) + bias
+        with Session(model) as s:
+            got = s.run(batch)["y"]
+        np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+        error = np.abs(want - (x @ g.array(blocks.linears(g)[0].weight) + bias)).max()
+        assert error < (0.05 if weights == "channel" else 0.1) * np.abs(want).max()
+
+
+def test_siblings_share_one_pair():
+    g = tiny.encoder(layers=2)
+    model = quantized(g, Qdq(min_size=1))
+    inputs = {x.source.name for x in blocks.linears(g)}
+    assert len(list(model.nodes("QuantizeLinear"))) == len(inputs) == 8
+    assert sum(x.quantized for x in blocks.linears(model)) == 12
+
+
+def test_clip_rules_give_nested_ranges():
+    g = tiny.linear(64, 64)
+    rng = np.random.default_rng(0)
+    data = as_dataset([{"x": rng.standard_t(3, (4, 16, 64)).astype(np.float32)} for _ in range(8)], g)
+
+    def scale(**options):
+        model = PassManager([Qdq(**options)]).run(g, data).model
+        return float(model.array(model.value("x_scale")))
+
+    widest = scale(clip="minmax")
+    assert scale(clip="mse") < widest
+    assert scale(clip="entropy") < widest
+    assert scale(clip="percentile", percentile=99) < scale(clip="percentile", percentile=99.9) < widest
+
+
+def test_outputs_are_quantized_on_request_and_still_integer():
+    g = tiny.encoder(layers=1)
+    plain, both = (quantized(g, Qdq(min_size=1, outputs=o), Lower()) for o in (False, True))
+    assert len(list(both.nodes("QuantizeLinear"))) > len(list(plain.nodes("QuantizeLinear")))
+    assert integer_check(both).ok
+
+
+def test_symmetric_activations_have_the_zero_point_in_the_middle():
+    model = quantized(tiny.linear(64, 64), Qdq(symmetric=True))
+    assert int(model.array(model.value("x_zero"))) == 128
+
+
+def test_signed_activations_are_refused_on_the_cpu_with_the_reason():
+    with pytest.raises(TargetError, match="not fused"):
+        quantized(tiny.linear(64, 64), Qdq(activations="s8"))
+
+
+def test_layers_that_share_a_weight_share_its_codes():
+    g = tiny.encoder(layers=2)
+    first, second = (a.q for a in blocks.attentions(g))
+    g.set_input(second.node, 1, first.weight)
+    model = quantized(g, Qdq(min_size=1))
+    one, other = (a.q for a in blocks.attentions(model))
+    assert one.weight is other.weight
+    assert one.weight.dtype == ir.DataType.INT8
