@@ -6,15 +6,16 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 import onnxcomp
 from onnxcomp import benchmark, runtime, storage
 from onnxcomp.data import as_dataset, load_data
-from onnxcomp.errors import GateFailed, ModelError, RecipeError
+from onnxcomp.errors import GateFailed, ModelError, OnnxcompError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager, host_of
@@ -52,11 +53,11 @@ class Job:
     measure: bool = True
     allow_code: bool = False
 
-    def hash(self) -> str:
-        """SHA-256 over the model's content, recipe, target, data sources and seed, hex."""
+    def hash(self, source: str | None = None) -> str:
+        """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
         parts = {
             "version": onnxcomp.__version__,
-            "model": storage.fingerprint(self.model),
+            "model": source or storage.fingerprint(self.model),
             "recipe": self.recipe.hash(),
             "target": dataclasses.asdict(self.target),
             "data": [str(self.calibration), str(self.evaluation), self.samples, self.batch, self.sequence],
@@ -117,7 +118,7 @@ class Job:
         report.info |= {
             "source": str(self.model),
             "source_hash": source,
-            "job_hash": self.hash(),
+            "job_hash": self.hash(source),
             "recipe": self.recipe.to_yaml(),
             "recipe_name": self.recipe.name,
             "advice": self.recipe.advice,
@@ -245,11 +246,11 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
         raise ModelError(f"{out}: several graphs need a folder as output, not a file")
     results = {}
     try:
-        with _staging(folder) as staging:
+        with storage.publish(folder) as staging:
             for name, job in jobs.items():
                 results[name] = _stage(job, staging, _file_name(job, folder, file_name), watch)
             source = next(iter(jobs.values())).model.parent
-            if not (folder.exists() and folder.samefile(source)):
+            if file_name is None and not (folder.exists() and folder.samefile(source)):
                 storage.copy_companions(source, staging)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
@@ -258,10 +259,6 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
     if report_file is not None:
         write(next(iter(results.values())).report, report_file)
     return results
-
-
-def _staging(folder: Path) -> AbstractContextManager[Path]:
-    return storage.publish(folder)
 
 
 def _file_name(job: Job, folder: Path, asked: str | None) -> str:
@@ -290,7 +287,7 @@ def _check(job: Job, path: Path, result: Result) -> None:
     values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
     gate = Gate(job.recipe.gates)
     host, elsewhere = host_of(job.target)
-    smoke(path, host)
+    r.warnings += smoke(job.model, path, host)
     if job.target.provider == CPU.provider:
         r.integer = runtime.integer_check(path, host)
     if job.measure and job.target.here and not elsewhere:
@@ -306,17 +303,29 @@ def _check(job: Job, path: Path, result: Result) -> None:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
 
 
-def smoke(path: Path, target: Target) -> None:
-    """Run the written model at two shapes where its axes are dynamic; raises `ModelError` if that fails."""
-    import numpy as np
+def smoke(original: Path, path: Path, target: Target) -> list[str]:
+    """Run the written model on random inputs at two shapes (where its axes are dynamic).
 
-    graph = storage.load(path)
-    with runtime.Session(path, target) as session:
-        for shape in SMOKE:
-            data = load_data(
-                "random", graph, path.parent, batch=shape["batch"], samples=shape["batch"], sequence=shape["sequence"]
-            )
-            for batch in data:
-                for name, y in session.run(batch.feeds).items():
-                    if y.dtype.kind == "f" and not np.isfinite(y).all():
-                        raise ModelError(f"the result's output '{name}' is not finite at {shape}")
+    Raises `ModelError` where it fails or is not finite though the original is fine; a note where that is no better.
+    """
+    graph, notes = storage.load(path), []
+    for shape in SMOKE:
+        size = shape["batch"]
+        data = load_data("random", graph, path.parent, batch=size, samples=size, sequence=shape["sequence"])
+        feeds = next(iter(data)).feeds
+        if problem := _trouble(path, feeds, target):
+            if not _trouble(original, feeds, target):
+                raise ModelError(f"the result fails on random inputs at {shape} where the original does not: {problem}")
+            notes.append(f"the original fails on random inputs at {shape} as well as the result: {problem}")
+    return notes
+
+
+def _trouble(path: Path, feeds: Mapping[str, Any], target: Target) -> str:
+    """What is wrong with one run, empty if nothing is."""
+    try:
+        with runtime.Session(path, target) as session:
+            outputs = session.run(feeds)
+    except OnnxcompError as e:
+        return str(e)
+    bad = [name for name, y in outputs.items() if y.dtype.kind == "f" and not np.isfinite(y).all()]
+    return f"output '{bad[0]}' is not finite" if bad else ""

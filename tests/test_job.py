@@ -105,7 +105,7 @@ def test_same_folder_keeps_the_source_beside_the_result(source, tmp_path):
 def test_output_may_be_a_file(source, tmp_path):
     oc.optimize(source, tmp_path / "fast.onnx", measure=False)
     assert (tmp_path / "fast.onnx").is_file()
-    assert (tmp_path / "fast.report.json").is_file()
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "fast.onnx", "fast.report.json"}
 
 
 def test_every_graph_of_a_folder_or_the_named_one(source, tmp_path):
@@ -180,3 +180,17 @@ def test_older_opset_on_request(source, tmp_path):
     assert result.model.opset == 18
     assert not list(result.model.nodes("Attention"))
     assert np.isfinite(result.report.info["size"]["result"])
+
+
+def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_path):
+    from onnxcomp.job import smoke
+
+    g = storage.load(source)
+    y = g.outputs[0]
+    g.replace(y, g.op("Log", g.op("Neg", g.op("Abs", y, like=y), like=y), like=y))
+    bad = storage.save(g, tmp_path / "bad")
+    with pytest.raises(ModelError, match="not finite"):
+        smoke(source / "model.onnx", bad, CPU)
+    [first, second] = smoke(bad, bad, CPU)
+    assert "the original fails" in first
+    assert "'batch': 3" in second
