@@ -164,7 +164,7 @@ class _Worker:
         check_target(target)  # also loads the library, which is no part of loading the model
         before, base = _status("Threads"), peak_mib()
         started = time.perf_counter()
-        self.session = Session(Path(m["model"]), target, threads=m["threads"])
+        self.session = Session(Path(m["model"]), target, threads=m["threads"], prepack=True)
         loaded = time.perf_counter()
         after = _status("Threads")
         types = {port.name: port.dtype for port in self.session.inputs}

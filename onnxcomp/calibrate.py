@@ -32,7 +32,6 @@ __all__ = ["collect"]
 
 MEMORY = 2 << 30  # bytes; half for the activations of one run, half for the statistics of one walk
 WIDTH = 4096  # channels assumed where a shape is unknown
-PREPACK_BELOW = 1 << 30  # weights that are larger stay in their file: prepacking would copy them
 CACHE_VERSION = "1"
 Key = tuple[Of, str]
 
@@ -245,7 +244,7 @@ class _Source:
         self.session: Session | None = None
         if self.computed:
             part = prefix(graph, self.computed)
-            self.session = Session(part, target, prepack=part.nbytes < PREPACK_BELOW)
+            self.session = Session(part, target)
         self.splits = self.session is None or all(p.shape and isinstance(p.shape[0], str) for p in self.session.inputs)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[Key, Array]:

@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import storage
 from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Payload", "payload", "tap"]
+__all__ = ["Payload", "payload", "prepacks", "tap"]
 
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
+# Weights from this size on stay in their file: prepacking would copy them to memory.
+PREPACK_BELOW = 1 << 30
 # The types of which the runtime can use a numpy array in place.
 SHAREABLE = {np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)} | {
     np.dtype(t) for t in ("float16", "float32", "float64", "bool")
@@ -84,3 +88,12 @@ def tap(model: ir.Model, taps: Sequence[str]) -> set[str]:
         made[name].shape = None  # a stale shape would only make the runtime complain
         model.graph.outputs.append(made[name])
     return (set(taps) & fed) - outputs
+
+
+def prepacks(model: Graph | Path | str, asked: bool | None) -> bool:
+    """Whether weights are copied into the layout of the kernels; by default only while they are small."""
+    if asked is not None:
+        return asked
+    if isinstance(model, Graph):
+        return model.nbytes < PREPACK_BELOW
+    return sum(map(storage.file_bytes, storage.graphs_of(model).values())) < PREPACK_BELOW

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxcomp import storage
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
-from onnxcomp.handover import payload, tap
+from onnxcomp.handover import payload, prepacks, tap
 from onnxcomp.integer import dequantized_weights, integer_products, quantized_linears
 from onnxcomp.maths import Array
 from onnxcomp.target import CPU, CUDA, Target
@@ -204,7 +204,7 @@ class Session:
         *,
         threads: int = 0,
         taps: Sequence[str] = (),
-        prepack: bool = True,
+        prepack: bool | None = None,
         priority_order: bool = False,
         spin: bool = True,
         profile: Path | None = None,
@@ -215,7 +215,8 @@ class Session:
         self._name = str(model if not isinstance(model, Graph) else model.path or "the model")
         self._echo: set[str] = set()
         self._profile = profile
-        options = _options(ort, target, threads, prepack=prepack, priority_order=priority_order, spin=spin)
+        packed = prepacks(model, prepack)
+        options = _options(ort, target, threads, prepack=packed, priority_order=priority_order, spin=spin)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile.with_suffix(""))

@@ -85,7 +85,7 @@ def _time(
 
 
 def _median(g: Graph, feeds: Mapping[str, Array], target: Target, threads: int) -> float:
-    with Session(g, target, threads=threads) as session:
+    with Session(g, target, threads=threads, prepack=True) as session:
         for _ in range(_WARMUP):
             session.run(feeds)
         samples: list[float] = []

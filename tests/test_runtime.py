@@ -411,3 +411,18 @@ def test_the_codes_of_the_runtime_are_ours() -> None:
     g = tiny.finish(g, y, "y", ["n", 16])
     ours = formats.dequantize(formats.quantize(data, scale, zero, "uint8"), scale, zero)
     assert np.array_equal(run(g, {"x": data}), ours)
+
+
+def test_only_small_weights_are_prepacked_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onnxcomp import handover
+
+    g = tiny.encoder()
+    path = tiny.external(g, tmp_path)
+    assert handover.prepacks(g, None)
+    assert handover.prepacks(path, None)
+    monkeypatch.setattr(handover, "PREPACK_BELOW", g.nbytes)
+    assert not handover.prepacks(g, None)
+    assert not handover.prepacks(path, None)
+    assert handover.prepacks(g, True)
+    with Session(path) as s:
+        assert np.isfinite(s.run(tiny.feeds(g))["last_hidden_state"]).all()
