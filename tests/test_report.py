@@ -53,7 +53,7 @@ def bench(ratio: float, spread: float = 0.0) -> BenchReport:
     rounds = Rounds(tuple((block(0.1), block(0.1 / ratio)) for _ in range(8)))
     rows = [
         Row(name, "batch=1", 100.0, 101.0, 102.0, 99.0, 32, 0, 10.0, None, 100.0, 0.1, size, "CPUExecutionProvider", 2)
-        for name, size in (("/tmp/a.onnx", 4.0), ("/tmp/stage/a.onnx", 1.0))
+        for name, size in (("/data/a.onnx", 4.0), ("/data/stage/a.onnx", 1.0))
     ]
     names = [r.model for r in rows]
     return BenchReport(rows=rows, machine={"cpu": "a cpu"}, models=names, rounds={"batch=1": rounds})
@@ -131,8 +131,8 @@ def test_the_headline_says_when_outputs_are_equal_or_broken() -> None:
 
 
 def test_a_benchmark_s_headline_names_models() -> None:
-    assert report.speed_headline(bench(2.0)).startswith("/tmp/stage/a.onnx: 2.00x the speed")
-    assert "slower than /tmp/a.onnx: 0.50x" in report.speed_headline(bench(0.5))
+    assert report.speed_headline(bench(2.0)).startswith("/data/stage/a.onnx: 2.00x the speed")
+    assert "slower than /data/a.onnx: 0.50x" in report.speed_headline(bench(0.5))
 
 
 def test_tables_hold_what_was_done_declined_and_measured() -> None:
@@ -150,7 +150,7 @@ def test_tables_hold_what_was_done_declined_and_measured() -> None:
         assert part in shown, shown
     for part in ("not measured", "random data", "0.88", "[-0.04, nan]", "2.00x [", "integer check FAILED", "a cpu"):
         assert part in shown, shown
-    assert "/tmp/stage" not in shown
+    assert "/data/stage" not in shown
 
 
 def test_declined_sites_are_grouped_unless_all_are_asked_for() -> None:

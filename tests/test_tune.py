@@ -115,7 +115,7 @@ def test_measured_forms_take_turns_and_are_remembered_by_structure(monkeypatch: 
 def test_a_real_measurement_gives_seconds() -> None:
     tune.forget()
     found = tune.costs({"float": tiny.linear(), "int8": quantized()}, SHAPE)
-    assert all(c.seconds is not None and 0 < c.seconds < 1 for c in found)
+    assert all(c.seconds is not None and c.seconds > 0 for c in found)
     tune.forget()
 
 
