@@ -14,6 +14,7 @@ import numpy as np
 
 import onnxcomp
 from onnxcomp import benchmark, runtime, storage
+from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import GateFailed, ModelError, OnnxcompError, RecipeError
 from onnxcomp.gate import Gate
@@ -189,18 +190,13 @@ def compress_each(
     calibration = data.calibration if calibration is None else calibration
     evaluation = data.evaluation if evaluation is None else evaluation
     _needs_data(chosen, calibration, plan)
-    graphs = storage.graphs_of(model)
-    if graph is not None:
-        if graph not in graphs:
-            raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(graphs)}")
-        graphs = {graph: graphs[graph]}
     jobs = {
         name: Job(
             path, chosen, aim, calibration, evaluation, samples or data.samples, batch or data.batch or 8,
             sequence or data.sequence, seed, tuple(shapes), memory,
             Path(cache) if cache else None, measure, allow_code,
         )
-        for name, path in graphs.items()
+        for name, path in chosen_graphs(Path(model), graph).items()
     }  # fmt: skip
     if plan or out is None:
         return {name: job.run(watch) for name, job in jobs.items()}
