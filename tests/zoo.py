@@ -1,0 +1,402 @@
+"""Tiny random transformers of every architecture, and the ways to spell each as ONNX; needs the `export` extra."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CACHE = Path(os.environ.get("ONNXCOMP_ZOO", Path(__file__).resolve().parents[1] / "models" / "cache" / "zoo"))
+H, LAYERS, HEADS, FF, VOCAB, SPAN = 16, 2, 4, 24, 40, 40
+BASE = {"hidden_size": H, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": FF}
+TEXT = {**BASE, "vocab_size": VOCAB, "max_position_embeddings": SPAN}
+ROBERTA = {**TEXT, "max_position_embeddings": SPAN + 2, "pad_token_id": 1}
+GROUPED = {**TEXT, "num_key_value_heads": 2, "use_cache": False}
+WIDE = {**GROUPED, "head_dim": 4}
+IMAGE = {**BASE, "image_size": 8, "patch_size": 4, "num_channels": 1}
+EOS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+PAIR = {"d_model": H, "encoder_layers": LAYERS, "decoder_layers": LAYERS, "encoder_attention_heads": HEADS}
+PAIR |= {"decoder_attention_heads": HEADS, "encoder_ffn_dim": FF, "decoder_ffn_dim": FF, "use_cache": False}
+PAIR |= {"vocab_size": VOCAB, "decoder_start_token_id": 1, **EOS}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny model: its class and configuration, what it is fed, and the anatomy that recognition must find."""
+
+    name: str
+    model: str
+    config: str
+    options: dict[str, Any]
+    inputs: tuple[str, ...]
+    output: str
+    attentions: int
+    mlps: int
+    norms: int
+    causal: bool = False
+    window: int = 0  # keys a query of the narrowest layer may look back to; 0 = all
+
+    def build(self, attention: str = "sdpa") -> Any:
+        """The PyTorch module with distinct random weights, the same at every call."""
+        import torch
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.options)
+        model = getattr(transformers, self.model)._from_config(config, attn_implementation=attention).eval()
+        for p in model.parameters():
+            if p.ndim == 1:
+                torch.nn.init.normal_(p, float(p.float().mean().round()), 0.1)
+            elif p.ndim == 2:
+                torch.nn.init.normal_(p, 0.0, p.shape[1] ** -0.5)
+        return model
+
+
+def _text(name: str, model: str, config: str, options: dict[str, Any], norms: int, **more: Any) -> Architecture:
+    language = "CausalLM" in model or "LMHead" in model
+    output = "logits" if language else "last_hidden_state"
+    inputs = ("input_ids", "attention_mask")
+    counts = {"attentions": LAYERS, "mlps": LAYERS, "causal": language, **more}
+    return Architecture(name, model, config, options, inputs, output, norms=norms, **counts)
+
+
+def _image(name: str, model: str, config: str, options: dict[str, Any], norms: int, **more: Any) -> Architecture:
+    counts = {"attentions": LAYERS, "mlps": LAYERS, **more}
+    return Architecture(name, model, config, options, ("pixel_values",), "last_hidden_state", norms=norms, **counts)
+
+
+def _pair(name: str, model: str, config: str, options: dict[str, Any], norms: int, first: str) -> Architecture:
+    inputs = (first, "attention_mask", "decoder_input_ids") if first == "input_ids" else (first, "decoder_input_ids")
+    counts = {"attentions": 3 * LAYERS, "mlps": 2 * LAYERS, "norms": norms}
+    return Architecture(name, model, config, options, inputs, "last_hidden_state", causal=True, **counts)
+
+
+GPT2 = {"vocab_size": VOCAB, "n_embd": H, "n_layer": LAYERS, "n_head": HEADS, "n_positions": SPAN, "use_cache": False}
+DEBERTA = {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False}
+DEBERTA |= {"norm_rel_ebd": "layer_norm", "share_att_key": True, "position_buckets": 8, "type_vocab_size": 0}
+SWIN = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 2, "image_size": 8, "patch_size": 1}
+T5 = {"vocab_size": VOCAB, "d_model": H, "d_kv": 4, "d_ff": FF, "num_layers": LAYERS, "num_heads": HEADS}
+T5 |= {"use_cache": False, "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+GEMMA = {**WIDE, "sliding_window": 4, "query_pre_attn_scalar": 8}
+WAV = {**BASE, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+WAV |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": VOCAB}
+WHISPER = {**PAIR, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": SPAN}
+SPAN_PAIR = {**PAIR, "max_position_embeddings": SPAN}
+CLIP_TEXT = {**TEXT, **EOS, "projection_dim": H}
+
+ALL = (
+    _text("bert", "BertModel", "BertConfig", TEXT, 5),
+    _image("vit", "ViTModel", "ViTConfig", IMAGE, 5),
+    _text("llama", "LlamaForCausalLM", "LlamaConfig", GROUPED, 5),
+    _text("gpt2", "GPT2LMHeadModel", "GPT2Config", GPT2, 5),
+    _pair("t5", "T5Model", "T5Config", T5, 12, "input_ids"),
+    _text("clip-text", "CLIPTextModel", "CLIPTextConfig", CLIP_TEXT, 5, causal=True),
+    _image("clip-vision", "CLIPVisionModel", "CLIPVisionConfig", IMAGE, 5),
+    _pair("whisper", "WhisperModel", "WhisperConfig", WHISPER, 12, "input_features"),
+    _text("roberta", "RobertaModel", "RobertaConfig", ROBERTA, 5),
+    _text(
+        "distilbert",
+        "DistilBertModel",
+        "DistilBertConfig",
+        {"vocab_size": VOCAB, "dim": H, "n_layers": LAYERS, "n_heads": HEADS, "hidden_dim": FF},
+        5,
+    ),
+    _text("albert", "AlbertModel", "AlbertConfig", {**TEXT, "embedding_size": 8}, 5),
+    _text("electra", "ElectraModel", "ElectraConfig", {**TEXT, "embedding_size": 8}, 5),
+    _text("deberta-v2", "DebertaV2Model", "DebertaV2Config", DEBERTA, 6),
+    _text("mpnet", "MPNetModel", "MPNetConfig", ROBERTA, 5),
+    _text(
+        "modernbert",
+        "ModernBertModel",
+        "ModernBertConfig",
+        {**TEXT, **EOS, "local_attention": 4, "global_attn_every_n_layers": 2, "cls_token_id": 1, "sep_token_id": 2},
+        5,
+        window=2,
+    ),
+    _image("deit", "DeiTModel", "DeiTConfig", IMAGE, 5),
+    _image("swin", "SwinModel", "SwinConfig", {**SWIN, "num_channels": 1}, 11, attentions=4, mlps=4),
+    _image("beit", "BeitModel", "BeitConfig", {**IMAGE, "use_relative_position_bias": True}, 5),
+    _image("dinov2", "Dinov2Model", "Dinov2Config", {**IMAGE, "mlp_ratio": 2}, 5),
+    _image("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", IMAGE, 6, attentions=3, mlps=3),
+    _text("siglip-text", "SiglipTextModel", "SiglipTextConfig", {**TEXT, **EOS}, 5),
+    _text("gpt-neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", {**TEXT, "rotary_pct": 0.5, "use_cache": False}, 5),
+    _text(
+        "opt",
+        "OPTForCausalLM",
+        "OPTConfig",
+        {**TEXT, "ffn_dim": FF, "word_embed_proj_dim": H, "use_cache": False, **EOS},
+        5,
+    ),
+    _text(
+        "bloom",
+        "BloomForCausalLM",
+        "BloomConfig",
+        {"vocab_size": VOCAB, "hidden_size": H, "n_layer": LAYERS, "n_head": HEADS, "use_cache": False},
+        6,
+    ),
+    _text("mistral", "MistralForCausalLM", "MistralConfig", {**GROUPED, "sliding_window": 4}, 5, window=4),
+    _text("qwen2", "Qwen2ForCausalLM", "Qwen2Config", GROUPED, 5),
+    _text("qwen3", "Qwen3ForCausalLM", "Qwen3Config", WIDE, 9),
+    _text("gemma2", "Gemma2ForCausalLM", "Gemma2Config", {**GEMMA, **EOS}, 9, window=4),
+    _text("gemma3", "Gemma3ForCausalLM", "Gemma3TextConfig", {**GEMMA, **EOS}, 13, window=4),
+    _text("phi3", "Phi3ForCausalLM", "Phi3Config", {**GROUPED, **EOS, "original_max_position_embeddings": SPAN}, 5),
+    _text(
+        "falcon",
+        "FalconForCausalLM",
+        "FalconConfig",
+        {"vocab_size": VOCAB, "hidden_size": H, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
+        | {"multi_query": True, "parallel_attn": True, "bias": False, "use_cache": False, "ffn_hidden_size": FF},
+        3,
+    ),
+    _pair("bart", "BartModel", "BartConfig", SPAN_PAIR, 12, "input_ids"),
+    _pair("marian", "MarianModel", "MarianConfig", SPAN_PAIR, 10, "input_ids"),
+    Architecture(
+        "wav2vec2",
+        "Wav2Vec2Model",
+        "Wav2Vec2Config",
+        WAV,
+        ("input_values",),
+        "last_hidden_state",
+        attentions=LAYERS,
+        mlps=LAYERS,
+        norms=6,
+    ),
+)
+BY_NAME = {a.name: a for a in ALL}
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """One way to write a model as ONNX: exporter, attention implementation, operator set, element type, and what ran after."""
+
+    route: str  # dynamo | legacy | transformers
+    attention: str
+    opset: int
+    dtype: str = "fp32"
+    after: str = ""  # "" | ort-fusions (transformers') | onnxsim | onnxslim | ort-optimizer
+
+    def __str__(self) -> str:
+        parts = [self.route, self.attention, str(self.opset)]
+        return "-".join(
+            [*parts, *([self.dtype] if self.dtype != "fp32" else []), *([self.after] if self.after else [])]
+        )
+
+
+PLAIN = (
+    *(Spelling("dynamo", attention, opset) for opset in range(17, 24) for attention in ("sdpa", "eager")),
+    *(Spelling("legacy", attention, opset) for opset in range(13, 18) for attention in ("sdpa", "eager")),
+    *(Spelling("transformers", attention, opset) for opset in (18, 20, 23) for attention in ("sdpa", "eager")),
+)
+CHANGED = (
+    Spelling("transformers", "sdpa", 20, after="ort-fusions"),
+    Spelling("dynamo", "sdpa", 18, after="onnxsim"),
+    Spelling("legacy", "eager", 17, after="onnxsim"),
+    Spelling("dynamo", "sdpa", 18, after="onnxslim"),
+    Spelling("legacy", "eager", 17, after="ort-optimizer"),
+    Spelling("dynamo", "sdpa", 18, after="ort-optimizer"),
+    Spelling("dynamo", "sdpa", 18, "fp16"),
+    Spelling("dynamo", "eager", 18, "fp16"),
+    Spelling("transformers", "sdpa", 20, "bf16"),
+    Spelling("legacy", "eager", 17, "fp16"),
+)
+SPELLINGS = {str(s): s for s in (*PLAIN, *CHANGED)}
+
+
+def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype: str = "fp32") -> dict[str, Any]:
+    """NumPy inputs; `padding` is none, left or right and shortens odd rows by a third."""
+    rng = np.random.default_rng(length)
+    mask = np.ones((batch, length), np.int64)
+    gap = length // 3
+    if padding != "none":
+        mask[1::2, slice(0, gap) if padding == "left" else slice(length - gap, None)] = 0
+    floats = np.float16 if dtype == "fp16" else np.float32
+    made = {
+        "input_ids": rng.integers(3, VOCAB, (batch, length)),
+        "attention_mask": mask,
+        "decoder_input_ids": rng.integers(3, VOCAB, (batch, length // 2 + 1)),
+        "pixel_values": rng.standard_normal((batch, 1, 8, 8)).astype(floats),
+        "input_features": rng.standard_normal((batch, 8, 20)).astype(floats),
+        "input_values": rng.standard_normal((batch, 16 * length + 40)).astype(floats),
+    }
+    return {name: made[name] for name in a.inputs}
+
+
+def path_of(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path:
+    """Where the graph is kept; beside it, `.txt` holds the exporter's error where there is none."""
+    return cache / a.name / f"{s}.onnx"
+
+
+def export(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path | None:
+    """The cached graph, made when missing; None when the exporter cannot (the reason is in the `.txt` file)."""
+    path = path_of(a, s, cache)
+    why = path.with_suffix(".txt")
+    if path.exists():
+        return path
+    if why.exists():
+        return None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        with _quiet():
+            if s.after and s.after != "ort-fusions":
+                source = export(a, Spelling(s.route, s.attention, s.opset, s.dtype), cache)
+                if source is None:
+                    raise RuntimeError("the graph it starts from cannot be exported")
+                AFTER[s.after](source, part)
+            else:
+                ROUTES[s.route](a, s, part)
+    except Exception as e:
+        why.write_text(f"{type(e).__name__}: {e}"[:2000])
+        part.unlink(missing_ok=True)
+        return None
+    part.rename(path)
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    level = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def _model(a: Architecture, s: Spelling) -> Any:
+    import torch
+
+    return a.build(s.attention).to({"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[s.dtype])
+
+
+def _example(a: Architecture, s: Spelling) -> dict[str, Any]:
+    import torch
+
+    tensors = {k: torch.from_numpy(v) for k, v in feeds(a, 2, 9, "left").items()}
+    types = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+    return {k: v.to(types[s.dtype]) if v.is_floating_point() else v for k, v in tensors.items()}
+
+
+def _axes(a: Architecture, name: str) -> dict[int, str]:
+    if name in ("pixel_values", "input_features"):
+        return {0: "batch"}
+    second = {"decoder_input_ids": "target", "input_values": "samples"}.get(name, "sequence")
+    return {0: "batch", 1: second}
+
+
+def _wrapped(a: Architecture, s: Spelling) -> Any:
+    import torch
+
+    class OneOutput(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: torch.Tensor) -> torch.Tensor:
+            return self.model(**dict(zip(a.inputs, args, strict=True)))[a.output]
+
+    return OneOutput(_model(a, s)).eval()
+
+
+def _dynamo(a: Architecture, s: Spelling, out: Path) -> None:
+    import torch
+
+    names = {"batch": torch.export.Dim.DYNAMIC}
+    shapes = (tuple({i: names.get(n, torch.export.Dim.DYNAMIC) for i, n in _axes(a, x).items()} for x in a.inputs),)
+    args = tuple(_example(a, s).values())
+    options = {"input_names": list(a.inputs), "output_names": [a.output], "dynamic_shapes": shapes, "verbose": False}
+    program = torch.onnx.export(_wrapped(a, s), args, dynamo=True, opset_version=s.opset, **options)
+    if program.model.opset_imports[""] != s.opset:
+        raise RuntimeError(f"asked for opset {s.opset}, the exporter wrote {program.model.opset_imports['']}")
+    _save(program.model, out)
+
+
+def _legacy(a: Architecture, s: Spelling, out: Path) -> None:
+    import onnx_ir as ir
+    import torch
+
+    axes = {x: _axes(a, x) for x in a.inputs} | {a.output: {0: "batch"}}
+    named = {"input_names": list(a.inputs), "output_names": [a.output], "dynamic_axes": axes}
+    args = tuple(_example(a, s).values())
+    torch.onnx.export(_wrapped(a, s), args, str(out), dynamo=False, opset_version=s.opset, **named)
+    _save(ir.load(out), out)
+
+
+def _transformers(a: Architecture, s: Spelling, out: Path) -> None:
+    import onnx_ir as ir
+    import torch
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    shapes = {x: dict.fromkeys(_axes(a, x), torch.export.Dim.DYNAMIC) for x in a.inputs}
+    fusions = {"ort_fusions": "cpu"} if s.after == "ort-fusions" else {}
+    settings = OnnxConfig(opset_version=s.opset, dynamic_shapes=shapes, **fusions)
+    program = OnnxExporter().export(_model(a, s), _example(a, s), settings).program
+    ir.external_data.load_to_model(program)
+    _save(program, out)
+
+
+ROUTES: dict[str, Callable[[Architecture, Spelling, Path], None]] = {
+    "dynamo": _dynamo,
+    "legacy": _legacy,
+    "transformers": _transformers,
+}
+
+
+def _onnxsim(source: Path, out: Path) -> None:
+    import onnx
+    import onnxsim
+
+    simplified, _ = onnxsim.simplify(onnx.load(source))
+    onnx.save(simplified, out)
+
+
+def _onnxslim(source: Path, out: Path) -> None:
+    import onnx
+    import onnxslim
+
+    onnx.save(onnxslim.slim(onnx.load(source)), out)
+
+
+def _ort_optimizer(source: Path, out: Path) -> None:
+    from onnxruntime.transformers import optimizer
+
+    optimizer.optimize_model(str(source), model_type="bert", num_heads=0, hidden_size=0).save_model_to_file(str(out))
+
+
+AFTER: dict[str, Callable[[Path, Path], None]] = {
+    "onnxsim": _onnxsim,
+    "onnxslim": _onnxslim,
+    "ort-optimizer": _ort_optimizer,
+}
+
+
+def _save(model: Any, path: Path) -> None:
+    """Write the graph without the exporter's stack traces and paths."""
+    import onnx_ir as ir
+
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for v in node.outputs:
+            v.metadata_props.clear()
+    for v in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        v.metadata_props.clear()
+        v.doc_string = None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    model.graph.doc_string = None
+    ir.save(model, path)
