@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import blocks
+from onnxcomp import blocks, checks
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
@@ -123,3 +123,12 @@ def test_rotary_repairs_torchs_own_operator():
     canonicalize(g)
     with Session(g) as s:
         assert s.run(x)["logits"].shape == (2, 5, 40)
+
+
+def test_the_interface_stays_as_declared():
+    """The way up to the new operator set infers shapes; symbols that an exporter made up stay symbols."""
+    g = load(Path(__file__).parent / "graphs" / "bert-legacy-14.onnx")
+    g.model.graph.outputs[0].shape = ir.Shape(["batch", "made_up_1", "made_up_2"])
+    g.interface = checks.interface(g.model.graph)
+    canonicalize(g)
+    assert checks.interface(g.model.graph) == g.interface

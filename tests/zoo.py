@@ -69,8 +69,8 @@ def _text(name: str, model: str, config: str, options: dict[str, Any], norms: in
 
 
 def _image(name: str, model: str, config: str, options: dict[str, Any], norms: int, **more: Any) -> Architecture:
-    counts = {"attentions": LAYERS, "mlps": LAYERS, **more}
-    return Architecture(name, model, config, options, ("pixel_values",), "last_hidden_state", norms=norms, **counts)
+    counts = {"attentions": LAYERS, "mlps": LAYERS, "output": "last_hidden_state", **more}
+    return Architecture(name, model, config, options, ("pixel_values",), norms=norms, **counts)
 
 
 def _pair(name: str, model: str, config: str, options: dict[str, Any], norms: int, first: str) -> Architecture:
@@ -99,7 +99,7 @@ ALL = (
     _text("gpt2", "GPT2LMHeadModel", "GPT2Config", GPT2, 5),
     _pair("t5", "T5Model", "T5Config", T5, 12, "input_ids"),
     _text("clip-text", "CLIPTextModel", "CLIPTextConfig", CLIP_TEXT, 5, causal=True),
-    _image("clip-vision", "CLIPVisionModel", "CLIPVisionConfig", IMAGE, 5),
+    _image("clip-vision", "CLIPVisionModel", "CLIPVisionConfig", IMAGE, 6, output="pooler_output"),
     _pair("whisper", "WhisperModel", "WhisperConfig", WHISPER, 12, "input_features"),
     _text("roberta", "RobertaModel", "RobertaConfig", ROBERTA, 5),
     _text(
@@ -123,9 +123,18 @@ ALL = (
     ),
     _image("deit", "DeiTModel", "DeiTConfig", IMAGE, 5),
     _image("swin", "SwinModel", "SwinConfig", {**SWIN, "num_channels": 1}, 11, attentions=4, mlps=4),
-    _image("beit", "BeitModel", "BeitConfig", {**IMAGE, "use_relative_position_bias": True}, 5),
+    _image("beit", "BeitModel", "BeitConfig", {**IMAGE, "use_relative_position_bias": True}, 5, output="pooler_output"),
     _image("dinov2", "Dinov2Model", "Dinov2Config", {**IMAGE, "mlp_ratio": 2}, 5),
-    _image("siglip-vision", "SiglipVisionModel", "SiglipVisionConfig", IMAGE, 6, attentions=3, mlps=3),
+    _image(
+        "siglip-vision",
+        "SiglipVisionModel",
+        "SiglipVisionConfig",
+        IMAGE,
+        6,
+        attentions=3,
+        mlps=3,
+        output="pooler_output",
+    ),
     _text("siglip-text", "SiglipTextModel", "SiglipTextConfig", {**TEXT, **EOS}, 5),
     _text("gpt-neox", "GPTNeoXForCausalLM", "GPTNeoXConfig", {**TEXT, "rotary_pct": 0.5, "use_cache": False}, 5),
     _text(
@@ -339,6 +348,7 @@ def _legacy(a: Architecture, s: Spelling, out: Path) -> None:
 def _transformers(a: Architecture, s: Spelling, out: Path) -> None:
     import onnx_ir as ir
     import torch
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
     from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 
     shapes = {x: dict.fromkeys(_axes(a, x), torch.export.Dim.DYNAMIC) for x in a.inputs}
@@ -346,6 +356,8 @@ def _transformers(a: Architecture, s: Spelling, out: Path) -> None:
     settings = OnnxConfig(opset_version=s.opset, dynamic_shapes=shapes, **fusions)
     program = OnnxExporter().export(_model(a, s), _example(a, s), settings).program
     ir.external_data.load_to_model(program)
+    program.graph.outputs[:] = [v for v in program.graph.outputs if v.name == a.output]  # one model, one interface
+    RemoveUnusedNodesPass()(program)
     _save(program, out)
 
 

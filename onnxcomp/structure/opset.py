@@ -24,6 +24,7 @@ def convert(graph: Graph, version: int) -> Graph:
         return new
     from onnxscript import version_converter
 
+    declared = [(v.type, v.shape) for v in new.model.graph.outputs]
     new.infer_shapes()  # some adapters are silently wrong without shapes
     quiet = logging.getLogger("onnxscript.version_converter")
     level = quiet.level
@@ -40,6 +41,8 @@ def convert(graph: Graph, version: int) -> Graph:
             f"{_name(graph)}: cannot be converted from opset {graph.opset} to {version}; "
             "export the model again at opset 18 or above"
         )
+    for v, (kind, shape) in zip(new.model.graph.outputs, declared, strict=True):
+        v.type, v.shape = kind, shape  # the converter infers too; the interface stays as it was declared
     if graph.path is not None:
         external.attach(new.model, graph.path.parent)
     converted = Graph(new.model, graph.path)
