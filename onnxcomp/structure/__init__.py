@@ -8,9 +8,10 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
-from onnxcomp.structure.linear import raise_linears, split_packed
+from onnxcomp.structure.linear import raise_linears
 from onnxcomp.structure.norm import raise_norms
 from onnxcomp.structure.opset import convert
+from onnxcomp.structure.packed import split_packed
 from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
@@ -58,9 +59,10 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     fold_batch(graph, f)
     simplify_layouts(graph, f)
     _settle(graph, f)
-    split_packed(graph, f)
     raise_rotary(graph, f)
     raise_attention(graph, f, exact_rows=exact_rows)
+    _settle(graph, f)
+    split_packed(graph, f)
     _settle(graph, f)
     simplify_layouts(graph, f)
     _settle(graph, f)

@@ -16,7 +16,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.dims import Shape, Size, product
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "trace"]
+__all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "target_of", "trace"]
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
@@ -150,7 +150,11 @@ def reshaped(g: Graph, f: Facts, x: ir.Value, sizes: Sequence[Size], like: ir.Va
 
 def constant_target(f: Facts, x: ir.Value, sizes: Sequence[Size]) -> list[int] | None:
     """A Reshape target that needs nothing at run time, or None."""
-    shape = f.shape(x) or ()
+    return target_of(f, f.shape(x) or (), sizes)
+
+
+def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None:
+    """The same for a value of a shape."""
     target = []
     for i, d in enumerate(sizes):
         if isinstance(d, int):
@@ -207,7 +211,7 @@ def _distance(t: Trace) -> int | None:
         return None
     if t.axes == (b, s, kept + h):
         return 0
-    if t.axes == (b, s, kept, h):
+    if t.axes[:2] == (b, s) and tuple(a for group in t.axes for a in group) == (*b, *s, *kept, *h):
         return 1
     return 2 if len(t.axes) == 4 and _order(t) is not None else None
 

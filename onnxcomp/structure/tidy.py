@@ -29,8 +29,10 @@ RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLik
 
 
 def drop_no_ops(g: Graph, f: Facts) -> None:
-    """Remove Identity, inference Dropout, casts to the same type, expansions to the same shape, products with one."""
-    for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div"):
+    """Remove Identity, inference Dropout, casts and expansions and slices that change nothing, products with one."""
+    for node in g.nodes("Concat"):
+        _drop_empty(g, f, node)
+    for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div", "Slice", "Concat"):
         x, y = node.inputs[0], node.outputs[0]
         if node.domain or x is None or not _is_no_op(g, f, node, x):
             continue
@@ -38,7 +40,29 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
             g.replace(y, x)
 
 
+def _drop_empty(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Leave out parts of a Concat that have no elements, such as the unrotated rest of a fully rotated head."""
+    shapes = [f.shape(x) for x in node.inputs]
+    kept = [x for x, s in zip(node.inputs, shapes, strict=True) if s is None or 0 not in s or len(s) < 2]
+    if node.domain or not kept or len(kept) == len(node.inputs):
+        return
+    joined = g.op("Concat", *kept, like=node.outputs[0], axis=node.attributes.get_int("axis", -1))
+    g.replace(node.outputs[0], joined)
+
+
+def _slices_nothing(f: Facts, node: ir.Node) -> bool:
+    """Whether a Slice keeps every element in order."""
+    a, b = f.shape(node.inputs[0]), f.shape(node.outputs[0])
+    steps = f.content(node.inputs[4]) if len(node.inputs) > 4 else None
+    forward = len(node.inputs) < 5 or (steps is not None and all(n == 1 for n in steps.reshape(-1)))
+    return forward and a is not None and a == b
+
+
 def _is_no_op(g: Graph, f: Facts, node: ir.Node, x: ir.Value) -> bool:
+    if node.op_type == "Concat":
+        return len(node.inputs) == 1
+    if node.op_type == "Slice":
+        return _slices_nothing(f, node)
     if node.op_type == "Cast":
         return x.dtype is not None and x.dtype == node.attributes.get_int("to", 0)
     if node.op_type in ("Expand", "Mul", "Div"):

@@ -1,0 +1,185 @@
+"""Packed linears (q|k|v, gate|up) unpacked: each part gets a linear of its own over a lazy selection of the one weight.
+
+A part is what a Split, Slice or Gather takes from the output, however that was cut into axes and turned before:
+`q|k|v`, `(q|k|v per head)`, `(queries of a group, key, value)` are selections along one axis group of the columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.structure.dims import Shape, Size, is_static, product
+from onnxcomp.structure.layout import MOVES, Axis, Trace, target_of, trace
+from onnxcomp.structure.selections import Selection, selections
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["split_packed"]
+
+PASSED = (*MOVES, "RotaryEmbedding", "LayerNormalization", "RMSNormalization", "Expand", "Mul", "Div", "Concat", "Cast")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A product with a constant `[K, N]` weight and its bias, if any; `y` is the result."""
+
+    product: ir.Node
+    bias: ir.Value | None
+    y: ir.Value
+    width: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a selection is made of a linear over some columns: split, turn, join; None where a step is not needed."""
+
+    selection: Selection
+    columns: Array
+    split: list[int] | None
+    perm: list[int] | None
+    joined: list[int] | None
+
+
+def split_packed(g: Graph, f: Facts) -> None:
+    """Give each part of a packed linear a linear of its own, where nothing but such parts reads the output."""
+    for node in g.nodes("MatMul"):
+        packed = _packed(g, node)
+        plans = _plans(f, packed) if packed is not None else None
+        if packed is not None and plans:
+            for plan in plans:
+                _unpack(g, packed, plan)
+
+
+def _packed(g: Graph, product: ir.Node) -> Packed | None:
+    weight = g.tensor(product.inputs[1])
+    if product.domain or weight is None or len(weight.shape) != 2 or weight.dtype.bitwidth < 8:
+        return None
+    y, bias, width = product.outputs[0], None, weight.shape.numpy()[1]
+    uses = list(y.uses())
+    if len(uses) == 1 and uses[0][0].op_type == "Add" and not y.is_graph_output():
+        add, index = uses[0]
+        bias = add.inputs[1 - index]
+        row = g.tensor(bias)
+        if row is None or tuple(row.shape.numpy()) != (width,):
+            return None
+        y = add.outputs[0]
+    return Packed(product, bias, y, width)
+
+
+def _readers(v: ir.Value) -> Iterator[ir.Node | None]:
+    """Nodes that read a value, past layout moves; None for a graph output."""
+    if v.is_graph_output():
+        yield None
+    for user in dict.fromkeys(u for u, _ in v.uses()):
+        if user.op_type in MOVES and user.domain == "":
+            yield from _readers(user.outputs[0])
+        else:
+            yield user
+
+
+def _plans(f: Facts, packed: Packed) -> list[Plan] | None:
+    """One plan for each part; None unless all readers take fixed parts that share no column."""
+    parts: list[Selection] = []
+    for node in _readers(packed.y):
+        found = selections(f, node) if node is not None else None
+        if found is None:
+            return None
+        parts += found
+    parts = [p for p in parts if list(p.out.uses()) or p.out.is_graph_output()]
+    plans = [_plan(f, packed, p) for p in parts]
+    made = [p for p in plans if p is not None]
+    columns = np.concatenate([p.columns for p in made]) if made else np.zeros(0, np.int64)
+    if len(made) < len(plans) or len(set(columns.tolist())) < columns.size:
+        return None
+    return made
+
+
+def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
+    source, shape = part.node.inputs[0], f.shape(part.out)
+    t = None if source is None else next((t for t in trace(f, source) if t.value is packed.y), None)
+    if t is None or shape is None or 0 in shape or not part.keep:
+        return None
+    last, group = t.axes[-1], t.origin[part.axis]
+    place = next((i for i in range(len(last)) if last[i : i + len(group)] == group), None)
+    if not group or place is None or not is_static(a.size for a in last):
+        return None
+    if place and not _attends(part.out):
+        return None  # an inner part of a head's width (a rotation's halves) is no packing
+    chosen, whole = Axis(len(part.keep)), Axis(product(a.size for a in group))
+    cut = (*last[:place], whole, *last[place + len(group) :])
+    places = np.arange(packed.width).reshape(np.array([a.size for a in cut], np.int64))
+    columns: Array = np.take(places, part.keep, axis=place).reshape(-1)
+    units = [*(a for lead in t.axes[:-1] for a in lead), *(chosen if a is whole else a for a in cut)]
+    order = [
+        chosen if i == part.axis else a for i, own in enumerate(t.origin) for a in (own[:1] if i == part.axis else own)
+    ]
+    return _moves(f, packed, part, Steps(units, order, columns, t, shape))
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The axes of the new linear's output, their order in the selection, and its shape."""
+
+    units: list[Axis]
+    order: list[Axis]
+    columns: Array
+    seen: Trace
+    shape: Shape
+
+
+def _moves(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan | None:
+    """The Reshape, Transpose and Reshape from the new output to the selection; None if a target has two open sizes."""
+    have: Shape = (*(f.shape(packed.y) or ())[:-1], int(s.columns.size))
+    cut: tuple[Size, ...] = tuple(a.size for a in s.units)
+    turned: tuple[Size, ...] = tuple(a.size for a in s.order)
+    if len(s.units) != len(s.order) or set(s.units) != set(s.order):
+        return None
+    perm = [s.units.index(a) for a in s.order]
+    if perm == list(range(len(perm))):
+        joined = None if have == s.shape else target_of(f, have, s.shape)
+        fits = have == s.shape or joined is not None
+        return Plan(part, s.columns, None, None, joined) if fits else None
+    split, joined = target_of(f, have, cut), target_of(f, turned, s.shape)
+    if split is None or joined is None:
+        return None
+    return Plan(part, s.columns, split, perm, None if turned == s.shape else joined)
+
+
+def _attends(v: ir.Value, depth: int = 16) -> bool:
+    """Whether all that reads a value, past rotation, norm and layout, is an Attention."""
+    users = list(dict.fromkeys(u for u, _ in v.uses()))
+    if not users or depth == 0:
+        return False
+    return all(u.op_type == "Attention" or (u.op_type in PASSED and _attends(u.outputs[0], depth - 1)) for u in users)
+
+
+def _unpack(g: Graph, packed: Packed, plan: Plan) -> None:
+    y = g.op("MatMul", packed.product.inputs[0], _columns(g, packed.product.inputs[1], plan.columns))
+    if packed.bias is not None:
+        y = g.op("Add", y, _columns(g, packed.bias, plan.columns))
+    for op, target in (("Reshape", plan.split), ("Transpose", plan.perm), ("Reshape", plan.joined)):
+        if target is not None and op == "Transpose":
+            y = g.op(op, y, perm=target)
+        elif target is not None:
+            y = g.op(op, y, np.array(target, np.int64))
+    y.type = plan.selection.out.type
+    g.replace(plan.selection.out, y)
+
+
+def _columns(g: Graph, v: ir.Value | None, columns: Array) -> ir.Value:
+    """Some last-axis positions of a constant, as a lazy view; neighbours are sliced, not gathered."""
+    tensor = g.tensor(v)
+    assert tensor is not None  # checked by _packed
+    near = bool(np.all(np.diff(columns) == 1))
+    index = slice(int(columns[0]), int(columns[-1]) + 1) if near else columns
+    lazy = ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(tensor.numpy()[..., index]), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=ir.Shape([*tensor.shape.numpy()[:-1], int(columns.size)]),
+    )
+    return g.constant(lazy, str(v.name if v is not None else "part"))

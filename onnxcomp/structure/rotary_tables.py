@@ -1,0 +1,140 @@
+"""Cosine and sine tables of rotary embeddings, halved: whatever writes every entry twice is proved and undone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure.dims import Shape, product
+from onnxcomp.structure.layout import trace
+from onnxcomp.structure.rules import axis_of
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.turns import joined
+
+__all__ = ["Tables"]
+
+UNARY = ("Cos", "Sin", "Cast", "Identity", "Neg")
+EXPANDED = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity")
+
+
+@dataclass
+class Tables:
+    """The tables of one graph; each is halved and brought to three axes once."""
+
+    g: Graph
+    f: Facts
+    _halves: dict[tuple[ir.Value, bool], ir.Value | None] = field(default_factory=dict)
+    _made: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
+
+    def table(self, v: ir.Value, heads_axis: int, *, interleaved: bool, full: bool) -> ir.Value | None:
+        """One entry per pair as `[b or 1, s, h / 2]`; None where a full table is not proved to repeat itself."""
+        key = (v, heads_axis, interleaved, full)
+        if key in self._made:
+            return self._made[key]
+        half = self.half(v, interleaved) if full else v
+        rank = self.f.rank(half)
+        if half is None or rank is None:
+            return None
+        if rank == 4:
+            half = self.g.op("Squeeze", half, np.array([heads_axis], np.int64))
+        elif rank == 2:
+            half = self.g.op("Unsqueeze", half, np.array([0], np.int64))
+        elif heads_axis == 2:  # [s, 1, h / 2]
+            half = self.g.op("Transpose", half, perm=[1, 0, 2])
+        self._made[key] = half
+        return half
+
+    def half(self, v: ir.Value | None, interleaved: bool) -> ir.Value | None:
+        """A value proved to hold one of each two equal entries of the last axis of `v`.
+
+        Equal are entries half a width apart, or side by side when interleaved.
+        """
+        if v is None:
+            return None
+        key = (v, interleaved)
+        if key not in self._halves:
+            self._halves[key] = self._half(v, interleaved)
+        return self._halves[key]
+
+    def _half(self, v: ir.Value, interleaved: bool) -> ir.Value | None:
+        if self.g.is_constant(v):
+            return self._of_constant(v, interleaved)
+        node = v.producer()
+        rank = self.f.rank(v) or 0
+        if node is None or node.domain or node.inputs[0] is None:
+            return None
+        parts = joined(self.f, v)
+        if parts is not None and parts[0] is parts[1]:
+            return parts[0] if parts[2] == interleaved else None
+        index = 0
+        if node.op_type in ("Mul", "Div", "Add", "Sub"):
+            index = next((i for i in (0, 1) if self.f.scalar(node.inputs[1 - i]) is not None), -1)
+        elif node.op_type not in UNARY and not self._spares_last_axis(node, rank):
+            return self._of_repeat(v, node, interleaved)
+        inner = self.half(node.inputs[index], interleaved) if index >= 0 else None
+        if inner is None:
+            return None
+        inputs = [inner if i == index else x for i, x in enumerate(node.inputs)]
+        return self.g.op(node.op_type, *inputs, **{k: a.value for k, a in node.attributes.items()})
+
+    def _of_repeat(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
+        """What a Gather with doubled positions, a Tile or an Expand between Reshapes repeats."""
+        x, shape = node.inputs[0], self.f.shape(v)
+        if x is None or shape is None or not isinstance(shape[-1], int) or shape[-1] % 2:
+            return None
+        half = shape[-1] // 2
+        if node.op_type == "Gather":
+            wanted = np.repeat(np.arange(half), 2) if interleaved else np.tile(np.arange(half), 2)
+            taken = self.g.tensor(node.inputs[1])
+            same = taken is not None and taken.size == wanted.size and np.array_equal(taken.numpy(), wanted)
+            return x if same and (self.f.shape(x) or (0,))[-1] == half else None
+        if node.op_type == "Tile":
+            repeats = self.f.content(node.inputs[1])
+            fits = repeats is not None and list(repeats) == [*(1 for _ in shape[:-1]), 2]
+            return x if fits and not interleaved else None
+        return self._of_expand(v, shape, half, interleaved)
+
+    def _of_expand(self, v: ir.Value, shape: Shape, half: int, interleaved: bool) -> ir.Value | None:
+        for t in trace(self.f, v, through=EXPANDED):
+            last = t.origin[-1]
+            if len(last) != 2 or last[1 if interleaved else 0] not in t.repeated or len(t.repeated) != 1:
+                continue
+            kept = last[0 if interleaved else 1]
+            rest = tuple(a for own in t.axes for a in own)
+            if kept.size != half or rest != (*(a for own in t.origin[:-1] for a in own), kept):
+                return None
+            before = self.f.shape(t.value) or ()
+            if before[-1] == 1 and len(before) == len(shape) + 1 and interleaved:
+                return self.g.op("Squeeze", t.value, np.array([-1], np.int64))
+            if before == (*shape[:-1], half):
+                return t.value
+            if not interleaved and len(before) == len(shape) + 1 and before[-2] == 1 and product(before) != 0:
+                return self.g.op("Squeeze", t.value, np.array([-2], np.int64))
+            return None
+        return None
+
+    def _spares_last_axis(self, node: ir.Node, rank: int) -> bool:
+        """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis alone."""
+        width = self.f.rank(node.inputs[0]) if node.op_type != "Unsqueeze" else rank
+        if node.op_type == "Gather":
+            return width is not None and axis_of(node, width, 0) < width - 1
+        if node.op_type == "Transpose":
+            return node.attributes.get_ints("perm", [0])[-1] == rank - 1
+        position = {"Unsqueeze": 1, "Squeeze": 1, "Slice": 3}.get(node.op_type)
+        if position is None or len(node.inputs) <= position:
+            return False
+        axes = self.f.content(node.inputs[position])
+        if axes is None or width is None or not all(isinstance(a, int) for a in axes.reshape(-1)):
+            return False
+        return all(a % width != width - 1 for a in axes.reshape(-1))
+
+    def _of_constant(self, v: ir.Value, interleaved: bool) -> ir.Value | None:
+        a = self.g.array(v)
+        half = a.shape[-1] // 2 if a.ndim else 0
+        if not half or a.shape[-1] % 2:
+            return None
+        one, two = (a[..., ::2], a[..., 1::2]) if interleaved else (a[..., :half], a[..., half:])
+        return self.g.constant(np.ascontiguousarray(one), str(v.name)) if np.array_equal(one, two) else None

@@ -1,0 +1,214 @@
+"""Rotations of pairs of channels: two parts of the last axis, turned against each other and joined again.
+
+Pairs lie half a width apart (`x[i], x[i + h / 2]`) or side by side (`x[2 i], x[2 i + 1]`, called interleaved).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.structure.dims import Shape
+from onnxcomp.structure.rules import axis_of
+from onnxcomp.structure.selections import Selection, selections
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["Turn", "chosen", "joined", "turns"]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """`out` is `x` rotated by tables `cos` and `sin` as wide as `x` (`full`) or half as wide."""
+
+    node: ir.Node
+    x: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    interleaved: bool
+    full: bool
+
+    @property
+    def out(self) -> ir.Value:
+        """The rotated value."""
+        return self.node.outputs[0]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Positions `keep` of the last axis of `x`."""
+
+    x: ir.Value
+    keep: tuple[int, ...]
+
+
+def chosen(f: Facts, v: ir.Value | None) -> Chosen | None:
+    """Which positions of the last axis of what value `v` is, seen through a split of that axis in two."""
+    found = _selection(f, v)
+    if found is None:
+        return None
+    z = found.node.inputs[0]
+    shape, out = f.shape(z), f.shape(v)
+    if z is None or shape is None or out is None or not isinstance(shape[-1], int):
+        return None
+    if found.axis == len(shape) - 1 and len(found.keep) == out[-1] and out[:-1] == shape[:-1]:
+        return Chosen(z, found.keep)
+    whole = _joined_axes(f, z, shape)
+    if whole is None or len(found.keep) != 1 or out[:-1] != shape[:-2]:
+        return None
+    rows, columns = int(shape[-2]), int(shape[-1])  # type: ignore[arg-type]
+    if found.axis == len(shape) - 1:
+        return Chosen(whole, tuple(range(found.keep[0], rows * columns, columns)))
+    if found.axis == len(shape) - 2:
+        first = found.keep[0] * columns
+        return Chosen(whole, tuple(range(first, first + columns)))
+    return None
+
+
+def _selection(f: Facts, v: ir.Value | None) -> Selection | None:
+    """The fixed selection a value is, perhaps with the axis squeezed away."""
+    node = v.producer() if v is not None else None
+    if node is None or node.domain or v is None:
+        return None
+    if node.op_type in ("Squeeze", "Reshape"):
+        inner, a, b = node.inputs[0], f.shape(node.inputs[0]), f.shape(v)
+        below = inner.producer() if inner is not None else None
+        if a is None or b is None or below is None or below.op_type in ("Squeeze", "Reshape"):
+            return None
+        found = _selection(f, inner)
+        return found if found is not None and (*a[: found.axis], *a[found.axis + 1 :]) == b else None
+    return next((s for s in selections(f, node) or () if s.out is v), None)
+
+
+def _joined_axes(f: Facts, z: ir.Value, shape: Shape) -> ir.Value | None:
+    """The value whose last axis a Reshape cut into the last two of `z`."""
+    node = z.producer()
+    if node is None or node.op_type != "Reshape" or node.domain or not all(isinstance(d, int) for d in shape[-2:]):
+        return None
+    before = f.shape(node.inputs[0])
+    product = int(shape[-2]) * int(shape[-1])  # type: ignore[arg-type]
+    same = before is not None and f.equal.match(before, (*shape[:-2], product))
+    return node.inputs[0] if same else None
+
+
+def joined(f: Facts, v: ir.Value | None) -> tuple[ir.Value, ir.Value, bool] | None:
+    """`a`, `b` and whether interleaved, where `v` is made of two equal parts along its last axis."""
+    node = v.producer() if v is not None else None
+    rank = f.rank(v)
+    if node is None or rank is None or node.domain or node.inputs[0] is None:
+        return None
+    if node.op_type == "Concat":
+        a, b = node.inputs[0], node.inputs[-1]
+        if len(node.inputs) != 2 or axis_of(node, rank) != rank - 1 or a is None or b is None:
+            return None
+        return (a, b, False) if f.shape(a) == f.shape(b) else None
+    return _stacked(f, node) if node.op_type == "Reshape" else None
+
+
+def _stacked(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool] | None:
+    """Two values stacked on a new axis next to the last one, and that axis merged."""
+    stack, out = node.inputs[0], f.shape(node.outputs[0])
+    concat, shape = stack.producer() if stack is not None else None, f.shape(stack)
+    if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2 or shape is None or out is None:
+        return None
+    axis = axis_of(concat, len(shape))
+    if axis < len(shape) - 2 or shape[axis] != 2 or len(out) != len(shape) - 1 or shape[:-2] != out[:-1]:
+        return None
+    parts = [_without(f, x, axis) for x in concat.inputs]
+    if parts[0] is None or parts[1] is None:
+        return None
+    return parts[0], parts[1], axis == len(shape) - 1
+
+
+def _without(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | None:
+    """The value before an axis of size 1 was added."""
+    node, shape = v.producer() if v is not None else None, f.shape(v)
+    if node is None or node.op_type not in ("Unsqueeze", "Reshape") or shape is None or shape[axis] != 1:
+        return None
+    return node.inputs[0] if f.shape(node.inputs[0]) == (*shape[:axis], *shape[axis + 1 :]) else None
+
+
+# ---- rotations ---------------------------------------------------------------------------------------------------
+
+
+def turns(f: Facts, node: ir.Node) -> Iterator[Turn]:
+    """Readings of a node as the end of a rotation."""
+    if node.domain:
+        return
+    if node.op_type == "Add":
+        for x, turned, cos, sin in _products(node):
+            style = _turned(f, turned, x)
+            if style is not None:
+                yield Turn(node, x, cos, sin, style, True)
+    elif node.op_type in ("Concat", "Reshape"):
+        parts = joined(f, node.outputs[0])
+        found = _crossed(f, *parts[:2]) if parts is not None else None
+        if parts is not None and found is not None and found[3] == parts[2]:
+            yield Turn(node, found[0], found[1], found[2], parts[2], False)
+
+
+def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.Value]]:
+    """Readings of `Add(Mul, Mul)` as `x * cos + turned * sin`."""
+    muls = [v.producer() for v in node.inputs if v is not None]
+    pairs = [m.inputs for m in muls if m is not None and m.op_type == "Mul" and m.domain == ""]
+    if len(pairs) != 2:
+        return
+    for first, second in ((pairs[0], pairs[1]), (pairs[1], pairs[0])):
+        for i in (0, 1):
+            for j in (0, 1):
+                x, cos, turned, sin = first[i], first[1 - i], second[j], second[1 - j]
+                if x is not None and cos is not None and turned is not None and sin is not None:
+                    yield x, turned, cos, sin
+
+
+def _turned(f: Facts, v: ir.Value, x: ir.Value) -> bool | None:
+    """Whether the pairs are interleaved where `v` joins `-x2` and `x1`; None where it does not."""
+    parts = joined(f, v)
+    if parts is None:
+        return None
+    a, b, interleaved = parts
+    both = _parts(f, _negated(f, a), b)
+    return interleaved if both is not None and both == (x, interleaved) else None
+
+
+def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
+    """`x` where `v` is `-x`."""
+    node = v.producer() if v is not None else None
+    if node is None or node.domain:
+        return None
+    if node.op_type == "Neg":
+        return node.inputs[0]
+    if node.op_type == "Mul":
+        return next((node.inputs[1 - i] for i in (0, 1) if f.scalar(node.inputs[i]) == -1), None)
+    return None
+
+
+def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[ir.Value, bool] | None:
+    """The value of which two values are the second and the first part, and whether these are interleaved."""
+    a, b = chosen(f, first), chosen(f, second)
+    if a is None or b is None or a.x is not b.x:
+        return None
+    width = (f.shape(a.x) or (0,))[-1]
+    if not isinstance(width, int) or width % 2:
+        return None
+    half = width // 2
+    if (a.keep, b.keep) == (tuple(range(half)), tuple(range(half, width))):
+        return a.x, False
+    if (a.keep, b.keep) == (tuple(range(0, width, 2)), tuple(range(1, width, 2))):
+        return a.x, True
+    return None
+
+
+def _crossed(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, bool] | None:
+    """`x`, `cos`, `sin` and the style where `a` is `x1 cos - x2 sin` and `b` is `x2 cos + x1 sin`."""
+    minus, plus = a.producer(), b.producer()
+    if minus is None or plus is None or minus.op_type != "Sub" or plus.op_type != "Add":
+        return None
+    for x1, x2, cos, sin in _products(minus):
+        for y2, y1, c, s in _products(plus):
+            if (y1, y2, c, s) == (x1, x2, cos, sin):
+                both = _parts(f, x2, x1)
+                if both is not None:
+                    return both[0], cos, sin, both[1]
+    return None
