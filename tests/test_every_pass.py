@@ -30,8 +30,10 @@ ZOO = {
 }
 # The setting at which a lossy pass must change nothing. A new lossy pass adds its own.
 IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
+IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
+OPTIONS |= {"merge-tokens": {"ratio": 0.05}, "drop-tokens": {"keep": 0.99}}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 
