@@ -14,9 +14,11 @@ import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
-from onnxcomp.stats import Per, Stat
+from onnxcomp.stats import Need, Of, Per, Stat
 
-__all__ = ["BINS", "PAIRS", "accumulator", "family", "finish"]
+__all__ = ["BINS", "Key", "accumulator", "family", "fetched", "finish"]
+
+Key = tuple[Of, str]  # a value of one of the two graphs
 
 BINS = 65536  # one per pattern of a float32's upper 16 bits: sign, exponent, 7 bits of mantissa
 PAIRS = ("cross_gram", "cosine")
@@ -30,6 +32,12 @@ UPPER = slice(1, None, 2) if sys.byteorder == "little" else slice(0, None, 2)
 def family(stat: Stat) -> Stat:
     """The statistic whose accumulator answers `stat`: mean, variance and norm share one, and so do the extremes."""
     return Stat(FAMILY.get(stat.kind, stat.kind), stat.per, stat.other, stat.n, stat.other_of)  # type: ignore[arg-type]
+
+
+def fetched(need: Need) -> list[Key]:
+    """The values a statistic reads, each of its graph."""
+    second: list[Key] = [(need.stat.other_of or need.of, need.stat.other)] if need.stat.kind in PAIRS else []
+    return [(need.of, need.value), *second]
 
 
 def accumulator(stat: Stat) -> Any:

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import itertools
 import math
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxcomp.accumulate import BUFFER, PAIRS, accumulator, family, finish
+from onnxcomp import statcache
+from onnxcomp.accumulate import BUFFER, Key, accumulator, family, fetched, finish
 from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
-from onnxcomp.handover import tap
 from onnxcomp.maths import Array
 from onnxcomp.rows import Dims, Samples, dims, mask_name, rows, token_axis
-from onnxcomp.runtime import Session
 from onnxcomp.stats import Need, Of, Stats
 from onnxcomp.target import CPU, Target
+from onnxcomp.walk import Layout, Stage, Walk, signature
 
-__all__ = ["collect"]
+__all__ = ["Collector", "collect"]
 
-MEMORY = 2 << 30  # bytes; half for the activations of one run, half for the statistics of one walk
+MEMORY = 2 << 30  # bytes
 WIDTH = 4096  # channels assumed where a shape is unknown
-CACHE_VERSION = "1"
-Key = tuple[Of, str]
 
 
 def collect(
@@ -50,41 +46,28 @@ def collect(
 ) -> Stats:
     """All statistics asked for, on the current graph and the original; only the part of a graph that is needed runs.
 
-    `memory` (bytes) bounds what is held at once: more walks or smaller runs, never other results. With `scratch`,
-    results larger than the budget live in files there; with `cache`, they are read back where model, needs and data
-    are the same. Raises `DataError` for empty data and for NaN or infinity, naming the value and the batch.
+    `memory` (bytes) bounds what is held at once: where it is exceeded the graph runs block by block, in smaller runs,
+    never with other results. With `scratch`, results that exceed it live in files there; with `cache`, they are read
+    back where model, needs and data are the same. Raises `DataError` for empty data and for NaN or infinity, naming
+    the value and the batch.
     """
     asked = tuple(dict.fromkeys(needs))
     if not asked:
         return Stats()
-    graphs: dict[Of, Graph] = {"current": graph}
-    if original is not None:
-        graphs["original"] = original
-    if lost := [n for n in asked for of, _ in _fetched(n) if of not in graphs]:
-        raise OnnxcompError(f"statistic {lost[0]} is of the original model, which was not given")
-    path = None if cache is None else cache / f"{_cache_key(graphs, asked, data, target)}.npz"
-    if path is not None and (found := _read(path, asked)) is not None:
+    collector = Collector(data, target, original=original, memory=memory, scratch=scratch)
+    graphs = collector.graphs(graph, asked)
+    path = None if cache is None else cache / f"{statcache.key(graphs, asked, data, target)}.npz"
+    if path is not None and (found := statcache.read(path, asked)) is not None:
         return found
-    stats = Stats(_Collection(graphs, data, target, memory or MEMORY, scratch).run(asked, watch))
+    stats = collector.collect(graph, asked, watch)
     if path is not None:
-        _write(path, asked, stats)
+        statcache.write(path, asked, stats)
     return stats
 
 
-def _fetched(need: Need) -> list[Key]:
-    """The values a statistic reads, each of its graph."""
-    second: list[Key] = [(need.stat.other_of or need.of, need.stat.other)] if need.stat.kind in PAIRS else []
-    return [(need.of, need.value), *second]
-
-
-def prefix(graph: Graph, names: Sequence[str]) -> Graph:
-    """The part of a graph that computes the named values, which become its only outputs; tensors are shared."""
-    graph.model.graph.sort()
-    model = graph.model.clone()
-    model.graph.outputs.clear()
-    tap(model, names)
-    RemoveUnusedNodesPass()(model)
-    return Graph(model, graph.path)
+def _names(needs: Iterable[Need], of: Of) -> list[str]:
+    """The values of one graph that statistics read."""
+    return list(dict.fromkeys(name for n in needs for o, name in fetched(n) if o == of))
 
 
 def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]:
@@ -99,35 +82,111 @@ def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]
     return {(of, name): dims(copy.value(name)) for name in names}
 
 
-class _Collection:
-    """The walks behind one call of `collect`."""
+@dataclass(frozen=True)
+class Blocks:
+    """A collection block by block: where each graph can be cut, and which needs are answered together."""
 
-    def __init__(self, graphs: Mapping[Of, Graph], data: Dataset, target: Target, memory: int, scratch: Path | None):
-        self.graphs, self.data, self.target, self.memory, self.scratch = graphs, data, target, memory, scratch
-        self.mask = mask_name(graphs["current"])
+    layouts: Mapping[Of, Layout]
+    stages: list[list[Need]]
+
+
+@dataclass(frozen=True)
+class SampleRule:
+    """How the feeds of a model are samples: whether batches can be run in parts, and the input that marks padding."""
+
+    splits: bool
+    mask: str | None
+
+
+def _sample_rule(graph: Graph) -> SampleRule:
+    shapes = [dims(v) for v in graph.inputs]
+    return SampleRule(all(s and isinstance(s[0], str) for s in shapes), mask_name(graph))
+
+
+class Collector:
+    """Statistics over one dataset, call after call, of graphs that may be edited in between.
+
+    A `sequential` caller asks for values further and further on: each call starts from where the last one stood, as
+    long as what lies before is unchanged. Half of the `memory` is for statistics, a quarter for activations, the rest
+    for what is carried from block to block and for results, which move to files of `scratch` beyond that.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        target: Target = CPU,
+        *,
+        original: Graph | None = None,
+        memory: int | None = None,
+        scratch: Path | None = None,
+        sequential: bool = False,
+    ) -> None:
+        self.data, self.target, self.original, self.sequential = data, target, original, sequential
+        self.memory, self.scratch = memory or MEMORY, scratch
+        self.walks: dict[Of, Walk] = {of: Walk(target, self.memory, scratch) for of in ("current", "original")}
+        self.chunk: int | None = None
         self.shapes: dict[Key, Dims | None] = {}
         self.sizes: dict[Key, int] = {}
         self.widths: dict[Need, int] = {}
         self.held = 0
+        self._last: dict[Need, tuple[Any, Array]] = {}
 
-    def run(self, asked: Sequence[Need], watch: Callable[[int, int], None] | None) -> dict[Need, Array]:
+    def graphs(self, graph: Graph, asked: Iterable[Need]) -> dict[Of, Graph]:
+        """The graphs by the name that needs give them; raises `OnnxcompError` where the original is not known."""
+        graphs: dict[Of, Graph] = {"current": graph}
+        if self.original is not None:
+            graphs["original"] = self.original
+        if lost := [n for n in asked for of, _ in fetched(n) if of not in graphs]:
+            raise OnnxcompError(f"statistic {lost[0]} is of the original model, which was not given")
+        return graphs
+
+    def collect(self, graph: Graph, needs: Iterable[Need], watch: Callable[[int, int], None] | None = None) -> Stats:
         """Statistics by need; every accumulator is filled once however many needs it answers."""
+        asked = list(dict.fromkeys(needs))
+        if not asked:
+            return Stats()
+        graphs = self.graphs(graph, asked)
         first = next(iter(self.data), None)
         if first is None:
             raise DataError(f"{self.data.name}: there are no samples to collect statistics on")
-        shared = dict.fromkeys(Need(n.value, family(n.stat), n.of) for n in asked)
-        walks = self._plan(list(shared), first.feeds)
-        total, found = len(self.data) * len(walks), {}
-        for i, walk in enumerate(walks):
-            step = None if watch is None else _from(watch, i * len(self.data), total)
-            found.update(self._walk(walk, first.feeds, step))
-        return {n: finish(n.stat, found[Need(n.value, family(n.stat), n.of)]) for n in asked}
+        shared = list(dict.fromkeys(Need(n.value, family(n.stat), n.of) for n in asked))
+        marks = {n: self._mark(graphs, n) for n in shared} if self.sequential else {}
+        found = {n: self._last[n][1] for n in marks if n in self._last and self._last[n][0] == marks[n]}
+        todo = [n for n in shared if n not in found]
+        self.held = 0
+        if todo:
+            self._last.clear()
+            found.update(self._run(graphs, todo, first.feeds, watch))
+        self._last = {n: (mark, found[n]) for n, mark in marks.items()}
+        return Stats({n: finish(n.stat, found[Need(n.value, family(n.stat), n.of)]) for n in asked})
 
-    def _sizes(self, keys: Sequence[Key], feeds: Mapping[str, Array]) -> dict[Key, int]:
+    @staticmethod
+    def _mark(graphs: Mapping[Of, Graph], need: Need) -> tuple[Any, ...]:
+        """What decides a statistic on given data."""
+        return tuple(signature(graphs[of], [name]) for of, name in fetched(need))
+
+    def _run(
+        self,
+        graphs: Mapping[Of, Graph],
+        needs: Sequence[Need],
+        feeds: Mapping[str, Array],
+        watch: Callable[[int, int], None] | None,
+    ) -> dict[Need, Array]:
+        self.sizes = self._sizes(graphs, list(dict.fromkeys(k for n in needs for k in fetched(n))), feeds)
+        samples = _sample_rule(graphs["current"])
+        blocks = self._blocks(graphs, needs)
+        stages = blocks.stages if blocks is not None else [list(needs)]
+        total, found = len(self.data) * len(stages), {}
+        for i, (stage, following) in enumerate(itertools.pairwise([*stages, []])):
+            step = None if watch is None else _from(watch, i * len(self.data), total)
+            found.update(self._stage(graphs, blocks, stage, following, samples, step))
+        return found
+
+    def _sizes(self, graphs: Mapping[Of, Graph], keys: Sequence[Key], feeds: Mapping[str, Array]) -> dict[Key, int]:
         """Estimated bytes of values for one sample, from recorded or inferred shapes and the first batch."""
-        self.shapes = {k: s for of, g in self.graphs.items() for k, s in _shapes(g, of, keys).items()}
+        self.shapes = {k: s for of, g in graphs.items() for k, s in _shapes(g, of, keys).items()}
         symbols: dict[int | str, int] = {}
-        for v in self.graphs["current"].inputs:
+        for v in graphs["current"].inputs:
             symbols.update(zip(dims(v) or (), feeds[str(v.name)].shape if v.name in feeds else (), strict=False))
         tokens = math.prod(n for d, n in symbols.items() if isinstance(d, str))
 
@@ -137,48 +196,84 @@ class _Collection:
 
         return {k: max(1, 4 * elements(k) // (_batch(feeds) or 1)) for k in keys}
 
-    def _plan(self, needs: Sequence[Need], feeds: Mapping[str, Array]) -> list[list[Need]]:
-        """Split needs, in order, into walks of which each keeps within the budget."""
-        self.sizes = sizes = self._sizes(list(dict.fromkeys(k for n in needs for k in _fetched(n))), feeds)
-        walks: list[list[Need]] = [[]]
-        values: set[Key] = set()
-        held = 0
-        for need in needs:
-            new = values | set(_fetched(need))
-            state = self._state(need)
-            if walks[-1] and (sum(sizes[k] for k in new) > self.memory // 2 or held + state > self.memory // 2):
-                walks.append([])
-                new, held = set(_fetched(need)), 0
-            walks[-1].append(need)
-            values, held = new, held + state
-        return walks
+    def _blocks(self, graphs: Mapping[Of, Graph], needs: Sequence[Need]) -> Blocks | None:
+        """How to go block by block, None where everything fits into one run of the whole graph."""
+        values = {k for n in needs for k in fetched(n)}
+        states = sum(self._state(n) for n in needs)
+        large = any(graphs[of].nbytes > self.memory // 2 for of, _ in values)
+        fits = states <= self.memory // 2 and sum(self.sizes[k] for k in values) <= self.memory // 4
+        if fits and not large and not self.sequential:
+            return None
+        layouts = {of: Layout(g) for of, g in graphs.items() if any(o == of for o, _ in values)}
+        if self.chunk is None:
+            self.chunk = max(1, self.memory // 16 // max(self.sizes[k] for k in values))
+        return Blocks(layouts, self._grouped(layouts, needs))
+
+    def _grouped(self, layouts: Mapping[Of, Layout], needs: Sequence[Need]) -> list[list[Need]]:
+        """Needs in the order of the graph, in groups that keep within the budget."""
+
+        def place(need: Need) -> float:
+            return max(layouts[of].end([name]) / max(1, layouts[of].count) for of, name in fetched(need))
+
+        stages: list[list[Need]] = [[]]
+        for need in sorted(needs, key=place):
+            new = [*stages[-1], need]
+            values = {k for n in new for k in fetched(n)}
+            weights = 0
+            for of, layout in layouts.items():
+                names = _names(new, of)
+                start = layout.before(names)
+                weights += layout.nbytes(
+                    start.place if start else 0, max(layout.end(names), start.place if start else 0)
+                )
+            over = (
+                sum(map(self._state, new)) > self.memory // 2
+                or sum(self.sizes[k] for k in values) > self.memory // 4
+                or weights > self.memory // 4
+            )
+            if over and stages[-1]:
+                stages.append([])
+            stages[-1].append(need)
+        return stages
 
     def _state(self, need: Need) -> int:
         """Bytes an accumulator holds, from the recorded width of its values."""
         if need.stat.kind == "histogram":
             return 8 << 16
-        widths = [s[-1] if (s := self.shapes[k]) and isinstance(s[-1], int) else WIDTH for k in _fetched(need)]
+        widths = [s[-1] if (s := self.shapes[k]) and isinstance(s[-1], int) else WIDTH for k in fetched(need)]
         if need.stat.kind in ("gram", "cross_gram"):
             return int(widths[0] * widths[-1] * 8 + sum(widths) * BUFFER * 4)
         return int(widths[0] * 4 * max(need.stat.n, 6))
 
-    def _walk(
-        self, needs: Sequence[Need], feeds: Mapping[str, Array], watch: Callable[[int], None] | None
+    def _stage(
+        self,
+        graphs: Mapping[Of, Graph],
+        blocks: Blocks | None,
+        needs: Sequence[Need],
+        following: Sequence[Need],
+        rule: SampleRule,
+        watch: Callable[[int], None] | None,
     ) -> dict[Need, Array]:
+        """Fill the accumulators of one stage."""
         accumulators = {n: accumulator(n.stat) for n in needs}
         tasks: dict[tuple[Key, ...], list[Need]] = {}
         for n in needs:
-            tasks.setdefault(tuple(_fetched(n)), []).append(n)
-        wanted = list(dict.fromkeys(k for keys in tasks for k in keys))
-        chunk = max(1, self.memory // 2 // max(1, sum(self.sizes[k] for k in wanted)))
+            tasks.setdefault(tuple(fetched(n)), []).append(n)
+        chunk = self.chunk
+        if blocks is None:
+            chunk = max(1, self.memory // 4 // max(1, sum(self.sizes[k] for k in {k for keys in tasks for k in keys})))
+        chunk = chunk if rule.splits else None
         done = 0
         with contextlib.ExitStack() as stack:
-            sources = [stack.enter_context(_Source(g, of, wanted, self.target)) for of, g in self.graphs.items()]
+            sources = [
+                (of, stack.enter_context(stage))
+                for of, stage in self._sources(graphs, blocks, needs, following, lambda: self._runs(chunk))
+            ]
             pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
             for index, batch in enumerate(self.data):
-                for part in _slices(batch.feeds, chunk if all(s.splits for s in sources) else None):
-                    values = {k: a for s in sources for k, a in s.run(part).items()}
-                    samples = Samples(part, self.mask)
+                for part in _slices(batch.feeds, chunk):
+                    values = {(of, k): a for of, s in sources for k, a in s.run(part).items()}
+                    samples = Samples(part, rule.mask)
                     # Large values first, so that no thread is left with the largest at the end.
                     order = sorted(tasks.items(), key=lambda t: -values[t[0][0]].nbytes)
                     jobs = [pool.submit(self._reduce, k, ns, values, samples, accumulators, index) for k, ns in order]
@@ -188,7 +283,32 @@ class _Collection:
                 done += _batch(batch.feeds) or 1
                 if watch is not None:
                     watch(done)
-        return {n: self._result(n, a) for n, a in accumulators.items()}
+        return {n: self._result(n, accumulators.pop(n)) for n in needs}
+
+    def _runs(self, chunk: int | None) -> Iterator[dict[str, Array]]:
+        return (part for batch in self.data for part in _slices(batch.feeds, chunk))
+
+    def _sources(
+        self,
+        graphs: Mapping[Of, Graph],
+        blocks: Blocks | None,
+        needs: Sequence[Need],
+        following: Sequence[Need],
+        runs: Callable[[], Iterator[dict[str, Array]]],
+    ) -> Iterator[tuple[Of, Stage]]:
+        """A stage per graph that is asked, standing where the walk has come, on its way to the next stage."""
+        for of, graph in graphs.items():
+            wanted, to = _names(needs, of), None
+            if not wanted:
+                continue
+            walk = self.walks[of] if blocks is not None else Walk(self.target, self.memory)
+            if blocks is not None:
+                layout = blocks.layouts[of]
+                walk.seek(graph, layout, wanted, runs)
+                goal = layout.before(_names(following, of)) if _names(following, of) else None
+                if goal is not None and goal.place > (walk.cut.place if walk.cut else 0):
+                    to = walk.hop(layout, goal)
+            yield of, Stage(walk, graph, wanted, to)
 
     def _reduce(
         self,
@@ -222,7 +342,7 @@ class _Collection:
         except DataError as e:
             raise DataError(f"value '{need.value}' of {self.data.name}: {e}") from e
         self.held += result.nbytes
-        if self.scratch is None or self.held <= self.memory or result.nbytes < 1 << 20:
+        if self.scratch is None or self.held <= self.memory // 8 or result.nbytes < 1 << 20:
             return result
         self.scratch.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".npy", dir=self.scratch)
@@ -231,32 +351,6 @@ class _Collection:
         self.held -= result.nbytes
         mapped: Array = np.load(name, mmap_mode="r", allow_pickle=False)
         return mapped
-
-
-class _Source:
-    """A session over the needed part of one graph; without one where only its inputs are asked for."""
-
-    def __init__(self, graph: Graph, of: Of, wanted: Sequence[Key], target: Target) -> None:
-        self.of = of
-        self.names = [name for o, name in wanted if o == of]
-        fed = {str(v.name) for v in graph.inputs}
-        self.computed = [n for n in self.names if n not in fed]
-        self.session: Session | None = None
-        if self.computed:
-            part = prefix(graph, self.computed)
-            self.session = Session(part, target)
-        self.splits = self.session is None or all(p.shape and isinstance(p.shape[0], str) for p in self.session.inputs)
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[Key, Array]:
-        made = {} if self.session is None else self.session.run(feeds, self.computed)
-        return {(self.of, n): made[n] if n in made else feeds[n] for n in self.names}
-
-    def __enter__(self) -> _Source:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self.session is not None:
-            self.session.close()
 
 
 def _from(watch: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
@@ -277,51 +371,3 @@ def _slices(feeds: Mapping[str, Array], chunk: int | None) -> Iterator[dict[str,
         return
     for i in range(0, n, chunk):
         yield {name: a[i : i + chunk] for name, a in feeds.items()}
-
-
-# ---- cache ---------------------------------------------------------------------------------------------------------
-
-
-def _fingerprint(graph: Graph, names: Sequence[str]) -> str:
-    """SHA-256 of the part of a graph that computes the named values, weights included."""
-    digest = hashlib.sha256()
-    part = prefix(graph, [n for n in names if n not in {v.name for v in graph.inputs}]).model
-    for v in part.graph.initializers.values():
-        t = v.const_value
-        if t is None:
-            continue
-        digest.update(f"{v.name} {t.dtype} {t.shape} ".encode())
-        digest.update(
-            t.tobytes() if t.nbytes < 4096 else np.ascontiguousarray(t.numpy()).reshape(-1).view(np.uint8).data
-        )
-        v.const_value = ir.ExternalTensor("x", 0, 0, t.dtype, shape=ir.Shape([0]), name=str(v.name))
-    message = ir.to_proto(part)
-    digest.update(message.SerializeToString(deterministic=True))
-    return digest.hexdigest()
-
-
-def _cache_key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset, target: Target) -> str:
-    wanted = [k for n in asked for k in _fetched(n)]
-    parts = [CACHE_VERSION, target.name, data.fingerprint(), *map(repr, asked)]
-    for of, graph in graphs.items():
-        names = list(dict.fromkeys(name for o, name in wanted if o == of))
-        parts.append(f"{of} {_fingerprint(graph, names) if names else '-'}")
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _read(path: Path, asked: Sequence[Need]) -> Stats | None:
-    """Statistics from the cache; None where there are none or the file is damaged."""
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
-            return Stats({n: f[f"s{i}"] for i, n in enumerate(asked)})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        return None
-
-
-def _write(path: Path, asked: Sequence[Need], stats: Stats) -> None:
-    """Publish a cache entry at once, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    with os.fdopen(handle, "wb") as f:
-        np.savez(f, allow_pickle=False, **{f"s{i}": stats[n] for i, n in enumerate(asked)})
-    Path(name).replace(path)

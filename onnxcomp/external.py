@@ -86,6 +86,11 @@ class MappedTensor(ir.ExternalTensor):
         """Identity of the stored bytes: equal for tensors that share them."""
         return id(self._shared), self.offset or 0, self.nbytes
 
+    @property
+    def mapping(self) -> mmap.mmap | None:
+        """The mapping of the whole data file."""
+        return self._shared.map
+
     def tobytes(self) -> bytes:
         """A copy of the stored bytes."""
         return b"".join(self._shared.chunks(self.offset or 0, self.nbytes))

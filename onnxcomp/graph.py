@@ -24,6 +24,7 @@ from onnxcomp import checks
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array
+from onnxcomp.spool import as_tensor
 
 __all__ = ["Declined", "Graph", "Site"]
 
@@ -56,6 +57,7 @@ class Graph:
         self.edits = 0
         self.touched: set[str] = set()
         self.declined: list[Declined] = []
+        self.spool: Path | None = None  # where large new constants go instead of memory
         self._counter = itertools.count()
         self._names = self._give_names()
         self.interface = checks.interface(model.graph)
@@ -159,7 +161,7 @@ class Graph:
 
     def constant(self, a: Array | ir.TensorProtocol, name: str = "const") -> ir.Value:
         """A new initializer holding the array or tensor (a lazy or external tensor is not read)."""
-        tensor = a if isinstance(a, ir.TensorProtocol) else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)))
+        tensor = as_tensor(a, folder=self.spool)
         fresh = self.fresh(name)
         v = ir.Value(
             name=fresh, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
@@ -185,11 +187,7 @@ class Graph:
             new = self.constant(a, f"{v.name}_new")
             self.replace(v, new, users=None if users is None else chosen)
             return new
-        tensor = (
-            a
-            if isinstance(a, ir.TensorProtocol)
-            else ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=v.name)
-        )
+        tensor = as_tensor(a, v.name, self.spool)
         v.const_value = tensor
         v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
         self._touch(*chosen)
@@ -330,7 +328,7 @@ class Graph:
     def clone(self) -> Graph:
         """An independent copy of the structure; tensors are shared and never edited in place."""
         other = Graph(self.model.clone(), self.path)
-        other.interface = self.interface
+        other.interface, other.spool = self.interface, self.spool
         return other
 
     def sweep(self) -> int:

@@ -99,7 +99,10 @@ class PassManager:
             if evalu is not None:
                 reference = self._reference(original, evalu, self.gate.metrics, scratch / "reference")
             steps = self._steps(original, calib, evalu)
-            walk = _Walk(original, original.clone(), calib, reference, scratch, report, steps)
+            work = original.clone()
+            if original.nbytes > (self.memory or calibrate.MEMORY) // 2:
+                work.spool = scratch / "weights"
+            walk = _Walk(original, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
@@ -230,7 +233,7 @@ class PassManager:
             scratch=walk.scratch,
             run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
             run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=measured),
-            run_collect=lambda g, needs: self._collect(walk, g, list(needs), p.name),
+            run_collect=self._collector(walk, p.name),
             shapes=self.shapes,
         )
 
@@ -251,6 +254,14 @@ class PassManager:
             scratch=walk.scratch,
             cache=self.cache,
         )
+
+    def _collector(self, walk: _Walk, name: str) -> Callable[[Graph, Sequence[Need]], Stats]:
+        """Statistics of the graph while a pass edits it, walking forward with the edits."""
+        if walk.calibration is None:
+            return lambda g, needs: self._collect(walk, g, list(needs), name)
+        folder = walk.scratch / f"walk-{len(walk.report.steps)}"
+        given: dict[str, Any] = {"original": walk.original, "memory": self.memory, "scratch": folder}
+        return calibrate.Collector(walk.calibration, self.host, **given, sequential=True).collect
 
     def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
         if walk.calibration is None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import calibrate, stats
+from onnxcomp import calibrate, stats, walk
 from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
@@ -196,7 +196,7 @@ def test_a_small_budget_gives_the_same_in_more_walks(tmp_path: Path) -> None:
     close(whole, small)
     assert roomy.walks == 2  # one look at the first batch, one walk
     assert tight.walks > 4
-    assert seen[-1] == (8 * (tight.walks - 1), 8 * (tight.walks - 1))
+    assert seen[-1][0] == seen[-1][1] > 8
     assert [a for a, _ in seen] == sorted(a for a, _ in seen)
 
 
@@ -220,19 +220,19 @@ def test_large_batches_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Session, "run", spy)
     collect(g, [stats.absmax(inputs(g)[0])], dataset(samples(16, longest=9), 16), memory=10_000)
-    assert sum(sizes) == 16
+    assert sum(sizes) % 16 == 0  # once for every stretch of the graph
     assert max(sizes) < 16
     fixed = tiny.encoder(batch=4)
     sizes.clear()
     collect(fixed, [stats.absmax(inputs(fixed)[0])], dataset(samples(4), 4), memory=10_000)
-    assert sizes == [4]
+    assert set(sizes) == {4}
 
 
 def test_only_the_needed_part_of_the_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     g = tiny.encoder(layers=4)
     parts: list[int] = []
-    real = calibrate.prefix
-    monkeypatch.setattr(calibrate, "prefix", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = walk.stretch
+    monkeypatch.setattr(walk, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
     nodes, edits = g.model.graph.num_nodes(), g.edits
     found = collect(g, [stats.absmax(inputs(g)[0])], dataset(samples(3)))
     assert max(parts) < nodes / 4

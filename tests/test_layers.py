@@ -19,7 +19,7 @@ HEAVY = {"onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript"
 LAYERS = [
     {"__init__", "errors"},
     {"stats", "groups", "target", "maths/"},
-    {"checks", "graph", "storage", "external", "handover"},
+    {"checks", "graph", "storage", "external", "handover", "spool"},
     {"structure/", "blocks", "coupling", "quantize", "integer", "tokens"},
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
@@ -30,8 +30,10 @@ LAYERS = [
         "metrics",
         "outputs",
         "rows",
+        "statcache",
         "tune",
         "validation",
+        "walk",
     },
     {"pipeline", "gate", "outcome", "manager", "steps"},
     {"passes/"},

@@ -1,0 +1,60 @@
+"""Weights made on the way that are too large to hold: written to a scratch file at once, mapped when they are read."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.external import MappedTensor
+from onnxcomp.maths import Array
+
+__all__ = ["as_tensor", "forget"]
+
+SPOOLED = 1 << 20  # bytes from which on a weight goes to the scratch folder, where a graph has one
+
+
+def as_tensor(a: Array | ir.TensorProtocol, name: str | None = None, folder: Path | None = None) -> ir.TensorProtocol:
+    """A constant's content: a tensor as it is, an array in memory, or in the scratch folder where it is large."""
+    if isinstance(a, ir.TensorProtocol):
+        return a
+    if folder is not None and a.nbytes >= SPOOLED:
+        return _spooled(a, folder)
+    return ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=name)
+
+
+def _spooled(a: Array, folder: Path) -> ir.TensorProtocol:
+    """The array as a tensor over a file of its own, which outlives the removal of its name."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(suffix=".weight", dir=folder)
+        with os.fdopen(handle, "wb") as f:
+            np.ascontiguousarray(a).tofile(f)
+    except OSError as e:
+        raise ModelError(f"{folder}: a changed weight cannot be kept there: {e.strerror or e}") from e
+    mapped = np.memmap(name, dtype=a.dtype, mode="r", shape=a.shape)
+    if os.name == "posix":
+        Path(name).unlink()
+    return ir.Tensor(mapped)
+
+
+def forget(model: ir.Model) -> None:
+    """Let the system drop the pages of mapped weights that were read; they come back when they are asked for."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    maps: dict[int, mmap.mmap] = {}
+    for v in model.graph.initializers.values():
+        t, held = v.const_value, None
+        if isinstance(t, MappedTensor):
+            held = t.mapping
+        elif isinstance(t, ir.Tensor) and isinstance(t.raw, np.memmap) and t.raw.mode == "r":
+            held = getattr(t.raw, "_mmap", None)
+        if held is not None:
+            maps[id(held)] = held
+    for m in maps.values():
+        m.madvise(mmap.MADV_DONTNEED)

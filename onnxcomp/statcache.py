@@ -1,0 +1,70 @@
+"""Collected statistics on disk, under the hash of the part of the model, the needs and the data that decide them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.accumulate import fetched
+from onnxcomp.data import Dataset
+from onnxcomp.graph import Graph
+from onnxcomp.stats import Need, Of, Stats
+from onnxcomp.target import Target
+from onnxcomp.walk import stretch
+
+__all__ = ["key", "read", "write"]
+
+VERSION = "1"
+
+
+def _fingerprint(graph: Graph, names: Sequence[str]) -> str:
+    """SHA-256 of the part of a graph that computes the named values, weights included."""
+    digest = hashlib.sha256()
+    part = stretch(graph, {}, [n for n in names if n not in {v.name for v in graph.inputs}]).model
+    for v in part.graph.initializers.values():
+        t = v.const_value
+        if t is None:
+            continue
+        digest.update(f"{v.name} {t.dtype} {t.shape} ".encode())
+        digest.update(
+            t.tobytes() if t.nbytes < 4096 else np.ascontiguousarray(t.numpy()).reshape(-1).view(np.uint8).data
+        )
+        v.const_value = ir.ExternalTensor("x", 0, 0, t.dtype, shape=ir.Shape([0]), name=str(v.name))
+    message = ir.to_proto(part)
+    digest.update(message.SerializeToString(deterministic=True))
+    return digest.hexdigest()
+
+
+def key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset, target: Target) -> str:
+    """The name of an entry."""
+    wanted = [k for n in asked for k in fetched(n)]
+    parts = [VERSION, target.name, data.fingerprint(), *map(repr, asked)]
+    for of, graph in graphs.items():
+        names = list(dict.fromkeys(name for o, name in wanted if o == of))
+        parts.append(f"{of} {_fingerprint(graph, names) if names else '-'}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def read(path: Path, asked: Sequence[Need]) -> Stats | None:
+    """Statistics from the cache; None where there are none or the file is damaged."""
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
+            return Stats({n: f[f"s{i}"] for i, n in enumerate(asked)})
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return None
+
+
+def write(path: Path, asked: Sequence[Need], stats: Stats) -> None:
+    """Publish a cache entry at once, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
+    with os.fdopen(handle, "wb") as f:
+        np.savez(f, allow_pickle=False, **{f"s{i}": stats[n] for i, n in enumerate(asked)})
+    Path(name).replace(path)
