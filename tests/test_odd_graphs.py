@@ -53,9 +53,8 @@ ODD = {
         ["Identity", "ReduceMean", "Transpose"],
     ),
     "contrib operator": (
-        "(float[N,S,8] x) => (float[N,S,8] y) <float[8] g, float[8] b>"
-        "{y=com.microsoft.SkipLayerNormalization<epsilon=0.00001>(x,x,g,b)}",
-        ["SkipLayerNormalization"],
+        "(float[N,8,8] x) => (float[N,8,8] y) {z=Relu(x) y=com.microsoft.Inverse(z)}",
+        ["Inverse", "Relu"],
     ),
     "recurrent": (
         "(float[T,N,8] x) => (float[T,d,N,4] y) <float[1,16,8] w, float[1,16,4] r> {y,h,c=LSTM<hidden_size=4>(x,w,r)}",

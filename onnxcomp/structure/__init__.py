@@ -7,6 +7,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
+from onnxcomp.structure.contrib import shelter, unfuse
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
 from onnxcomp.structure.linear import raise_linears
 from onnxcomp.structure.norm import raise_norms
@@ -17,6 +18,7 @@ from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
 from onnxcomp.structure.tidy import drop_no_ops, fold_constants, lift_constants, merge_equal
+from onnxcomp.structure.types import fill_types
 
 __all__ = ["OPSET", "canonicalize", "sites"]
 
@@ -33,6 +35,7 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     start, names = graph.edits, {str(n.name) for n in graph.nodes()}
     if graph.model.functions:
         _adopt(graph, _inlined(graph))
+    shelter(graph)
     if graph.opset < OPSET:
         _adopt(graph, convert(graph, OPSET))
     declined = list(graph.declined)
@@ -50,7 +53,9 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     lift_constants(graph)
     fold_constants(graph)
     merge_equal(graph)
+    fill_types(graph)
     f = Facts(graph)
+    unfuse(graph, f, exact_rows=exact_rows)
     _settle(graph, f)
     raise_activations(graph, f)
     raise_norms(graph, f)
@@ -74,6 +79,7 @@ def _round(graph: Graph, exact_rows: bool) -> None:
 def _settle(graph: Graph, f: Facts) -> None:
     """Remove what lost its readers, so that counts of users are true."""
     graph.model.graph.sort()  # the sweep walks backwards
+    fill_types(graph)
     drop_no_ops(graph, f)
     graph.sweep()
 

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxcomp.graph import Graph
+from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.structure.contents import CONTENT_RULES, Content, constant_content, small
+from onnxcomp.structure.contrib_shapes import CONTRIB_RULES
 from onnxcomp.structure.dims import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.structure.rules import SHAPE_RULES, split_shape
 from onnxcomp.structure.uniform import Uniform, uniform, uniform_of
 
 __all__ = ["Facts"]
+
+RULES = {"": SHAPE_RULES, "ai.onnx": SHAPE_RULES, CONTRIB: CONTRIB_RULES}
+SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")  # their fourth output is what they normalize
 
 
 class Facts:
@@ -134,10 +138,10 @@ class Facts:
     def _visit(self, node: ir.Node) -> None:
         if node.op_type == "Constant" and self.g.tensor(node.outputs[0]) is not None:
             return self._learn(node.outputs[0])
-        rule = SHAPE_RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        rule = RULES.get(node.domain, {}).get(node.op_type)
         first = rule(self, node) if rule is not None else None
         for i, out in enumerate(node.outputs):
-            own = first if i == 0 or node.op_type == "Dropout" else None
+            own = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SUMS) else None
             if node.op_type == "Split" and node.domain == "":
                 own = split_shape(self, node, i)
             self._shapes[out] = own if own is not None else self.recorded(out)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from onnxcomp.graph import Graph, Site
 from onnxcomp.structure.activation import find_activations
+from onnxcomp.structure.contrib import is_fused
 from onnxcomp.structure.norm import find_norms
 from onnxcomp.structure.shapes import Facts
 
@@ -13,8 +14,11 @@ __all__ = ["sites"]
 
 
 def sites(g: Graph) -> Iterator[Site]:
-    """Softmaxes, attentions in four axes, spelled-out norms and activations, Gemm with a constant weight."""
+    """Softmaxes, attentions in four axes, spelled-out norms and activations, constant Gemm, the runtime's fusions."""
     f = Facts(g)
+    for node in g.nodes():
+        if is_fused(node):
+            yield Site(str(node.name), (str(node.name),), "fused")
     for node in g.nodes("Softmax", "Attention", "Gemm"):
         spelled = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
         if node.domain == "" and (spelled or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):

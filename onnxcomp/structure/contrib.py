@@ -1,0 +1,252 @@
+"""ONNX Runtime's fused operators (domain com.microsoft) written as the standard operators they stand for.
+
+Meanings follow the operators' documentation (ContribOperators.md) and were checked against the CPU kernels. What a
+standard operator cannot express exactly is declined and stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.structure.contrib_attention import ATTENTION
+from onnxcomp.structure.contrib_parts import Fused, given, unread
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["is_fused", "shelter", "unfuse"]
+
+QUANTIZED_OPS = (
+    *("DynamicQuantizeMatMul", "GatherBlockQuantized", "MatMulBnb4", "MatMulFpQ4", "MatMulInteger16"),
+    *("MatMulIntegerToFloat", "MatMulNBits", "MatMulNBitsMlp", "MatMulNBitsQkv", "QAttention", "QGemm", "QMoE"),
+    *("QEmbedLayerNormalization", "QLinearAdd", "QLinearMul", "QLinearSigmoid", "QLinearSoftmax"),
+    *("QOrderedAttention", "QOrderedGelu", "QOrderedLayerNormalization", "QOrderedMatMul"),
+)
+SPECIAL_OPS = (
+    *("DecoderAttention", "DecoderMaskedMultiHeadAttention", "DecoderMaskedSelfAttention", "FusedMatMulActivation"),
+    *("GatedRelativePositionBias", "GemmaRotaryEmbedding", "LongformerAttention", "MoE", "PackedAttention"),
+    *("PackedMultiHeadAttention", "PagedAttention", "SkipGroupNorm", "SparseAttention"),
+)
+LEFT = {
+    **dict.fromkeys(QUANTIZED_OPS, "it computes with quantized weights, and is left to the tool that made it"),
+    **dict.fromkeys(SPECIAL_OPS, "it has no exact standard form, and is left to the runtime"),
+}
+MASKS = {"Attention": 3, "MultiHeadAttention": 4}
+OLDER = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 99}  # written into domain "" below these opsets
+
+
+def shelter(g: Graph) -> None:
+    """Move what the runtime writes into the standard domain without a schema there aside, to survive conversion."""
+    for node in g.nodes(*OLDER):
+        if node.domain == "" and g.opset < OLDER[node.op_type]:
+            attrs = {k: a.value for k, a in node.attributes.items()}
+            new = g.op(
+                node.op_type, *node.inputs, domain=CONTRIB, outputs=len(node.outputs), name=str(node.name), **attrs
+            )
+            made = new.producer()
+            for old, y in zip(node.outputs, made.outputs if made is not None else (), strict=True):
+                y.type, y.shape = old.type, old.shape
+                g.replace(old, y)
+    g.sweep()
+
+
+def is_fused(node: ir.Node) -> bool:
+    """Whether a node is one of the runtime's fused operators that are raised or left with a reason."""
+    return node.domain == CONTRIB and (node.op_type in RULES or node.op_type in LEFT)
+
+
+def unfuse(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
+    """Rewrite every fused operator that has an exact standard form; the others are declined with the reason."""
+    for node in g.nodes():
+        if not is_fused(node):
+            continue
+        try:
+            rule = RULES.get(node.op_type)
+            if rule is None:
+                raise Fused(LEFT[node.op_type])
+            if exact_rows and given(node, MASKS.get(node.op_type, len(node.inputs))) is not None:
+                raise Fused("rows that see no key would change (asked for exact rows)")
+            rule(g, f, node)
+        except Fused as why:
+            g.decline(node, f"{node.op_type}: {why}")
+
+
+def _number(node: ir.Node, value: float) -> np.ndarray:
+    """A constant of the element type the node computes in."""
+    x = node.inputs[0]
+    dtype = node.outputs[0].dtype or (x.dtype if x is not None else None)
+    return np.array(value, (dtype or ir.DataType.FLOAT).numpy())
+
+
+# ---- norms ---------------------------------------------------------------------------------------------------------
+
+
+def _norm(
+    g: Graph, x: ir.Value | None, node: ir.Node, gain: ir.Value | None, bias: ir.Value | None, **attrs: Any
+) -> None:
+    simple = "Simplified" in node.op_type
+    op = "RMSNormalization" if simple else "LayerNormalization"
+    g.replace(node.outputs[0], g.op(op, x, gain, None if simple else bias, like=node.outputs[0], **attrs))
+
+
+def _plain_norm(g: Graph, f: Facts, node: ir.Node) -> None:
+    unread(node, 1, 2)
+    attrs, bias = node.attributes, given(node, 2)
+    rest = {"axis": attrs.get_int("axis", -1), "epsilon": attrs.get_float("epsilon", 1e-5)}
+    _norm(g, node.inputs[0], node, node.inputs[1], bias, stash_type=attrs.get_int("stash_type", 1), **rest)
+
+
+def _skip_norm(g: Graph, f: Facts, node: ir.Node) -> None:
+    """`norm(input + bias + skip)`, and the sum as fourth output."""
+    unread(node, 1, 2)
+    simple = "Simplified" in node.op_type
+    x, skip, gain = node.inputs[:3]
+    shift, bias = (None, given(node, 3)) if simple else (given(node, 3), given(node, 4))
+    first = g.op("Add", x, bias, like=node.outputs[0]) if bias is not None else x
+    total = g.op("Add", first, skip, like=node.outputs[0])
+    epsilon = node.attributes.get_float("epsilon", 1e-12)
+    _norm(g, total, node, gain, shift, axis=-1, epsilon=epsilon, stash_type=1)
+    if len(node.outputs) > 3:
+        g.replace(node.outputs[3], total)
+
+
+def _embedding(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Sum of the word, segment and position rows, normalized; the mask index is the number of ones."""
+    ids, segments, words, places, kinds, gain, shift = node.inputs[:7]
+    mask, positions = given(node, 7), given(node, 8)
+    counted = len(node.outputs) > 1 and bool(list(node.outputs[1].uses()) or node.outputs[1].is_graph_output())
+    if counted and mask is None:
+        raise Fused("the mask index is read but no mask is given")
+    if segments is None and kinds is not None:
+        raise Fused("it has segment rows but no segment ids")
+    if positions is None:
+        length = g.op("Squeeze", g.op("Shape", ids, start=1, end=2), np.array([0], np.int64))
+        row = g.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
+        positions = g.op("Unsqueeze", row, np.array([0], np.int64))
+    out = node.outputs[0]
+    total = g.op("Gather", words, ids, like=out)
+    if kinds is not None:
+        total = g.op("Add", total, g.op("Gather", kinds, segments, like=out), like=out)
+    total = g.op("Add", total, g.op("Gather", places, positions), like=out)
+    _norm(g, total, node, gain, shift, axis=-1, epsilon=node.attributes.get_float("epsilon", 1e-12), stash_type=1)
+    if counted:
+        ones = g.op("Cast", g.op("Equal", mask, g.op("CastLike", np.array(1, np.int64), mask)), to=ir.DataType.INT32)
+        total_ones = g.op("ReduceSum", ones, np.array([1], np.int64), keepdims=0)
+        g.replace(node.outputs[1], g.op("Cast", total_ones, to=ir.DataType.INT32))
+    if len(node.outputs) > 2:
+        g.replace(node.outputs[2], total)
+
+
+# ---- activations ---------------------------------------------------------------------------------------------------
+
+
+def _gelu(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Gelu, BiasGelu and FastGelu: the bias first, then GELU, by its tanh form in FastGelu."""
+    x, bias, out = node.inputs[0], given(node, 1), node.outputs[0]
+    shifted = g.op("Add", x, bias, like=out) if bias is not None else x
+    how = "tanh" if node.op_type == "FastGelu" else None
+    g.replace(out, g.op("Gelu", shifted, approximate=how, like=out))
+
+
+def _quick_gelu(g: Graph, f: Facts, node: ir.Node) -> None:
+    x, out, alpha = node.inputs[0], node.outputs[0], node.attributes.get_float("alpha", 1.702)
+    inner = g.op("Mul", x, _number(node, alpha), like=out) if alpha != 1 else x
+    g.replace(out, g.op("Mul", x, g.op("Sigmoid", inner, like=out), like=out))
+
+
+def _bias_split_gelu(g: Graph, f: Facts, node: ir.Node) -> None:
+    shape, out = f.shape(node.inputs[0]), node.outputs[0]
+    if not shape or not isinstance(shape[-1], int) or shape[-1] % 2:
+        raise Fused("the width is not static")
+    total = g.op("Add", node.inputs[0], node.inputs[1], like=node.inputs[0])
+    left = g.op("Split", total, axis=-1, num_outputs=2, outputs=2)
+    made = left.producer()
+    assert made is not None
+    g.replace(out, g.op("Mul", left, g.op("Gelu", made.outputs[1], like=out), like=out))
+
+
+def _bias_add(g: Graph, f: Facts, node: ir.Node) -> None:
+    out = node.outputs[0]
+    g.replace(out, g.op("Add", g.op("Add", node.inputs[0], node.inputs[1], like=out), node.inputs[2], like=out))
+
+
+def _bias_softmax(g: Graph, f: Facts, node: ir.Node) -> None:
+    x, bias = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    axis = node.attributes.get_int("axis", 1)
+    if x is None or bias is None or len(x) != len(bias) or axis % len(x) != len(x) - 1:
+        raise Fused("the bias does not broadcast as in an Add, or the softmax is not over the last axis")
+    total = g.op("Add", node.inputs[0], node.inputs[1], like=node.outputs[0])
+    g.replace(node.outputs[0], g.op("Softmax", total, axis=-1, like=node.outputs[0]))
+
+
+# ---- products ------------------------------------------------------------------------------------------------------
+
+
+def _product(g: Graph, f: Facts, node: ir.Node) -> None:
+    """`alpha * A @ B` with the last two axes of either exchanged."""
+    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+        raise Fused("it exchanges batch axes")
+    parts: list[ir.Value | None] = list(node.inputs[:2])
+    ranks = [f.rank(x) for x in parts]
+    turns = [node.attributes.get_int(t, 0) for t in ("transA", "transB")]
+    if any(turn and (rank is None or rank < 2) for turn, rank in zip(turns, ranks, strict=True)):
+        raise Fused("the number of axes is not known")
+    out, alpha = node.outputs[0], node.attributes.get_float("alpha", 1.0)
+    for i, (turn, rank) in enumerate(zip(turns, ranks, strict=True)):
+        if turn and rank is not None:
+            parts[i] = g.op("Transpose", parts[i], perm=[*range(rank - 2), rank - 1, rank - 2])
+    y = g.op("MatMul", *parts, like=out)
+    g.replace(out, g.op("Mul", y, _number(node, alpha), like=out) if alpha != 1 else y)
+
+
+ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Softplus", "Softsign")
+
+
+def _gemm(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Gemm, then the activation it names."""
+    attrs, out = node.attributes, node.outputs[0]
+    act = attrs.get_string("activation", "")
+    slope: dict[str, Any] = {"alpha": attrs.get_float("activation_alpha", 0.01)} if act == "LeakyRelu" else {}
+    if act not in (*ACTIVATIONS, "LeakyRelu", ""):
+        raise Fused(f"its activation {act} is not known")
+    plain: dict[str, Any] = {k: a.value for k, a in attrs.items() if k in ("alpha", "beta", "transA", "transB")}
+    y = g.op("Gemm", *node.inputs, like=out, **plain)
+    g.replace(out, g.op(act, y, like=out, **slope) if act else y)
+
+
+def _gemm_gelu(g: Graph, f: Facts, node: ir.Node) -> None:
+    out, bias = node.outputs[0], given(node, 2)
+    y = g.op("MatMul", node.inputs[0], node.inputs[1], like=out)
+    shifted = g.op("Add", y, bias, like=out) if bias is not None else y
+    g.replace(out, g.op("Gelu", shifted, approximate="tanh", like=out))
+
+
+# ---- quantization --------------------------------------------------------------------------------------------------
+
+
+def _linear_scale(g: Graph, f: Facts, node: ir.Node) -> None:
+    """QuantizeLinear and DequantizeLinear, written there for types that older operator sets do not have."""
+    if node.attributes.get_int("block_size", 0) and len(node.inputs) < 2:
+        raise Fused("it has blocks but no scale")
+    attrs = {k: a.value for k, a in node.attributes.items() if k in ("axis", "block_size")}
+    g.replace(node.outputs[0], g.op(node.op_type, *node.inputs, like=node.outputs[0], **attrs))
+
+
+RULES: dict[str, Callable[[Graph, Facts, ir.Node], None]] = {
+    **dict.fromkeys(("LayerNormalization", "SimplifiedLayerNormalization"), _plain_norm),
+    **dict.fromkeys(("SkipLayerNormalization", "SkipSimplifiedLayerNormalization"), _skip_norm),
+    "EmbedLayerNormalization": _embedding,
+    **dict.fromkeys(("Gelu", "BiasGelu", "FastGelu"), _gelu),
+    "QuickGelu": _quick_gelu,
+    "BiasSplitGelu": _bias_split_gelu,
+    "BiasAdd": _bias_add,
+    "BiasSoftmax": _bias_softmax,
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), _product),
+    "FusedGemm": _gemm,
+    "GemmFastGelu": _gemm_gelu,
+    **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), _linear_scale),
+    **ATTENTION,
+}

@@ -1,0 +1,95 @@
+"""Shape rules of ONNX Runtime's fused operators (domain com.microsoft), so that facts reach past them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from onnxcomp.structure.dims import Shape, Size, divide, multiply
+from onnxcomp.structure.rules import SHAPE_RULES, Rule
+
+if TYPE_CHECKING:
+    from onnxcomp.structure.shapes import Facts
+
+__all__ = ["CONTRIB_RULES", "swapped"]
+
+SAME = """
+    BiasAdd BiasDropout BiasGelu BiasSoftmax FastGelu Gelu LayerNormalization QuantizeLinear DequantizeLinear QuickGelu
+    RotaryEmbedding SimplifiedLayerNormalization SkipLayerNormalization SkipSimplifiedLayerNormalization
+"""
+
+
+def swapped(shape: Shape, turn: bool) -> Shape:
+    """The shape with its last two axes exchanged if asked."""
+    return (*shape[:-2], shape[-1], shape[-2]) if turn and len(shape) > 1 else shape
+
+
+def _product(f: Facts, node: ir.Node) -> Shape | None:
+    a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if a is None or b is None or len(a) < 2 or len(b) < 2:
+        return None
+    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
+        return None
+    a, b = (swapped(s, bool(node.attributes.get_int(t, 0))) for s, t in ((a, "transA"), (b, "transB")))
+    return (*f.broadcast([a[:-2], b[:-2]]), a[-2], b[-1])
+
+
+def _halved(f: Facts, node: ir.Node) -> Shape | None:
+    s = f.shape(node.inputs[0])
+    half = divide(s[-1], 2) if s else None
+    return (*s[:-1], half) if s and half is not None else None
+
+
+def _embedding(f: Facts, node: ir.Node) -> Shape | None:
+    ids, table = f.shape(node.inputs[0]), f.shape(node.inputs[2])
+    return (*ids, table[-1]) if ids is not None and table is not None else None
+
+
+def _packed_attention(f: Facts, node: ir.Node) -> Shape | None:
+    """`[b, s, width of the values]` from the packed weights."""
+    x, w = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    if x is None or w is None or len(x) != 3:
+        return None
+    sizes = node.attributes.get_ints("qkv_hidden_sizes", [])
+    width: Size | None = sizes[2] if len(sizes) == 3 else divide(w[-1], 3)
+    return None if width is None else (*x[:2], width)
+
+
+def _multi_head(f: Facts, node: ir.Node) -> Shape | None:
+    q = f.shape(node.inputs[0])
+    v = f.shape(node.inputs[2]) if len(node.inputs) > 2 else None
+    if q is None or len(q) not in (3, 5):
+        return None
+    if v is None:
+        return (*q[:2], multiply(q[2], q[4])) if len(q) == 5 else q
+    return (*q[:2], v[2] if len(v) == 3 else multiply(v[1], v[3]))
+
+
+def _grouped(f: Facts, node: ir.Node) -> Shape | None:
+    q, n, kv = (
+        f.shape(node.inputs[0]),
+        node.attributes.get_int("num_heads", 0),
+        node.attributes.get_int("kv_num_heads", 0),
+    )
+    if q is None or len(q) != 3 or (len(node.inputs) > 1 and node.inputs[1] is not None):
+        return q
+    width = divide(q[2], n + 2 * kv) if n + kv else None
+    return None if width is None else (*q[:2], multiply(width, n))
+
+
+def _first(f: Facts, node: ir.Node) -> Shape | None:
+    return f.shape(node.inputs[0])
+
+
+CONTRIB_RULES: dict[str, Rule] = {
+    **dict.fromkeys(SAME.split(), _first),
+    **dict.fromkeys(("FusedMatMul", "TransposeMatMul"), _product),
+    "FusedGemm": SHAPE_RULES["Gemm"],
+    "GemmFastGelu": SHAPE_RULES["MatMul"],
+    "BiasSplitGelu": _halved,
+    "EmbedLayerNormalization": _embedding,
+    "Attention": _packed_attention,
+    "MultiHeadAttention": _multi_head,
+    "GroupQueryAttention": _grouped,
+}

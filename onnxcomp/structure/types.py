@@ -1,0 +1,50 @@
+"""Element types where a tool recorded none, from the operators: optimizers often write graphs without them."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcomp.graph import CONTRIB, Graph
+
+__all__ = ["fill_types"]
+
+BOOLS = """
+    And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor
+"""
+FIXED = {
+    **dict.fromkeys(BOOLS.split(), ir.DataType.BOOL),
+    **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64),
+    "MatMulInteger": ir.DataType.INT32,
+}
+OTHER = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "RMSNormalization": 1, "MatMulIntegerToFloat": 2}
+OTHER |= {"EmbedLayerNormalization": 2, "GatherBlockQuantized": 2}
+SEVERAL = ("Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Attention", "MultiHeadAttention")
+
+
+def fill_types(g: Graph) -> None:
+    """Give every value of a top-level node the type its operator implies, where it has none; no edit."""
+    for node in g.nodes():
+        if node.domain in ("", CONTRIB) and any(v.dtype is None for v in node.outputs):
+            dtype = _type_of(node)
+            for v in node.outputs if node.op_type in SEVERAL else node.outputs[:1]:
+                if v.dtype is None and dtype is not None:
+                    v.type = ir.TensorType(dtype)
+
+
+def _type_of(node: ir.Node) -> ir.DataType | None:
+    """The element type of the first output, or None where it cannot be told."""
+    if node.op_type in FIXED:
+        return FIXED[node.op_type]
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes.get_int("to", 1))
+    if node.op_type in ("Constant", "ConstantOfShape"):
+        t = Graph.tensor(node.outputs[0]) if node.op_type == "Constant" else None
+        value = node.attributes.get("value")
+        return t.dtype if t is not None else ir.DataType.FLOAT if value is None else value.as_tensor().dtype
+    if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
+        zero = node.inputs[2] if len(node.inputs) > 2 else None
+        asked = node.attributes.get_int("output_dtype", 0)
+        return zero.dtype if zero is not None else ir.DataType(asked) if asked else ir.DataType.UINT8
+    index = OTHER.get(node.op_type, 0)
+    x = node.inputs[index] if index < len(node.inputs) else None
+    return x.dtype if x is not None else None
