@@ -24,6 +24,7 @@ from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass
 from onnxcomp.recipe import Recipe
 from onnxcomp.report import SCHEMA_VERSION, write
+from onnxcomp.runner import Runner
 from onnxcomp.target import CPU, Target, find
 
 if TYPE_CHECKING:
@@ -319,7 +320,7 @@ def smoke(original: Path, path: Path, target: Target) -> list[str]:
 def _trouble(path: Path, feeds: Mapping[str, Any], target: Target) -> str:
     """What is wrong with one run, empty if nothing is."""
     try:
-        with runtime.Session(path, target) as session:
+        with Runner(path, target) as session:
             outputs = session.run(feeds)
     except OnnxcompError as e:
         return str(e)

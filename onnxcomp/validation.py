@@ -22,7 +22,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.outputs import Reading, View, see
-from onnxcomp.runtime import Session
+from onnxcomp.runner import Runner
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
 
@@ -153,7 +153,7 @@ class Reference:
         graph = model if isinstance(model, Graph) else load(model)
         self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
-        self._kept = _Kept(scratch)
+        self._kept, self._scratch = _Kept(scratch), scratch
         self._seen: list[bytes] = []
         self._types: dict[str, str] = {}
         self.samples = 0
@@ -163,29 +163,28 @@ class Reference:
         primary = self.view.outputs[0]
         names = [r.name for r in self.view.outputs]
         sums = Sums(self.metrics)
-        with Session(model, self.target) as session:
-            self.inputs = {spec.name for spec in session.inputs}
-            for batch in self.data:
-                out = session.run(batch.feeds, names)
+        with Runner(model, self.target, scratch=self._scratch) as session:
+            self.inputs = session.inputs
+            for batch, out in session.each(self.data, names):
                 if not self._seen:
                     self._types = {k: a.dtype.name for k, a in out.items()}
                     self.metrics += [m for m in self._guess(session, batch, out) if m not in self.metrics]
                     sums = Sums(self.metrics)
-                out = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
-                for seen in see(primary, self.view, batch, out, out):
+                answers = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
+                for seen in see(primary, self.view, batch, answers, answers):
                     if np.isnan(seen.rows).any():
                         raise ModelError(
                             f"the original gives NaN in '{primary.name}', so nothing can be compared with it"
                         )
                     sums.update(seen)
-                self._kept.append(out)
+                self._kept.append(answers)
                 self._seen.append(_digest(batch.feeds))
                 self.samples += next(iter(batch.feeds.values())).shape[0]
         if not self._seen:
             raise DataError(f"the evaluation data '{self.data.name}' is empty")
         return sums
 
-    def _guess(self, session: Session, batch: Batch, out: Mapping[str, Array]) -> list[Metric]:
+    def _guess(self, session: Runner, batch: Batch, out: Mapping[str, Array]) -> list[Metric]:
         """The task metric that fits: accuracy where labels fit, perplexity where no answer depends on later tokens."""
         first = self.view.outputs[0]
         seen = next(see(first, self.view, batch, out, out))
@@ -197,7 +196,7 @@ class Reference:
             return []
         return [scoring.METRICS["perplexity"]] if self._is_causal(session, batch, tokens, out[first.name]) else []
 
-    def _is_causal(self, session: Session, batch: Batch, tokens: Array, scores: Array) -> bool:
+    def _is_causal(self, session: Runner, batch: Batch, tokens: Array, scores: Array) -> bool:
         """Whether another last token leaves all scores before it as they were; tried, since names do not tell."""
         visible = self.view.visible(batch.feeds)
         mask = np.ones(tokens.shape, bool) if visible is None else visible
@@ -215,14 +214,15 @@ class Reference:
         names = [r.name for r in self.view.outputs]
         drifts = {r.name: _drift(r, self.view) for r in self.view.outputs}
         sums, count = Sums(self.metrics), 0
-        with Session(candidate if isinstance(candidate, Graph) else Path(candidate), self.target) as session:
-            self._check_interface({spec.name for spec in session.inputs}, session.outputs)
-            for count, batch in enumerate(self.data, 1):
+        model = candidate if isinstance(candidate, Graph) else Path(candidate)
+        with Runner(model, self.target, scratch=self._scratch) as session:
+            self._check_interface(session.inputs, session.outputs)
+            for count, (batch, made) in enumerate(session.each(self.data, names), 1):
                 if count > len(self._kept) or _digest(batch.feeds) != self._seen[count - 1]:
                     break
-                reference, out = self._kept[count - 1], session.run(batch.feeds, names)
-                self._check_outputs(reference, out)
-                out = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
+                reference = self._kept[count - 1]
+                self._check_outputs(reference, made)
+                out = {k: a.astype(np.float32, copy=False) for k, a in made.items()}
                 for reading in self.view.outputs:
                     for seen in see(reading, self.view, batch, out, reference):
                         drifts[reading.name].update(seen)

@@ -30,6 +30,7 @@ LAYERS = [
         "metrics",
         "outputs",
         "rows",
+        "runner",
         "statcache",
         "tune",
         "validation",

@@ -15,6 +15,7 @@ from onnxcomp.calibrate import Collector, collect
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.target import CPU
+from onnxcomp.validation import Reference
 from onnxcomp.walk import Layout, Walk, signature
 from tests import tiny
 
@@ -154,6 +155,26 @@ def test_carried_values_go_to_files_and_are_removed(tmp_path: Path) -> None:
     assert len(w.store) == len(batches) == len(list(tmp_path.glob("*.npy")))
     w.reset()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_large_model_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    g, other = tiny.decoder(layers=3), tiny.decoder(layers=3)
+    other.put(blocks.linears(other)[4].weight, other.array(blocks.linears(other)[4].weight) * np.float32(0.9))
+    want = Reference(g, data(g)).against(other).json()
+    made: list[int] = []
+    real = walk.stretch
+    monkeypatch.setattr(walk, "stretch", lambda *a: made.append((p := real(*a)).model.graph.num_nodes()) or p)
+    monkeypatch.setattr("onnxcomp.handover.PREPACK_BELOW", 1)
+    monkeypatch.setattr("onnxcomp.runner.MEMORY", 40_000)
+    got = Reference(g, data(g), scratch=tmp_path).against(other).json()
+    assert len(made) > 6
+    assert max(made) < 0.7 * g.model.graph.num_nodes()
+    assert got["metrics"].keys() == want["metrics"].keys()
+    for key, value in want["values"].items():
+        assert got["values"][key] == pytest.approx(value, rel=1e-3, abs=1e-6), key
+    made.clear()
+    Reference(storage.save(g, tmp_path / "saved"), data(g)).against(storage.save(other, tmp_path / "other"))
+    assert len(made) > 6
 
 
 def test_changed_weights_of_a_large_model_live_in_files(tmp_path: Path) -> None:
