@@ -165,8 +165,8 @@ def probabilities_read(g):
     return g.op("Add", context, g.op("ReduceMean", p, i64(1, 2, 3), keepdims=0))
 
 
-def scaled_after_bias(g):
-    return attend(g, g.op("Mul", g.op("Add", scores(g), f32(RNG.standard_normal((1, N, 1, 1)))), f32(0.5)))
+def bias_inside_cap(g):
+    return attend(g, g.op("Mul", g.op("Tanh", g.op("Add", scores(g), f32(RNG.standard_normal((1, N, 1, 1))))), f32(5)))
 
 
 def computed_scale(g):
@@ -177,7 +177,7 @@ def computed_scale(g):
     ("make", "why"),
     [
         (probabilities_read, "the attention probabilities are read elsewhere"),
-        (scaled_after_bias, "the scale is applied after a position bias"),
+        (bias_inside_cap, "a mask is added inside the soft-cap"),
         (computed_scale, "the scores are scaled by something computed"),
         (lambda g: attend(g, scores(g), softmax_axis=2), "the softmax is not over the last axis"),
         (lambda g: g.op("Softmax", g.value("q"), axis=-1), "no product of queries and keys above the softmax"),

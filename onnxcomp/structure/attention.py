@@ -17,26 +17,23 @@ __all__ = ["raise_attention"]
 
 def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     """Raise every attention that is recognised; the others are declined with the reason."""
-    masks = Masks(g, f)
+    masks, sizes = Masks(g, f), Sizes(g, f)
     for softmax in g.nodes("Softmax"):
         if softmax.domain == "":
-            _raise_core(g, f, masks, softmax, exact_rows)
-    sizes = Sizes(g, f)
+            _raise_core(g, sizes, masks, softmax, exact_rows)
     for node in g.nodes("Attention"):
         if node.domain == "":
             _normalise(g, f, masks, sizes, node, exact_rows)
 
 
-def _raise_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node, exact_rows: bool) -> None:
+def _raise_core(g: Graph, sizes: Sizes, masks: Masks, softmax: ir.Node, exact_rows: bool) -> None:
     try:
-        core = find_core(g, f, masks, softmax)
+        core = find_core(g, sizes.f, masks, softmax)
+        if exact_rows and core.changes:
+            raise NotAttention("rows that see no key would change (asked for exact rows)")
+        raise_core(g, sizes, masks, core)
     except NotAttention as why:
         g.decline(softmax, f"attention: {why}")
-        return
-    if exact_rows and core.changes:
-        g.decline(softmax, "attention: rows that see no key would change (asked for exact rows)")
-        return
-    raise_core(g, f, masks, core)
 
 
 def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
@@ -102,10 +99,10 @@ def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
         g.decline(node, f"attention: {queries.heads} query heads cannot be grouped over {keys.heads} key heads")
         return
     scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
-    cap = node.attributes.get_float("softcap", 0.0) or None
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    new = g.op("Attention", queries.value, keys.value, values.value, mask, scale=scale, softcap=cap)
-    g.set_attr(_made(new), q_num_heads=queries.heads, kv_num_heads=keys.heads)
+    new = g.op("Attention", queries.value, keys.value, values.value, mask)
+    kept = {k: a.value for k, a in node.attributes.items() if a.value}
+    g.set_attr(_made(new), **{**kept, "scale": scale, "q_num_heads": queries.heads, "kv_num_heads": keys.heads})
     split = reshaped(g, f, new, [q[0], q[2], queries.heads, width[-1]])
     if split is not None:
         g.replace(out, g.op("Transpose", split, perm=[0, 2, 1, 3], like=out))

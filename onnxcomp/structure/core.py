@@ -9,22 +9,29 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.structure.heads import Heads, NotAttention, heads_of, regroups
 from onnxcomp.structure.mask import Masks
 from onnxcomp.structure.rules import axis_of
 from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.targets import Sizes
 
 __all__ = ["Core", "NotAttention", "find_core", "raise_core"]
 
 
-class NotAttention(Exception):
-    """Why a Softmax is not raised; caught where the site is declined."""
+@dataclass
+class Bias:
+    """What is added to the scores, to be multiplied by `factor`; the scores had `rank` axes there."""
+
+    value: ir.Value
+    factor: float = 1.0
 
 
 @dataclass
 class Core:
     """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or what guards it.
 
-    `changes` tells that rows which see no key would come out differently.
+    `changes` tells that rows which see no key would come out differently. `precision` is the type the softmax is
+    computed in where that is another than that of the products. `heads` tells how 3 or 5 axes become 4.
     """
 
     q: ir.Value
@@ -33,8 +40,10 @@ class Core:
     out: ir.Value
     scale: float
     softcap: float = 0.0
-    masks: list[ir.Value] = field(default_factory=list)
+    masks: list[Bias] = field(default_factory=list)
     changes: bool = False
+    precision: ir.DataType | None = None
+    heads: Heads = field(default_factory=Heads)
 
 
 @dataclass
@@ -43,8 +52,9 @@ class _Walk:
 
     scale: float = 1.0
     softcap: float = 0.0
-    masks: list[ir.Value] = field(default_factory=list)
+    masks: list[Bias] = field(default_factory=list)
     finite: bool = False
+    wide: bool = False  # the scores were cast up on the way
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
@@ -57,16 +67,20 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
         raise NotAttention("the softmax is not over the last axis")
     walk = _Walk()
     product = _up(f, masks, walk, x)
-    if rank != 4:
-        raise NotAttention(f"the scores have {rank} axes, not 4")
-    guarded, v, out = _down(f, softmax.outputs[0])
+    guarded, v, out, narrow = _down(f, softmax.outputs[0])
     q, k = product.inputs[0], product.inputs[1]
     if q is None or k is None or v is None:
         raise NotAttention("an input of a product is missing")
-    repeated = masks.guarded(out, walk.masks[0] if len(walk.masks) == 1 else None)
+    if walk.wide != narrow:
+        raise NotAttention("the scores are cast to another type and not back")
+    only = walk.masks[0].value if len(walk.masks) == 1 else None
+    repeated = masks.guarded(out, only)
     changes = repeated is None and (walk.finite or not guarded)
     core = Core(q, k, v, repeated or out, walk.scale, walk.softcap, walk.masks, bool(walk.masks) and changes)
-    _check(f, core)
+    core.precision = softmax.outputs[0].dtype or x.dtype if walk.wide else None
+    core.heads = heads_of(f, q, k, v, product.outputs[0])
+    if walk.masks and walk.scale <= 0:
+        raise NotAttention("the scale of masked scores is not positive")
     return core
 
 
@@ -100,20 +114,22 @@ def _mask_added(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     scores, mask = (a, b) if _leads_up(f, a) else (b, a)
     if scores is None or mask is None:
         raise NotAttention("an input of the mask addition is missing")
+    if walk.softcap:
+        raise NotAttention("a mask is added inside the soft-cap")
     meaning = masks.as_bool(mask)
-    if meaning is None and walk.scale != 1.0:
-        raise NotAttention("the scale is applied after a position bias")
-    walk.masks.append(meaning if meaning is not None else mask)
+    walk.masks.append(Bias(meaning) if meaning is not None else Bias(mask, walk.scale))
     walk.finite |= masks.is_finite(mask)
     return scores
 
 
 def _mask_selected(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     condition, x, y = node.inputs[:3]
+    if walk.softcap:
+        raise NotAttention("a mask is applied inside the soft-cap")
     for scores, fill, positive in ((x, y, True), (y, x, False)):
         low = masks.fill(fill)
         if scores is not None and condition is not None and low is not None and _leads_up(f, scores):
-            walk.masks.append(condition if positive else masks.negated(condition))
+            walk.masks.append(Bias(condition if positive else masks.negated(condition)))
             walk.finite |= low != -np.inf
             return scores
     raise NotAttention("the scores are selected by something that is not a mask")
@@ -124,27 +140,37 @@ def _scaled(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
     if x is None or number is None or not np.isfinite(number) or (node.op_type == "Div" and (x is b or number == 0)):
         raise NotAttention("the scores are scaled by something computed")
-    factor = number if node.op_type == "Mul" else 1 / number
-    inner = x.producer()
-    if inner is not None and inner.op_type == "Tanh" and walk.scale == 1.0 and not walk.softcap:
-        walk.softcap = factor
-        return x
-    walk.scale *= factor
+    walk.scale *= number if node.op_type == "Mul" else 1 / number
     return x
 
 
 def _capped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
-    """The inside of `cap * tanh(scores / cap)`: the 1 / cap belongs to the operator, not to the scale."""
-    if not walk.softcap or walk.scale != 1.0 or node.inputs[0] is None:
+    """`cap * tanh(a * s) = cap * tanh(scale * s / cap)` with `scale = a * cap`, whatever the order of the factors."""
+    if walk.softcap or walk.scale <= 0 or node.inputs[0] is None:
         raise NotAttention("the scores go through a Tanh that is no soft-cap")
-    walk.scale *= walk.softcap
+    walk.softcap = walk.scale
     return node.inputs[0]
 
 
 def _passed(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
-    if x is None or (node.op_type == "Cast" and x.dtype != node.outputs[0].dtype):
-        raise NotAttention("the scores are cast to another type")
+    if x is None:
+        raise NotAttention("an input of the scores is missing")
+    if node.op_type == "Cast" and x.dtype != node.outputs[0].dtype:
+        to, have = node.attributes.get_int("to", 1), x.dtype
+        if walk.wide or to != ir.DataType.FLOAT or have not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+            raise NotAttention("the scores are cast to another type")
+        if any(not masks.is_bool(m.value) for m in walk.masks):
+            raise NotAttention("a float bias is added in a wider type than that of queries and keys")
+        walk.wide = True
+    return x
+
+
+def _regrouped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+    """Heads and batch as one axis or as two: `[b * n, s, t]` and `[b, n, s, t]`."""
+    x = node.inputs[0]
+    if x is None or not regroups(f, x, node.outputs[0]):
+        raise NotAttention("the scores are reshaped in another way than by their heads")
     return x
 
 
@@ -156,12 +182,15 @@ _STEPS: dict[str, Callable[[Facts, Masks, _Walk, ir.Node], ir.Value]] = {
     "Tanh": _capped,
     "Cast": _passed,
     "Identity": _passed,
+    "Reshape": _regrouped,
+    "Unsqueeze": _regrouped,
+    "Squeeze": _regrouped,
 }
 
 
-def _down(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value]:
-    """Whether NaN is guarded, the values, and the product, from the probabilities on."""
-    guarded = False
+def _down(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, bool]:
+    """Whether NaN is guarded, the values, the product, and whether a cast came before, from the probabilities on."""
+    guarded = narrow = False
     while True:
         users = list(dict.fromkeys(u for u, _ in p.uses()))
         guard = _guard(f, p, users)
@@ -172,10 +201,16 @@ def _down(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value]:
             raise NotAttention("the attention probabilities are read elsewhere")
         node = users[0]
         if node.op_type == "MatMul" and node.inputs[0] is p and not f.g.is_constant(node.inputs[1]):
-            return guarded, node.inputs[1], node.outputs[0]
-        if node.op_type not in ("Identity", "Cast") or (node.op_type == "Cast" and p.dtype != node.outputs[0].dtype):
+            return guarded, node.inputs[1], node.outputs[0], narrow
+        out = node.outputs[0]
+        if node.op_type == "Cast" and p.dtype != out.dtype and p.dtype == ir.DataType.FLOAT and not narrow:
+            narrow = True
+        elif node.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
+            if not regroups(f, p, out):
+                raise NotAttention("the probabilities are reshaped in another way than by their heads")
+        elif node.op_type not in ("Identity", "Cast") or (node.op_type == "Cast" and p.dtype != out.dtype):
             raise NotAttention(f"the softmax is followed by {node.op_type}, not by a product with values")
-        p = node.outputs[0]
+        p = out
 
 
 def _guard(f: Facts, p: ir.Value, users: list[ir.Node]) -> ir.Value | None:
@@ -188,24 +223,15 @@ def _guard(f: Facts, p: ir.Value, users: list[ir.Node]) -> ir.Value | None:
     return where.outputs[0] if right and zero is not None and zero.value == 0.0 else None
 
 
-def _check(f: Facts, core: Core) -> None:
-    q, k, v = f.shape(core.q), f.shape(core.k), f.shape(core.v)
-    if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
-        raise NotAttention("queries, keys and values do not all have 4 axes")
-    if not (f.same(q[0], k[0]) and f.same(q[0], v[0])):
-        raise NotAttention("queries, keys and values differ in batch size")
-    if not isinstance(q[1], int) or not isinstance(k[1], int) or not isinstance(q[3], int) or not isinstance(v[3], int):
-        raise NotAttention("head count or head width is not static")
-    if k[1] != v[1] or k[1] not in (1, q[1]):
-        raise NotAttention(f"{q[1]} query heads meet {k[1]} key heads")
-    if core.softcap and core.scale == 0:
-        raise NotAttention("the scale is zero")
-
-
-def raise_core(g: Graph, f: Facts, masks: Masks, core: Core) -> None:
-    """Replace a core by one Attention in four axes."""
+def raise_core(g: Graph, sizes: Sizes, masks: Masks, core: Core) -> None:
+    """Replace a core by one Attention in four axes; raises `NotAttention` when its parts do not fit together."""
+    four = core.heads.four(sizes, core.q, core.k, core.v, [m.value for m in core.masks])
     dtype = core.q.dtype or core.out.dtype or ir.DataType.FLOAT
-    keys = g.op("Transpose", core.k, perm=[0, 1, 3, 2])
-    mask = masks.combined(core.masks, dtype)
-    cap = core.softcap if core.softcap else None
-    g.replace(core.out, g.op("Attention", core.q, keys, core.v, mask, scale=core.scale, softcap=cap, like=core.out))
+    keys = g.op("Transpose", four.k, perm=[0, 1, 3, 2])
+    scaled = [masks.scaled(m, bias.factor) for m, bias in zip(four.masks, core.masks, strict=True)]
+    mask = masks.combined(scaled, dtype)
+    new = g.op("Attention", four.q, keys, four.v, mask, scale=core.scale, softcap=core.softcap or None)
+    node = new.producer()
+    if node is not None and core.precision is not None:
+        g.set_attr(node, softmax_precision=int(core.precision))
+    g.replace(core.out, core.heads.back(sizes, new, core.out))

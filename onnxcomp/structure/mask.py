@@ -166,6 +166,13 @@ class Masks:
             self._made[key] = make()  # type: ignore[operator]
         return self._made[key]
 
+    def scaled(self, m: ir.Value, factor: float) -> ir.Value:
+        """A float bias times a number; a bool mask means the same at any scale."""
+        if factor == 1.0 or self.is_bool(m):
+            return m
+        number = np.array(factor, (m.dtype or ir.DataType.FLOAT).numpy())
+        return self._once(("scaled", m, factor), lambda: self.g.op("Mul", m, number))
+
     def combined(self, masks: list[ir.Value], dtype: ir.DataType) -> ir.Value | None:
         """One mask for several; bool where all of them are."""
         kept = [m for m in masks if not self.allows_all(m)]

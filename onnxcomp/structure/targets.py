@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.structure.dims import Dim, Size
-from onnxcomp.structure.layout import constant_target
+from onnxcomp.structure.layout import constant_target, target_of
 from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Sizes", "reroot"]
@@ -97,6 +97,19 @@ class Sizes:
 
     def _concat(self, key: Key) -> ir.Value:
         return self.g.op("Concat", *[self.vector([d]) for d in key], axis=0)
+
+    def can_reshape(self, shape: Sequence[Size], to: Sequence[Size]) -> bool:
+        """Whether a target for `reshaped` can be written: at most one of its sizes is neither known nor kept."""
+        if target_of(self.f, tuple(shape), to) is not None:
+            return True
+        return sum(1 for d in to if not self.possible([d])) <= 1
+
+    def reshaped(self, x: ir.Value, to: Sequence[Size], like: ir.Value | None = None) -> ir.Value:
+        """`x` in another shape, by a constant target or one read off the graph inputs; `can_reshape` must hold."""
+        constant = constant_target(self.f, x, to)
+        if constant is not None:
+            return self.g.op("Reshape", x, np.array(constant, np.int64), like=like)
+        return self.g.op("Reshape", x, self.vector([d if self.possible([d]) else -1 for d in to]), like=like)
 
     def scalar(self, d: Size) -> ir.Value:
         """One size as an int64 without axes."""

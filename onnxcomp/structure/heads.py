@@ -1,0 +1,124 @@
+"""Heads of products in three, four or five axes: `[b * n, s, h]`, `[b, n, s, h]`, `[b, kv, n / kv, s, h]` to four."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.structure.dims import Shape, Size, divide, multiply
+from onnxcomp.structure.layout import trace
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.targets import Sizes
+
+__all__ = ["Four", "Heads", "NotAttention", "heads_of", "regroups"]
+
+
+class NotAttention(Exception):
+    """Why a Softmax is not raised; caught where the site is declined."""
+
+
+@dataclass(frozen=True)
+class Four:
+    """Queries, keys, values and masks of one attention in four axes."""
+
+    q: ir.Value
+    k: ir.Value
+    v: ir.Value
+    masks: list[ir.Value]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The `heads` of products in `rank` axes, and what stands for the batch in the others."""
+
+    rank: int = 4
+    heads: int = 0
+    batch: Size = 1
+
+    def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Four:
+        """All in four axes; raises `NotAttention` before anything is made where one does not fit."""
+        planned = [(x, self._lead(sizes.f, x)) for x in (q, k, v)]
+        planned += [(m, self._mask_lead(sizes.f, m)) for m in masks]
+        for x, s in planned:
+            if s is not None and not sizes.can_reshape(sizes.f.shape(x) or (), s):
+                raise NotAttention("batch, heads and lengths cannot be told apart")
+        made = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
+        return Four(made[0], made[1], made[2], made[3:])
+
+    def back(self, sizes: Sizes, new: ir.Value, out: ir.Value) -> ir.Value:
+        """The result with the axes of `out`, the product it replaces."""
+        shape = sizes.f.shape(out)
+        if shape is None or len(shape) == 4:
+            new.type, new.shape = out.type, out.shape
+            return new
+        return sizes.reshaped(new, shape, like=out)
+
+    def _lead(self, f: Facts, x: ir.Value) -> Shape | None:
+        """The four sizes of a query, key or value, or None where it has them."""
+        s = f.shape(x) or ()
+        if len(s) == 4:
+            return None
+        if len(s) == 3:
+            return (self.batch, self.heads, *s[1:])
+        return (s[0], multiply(s[1], s[2]), *s[3:])
+
+    def _mask_lead(self, f: Facts, m: ir.Value) -> Shape | None:
+        s = f.shape(m)
+        if s is None or len(s) > 5:
+            raise NotAttention("the mask's axes are not known")
+        if len(s) == 5:
+            if 1 in s[1:3] and s[1:3] != (1, 1):
+                raise NotAttention("a mask differs between the heads of a group or between groups")
+            return (s[0], multiply(s[1], s[2]), *s[3:])
+        if len(s) == 3 and self.rank == 3 and s[0] != 1:
+            return (self.batch, self.heads, *s[1:])
+        return None
+
+
+def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) -> Heads:
+    """How the operands of an attention's two products hold their heads; raises `NotAttention` when they do not fit."""
+    shapes = [f.shape(x) for x in (q, k, v)]
+    a, b, c = shapes
+    if a is None or b is None or c is None or not len(a) == len(b) == len(c) or len(a) not in (3, 4, 5):
+        raise NotAttention("queries, keys and values do not all have 3, 4 or 5 axes")
+    if not (f.same(a[0], b[0]) and f.same(a[0], c[0])):
+        raise NotAttention("queries, keys and values differ in batch size")
+    if not isinstance(a[-1], int) or not isinstance(c[-1], int):
+        raise NotAttention("head width is not static")
+    if len(a) == 3:
+        return _unfolded(f, a, (q, k, v, scores))
+    n, kv = a[1:-2], b[1:-2]
+    if not all(isinstance(d, int) for d in (*n, *kv)):
+        raise NotAttention("head count is not static")
+    if kv != c[1:-2] or (kv[0] not in (1, n[0]) or (len(n) == 2 and kv[1] != 1)):
+        raise NotAttention(f"{'x'.join(map(str, n))} query heads meet {'x'.join(map(str, kv))} key heads")
+    return Heads(len(a))
+
+
+def _unfolded(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
+    """Batch and heads of an axis that holds both, from where either operand was folded."""
+    for v in values:
+        for t in trace(f, v):
+            lead = t.origin[0]
+            if len(lead) == 2 and isinstance(lead[1].size, int):
+                return Heads(3, lead[1].size, lead[0].size)
+    for v in values[-1:]:
+        for user in dict.fromkeys(u for u, _ in v.uses()):
+            out = f.shape(user.outputs[0])
+            if user.op_type == "Reshape" and out is not None and len(out) == 4 and isinstance(out[1], int):
+                batch = divide(f.equal.plain(shape[0]), out[1])
+                if batch is not None and f.same(batch, out[0]):
+                    return Heads(3, out[1], batch)
+    if isinstance(shape[0], int):
+        return Heads(3, shape[0], 1)
+    raise NotAttention("batch and heads of the first axis cannot be told apart")
+
+
+def regroups(f: Facts, x: ir.Value, y: ir.Value) -> bool:
+    """Whether a Reshape of scores only splits or joins the axes before the last two."""
+    a, b = f.shape(x), f.shape(y)
+    if a is None or b is None or len(a) < 3 or len(b) < 3:
+        return False
+    return f.same(a[-1], b[-1]) and f.same(a[-2], b[-2])

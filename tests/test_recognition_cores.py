@@ -1,0 +1,197 @@
+"""Cores of attention on hand-written graphs: heads folded into the batch, groups, biases, soft-caps, casts."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from onnxcomp.graph import Graph
+from onnxcomp.structure import canonicalize
+from tests import tiny
+from tests.hand import RNG, f32, graph, i64, ops, raised, same
+from tests.test_attention import B, H, N, S, attend, attention_graph, heads, merged, only_attention, qkv, scores
+
+
+def bias(*shape: int) -> np.ndarray:
+    return f32(RNG.standard_normal(shape))
+
+
+# ---- scale, bias, soft-cap -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operator", ["Mul", "Div"])
+def test_a_scale_after_the_bias_goes_into_both(operator):
+    g = attention_graph(bias=[1, N, "s", "s"])
+    s = g.op(operator, g.op("Add", g.op("Mul", scores(g), f32(0.7)), g.value("bias")), f32(3))
+    source, new = raised(g, attend(g, s), "b", "s", N * H)
+    node = next(new.nodes("Attention"))
+    assert new.declined == []
+    assert node.attributes["scale"].value == pytest.approx(0.7 * 3 if operator == "Mul" else 0.7 / 3)
+    same(source, new, **qkv(), bias=bias(1, N, S, S))
+
+
+def test_a_scale_after_the_mask_leaves_the_mask_alone():
+    g = attention_graph(seen=["b", 1, "s", "s", bool])
+    s = g.op("Mul", g.op("Where", g.value("seen"), scores(g), f32(-1e9)), f32(0.25))
+    source, new = raised(g, attend(g, s), "b", "s", N * H)
+    assert only_attention(new).inputs[3] is new.value("seen")
+    seen = RNG.random((B, 1, S, S)) < 0.6
+    seen[..., 0] = True
+    same(source, new, **qkv(), seen=seen)
+
+
+def test_a_negative_scale_of_masked_scores_is_declined():
+    g = attention_graph(seen=["b", 1, "s", "s", bool])
+    s = g.op("Mul", g.op("Where", g.value("seen"), scores(g), f32(-1e9)), f32(-0.25))
+    _, new = raised(g, attend(g, s), "b", "s", N * H)
+    assert [d.why for d in new.declined] == ["attention: the scale of masked scores is not positive"]
+
+
+@pytest.mark.parametrize(
+    "spelling", ["cap tanh(s/cap)", "tanh without a factor", "scaled twice", "factor over two products"]
+)
+def test_a_soft_cap_in_any_order(spelling):
+    g = attention_graph()
+    s = scores(g)
+    if spelling == "cap tanh(s/cap)":
+        y, cap, scale = g.op("Mul", g.op("Tanh", g.op("Div", s, f32(5))), f32(5)), 5, 1
+    elif spelling == "tanh without a factor":
+        y, cap, scale = g.op("Tanh", g.op("Mul", s, f32(0.3))), 1, 0.3
+    elif spelling == "scaled twice":
+        inner = g.op("Mul", g.op("Mul", s, f32(0.3)), f32(0.2))
+        y, cap, scale = g.op("Mul", f32(5), g.op("Tanh", inner)), 5, 0.3
+    else:
+        y = g.op("Mul", g.op("Mul", g.op("Tanh", g.op("Div", s, f32(4))), f32(2)), f32(3))
+        cap, scale = 6, 1.5
+    source, new = raised(g, attend(g, y), "b", "s", N * H)
+    node = only_attention(new)
+    assert node.attributes["softcap"].value == pytest.approx(cap)
+    assert node.attributes["scale"].value == pytest.approx(scale)
+    same(source, new, **qkv())
+
+
+def test_split_square_roots_are_one_scale():
+    g = attention_graph()
+    root = g.op("Sqrt", g.op("Div", f32(1), g.op("Sqrt", g.op("Cast", i64(H), to=int(ir.DataType.FLOAT)))))
+    q = g.op("Mul", heads(g, g.value("q")), root)
+    k = g.op("Mul", heads(g, g.value("k"), (0, 2, 3, 1)), root)
+    source, new = raised(g, attend(g, g.op("MatMul", q, k)), "b", "s", N * H)
+    assert only_attention(new).attributes["scale"].value == pytest.approx(H**-0.5)
+    same(source, new, **qkv())
+
+
+# ---- three and five axes ---------------------------------------------------------------------------------------------
+
+
+def folded(g: Graph, x: ir.Value, order: str) -> ir.Value:
+    """`[b * n, s, h]` of `[b, s, n * h]` (batch first) or of `[s, b, n * h]` (as torch.nn.MultiheadAttention does)."""
+    if order == "batch first":
+        return g.op("Reshape", heads(g, x), i64(-1, S, H))
+    return g.op("Transpose", g.op("Reshape", x, i64(0, B * N, H)), perm=[1, 0, 2])
+
+
+def attend_folded(g: Graph, order: str, change=lambda s: s) -> ir.Value:
+    q, k, v = (folded(g, g.value(n), order) for n in "qkv")
+    s = change(g.op("MatMul", q, g.op("Transpose", k, perm=[0, 2, 1])))
+    y = g.op("MatMul", g.op("Softmax", s, axis=-1), v)
+    if order == "batch first":
+        return merged(g, g.op("Reshape", y, i64(-1, N, S, H)))
+    return g.op("Reshape", g.op("Transpose", y, perm=[1, 0, 2]), i64(S, -1, N * H))
+
+
+def test_heads_folded_into_the_batch():
+    g = graph(**{n: ["b", S, N * H] for n in "qkv"})
+    source, new = raised(g, attend_folded(g, "batch first"), "b", S, N * H)
+    only_attention(new)
+    same(source, new, **qkv())
+
+
+def test_heads_folded_into_the_batch_with_the_sequence_first():
+    g = graph(**{n: [S, B, N * H] for n in "qkv"})
+    source, new = raised(g, attend_folded(g, "sequence first"), S, B, N * H)
+    assert new.declined == []
+    assert set(ops(new)) == {"Attention", "Transpose"}
+    same(source, new, **{n: bias(S, B, N * H) for n in "qkv"})
+
+
+@pytest.mark.parametrize("shape", [(1, S, S), (B * N, 1, S), (B * N, S, S)])
+def test_a_bias_on_folded_heads_is_unfolded(shape):
+    """baddbmm: `beta * alibi + alpha * q @ k`."""
+    g = graph(**{n: [B, S, N * H] for n in "qkv"}, bias=list(shape))
+
+    def change(s):
+        return g.op("Add", g.op("Mul", g.value("bias"), f32(0.5)), g.op("Mul", s, f32(0.25)))
+
+    source, new = raised(g, attend_folded(g, "batch first", change), B, S, N * H)
+    node = next(new.nodes("Attention"))
+    assert new.declined == []
+    assert node.attributes["scale"].value == pytest.approx(0.25)
+    same(source, new, **qkv(), bias=bias(*shape))
+
+
+def test_folded_heads_that_cannot_be_told_from_the_batch_are_declined():
+    g = graph(q=["m", "s", H], k=["m", "s", H], v=["m", "s", H])
+    s = g.op("MatMul", g.value("q"), g.op("Transpose", g.value("k"), perm=[0, 2, 1]))
+    y = g.op("MatMul", g.op("Softmax", s, axis=-1), g.value("v"))
+    _, new = raised(g, y, "m", "s", H)
+    assert [d.why for d in new.declined] == ["attention: batch and heads of the first axis cannot be told apart"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_groups_of_heads_as_an_axis_of_their_own(masked):
+    """`[b, kv, group, s, h]` queries meet `[b, kv, 1, h, t]` keys."""
+    kv, r = 2, N // 2
+    g = graph(q=["b", S, N * H], k=["b", S, kv * H], v=["b", S, kv * H], seen=["b", 1, 1, S, S, bool])
+    q = g.op("Transpose", g.op("Reshape", g.value("q"), i64(0, 0, kv, r, H)), perm=[0, 2, 3, 1, 4])
+    k, v = (g.op("Reshape", g.value(n), i64(0, 0, kv, 1, H)) for n in "kv")
+    s = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 2, 3, 4, 1]))
+    if masked:
+        s = g.op("Where", g.value("seen"), s, f32(-np.inf))
+    y = g.op("MatMul", g.op("Softmax", s, axis=-1), g.op("Transpose", v, perm=[0, 2, 3, 1, 4]))
+    out = g.op("Reshape", g.op("Transpose", y, perm=[0, 3, 1, 2, 4]), i64(0, 0, N * H))
+    source, new = raised(g, out, "b", S, N * H)
+    node = next(new.nodes("Attention"))
+    assert new.declined == []
+    assert (node.attributes["q_num_heads"].value, node.attributes["kv_num_heads"].value) == (N, kv)
+    assert set(ops(new)) <= {"Attention", "Reshape"}
+    feeds = {n: bias(B, S, (N if n == "q" else kv) * H) for n in "qkv"}
+    seen = RNG.random((B, 1, 1, S, S)) < 0.6
+    seen[..., 0] = True
+    same(source, new, **feeds, seen=seen)
+
+
+# ---- types -----------------------------------------------------------------------------------------------------------
+
+
+def half_graph(back: bool) -> Graph:
+    """fp16 products around a softmax in fp32; `back` casts the probabilities to fp16 again."""
+    values = [
+        ir.Value(name=n, type=ir.TensorType(ir.DataType.FLOAT16), shape=ir.Shape(["b", "s", N * H])) for n in "qkv"
+    ]
+    g = Graph(ir.Model(ir.Graph(values, [], nodes=[], opset_imports={"": 23}, name="half"), ir_version=10))
+    s = g.op("Mul", scores(g), np.array(H**-0.5, np.float16))
+    p = g.op("Softmax", g.op("Cast", s, to=int(ir.DataType.FLOAT)), axis=-1)
+    if back:
+        v = heads(g, g.value("v"))
+        y = merged(g, g.op("MatMul", g.op("Cast", p, to=int(ir.DataType.FLOAT16)), v))
+        return tiny.finish(g, g.op("Cast", y, to=int(ir.DataType.FLOAT)), "y", ["b", "s", N * H])
+    v = g.op("Cast", heads(g, g.value("v")), to=int(ir.DataType.FLOAT))
+    return tiny.finish(g, merged(g, g.op("MatMul", p, v)), "y", ["b", "s", N * H])
+
+
+def test_a_softmax_in_fp32_between_fp16_products_keeps_its_precision():
+    g = half_graph(back=True)
+    new = g.clone()
+    canonicalize(new)
+    node = next(new.nodes("Attention"))
+    assert new.declined == []
+    assert set(ops(new)) == {"Attention", "Cast"}
+    assert node.attributes["softmax_precision"].value == int(ir.DataType.FLOAT)
+    same(g, new, 2e-3, **{n: x.astype(np.float16) for n, x in qkv().items()})
+
+
+def test_values_in_another_type_than_the_queries_are_declined():
+    g = half_graph(back=False)
+    canonicalize(g)
+    assert [d.why for d in g.declined] == ["attention: the scores are cast to another type and not back"]
