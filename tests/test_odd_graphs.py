@@ -54,7 +54,7 @@ ODD = {
     ),
     "contrib operator": (
         "(float[N,8,8] x) => (float[N,8,8] y) {z=Relu(x) y=com.microsoft.Inverse(z)}",
-        ["Inverse", "Relu"],
+        ["Relu", "Inverse"],
     ),
     "recurrent": (
         "(float[T,N,8] x) => (float[T,d,N,4] y) <float[1,16,8] w, float[1,16,4] r> {y,h,c=LSTM<hidden_size=4>(x,w,r)}",

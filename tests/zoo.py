@@ -190,7 +190,7 @@ class Spelling:
     attention: str
     opset: int
     dtype: str = "fp32"
-    after: str = ""  # "" | ort-fusions (transformers') | onnxsim | onnxslim | ort-optimizer
+    after: str = ""  # "" | ort-fusions (transformers') | onnxsim | onnxslim | ort-optimizer | ort-session
 
     def __str__(self) -> str:
         parts = [self.route, self.attention, str(self.opset)]
@@ -211,6 +211,8 @@ CHANGED = (
     Spelling("dynamo", "sdpa", 18, after="onnxslim"),
     Spelling("legacy", "eager", 17, after="ort-optimizer"),
     Spelling("dynamo", "sdpa", 18, after="ort-optimizer"),
+    Spelling("dynamo", "sdpa", 18, after="ort-session"),
+    Spelling("legacy", "eager", 17, after="ort-session"),
     Spelling("dynamo", "sdpa", 18, "fp16"),
     Spelling("dynamo", "eager", 18, "fp16"),
     Spelling("transformers", "sdpa", 20, "bf16"),
@@ -259,7 +261,7 @@ def export(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path | None:
                 source = export(a, Spelling(s.route, s.attention, s.opset, s.dtype), cache)
                 if source is None:
                     raise RuntimeError("the graph it starts from cannot be exported")
-                AFTER[s.after](source, part)
+                AFTER[s.after](a, source, part)
             else:
                 ROUTES[s.route](a, s, part)
     except Exception as e:  # noqa: BLE001  exporters raise anything; the reason is kept
@@ -368,7 +370,7 @@ ROUTES: dict[str, Callable[[Architecture, Spelling, Path], None]] = {
 }
 
 
-def _onnxsim(source: Path, out: Path) -> None:
+def _onnxsim(_: Architecture, source: Path, out: Path) -> None:
     import onnx
     import onnxsim
 
@@ -376,23 +378,48 @@ def _onnxsim(source: Path, out: Path) -> None:
     onnx.save(simplified, out)
 
 
-def _onnxslim(source: Path, out: Path) -> None:
+def _onnxslim(_: Architecture, source: Path, out: Path) -> None:
     import onnx
     import onnxslim
 
     onnx.save(onnxslim.slim(onnx.load(source)), out)
 
 
-def _ort_optimizer(source: Path, out: Path) -> None:
+# What ONNX Runtime's offline optimizer calls the family; BERT's fusions for all it does not name.
+FAMILIES = {
+    **dict.fromkeys(("gpt2", "llama", "mistral", "qwen2", "gemma2", "gemma3", "falcon", "opt", "bloom"), "gpt2"),
+    **dict.fromkeys(("bart", "marian", "whisper"), "bart"),
+    **dict.fromkeys(("clip-text", "clip-vision", "siglip-text", "siglip-vision"), "clip"),
+    **dict.fromkeys(("vit", "deit", "beit", "dinov2"), "vit"),
+    **{"gpt-neox": "gpt_neox", "phi3": "phi", "qwen3": "qwen3", "swin": "swin", "t5": "t5"},
+}
+
+
+def _ort_optimizer(a: Architecture, source: Path, out: Path) -> None:
+    """ONNX Runtime's offline optimizer, told the family, heads and width as its documentation asks."""
     from onnxruntime.transformers import optimizer  # noqa: TID251  the tool whose output is tested
 
-    optimizer.optimize_model(str(source), model_type="bert", num_heads=0, hidden_size=0).save_model_to_file(str(out))
+    sizes = (0, 0) if a.name == "swin" else (HEADS, H)
+    model = optimizer.optimize_model(str(source), FAMILIES.get(a.name, "bert"), *sizes, opt_level=0)
+    model.save_model_to_file(str(out))
 
 
-AFTER: dict[str, Callable[[Path, Path], None]] = {
+def _ort_session(_: Architecture, source: Path, out: Path) -> None:
+    """The graph as a session writes it after its extended (portable) optimizations."""
+    import onnxruntime as ort  # noqa: TID251  the tool whose output is tested
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(out)
+    ort.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
+
+
+AFTER: dict[str, Callable[[Architecture, Path, Path], None]] = {
     "onnxsim": _onnxsim,
     "onnxslim": _onnxslim,
     "ort-optimizer": _ort_optimizer,
+    "ort-session": _ort_session,
 }
 
 
