@@ -233,14 +233,14 @@ class Graph:
         return node.outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value, *, users: Collection[ir.Node] | None = None) -> None:
-        """Feed all consumers of `old`, or the named ones, from `new`; a graph output keeps its name."""
+        """Feed consumers of `old` (all, or the named) from `new`, whose maker may read `old`; outputs keep their name."""
         if old is new:
             return
         if users is None and old.is_graph_output():
             new = self._as_output(old, new)
         consumers = []
         for user, index in tuple(old.uses()):
-            if users is None or user in users:
+            if user is not new.producer() and (users is None or user in users):
                 user.replace_input_with(index, new)
                 consumers.append(user)
         self._touch(old.producer(), *consumers)

@@ -160,6 +160,10 @@ class Pass(abc.ABC):
         """Whether the options say that nothing is to change; such a pass makes zero edits."""
         return False
 
+    def notes(self, target: Target) -> Iterable[str]:
+        """What a user of this pass should know about the target; the report's warnings show it."""
+        return ()
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""
         return ()

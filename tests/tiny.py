@@ -318,6 +318,13 @@ def linear(inputs: int = 8, outputs: int = 6, bias: bool = True, seed: int = 0, 
     return finish(g, b.linear(x, "linear", inputs, outputs), "y", [*shape[:-1], outputs])
 
 
+def copy() -> Graph:
+    """A model that hands its input on: nothing to compress."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "sequence", 8]))
+    g = Graph(ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="copy"), ir_version=10))
+    return finish(g, g.op("Identity", x), "y", ["batch", "sequence", 8])
+
+
 def mlp(
     hidden: int = 8,
     ffn: int = 16,

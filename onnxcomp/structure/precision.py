@@ -1,0 +1,230 @@
+"""Which parts of a graph can run in a half type, and the edit that makes them: one Cast per value at most each way.
+
+A node's ports are its float32 inputs and outputs whose type ONNX lets follow the half type. Arithmetic on positions and
+masks (floats made from integers) is no port: it is cheap, and half types cannot count beyond 2048 (fp16) or 256 (bf16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.maths import Array
+from onnxcomp.structure.uniform import MOVES
+
+__all__ = [
+    "HEAVY",
+    "Ports",
+    "candidates",
+    "clipped",
+    "constant_trouble",
+    "content",
+    "fills",
+    "from_fills",
+    "from_integers",
+    "islands",
+    "ports",
+    "precise",
+]
+
+FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
+# Operators whose half kernels are missing, or which exist to be precise; the rest is decided by ONNX's schemas.
+KEPT = {
+    *("Sin", "Cos", "Range", "CumSum", "NonMaxSuppression", "RoiAlign", "Resize", "Upsample", "TopK", "Multinomial"),
+    *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "EyeLike", "Det"),
+    *("Shape", "Size", "LSTM", "GRU", "RNN", "If", "Loop", "Scan", "SequenceMap", "Optional", "DynamicQuantizeLinear"),
+}
+CONTRIB_HALF = {
+    *("MultiHeadAttention", "GroupQueryAttention", "Attention", "RotaryEmbedding", "SkipLayerNormalization"),
+    *("SkipSimplifiedLayerNormalization", "BiasGelu", "FastGelu", "QuickGelu", "FusedMatMul"),
+}
+INFINITE = 1e8  # constants from this size on stand for infinity in masks
+FILL = {ir.DataType.FLOAT16: 3e4, ir.DataType.BFLOAT16: 3e38}  # what replaces them; sums of several stay finite
+SOFT = {*MOVES, "Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Concat", "Cast", "CastLike", "Trilu", "Clip", "Pad"}
+CHUNK = 1 << 22  # elements of a weight looked at together
+HEAVY = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", *CONTRIB_HALF}
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Indices of the inputs and outputs of a node that become half."""
+
+    node: ir.Node
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+    @property
+    def values(self) -> list[ir.Value]:
+        """The values at the ports, inputs first."""
+        node = self.node
+        found = [*(node.inputs[i] for i in self.inputs), *(node.outputs[i] for i in self.outputs)]
+        return list(dict.fromkeys(v for v in found if v is not None))
+
+
+@cache
+def _variables(op: str, version: int, half: str) -> tuple[tuple[str, ...], tuple[str, ...], frozenset[str]] | None:
+    """Type variables of the inputs and outputs (the last repeats), and those that can be float and the half type."""
+    try:
+        schema = onnx.defs.get_schema(op, version, "")
+    except onnx.defs.SchemaError:
+        return None
+    both = {"tensor(float)", f"tensor({half})"}
+    free = {c.type_param_str for c in schema.type_constraints if both <= set(c.allowed_type_strs)}
+    return tuple(x.type_str for x in schema.inputs), tuple(x.type_str for x in schema.outputs), frozenset(free)
+
+
+def ports(g: Graph, node: ir.Node, half: ir.DataType) -> Ports | None:
+    """The ports of a node, None where it makes or reads no float32 that could be half."""
+    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+        return None
+    if node.domain == CONTRIB and node.op_type in CONTRIB_HALF and half is ir.DataType.FLOAT16:
+        return _made(node, [_is_float(v) for v in node.inputs], [_is_float(v) for v in node.outputs])
+    if node.domain != "" or node.op_type in KEPT or "output_dtype" in node.attributes:
+        return None
+    known = _variables(node.op_type, g.opset, half.name.lower())
+    if known is None:
+        return None
+    reads, makes, free = known
+    ins = [_is_float(v) and _at(reads, i) in free for i, v in enumerate(node.inputs)]
+    outs = [_is_float(v) and _at(makes, i) in free for i, v in enumerate(node.outputs)]
+    if node.op_type in ("LayerNormalization", "RMSNormalization"):
+        outs = outs[:1]  # the others are of the stash type
+    return _made(node, ins, outs)
+
+
+def _made(node: ir.Node, ins: list[bool], outs: list[bool]) -> Ports | None:
+    inputs, outputs = (tuple(i for i, ok in enumerate(xs) if ok) for xs in (ins, outs))
+    return Ports(node, inputs, outputs) if inputs or outputs else None
+
+
+def _at(names: tuple[str, ...], i: int) -> str:
+    return names[min(i, len(names) - 1)] if names else ""
+
+
+def _is_float(v: ir.Value | None) -> bool:
+    return v is not None and v.dtype is FLOAT
+
+
+def candidates(g: Graph, half: ir.DataType) -> list[Ports]:
+    """Ports of every node that could run in half, arithmetic on positions and masks of numbers left out."""
+    if any(v.dtype is None for node in g.nodes() for v in node.outputs):
+        g.infer_shapes()
+    counted, found = from_integers(g), []
+    for node in g.nodes():
+        floats = [v for v in node.inputs if _is_float(v) and not g.is_constant(v)]
+        if any(v in counted for v in node.outputs) or (floats and all(v in counted for v in floats)):
+            continue
+        p = ports(g, node, half)
+        if p is not None and node.op_type != "Constant":
+            found.append(p)
+    return found
+
+
+def precise(g: Graph) -> set[ir.Node]:
+    """Nodes whose result goes into a sine or cosine without a product with weights between: angles need float32."""
+    found: set[ir.Node] = set()
+    stack = [v for node in g.nodes("Sin", "Cos") for v in node.inputs]
+    while stack:
+        v = stack.pop()
+        node = v.producer() if v is not None and _is_float(v) else None
+        if node is not None and node not in found and node.op_type not in HEAVY:
+            found.add(node)
+            stack.extend(node.inputs)
+    return found
+
+
+def islands(chosen: Collection[Ports]) -> set[ir.Node]:
+    """Light nodes that only float32 nodes feed and read: running them in half would cost Casts and gain nothing."""
+    left, gone = {p.node: p for p in chosen}, set()
+    while True:
+        made = {p.node.outputs[i] for p in left.values() for i in p.outputs}
+        alone = [p.node for p in left.values() if p.node.op_type not in HEAVY and not _touches(p, made, left)]
+        if not alone:
+            return gone
+        for node in alone:
+            gone.add(node)
+            del left[node]
+
+
+def _touches(p: Ports, made: Collection[ir.Value], left: Collection[ir.Node]) -> bool:
+    """Whether a node reads what a half node makes, or makes what a half node reads."""
+    return any(p.node.inputs[i] in made for i in p.inputs) or any(
+        u in left for i in p.outputs for u, _ in p.node.outputs[i].uses()
+    )
+
+
+def from_integers(g: Graph) -> set[ir.Value]:
+    """Floats made from integers alone (positions, counts, masks of numbers); a lookup in a float table is none."""
+    found: set[ir.Value] = set()
+    for node in g.nodes():
+        computed = [v for v in node.inputs if v is not None and not g.is_constant(v)]
+        floats = [v for v in computed if _is_float(v)]
+        casts = node.op_type == "Cast" and bool(computed) and not floats and computed[0].dtype is not BOOL
+        if casts or node.op_type == "Range" or (floats and all(v in found for v in floats)):
+            found.update(v for v in node.outputs if _is_float(v))
+    return found
+
+
+def fills(g: Graph) -> dict[ir.Value, ir.TensorProtocol]:
+    """Float32 constants that stand for infinity in masks: some of their elements are beyond any real weight."""
+    seen = {v: g.tensor(v) for node in g.nodes(*SOFT) for v in node.inputs if v is not None}
+    seen |= {node.outputs[0]: content(node) for node in g.nodes("ConstantOfShape")}
+    return {v: t for v, t in seen.items() if t is not None and t.dtype is FLOAT and _peak(t) >= INFINITE}
+
+
+def content(node: ir.Node) -> ir.TensorProtocol | None:
+    """What ConstantOfShape repeats."""
+    value = node.attributes.get("value")
+    return value.as_tensor() if node.op_type == "ConstantOfShape" and value is not None else None
+
+
+def from_fills(g: Graph, found: Collection[ir.Value]) -> set[ir.Value]:
+    """Values that carry stand-ins for infinity on to a softmax; their size says nothing."""
+    marked = set(found)
+    for node in g.nodes():
+        if node.op_type in SOFT and any(v in marked for v in node.inputs):
+            marked.update(node.outputs)
+    return marked
+
+
+def _pieces(t: ir.TensorProtocol) -> Iterator[Array]:
+    flat = t.numpy().reshape(-1)
+    for start in range(0, flat.size, CHUNK):
+        yield flat[start : start + CHUNK]
+    release = getattr(t, "release", None)
+    if release is not None:
+        release()
+
+
+def _peak(t: ir.TensorProtocol) -> float:
+    return max((float(np.abs(a).max()) for a in _pieces(t)), default=0.0)
+
+
+def clipped(a: Array, half: ir.DataType) -> Array:
+    """Float32 with stand-ins for infinity brought into the half type's range; true infinities stay."""
+    bound = FILL[half]
+    return np.where((np.abs(a) >= INFINITE) & np.isfinite(a), np.clip(a, -bound, bound), a).astype(a.dtype)
+
+
+def constant_trouble(t: ir.TensorProtocol, half: ir.DataType) -> str:
+    """Why a constant cannot be half, empty if it can: out of range, or rounding it loses more than rounding does."""
+    limits, energy, lost, peak = ml_dtypes.finfo(half.numpy()), 0.0, 0.0, 0.0
+    for piece in _pieces(t):
+        a = clipped(piece, half)
+        a = a[np.isfinite(a)].astype(np.float64)
+        peak = max(peak, float(np.abs(a).max(initial=0)))
+        if peak <= float(limits.max):
+            energy += float(a @ a)
+            lost += float(np.sum((a - a.astype(half.numpy()).astype(np.float64)) ** 2))
+    if peak > float(limits.max):
+        return f"its constant reaches {peak:.3g}, beyond {float(limits.max):.3g}"
+    if lost > energy * (2 * float(limits.eps)) ** 2:
+        return f"its constant (up to {peak:.3g}) is too small for the type: rounding would lose {np.sqrt(lost / energy):.1%}"
+    return ""
