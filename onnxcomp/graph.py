@@ -233,7 +233,7 @@ class Graph:
         return node.outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value, *, users: Collection[ir.Node] | None = None) -> None:
-        """Feed consumers of `old` (all, or the named) from `new`, whose maker may read `old`; outputs keep their name."""
+        """Feed users of `old` (all, or those named) from `new`, whose maker may read `old`; outputs keep their name."""
         if old is new:
             return
         if users is None and old.is_graph_output():

@@ -142,7 +142,8 @@ def precise(g: Graph) -> set[ir.Node]:
 
 def islands(chosen: Collection[Ports]) -> set[ir.Node]:
     """Light nodes that only float32 nodes feed and read: running them in half would cost Casts and gain nothing."""
-    left, gone = {p.node: p for p in chosen}, set()
+    left = {p.node: p for p in chosen}
+    gone: set[ir.Node] = set()
     while True:
         made = {p.node.outputs[i] for p in left.values() for i in p.outputs}
         alone = [p.node for p in left.values() if p.node.op_type not in HEAVY and not _touches(p, made, left)]
@@ -226,5 +227,5 @@ def constant_trouble(t: ir.TensorProtocol, half: ir.DataType) -> str:
     if peak > float(limits.max):
         return f"its constant reaches {peak:.3g}, beyond {float(limits.max):.3g}"
     if lost > energy * (2 * float(limits.eps)) ** 2:
-        return f"its constant (up to {peak:.3g}) is too small for the type: rounding would lose {np.sqrt(lost / energy):.1%}"
+        return f"its constant (up to {peak:.3g}) is too small for the type: rounding loses {np.sqrt(lost / energy):.1%}"
     return ""

@@ -1,4 +1,4 @@
-"""The edit that makes chosen nodes run in a half type: retyped values, converted constants and as few Casts as can be."""
+"""The edit that makes chosen nodes run in a half type: retyped values, converted constants and few Casts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ __all__ = ["convert"]
 
 FLOAT = ir.DataType.FLOAT
 LAZY_BYTES = 1 << 20  # constants from this size on are converted when they are written or run
-
 
 
 def convert(g: Graph, chosen: Iterable[Ports], half: ir.DataType) -> None:
@@ -61,7 +60,7 @@ class _Conversion:
                 self.g.replace(node.outputs[0], x)
 
     def _down(self, x: ir.Value) -> ir.Value:
-        """The half twin of a float32 value: a converted constant, or a Cast (straight from whole numbers where it has them)."""
+        """The half twin of a float32 value: a converted constant or a Cast, straight from the whole numbers behind."""
         if x not in self.down:
             t = self.g.tensor(x)
             if t is not None:

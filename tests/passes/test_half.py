@@ -71,7 +71,7 @@ def test_fp16_stays_close_and_keeps_the_interface(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_casts_are_few_and_never_there_and_back(name):
     new = halved(MODELS[name]()).model
-    casts = [n for n in new.nodes("Cast")]
+    casts = list(new.nodes("Cast"))
     crossing = [n for n in casts if {n.inputs[0].dtype, n.outputs[0].dtype} == {F16, ir.DataType.FLOAT}]
     assert len({(n.inputs[0], n.outputs[0].dtype) for n in casts}) == len(casts), "a value is cast once"
     for node in crossing:
