@@ -1,0 +1,163 @@
+"""Low-rank factors of a weight that lose least on the calibration data, and how ranks are shared out.
+
+Layout of ONNX's MatMul: `y = x W`, `W [K, N]`; `W ~ A B` with `A [K, r]`, `B [r, N]`. With `G = X^T X = S S^T` the
+squared output error of the best rank `r` is the tail of the squared singular values of `S^T W` (SVD-LLM,
+arXiv 2403.07378, theorem 3.2); ASVD (arXiv 2312.05821) takes a diagonal `S`, plain SVD the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from onnxcomp.errors import DataError
+from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.solve import damped, least_squares
+
+__all__ = ["Factors", "break_even", "factor", "refit", "share"]
+
+CHUNK = 1 << 22  # elements of a weight converted to float64 at a time
+
+
+@dataclass(frozen=True)
+class Factors:
+    """`A [K, r]` and `B [r, N]`, float64, and all squared singular values, falling: the first `r` are kept."""
+
+    left: Float64
+    right: Float64
+    energies: Float64
+
+    def loss(self, rank: int) -> float:
+        """Squared error of keeping `rank` of them, in the metric that was asked for."""
+        return float(self.energies[rank:].sum())
+
+    def cut(self, rank: int) -> tuple[Float64, Float64]:
+        """The first `rank` factors, each pair scaled to equal norms, so that both sides quantize alike."""
+        a, b = self.left[:, :rank], self.right[:rank]
+        na, nb = np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)
+        scale = np.sqrt(np.divide(nb, na, out=np.ones_like(na), where=(na > 0) & (nb > 0)))
+        return a * scale, b / scale[:, None]
+
+
+def break_even(k: int, n: int) -> float:
+    """The rank at which two factors have as many weights as the matrix."""
+    return k * n / (k + n)
+
+
+def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = 1e-8) -> Factors:
+    """The best factors of a weight `[K, N]` up to a rank, in the metric `G`: `[K, K]`, its diagonal `[K]`, or identity.
+
+    Decomposes `S^T W W^T S` or `W^T G W`, whichever is smaller. Raises `DataError` where the metric does not fit.
+    """
+    w = np.asarray(weights)
+    k, n = w.shape
+    if metric is not None and len(metric) != k:
+        raise DataError(f"a metric of {len(metric)} in-channels does not fit weights {list(w.shape)}")
+    r = min(rank, k, n)
+    if k > n:
+        wide = w.astype(np.float64)
+        values, basis = _falling(wide.T @ _times(metric, wide))
+        return Factors(wide @ basis[:, :r], np.ascontiguousarray(basis[:, :r].T), values)
+    s = _root(metric, damp)
+    inner = _times(None if s is None else s.T, _outer(w))
+    values, basis = _falling(inner if s is None else inner * s if s.ndim == 1 else inner @ s)
+    u = basis[:, :r]
+    left = np.asarray(u if s is None else u / s[:, None] if s.ndim == 1 else np.linalg.solve(s.T, u), np.float64)
+    return Factors(left, _chunked(w, _times(s, u)), values)
+
+
+def _falling(matrix: Float64) -> tuple[Float64, Float64]:
+    """Eigenvalues, largest first, and their vectors as columns."""
+    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return np.maximum(values[::-1], 0.0), np.asarray(vectors[:, ::-1])
+
+
+def _root(metric: Array | None, damp: float) -> Float64 | None:
+    """`S` with `S S^T = G`, as `[K, K]`, as a diagonal `[K]`, or None for the identity."""
+    if metric is None:
+        return None
+    g = np.asarray(metric, np.float64)
+    if g.ndim == 1:
+        return np.asarray(np.sqrt(np.maximum(g, max(1e-12 * float(g.max(initial=0)), 1e-300))))
+    return damped((g + g.T) / 2, damp)[1]
+
+
+def _times(m: Array | None, x: Float64) -> Float64:
+    if m is None:
+        return x
+    return np.asarray(m[:, None] * x if m.ndim == 1 else m @ x)
+
+
+def _outer(w: Array) -> Float64:
+    """`W W^T` in float64, without a copy of all of W."""
+    step, total = max(1, CHUNK // len(w)), np.zeros((len(w), len(w)))
+    for i in range(0, w.shape[1], step):
+        part = w[:, i : i + step].astype(np.float64)
+        total += part @ part.T
+    return total
+
+
+def _chunked(w: Array, x: Float64) -> Float64:
+    """`x^T W` in float64."""
+    step = max(1, CHUNK // len(w))
+    return np.concatenate([x.T @ w[:, i : i + step].astype(np.float64) for i in range(0, w.shape[1], step)], axis=1)
+
+
+def refit(gram: Array, weights: Array, left: Array, right: Array) -> Float64:
+    """The second factor that fits the data best behind a given first one, `(A^T G A)^-1 A^T G W`.
+
+    Law: the error on the calibration data is not larger than that of `A` and `right`.
+    """
+    a = np.asarray(left, np.float64)
+    seen = np.asarray(gram, np.float64) @ a
+    return least_squares(a.T @ seen, _chunked(np.asarray(weights), seen), damp=1e-9, start=right).weights
+
+
+def share(
+    energies: Sequence[Array],
+    sizes: Sequence[tuple[int, int]],
+    ratio: float,
+    multiple: int = 1,
+    how: Literal["energy", "uniform"] = "energy",
+    margin: float = 1.0,
+) -> list[int]:
+    """Ranks that leave `1 - ratio` of all weights; 0 where a matrix stays whole because its rank would not pay.
+
+    `uniform` gives every matrix the same share; `energy` spends weights where they keep most of a matrix's output
+    energy, relative to the whole of it. Ranks are multiples of `multiple` and stay under `margin` times break-even.
+    """
+    limits = [margin * break_even(k, n) for k, n in sizes]
+    if how == "uniform":
+        asked = [int((1 - ratio) * break_even(k, n)) // multiple * multiple or multiple for k, n in sizes]
+        return [r if r < limit else 0 for r, limit in zip(asked, limits, strict=True)]
+    whole: set[int] = set()
+    total = sum(k * n for k, n in sizes)
+    while True:
+        left = [i for i in range(len(sizes)) if i not in whole]
+        budget = (1 - ratio) * total - sum(sizes[i][0] * sizes[i][1] for i in whole)
+        ranks = _spend([energies[i] for i in left], [sizes[i] for i in left], budget, multiple)
+        over = {i for i, r in zip(left, ranks, strict=True) if r >= limits[i]}
+        if not over:
+            found = dict(zip(left, ranks, strict=True))
+            return [found.get(i, 0) for i in range(len(sizes))]
+        whole |= over
+
+
+def _spend(energies: Sequence[Array], sizes: Sequence[tuple[int, int]], budget: float, multiple: int) -> list[int]:
+    """One multiple of rank each, then the next best per weight while the budget lasts."""
+    ranks = [multiple] * len(sizes)
+    spent = sum(multiple * (k + n) for k, n in sizes)
+    steps = []
+    for i, (e, (k, n)) in enumerate(zip(energies, sizes, strict=True)):
+        all_of_it = float(e.sum()) or 1.0
+        for r in range(multiple, min(k, n), multiple):
+            steps.append((-float(e[r : r + multiple].sum()) / all_of_it / (k + n), i, r))
+    for _, i, _ in sorted(steps):
+        cost = multiple * sum(sizes[i])
+        if spent + cost > budget:
+            break
+        ranks[i], spent = ranks[i] + multiple, spent + cost
+    return ranks

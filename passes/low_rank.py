@@ -1,0 +1,143 @@
+"""Low rank: a linear becomes two thin ones, chosen so that the calibration data notices least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from onnxcomp import blocks
+from onnxcomp.blocks import Linear
+from onnxcomp.graph import Graph, Site
+from onnxcomp.maths import Array, lowrank
+from onnxcomp.maths.lowrank import Factors
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.stats import Need, gram, norm2
+from onnxcomp.target import Target
+
+__all__ = ["LowRank"]
+
+
+@dataclass(frozen=True)
+class LowRank(Pass):
+    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (SVD-LLM, ASVD or plain SVD)."""
+
+    stage: ClassVar[Stage] = Stage.WIDTH
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the linears' weights to save; 0 changes nothing."""
+    method: Literal["svd-llm", "asvd", "svd"] = "svd-llm"
+    """What counts as loss: the output on the data, the weights scaled by their inputs' size, or the weights alone."""
+    allocation: Literal["energy", "uniform"] = "energy"
+    """Ranks where they keep most of a layer's output, or the same share everywhere."""
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Power of the inputs' root mean square in asvd."""
+    repair: bool = True
+    """Fit the second factor to the data by least squares (for svd-llm it is the optimum already)."""
+    multiple: Annotated[int, Field(ge=0)] = 0
+    """Ranks are multiples of this; 0 takes the target's width multiple."""
+    margin: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Largest rank as a share of the break-even K N / (K + N); above it a linear stays whole."""
+    skip: tuple[str, ...] = ()
+    """Patterns of node or weight names that stay whole."""
+    min_size: Annotated[int, Field(ge=0)] = 65536
+    """Weights with fewer elements stay whole."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is to be saved."""
+        return self.ratio == 0
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every linear with a float weight."""
+        return [x.site for x in blocks.linears(g) if not x.quantized]
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """The Gram matrix of each distinct input, or only its channels' norms."""
+        chosen = [] if self.is_identity else [x for group in self._groups(g.clone()) for x in group]
+        if self.method == "svd-llm" or self.repair:
+            return dict.fromkeys(gram(x.source) for x in chosen)
+        return dict.fromkeys(norm2(x.source) for x in chosen) if self.method == "asvd" else ()
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Decompose every weight, share the ranks out, cut."""
+        groups = [] if self.is_identity else self._groups(g)
+        if not groups:
+            return
+        multiple = self.multiple or env.target.width_multiple
+        found = [self._factors(g, group, env, i) for i, group in enumerate(groups)]
+        sizes = [group[0].sizes for group in groups]
+        ranks = lowrank.share([f.energies for f in found], sizes, self.ratio, multiple, self.allocation, self.margin)
+        for group, factors, rank, (k, n) in zip(groups, found, ranks, sizes, strict=True):
+            if rank:
+                self._cut(g, group, factors, rank, env)
+                continue
+            most = self.margin * lowrank.break_even(k, n)
+            for x in group:
+                g.decline(
+                    x.site, f"the rank it needs is over {most:.0f}, where {k}x{n} stops paying (margin {self.margin})"
+                )
+
+    def _groups(self, g: Graph) -> list[list[Linear]]:
+        """Linears by weight, the ones that share one together; those not eligible are declined."""
+        groups: dict[tuple[str, bool], list[Linear]] = {}
+        linears = blocks.linears(g)
+        nodes = {x.node for x in linears}
+        for x in linears:
+            k, n = x.sizes
+            names = (x.name, str(x.weight.name))
+            hit = next((p for p in self.skip if any(fnmatchcase(name, p) for name in names)), None)
+            if x.quantized:
+                continue
+            if hit is not None:
+                g.decline(x.site, f"skipped by the pattern '{hit}'")
+            elif k * n < self.min_size:
+                g.decline(x.site, f"its {k}x{n} weight is smaller than min_size={self.min_size}: nothing to gain")
+            elif any(u not in nodes for u, _ in x.weight.uses()):
+                g.decline(x.site, f"its weight '{x.weight.name}' is read elsewhere too, so cutting it saves nothing")
+            else:
+                groups.setdefault((str(x.weight.name), x.transposed), []).append(x)
+        return list(groups.values())
+
+    def _metric(self, group: Sequence[Linear], env: Env, whole: bool) -> Array | None:
+        """`G` as the method sees it, or the whole Gram matrix: `[K, K]`, `[K]` or None."""
+        if self.method == "svd-llm" or whole:
+            return np.asarray(sum(env.stats[gram(x.source)] for x in group))
+        if self.method == "svd":
+            return None
+        if self.repair:
+            return np.asarray(sum(np.diag(env.stats[gram(x.source)]) for x in group)) ** self.alpha
+        return np.asarray(sum(env.stats[norm2(x.source)] ** 2 for x in group)) ** self.alpha
+
+    def _factors(self, g: Graph, group: Sequence[Linear], env: Env, number: int) -> Factors:
+        """All factors up to break-even, kept in scratch files."""
+        x, (k, n) = group[0], group[0].sizes
+        weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
+        f = lowrank.factor(weight, int(self.margin * lowrank.break_even(k, n)) + 1, self._metric(group, env, False))
+        kept = []
+        for side, a in (("left", f.left), ("right", f.right)):
+            path = env.scratch / f"low-rank-{number}-{side}.npy"
+            np.save(path, a.astype(np.float32), allow_pickle=False)
+            kept.append(np.load(path, mmap_mode="r", allow_pickle=False))
+        return Factors(kept[0], kept[1], f.energies)
+
+    def _cut(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
+        x, dtype = group[0], g.array(group[0].weight).dtype
+        left, right = factors.cut(rank)
+        if self.repair and self.method != "svd-llm":
+            weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
+            right = lowrank.refit(np.asarray(self._metric(group, env, True)), weight, left, right)
+        a, b = (
+            g.constant(m.astype(dtype), f"{x.weight.name}_{what}") for m, what in ((left, "left"), (right, "right"))
+        )
+        for y in group:
+            thin = g.op("MatMul", y.input, a, name=f"{y.name}_left")
+            wide = g.op("MatMul", thin, b, name=f"{y.name}_right", like=y.node.outputs[0])
+            if y.node.op_type == "Gemm" and y.bias is not None:
+                wide = g.op("Add", wide, y.bias, name=f"{y.name}_bias", like=y.output)
+            g.replace(y.node.outputs[0], wide)
