@@ -8,6 +8,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
 from onnxcomp.structure.contrib import shelter, unfuse
+from onnxcomp.structure.fold import choose_known, fold_constants
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
 from onnxcomp.structure.linear import raise_linears
 from onnxcomp.structure.norm import raise_norms
@@ -17,7 +18,7 @@ from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
-from onnxcomp.structure.tidy import drop_no_ops, fold_constants, lift_constants, merge_equal
+from onnxcomp.structure.tidy import drop_no_ops, lift_constants, merge_equal
 from onnxcomp.structure.types import fill_types
 
 __all__ = ["OPSET", "canonicalize", "sites"]
@@ -80,6 +81,7 @@ def _settle(graph: Graph, f: Facts) -> None:
     """Remove what lost its readers, so that counts of users are true."""
     graph.model.graph.sort()  # the sweep walks backwards
     fill_types(graph)
+    choose_known(graph, f)
     drop_no_ops(graph, f)
     graph.sweep()
 

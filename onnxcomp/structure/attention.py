@@ -65,9 +65,10 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
     """One bool mask with its last axes written out, or none; the guard behind the operator goes where it repeats it."""
     q, k = f.shape(node.inputs[0]) or (), f.shape(node.inputs[1]) or ()
     given = node.inputs[3] if len(node.inputs) > 3 else None
-    mask = None if given is None or masks.allows_all(given) else given
+    trimmed = None if given is None else masks.trimmed(given)
+    mask = None if trimmed is None or masks.allows_all(trimmed) else trimmed
     meaning = masks.as_bool(mask) if mask is not None else None
-    guarded = masks.guarded(node.outputs[0], meaning)
+    guarded = masks.guarded(node.outputs[0], meaning if meaning is not None or exact_rows else mask)
     if guarded is not None:
         g.replace(guarded, node.outputs[0])
     if mask is not None and meaning is not None and not (exact_rows and guarded is None and masks.is_finite(mask)):

@@ -75,7 +75,8 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
         raise NotAttention("the scores are cast to another type and not back")
     only = walk.masks[0].value if len(walk.masks) == 1 else None
     repeated = masks.guarded(out, only)
-    changes = repeated is None and (walk.finite or not guarded)
+    exact = repeated is not None and (only is None or masks.is_bool(only))
+    changes = not exact and (walk.finite or not guarded)
     core = Core(q, k, v, repeated or out, walk.scale, walk.softcap, walk.masks, bool(walk.masks) and changes)
     core.precision = softmax.outputs[0].dtype or x.dtype if walk.wide else None
     core.heads = heads_of(f, q, k, v, product.outputs[0])

@@ -8,10 +8,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
 from onnxcomp.structure.dims import Size
 from onnxcomp.structure.rules import axes_of
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import Sizes
+from onnxcomp.structure.uniform import FLOATS
 
 __all__ = ["BLOCKED", "Masks"]
 
@@ -34,6 +36,17 @@ class Masks:
         if known is None or known.value is None:
             return False
         return known.value == (1.0 if self.is_bool(v) else 0.0)
+
+    def trimmed(self, v: ir.Value) -> ir.Value:
+        """A float mask without additions that are the same for every key: softmax does not see them."""
+        node = v.producer()
+        if node is None or node.op_type != "Add" or node.domain or self.g.is_constant(v):
+            return v
+        for x, added in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            known = self.f.uniform(added)
+            if x is not None and known is not None and known.value is not None and known.value > BLOCKED:
+                return self.trimmed(x)
+        return v
 
     def is_bool(self, v: ir.Value) -> bool:
         """Whether a mask is a bool one, by its type or its producer."""
@@ -60,7 +73,9 @@ class Masks:
         return self._bools[v]
 
     def _as_bool(self, v: ir.Value) -> ir.Value | None:
-        node = v.producer()
+        node, held = v.producer(), self._held(v)
+        if held is not None:
+            return self.g.constant(held == 0, str(v.name)) if np.all((held == 0) | (held <= BLOCKED)) else None
         if node is None or node.domain:
             return None
         if node.op_type == "Where":
@@ -127,7 +142,7 @@ class Masks:
         return self.uncast(count.inputs[0]) if last and count.attributes.get_int("keepdims", 1) == 1 else None
 
     def guarded(self, out: ir.Value, mask: ir.Value | None) -> ir.Value | None:
-        """`Where(no key, 0, out)` when it only repeats what `mask` does to rows that see no key."""
+        """`Where(no key, 0, out)` when it only repeats what `mask`, bool or float, does to rows that see no key."""
         users = list(dict.fromkeys(u for u, _ in out.uses()))
         where = users[0] if len(users) == 1 and not out.is_graph_output() else None
         if where is None or where.op_type != "Where" or where.inputs[2] is not out:
@@ -135,11 +150,29 @@ class Masks:
         zero, rows = self.f.uniform(where.inputs[1]), self.empty_rows(where.inputs[0])
         if rows is None or zero is None or zero.value != 0.0:
             return None
-        return where.outputs[0] if rows is mask or self.allows_all(rows) else None
+        repeats = mask is not None and (rows is mask or self._is_above_fill(rows, mask))
+        return where.outputs[0] if repeats or self.allows_all(rows) else None
+
+    def _is_above_fill(self, rows: ir.Value, mask: ir.Value) -> bool:
+        """Whether `rows` is `mask > fill`: the keys that a float mask allows."""
+        node = rows.producer()
+        ways = {"Greater": (0, 1), "Less": (1, 0)}
+        if node is None or node.domain or node.op_type not in ways:
+            return False
+        high, low = (node.inputs[i] for i in ways[node.op_type])
+        if high is None or self.fill(low) is None:
+            return False
+        return self.trimmed(high) is self.trimmed(mask) or (self.is_bool(mask) and self.as_bool(high) is mask)
+
+    def _held(self, v: ir.Value) -> Array | None:
+        """A small constant of floats."""
+        t = self.g.tensor(v)
+        return None if t is None or t.size > FLOATS or not t.dtype.is_floating_point() else t.numpy()
 
     def is_finite(self, v: ir.Value) -> bool:
         """Whether a mask forbids keys with a finite number (then rows without keys were a mean, not NaN or 0)."""
-        if self.is_bool(v):
+        held = self._held(v)
+        if self.is_bool(v) or (held is not None and np.all((held > BLOCKED) | (held == -np.inf))):
             return False
         node = v.producer()
         if node is None or node.op_type != "Where":

@@ -248,6 +248,21 @@ def _flatten(f: Facts, node: ir.Node) -> Shape | None:
     return (product(s[:axis]), product(s[axis:]))
 
 
+def _pad(f: Facts, node: ir.Node) -> Shape | None:
+    s, pads = f.shape(node.inputs[0]), f.content(node.inputs[1])
+    given = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    if s is None or pads is None or (given is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+        return None
+    axes = [int(a) % len(s) for a in given.reshape(-1)] if given is not None else list(range(len(s)))
+    before, after = pads.reshape(-1)[: len(axes)], pads.reshape(-1)[len(axes) :]
+    dims = list(s)
+    for axis, b, a in zip(axes, before, after, strict=True):
+        if not isinstance(b, int | Dim) or not isinstance(a, int | Dim):
+            return None
+        dims[axis] = add(add(dims[axis], b), a)
+    return tuple(dims)
+
+
 def _attention(f: Facts, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
@@ -292,5 +307,6 @@ SHAPE_RULES: dict[str, Rule] = {
     "Shape": _shape,
     "ConstantOfShape": _of_shape,
     "Flatten": _flatten,
+    "Pad": _pad,
     "Attention": _attention,
 }

@@ -1,30 +1,16 @@
-"""House-keeping between the recognisers: no-ops out, small constants folded, equal computations made once."""
+"""House-keeping between the recognisers: no-ops out, equal computations made once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
-from onnxcomp.maths import Array
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["drop_no_ops", "fold_constants", "lift_constants", "merge_equal"]
+__all__ = ["drop_no_ops", "lift_constants", "merge_equal"]
 
-LIMIT = 1 << 14  # elements of a constant worth folding: gains and tables, not weights
-FOLDS: dict[str, Callable[..., Any]] = {
-    "Add": np.add,
-    "Sub": np.subtract,
-    "Mul": np.multiply,
-    "Div": np.divide,
-    "Neg": np.negative,
-    "Sqrt": np.sqrt,
-    "Cos": np.cos,
-    "Sin": np.sin,
-}
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 
 
@@ -89,20 +75,6 @@ def lift_constants(g: Graph) -> None:
 def _view(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     """The same content under a name of its own: the tensor belongs to copies of the graph as well."""
     return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
-
-
-def fold_constants(g: Graph) -> None:
-    """Compute elementwise nodes whose inputs are all small constants, such as `1 + gain`."""
-    for node in g.nodes(*FOLDS):
-        tensors = [g.tensor(x) for x in node.inputs]
-        known = [t for t in tensors if t is not None and t.size <= LIMIT and t.dtype.is_floating_point()]
-        if node.domain or len(known) < len(tensors) or len({t.dtype for t in known}) != 1:
-            continue
-        arrays: list[Array] = [t.numpy() for t in known]
-        with np.errstate(all="ignore"):
-            result = np.asarray(FOLDS[node.op_type](*arrays)).astype(arrays[0].dtype)
-        if result.size <= LIMIT and not node.outputs[0].is_graph_output():
-            g.replace(node.outputs[0], g.constant(result, str(node.outputs[0].name)))
 
 
 def merge_equal(g: Graph) -> None:

@@ -13,9 +13,10 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from onnxcomp.structure.shapes import Facts
 
-__all__ = ["Uniform", "uniform", "uniform_of"]
+__all__ = ["FLOATS", "Uniform", "uniform", "uniform_of"]
 
 READ = 1 << 16  # elements of a constant worth reading to see that they are equal
+FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ class Uniform:
 
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
-    """Bounds of a constant of moderate size."""
-    if t.size == 0 or t.size > READ or t.dtype == ir.DataType.STRING or (t.dtype.is_floating_point() and t.size > 64):
+    """Bounds of a constant of moderate size; of floats only what is small or already in memory."""
+    limit = READ if not t.dtype.is_floating_point() else FLOATS if isinstance(t, ir.Tensor) else 64
+    if t.size == 0 or t.size > limit or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy().astype(np.float64)
     return None if np.isnan(a).any() else Uniform(float(a.min()), float(a.max()))

@@ -1,0 +1,114 @@
+"""What is known before the model runs is computed once: nodes of small constants, and choices already made."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.targets import CARRIERS
+
+__all__ = ["choose_known", "fold_constants"]
+
+LIMIT = 1 << 14  # elements of a constant worth folding: gains, tables and biases, not weights
+# No Log, Exp or Pow: rounded otherwise than by the runtime, they would move the borders of position buckets.
+ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Cos", "Sin", "Abs", "Min", "Max", "Mod", "Sign"}
+LOGIC = {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Cast"}
+LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Concat", "Gather", "Slice", "Transpose", "Resize", "Expand", "Range"}
+LAYOUT |= {"GatherND", "GatherElements", "ScatterND", "ScatterElements", "ConstantOfShape", "Tile", "Shape", "Trilu"}
+SUMS = {"ReduceSum", "CumSum"}  # of integers
+TYPES = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
+TYPES |= {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
+
+
+def fold_constants(g: Graph) -> None:
+    """Compute nodes whose inputs are all small constants, such as `1 + gain` or a resized position bias."""
+    for node in g.nodes(*ARITHMETIC, *LOGIC, *LAYOUT, *SUMS):
+        arrays = _inputs(g, node)
+        if arrays is None or node.outputs[0].is_graph_output():
+            continue
+        with np.errstate(all="ignore"):
+            result = _computed(node, arrays, g.opset)
+        if result.size <= LIMIT:
+            g.replace(node.outputs[0], g.constant(result, str(node.outputs[0].name)))
+
+
+def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
+    """The constants a node reads; None unless all are small and of types that numpy has."""
+    tensors = [g.tensor(x) for x in node.inputs]
+    missing = any(t is None and x is not None for t, x in zip(tensors, node.inputs, strict=True))
+    known = [t for t in tensors if t is not None]
+    if node.domain or missing or not known or any(t.size > LIMIT or t.dtype not in TYPES for t in known):
+        return None
+    rounded = node.op_type in SUMS and known[0].dtype.is_floating_point()
+    if _is_weight(node, known[0]) or _grows(node, known) or rounded:
+        return None
+    return [None if t is None else t.numpy() for t in tensors]
+
+
+def _is_weight(node: ir.Node, t: ir.TensorProtocol) -> bool:
+    """A turned matrix: it belongs to a linear and may be an embedding as well."""
+    return node.op_type == "Transpose" and len(t.shape) == 2 and t.dtype.is_floating_point()
+
+
+def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:
+    """Whether the result is too large to be worth holding."""
+    if node.op_type == "Range":
+        start, limit, step = (float(t.numpy()) for t in known)
+        return abs(limit - start) > LIMIT * abs(step)
+    if node.op_type in ("Expand", "ConstantOfShape", "Tile"):
+        return math.prod(max(1, int(d)) for d in known[-1].numpy().reshape(-1)) > LIMIT
+    return False
+
+
+def _computed(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
+    """The node's output by ONNX's own reference."""
+    feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None}
+    inputs = {k: ir.Value(name=k, type=ir.TensorType(ir.DataType.from_numpy(a.dtype))) for k, a in feeds.items()}
+    args = [inputs.get(f"x{i}") for i in range(len(arrays))]
+    alone = ir.node(node.op_type, args, {k: a.value for k, a in node.attributes.items()})
+    alone.outputs[0].name = "y"
+    graph = ir.Graph([*inputs.values()], alone.outputs, nodes=[alone], opset_imports={"": opset}, name="fold")
+    found: Any = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, feeds)
+    return np.asarray(found[0])
+
+
+def choose_known(g: Graph, f: Facts) -> None:
+    """Hold sizes that are fixed, replace a Where by the one value it always takes, drop a Pad that adds nothing."""
+    for node in g.nodes(*CARRIERS):
+        _hold_size(g, f, node)
+    for node in g.nodes("Where", "Pad"):
+        x, y = _choice(f, node) if node.domain == "" else None, node.outputs[0]
+        a, b = f.shape(x), f.shape(y)
+        if x is not None and a is not None and a == b and (not y.is_graph_output() or x.producer() is not None):
+            g.replace(y, x)
+
+
+def _hold_size(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Make a constant of shape arithmetic over fixed axes."""
+    v, c = node.outputs[0], f.content(node.outputs[0])
+    if (
+        node.domain
+        or c is None
+        or v.is_graph_output()
+        or not list(v.uses())
+        or v.dtype not in (None, ir.DataType.INT64)
+    ):
+        return
+    if all(type(x) is int for x in c.reshape(-1)) and c.size:
+        g.replace(v, g.constant(c.astype(np.int64), str(v.name)))
+
+
+def _choice(f: Facts, node: ir.Node) -> ir.Value | None:
+    """The input that makes all of the output."""
+    if node.op_type == "Pad":
+        pads = f.content(node.inputs[1])
+        return node.inputs[0] if pads is not None and all(n == 0 for n in pads.reshape(-1)) else None
+    known = f.uniform(node.inputs[0])
+    return None if known is None or known.value is None else node.inputs[1 if known.value else 2]
