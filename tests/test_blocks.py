@@ -1,7 +1,6 @@
 """Typed views: what they find on canonical graphs, behind Q/DQ, and on exported ones; the anatomy is stable JSON."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +9,11 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.graph import Graph
 from onnxcomp.structure import canonicalize
-from tests import tiny
+from tests import tiny, zoo
 
 
 def exported(name: str) -> Graph:
-    g = Graph(ir.load(Path(__file__).parent / "graphs" / f"{name}.onnx"))
+    g = Graph(zoo.load_graph(name))
     canonicalize(g)
     return g
 
@@ -118,7 +117,7 @@ def test_layers_of_a_decoder():
 
 
 def test_qwen3_norms_inside_attention():
-    g = exported("qwen3-sdpa-18")
+    g = exported("qwen3.dynamo-sdpa-18")
     for layer in blocks.layers(g):
         assert layer.attention is not None
         assert len(layer.attention.inner_norms) == 2
@@ -174,7 +173,7 @@ def test_anatomy_of_a_decoder_counts_everything_once():
 
 def test_anatomy_is_the_same_for_every_export_of_a_model():
     found = []
-    for name in ("bert-sdpa-18", "bert-eager-20", "bert-sdpa-23", "bert-exporters-18"):
+    for name in ("bert.dynamo-sdpa-18", "bert.dynamo-eager-20", "bert.dynamo-sdpa-23", "bert.transformers-sdpa-18"):
         facts = blocks.anatomy(exported(name))
         parameters = facts.pop("parameters")
         del facts["nodes"], parameters["other"], parameters["total"]

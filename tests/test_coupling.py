@@ -5,20 +5,17 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from pathlib import Path
-
-import onnx_ir as ir
 
 from onnxcomp import blocks, coupling
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize
-from tests import tiny
+from tests import tiny, zoo
 
 
 def exported(name: str) -> Graph:
-    g = Graph(ir.load(Path(__file__).parent / "graphs" / f"{name}.onnx"))
+    g = Graph(zoo.load_graph(name))
     canonicalize(g)
     return g
 
@@ -28,10 +25,10 @@ ZOO = {
     "encoder without bias": lambda: tiny.encoder(norm="pre", bias=False),
     "decoder grouped": tiny.decoder,
     "decoder with one key head each": lambda: tiny.decoder(kv_heads=4, bias=True),
-    "exported bert": lambda: exported("bert-sdpa-18"),
-    "exported gpt2": lambda: exported("gpt2-sdpa-18"),
-    "exported qwen3": lambda: exported("qwen3-sdpa-18"),
-    "exported vit": lambda: exported("vit-sdpa-18"),
+    "exported bert": lambda: exported("bert.dynamo-sdpa-18"),
+    "exported gpt2": lambda: exported("gpt2.dynamo-sdpa-18"),
+    "exported qwen3": lambda: exported("qwen3.dynamo-sdpa-18"),
+    "exported vit": lambda: exported("vit.dynamo-sdpa-18"),
 }
 
 

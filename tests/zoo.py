@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import functools
+import gzip
+import hashlib
+import importlib.metadata
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +19,9 @@ from typing import Any
 import numpy as np
 
 CACHE = Path(os.environ.get("ONNXCOMP_ZOO", Path(__file__).resolve().parents[1] / "models" / "cache" / "zoo"))
+GRAPHS = Path(__file__).resolve().parent / "graphs"  # the diagonal of the matrix, for tests without torch
 H, LAYERS, HEADS, FF, VOCAB, SPAN = 16, 2, 4, 24, 40, 40
+FORMAT = 1  # of the cached graphs; raise it when this file exports them otherwise
 BASE = {"hidden_size": H, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": FF}
 TEXT = {**BASE, "vocab_size": VOCAB, "max_position_embeddings": SPAN}
 ROBERTA = {**TEXT, "max_position_embeddings": SPAN + 2, "pad_token_id": 1}
@@ -42,7 +48,16 @@ class Architecture:
     mlps: int
     norms: int
     causal: bool = False
-    window: int = 0  # keys a query of the narrowest layer may look back to; 0 = all
+    window: int = 0  # narrowest layer: keys a causal query sees, itself included; else keys to each side; 0 = all
+    square: bool = False  # padding hides queries as well as keys, so that padded rows see no key
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Changes with whatever an export depends on, so that no stale graph is judged."""
+        packages = ("torch", "transformers", "onnxscript", "onnx")
+        versions = [importlib.metadata.version(p) for p in packages]
+        parts = (self.model, self.config, sorted(self.options.items()), self.inputs, self.output, versions, FORMAT)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
     def build(self, attention: str = "sdpa") -> Any:
         """The PyTorch module with distinct random weights, the same at every call."""
@@ -111,7 +126,7 @@ ALL = (
     ),
     _text("albert", "AlbertModel", "AlbertConfig", {**TEXT, "embedding_size": 8}, 5),
     _text("electra", "ElectraModel", "ElectraConfig", {**TEXT, "embedding_size": 8}, 5),
-    _text("deberta-v2", "DebertaV2Model", "DebertaV2Config", DEBERTA, 6),
+    _text("deberta-v2", "DebertaV2Model", "DebertaV2Config", DEBERTA, 6, square=True),
     _text("mpnet", "MPNetModel", "MPNetConfig", ROBERTA, 5),
     _text(
         "modernbert",
@@ -219,6 +234,13 @@ CHANGED = (
     Spelling("legacy", "eager", 17, "fp16"),
 )
 SPELLINGS = {str(s): s for s in (*PLAIN, *CHANGED)}
+GROUPS: dict[str, Callable[[Spelling], bool]] = {
+    "dynamo 17-23": lambda s: s in PLAIN and s.route == "dynamo",
+    "legacy 13-17": lambda s: s in PLAIN and s.route == "legacy",
+    "transformers 18-23": lambda s: s in PLAIN and s.route == "transformers",
+    "fused, simplified": lambda s: bool(s.after),
+    "fp16, bf16": lambda s: s.dtype != "fp32",
+}
 
 
 def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype: str = "fp32") -> dict[str, Any]:
@@ -242,7 +264,7 @@ def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype
 
 def path_of(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path:
     """Where the graph is kept; beside it, `.txt` holds the exporter's error where there is none."""
-    return cache / a.name / f"{s}.onnx"
+    return cache / a.name / a.key / f"{s}.onnx"
 
 
 def export(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path | None:
@@ -274,17 +296,26 @@ def export(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path | None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
+    """Nothing from the exporters, not even what their C++ parts print."""
     level = logging.root.manager.disable
     logging.disable(logging.ERROR)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(fd) for fd in (1, 2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
+        for fd in (1, 2):
+            os.dup2(nowhere, fd)
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, was in zip((1, 2), kept, strict=True):
+            os.dup2(was, fd)
+            os.close(was)
+        os.close(nowhere)
         logging.disable(level)
 
 
@@ -439,3 +470,79 @@ def _save(model: Any, path: Path) -> None:
     model.graph.metadata_props.clear()
     model.graph.doc_string = None
     ir.save(model, path)
+
+
+# ---- the diagonal kept for tests -------------------------------------------------------------------------------------
+
+# Graphs in the repository: every architecture, every spelling, and several spellings of a few models.
+DIAGONAL: dict[str, str] = {
+    "bert": "dynamo-sdpa-18 dynamo-eager-18 dynamo-sdpa-20 dynamo-eager-20 dynamo-sdpa-23 dynamo-eager-23 "
+    "legacy-sdpa-14 transformers-sdpa-18 legacy-eager-17-ort-optimizer",
+    "llama": "dynamo-sdpa-18 dynamo-eager-18 dynamo-sdpa-23 legacy-sdpa-14 transformers-sdpa-18",
+    "gpt2": "dynamo-sdpa-18 legacy-sdpa-14",
+    "qwen3": "dynamo-sdpa-18",
+    "vit": "dynamo-sdpa-18 dynamo-sdpa-23 transformers-sdpa-18",
+    "t5": "dynamo-eager-19",
+    "clip-text": "legacy-sdpa-15",
+    "clip-vision": "dynamo-sdpa-18-ort-optimizer",
+    "whisper": "dynamo-sdpa-21",
+    "roberta": "transformers-sdpa-20-ort-fusions",
+    "distilbert": "legacy-sdpa-17",
+    "albert": "dynamo-sdpa-18-onnxsim",
+    "electra": "legacy-eager-17-onnxsim",
+    "deberta-v2": "dynamo-eager-22",
+    "mpnet": "legacy-eager-15",
+    "modernbert": "dynamo-sdpa-22",
+    "deit": "legacy-eager-17",
+    "swin": "dynamo-eager-18",
+    "beit": "legacy-eager-14",
+    "dinov2": "dynamo-sdpa-18-onnxslim",
+    "siglip-vision": "legacy-sdpa-16",
+    "siglip-text": "transformers-eager-20",
+    "gpt-neox": "transformers-sdpa-20",
+    "opt": "legacy-eager-16",
+    "bloom": "dynamo-eager-21",
+    "mistral": "dynamo-sdpa-19 legacy-eager-17-fp16",
+    "qwen2": "transformers-sdpa-23",
+    "gemma2": "transformers-eager-18",
+    "gemma3": "dynamo-sdpa-18-fp16 dynamo-eager-18-fp16",
+    "phi3": "transformers-sdpa-20-bf16",
+    "falcon": "transformers-eager-23",
+    "bart": "dynamo-sdpa-17",
+    "marian": "dynamo-eager-17",
+    "wav2vec2": "legacy-eager-13",
+}
+
+
+def graph(name: str) -> Path:
+    """The file of a kept graph, such as `bert.dynamo-sdpa-18`."""
+    return GRAPHS / f"{name}.onnx.gz"
+
+
+def load_graph(name: str) -> Any:
+    """A kept graph as an `onnx_ir.Model`."""
+    import onnx
+    import onnx_ir as ir
+
+    return ir.from_proto(onnx.load_model_from_string(gzip.decompress(graph(name).read_bytes())))
+
+
+def kept() -> dict[str, tuple[Architecture, Spelling]]:
+    """Names of the kept graphs with what they are."""
+    return {f"{a}.{s}": (BY_NAME[a], SPELLINGS[s]) for a, line in DIAGONAL.items() for s in line.split()}
+
+
+def keep() -> list[Path]:
+    """Write the diagonal anew, exporting what is missing; returns the files.
+
+    Raises `ValueError` for a cell that the exporter cannot make.
+    """
+    GRAPHS.mkdir(exist_ok=True)
+    for old in GRAPHS.glob("*.onnx*"):
+        old.unlink()
+    for name, (a, s) in kept().items():
+        made = export(a, s)
+        if made is None:
+            raise ValueError(f"{name}: {path_of(a, s).with_suffix('.txt').read_text()[:300]}")
+        graph(name).write_bytes(gzip.compress(made.read_bytes(), mtime=0))
+    return [graph(name) for name in kept()]

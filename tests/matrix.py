@@ -1,0 +1,228 @@
+"""One cell of the matrix architecture x spelling judged: all raised, outputs equal, nothing left for a second time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import blocks
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.graph import Graph
+from onnxcomp.runtime import Session
+from onnxcomp.structure import canonicalize, sites
+from tests import zoo
+
+SHAPES = ((2, 12, "right"), (3, 17, "left"), (1, 7, "none"))
+TOLERANCE = 2e-6  # relative to the largest element, in fp32
+# Operators of masks, positions and sizes, which exporters may spell differently.
+SIDE = {"Shape", "Gather", "GatherND", "GatherElements", "Slice", "Concat", "Squeeze", "Unsqueeze", "Expand", "Cast"}
+SIDE |= {"Range", "And", "Or", "Not", "GreaterOrEqual", "LessOrEqual", "Reshape", "Cos", "Sin", "CumSum", "Equal"}
+HALVES = {ir.DataType.FLOAT16: ir.DataType.FLOAT, ir.DataType.BFLOAT16: ir.DataType.FLOAT}
+DOUBLE = {ir.DataType.FLOAT: ir.DataType.DOUBLE}
+
+
+@dataclass
+class Cell:
+    """What became of one graph: `raised`, `declined` (all reasons given), `missed` (no reason given) or `wrong`."""
+
+    found: tuple[int, int, int] = (0, 0, 0)
+    missing: str = ""
+    declined: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    difference: float = 0.0
+    compared: int = 0
+    signature: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def status(self) -> str:
+        """The verdict, the worst first."""
+        if self.faults:
+            return "wrong"
+        if self.declined:
+            return "declined"
+        return "missed" if self.missing else "raised"
+
+    @property
+    def why(self) -> str:
+        """The reasons in one line, empty for a raised graph."""
+        counted = Counter(reason.partition(": ")[2] or reason for reason in self.declined)
+        parts = [f"{n} x {why}" if n > 1 else why for why, n in counted.items()]
+        return "; ".join([*self.faults, *([self.missing] if self.missing else []), *parts])
+
+
+def load(at: Path | str) -> Graph:
+    """A cached graph, or a kept one by its name."""
+    return Graph(ir.load(at) if isinstance(at, Path) else zoo.load_graph(at))
+
+
+def judge(a: zoo.Architecture, at: Path | str) -> Cell:
+    """Raise a graph and hold it against its source; whatever is raised by the way is a fault of the cell."""
+    cell = Cell()
+    try:
+        source, raised = load(at), load(at)
+        canonicalize(raised)
+        cell.found = counts(raised)
+        wanted = (a.attentions, a.mlps, a.norms)
+        if cell.found != wanted:
+            parts = zip(("attentions", "MLPs", "norms"), cell.found, wanted, strict=True)
+            cell.missing = "found " + ", ".join(f"{f} of {w} {name}" for name, f, w in parts if f != w)
+        cell.declined = [f"{d.site}: {d.why}" for d in raised.declined]
+        cell.missing = "; ".join(x for x in (cell.missing, silent(raised)) if x)
+        raised.verify()
+        again = raised.clone()
+        canonicalize(again)
+        if again.edits:
+            cell.faults.append(f"raising it again makes {again.edits} edits")
+        cell.signature = dict(sorted(signature(retyped(raised, HALVES)).items()))
+        cell.difference, cell.compared = distance(a, retyped(source, HALVES), retyped(raised, HALVES))
+        if not cell.difference <= TOLERANCE:
+            cell.faults.append(f"outputs differ by {cell.difference:.1e}")
+    except Exception as e:  # noqa: BLE001  a crash is what the cell is about
+        cell.faults.append(f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}")
+    return cell
+
+
+def counts(g: Graph) -> tuple[int, int, int]:
+    """Attentions, feed-forward parts and norms that passes will see."""
+    return len(blocks.attentions(g)), len(blocks.mlps(g)), len(blocks.norms(g))
+
+
+def silent(g: Graph) -> str:
+    """Places that stayed spelled out although nothing was said about them."""
+    said = {d.site for d in g.declined}
+    left = [s.name for s in sites(g) if s.name not in said]
+    return f"{len(left)} places left without a reason, such as {left[0]}" if left else ""
+
+
+def proto(g: Graph) -> Any:
+    """The model as a message, for ONNX's reference evaluator."""
+    return ir.to_proto(g.model)
+
+
+def signature(g: Graph) -> Counter[str]:
+    """Counts of the operators that make floats, outside mask and position arithmetic."""
+    g.infer_shapes()
+    made = (n for n in g.nodes() if n.op_type not in SIDE and n.outputs[0].dtype == ir.DataType.FLOAT)
+    return Counter(n.op_type for n in made)
+
+
+# ---- outputs ---------------------------------------------------------------------------------------------------------
+
+
+def distance(a: zoo.Architecture, source: Graph, raised: Graph) -> tuple[float, int]:
+    """Largest relative difference on rows that see a key, and the number of shapes where the source runs at all.
+
+    Where a source does not run (torch's own opset 23 is refused at some shapes) the raised graph must still run.
+    """
+    worst, compared = 0.0, 0
+    with Session(raised) as after:
+        before = _session(source)
+        for batch, length, padding in SHAPES:
+            x = zoo.feeds(a, batch, length, padding)
+            got = after.run(taken(raised, x))
+            want = _run(before, taken(source, x))
+            if want is not None:
+                compared += 1
+                worst = max(worst, *(_apart(a, x, want[name], got[name]) for name in want))
+        if before is not None:
+            before.close()
+    return worst, compared
+
+
+def _session(g: Graph) -> Session | None:
+    try:
+        return Session(g)
+    except OnnxcompError:
+        return None
+
+
+def _run(s: Session | None, x: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    try:
+        return None if s is None else s.run(x)
+    except OnnxcompError:
+        return None
+
+
+def taken(g: Graph, x: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that a graph has; exporters drop those that are not read."""
+    names = {v.name for v in g.inputs}
+    return {k: v for k, v in x.items() if k in names}
+
+
+def _apart(a: zoo.Architecture, x: Mapping[str, Any], want: Any, got: Any) -> float:
+    """Difference relative to the largest element, over the rows that are defined."""
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return float("inf")
+    rows = defined(a, x, want.shape)
+    if want.dtype.kind not in "fc" or not rows.any():
+        return 0.0 if np.array_equal(want, got) else float("inf")
+    want, got = want[rows].astype(np.float64), got[rows].astype(np.float64)
+    return float(np.max(np.abs(want - got)) / max(float(np.max(np.abs(want))), 1e-30))
+
+
+def defined(a: zoo.Architecture, x: Mapping[str, Any], shape: tuple[int, ...]) -> Any:
+    """Which rows `[batch]` or `[batch, sequence]` of an output depend on rows that see a key alone."""
+    seen = visible(a, x)
+    if seen is None or len(shape) < 2 or shape[0] != seen.shape[0]:
+        return np.ones(shape[:1], bool)
+    if len(shape) > 2 and shape[1] == seen.shape[1]:
+        return seen
+    return seen.all(1)  # pooled from a row that is not known
+
+
+def visible(a: zoo.Architecture, x: Mapping[str, Any]) -> Any:
+    """Which positions `[batch, sequence]` see at least one key in every layer; None without a padding mask.
+
+    Decoders behind an encoder get no mask of their own, and every sample has a key: all their rows see one.
+    """
+    mask = x.get("attention_mask")
+    if mask is None or "decoder_input_ids" in x:
+        return None
+    keys = mask.astype(bool)
+    i, j = np.arange(keys.shape[1])[:, None], np.arange(keys.shape[1])[None, :]
+    reach = j <= i if a.causal else np.ones_like(j <= i)
+    if a.window:
+        reach = reach & ((i - j < a.window) if a.causal else (np.abs(i - j) <= a.window))
+    seen = (reach[None] & keys[:, None, :]).any(-1)
+    return seen & keys if a.square else seen
+
+
+# ---- other element types ---------------------------------------------------------------------------------------------
+
+
+def retyped(g: Graph, types: Mapping[ir.DataType, ir.DataType]) -> Graph:
+    """A copy that computes in other types: constants, recorded types, casts and typed attributes are changed."""
+    other = g.clone()
+    for graph in other.model.graphs():
+        for v in [*graph.inputs, *graph.initializers.values(), *(v for n in graph for v in n.outputs)]:
+            if v.dtype in types:
+                v.type = ir.TensorType(types[v.dtype])
+            if v.const_value is not None and v.is_initializer():
+                v.const_value = _converted(v.const_value, types)
+        for node in graph:
+            for name, attr in list(node.attributes.items()):
+                _retype_attribute(node, name, attr, types)
+    return Graph(other.model)
+
+
+def _retype_attribute(node: ir.Node, name: str, attr: ir.Attr, types: Mapping[ir.DataType, ir.DataType]) -> None:
+    if name in ("to", "dtype") and attr.type == ir.AttributeType.INT and ir.DataType(attr.as_int()) in types:
+        node.attributes[name] = ir.AttrInt64(name, int(types[ir.DataType(attr.as_int())]))
+    elif attr.type == ir.AttributeType.TENSOR:
+        node.attributes[name] = ir.AttrTensor(name, _converted(attr.as_tensor(), types))
+    elif node.op_type == "Constant" and attr.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
+        number = np.array(attr.value, np.float32)
+        del node.attributes[name]
+        node.attributes["value"] = ir.AttrTensor("value", _converted(ir.tensor(number), types))
+
+
+def _converted(t: ir.TensorProtocol, types: Mapping[ir.DataType, ir.DataType]) -> ir.TensorProtocol:
+    if t.dtype not in types:
+        return t
+    return ir.tensor(np.asarray(t.numpy()).astype(types[t.dtype].numpy()), name=t.name)
