@@ -20,7 +20,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.stats import Stats
 from onnxcomp.structure import canonicalize
 from onnxcomp.target import CUDA
-from tests import hand, tiny
+from tests import hand, tiny, zoo
 
 F16 = ir.DataType.FLOAT16
 
@@ -50,9 +50,9 @@ MODELS = {
     "decoder": lambda: canonical(tiny.decoder),
     "decoder-tied": lambda: canonical(tiny.decoder, tied=True),
     "decoder-as-exported": lambda: tiny.decoder(spelled="dynamo"),
-    "bert": lambda: storage.load("tests/graphs/bert-sdpa-20.onnx"),
-    "vit": lambda: storage.load("tests/graphs/vit-sdpa-18.onnx"),
-    "llama": lambda: storage.load("tests/graphs/llama-sdpa-18.onnx"),
+    "bert": lambda: Graph(zoo.load_graph("bert.dynamo-sdpa-20")),
+    "vit": lambda: Graph(zoo.load_graph("vit.dynamo-sdpa-18")),
+    "llama": lambda: Graph(zoo.load_graph("llama.dynamo-sdpa-18")),
 }
 
 
@@ -170,7 +170,7 @@ def test_masks_stay_finite_where_they_were(fill):
 
 
 def test_angles_and_positions_stay_float32():
-    new = halved(storage.load("tests/graphs/llama-sdpa-18.onnx")).model
+    new = halved(Graph(zoo.load_graph("llama.dynamo-sdpa-18"))).model
     for node in new.nodes("Sin", "Cos"):
         assert node.inputs[0].dtype is ir.DataType.FLOAT
 
