@@ -54,6 +54,7 @@ class Job:
     cache: Path | None = None
     measure: bool = True
     allow_code: bool = False
+    choices: Path | None = None
 
     def hash(self, source: str | None = None) -> str:
         """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
@@ -100,6 +101,7 @@ class Job:
             measure=self.measure,
             shapes=[dict(s) for s in self.shapes],
             allow_code=self.allow_code,
+            choices=self.choices,
         )
 
     def run(self, watch: Watch | None = None) -> Result:
@@ -167,6 +169,7 @@ def compress_each(
     measure: bool = True,
     cache: str | Path | None = None,
     report: str | Path | None = None,
+    choices: str | Path | None = None,
     allow_code: bool = False,
     graph: str | None = None,
     seed: int = 0,
@@ -177,7 +180,7 @@ def compress_each(
     """Compress every graph of a model and publish all of them or none; returns results by graph name.
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's; `plan` writes nothing;
-    `measure=False` runs no benchmark and takes the target's tables.
+    `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote.
     """
     chosen = _recipe(preset, recipe, passes)
     changes: dict[str, Any] = {"gates": (*chosen.gates, *gates)}
@@ -195,7 +198,7 @@ def compress_each(
         name: Job(
             path, chosen, aim, calibration, evaluation, samples or data.samples, batch or data.batch or 8,
             sequence or data.sequence, seed, tuple(shapes), memory,
-            Path(cache) if cache else None, measure, allow_code,
+            Path(cache) if cache else None, measure and not plan, allow_code, Path(choices) if choices else None,
         )
         for name, path in chosen_graphs(Path(model), graph).items()
     }  # fmt: skip

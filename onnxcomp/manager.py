@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import onnxcomp
-from onnxcomp import calibrate, runtime, tune
+from onnxcomp import calibrate, lowering, runtime, tune
 from onnxcomp.bench_worker import peak_mib
 from onnxcomp.data import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError, TargetError
@@ -25,6 +25,7 @@ from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache, content_hash
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
+from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference, Validation
 
 __all__ = ["PassManager", "check_order", "host_of"]
@@ -48,6 +49,7 @@ class _Walk:
     scratch: Path
     report: Report
     steps: StepCache
+    planner: lowering.Planner | None = None
     variants: dict[str | None, Reference] = field(default_factory=dict)
 
 
@@ -71,9 +73,10 @@ class PassManager:
         seed: int = 0,
         any_order: bool = False,
         allow_unchanged: bool = False,
-        measure: bool = True,
+        measure: bool = False,
         shapes: Sequence[dict[str, int]] = (),
         allow_code: bool = False,
+        choices: Path | None = None,
     ) -> None:
         self.passes = tuple(passes)
         self.target = target
@@ -82,6 +85,7 @@ class PassManager:
         self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
         self.allow_unchanged, self.measure = allow_unchanged, measure
         self.shapes, self.allow_code = tuple(shapes), allow_code
+        self.choices = lowering.known_choices(target, choices, cache)
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail
@@ -118,8 +122,9 @@ class PassManager:
         if self.cache is None:
             return StepCache(None)
         data = [d.fingerprint() if d is not None else "" for d in (calib, evalu)]
+        choices = self.choices.json() if self.choices.pinned else self.choices.header.forms
         settings = (self.target, self.gate, self.on_fail, self.seed, self.measure, self.shapes, onnxcomp.__version__)
-        return StepCache(self.cache, content_hash(original), *data, *settings)
+        return StepCache(self.cache, content_hash(original), *data, *settings, choices)
 
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
         walk.steps.enter(str(p))
@@ -142,8 +147,10 @@ class PassManager:
         sites = list(p.sites(work, self.target))
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
         stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
-        work.edits = 0
+        work.edits, walk.planner = 0, None
         p.run(work, self._env(walk, work, stats, p))
+        step.choices = walk.planner.found if walk.planner is not None else []
+        self.choices.save()
         work.sweep()
         if p.changes_interface:
             work.interface = Graph(work.model).interface
@@ -233,10 +240,27 @@ class PassManager:
             memory=self.memory,
             scratch=walk.scratch,
             run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
-            run_costs=lambda forms, shapes: tune.costs(forms, shapes, self.target, measure=measured),
+            run_costs=lambda forms, shapes: self._costs(forms, shapes, measured),
             run_collect=self._collector(walk, p.name),
-            shapes=self.shapes,
+            run_plan=lambda: self._plan(walk, work, measured),
+            shapes=lowering.asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
+
+    def _costs(self, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool) -> list[Cost]:
+        now = measured and not self.choices.pinned
+        return tune.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
+
+    def _plan(self, walk: _Walk, work: Graph, measured: bool) -> lowering.Planner:
+        """The planner of the step under way; what it had to leave to the table for want of sizes is a note."""
+        if walk.planner is None:
+            shapes: Sequence[Mapping[str, int]] = ()
+            if measured or self.choices.sites:
+                shapes = lowering.asked_shapes(work, self.shapes)
+                if not shapes:
+                    note = "forms were taken from the table: say the size of every open axis with --shape to measure"
+                    walk.report.warnings.append(note)
+            walk.planner = lowering.Planner(work, self.target, shapes, self.choices, measure=measured)
+        return walk.planner
 
     def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:
         if not needs:

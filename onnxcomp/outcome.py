@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.choices import Choice
 from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined, Graph
 from onnxcomp.storage import save
@@ -36,6 +37,7 @@ class Step:
     drift: dict[str, Any] | None = None
     rolled_back: str = ""
     cached: bool = False
+    choices: list[Choice] = field(default_factory=list)
 
 
 @dataclass

@@ -20,6 +20,8 @@ from onnxcomp.stats import Need, Stats
 from onnxcomp.target import Target
 
 if TYPE_CHECKING:
+    from onnxcomp.forms import Context, Form, Spot
+    from onnxcomp.lowering import Planner
     from onnxcomp.tune import Cost
     from onnxcomp.validation import Validation
 
@@ -89,6 +91,7 @@ class Env:
     run_variants: Callable[[Sequence[Edit], str | None], list[Score]]
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need]], Stats]
+    run_plan: Callable[[], Planner]
     shapes: tuple[Mapping[str, int], ...] = ()
 
     def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
@@ -107,6 +110,16 @@ class Env:
             return self.run_costs(forms, shapes)
         except OnnxcompError as e:
             raise type(e)(f"cost of '{site.name}': {e}") from e
+
+    def choose(
+        self, kind: str, *, standard: bool = False, approximate: bool = False
+    ) -> tuple[Context, list[tuple[Spot, Form | None, str]]]:
+        """The form of every site of a kind (`onnxcomp.forms`) with the reason, measured on the target or its table's.
+
+        `standard` takes no operators of the runtime's own; `approximate` allows forms with slightly other results.
+        """
+        planner = self.run_plan()
+        return planner.context(), planner.choose(kind, standard=standard, approximate=approximate)
 
     def collect(self, g: Graph, needs: Iterable[Need]) -> Stats:
         """Statistics of the graph as it is at this moment; only the prefix that is needed runs."""

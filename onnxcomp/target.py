@@ -31,7 +31,11 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Target:
-    """A place where the model will run; a user adds one as YAML with the same fields."""
+    """A place where the model will run; a user adds one as YAML with the same fields.
+
+    `forms` names per kind of site the forms to take without measuring, the first that is legal; `contrib` the
+    `com.microsoft` operators the provider has a kernel for, `lacks` the standard ones it has none for.
+    """
 
     name: str
     providers: tuple[str, ...]
@@ -44,7 +48,9 @@ class Target:
     max_ir: int = 10
     width_multiple: int = 8
     quantized: Quantized = field(default_factory=Quantized)
-    forms: Mapping[str, str] = field(default_factory=dict)
+    forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    contrib: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
     gflops: Mapping[str, float] = field(default_factory=dict)
     here: bool = True
 
@@ -54,13 +60,46 @@ class Target:
         return self.providers[0]
 
 
+# What is fastest on x86-64 with ONNX Runtime 1.32: the runtime's own fusions of `Add` with a norm and with GELU
+# (SkipLayerNormalization, BiasGelu) are slower than what they replace, and behind `Add` a quantized product of two
+# axes or of fixed sizes becomes a float Gemm. The runtime fuses nothing with `Sum`.
 _CPU_FORMS = {
-    "quantized": "MatMulIntegerToFloat",
-    "attention": "Attention",
-    "residual": "Sum",
-    "bias": "Sum",
-    "activation": "Gelu",
+    "projections": ("separate",),
+    "siblings": ("separate",),
+    "attention": ("Attention", "decomposed"),
+    "quantized": ("MatMulIntegerToFloat", "Sum"),
+    "dynamic": ("standard",),
+    "activation": ("Sum",),
+    "linear": ("Add",),
+    "silu": ("spelled",),
+    "residual": ("Sum",),
 }
+# The standard Attention runs on the CPU whatever the provider in the oldest runtime we support (onnxruntime #28025).
+_GPU_FORMS = {
+    "projections": ("separate",),
+    "siblings": ("separate",),
+    "attention": ("MultiHeadAttention", "GroupQueryAttention", "decomposed"),
+    "quantized": ("Add",),
+    "dynamic": ("standard",),
+    "activation": ("Add",),
+    "linear": ("Add",),
+    "silu": ("spelled",),
+    "residual": ("Add",),
+}
+_CPU_CONTRIB = (
+    "Attention",
+    "BiasGelu",
+    "DynamicQuantizeMatMul",
+    "FastGelu",
+    "GroupQueryAttention",
+    "MatMulIntegerToFloat",
+    "MultiHeadAttention",
+    "QGemm",
+    "QuickGelu",
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+)
+_CUDA_CONTRIB = tuple(x for x in _CPU_CONTRIB if x not in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm"))
 # GFLOP/s per core class used when nothing may be measured; ratios matter, not values (measured on 2 AVX512-VNNI cores).
 _CPU_RATES = {"fp32": 230.0, "int8": 700.0, "int8-dynamic": 640.0}
 
@@ -69,6 +108,7 @@ CPU = Target(
     providers=("CPUExecutionProvider",),
     description="the CPU of this machine",
     forms=_CPU_FORMS,
+    contrib=_CPU_CONTRIB,
     gflops=_CPU_RATES,
 )
 CPU_VNNI = dataclasses.replace(CPU, name="cpu-vnni", description="x86-64 with AVX-VNNI or AVX512-VNNI", here=False)
@@ -95,7 +135,9 @@ CUDA = Target(
     provider_options={"use_tf32": "0"},
     package="onnxcomp[gpu]",
     quantized=Quantized(activations=("u8", "s8"), pays=False),
-    forms={"attention": "Attention", "residual": "Add", "bias": "Add", "activation": "Gelu"},
+    forms=_GPU_FORMS,
+    contrib=_CUDA_CONTRIB,
+    lacks=("Attention",),
     gflops={"fp32": 40000.0, "int8": 20000.0, "int8-dynamic": 10000.0},
 )
 TENSORRT = Target(
@@ -106,7 +148,8 @@ TENSORRT = Target(
     package="onnxcomp[tensorrt]",
     max_opset=22,
     quantized=Quantized(activations=("s8",), zero_points=False),
-    forms={"attention": "decomposed", "residual": "Add", "bias": "Add", "activation": "Gelu"},
+    forms={**_GPU_FORMS, "attention": ("decomposed",)},
+    lacks=("Attention",),
     gflops={"fp32": 40000.0, "int8": 400000.0},
 )
 TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORRT)}

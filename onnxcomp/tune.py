@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import onnx_ir as ir
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
+from onnxcomp.micro import structure
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, specs
 from onnxcomp.target import CPU, Target
@@ -23,8 +25,7 @@ ROUNDS = 5
 _SECONDS = 0.02  # of timed runs per form and round
 _WARMUP = 3
 
-Key = tuple[str, str, int]
-_known: dict[Key, float] = {}
+_known: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
@@ -44,20 +45,22 @@ def costs(
     *,
     measure: bool = True,
     threads: int = 0,
+    known: dict[str, float] | None = None,
 ) -> list[Cost]:
     """Cost of each form at the given input shapes, in the order of `forms`.
 
     Measured times are medians over interleaved rounds with one session alive at a time, remembered in this process by
-    structure, so equal sites are timed once. `measure=False` (and a target that is not here) gives the same table value
-    everywhere. Raises the form's own error, naming the form.
+    structure, or in `known`, so equal sites are timed once. `measure=False` (and a target that is not here) gives the
+    same table value everywhere. Raises the form's own error, naming the form.
     """
-    if not measure or not target.here:
-        return [Cost(n, _table(g, shapes, target), g.nbytes, "table") for n, g in forms.items()]
+    held = _known if known is None else known
     keys = {n: _key(g, shapes, target, threads) for n, g in forms.items()}
-    todo = {n: g for n, g in forms.items() if keys[n] not in _known}
+    todo = {n: g for n, g in forms.items() if keys[n] not in held}
+    if todo and not (measure and target.here):
+        return [Cost(n, _table(g, shapes, target), g.nbytes, "table") for n, g in forms.items()]
     for name, seconds in _time(todo, shapes, target, threads).items():
-        _known[keys[name]] = seconds
-    return [Cost(n, _known[keys[n]], g.nbytes, "measured") for n, g in forms.items()]
+        held[keys[name]] = seconds
+    return [Cost(n, held[keys[n]], g.nbytes, "measured") for n, g in forms.items()]
 
 
 def forget() -> None:
@@ -121,23 +124,10 @@ def _dims(spec: TensorSpec, shapes: Mapping[str, Sequence[int]]) -> tuple[int, .
     return tuple(int(d) for d in spec.shape)
 
 
-def _key(g: Graph, shapes: Mapping[str, Sequence[int]], target: Target, threads: int) -> Key:
-    """What a time depends on: operators, attributes, types and sizes, but neither names nor the content of weights."""
-    number: dict[int, int] = {}
-
-    def ref(v: ir.Value | None) -> str:
-        if v is None:
-            return "-"
-        place = number.setdefault(id(v), len(number))
-        t = Graph.tensor(v)
-        return f"{place}" if t is None else f"{place}:{t.dtype.name}{tuple(t.shape)}"
-
-    lines = [f"{ref(v)} {s.dtype} {_dims(s, shapes)}" for v, s in zip(g.inputs, specs(g), strict=True)]
-    for node in g.model.graph:
-        ins, outs = " ".join(map(ref, node.inputs)), " ".join(map(ref, node.outputs))
-        lines.append(f"{outs} = {node.domain}.{node.op_type} {ins} {sorted(map(str, node.attributes.values()))}")
-    lines.append(f"{sorted(g.model.opset_imports.items())} -> {' '.join(map(ref, g.outputs))}")
-    return "\n".join(lines), repr(target), threads
+def _key(g: Graph, shapes: Mapping[str, Sequence[int]], target: Target, threads: int) -> str:
+    """What a time depends on, hashed."""
+    dims = {spec.name: _dims(spec, shapes) for spec in specs(g)}
+    return hashlib.sha256(f"{structure(g, dims)}\n{target!r}\n{threads}".encode()).hexdigest()[:24]
 
 
 # ---- by the table ----------------------------------------------------------------------------------------------------

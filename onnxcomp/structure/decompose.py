@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 
-__all__ = ["lower_opset", "newer_sites"]
+__all__ = ["lower_opset", "newer_sites", "scale_of", "spell_attention", "unspeakable"]
 
 OLDEST = 18
 NEW = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
@@ -86,52 +86,106 @@ def _float(node: ir.Node) -> np.dtype[Any]:
     return (dtype or ir.DataType.FLOAT).numpy()
 
 
-def _attention(g: Graph, node: ir.Node) -> ir.Value:
-    """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; scale on q, grouped heads repeated."""
+def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True) -> ir.Value:
+    """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; scale on q, grouped heads repeated, cache appended.
+
+    With `scaled=False` the scale is taken to be inside q already. Raises `TargetError` for what cannot be spelled.
+    """
     name, attrs, dtype = str(node.name), node.attributes, _float(node)
-    q, k, v = node.inputs[:3]
-    if (
-        attrs.get_int("is_causal", 0)
-        or len([x for x in node.inputs[4:] if x is not None])
-        or q is None
-        or q.shape is None
-        or len(q.shape) != 3
-    ):
-        raise TargetError(
-            f"node '{name}': this Attention (causal flag, cache or 4-D inputs) has no spelling below opset 23"
-        )
+    q, k, v, mask, past_k, past_v = [*node.inputs, *[None] * 6][:6]
+    if (why := unspeakable(node)) or q is None:
+        raise TargetError(f"node '{name}': {why}, which has no spelling below opset 23")
     heads, kv = attrs.get_int("q_num_heads"), attrs.get_int("kv_num_heads")
-    width = q.shape[2]
-    scale = attrs.get_float("scale", 0.0) or 1.0 / np.sqrt(int(width) / heads if isinstance(width, int) else 1.0)
-    q4 = _heads(g, q, heads, 1, (0, 2, 1, 3), f"{name}_q")
-    k4 = _heads(g, k, kv, heads // kv, (0, 2, 3, 1), f"{name}_k")
-    v4 = _heads(g, v, kv, heads // kv, (0, 2, 1, 3), f"{name}_v")
-    scores = g.op("MatMul", g.op("Mul", q4, np.array(scale, dtype), name=f"{name}_scaled"), k4, name=f"{name}_scores")
+    k4 = _keys(g, node, k, past_k)
+    v4 = _heads(g, v, kv, f"{name}_v", past_v, _output(node, 2))
+    q4 = _heads(g, q, heads, f"{name}_q")
+    if scaled:
+        q4 = g.op("Mul", q4, np.array(scale_of(node), dtype), name=f"{name}_scaled")
+    scores = g.op("MatMul", q4, k4, name=f"{name}_scores")
     if cap := attrs.get_float("softcap", 0.0):
         bound = np.array(cap, dtype)
         scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, bound)), bound, name=f"{name}_capped")
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None and mask.dtype is ir.DataType.BOOL:
         scores = g.op("Where", mask, scores, np.array(np.finfo(dtype).min, dtype), name=f"{name}_masked")
     elif mask is not None:
         scores = g.op("Add", scores, mask, name=f"{name}_masked")
-    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1, name=f"{name}_softmax"), v4, name=f"{name}_mixed")
+    wide = _repeated(g, v4, v, kv, heads // kv, f"{name}_v")
+    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1, name=f"{name}_softmax"), wide, name=f"{name}_mixed")
     merged = g.op("Transpose", mixed, perm=[0, 2, 1, 3], name=f"{name}_merged")
     return g.op("Reshape", merged, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
 
 
-def _heads(g: Graph, x: ir.Value | None, heads: int, repeat: int, perm: tuple[int, ...], name: str) -> ir.Value:
-    """`[B, T, heads D]` as `[B, heads repeat, ...]`, last two axes in the order of `perm`."""
+def unspeakable(node: ir.Node) -> str:
+    """What an Attention has that plain products and a Softmax cannot say here, empty if nothing."""
+    q = node.inputs[0]
+    if q is None or q.shape is None or len(q.shape) != 3:
+        return "an Attention without three axes"
+    if node.attributes.get_int("is_causal", 0):
+        return "a causal flag"
+    if any(x is not None for x in node.inputs[6:]) or _output(node, 3) is not None:
+        return "an Attention that counts its keys or returns its scores"
+    if _output(node, 1) is not None and (len(node.inputs) < 6 or node.inputs[4] is None):
+        return "a cache that starts empty"
+    heads, kv = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
+    if not heads or not kv:
+        return "an Attention without head counts"
+    k, v = node.inputs[1], node.inputs[2]
+    known = all(x is not None and x.shape is not None and isinstance(x.shape[2], int) for x in (k, v))
+    return "" if heads == kv or known else "grouped heads of unknown width"
+
+
+def scale_of(node: ir.Node) -> float:
+    """The factor on the scores of an Attention in three axes: what it says, or one over the root of the head width."""
+    q, heads = node.inputs[0], node.attributes.get_int("q_num_heads", 1)
+    width = q.shape[2] if q is not None and q.shape is not None and len(q.shape) == 3 else None
+    given = node.attributes.get_float("scale", 0.0)
+    return float(given or 1.0 / np.sqrt(width / heads if isinstance(width, int) else 1.0))
+
+
+def _output(node: ir.Node, index: int) -> ir.Value | None:
+    """An optional output, where something reads it."""
+    v = node.outputs[index] if index < len(node.outputs) else None
+    return v if v is not None and (v.is_graph_output() or v.uses()) else None
+
+
+def _keys(g: Graph, node: ir.Node, k: ir.Value | None, past: ir.Value | None) -> ir.Value:
+    """`[B, heads, D, T]`, in one move where no cache and no repetition stand between."""
+    heads, kv, name = node.attributes.get_int("q_num_heads"), node.attributes.get_int("kv_num_heads"), f"{node.name}_k"
+    if past is None and heads == kv:
+        return _heads(g, k, kv, name, perm=(0, 2, 3, 1))
+    k4 = _repeated(g, _heads(g, k, kv, name, past, _output(node, 1)), k, kv, heads // kv, name)
+    return g.op("Transpose", k4, perm=[0, 1, 3, 2], name=f"{name}_turned")
+
+
+def _heads(
+    g: Graph,
+    x: ir.Value | None,
+    heads: int,
+    name: str,
+    past: ir.Value | None = None,
+    present: ir.Value | None = None,
+    *,
+    perm: tuple[int, ...] = (0, 2, 1, 3),
+) -> ir.Value:
+    """`[B, T, heads D]` as `[B, heads, T, D]`, behind what is cached, which goes out as `present`."""
     split = g.op("Reshape", x, _ints(0, 0, heads, -1), name=f"{name}_split")
+    apart = g.op("Transpose", split, perm=list(perm), name=f"{name}_heads")
+    if past is None:
+        return apart
+    whole = g.op("Concat", past, apart, axis=2, name=f"{name}_cached", like=present)
+    if present is not None:
+        g.replace(present, whole)
+    return whole
+
+
+def _repeated(g: Graph, x4: ir.Value, x: ir.Value | None, heads: int, repeat: int, name: str) -> ir.Value:
+    """`[B, heads, T, D]` with each head `repeat` times; `x` is the same in three axes."""
     if repeat == 1:
-        return g.op("Transpose", split, perm=list(perm), name=f"{name}_heads")
-    first = g.op("Transpose", split, perm=[0, 2, 1, 3], name=f"{name}_heads")
-    wide = g.op("Expand", g.op("Unsqueeze", first, _ints(2)), _ints(1, 1, repeat, 1, 1), name=f"{name}_repeated")
-    total = x.shape[2] if x is not None and x.shape is not None else None
-    if not isinstance(total, int):
-        raise TargetError(f"'{name}': grouped heads of unknown width have no spelling below opset 23")
-    full = g.op("Reshape", wide, _ints(0, heads * repeat, -1, total // heads), name=f"{name}_grouped")
-    return full if perm[2:] == (1, 3) else g.op("Transpose", full, perm=[0, 1, 3, 2], name=f"{name}_turned")
+        return x4
+    total = x.shape[2] if x is not None and x.shape is not None else 0
+    wide = g.op("Expand", g.op("Unsqueeze", x4, _ints(2)), _ints(1, 1, repeat, 1, 1), name=f"{name}_repeated")
+    to = _ints(0, heads * repeat, -1, int(total) // heads if isinstance(total, int) else -1)
+    return g.op("Reshape", wide, to, name=f"{name}_grouped")
 
 
 def _rms(g: Graph, node: ir.Node) -> ir.Value:
@@ -176,7 +230,7 @@ def _gelu(g: Graph, node: ir.Node) -> ir.Value:
 
 
 _SPELL: dict[str, Callable[[Graph, ir.Node], ir.Value]] = {
-    "Attention": _attention,
+    "Attention": spell_attention,
     "RMSNormalization": _rms,
     "RotaryEmbedding": _rotary,
     "Gelu": _gelu,

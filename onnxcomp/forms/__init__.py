@@ -1,0 +1,29 @@
+"""Per kind of site the equivalent ways to write it; lowering picks one by measurement or from the target's table."""
+
+from __future__ import annotations
+
+from onnxcomp.forms.attention import ATTENTION
+from onnxcomp.forms.form import FORMS_VERSION, Context, Form, Kind, Spot
+from onnxcomp.forms.linear import ACTIVATION, LINEAR, SILU
+from onnxcomp.forms.quantized import DYNAMIC, QUANTIZED
+from onnxcomp.forms.residual import RESIDUAL
+from onnxcomp.forms.siblings import PROJECTIONS, SIBLINGS
+
+__all__ = ["FORMS_VERSION", "KINDS", "Context", "Form", "Kind", "Spot", "default", "legal"]
+
+# Wide sites first: what they become is looked at again as a narrow one.
+KINDS = {
+    kind.name: kind
+    for kind in (PROJECTIONS, SIBLINGS, ATTENTION, QUANTIZED, DYNAMIC, ACTIVATION, LINEAR, SILU, RESIDUAL)
+}
+
+
+def legal(ctx: Context, spot: Spot, *, standard: bool, approximate: bool) -> list[str]:
+    """Names of the forms the spot may take on the target."""
+    forms = KINDS[spot.kind].forms
+    return [f.name for f in forms if not f.why_not(ctx, spot, standard=standard, approximate=approximate)]
+
+
+def default(ctx: Context, kind: str, names: list[str]) -> str:
+    """The form of the target's table, the first legal one of a kind that it does not name, or nothing."""
+    return next((f for f in (*ctx.target.forms.get(kind, ()), *names) if f in names), "")

@@ -1,0 +1,228 @@
+"""Linears that read one value: several products or a joined one, with the attention they feed where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import blocks
+from onnxcomp.blocks import Linear
+from onnxcomp.forms.attention import float_mask, heads_of
+from onnxcomp.forms.form import Context, Form, Kind, Spot
+from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.maths import Array
+from onnxcomp.structure.decompose import scale_of, spell_attention, unspeakable
+
+__all__ = ["PROJECTIONS", "SIBLINGS", "join"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Linears of one input, all with a bias or all without, and the attention that alone reads all three of them."""
+
+    linears: tuple[Linear, ...]
+    attention: ir.Node | None = None
+
+
+def _families(g: Graph) -> list[Family]:
+    groups = blocks.siblings(x for x in blocks.linears(g) if x.node.op_type == "MatMul" and not x.transposed)
+    fit = [tuple(group) for group in groups if len(group) > 1 and _joinable(group)]
+    return [Family(group, _attention(group)) for group in fit]
+
+
+def _joinable(group: Sequence[Linear]) -> bool:
+    """Whether the weights can stand side by side: one input value, one type, biases of one axis or none at all."""
+    first = group[0]
+    biases = [x.bias for x in group]
+    whole = all(b is None for b in biases) or all(
+        b is not None and b.shape is not None and len(b.shape) == 1 for b in biases
+    )
+    same = all(x.input is first.input and x.weight.dtype is first.weight.dtype for x in group)
+    scales = {_granularity(x) for x in group}
+    return whole and same and len(scales) == 1 and "other" not in scales
+
+
+def _granularity(x: Linear) -> str:
+    """`float`, or `channel` for codes with one scale per column and no zero points."""
+    if x.dequantize is None:
+        return "float"
+    node = x.dequantize
+    scale = Graph.tensor(node.inputs[1])
+    per_column = scale is not None and len(scale.shape) == 1 and node.attributes.get_int("axis", 1) == 1
+    plain = len(node.inputs) == 2 and "block_size" not in node.attributes
+    return "channel" if per_column and plain else "other"
+
+
+def _attention(group: Sequence[Linear]) -> ir.Node | None:
+    """The Attention whose query, key and value the three linears are, and nothing else reads them."""
+    users = {u for x in group for u, _ in x.output.uses()}
+    node = next(iter(users), None)
+    if len(group) != 3 or len(users) != 1 or node is None or node.op_type != "Attention" or node.domain:
+        return None
+    outs = {x.output for x in group}
+    alone = all(len(tuple(v.uses())) == 1 and not v.is_graph_output() for v in outs)
+    return node if alone and set(node.inputs[:3]) == outs else None
+
+
+def _spots(g: Graph, *, attended: bool) -> list[Spot]:
+    found = []
+    for family in _families(g):
+        if (family.attention is not None) is not attended:
+            continue
+        nodes = [n for x in family.linears for n in (x.dequantize, x.node, x.add) if n is not None]
+        nodes += [family.attention] if family.attention is not None else []
+        kind = "projections" if attended else "siblings"
+        found.append(Spot(kind, family.linears[0].name, tuple(dict.fromkeys(nodes)), "separate", family))
+    return found
+
+
+# ---- rewrites --------------------------------------------------------------------------------------------------------
+
+
+def _beside(g: Graph, values: Sequence[ir.Value | None], axis: int, name: str) -> ir.Value:
+    """Constants side by side, put together only when they are run or written."""
+    tensors = [t for t in (g.tensor(v) for v in values) if t is not None]
+    shape = [int(d) for d in tensors[0].shape.numpy()]
+    shape[axis] = sum(int(t.shape.numpy()[axis]) for t in tensors)
+
+    def content() -> ir.TensorProtocol:
+        whole: Array = np.concatenate([t.numpy() for t in tensors], axis)
+        return ir.tensor(whole)
+
+    return g.constant(ir.LazyTensor(content, dtype=tensors[0].dtype, shape=ir.Shape(shape)), name)
+
+
+def join(g: Graph, group: Sequence[Linear]) -> None:
+    """One product `x [W1 | W2 | ...]`, one bias, then Split; quantized weights keep a scale per column."""
+    first, widths = group[0], [x.sizes[1] for x in group]
+    name = f"{first.name}_joined"
+    weight = _beside(g, [x.weight for x in group], 1, f"{first.weight.name}_joined")
+    if first.dequantize is not None:
+        nodes = [x.dequantize for x in group if x.dequantize is not None]
+        scale = _beside(g, [n.inputs[1] for n in nodes], 0, f"{first.weight.name}_joined_scale")
+        weight = g.op("DequantizeLinear", weight, scale, axis=1, name=f"{name}_weight")
+    y = g.op("MatMul", first.node.inputs[0], weight, name=name)
+    y.type, y.shape = first.output.type, _wider(first.output, sum(widths))
+    if first.bias is not None:
+        y = g.op(
+            "Add", y, _beside(g, [x.bias for x in group], 0, f"{first.bias.name}_joined"), name=f"{name}_bias", like=y
+        )
+    sizes = np.array(widths, np.int64)
+    split = g.op("Split", y, sizes, axis=-1, outputs=len(group), name=f"{name}_split").producer()
+    assert split is not None
+    for x, part in zip(group, split.outputs, strict=True):
+        part.type, part.shape = x.output.type, x.output.shape
+        g.replace(x.output, part)
+
+
+def _wider(v: ir.Value, width: int) -> ir.Shape | None:
+    return None if v.shape is None else ir.Shape([*v.shape[:-1], width])
+
+
+def _ordered(family: Family) -> list[Linear]:
+    """The linears as query, key, value."""
+    assert family.attention is not None
+    by_output = {x.output: x for x in family.linears}
+    return [by_output[v] for v in family.attention.inputs[:3] if v is not None]
+
+
+def _own(ctx: Context, spot: Spot) -> str:
+    """Why the runtime's operators with weights or a bias inside do not fit."""
+    family: Family = spot.data
+    node, first = family.attention, family.linears[0]
+    assert node is not None
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    heads, kv = heads_of(node)
+    if any(x.quantized for x in family.linears):
+        return "quantized weights are not taken"
+    if unspeakable(node) or len(node.inputs) > 4 or bool(node.attributes.get_float("softcap", 0.0)):
+        return "a cache, a flag or soft-capped scores are not taken"
+    if heads != kv or len({x.sizes for x in family.linears}) != 1:
+        return "query, key and value of different widths are not taken"
+    if mask is not None and (mask.shape is None or not 2 <= len(mask.shape) <= 4):
+        return "the rank of the mask is not known"
+    fits = first.input.shape is not None and len(first.input.shape) == 3 and first.output.dtype is ir.DataType.FLOAT
+    return "" if fits else "takes a float32 input of three axes"
+
+
+def _packed(ctx: Context, spot: Spot) -> None:
+    """`com.microsoft.Attention`: weights and biases of all three inside."""
+    family: Family = spot.data
+    node, g, three = family.attention, ctx.g, _ordered(family)
+    assert node is not None
+    assert node.inputs[0] is not None
+    weight = _beside(g, [x.weight for x in three], 1, f"{three[0].weight.name}_packed")
+    if three[0].bias is not None:
+        bias = _beside(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
+    else:
+        bias = g.constant(np.zeros(3 * three[0].sizes[1], np.float32), f"{three[0].name}_no_bias")
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    added = None if mask is None else float_mask(ctx, mask, node.inputs[0])
+    args = (three[0].node.inputs[0], weight, bias, None, None, added)
+    name, like, heads = f"{node.name}_packed", node.outputs[0], heads_of(node)[0]
+    scale = scale_of(node)
+    g.replace(like, g.op("Attention", *args, domain=CONTRIB, name=name, like=like, num_heads=heads, scale=scale))
+
+
+def _bias_inside(ctx: Context, spot: Spot) -> None:
+    """`MultiHeadAttention` of three products without bias, the biases inside."""
+    family: Family = spot.data
+    node, g, three = family.attention, ctx.g, _ordered(family)
+    assert node is not None
+    assert node.inputs[0] is not None
+    assert three[0].bias is not None
+    bias = _beside(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    added = None if mask is None else float_mask(ctx, mask, node.inputs[0])
+    args = (*(x.node.outputs[0] for x in three), bias, None, added)
+    name, like, heads = f"{node.name}_biased", node.outputs[0], heads_of(node)[0]
+    scale = scale_of(node)
+    y = g.op("MultiHeadAttention", *args, domain=CONTRIB, name=name, like=like, num_heads=heads, scale=scale)
+    g.replace(like, y)
+
+
+def _merged(ctx: Context, spot: Spot) -> None:
+    """Plain products with the scale of the scores multiplied into the query's weight and bias."""
+    family: Family = spot.data
+    node, q = family.attention, _ordered(family)[0]
+    assert node is not None
+    factor = np.full(q.sizes[1], scale_of(node))
+    ctx.g.scale(q.weight, factor, 1, users=[q.node])
+    if q.bias is not None and q.add is not None:
+        ctx.g.scale(q.bias, factor, 0, users=[q.add])
+    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, scaled=False))
+
+
+def _no_merge(ctx: Context, spot: Spot) -> str:
+    family: Family = spot.data
+    assert family.attention is not None
+    if any(x.quantized for x in family.linears):
+        return "quantized weights are not scaled"
+    return unspeakable(family.attention)
+
+
+def _joined(ctx: Context, spot: Spot) -> None:
+    join(ctx.g, spot.data.linears)
+
+
+_SEPARATE = Form("separate", lambda ctx, spot: None)
+SIBLINGS = Kind("siblings", lambda g: _spots(g, attended=False), (_SEPARATE, Form("joined", _joined)))
+PROJECTIONS = Kind(
+    "projections",
+    lambda g: _spots(g, attended=True),
+    (
+        _SEPARATE,
+        Form("joined", _joined),
+        Form("packed", _packed, ((CONTRIB, "Attention"),), _own),
+        Form(
+            "bias inside",
+            _bias_inside,
+            ((CONTRIB, "MultiHeadAttention"),),
+            lambda c, s: _own(c, s) or ("" if s.data.linears[0].bias is not None else "there is no bias"),
+        ),
+        Form("scale merged", _merged, (), _no_merge),
+    ),
+)

@@ -1,0 +1,307 @@
+"""Which form each site takes: measured in micro-models on the target, remembered, or off the target's table."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import axes, masks, micro
+from onnxcomp.benchmark import machine
+from onnxcomp.choices import Choice, Choices, Header
+from onnxcomp.errors import DataError, OnnxcompError
+from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.race import Entry, race, winner
+from onnxcomp.runtime import Session, installed_runtimes
+from onnxcomp.structure.dims import Size
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.target import Target
+
+__all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]
+
+BUDGET = 50.0  # seconds of measuring per graph; what is left then takes the table's form
+
+
+@dataclass
+class _Group:
+    """Spots that are one to the clock: equal structure, types, sizes and kind of mask."""
+
+    key: str
+    spots: list[Spot]
+    model: Graph
+    feeds: list[dict[str, Array]]
+    what: str
+
+
+@dataclass
+class Planner:
+    """Chooses forms for one graph; `found` collects what was chosen, kind by kind.
+
+    Without `measure` nothing is timed: remembered choices are taken, else the table's; the same on every machine.
+    """
+
+    g: Graph
+    target: Target
+    shapes: Sequence[Mapping[str, int]]
+    choices: Choices
+    measure: bool = True
+    budget: float = BUDGET
+    found: list[Choice] = field(default_factory=list)
+    _facts: Facts | None = None
+    _masks: dict[str, str] = field(default_factory=dict)
+    _context: Context | None = None
+    _light: list[dict[str, Array]] = field(default_factory=list)
+    _spent: float = 0.0
+
+    def choose(self, name: str, *, standard: bool, approximate: bool) -> list[tuple[Spot, Form | None, str]]:
+        """Every spot of a kind with its form (None where the target has none) and the reason, in graph order."""
+        kind = KINDS[name]
+        spots = kind.find(self.g)
+        if not spots:
+            return []
+        ctx = self.context(spots)
+        found: list[tuple[Spot, Form | None, str]] = []
+        for group in self._grouped(kind, spots, f"{standard} {approximate}"):
+            names = legal(ctx, group.spots[0], standard=standard, approximate=approximate)
+            choice = self._choice(kind, group, names, default(ctx, kind.name, names))
+            self.found.append(choice)
+            form = kind.form(choice.form) if choice.form in names else None
+            found += [(spot, form, choice.reason) for spot in group.spots]
+        place = {node: i for i, node in enumerate(self.g.model.graph)}
+        return sorted(found, key=lambda x: place[x[0].nodes[0]])
+
+    def context(self, spots: Sequence[Spot] = ()) -> Context:
+        """What forms may know of this graph; masks are probed once, helper values are shared by all sites."""
+        read = [n.inputs[3] for s in spots for n in s.nodes if n.op_type == "Attention" and len(n.inputs) > 3]
+        new = [v for v in dict.fromkeys(read) if v is not None and str(v.name) not in self._masks]
+        if new:
+            self._masks |= masks.probe(self.g, new)
+        if self._context is None:
+            self._context = Context(self.g, self.target, self._masks)
+        return self._context
+
+    # ---- one choice ----------------------------------------------------------------------------------------------
+
+    def _choice(self, kind: Kind, group: _Group, names: Sequence[str], first: str) -> Choice:
+        sites = tuple(s.name for s in group.spots)
+        shapes = tuple(axes.label(s) for s in self.shapes)
+        base = Choice(kind.name, group.what, first or group.spots[0].present, first, "", "table", sites, shapes)
+        if not first:
+            return replace(base, reason=f"'{self.target.name}' has no form for it")
+        known = self.choices.sites.get(group.key)
+        if known is not None and known.form in names:
+            source = "file" if self.choices.pinned else "remembered"
+            return replace(known, sites=sites, source=source)
+        if len(names) == 1:
+            return replace(base, reason="the only form that is legal here")
+        if not self.measure or self.choices.pinned or not self.target.here:
+            return replace(base, reason=f"the table of '{self.target.name}'")
+        if not group.feeds:
+            return replace(base, reason="its sizes at the asked shapes are not known before it runs")
+        if self._spent > self.budget:
+            return replace(base, reason=f"{self.budget:.0f} s of measuring were used up")
+        measured = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
+        self.choices.sites[group.key] = replace(measured, sites=())
+        return measured
+
+    def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> Choice:
+        began = time.perf_counter()
+        entries = [_entry(kind, name, group, self.target, self._masks) for name in names]
+        ready = [e for e in entries if not e.note]
+        if entries[0].note:
+            return replace(
+                base, reason=f"{names[0]} {entries[0].note}", candidates=tuple(e.candidate(e) for e in entries)
+            )
+        race(ready, self.target, deadline=began + self.budget - self._spent)
+        best = winner(ready)
+        self._spent += time.perf_counter() - began
+        candidates = tuple(e.candidate(entries[0]) for e in entries)
+        if best is entries[0]:
+            why = entries[0].note or f"none of {len(entries) - 1} other forms is surely faster than {names[0]}"
+        else:
+            c = best.candidate(entries[0])
+            why = f"{c.ratio:.2f}x [{c.low:.2f}, {c.high:.2f}] the speed of {names[0]}"
+        return replace(base, form=best.form, reason=why, source="measured", candidates=candidates)
+
+    # ---- what is equal to the clock ------------------------------------------------------------------------------
+
+    def _grouped(self, kind: Kind, spots: Sequence[Spot], rules: str) -> list[_Group]:
+        cuts = [(spot, micro.cut(self.g, spot.nodes, spot.outputs)) for spot in spots]
+        values = self._inputs(cuts)
+        self._run_light(values.values())
+        groups: dict[str, _Group] = {}
+        for spot, model in cuts:
+            sizes = [self._sizes(model, values, i) for i in range(len(self.shapes))]
+            known = [s for s in sizes if s is not None]
+            whole = len(known) == len(sizes) and bool(known)
+            shown = known if whole else [{str(v.name): () for v in model.inputs}]
+            seen = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
+            text = "\n".join([kind.name, rules, seen, *(micro.structure(model, s) for s in shown)])
+            key = hashlib.sha256(text.encode()).hexdigest()[:24]
+            if key in groups:
+                groups[key].spots.append(spot)
+                continue
+            feeds = [self._feeds(model, s, i) for i, s in enumerate(known)] if whole and self.measure else []
+            groups[key] = _Group(key, [spot], model, feeds, micro.describe(model, shown[0]))
+        return list(groups.values())
+
+    def _inputs(self, cuts: Sequence[tuple[Spot, Graph]]) -> dict[str, ir.Value]:
+        """The values of the graph that the micro-models read, by name."""
+        read = {str(v.name): v for spot, _ in cuts for n in spot.nodes for v in n.inputs if v is not None}
+        return {str(v.name): read[str(v.name)] for _, model in cuts for v in model.inputs}
+
+    def _sizes(self, model: Graph, values: Mapping[str, ir.Value], i: int) -> dict[str, tuple[int, ...]] | None:
+        """Shape of every input of a micro-model at the i-th asked shape, or None where one is not known."""
+        self._facts = self._facts or Facts(self.g)
+        given = axes.shapes_of(self.g, self.shapes[i])
+        known = {n: given[str(v.name)][axis] for n, (v, axis) in self._facts.roots.items() if str(v.name) in given}
+        found = {}
+        for name in (str(v.name) for v in model.inputs):
+            if self._light and name in self._light[i]:
+                found[name] = self._light[i][name].shape
+                continue
+            shape = self._facts.shape(values[name])
+            sizes = [self._number(d, known) for d in shape] if shape is not None else [None]
+            if any(d is None for d in sizes):
+                return None
+            found[name] = tuple(d for d in sizes if d is not None)
+        return found
+
+    def _number(self, d: Size, known: Mapping[str, int]) -> int | None:
+        assert self._facts is not None
+        plain = self._facts.equal.plain(d)
+        if isinstance(plain, int):
+            return plain
+        total = plain.factor
+        for name in plain.names:
+            if name not in known:
+                return None
+            total *= known[name]
+        return total
+
+    # ---- inputs --------------------------------------------------------------------------------------------------
+
+    def _run_light(self, values: Iterable[ir.Value]) -> None:
+        """Compute masks, angles and the like from the model's inputs, nothing masked."""
+        if not self.shapes:
+            return
+        self._light = self._light or [{} for _ in self.shapes]
+        wanted = [v for v in values if str(v.name) not in self._light[0]]
+        nodes, light = micro.prefix(self.g, wanted)
+        if not light:
+            return
+        model = micro.cut(self.g, nodes, light)
+        try:
+            with Session(model, prepack=False) as session:
+                for known, shape in zip(self._light, self.shapes, strict=True):
+                    feeds = axes.feeds_for(self.g, shape)
+                    known |= session.run({p.name: feeds[p.name] for p in session.inputs})
+        except OnnxcompError:
+            return  # the sites that read them are random then, or of unknown size and left to the table
+
+    def _feeds(self, model: Graph, sizes: Mapping[str, tuple[int, ...]], i: int) -> dict[str, Array]:
+        rng = np.random.default_rng(0)
+        found: dict[str, Array] = {}
+        for v in model.inputs:
+            name = str(v.name)
+            known = self._light[i].get(name) if self._light else None
+            dtype = np.dtype((v.dtype or ir.DataType.FLOAT).numpy())
+            if known is not None:
+                found[name] = known
+            elif dtype.kind == "b":
+                found[name] = np.ones(sizes[name], dtype)
+            elif dtype.itemsize == 1 and dtype.kind in "iu":
+                found[name] = rng.integers(0, 127, sizes[name]).astype(dtype)
+            elif dtype.kind in "iu":
+                found[name] = np.zeros(sizes[name], dtype)
+            else:
+                found[name] = rng.standard_normal(sizes[name], np.float32).astype(dtype)
+        return found
+
+
+# ---- what is known beforehand ----------------------------------------------------------------------------------------
+
+
+def known_choices(target: Target, file: Path | None = None, cache: Path | None = None) -> Choices:
+    """What a file of `onnxcomp tune` says, else what the cache folder remembers of this machine, else nothing."""
+    facts = machine()
+    where = f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}"
+    runtime = " ".join(f"{n} {v}" for n, v in installed_runtimes().items())
+    header = Header(target.name, where, runtime)
+    if file is not None:
+        return Choices.load(file, header)
+    return Choices.cached(cache, header) if cache is not None else Choices(header)
+
+
+def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[str, int], ...]:
+    """The shapes to measure at: the given ones, else batch 1 and 8 with 128 tokens; none where other axes are open.
+
+    Raises `DataError` where a given shape does not fit the model.
+    """
+    if given:
+        for shape in given:
+            axes.shapes_of(g, shape)
+        return tuple(given)
+    found = axes.default_shapes(g)
+    try:
+        for shape in found:
+            axes.shapes_of(g, shape)
+    except DataError:
+        return ()
+    return tuple(found)
+
+
+# ---- micro-models in a form ------------------------------------------------------------------------------------------
+
+
+def _entry(kind: Kind, name: str, group: _Group, target: Target, known: Mapping[str, str]) -> Entry:
+    """The micro-model in one form; what is made once per model is computed beforehand and fed."""
+    model = group.model.clone()
+    try:
+        ctx = Context(model, target, known)
+        kind.form(name).rewrite(ctx, kind.find(model)[0])
+        model.sweep()
+        model.model.graph.sort()
+        feeds = _hoist(model, ctx, group.feeds)
+        return Entry(name, model, feeds)
+    except OnnxcompError as e:
+        return Entry(name, model, group.feeds, note=f"cannot be written: {e}")
+
+
+def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
+    """Turn the values that all sites of a model share into inputs, with what they hold for each feed."""
+    shared = [v for v in ctx.once if v.producer() is not None and v.uses()]
+    found = [dict(f) for f in feeds]
+    if shared:
+        nodes, light = micro.prefix(model, shared)
+        with Session(micro.cut(model, nodes, light), prepack=False) as session:
+            for f in found:
+                f |= session.run({p.name: f[p.name] for p in session.inputs})
+        for v in shared:
+            rank = found[0][str(v.name)].ndim
+            name = model.fresh(f"{v.name}_shared")
+            fed = ir.Value(name=name, type=v.type, shape=ir.Shape([None] * rank))
+            if fed.type is None:
+                fed.type = ir.TensorType(ir.DataType.from_numpy(found[0][str(v.name)].dtype))
+            model.model.graph.inputs.append(fed)
+            model.replace(v, fed)
+            for f in found:
+                f[name] = f[str(v.name)]
+    model.sweep()
+    _drop_unread(model)
+    kept = {str(v.name) for v in model.inputs}
+    return [{k: a for k, a in f.items() if k in kept} for f in found]
+
+
+def _drop_unread(model: Graph) -> None:
+    """Remove inputs that nothing reads any more."""
+    inputs = model.model.graph.inputs
+    for v in [v for v in inputs if not v.uses() and not v.is_graph_output()]:
+        inputs.remove(v)

@@ -1,0 +1,157 @@
+"""Micro-models: one site cut out of its graph as a model of its own, and what decides how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+
+__all__ = ["cut", "describe", "prefix", "structure"]
+
+
+def cut(g: Graph, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> Graph:
+    """A copy of some nodes: values made elsewhere become inputs of the recorded type and shape, names stay.
+
+    Constants are shared, their bytes are not read.
+    """
+    made: dict[ir.Value, ir.Value] = {}
+    inputs: list[ir.Value] = []
+    constants: list[ir.Value] = []
+    copies = []
+    for node in sorted(nodes, key=_position(g)):
+        args = [None if v is None else _outside(g, v, made, inputs, constants) for v in node.inputs]
+        copy = ir.node(
+            node.op_type, args, {k: a.value for k, a in node.attributes.items()}, domain=node.domain,
+            num_outputs=len(node.outputs), name=node.name,
+        )  # fmt: skip
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.name, new.type, new.shape = old.name, old.type, old.shape
+            made[old] = new
+        copies.append(copy)
+    graph = ir.Graph(
+        inputs, [made[v] for v in outputs], nodes=copies, initializers=constants, name="site",
+        opset_imports=dict(g.model.opset_imports),
+    )  # fmt: skip
+    return Graph(ir.Model(graph, ir_version=g.model.ir_version), g.path)
+
+
+def _position(g: Graph) -> Any:
+    place = {node: i for i, node in enumerate(g.model.graph)}
+    return lambda node: place[node]
+
+
+def _outside(
+    g: Graph, v: ir.Value, made: dict[ir.Value, ir.Value], inputs: list[ir.Value], constants: list[ir.Value]
+) -> ir.Value:
+    """The copy's value for one that a node reads."""
+    if v in made:
+        return made[v]
+    tensor = g.tensor(v)
+    new = ir.Value(name=v.name, type=v.type, shape=v.shape, const_value=tensor)
+    if tensor is not None:
+        new.type, new.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
+        constants.append(new)
+    else:
+        inputs.append(new)
+    made[v] = new
+    return new
+
+
+HEAVY = {
+    "MatMul",
+    "Gemm",
+    "Conv",
+    "Attention",
+    "Softmax",
+    "LayerNormalization",
+    "RMSNormalization",
+    "Loop",
+    "If",
+    "Scan",
+}
+
+
+def prefix(g: Graph, values: Iterable[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
+    """Those values that follow from the inputs by light arithmetic alone (masks, angles), and the nodes they need."""
+    light: dict[ir.Value, bool] = {}
+    needed: dict[ir.Node, None] = {}
+    found = []
+    for v in dict.fromkeys(values):
+        if v.producer() is not None and not g.is_constant(v) and _is_light(g, v, light):
+            found.append(v)
+            _gather(g, v, needed)
+    return list(needed), found
+
+
+def _is_light(g: Graph, v: ir.Value, known: dict[ir.Value, bool]) -> bool:
+    stack = [v]
+    while stack:
+        x = stack[-1]
+        node = x.producer()
+        if x in known or node is None or g.is_constant(x):
+            known.setdefault(x, True)
+            stack.pop()
+            continue
+        if node.op_type in HEAVY or (node.domain and node.domain != "ai.onnx") or _looks_up(g, node):
+            known[x] = False
+            stack.pop()
+            continue
+        todo = [y for y in node.inputs if y is not None and y not in known]
+        if todo:
+            stack += todo
+        else:
+            known[x] = all(known[y] for y in node.inputs if y is not None)
+            stack.pop()
+    return known[v]
+
+
+def _looks_up(g: Graph, node: ir.Node) -> bool:
+    """Whether a node reads rows of a table: the beginning of the model's real work."""
+    table = g.tensor(node.inputs[0]) if node.op_type == "Gather" else None
+    return table is not None and len(table.shape) == 2 and table.dtype.is_floating_point() and table.size > 1 << 16
+
+
+def _gather(g: Graph, v: ir.Value, needed: dict[ir.Node, None]) -> None:
+    stack = [v]
+    while stack:
+        node = stack.pop().producer()
+        if node is None or node in needed:
+            continue
+        needed[node] = None
+        stack += [x for x in node.inputs if x is not None and not g.is_constant(x)]
+
+
+def structure(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
+    """What a time depends on: operators, attributes, types and sizes, but neither names nor the content of weights."""
+    number: dict[int, int] = {}
+
+    def ref(v: ir.Value | None) -> str:
+        if v is None:
+            return "-"
+        place = number.setdefault(id(v), len(number))
+        t = Graph.tensor(v)
+        return f"{place}" if t is None else f"{place}:{t.dtype.name}{tuple(t.shape)}"
+
+    lines = [f"{ref(v)} {v.dtype} {_fixed(v)} {tuple(shapes[str(v.name)])}" for v in g.inputs]
+    for node in g.model.graph:
+        ins, outs = " ".join(map(ref, node.inputs)), " ".join(map(ref, node.outputs))
+        lines.append(f"{outs} = {node.domain}.{node.op_type} {ins} {sorted(map(str, node.attributes.values()))}")
+    lines.append(f"{sorted(g.model.opset_imports.items())} -> {' '.join(map(ref, g.outputs))}")
+    return "\n".join(lines)
+
+
+def _fixed(v: ir.Value) -> str:
+    """Which axes have a number in the file: the runtime's optimizers look at that."""
+    return "".join("n" if isinstance(d, int) else "?" for d in v.shape) if v.shape is not None else "-"
+
+
+def describe(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
+    """A site in a line: operators, and the sizes of what goes in."""
+    ops = list(dict.fromkeys(n.op_type for n in g.nodes() if n.op_type != "DequantizeLinear"))
+    weights = [list(t.shape.numpy()) for n in g.nodes() for v in n.inputs if (t := g.tensor(v)) and len(t.shape) == 2]
+    held = f" by {', '.join('x'.join(map(str, w)) for w in weights)}" if weights else ""
+    sizes = ", ".join("x".join(map(str, shapes[str(v.name)])) or "scalar" for v in g.inputs[:2])
+    return f"{'+'.join(ops)} of {sizes}{held}"

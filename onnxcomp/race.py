@@ -1,0 +1,141 @@
+"""Equivalent micro-models against each other on this machine: one session alive at a time, in turns, paired ratios."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from onnxcomp.choices import Candidate
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+from onnxcomp.runtime import Session
+from onnxcomp.target import Target
+
+__all__ = ["MARGIN", "ROUNDS", "Entry", "race", "seconds", "winner"]
+
+ROUNDS = 8
+SPARED = 1  # rounds in which a form may lose and still be surely faster: 7 of 8 by chance has 3.5 %
+MARGIN = 0.02  # a form must be faster by more than this in a round to have won it
+SLOWER = 0.97  # and at no shape slower than this
+WINDOW = 0.012  # seconds of timed runs per form, shape and round
+WARMUP = 3
+EQUAL = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-2, np.dtype(np.float64): 1e-9}
+
+Feeds = Mapping[str, Array]
+
+
+@dataclass
+class Entry:
+    """A form in the race: its model with inputs per shape, seconds `[round][shape]`, and why it left."""
+
+    form: str
+    model: Graph
+    feeds: Sequence[Feeds]
+    laps: list[tuple[float, ...]] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    note: str = ""
+
+    @property
+    def lost(self) -> int:
+        """Rounds in which it was not clearly faster than the default."""
+        return sum(r <= 1 + MARGIN for r in self.ratios)
+
+    def candidate(self, default: Entry) -> Candidate:
+        """What was measured: the ratio is the median over rounds; the interval leaves out one round on either side."""
+        ms = tuple(float(x) * 1e3 for x in np.median(np.array(self.laps), axis=0)) if self.laps else ()
+        if self is default or not self.ratios:
+            return Candidate(self.form, ms, note=self.note)
+        ordered = sorted(self.ratios)
+        cut = SPARED if len(ordered) >= ROUNDS else 0
+        low, high = ordered[cut], ordered[len(ordered) - 1 - cut]
+        return Candidate(self.form, ms, float(np.median(ordered)), low, high, self.note)
+
+
+def race(entries: Sequence[Entry], target: Target, *, threads: int = 0, deadline: float | None = None) -> None:
+    """Time all forms in turns; the first is the default. A form leaves when it fails, differs or has lost twice.
+
+    A default that fails ends the race with its note. After the deadline (`time.perf_counter`) no round begins.
+    """
+    default, running = entries[0], list(entries[1:])
+    expected: dict[str, Array] = {}
+    for turn in range(ROUNDS):
+        if not running or (turn and deadline is not None and time.perf_counter() > deadline):
+            break
+        order = [default, *running]
+        for entry in order if turn % 2 == 0 else order[::-1]:
+            outputs = _lap(entry, target, threads, fetch=turn == 0)
+            if turn == 0 and not entry.note:
+                if entry is default:
+                    expected = outputs
+                else:
+                    entry.note = _differs(expected, outputs)
+        if default.note:
+            return
+        running = [e for e in running if not e.note]
+        for entry in running:
+            entry.ratios.append(_ratio(default.laps[-1], entry.laps[-1]))
+        running = [e for e in running if e.lost <= SPARED]
+
+
+def winner(entries: Sequence[Entry]) -> Entry:
+    """The default, unless a form beat it in all rounds but one and is slower at no shape; then the fastest such one."""
+    default = entries[0]
+    sure = [e for e in entries[1:] if not e.note and len(e.ratios) == ROUNDS and e.lost <= SPARED]
+    even = [e for e in sure if np.median(np.array(default.laps) / np.array(e.laps), axis=0).min() >= SLOWER]
+    return max(even, key=lambda e: float(np.median(e.ratios)), default=default)
+
+
+def seconds(model: Graph, feeds: Sequence[Feeds], target: Target, *, threads: int = 0) -> tuple[float, ...]:
+    """Median seconds per run at each shape, one session."""
+    entry = Entry("", model, feeds)
+    with Session(model, target, threads=threads, prepack=True) as session:
+        return tuple(_median(session, f) for f in entry.feeds)
+
+
+def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str, Array]:
+    """One session of one form: its times at every shape are added; the outputs at the first where asked."""
+    outputs: dict[str, Array] = {}
+    try:
+        with Session(entry.model, target, threads=threads, prepack=True) as session:
+            if fetch:
+                outputs = session.run(entry.feeds[0])
+            entry.laps.append(tuple(_median(session, feeds) for feeds in entry.feeds))
+    except OnnxcompError as e:
+        entry.note = f"does not run: {e}"
+    return outputs
+
+
+def _median(session: Session, feeds: Feeds) -> float:
+    for _ in range(WARMUP):
+        session.run(feeds)
+    samples: list[float] = []
+    until = time.perf_counter() + WINDOW
+    while len(samples) < 3 or time.perf_counter() < until:
+        begin = time.perf_counter()
+        session.run(feeds)
+        samples.append(time.perf_counter() - begin)
+    return float(np.median(samples))
+
+
+def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
+    """How many times faster the other is, over all shapes alike (geometric mean)."""
+    return float(np.exp(np.mean(np.log(np.array(base) / np.array(other)))))
+
+
+def _differs(expected: Mapping[str, Array], found: Mapping[str, Array]) -> str:
+    """What is wrong with the outputs, empty where they are equal to float noise."""
+    for name, a in expected.items():
+        b = found.get(name)
+        if b is None or b.shape != a.shape:
+            return "makes other outputs"
+        if a.dtype.kind != "f" or a.size == 0:
+            continue
+        scale = float(np.abs(a).max())
+        error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if np.isfinite(b).all() else np.inf
+        if not error <= EQUAL.get(a.dtype, 1e-2) * max(scale, 1e-30):
+            return f"differs from the default by {error / max(scale, 1e-30):.1e}"
+    return ""
