@@ -38,7 +38,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention with its four projections; `head_dim` is the width of a query head, `mask` the fourth input."""
+    """One attention with its four projections; `head_dim` is the width of a query head, `mask` the fourth input.
+
+    `past` and `present` are the cached keys and values, `[b, kv_heads, t, h]`, that it takes and gives.
+    """
 
     node: ir.Node
     q: Linear
@@ -51,6 +54,8 @@ class Attention:
     mask: ir.Value | None
     rotary: tuple[ir.Node, ...] = ()
     inner_norms: tuple[NormSite, ...] = ()
+    past: tuple[ir.Value, ir.Value] | None = None
+    present: tuple[ir.Value, ir.Value] | None = None
 
     @property
     def name(self) -> str:
@@ -90,7 +95,16 @@ def _attention(index: Index, node: ir.Node) -> Attention | None:
     if q is None or k is None or v is None or o is None or not heads or not kv:
         return None
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    return Attention(node, q, k, v, o, heads, kv, q.sizes[1] // heads, mask, tuple(rotary), tuple(inner))
+    past = _pair(node.inputs[4:6])
+    present = _pair(node.outputs[1:3]) if past is not None else None
+    width = q.sizes[1] // heads
+    return Attention(node, q, k, v, o, heads, kv, width, mask, tuple(rotary), tuple(inner), past, present)
+
+
+def _pair(values: Sequence[ir.Value | None]) -> tuple[ir.Value, ir.Value] | None:
+    """Keys and values, if both are there."""
+    keys, last = (*values, None, None)[:2]
+    return (keys, last) if keys is not None and last is not None else None
 
 
 def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: list[NormSite]) -> Linear | None:

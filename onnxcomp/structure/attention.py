@@ -5,10 +5,12 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.structure.cache import Cache, cache_of, give_present
 from onnxcomp.structure.core import NotAttention, find_core, raise_core
 from onnxcomp.structure.dims import Shape
 from onnxcomp.structure.layout import Sunk, reshaped, sink
 from onnxcomp.structure.mask import Masks
+from onnxcomp.structure.rules import total_length
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import Sizes
 
@@ -42,10 +44,12 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, ex
     if q is None or k is None:
         g.decline(node, "attention: shapes are not known")
         return
-    if any(x is not None for x in node.inputs[4:]) or any(
-        list(v.uses()) or v.is_graph_output() for v in node.outputs[1:]
-    ):
-        g.decline(node, "attention: it has a key-value cache or a score output")
+    has_cache = any(x is not None for x in node.inputs[4:])
+    if any(list(v.uses()) or v.is_graph_output() for v in node.outputs[3 if has_cache else 1 :]):
+        g.decline(node, "attention: its scores or keys are outputs")
+        return
+    if has_cache and len(q) == 4:
+        g.decline(node, "attention: four axes with a key-value cache")
         return
     _explicit_scale(g, node, q)
     _mask(g, f, masks, sizes, node, exact_rows)
@@ -63,7 +67,7 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
 
 def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
     """One bool mask with its last axes written out, or none; the guard behind the operator goes where it repeats it."""
-    q, k = f.shape(node.inputs[0]) or (), f.shape(node.inputs[1]) or ()
+    q, keys = f.shape(node.inputs[0]) or (), total_length(f, node)
     given = node.inputs[3] if len(node.inputs) > 3 else None
     trimmed = None if given is None else masks.trimmed(given)
     mask = None if trimmed is None or masks.allows_all(trimmed) else trimmed
@@ -74,13 +78,13 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
     if mask is not None and meaning is not None and not (exact_rows and guarded is None and masks.is_finite(mask)):
         mask = meaning
     if node.attributes.get_int("is_causal", 0):
-        causal = masks.causal(q[-2], k[-2], sizes)
+        causal = masks.causal(q[-2], keys, sizes)
         if causal is None or (mask is not None and not masks.is_bool(mask)):
             g.decline(node, "attention: a causal product that is not square, or has a float bias, keeps its flag")
             return
         mask = causal if mask is None else masks.both(causal, mask)
         g.set_attr(node, is_causal=None)
-    fitted = masks.fitted(mask, q[-2], k[-2], sizes) if mask is not None else None
+    fitted = masks.fitted(mask, q[-2], keys, sizes) if mask is not None else None
     if mask is not None and fitted is None:
         g.decline(node, "attention: the mask's axes are not known")
     elif fitted is not given:
@@ -88,33 +92,42 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
 
 
 def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
-    parts = [_sunk(g, f, node, i) for i in range(3)]
+    cache = cache_of(g, f, node)
+    inputs = [node.inputs[0], *(cache.new if cache is not None else node.inputs[1:3])]
+    parts = [_sunk(g, f, x, i) for i, x in enumerate(inputs)]
     if any(p is None for p in parts):
         g.decline(node, "attention: head count or head width is not static")
         return
     queries, keys, values = (p for p in parts if p is not None)
     if (keys.heads, keys.repeat) != (values.heads, values.repeat) or queries.heads % keys.heads:
-        keys, values = (sink(g, f, node.inputs[i], scaled=i == 1) or p for i, p in ((1, keys), (2, values)))  # type: ignore[arg-type]
-    width, out = f.shape(node.outputs[0]), node.outputs[0]
-    if width is None or keys.heads != values.heads or queries.heads % keys.heads:
+        keys, values = (sink(g, f, x, scaled=i == 1) or p for i, x, p in ((1, inputs[1], keys), (2, inputs[2], values)))  # type: ignore[arg-type]
+    out = node.outputs[0]
+    if keys.heads != values.heads or queries.heads % keys.heads:
         g.decline(node, f"attention: {queries.heads} query heads cannot be grouped over {keys.heads} key heads")
         return
-    scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    new = g.op("Attention", queries.value, keys.value, values.value, mask)
-    kept = {k: a.value for k, a in node.attributes.items() if a.value}
-    g.set_attr(_made(new), **{**kept, "scale": scale, "q_num_heads": queries.heads, "kv_num_heads": keys.heads})
-    split = reshaped(g, f, new, [q[0], q[2], queries.heads, width[-1]])
+    new = _in_three(g, node, (queries, keys, values), cache)
+    split = reshaped(g, f, new.outputs[0], [q[0], q[2], queries.heads, (f.shape(out) or (0,))[-1]])
     if split is not None:
         g.replace(out, g.op("Transpose", split, perm=[0, 2, 1, 3], like=out))
+    if cache is not None:
+        give_present(g, new, cache)
 
 
-def _sunk(g: Graph, f: Facts, node: ir.Node, index: int) -> Sunk | None:
-    x = node.inputs[index]
+def _in_three(g: Graph, node: ir.Node, parts: tuple[Sunk, Sunk, Sunk], cache: Cache | None) -> ir.Node:
+    """The operator on `[b, s, n * h]`, with what the walk down collected."""
+    queries, keys, values = parts
+    scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    past: tuple[ir.Value, ...] = ()
+    if cache is not None:
+        scale, past = scale * cache.keys.scale, cache.past
+    y = g.op("Attention", queries.value, keys.value, values.value, mask, *past, outputs=3 if past else 1)
+    new = y.producer()
+    assert new is not None
+    kept = {k: a.value for k, a in node.attributes.items() if a.value}
+    g.set_attr(new, **{**kept, "scale": scale, "q_num_heads": queries.heads, "kv_num_heads": keys.heads})
+    return new
+
+
+def _sunk(g: Graph, f: Facts, x: ir.Value | None, index: int) -> Sunk | None:
     return None if x is None else sink(g, f, x, scaled=index < 2, grouped=index > 0)
-
-
-def _made(v: ir.Value) -> ir.Node:
-    node = v.producer()
-    assert node is not None
-    return node

@@ -16,6 +16,7 @@ __all__ = [
     "is_static",
     "multiply",
     "named",
+    "parts_of",
     "product",
     "subtract",
 ]
@@ -35,6 +36,24 @@ class Dim:
 
 Size = int | Dim
 Shape = tuple[Size, ...]
+
+
+class Sum(str):
+    """The name of an unknown that is the sum of two sizes, `parts`."""
+
+    parts: tuple[Size, Size]
+
+    def __new__(cls, a: Size, b: Size) -> Sum:
+        first, second = sorted((a, b), key=str)
+        made = super().__new__(cls, f"({first}+{second})")
+        made.parts = (first, second)
+        return made
+
+
+def parts_of(a: Size) -> tuple[Size, Size] | None:
+    """The two sizes that `a` is the sum of, if it is one unknown made so."""
+    name = a.names[0] if isinstance(a, Dim) and a.factor == 1 and len(a.names) == 1 else None
+    return name.parts if isinstance(name, Sum) else None
 
 
 def named(name: str) -> Dim:
@@ -93,12 +112,15 @@ def add(a: Size, b: Size) -> Size:
         return _made(f + g, x)
     if a == 0 or b == 0:
         return b if a == 0 else a
-    return named(f"({a}+{b})")
+    return named(Sum(a, b))
 
 
 def subtract(a: Size, b: Size) -> Size:
-    """The difference; `(x + y) - y` and the like are not simplified, except to 0."""
+    """The difference; of `(x + y)` and `y` it is `x`, of unlike unknowns an unknown of its own."""
     (f, x), (g, y) = _parts(a), _parts(b)
+    summed = parts_of(a)
+    if summed is not None and b in summed:
+        return summed[1] if summed[0] == b else summed[0]
     if x == y:
         return _made(f - g, x)
     return a if b == 0 else named(f"({a}-{b})")

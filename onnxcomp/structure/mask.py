@@ -243,7 +243,7 @@ class Masks:
 
     def fitted(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
         """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""
-        shape = self.f.shape(m)
+        shape, queries, keys = self.f.shape(m), self.f.equal.plain(queries), self.f.equal.plain(keys)
         if shape is None or not 1 <= len(shape) <= 4:
             return None
         padded = (1,) * (2 - len(shape)) + shape

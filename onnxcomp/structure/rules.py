@@ -13,7 +13,7 @@ from onnxcomp.structure.dims import Dim, Shape, Size, add, divide, multiply, nam
 if TYPE_CHECKING:
     from onnxcomp.structure.shapes import Facts
 
-__all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape"]
+__all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape", "total_length"]
 
 Rule = Callable[["Facts", ir.Node], "Shape | None"]
 
@@ -267,10 +267,21 @@ def _attention(f: Facts, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
         return None
+    mask = f.shape(node.inputs[3]) if len(node.inputs) > 3 else None
+    if mask is not None and len(mask) > 1:
+        f.equal.assume(mask[-2], q[-2])
+        f.equal.assume(mask[-1], total_length(f, node))
     if len(q) == 4:
         return (*q[:3], v[-1])
     width = divide(v[-1], node.attributes.get_int("kv_num_heads", 1))
     return None if width is None else (q[0], q[1], multiply(width, node.attributes.get_int("q_num_heads", 1)))
+
+
+def total_length(f: Facts, node: ir.Node) -> Size:
+    """How many keys an Attention sees, those of its cache included."""
+    new = (f.shape(node.inputs[1]) or (1, 1))[-2]
+    past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
+    return new if past is None else add(past[-2], new)
 
 
 def _words(text: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Dim, Size
+from onnxcomp.structure.dims import Dim, Size, parts_of
 from onnxcomp.structure.layout import constant_target, target_of
 from onnxcomp.structure.shapes import Facts
 
@@ -45,7 +45,7 @@ class Sizes:
         self._vectors: dict[Key, ir.Value] = {}
         self._scalars: dict[Size, ir.Value] = {}
         made: set[ir.Value] = set()
-        for node in g.nodes("Shape", "Concat", "Squeeze"):
+        for node in g.nodes("Shape", "Concat", "Squeeze", "Add"):
             if node.domain == "" and self._is_ours(node, made):
                 self._remember(node.outputs[0], made)
 
@@ -74,12 +74,16 @@ class Sizes:
             self._vectors.setdefault(tuple(c), v)
 
     def possible(self, sizes: Sequence[object]) -> bool:
-        """Whether every size is a number or a single axis of a graph input."""
-        return all(
-            (isinstance(d, int) and not isinstance(d, bool))
-            or (isinstance(d, Dim) and d.factor == 1 and len(d.names) == 1 and self.f.rooted(d))
-            for d in sizes
-        )
+        """Whether every size is a number, a single axis of a graph input, or a sum of such."""
+        return all(self._readable(d) for d in sizes)
+
+    def _readable(self, d: object) -> bool:
+        if isinstance(d, int) and not isinstance(d, bool):
+            return True
+        if not isinstance(d, Dim) or d.factor != 1 or len(d.names) != 1:
+            return False
+        parts = parts_of(d)
+        return self.f.rooted(d) or (parts is not None and all(self._readable(p) for p in parts))
 
     def vector(self, sizes: Sequence[Size]) -> ir.Value:
         """The sizes as int64 `[len(sizes)]`; they must be `possible`."""
@@ -92,6 +96,9 @@ class Sizes:
 
     def _shape(self, d: Size) -> ir.Value:
         assert isinstance(d, Dim)
+        parts = parts_of(d)
+        if parts is not None and not self.f.rooted(d):
+            return self.g.op("Add", self.vector([parts[0]]), self.vector([parts[1]]))
         source, axis = self.f.roots[d.names[0]]
         return self.g.op("Shape", source, start=axis, end=axis + 1)
 
