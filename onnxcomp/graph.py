@@ -21,6 +21,7 @@ from onnx_ir.passes.common import (
 )
 
 from onnxcomp import checks
+from onnxcomp.cutting import cut
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array
@@ -289,32 +290,9 @@ class Graph:
 
         Raises `ModelError` when a place does not fit the group; nothing is edited then.
         """
-        kept = np.asarray(keep, np.int64)
-        if kept.ndim != 1 or kept.size == 0 or kept[0] < 0 or kept[-1] >= group.units or np.any(np.diff(kept) <= 0):
-            raise ModelError(
-                f"keep must be ascending indices below {group.units}, at least one; got {kept.tolist()[:8]}"
-            )
-        if kept.size == group.units:
-            return
-        gone = np.setdiff1d(np.arange(group.units), kept)
-        cuts: dict[tuple[str, int], list[Array]] = {}
-        for slot in group.slots:
-            cuts.setdefault((slot.value, slot.axis), []).append(slot.indices(gone))
-        values = {name: self.value(name) for name in {n for n, _ in cuts} | {s.value for s in group.sizes}}
-        group.check({name: self.array(v) for name, v in values.items()})
-        for (name, axis), indices in cuts.items():
-            self.put(values[name], np.delete(self.array(values[name]), np.concatenate(indices), axis=axis))
-        for size in group.sizes:
-            a = self.array(values[size.value]).copy()
-            a.reshape(-1)[size.index] = kept.size * size.per
-            self.put(values[size.value], a)
-        for attr in group.attrs:
-            self.set_attr(self.node(attr.node), **{attr.name: int(kept.size * attr.per)})
-        for io in group.io:
-            v = self.value(io.value)
-            if v.shape is not None:
-                v.shape = ir.Shape([kept.size * io.per if i == io.axis else d for i, d in enumerate(v.shape)])
-        self.forget_shapes()
+        kept = group.kept(keep)
+        if kept.size < group.units:
+            cut(self, group, kept)
 
     def decline(self, site: Site | ir.Node | str, why: str) -> None:
         """Leave an eligible site alone and say why; the report shows it."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnxcomp import blocks
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.graph import Graph
-from onnxcomp.groups import AttrSlot, Group, Size, Slot
+from onnxcomp.groups import AttrSlot, Entries, Group, Size, Slot, layout
 from onnxcomp.runtime import Session
 from tests import tiny
 
@@ -133,9 +133,9 @@ def test_dynamic_axis_may_not_become_static():
 def group() -> Group:
     return Group(
         4,
-        (Slot("a", 1, block=2), Slot("b", 0, offset=8, stride=2)),
-        (Size("n", 1, per=2),),
-        (AttrSlot("node", "heads"),),
+        (Slot("a", 1, layout(4, 2)), Slot("b", 0, layout(4, offset=8, stride=2, length=16))),
+        (Entries("node", 1, (Size(1, layout(4, 2)),)),),
+        (AttrSlot("node", "heads", layout(4)),),
     )
 
 
@@ -181,7 +181,7 @@ def test_take_refuses_bad_units(keep):
 
 def test_take_that_does_not_fit_edits_nothing():
     g = cut_model()
-    wrong = Group(4, (Slot("a", 1, block=2), Slot("b", 0, block=9)))
+    wrong = Group(4, (Slot("a", 1, layout(4, 2)), Slot("b", 0, layout(4, 9))))
     with pytest.raises(ModelError, match="'b'"):
         g.take(wrong, np.array([0]))
     assert g.edits == 0

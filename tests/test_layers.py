@@ -19,8 +19,8 @@ HEAVY = {"onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript"
 LAYERS = [
     {"__init__", "errors"},
     {"stats", "groups", "target", "maths/"},
-    {"checks", "graph", "storage", "external", "handover", "spool"},
-    {"structure/", "blocks", "coupling", "quantize", "integer", "tokens", "forms/", "micro", "choices"},
+    {"checks", "cutting", "graph", "storage", "external", "handover", "spool"},
+    {"structure/", "blocks", "coupling/", "quantize", "integer", "tokens", "forms/", "micro", "choices"},
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
         "accumulate",

@@ -1,0 +1,134 @@
+"""From any axis of a model to the group of places that must shrink with it, proved by shape inference.
+
+`couple` is the one analysis; heads, feed-forward channels, convolution channels, the residual width are starts of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.blocks import Attention, Mlp
+from onnxcomp.coupling.collect import collect
+from onnxcomp.coupling.rules import RULES
+from onnxcomp.coupling.trace import Tracer
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+from onnxcomp.groups import Group
+from onnxcomp.maths import Array
+from onnxcomp.structure.dims import Shape
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
+
+
+class Coupling:
+    """The analysis of one graph as it is now; shapes are learned once for all questions."""
+
+    def __init__(self, g: Graph) -> None:
+        self.g, self.facts = g, _facts(g)
+
+    def couple(self, v: ir.Value | str, axis: int = -1, *, block: int = 1, io: bool = False) -> Group:
+        """The group of one axis of a value, a constant or a computed one, in units of `block` positions or coarser.
+
+        With `io` the group may change axes of the model's inputs and outputs. Raises `ModelError`, with the path to
+        what blocks it, where no unit may go.
+        """
+        value = self.g.value(v) if isinstance(v, str) else v
+        t = Tracer(self.g, self.facts, RULES, io=io)
+        n = t.size(value, axis)
+        if n is None or n % block:
+            raise ModelError(f"axis {axis} of '{value.name}' has no fixed length that is a multiple of {block}")
+        reader = next((u for u, _ in value.uses()), None)
+        start = t.axis(value, axis, reader)
+        t.put(start, np.repeat(t.new(n // block), block), None)
+        t.run()
+        return collect(t, start)
+
+    def heads(self, attention: Attention | ir.Node, *, whole: bool = True, io: bool = False) -> Group:
+        """The heads of an attention: with `whole` a unit is a key-value head with all its query heads, otherwise a
+        query head, of which each key-value head must keep as many."""
+        node = attention.node if isinstance(attention, Attention) else attention
+        heads, kv = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
+        n = self._width(node.outputs[0])
+        if not heads or not kv or n % heads:
+            raise ModelError(f"attention '{node.name}' does not say how many heads it has")
+        return self.couple(node.outputs[0], -1, block=n // (kv if whole else heads), io=io)
+
+    def channels(self, node: ir.Node) -> Group:
+        """The channels that a linear or convolution reads: its input's feature axis."""
+        x = node.inputs[0]
+        if x is None:
+            raise ModelError(f"'{node.name}' has no input")
+        return self.couple(x, 1 if node.op_type.startswith("Conv") else -1)
+
+    def _width(self, v: ir.Value) -> int:
+        shape = self.facts.shape(v)
+        n = shape[-1] if shape else 0
+        return n if isinstance(n, int) else 0
+
+
+def _facts(g: Graph) -> Facts:
+    """What is known of shapes, with what ONNX's inference adds where nothing is recorded; the graph stays as it is."""
+    computed = [(v, v.type, v.shape) for node in g.nodes() for v in node.outputs]
+    if all(shape is not None for _, _, shape in computed):
+        return Facts(g)
+    g.infer_shapes()
+    try:
+        return Facts(g)
+    finally:
+        for v, kind, shape in computed:
+            v.type, v.shape = kind, shape
+
+
+def couple(g: Graph, v: ir.Value | str, axis: int = -1, *, block: int = 1, io: bool = False) -> Group:
+    """Everything that must shrink with one axis of a value; see `Coupling.couple`."""
+    return Coupling(g).couple(v, axis, block=block, io=io)
+
+
+def heads_of(g: Graph, attention: Attention | ir.Node) -> Group:
+    """The heads that share a key-value head, of one attention and whatever is coupled to it."""
+    return Coupling(g).heads(attention)
+
+
+def ffn_of(g: Graph, mlp: Mlp) -> Group:
+    """The channels between up and down: columns of up and gate with their biases, rows of down."""
+    return Coupling(g).channels(mlp.down.node)
+
+
+def channels_of(g: Graph, node: ir.Node) -> Group:
+    """The channels that a linear or convolution reads, back to all that make them."""
+    return Coupling(g).channels(node)
+
+
+def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | Array]]) -> None:
+    """Check by shape inference that a graph after cuts has exactly the shapes that the groups predict.
+
+    `before` are the facts of the uncut graph. Raises `ModelError` naming the value where they differ.
+    """
+    expected: dict[str, Shape] = {
+        str(v.name): s for node in before.g.nodes() for v in node.outputs if (s := before.shape(v)) is not None
+    }
+    for group, keep in cuts:
+        for slot in group.computed:
+            if (s := expected.get(slot.value)) is not None:
+                n = int(slot.kept(np.asarray(keep)).sum())
+                expected[slot.value] = (*s[: slot.axis], n, *s[slot.axis + 1 :])
+    after = Facts(g)
+    for node in g.nodes():
+        for v in node.outputs:
+            is_, wanted = after.shape(v), expected.get(str(v.name))
+            if is_ is not None and wanted is not None and not _agree(is_, wanted):
+                raise ModelError(f"after the cut '{v.name}' has the shape {_text(is_)}, not {_text(wanted)}")
+
+
+def _agree(a: Shape, b: Shape) -> bool:
+    """Whether two shapes have equal numbers wherever both have numbers."""
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
+
+
+def _text(shape: Shape) -> str:
+    return "x".join(str(d) for d in shape)

@@ -1,0 +1,119 @@
+"""From what the walk found to a `Group`: plain data, by names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Tracer
+from onnxcomp.errors import ModelError
+from onnxcomp.groups import STAYS, AttrSlot, Entries, Group, IndexSlot, IoSlot, NormSlot, Size, Slot
+from onnxcomp.maths import Array
+
+__all__ = ["collect"]
+
+Plain = Callable[[Array], tuple[int, ...]]
+
+
+def collect(t: Tracer, start: Axis) -> Group:
+    """The group of a walk, units numbered in the order of the starting axis; raises `ModelError` where it is empty."""
+    units = t.at(start)
+    free = np.zeros(0, np.int64) if units is None else units[units > FROZEN]
+    order = {int(u): i for i, u in enumerate(dict.fromkeys(free.tolist()))}
+    if len(order) < 2:
+        raise ModelError(_why_not(t, start, len(order)))
+    plain = _numbering(t, order)
+    slots, computed, io = _slots(t, plain)
+    return Group(
+        len(order),
+        slots,
+        io=io,
+        parts=_parts(t, order),
+        computed=computed,
+        entries=tuple(
+            Entries(
+                str(node.name),
+                index,
+                tuple(Size(i, plain(u), sign) for i, (u, sign) in sorted(entries.items())),
+                t.lengths.get((node, index), 0),
+            )
+            for (node, index), entries in t.sizes.items()
+            if any(_moves(plain(u)) for u, _ in entries.values())
+        ),
+        attrs=tuple(AttrSlot(str(n.name), a, plain(u)) for (n, a), u in t.attrs.items() if _moves(plain(u))),
+        norms=tuple(NormSlot(str(n.name), plain(u)) for n, u in t.norms.items() if _moves(plain(u))),
+        indices=tuple(IndexSlot(str(n.name), i, plain(u)) for (n, i), u in t.indices.items() if _moves(plain(u))),
+    )
+
+
+def _moves(units: tuple[int, ...]) -> bool:
+    return any(u != STAYS for u in units)
+
+
+def _numbering(t: Tracer, order: dict[int, int]) -> Plain:
+    """From unit numbers of the walk to those of the group; equal axes share one tuple."""
+    known: dict[bytes, tuple[int, ...]] = {}
+    table = np.full(len(t.parent), STAYS)
+    table[list(order)] = list(order.values())
+
+    def plain(units: Array) -> tuple[int, ...]:
+        found = t.find(units)
+        key = found.tobytes()
+        if key not in known:
+            known[key] = tuple(np.where(found == UNKNOWN, STAYS, table[np.maximum(found, 0)]).tolist())
+        return known[key]
+
+    return plain
+
+
+def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[IoSlot, ...]]:
+    """Constants (readers with equal units together), computed values, graph inputs and outputs."""
+    constants: dict[tuple[str, int, tuple[int, ...]], tuple[list[str], set[str]]] = {}
+    computed, io = [], []
+    for axis, units in t.units.items():
+        v, numbers = axis.value, plain(units)
+        if not _moves(numbers):
+            continue
+        if t.g.is_constant(v):
+            users, roles = constants.setdefault((str(v.name), axis.axis, numbers), ([], set()))
+            users += [str(axis.reader.name)] if axis.reader is not None else []
+            roles |= t.roles.get(axis, set())
+            continue
+        computed.append(Slot(str(v.name), axis.axis, numbers))
+        if v.is_graph_input() or v.is_graph_output():
+            io.append(IoSlot(str(v.name), axis.axis, numbers))
+    slots = [
+        Slot(name, axis, numbers, tuple(users), "reads" in roles, "writes" in roles)
+        for (name, axis, numbers), (users, roles) in constants.items()
+    ]
+    return tuple(slots), tuple(computed), tuple(io)
+
+
+def _parts(t: Tracer, order: dict[int, int]) -> tuple[int, ...]:
+    """The part of each unit, where some node needs parts of equal size."""
+    parts = np.full(len(order), -1)
+    for node, rows in t.parts.items():
+        found = t.find(rows)
+        counts = {int((np.isin(row, list(order))).sum()) for row in found}
+        if len(counts) > 1:
+            raise ModelError(f"'{node.name}' needs as many units of each part, but some of them must stay")
+        for i, row in enumerate(found):
+            for u in row.tolist():
+                mine = parts[order[u]] if u in order else i
+                if mine not in (-1, i):
+                    raise ModelError(f"'{node.name}' groups the units in another way than a node before it")
+                if u in order:
+                    parts[order[u]] = i
+    return tuple(parts.tolist()) if (parts >= 0).all() else ()
+
+
+def _why_not(t: Tracer, start: Axis, left: int) -> str:
+    """What blocked the cut, with the way to it."""
+    what = f"axis {start.axis} of '{start.value.name}' cannot be cut"
+    if not t.blocked:
+        return f"{what}: all its positions belong together" if left else f"{what}: it has one unit"
+    axis, why = t.blocked[0]
+    path = t.path(axis)
+    shown = path if len(path) <= 8 else [*path[:3], "...", *path[-4:]]
+    return f"{what}: {why}" + (f" (by way of {' > '.join(shown)})" if shown else "")

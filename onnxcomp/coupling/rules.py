@@ -1,0 +1,363 @@
+"""How units pass through arithmetic: one rule per operator, in one table. What no rule follows may not be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.coupling.layouts import LAYOUT_RULES
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Rule, Tracer, ends
+from onnxcomp.maths import Array
+from onnxcomp.structure.rules import axes_of, axis_of
+
+__all__ = ["RULES"]
+
+ELEMENTWISE = """
+    Abs Acos Add And Asin Atan BitShift Cast CastLike Ceil Celu Clip Cos Div Dropout Elu Equal Erf Exp Floor Gelu
+    Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish
+    Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Swish
+    Tan Tanh ThresholdedRelu Where Xor
+"""
+REDUCTIONS = """
+    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
+"""
+POOLINGS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
+ALONG = "ArgMax ArgMin CumSum Hardmax LogSoftmax LpNormalization Softmax TopK"
+
+
+def _elementwise(t: Tracer, node: ir.Node) -> None:
+    """Axes aligned from the right; an axis of length 1 is repeated and stays."""
+    out = node.outputs[0]
+    rank = t.f.rank(out) or 0
+    for v in node.inputs:
+        offset = rank - (t.f.rank(v) or 0)
+        for i in range(t.f.rank(v) or 0) if v is not None else ():
+            assert v is not None
+            mine, n = t.axis(v, i, node), t.size(v, i)
+            if n == 1 and t.size(out, i + offset) != 1:
+                t.followed(mine)
+            elif n is not None and n == t.size(out, i + offset):
+                t.same(mine, t.axis(out, i + offset))
+                if node.op_type in ("Add", "Sum") and t.g.is_constant(v):
+                    t.role(mine, "writes")
+    _rest(t, out, range(rank), node.inputs)
+
+
+def _rest(t: Tracer, out: ir.Value, axes: Iterable[int], inputs: Iterable[ir.Value | None]) -> None:
+    """Axes of an output that every input repeats may not be cut through it, so they are not followed further."""
+    for i in axes:
+        n, rank = t.size(out, i), t.f.rank(out) or 0
+        sizes = [t.size(v, i - rank) for v in inputs if v is not None and (t.f.rank(v) or 0) >= rank - i]
+        if n is not None and n != 1 and n not in sizes:
+            t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is made by repeating")
+
+
+def _matmul(t: Tracer, node: ir.Node) -> None:
+    a, b, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    if a is None or b is None or (t.f.rank(a) or 0) < 2 or (t.f.rank(b) or 0) < 2:
+        return
+    _product(t, node, t.axis(a, -1, node), t.axis(b, -2, node), t.axis(b, -1, node), t.axis(out, -1))
+    t.same(t.axis(a, -2, node), t.axis(out, -2))
+    rank = t.f.rank(out) or 0
+    for v in (a, b):
+        for i in range(-rank, -2):
+            if i < -(t.f.rank(v) or 0):
+                continue
+            if t.size(v, i) == 1 != t.size(out, i):
+                t.followed(t.axis(v, i, node))
+            else:
+                t.same(t.axis(v, i, node), t.axis(out, i))
+
+
+def _product(t: Tracer, node: ir.Node, x: Axis, rows: Axis, columns: Axis, y: Axis) -> None:
+    """`y = x @ w`: the axis that is summed over, and the one that is made; a constant has a role on each."""
+    t.same(x, rows)
+    t.same(columns, y)
+    for side in (x, rows):
+        t.role(side, "reads")
+    for side in (columns,):
+        t.role(side, "writes")
+
+
+def _gemm(t: Tracer, node: ir.Node) -> None:
+    a, b, out = node.inputs[0], node.inputs[1], node.outputs[0]
+    if a is None or b is None:
+        return
+    turned_a, turned_b = (node.attributes.get_int(k, 0) for k in ("transA", "transB"))
+    rows, columns = t.axis(b, turned_b, node), t.axis(b, 1 - turned_b, node)
+    _product(t, node, t.axis(a, 1 - turned_a, node), rows, columns, t.axis(out, 1))
+    t.same(t.axis(a, turned_a, node), t.axis(out, 0))
+    c = node.inputs[2] if len(node.inputs) > 2 else None
+    for i in range(-(t.f.rank(c) or 0), 0) if c is not None else ():
+        assert c is not None
+        if t.size(c, i) == t.size(out, i) and t.size(c, i) is not None:
+            t.same(t.axis(c, i, node), t.axis(out, i))
+            t.role(t.axis(c, i, node), "writes")
+        else:
+            t.followed(t.axis(c, i, node))
+
+
+def _conv(t: Tracer, node: ir.Node) -> None:
+    """Convolutions: channels in and out of a dense one are apart, those of a depthwise one are the same.
+
+    Groups of several channels go as a whole, since the weight has one column for all groups.
+    """
+    x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    if x is None or w is None:
+        return
+    groups, turned = node.attributes.get_int("group", 1), node.op_type == "ConvTranspose"
+    t.same(t.axis(x, 0, node), t.axis(y, 0))
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is not None:
+        t.same(t.axis(bias, 0, node), t.axis(y, 1))
+        t.role(t.axis(bias, 0, node), "writes")
+    if groups == 1:
+        rows, columns = (0, 1) if turned else (1, 0)
+        _product(t, node, t.axis(x, 1, node), t.axis(w, rows, node), t.axis(w, columns, node), t.axis(y, 1))
+        return
+    ins, outs, first = t.size(x, 1), t.size(y, 1), t.size(w, 0)
+    if ins is None or outs is None or first is None or ins % groups or outs % groups:
+        return
+    places = [(t.axis(x, 1, node), ins), (t.axis(y, 1), outs), (t.axis(w, 0, node), first)]
+    units = t.blocks([(place, n // groups) for place, n in places], groups)
+    t.attrs[node, "group"] = units
+    t.followed(t.axis(w, 1, node))
+
+
+def _einsum(t: Tracer, node: ir.Node) -> None:
+    """Axes of the same letter are the same, whether they are summed over or not."""
+    text = node.attributes.get_string("equation", "").replace(" ", "")
+    if "..." in text or "->" not in text:
+        return
+    left, right = text.split("->")
+    terms = [*zip(left.split(","), node.inputs, strict=True), (right, node.outputs[0])]
+    seen: dict[str, Axis] = {}
+    for letters, v in terms:
+        for i, letter in enumerate(letters):
+            assert v is not None
+            mine = t.axis(v, i, node if v is not node.outputs[0] else None)
+            t.same(seen.setdefault(letter, mine), mine)
+            if v is not node.outputs[0]:
+                t.role(mine, "writes" if letter in right else "reads")
+
+
+# ---- norms, pooling, reductions ----------------------------------------------------------------------------------
+
+
+def _per_channel(t: Tracer, node: ir.Node) -> None:
+    """BatchNormalization, InstanceNormalization, PRelu-like: one number a channel, on axis 1; other axes mix."""
+    x, y = ends(node)
+    t.same(t.axis(x, 0, node), t.axis(y, 0))
+    t.same(t.axis(x, 1, node), t.axis(y, 1))
+    for v in node.inputs[1:]:
+        if v is not None:
+            t.same(t.axis(v, 0, node), t.axis(y, 1))
+    if node.op_type == "BatchNormalization":
+        for i in range(2, t.f.rank(x) or 0):
+            t.same(t.axis(x, i, node), t.axis(y, i))
+
+
+def _group_norm(t: Tracer, node: ir.Node) -> None:
+    """Statistics of a group are of all its channels, so a group goes as a whole."""
+    (x, y), groups = ends(node), node.attributes.get_int("num_groups", 1)
+    channels = t.size(x, 1)
+    if channels is None:
+        return
+    t.same(t.axis(x, 0, node), t.axis(y, 0))
+    places = [(t.axis(x, 1, node), channels // groups), (t.axis(y, 1), channels // groups)]
+    for v in node.inputs[1:]:
+        if v is not None:
+            places.append((t.axis(v, 0, node), (t.size(v, 0) or 0) // groups))
+    t.attrs[node, "num_groups"] = t.blocks(places, groups)
+
+
+def _pooling(t: Tracer, node: ir.Node) -> None:
+    for i in (0, 1):
+        assert node.inputs[0] is not None
+        t.same(t.axis(node.inputs[0], i, node), t.axis(node.outputs[0], i))
+
+
+def _along(t: Tracer, node: ir.Node) -> None:
+    """Softmax and its kin: every axis but the one they work along."""
+    x, _ = ends(node)
+    rank = t.f.rank(x) or 0
+    axis = axis_of(node, rank, 0 if node.op_type in ("ArgMax", "ArgMin") else -1)
+    if node.op_type == "CumSum":
+        at = t.f.scalar(node.inputs[1])
+        axis = int(at) % rank if at is not None and rank else -1
+    if axis < 0 or (node.op_type in ("ArgMax", "ArgMin") and not node.attributes.get_int("keepdims", 1)):
+        return
+    for i in range(rank):
+        if i != axis:
+            for out in node.outputs:
+                t.same(t.axis(x, i, node), t.axis(out, i))
+        else:
+            t.stop(t.axis(x, i, node), f"{node.op_type} '{node.name}' works along that axis")
+
+
+def _layer_norm(t: Tracer, node: ir.Node) -> None:
+    """Axes in front are free; over the normalized ones LayerNormalization would lose part of its mean and variance."""
+    x, y = ends(node)
+    rank = t.f.rank(x) or 0
+    first = axis_of(node, rank)
+    for i in range(first):
+        t.same(t.axis(x, i, node), t.axis(y, i))
+    exact = node.op_type == "RMSNormalization" and first == rank - 1
+    if not exact:
+        for i in range(first, rank):
+            why = f"{node.op_type} '{node.name}' takes mean and variance over that axis"
+            t.stop(t.axis(x, i, node), why)
+            t.stop(t.axis(y, i), why)
+        return
+    t.same(t.axis(x, -1, node), t.axis(y, -1))
+    for v in node.inputs[1:]:
+        if v is not None:
+            t.same(t.axis(v, -1, node), t.axis(y, -1))
+    units = t.at(t.axis(x, -1, node))
+    if units is not None:
+        t.norms[node] = units
+
+
+def _reduction(t: Tracer, node: ir.Node) -> None:
+    (x, y), axes = ends(node), axes_of(t.f, node)
+    rank = t.f.rank(x) or 0
+    if axes is None or (not axes and node.attributes.get_int("noop_with_empty_axes", 0) == 1):
+        return
+    gone = {a % rank for a in axes} or set(range(rank))
+    keep = node.attributes.get_int("keepdims", 1)
+    to = 0
+    for i in range(rank):
+        if i in gone:
+            t.stop(t.axis(x, i, node), f"{node.op_type} '{node.name}' reduces that axis")
+        else:
+            t.same(t.axis(x, i, node), t.axis(y, to))
+        to += 1 if keep or i not in gone else 0
+
+
+# ---- quantizers --------------------------------------------------------------------------------------------------
+
+
+def _quantizer(t: Tracer, node: ir.Node) -> None:
+    """QuantizeLinear and DequantizeLinear: scales and zero points per channel or per block follow the tensor."""
+    x, y = ends(node)
+    rank = t.f.rank(x) or 0
+    along, block = axis_of(node, rank, 1), node.attributes.get_int("block_size", 0)
+    for i in range(rank):
+        t.same(t.axis(x, i, node), t.axis(y, i))
+        for role in t.roles.get(t.axis(y, i), ()):
+            t.role(t.axis(x, i, node), role)
+    for v in node.inputs[1:]:
+        if v is None:
+            continue
+        for i in range(t.f.rank(v) or 0):
+            n, mine = t.size(x, along if not block else i), t.axis(v, i, node)
+            if t.size(v, i) == 1 or n is None:
+                t.followed(mine)
+            elif block and i == along:
+                t.mapped(mine, t.axis(x, i, node), np.arange(n) // block)
+            else:
+                t.same(mine, t.axis(x, i if block else along, node))
+
+
+Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of heads, None for the usual one
+
+
+# ---- attention ---------------------------------------------------------------------------------------------------
+
+
+def _attention(t: Tracer, node: ir.Node) -> None:
+    """Heads go as a whole. A key-value head goes with all its query heads; or as many query heads of each one go."""
+    q, k, v, y = node.inputs[0], node.inputs[1], node.inputs[2], node.outputs[0]
+    if q is None or k is None or v is None:
+        return
+    flat = t.f.rank(q) == 3
+    heads, kv = (
+        (node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0))
+        if flat
+        else (t.size(q, 1) or 0, t.size(k, 1) or 0)
+    )
+    if not heads or not kv or heads % kv:
+        return
+    for a in (q, k, v):
+        t.same(t.axis(a, 0, node), t.axis(y, 0))
+    inputs = [*node.inputs, None, None, None][:6]
+    outputs = [*node.outputs, None, None, None][:4]
+    asked: Places = [(q, None), (y, None)] + [(x, 1) for x in (inputs[3], outputs[3]) if t.size(x, -3) == heads]
+    shared: Places = [(k, None), (v, None)] + [(x, 1) for x in (inputs[4], inputs[5], outputs[1], outputs[2])]
+    queries = t.blocks(_heads(t, node, asked, heads, flat), heads)
+    keys = t.blocks(_heads(t, node, shared, kv, flat), kv)
+    _tie(t, node, queries, keys, (asked, shared, flat))
+    if flat:
+        queries, keys = (t.blocks(_heads(t, node, p, n, flat), n) for p, n in ((asked, heads), (shared, kv)))
+        for name, units in (("q_num_heads", queries), ("kv_num_heads", keys)):
+            if (units > FROZEN).any():
+                t.attrs[node, name] = units
+
+
+def _heads(t: Tracer, node: ir.Node, places: Places, heads: int, flat: bool) -> list[tuple[Axis, int]]:
+    """The axes that hold heads, with how many positions each head has there."""
+    found = []
+    for v, axis in places:
+        if v is None:
+            continue
+        reader = node if v in node.inputs else None
+        at = (2 if flat else 1) if axis is None else (t.f.rank(v) or 3) - 3
+        n = t.size(v, at)
+        if n is not None and n % heads == 0:
+            found.append((t.axis(v, at, reader), n // heads))
+    return found
+
+
+def _tie(t: Tracer, node: ir.Node, queries: Array, keys: Array, places: tuple[Places, Places, bool]) -> None:
+    """Relate query heads to the key-value heads that they share."""
+    asked, shared, flat = places
+    kv, repeat = len(keys), len(queries) // len(keys)
+    grouped = queries.reshape(kv, repeat)
+    whole = (grouped == grouped[:, :1]).all()
+    if (keys != UNKNOWN).any() or whole:
+        merged = np.where(keys != UNKNOWN, keys, grouped.max(axis=1))
+        t.join(merged[:, None], grouped)
+        for values, n, units in ((asked, kv, merged), (shared, kv, merged)):
+            for place, block in _heads(t, node, values, n, flat):
+                t.put(place, np.repeat(units, block), None) if (units != UNKNOWN).any() else None
+        t.parts.pop(node, None)
+    elif (queries != UNKNOWN).any():
+        t.parts[node] = grouped
+
+
+def _rotary(t: Tracer, node: ir.Node) -> None:
+    """A head rotates within itself: whole heads may go, channels of a head may not."""
+    x, y = ends(node)
+    t.same(t.axis(x, 0, node), t.axis(y, 0))
+    n, heads = t.size(x, -1), node.attributes.get_int("num_heads", 0)
+    if t.f.rank(x) == 4:
+        t.same(t.axis(x, 1, node), t.axis(y, 1))
+        if heads and (units := t.at(t.axis(x, 1, node))) is not None:
+            t.attrs[node, "num_heads"] = units
+    elif n is not None and heads and n % heads == 0:
+        places = [(t.axis(x, -1, node), n // heads), (t.axis(y, -1), n // heads)]
+        t.attrs[node, "num_heads"] = t.blocks(places, heads)
+
+
+RULES: dict[tuple[str, str], Rule] = LAYOUT_RULES | {
+    ("", op): rule
+    for rule, ops in (
+        (_elementwise, ELEMENTWISE),
+        (_reduction, REDUCTIONS),
+        (_pooling, POOLINGS),
+        (_along, ALONG),
+        (_per_channel, "BatchNormalization InstanceNormalization"),
+        (_group_norm, "GroupNormalization"),
+        (_layer_norm, "LayerNormalization RMSNormalization"),
+        (_quantizer, "QuantizeLinear DequantizeLinear"),
+        (_conv, "Conv ConvTranspose"),
+        (_matmul, "MatMul"),
+        (_gemm, "Gemm"),
+        (_einsum, "Einsum"),
+        (_attention, "Attention"),
+        (_rotary, "RotaryEmbedding"),
+    )
+    for op in ops.split()
+}

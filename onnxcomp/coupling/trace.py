@@ -1,0 +1,281 @@
+"""The walk that finds everything one axis is coupled to: unit numbers travel along axes until nothing changes.
+
+Every axis that is reached holds an array of unit numbers, one for each position: `UNKNOWN` where nothing asks the
+position to go, 0 where it must stay, above that the unit it belongs to. Where two numbers meet they are joined (a
+union-find), so rules only ever make units coarser; the order of the walk does not matter.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+from onnxcomp.groups import STAYS
+from onnxcomp.maths import Array
+from onnxcomp.structure.shapes import Facts
+
+__all__ = ["FROZEN", "UNKNOWN", "Axis", "Rule", "Tracer", "ends"]
+
+UNKNOWN, FROZEN = STAYS, 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a value; `reader` is the node that reads it where a small constant is a different one for each."""
+
+    value: ir.Value
+    axis: int
+    reader: ir.Node | None = None
+
+
+def ends(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+    """The first input and the first output of a node that needs both; raises `ModelError`."""
+    x = node.inputs[0] if node.inputs else None
+    if x is None:
+        raise ModelError(f"{node.op_type} '{node.name}' has no first input")
+    return x, node.outputs[0]
+
+
+class Tracer:
+    """Unit numbers by axis, how each was reached, and what the rules found that must be edited."""
+
+    def __init__(self, g: Graph, f: Facts, rules: dict[tuple[str, str], Rule], *, io: bool = False) -> None:
+        self.g, self.f, self.rules, self.io = g, f, rules, io
+        self.units: dict[Axis, Array] = {}
+        self.via: dict[Axis, tuple[Axis | None, ir.Node | None]] = {}
+        self.roles: dict[Axis, set[str]] = {}
+        self.sizes: dict[tuple[ir.Node, int], dict[int, tuple[Array, int]]] = {}
+        self.lengths: dict[tuple[ir.Node, int], int] = {}
+        self.attrs: dict[tuple[ir.Node, str], Array] = {}
+        self.norms: dict[ir.Node, Array] = {}
+        self.indices: dict[tuple[ir.Node, int], Array] = {}
+        self.parts: dict[ir.Node, Array] = {}
+        self.blocked: list[tuple[Axis, str]] = []
+        self.parent = np.zeros(1, np.int64)
+        self.joined = 0
+        self.patient = False  # whether axes may be split where it is not clear along which
+        self._queue: deque[ir.Node] = deque()
+        self._waiting: set[ir.Node] = set()
+        self._seen: dict[ir.Node, None] = {}
+        self._now: ir.Node | None = None
+        self._followed: set[Axis] = set()
+
+    # ---- unit numbers --------------------------------------------------------------------------------------------
+
+    def new(self, count: int) -> Array:
+        """Numbers of new units."""
+        first = len(self.parent)
+        self.parent = np.concatenate([self.parent, np.arange(first, first + count)])
+        return np.arange(first, first + count)
+
+    def find(self, units: Array) -> Array:
+        """The number that stands for each unit; `UNKNOWN` stays what it is."""
+        units = np.asarray(units, np.int64)
+        while True:
+            up = np.where(units >= 0, self.parent[np.maximum(units, 0)], units)
+            if np.array_equal(up, units):
+                return np.asarray(units)
+            units = up
+
+    def join(self, a: Array, b: Array) -> None:
+        """Make the units of two arrays the same, position by position, where both are known."""
+        x, y = (np.ravel(u) for u in np.broadcast_arrays(self.find(a), self.find(b)))
+        unlike = (x >= 0) & (y >= 0) & (x != y)
+        for p, q in np.unique(np.stack([x[unlike], y[unlike]], axis=1), axis=0):
+            r, s = (int(self.find(np.array([u]))[0]) for u in (p, q))
+            if r != s:
+                self.parent[max(r, s)] = min(r, s)  # 0, frozen, wins
+                self.joined += 1
+
+    def at(self, axis: Axis) -> Array | None:
+        """Unit numbers of an axis, None where it was not reached."""
+        units = self.units.get(axis)
+        return None if units is None else self.find(units)
+
+    # ---- places --------------------------------------------------------------------------------------------------
+
+    def axis(self, v: ir.Value, axis: int, node: ir.Node | None = None) -> Axis:
+        """The axis of a value as a node reads it; a constant vector is its own at each reader, being cheap to copy."""
+        rank = self.f.rank(v) or 0
+        place = axis % rank if rank else 0
+        return Axis(v, place, node if self._is_small(v) else None)
+
+    def _is_small(self, v: ir.Value) -> bool:
+        t = self.g.tensor(v)
+        return t is not None and sum(d != 1 for d in t.shape.numpy()) <= 1
+
+    def size(self, v: ir.Value | None, axis: int) -> int | None:
+        """Length of an axis where it is a number."""
+        shape = self.f.shape(v)
+        if shape is None or not -len(shape) <= axis < len(shape):
+            return None
+        d = shape[axis]
+        return d if isinstance(d, int) else None
+
+    # ---- what rules say ------------------------------------------------------------------------------------------
+
+    def put(self, to: Axis, units: Array, source: Axis | None) -> None:
+        """Give an axis unit numbers; where it has some they are joined. Neighbours are visited when it learns."""
+        n = self.size(to.value, to.axis)
+        if n != len(units):
+            return self.stop(source or to, f"axis {to.axis} of '{to.value.name}' is not {len(units)} long")
+        old = self.units.get(to)
+        if old is None:
+            if (units == UNKNOWN).all():
+                return None
+            self.units[to] = units.copy()
+            self.via[to] = (source, self._now)
+        else:
+            self.join(old, units)
+            if not ((old == UNKNOWN) & (units != UNKNOWN)).any():
+                return None
+            self.units[to] = np.where(old == UNKNOWN, units, old)
+        self._reached(to)
+        return None
+
+    def same(self, a: Axis, b: Axis) -> None:
+        """The two axes have the same positions."""
+        self._followed |= {a, b}
+        if a in self.units:
+            self.put(b, self.units[a], a)
+        if b in self.units:
+            self.put(a, self.units[b], b)
+
+    def mapped(self, a: Axis, b: Axis, index: Sequence[int] | Array) -> None:
+        """Position `i` of `b` is position `index[i]` of `a`."""
+        self._followed |= {a, b}
+        where = np.asarray(index, np.int64)
+        if a in self.units:
+            self.put(b, self.units[a][where], a)
+        if b in self.units and (n := self.size(a.value, a.axis)) is not None:
+            self.put(a, self._scattered(self.units[b], where, n), b)
+
+    def _scattered(self, units: Array, where: Array, n: int) -> Array:
+        """Unit numbers of the `n` positions that `where` points at; several for one position are joined."""
+        back = np.full(n, UNKNOWN)
+        known = units != UNKNOWN
+        back[where[known]] = units[known]
+        self.join(back[where], units)
+        return back
+
+    def blocks(self, axes: Iterable[tuple[Axis, int]], count: int) -> Array:
+        """Axes of `count` blocks, each as long as given; a block goes as a whole, and on all axes at once."""
+        places = list(axes)
+        merged = np.full(count, UNKNOWN)
+        for place, block in places:
+            self._followed.add(place)
+            if place in self.units and len(self.units[place]) == count * block:
+                merged = self._folded(merged, self.units[place].reshape(count, block))
+        source = next((p for p, _ in places if p in self.units), None)
+        if (merged != UNKNOWN).any():
+            for place, block in places:
+                self.put(place, np.repeat(merged, block), source)
+        return self.find(merged)
+
+    def _folded(self, merged: Array, units: Array) -> Array:
+        """The unit of every row, joined with the ones known already."""
+        first = np.where(merged != UNKNOWN, merged, units.max(axis=1))
+        self.join(first[:, None], units)
+        return np.asarray(first)
+
+    def followed(self, *axes: Axis) -> None:
+        """The rule has dealt with these axes in a way of its own."""
+        self._followed |= set(axes)
+
+    def role(self, axis: Axis, role: str) -> None:
+        """A constant `reads` or `writes` the axis."""
+        self.roles.setdefault(axis, set()).add(role)
+
+    def stop(self, axis: Axis, why: str) -> None:
+        """Nothing on this axis may go, if it is reached."""
+        self._followed.add(axis)
+        units = self.at(axis)
+        if units is None or not (units > FROZEN).any():
+            return
+        self.blocked.append((axis, why))
+        self.join(units, np.zeros_like(units))
+
+    def keep(self, axis: Axis, positions: Array) -> None:
+        """These positions of an axis may not go, with all that belongs to their units."""
+        self._followed.add(axis)
+        units = self.units.get(axis)
+        if units is not None:
+            self.join(units[positions], np.zeros(1, np.int64))
+
+    def counts(self, node: ir.Node, index: int, entry: int, units: Array, sign: int = 1) -> None:
+        """Entry `entry` of integer input `index` of the node counts the positions of `units`."""
+        self.sizes.setdefault((node, index), {})[entry] = (units, sign)
+
+    # ---- the walk ------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Visit nodes until nothing is learned; ambiguous splits are decided only when nothing else is left."""
+        while True:
+            self._drain()
+            before = self.joined
+            for node in list(self._seen):
+                self._visit(node)
+            if self._queue or self.joined != before:
+                continue
+            if self.patient:
+                return
+            self.patient = True
+
+    def _drain(self) -> None:
+        while self._queue:
+            node = self._queue.popleft()
+            self._waiting.discard(node)
+            self._seen[node] = None
+            self._visit(node)
+            if self._queue:
+                self.patient = False
+
+    def _reached(self, axis: Axis) -> None:
+        """Queue the nodes around an axis; one that the model's user sees, or that a subgraph reads, must stay."""
+        v = axis.value
+        if not self.g.is_constant(v) and (v.is_graph_input() or v.is_graph_output()) and not self.io:
+            what = "output" if v.is_graph_output() else "input"
+            self.stop(axis, f"it is axis {axis.axis} of the model's {what} '{v.name}'")
+        around = [axis.reader] if axis.reader is not None else [v.producer(), *(u for u, _ in v.uses())]
+        for node in around:
+            if node is None or node in self._waiting:
+                continue
+            if node.graph is not self.g.model.graph:
+                self.stop(axis, f"the subgraph of '{node.name}' reads '{v.name}'")
+                continue
+            self._waiting.add(node)
+            self._queue.append(node)
+
+    def _visit(self, node: ir.Node) -> None:
+        self._now, self._followed = node, set()
+        name = f"{node.op_type} '{node.name}'"
+        rule = self.rules.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
+        if rule is not None:
+            rule(self, node)
+        for v in dict.fromkeys((*node.inputs, *node.outputs)):
+            if v is None:
+                continue
+            for i in range(self.f.rank(v) or 0):
+                axis = self.axis(v, i, node if v in node.inputs else None)
+                if axis in self.units and axis not in self._followed:
+                    self.stop(axis, f"{name} works along axis {i} of '{v.name}'" if rule else f"{name} has no rule")
+        self._now = None
+
+    def path(self, axis: Axis) -> list[str]:
+        """Names of the nodes from the start to an axis."""
+        names: list[str] = []
+        at: Axis | None = axis
+        while at is not None and len(names) < 10_000:
+            at, node = self.via.get(at, (None, None))
+            if node is not None and (not names or names[-1] != node.name):
+                names.append(str(node.name))
+        return names[::-1]
+
+
+Rule = Callable[[Tracer, ir.Node], None]

@@ -1,0 +1,130 @@
+"""How `Graph.take` cuts: constants, counts, attributes, norms and the interface of one group."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import checks
+from onnxcomp.errors import ModelError
+from onnxcomp.groups import AttrSlot, Entries, Group, IndexSlot, NormSlot, Slot
+from onnxcomp.maths import Array
+
+if TYPE_CHECKING:
+    from onnxcomp.graph import Graph
+
+__all__ = ["cut"]
+
+EPSILON = {"RMSNormalization": 1e-5}
+
+
+def cut(g: Graph, group: Group, keep: Array) -> None:
+    """Cut everything but the units `keep`; all places are looked up and checked before the first edit."""
+    nodes = {str(n.name): n for n in g.nodes()}
+    values = _values(g, nodes)
+    for name in _named(group):
+        if name not in nodes:
+            raise ModelError(f"the graph has no node named '{name}', which the group cuts; make the group again")
+    for slot in group.slots:
+        if slot.value not in values:
+            raise ModelError(f"the graph has no constant named '{slot.value}', which the group cuts")
+    tensors = {s.value: g.tensor(values[s.value]) for s in group.slots}
+    group.check({name: tuple(t.shape.numpy()) for name, t in tensors.items() if t is not None})
+    for slots in _together(group.slots):
+        _cut(g, values[slots[0].value], slots, keep, nodes)
+    for index in group.indices:
+        _renumber(g, nodes[index.node], index, keep)
+    for norm in group.norms:
+        _rescale(g, nodes[norm.node], norm, keep)
+    for entries in group.entries:
+        _count(g, nodes[entries.node], entries, keep)
+    for attr in group.attrs:
+        g.set_attr(nodes[attr.node], **{attr.name: int(Slot("", 0, attr.units).kept(keep).sum())})
+    _interface(g, group, keep)
+    g.forget_shapes()
+
+
+def _values(g: Graph, nodes: dict[str, ir.Node]) -> dict[str, ir.Value]:
+    """Every constant by name."""
+    held = {str(v.name): v for v in g.model.graph.initializers.values()}
+    made = {str(n.outputs[0].name): n.outputs[0] for n in nodes.values() if n.op_type == "Constant"}
+    return held | made
+
+
+def _named(group: Group) -> set[str]:
+    edited: tuple[Entries | AttrSlot | NormSlot | IndexSlot, ...] = (
+        *group.entries, *group.attrs, *group.norms, *group.indices,
+    )  # fmt: skip
+    return {x.node for x in edited} | {u for s in group.slots for u in s.users}
+
+
+def _together(slots: tuple[Slot, ...]) -> list[list[Slot]]:
+    """Slots of one constant as the same users read it, so that it is written once."""
+    found: dict[tuple[str, tuple[str, ...]], list[Slot]] = {}
+    for slot in slots:
+        found.setdefault((slot.value, slot.users), []).append(slot)
+    return list(found.values())
+
+
+def _cut(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: dict[str, ir.Node]) -> None:
+    """Drop positions along each axis of one constant; other users than the named ones keep it whole."""
+    a = g.array(v)
+    for slot in slots:
+        a = np.compress(slot.kept(keep), a, axis=slot.axis)
+    g.put(v, a, users=[nodes[u] for u in slots[0].users] or None)
+
+
+def _count(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
+    """Write the counts that follow from a cut into an input of a node."""
+    v = node.inputs[entries.input] if entries.input < len(node.inputs) else None
+    counts = {s.index: s.count(keep) for s in entries.sizes}
+    if v is None:
+        g.set_input(node, entries.input, g.constant(np.array([counts[i] for i in sorted(counts)], np.int64), "sizes"))
+        g.set_attr(node, num_outputs=None)
+        return
+    if g.is_constant(v):
+        a = g.array(v).copy()
+        for i, n in counts.items():
+            a.reshape(-1)[i] = n
+        g.put(v, a, users=[node])
+        return
+    known = np.array([i in counts for i in range(entries.length)])
+    numbers = np.array([counts.get(i, 0) for i in range(entries.length)], np.int64)
+    g.set_input(node, entries.input, g.op("Where", known, numbers, v, name=f"{node.name}_sizes", like=v))
+
+
+def _renumber(g: Graph, node: ir.Node, index: IndexSlot, keep: Array) -> None:
+    """Positions on a cut axis as they are after the cut; what is cut with them is dropped by its own slot."""
+    v = node.inputs[index.input]
+    stays = Slot("", 0, index.units).kept(keep)
+    moved = np.cumsum(stays) - 1
+    a = g.array(v)
+    new = moved[np.where(a < 0, a + stays.size, a)].astype(a.dtype)
+    assert v is not None
+    g.put(v, np.maximum(new, 0), users=[node])
+
+
+def _rescale(g: Graph, node: ir.Node, norm: NormSlot, keep: Array) -> None:
+    """Make the mean of fewer squares what it was with zeroed channels (see `NormSlot`)."""
+    stays = Slot("", 0, norm.units).kept(keep)
+    share = stays.sum() / stays.size
+    gain = node.inputs[1]
+    assert gain is not None
+    a = g.array(gain)
+    g.put(gain, (a.astype(np.float64) / np.sqrt(share)).astype(a.dtype), users=[node])
+    was = node.attributes.get_float("epsilon", EPSILON[node.op_type])
+    g.set_attr(node, epsilon=float(was / share))
+
+
+def _interface(g: Graph, group: Group, keep: Array) -> None:
+    """Shrink the axes of graph inputs and outputs; a group that has any declares the change."""
+    ports = {str(v.name): v for v in (*g.model.graph.inputs, *g.model.graph.outputs)}
+    for io in group.io:
+        v = ports[io.value]
+        if v.shape is not None:
+            count = int(Slot("", 0, io.units).kept(keep).sum())
+            v.shape = ir.Shape([count if i == io.axis else d for i, d in enumerate(v.shape)])
+    if group.io:
+        g.interface = checks.interface(g.model.graph)
