@@ -1,6 +1,7 @@
 """A cut model equals the masked model: what the group names is exactly what carries the removed units."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 pytest.importorskip("onnxruntime")
