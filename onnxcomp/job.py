@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import onnxcomp
-from onnxcomp import benchmark, runtime, storage
+from onnxcomp import benchmark, runtime, storage, tensorrt
 from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import GateFailed, ModelError, OnnxcompError, RecipeError
@@ -115,6 +115,7 @@ class Job:
                 self._describe(e.report)
             raise
         self._describe(result.report)
+        result.report.warnings += tensorrt.require(result.model, self.target)
         return result
 
     def _describe(self, report: Report) -> None:

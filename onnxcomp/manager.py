@@ -24,6 +24,7 @@ from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache, content_hash
 from onnxcomp.storage import load
+from onnxcomp.structure.precision import in_half
 from onnxcomp.target import CPU, Target
 from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference, Validation
@@ -35,6 +36,7 @@ EXACT_FLOOR_DB = 80.0
 # Behind quantizers float noise moves values over rounding edges, layer by layer, until outputs differ by as much as
 # quantization itself moves them; what must stay is the distance to the original.
 LOST_DB = 1.0
+HALF_LOST_DB = 6.0  # in half types every other order of operations rounds anew, as much as the conversion itself did
 EXACT_SAMPLES = 16  # evaluation samples an exact pass is checked on; lossy passes and the result are compared on all
 
 
@@ -224,7 +226,7 @@ class PassManager:
         step.drift = validation.json()
         floor = EXACT_FLOOR_DB
         if any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
-            floor = few.against(before).values()["sqnr"] - LOST_DB
+            floor = few.against(before).values()["sqnr"] - (HALF_LOST_DB if in_half(work) else LOST_DB)
         sqnr = validation.values()["sqnr"]
         return "" if sqnr >= floor else f"left them {sqnr:.1f} dB from the original, {floor:.1f} dB was the floor"
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"__init__", "errors"},
     {"stats", "groups", "target", "maths/"},
     {"checks", "cutting", "graph", "storage", "external", "handover", "spool"},
-    {"structure/", "blocks", "coupling/", "quantize", "integer", "tokens", "forms/", "micro", "choices"},
+    {"structure/", "blocks", "coupling/", "quantize", "integer", "tensorrt", "tokens", "forms/", "micro", "choices"},
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
         "accumulate",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -106,7 +107,7 @@ def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True) -> ir.Value
         bound = np.array(cap, dtype)
         scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, bound)), bound, name=f"{name}_capped")
     if mask is not None and mask.dtype is ir.DataType.BOOL:
-        scores = g.op("Where", mask, scores, np.array(np.finfo(dtype).min, dtype), name=f"{name}_masked")
+        scores = g.op("Where", mask, scores, np.array(ml_dtypes.finfo(dtype).min, dtype), name=f"{name}_masked")
     elif mask is not None:
         scores = g.op("Add", scores, mask, name=f"{name}_masked")
     wide = _repeated(g, v4, v, kv, heads // kv, f"{name}_v")
@@ -189,14 +190,21 @@ def _repeated(g: Graph, x4: ir.Value, x: ir.Value | None, heads: int, repeat: in
 
 
 def _rms(g: Graph, node: ir.Node) -> ir.Value:
-    """`x / sqrt(mean(x^2) + eps) * gain` over the last axis."""
+    """`x / sqrt(mean(x^2) + eps) * gain` over the last axis; half types in float32 (squares overflow), as stashed."""
     x, gain = node.inputs[:2]
     if node.attributes.get_int("axis", -1) != -1:
         raise TargetError(f"node '{node.name}': RMSNormalization over several axes has no spelling below opset 23")
-    epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), _float(node))
+    given, dtype = x, _float(node)
+    inner = dtype if dtype.itemsize > 2 else np.dtype(np.float32)
+    if inner != dtype:
+        x = g.op("Cast", x, to=ir.DataType.FLOAT.value, name=f"{node.name}_wide")
+    epsilon = np.array(node.attributes.get_float("epsilon", 1e-5), inner)
     power = g.op("ReduceMean", g.op("Mul", x, x), _ints(-1), keepdims=1, name=f"{node.name}_power")
     root = g.op("Sqrt", g.op("Add", power, epsilon), name=f"{node.name}_root")
-    return g.op("Mul", g.op("Div", x, root), gain, name=f"{node.name}_scaled", like=node.outputs[0])
+    scaled = g.op("Div", x, root)
+    if inner != dtype:
+        scaled = g.op("Cast", scaled, to=ir.DataType.from_numpy(dtype).value, name=f"{node.name}_narrow", like=given)
+    return g.op("Mul", scaled, gain, name=f"{node.name}_scaled", like=node.outputs[0])
 
 
 def _rotary(g: Graph, node: ir.Node) -> ir.Value:

@@ -29,6 +29,7 @@ __all__ = [
     "fills",
     "from_fills",
     "from_integers",
+    "in_half",
     "islands",
     "ports",
     "precise",
@@ -112,6 +113,12 @@ def _is_float(v: ir.Value | None) -> bool:
     return v is not None and v.dtype is FLOAT
 
 
+def in_half(g: Graph) -> bool:
+    """Whether a graph holds weights of a half type."""
+    held = (v.dtype for v in g.model.graph.initializers.values())
+    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in held)
+
+
 def candidates(g: Graph, half: ir.DataType) -> list[Ports]:
     """Ports of every node that could run in half, arithmetic on positions and masks of numbers left out."""
     if any(v.dtype is None for node in g.nodes() for v in node.outputs):
@@ -156,9 +163,8 @@ def islands(chosen: Collection[Ports]) -> set[ir.Node]:
 
 def _touches(p: Ports, made: Collection[ir.Value], left: Collection[ir.Node]) -> bool:
     """Whether a node reads what a half node makes, or makes what a half node reads."""
-    return any(p.node.inputs[i] in made for i in p.inputs) or any(
-        u in left for i in p.outputs for u, _ in p.node.outputs[i].uses()
-    )
+    reads = any(p.node.inputs[i] in made for i in p.inputs)
+    return reads or any(u in left for v in p.node.outputs for u, _ in v.uses())
 
 
 def from_integers(g: Graph) -> set[ir.Value]:
