@@ -130,6 +130,7 @@ class PassManager:
 
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
         walk.steps.enter(str(p))
+        walk.report.warnings += p.advice(self.target)
         known = walk.steps.load()
         if known is None:
             self._step(walk, p)

@@ -177,6 +177,10 @@ class Pass(abc.ABC):
         """What a user of this pass should know about the target; the report's warnings show it."""
         return ()
 
+    def advice(self, target: Target) -> Iterable[str]:
+        """What a user of these options should know about this target; goes into the report's warnings."""
+        return ()
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""
         return ()

@@ -51,6 +51,7 @@ class Target:
     forms: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     contrib: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
     gflops: Mapping[str, float] = field(default_factory=dict)
     here: bool = True
 
@@ -144,12 +145,13 @@ TENSORRT = Target(
     name="tensorrt",
     providers=("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
     description="NVIDIA GPU through ONNX Runtime's TensorRT provider: symmetric, no zero points, strongly typed",
-    provider_options={"trt_fp16_enable": "0", "trt_engine_cache_enable": "0"},
+    provider_options={"trt_fp16_enable": "0", "trt_engine_cache_enable": "0", "trt_sparsity_enable": "1"},
     package="onnxcomp[tensorrt]",
     max_opset=22,
     quantized=Quantized(activations=("s8",), zero_points=False),
     forms={**_GPU_FORMS, "attention": ("decomposed",)},
     lacks=("Attention",),
+    sparse=("2:4",),
     gflops={"fp32": 40000.0, "int8": 400000.0},
 )
 TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORRT)}

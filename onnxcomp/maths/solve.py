@@ -14,7 +14,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 
-__all__ = ["Gptq", "Solution", "error", "gptq", "least_squares", "repair"]
+__all__ = ["Gptq", "Solution", "damped", "error", "gptq", "inverse_factor", "least_squares", "repair"]
 
 DAMP_LIMIT = 1e6
 LAZY = 128  # in-channels between two updates of the rest of the matrix
@@ -126,7 +126,7 @@ def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, ac
     k, n = w.shape
     order = np.argsort(-np.diag(g), kind="stable") if act_order else np.arange(k)
     dead = np.diag(g) <= 0
-    upper, used = _inverse_factor(np.where(np.eye(k, dtype=bool) & dead, 1.0, g)[np.ix_(order, order)], damp)
+    upper, used = inverse_factor(np.where(np.eye(k, dtype=bool) & dead, 1.0, g)[np.ix_(order, order)], damp)
     scale = np.broadcast_to(spread(scales.scale, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
     zero = np.broadcast_to(spread(scales.zero, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
     rest = w[order].copy()
@@ -145,7 +145,7 @@ def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, ac
     return unordered, used
 
 
-def _inverse_factor(h: Float64, damp: float) -> tuple[Float64, float]:
+def inverse_factor(h: Float64, damp: float) -> tuple[Float64, float]:
     """Upper triangular `U` with `U^T U = H^-1`, from the Cholesky factor of `H` read backwards."""
     _, lower, used = damped(h[::-1, ::-1], damp)
     upper = np.linalg.inv(lower[::-1, ::-1])
