@@ -69,7 +69,6 @@ class Choices:
     header: Header
     sites: dict[str, Choice] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
-    verdicts: dict[str, dict[str, Any]] = field(default_factory=dict)
     pinned: bool = False
     path: Path | None = None
 
@@ -114,7 +113,7 @@ class Choices:
         """Plain values."""
         sites = {key: dataclasses.asdict(c) for key, c in self.sites.items()}
         head = dataclasses.asdict(self.header)
-        return {"header": head, "sites": sites, "numbers": self.numbers, "verdicts": self.verdicts}
+        return {"header": head, "sites": sites, "numbers": self.numbers}
 
 
 def _read(path: Path) -> Choices | None:
@@ -125,7 +124,6 @@ def _read(path: Path) -> Choices | None:
         header = TypeAdapter(Header).validate_python(raw.get("header"))
         sites = TypeAdapter(dict[str, Choice]).validate_python(raw.get("sites", {}))
         numbers = TypeAdapter(dict[str, float]).validate_python(raw.get("numbers", {}))
-        verdicts = TypeAdapter(dict[str, dict[str, Any]]).validate_python(raw.get("verdicts", {}))
     except (OSError, ValueError, ValidationError):
         return None
-    return Choices(header, sites, numbers, verdicts)
+    return Choices(header, sites, numbers)

@@ -45,7 +45,8 @@ Gates = Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help=
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="AXES", help="Such as batch=1,sequence=128.")]
 GraphName = Annotated[str | None, typer.Option("--graph", help="Only this graph of a folder with several.")]
 AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let package.module:function sources run code.")]
-NoMeasure = Annotated[bool, typer.Option("--no-measure", help="No benchmark; the same bytes on every machine.")]
+NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the same bytes on every machine.")]
+ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 lets the runtime choose.")]
@@ -126,6 +127,8 @@ def optimize(
     opset: Annotated[int | None, typer.Option(help="Highest operator set to write.")] = None,
     graph: GraphName = None,
     no_measure: NoMeasure = False,
+    choices: ChoicesFile = None,
+    cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
     report: ReportFile = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -134,6 +137,7 @@ def optimize(
     """Make a model faster without changing what it computes; needs no data."""
     shapes = [parse_shape(s) for s in shape or ()]
     options = {"shapes": shapes, "opset": opset, "graph": graph, "measure": not no_measure, "report": report}
+    options |= {"choices": choices, "cache": cache}
     _compress(Output(json, quiet, verbose), model, out, preset="optimize", target=target, **options)
 
 
@@ -159,7 +163,10 @@ def compress(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Limit for statistics, such as 4GiB.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
     no_measure: NoMeasure = False,
-    cache: Annotated[Path | None, typer.Option(help="Keep statistics and finished passes here.")] = None,
+    choices: ChoicesFile = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep statistics, measured forms and finished passes here.")
+    ] = None,
     report: ReportFile = None,
     graph: GraphName = None,
     seed: Seed = 0,
@@ -177,6 +184,7 @@ def compress(
         samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=on_fail,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
+        choices=choices,
     )  # fmt: skip
 
 
@@ -256,6 +264,32 @@ def bench(
         found = onnxcomp.bench(models, find(target), shapes, runs=runs, threads=threads, watch=step)
     notes = [f"note: {w}" for w in found.warnings]
     output.show(report.finite(found.json()), report.speed_headline(found), tables.benchmark(found), *notes)
+
+
+@app.command()
+def tune(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file of choices to write.", show_default=False)],
+    target: Target = "cpu",
+    preset: Annotated[str, typer.Option(help="Measure what this preset leaves of the model.")] = "optimize",
+    recipe: Annotated[Path | None, typer.Option(help="A recipe as YAML, in place of a preset.")] = None,
+    shape: Shapes = None,
+    graph: GraphName = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure the equivalent forms of each site on this machine; optimize and compress take the file as --choices."""
+    from onnxcomp import report, tables
+    from onnxcomp.target import find
+    from onnxcomp.tuner import tune as measure
+
+    output = Output(json, quiet, verbose)
+    shapes = [parse_shape(s) for s in shape or ()]
+    choices, found = measure(model, out, target=find(target), preset=preset, recipe=recipe, shapes=shapes, graph=graph)
+    changed = sum(c.form != c.default for c in found)
+    line = f"{len(found)} kinds of sites, {changed} in another form than the table's; written to {out}"
+    output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
 @app.command()

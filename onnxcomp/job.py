@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import onnxcomp
-from onnxcomp import benchmark, runtime, storage, tensorrt
+from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt
 from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import as_dataset, load_data
-from onnxcomp.errors import GateFailed, ModelError, OnnxcompError, RecipeError
+from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass
+from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe
 from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.runner import Runner
@@ -275,6 +276,8 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
 def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     result = job.run(watch)
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
+    timed = job.measure and job.target.here and not host_of(job.target)[1]
+    confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)
     _check(job, path, result)
     stem = Path(name).stem
     write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
@@ -291,8 +294,9 @@ def _check(job: Job, path: Path, result: Result) -> None:
     r.warnings += smoke(job.model, path, host)
     if job.target.provider == CPU.provider:
         r.integer = runtime.integer_check(path, host)
+    r.placement = _placed(path, job.target, host, elsewhere)
     if job.measure and job.target.here and not elsewhere:
-        r.benchmark = benchmark.bench([job.model, path], job.target, job.shapes)
+        r.benchmark = r.benchmark or benchmark.bench([job.model, path], job.target, job.shapes)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     elif gate.wants_latency:
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
@@ -302,6 +306,18 @@ def _check(job: Job, path: Path, result: Result) -> None:
         refused.append(f"integer check: {r.integer.detail}")
     if refused:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
+
+
+def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placement:
+    """Who runs what, at a small size; a target that is not here is only looked up."""
+    if elsewhere or not target.here:
+        return placement(path, target, None, elsewhere or f"'{target.name}' is another machine")
+    g = storage.load(path)
+    try:
+        feeds = axes.feeds_for(g, {k: min(n, 8) for k, n in axes.default_shapes(g)[0].items()})
+    except DataError as e:
+        return placement(path, host, None, str(e))
+    return placement(path, host, feeds)
 
 
 def smoke(original: Path, path: Path, target: Target) -> list[str]:

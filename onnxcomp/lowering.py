@@ -18,7 +18,7 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.race import Entry, race, winner
+from onnxcomp.race import Entry, race, unfinished, winner
 from onnxcomp.runtime import Session, installed_runtimes
 from onnxcomp.structure.dims import Size
 from onnxcomp.structure.shapes import Facts
@@ -107,28 +107,30 @@ class Planner:
             return replace(base, reason="its sizes at the asked shapes are not known before it runs")
         if self._spent > self.budget:
             return replace(base, reason=f"{self.budget:.0f} s of measuring were used up")
-        measured = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
-        self.choices.sites[group.key] = replace(measured, sites=())
+        measured, whole = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
+        if whole:
+            self.choices.sites[group.key] = replace(measured, sites=())
         return measured
 
-    def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> Choice:
+    def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> tuple[Choice, bool]:
+        """The choice by the clock, and whether there was time enough to remember it."""
         began = time.perf_counter()
         entries = [_entry(kind, name, group, self.target, self._masks) for name in names]
         ready = [e for e in entries if not e.note]
         if entries[0].note:
-            return replace(
-                base, reason=f"{names[0]} {entries[0].note}", candidates=tuple(e.candidate(e) for e in entries)
-            )
+            why, failed = f"{names[0]} {entries[0].note}", tuple(e.candidate(e) for e in entries)
+            return replace(base, reason=why, candidates=failed), True
         race(ready, self.target, deadline=began + self.budget - self._spent)
-        best = winner(ready)
+        best, whole = winner(ready), not unfinished(ready)
         self._spent += time.perf_counter() - began
         candidates = tuple(e.candidate(entries[0]) for e in entries)
         if best is entries[0]:
             why = entries[0].note or f"none of {len(entries) - 1} other forms is surely faster than {names[0]}"
+            why = why if whole else f"{self.budget:.0f} s of measuring were used up before another form had surely won"
         else:
             c = best.candidate(entries[0])
             why = f"{c.ratio:.2f}x [{c.low:.2f}, {c.high:.2f}] the speed of {names[0]}"
-        return replace(base, form=best.form, reason=why, source="measured", candidates=candidates)
+        return replace(base, form=best.form, reason=why, source="measured", candidates=candidates), whole
 
     # ---- what is equal to the clock ------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, Re
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph, Site
 from onnxcomp.outcome import Report, Result, Step
-from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score
+from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache, content_hash
 from onnxcomp.storage import load
@@ -52,6 +52,7 @@ class _Walk:
     report: Report
     steps: StepCache
     planner: lowering.Planner | None = None
+    unlowered: Graph | None = None
     variants: dict[str | None, Reference] = field(default_factory=dict)
 
 
@@ -115,7 +116,7 @@ class PassManager:
                     self.watch(p.name, i, len(self.passes))
                 self._resume_or_step(walk, p)
             self._finish(walk)
-        return Result(walk.graph, report)
+        return Result(walk.graph, report, walk.unlowered)
 
     def _reference(self, model: Graph, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
@@ -131,14 +132,16 @@ class PassManager:
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
         walk.steps.enter(str(p))
         walk.report.warnings += p.advice(self.target)
-        known = walk.steps.load()
+        known, before = walk.steps.load(), walk.graph
         if known is None:
             self._step(walk, p)
             walk.steps.save(walk.graph, walk.report.steps[-1])
-            return
-        walk.graph, step = known
-        walk.report.steps.append(step)
-        walk.report.validation = None  # stale: the last step's comparison is made again at the end
+        else:
+            walk.graph, step = known
+            walk.report.steps.append(step)
+            walk.report.validation = None  # stale: the last step's comparison is made again at the end
+        if p.stage is Stage.LOWER and walk.unlowered is None and walk.graph is not before:
+            walk.unlowered = before
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 

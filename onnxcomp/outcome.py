@@ -13,6 +13,7 @@ from onnxcomp.storage import save
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
+    from onnxcomp.placement import Placement
     from onnxcomp.runtime import IntegerCheck
     from onnxcomp.validation import Validation
 
@@ -51,6 +52,7 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
     benchmark: BenchReport | None = None
+    placement: Placement | None = None
 
     def step(self, name: str) -> Step:
         """The last step of that pass; raises `KeyError`."""
@@ -62,10 +64,11 @@ class Report:
 
 @dataclass
 class Result:
-    """The compressed model with its report."""
+    """The compressed model with its report, and what it was before lowering, where that changed it."""
 
     model: Graph
     report: Report
+    unlowered: Graph | None = None
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

@@ -15,7 +15,7 @@ from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
 from onnxcomp.target import Target
 
-__all__ = ["MARGIN", "ROUNDS", "Entry", "race", "seconds", "winner"]
+__all__ = ["MARGIN", "ROUNDS", "Entry", "race", "unfinished", "winner"]
 
 ROUNDS = 8
 SPARED = 1  # rounds in which a form may lose and still be surely faster: 7 of 8 by chance has 3.5 %
@@ -23,6 +23,7 @@ MARGIN = 0.02  # a form must be faster by more than this in a round to have won 
 SLOWER = 0.97  # and at no shape slower than this
 WINDOW = 0.012  # seconds of timed runs per form, shape and round
 WARMUP = 3
+LONG = 0.005  # seconds of a run from which one is warm-up enough
 EQUAL = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-2, np.dtype(np.float64): 1e-9}
 
 Feeds = Mapping[str, Array]
@@ -89,11 +90,9 @@ def winner(entries: Sequence[Entry]) -> Entry:
     return max(even, key=lambda e: float(np.median(e.ratios)), default=default)
 
 
-def seconds(model: Graph, feeds: Sequence[Feeds], target: Target, *, threads: int = 0) -> tuple[float, ...]:
-    """Median seconds per run at each shape, one session."""
-    entry = Entry("", model, feeds)
-    with Session(model, target, threads=threads, prepack=True) as session:
-        return tuple(_median(session, f) for f in entry.feeds)
+def unfinished(entries: Sequence[Entry]) -> bool:
+    """Whether time ran out while a form might still have won."""
+    return any(not e.note and e.lost <= SPARED and len(e.ratios) < ROUNDS for e in entries[1:])
 
 
 def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str, Array]:
@@ -110,7 +109,9 @@ def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str
 
 
 def _median(session: Session, feeds: Feeds) -> float:
-    for _ in range(WARMUP):
+    began = time.perf_counter()
+    session.run(feeds)
+    for _ in range(WARMUP - 1 if time.perf_counter() - began < LONG else 0):
         session.run(feeds)
     samples: list[float] = []
     until = time.perf_counter() + WINDOW

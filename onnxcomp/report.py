@@ -19,6 +19,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 import onnxcomp
 from onnxcomp.benchmark import machine
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.report_parts import ChoicePart, Interval, LoweringPart, PlacementPart
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
@@ -43,14 +44,6 @@ PACKAGES = ("onnxcomp", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime",
 
 
 # ---- the schema ------------------------------------------------------------------------------------------------------
-
-
-class Interval(TypedDict):
-    """A value and the 95 % interval around it; null where it is not a finite number."""
-
-    value: float | None
-    low: float | None
-    high: float | None
 
 
 class DataPart(TypedDict):
@@ -84,6 +77,7 @@ class StepPart(TypedDict):
     drift: dict[str, Any] | None
     rolled_back: str
     cached: bool
+    choices: list[ChoicePart]
 
 
 class VerdictPart(TypedDict):
@@ -191,6 +185,8 @@ class ReportPart(TypedDict):
     verdicts: list[VerdictPart]
     validation: ValidationPart | None
     benchmark: BenchmarkPart | None
+    lowering: LoweringPart | None
+    placement: PlacementPart | None
     integer_check: IntegerPart | None
     warnings: list[str]
     machine: dict[str, Any]
@@ -225,6 +221,8 @@ def to_json(report: Report) -> ReportPart:
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "validation": None if validation is None else finite(validation.json()),
         "benchmark": None if benchmark is None else _benchmark(benchmark),
+        "lowering": info.get("lowering"),
+        "placement": None if report.placement is None else finite(dataclasses.asdict(report.placement)),
         "integer_check": None if integer is None else finite(dataclasses.asdict(integer)),
         "warnings": list(report.warnings),
         "machine": machine(),

@@ -13,11 +13,22 @@ if TYPE_CHECKING:
 
     from onnxcomp.benchmark import BenchReport
     from onnxcomp.catalog import PassInfo
+    from onnxcomp.choices import Choice
     from onnxcomp.gate import Verdict
     from onnxcomp.outcome import Report, Step
     from onnxcomp.validation import Validation
 
-__all__ = ["anatomy", "benchmark", "checks", "option_table", "pass_table", "report_tables", "validation", "verdicts"]
+__all__ = [
+    "anatomy",
+    "benchmark",
+    "checks",
+    "choices",
+    "option_table",
+    "pass_table",
+    "report_tables",
+    "validation",
+    "verdicts",
+]
 
 SHOWN = 3  # declined sites named per reason
 
@@ -37,6 +48,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
     found: list[RenderableType] = [steps(report.steps)]
     if any(s.declined for s in report.steps):
         found.append(declined(report.steps, every=verbose))
+    if any(s.choices for s in report.steps):
+        found.append(choices([c for s in report.steps for c in s.choices], every=verbose))
     if report.verdicts:
         found.append(verdicts(report.verdicts))
     if report.validation is not None:
@@ -48,6 +61,11 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
             f"integer check {'passed' if check.ok else 'FAILED'}: {check.integer_products} integer products for "
             f"{check.quantized_linears} quantized linears, {check.dequantized_weights} weights dequantized at run time"
         )
+    if said := report.info.get("lowering"):
+        found.append(f"lowering: the {said['kept']} model was kept: {said['why']}")
+    if (where := report.placement) is not None and (where.elsewhere or not where.ran):
+        lost = f"; not on {where.provider}: {', '.join(where.elsewhere)}" if where.elsewhere else ""
+        found.append(f"placement: {where.detail or 'run'}{lost}")
     return [*found, *(f"note: {w}" for w in report.warnings)]
 
 
@@ -73,6 +91,18 @@ def declined(found: Sequence[Step], *, every: bool = False) -> Table:
     """Sites left alone, grouped by reason; all of them by name with `every`."""
     rows = [(s.name, *row) for s in found for row in _grouped([(d.site, d.why) for d in s.declined], every=every)]
     return table("Left alone", ("pass", "sites", "why", "such as"), rows, left=4)
+
+
+def choices(found: Sequence[Choice], *, every: bool = False) -> Table:
+    """What each kind of site became and why; with `every` each form with its times."""
+    rows: list[tuple[Any, ...]] = []
+    for c in found:
+        rows.append((c.kind, len(c.sites), c.site, c.form, c.reason, c.source))
+        for x in c.candidates if every else ():
+            times = ", ".join(f"{ms:.3f} ms" for ms in x.ms)
+            ratio = "" if x.ratio is None else f"{x.ratio:.2f}x [{x.low:.2f}, {x.high:.2f}]"
+            rows.append(("", "", times, f"  {x.form}", ratio or x.note, ""))
+    return table("Forms", ("kind", "sites", "what", "form", "why", "from"), rows, left=6)
 
 
 def verdicts(found: Sequence[Verdict]) -> Table:

@@ -55,6 +55,8 @@ class Lower(Pass):
                     form.rewrite(ctx, spot)
                 if other and g.edits == edits:
                     g.decline(spot.site, f"stays {spot.present}: {why}")
+            g.model.graph.sort()
+            g.sweep()  # what was replaced is no site of the kinds that follow
         if g.opset > env.target.max_opset:
             decompose.lower_opset(g, env.target.max_opset)
 

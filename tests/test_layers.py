@@ -43,7 +43,7 @@ LAYERS = [
     {"pipeline", "gate", "outcome", "manager", "steps"},
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
-    {"report", "job", "inspection", "comparison", "doctor", "tables"},
+    {"report", "report_parts", "job", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},
     {"console", "failures", "cli", "__main__"},
 ]
 # They stand beside the layers: what they may import of ours.

@@ -1,0 +1,119 @@
+"""Whether lowering paid for the whole model: timed against the unlowered one and the source; the better one is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp import axes, benchmark, runtime, storage
+from onnxcomp.benchmark import BenchReport, Rounds
+from onnxcomp.errors import OnnxcompError
+from onnxcomp.graph import Graph
+from onnxcomp.outcome import Report, Result
+from onnxcomp.target import Target
+
+__all__ = ["confirm", "pick"]
+
+NOISE = 1e-3  # relative difference of outputs that equivalent forms never reach in float32
+ROUNDS = 12  # at least so many timed runs of each model and shape; the benchmark does more where they are short
+
+
+def confirm(
+    source: Path, path: Path, result: Result, target: Target, shapes: Sequence[Mapping[str, int]], *, measure: bool
+) -> None:
+    """Compare the written result with its unlowered form; write that one instead where it is the better one.
+
+    Without `measure` only the outputs are compared. What was found goes into the report, and the benchmark of source
+    and result too.
+    """
+    r, other = result.report, result.unlowered
+    if other is None or not any(s.name == "lower" and s.edits for s in r.steps):
+        return
+    if why := _illegal(other, target):
+        r.info["lowering"] = _said("lowered", f"not compared with the unlowered model: {why}")
+        return
+    if why := _differs(other, path, r):
+        _keep(result, path, f"the lowered model {why}")
+    elif measure:
+        _time(source, path, result, target, shapes)
+
+
+def _illegal(g: Graph, target: Target) -> str:
+    if g.opset > target.max_opset:
+        return f"'{target.name}' takes operators up to opset {target.max_opset}"
+    lacking = sorted({n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks})
+    return f"'{target.name}' has no {lacking[0]}" if lacking else ""
+
+
+def _differs(other: Graph, path: Path, r: Report) -> str:
+    """How the lowered model's outputs are wrong, empty if they are not; not asked behind quantizers."""
+    if any(s.fidelity == "lossy" and s.changed for s in r.steps):
+        return ""
+    try:
+        feeds = axes.feeds_for(other, {k: min(n, 16) for k, n in axes.default_shapes(other)[0].items()})
+        with runtime.Session(other, prepack=False) as session:
+            want = session.run(feeds)
+    except OnnxcompError:
+        return ""  # an open axis of unknown size, or a model that runs at its own sizes only
+    try:
+        with runtime.Session(path) as session:
+            got = session.run(feeds)
+    except OnnxcompError as e:
+        return f"does not run: {e}"
+    for name, a in want.items():
+        if a.dtype.kind == "f" and a.size and np.isfinite(a).all():
+            error = float(np.abs(a.astype(np.float64) - got[name]).max() / max(float(np.abs(a).max()), 1e-30))
+            if not error <= NOISE:
+                return f"differs from the unlowered one by {error:.1e} in '{name}'"
+    return ""
+
+
+def _time(source: Path, path: Path, result: Result, target: Target, shapes: Sequence[Mapping[str, int]]) -> None:
+    """Source, result and unlowered model in turns; the unlowered one stays where the result is surely slower."""
+    other = result.unlowered
+    assert other is not None
+    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
+        plain = storage.save(other, Path(folder), name="unlowered.onnx")
+        found = benchmark.bench([source, path, plain], target, shapes, runs=ROUNDS)
+    ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
+    worse = [shape for shape, x in ratios.items() if x.high < 1]
+    better = [shape for shape, x in ratios.items() if x.low > 1]
+    shown = [{"shape": shape, **dataclasses.asdict(x)} for shape, x in ratios.items()]
+    total = float(np.exp(np.mean([np.log(x.value) for x in ratios.values()])))
+    if worse and total < 1 and runtime.integer_check(other).ok:
+        _keep(result, path, f"the lowered model was slower than it at {'; '.join(worse)}", shown)
+        result.report.benchmark = pick(found, (0, 2), str(path))
+        return
+    why = f"faster than the unlowered model at {'; '.join(better)}" if better else "level with the unlowered model"
+    why += f", slower at {'; '.join(worse)}" if worse else ""
+    result.report.info["lowering"] = _said("lowered", why, shown)
+    result.report.benchmark = pick(found, (0, 1), str(path))
+
+
+def _keep(result: Result, path: Path, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write the unlowered model in the result's place and say so."""
+    assert result.unlowered is not None
+    storage.save(result.unlowered, path, metadata=result.report.info.get("metadata", {}))
+    result.model = result.unlowered
+    result.report.info["lowering"] = _said("unlowered", why, ratios)
+    result.report.warnings.append(f"lowering was undone: {why}")
+
+
+def _said(kept: str, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    return {"kept": kept, "why": why, "ratios": [dict(x) for x in ratios]}
+
+
+def pick(b: BenchReport, kept: Sequence[int], name: str) -> BenchReport:
+    """A benchmark with only two of its models, the second called `name`."""
+    rounds = {
+        shape: Rounds(tuple(tuple(row[i] for i in kept) for row in found.blocks)) for shape, found in b.rounds.items()
+    }
+    count = len(b.models)
+    rows = [b.rows[at + i] for at in range(0, len(b.rows), count) for i in kept]
+    rows = [dataclasses.replace(row, model=name) if at % 2 else row for at, row in enumerate(rows)]
+    return dataclasses.replace(b, rows=rows, models=[b.models[kept[0]], name], rounds=rounds)

@@ -1,0 +1,58 @@
+"""`onnxcomp tune`: the measured choices of a model's sites as a file, for machines that only build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from onnxcomp import storage
+from onnxcomp.choices import Choice, Choices
+from onnxcomp.comparison import chosen_graphs
+from onnxcomp.data import Dataset, load_data
+from onnxcomp.errors import RecipeError
+from onnxcomp.manager import PassManager
+from onnxcomp.outcome import Report
+from onnxcomp.recipe import Recipe
+from onnxcomp.target import CPU, Target
+
+__all__ = ["tune"]
+
+SAMPLES = 4
+
+
+def tune(
+    model: str | Path,
+    out: str | Path,
+    *,
+    target: Target = CPU,
+    preset: str = "optimize",
+    recipe: Path | None = None,
+    shapes: Sequence[Mapping[str, int]] = (),
+    graph: str | None = None,
+) -> tuple[Choices, list[Choice]]:
+    """Measure the forms of every site that a recipe leaves, and write the choices; nothing else is kept.
+
+    Data that the recipe's passes need is made up: a time depends on sizes and types alone. Raises `RecipeError` where
+    the target does not run here.
+    """
+    chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe.preset(preset)
+    choices, found = None, []
+    for path in chosen_graphs(Path(model), graph).values():
+        g = storage.load(path)
+        manager = PassManager(
+            chosen.passes, target=target, measure=True, shapes=[dict(s) for s in shapes], allow_unchanged=True,
+            any_order=chosen.any_order,
+        )  # fmt: skip
+        if manager.host_note or not target.here:
+            raise RecipeError(f"'{target.name}' cannot be measured here: run tune on the machine it stands for")
+        if choices is not None:
+            manager.choices = choices
+        data: Dataset | tuple[()] = ()
+        if any(p.wants_data for p in chosen.passes):
+            data = load_data("random", g, path.parent, batch=2, samples=SAMPLES, sequence=32)
+        report: Report = manager.run(g, data).report
+        choices = manager.choices
+        found += [c for s in report.steps for c in s.choices]
+    assert choices is not None
+    choices.save(Path(out))
+    return choices, found
