@@ -50,6 +50,7 @@ def shelter(g: Graph) -> None:
             for old, y in zip(node.outputs, made.outputs if made is not None else (), strict=True):
                 y.type, y.shape = old.type, old.shape
                 g.replace(old, y)
+    g.model.graph.sort()  # what was appended goes where it is read
     g.sweep()
 
 
