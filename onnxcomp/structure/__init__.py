@@ -9,6 +9,7 @@ from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
 from onnxcomp.structure.contrib import shelter, unfuse
 from onnxcomp.structure.fold import choose_known, fold_constants
+from onnxcomp.structure.guards import lift_guards
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
 from onnxcomp.structure.linear import raise_linears
 from onnxcomp.structure.norm import raise_norms
@@ -58,6 +59,7 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     f = Facts(graph)
     unfuse(graph, f, exact_rows=exact_rows)
     _settle(graph, f)
+    lift_guards(graph, f)
     raise_activations(graph, f)
     raise_norms(graph, f)
     raise_linears(graph)

@@ -1,0 +1,42 @@
+"""Guards that an optimizer moved behind the Transpose of the heads are found again."""
+
+import numpy as np
+import pytest
+
+from tests.hand import RNG, f32, graph, i64, ops, raised, same
+
+
+def guarded(order, shape=("b", "s", 4, 8)):
+    """Attention whose rows without a key are set to 0 after its heads were turned and, through two axes, regrouped."""
+    g = graph(q=("b", 4, "s", 8), k=("b", 4, "s", 8), v=("b", 4, "s", 8), m=("b", 1, "s", "s", bool))
+    q, k, v, m = g.inputs
+    scores = g.op("Mul", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), f32(8**-0.5))
+    p = g.op("Softmax", g.op("Where", m, scores, f32(-np.inf)), axis=-1)
+    p = g.op("Where", g.op("IsNaN", p), f32(0), p)
+    y = g.op("Transpose", g.op("MatMul", p, v), perm=[0, 2, 1, 3])
+    y = g.op("Reshape", g.op("Reshape", y, i64(0, 0, 32)), i64(0, 0, 4, 8))
+    none = g.op("Less", g.op("ReduceSum", g.op("Cast", m, to=1), i64(3), keepdims=1), f32(1))
+    rows = g.op("Transpose", none, perm=order)
+    return raised(g, g.op("Where", rows, f32(0), y), *shape)
+
+
+def test_a_guard_behind_a_turn_and_two_reshapes():
+    source, new = guarded([0, 2, 1, 3])
+    assert ops(new)["Attention"] == 1
+    assert ops(new)["Where"] == ops(new)["ReduceSum"] == 0
+    mask = RNG.random((2, 1, 5, 5)) > 0.6
+    mask[0, 0, 2] = False
+    same(source, new, **{n: f32(RNG.standard_normal((2, 4, 5, 8))) for n in "qkv"}, m=mask)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3]])
+def test_a_guard_over_other_axes_stays(order):
+    g = graph(q=(3, 3, 3, 8), k=(3, 3, 3, 8), v=(3, 3, 3, 8), c=(3, 1, 3, 1, bool))
+    q, k, v, c = g.inputs
+    y = g.op("MatMul", g.op("Softmax", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), axis=-1), v)
+    turned = g.op("Transpose", y, perm=[0, 2, 1, 3])
+    out = g.op("Where", g.op("Transpose", c, perm=order), f32(0), turned)
+    source, new = raised(g, out, 3, 3, 3, 8)
+    assert ops(new)["Where"] == 1
+    feeds = {n: f32(RNG.standard_normal((3, 3, 3, 8))) for n in "qkv"}
+    same(source, new, **feeds, c=RNG.random((3, 1, 3, 1)) > 0.5)
