@@ -55,6 +55,8 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, ex
     _mask(g, f, masks, sizes, node, exact_rows)
     if len(q) == 4:
         _sink(g, f, node, q)
+    else:
+        _fold_scales(g, f, node)
 
 
 def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
@@ -63,6 +65,19 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
         return
     heads = 1 if len(q) == 4 else node.attributes.get_int("q_num_heads", 1)
     g.set_attr(node, scale=(width // heads) ** -0.5)
+
+
+def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
+    """A number that queries or keys are multiplied with belongs to the operator's scale."""
+    for i in (0, 1):
+        mul = node.inputs[i].producer() if node.inputs[i] is not None else None  # type: ignore[union-attr]
+        if mul is None or mul.op_type != "Mul" or mul.domain or "scale" not in node.attributes:
+            continue
+        a, b = mul.inputs
+        x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
+        if x is not None and number is not None and number > 0 and f.rank(x) == 3:
+            g.set_input(node, i, x)
+            g.set_attr(node, scale=node.attributes.get_float("scale") * number)
 
 
 def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:

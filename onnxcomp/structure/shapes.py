@@ -151,7 +151,20 @@ class Facts:
             content = CONTENT_RULES.get(node.op_type)
             self._contents[node.outputs[0]] = small(content(self, node)) if content is not None else None
             self._uniform[node.outputs[0]] = uniform(self, node)
+        if node.op_type == "Split" and node.domain == "":
+            self._split_contents(node)
         return None
+
+    def _split_contents(self, node: ir.Node) -> None:
+        """Parts of a known vector, such as sizes that an optimizer reads with one Split instead of several Gathers."""
+        c, shapes = self.content(node.inputs[0]), [self.shape(v) for v in node.outputs]
+        sizes = [s[0] for s in shapes if s and len(s) == 1 and isinstance(s[0], int)]
+        if c is None or c.ndim != 1 or len(sizes) < len(shapes) or sum(sizes) != c.size:
+            return
+        first = 0
+        for v, size in zip(node.outputs, sizes, strict=True):
+            self._contents[v] = c[first : first + size]
+            first += size
 
     def recorded(self, v: ir.Value) -> Shape | None:
         """The shape the exporter wrote down."""
