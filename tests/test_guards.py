@@ -40,3 +40,16 @@ def test_a_guard_over_other_axes_stays(order):
     assert ops(new)["Where"] == 1
     feeds = {n: f32(RNG.standard_normal((3, 3, 3, 8))) for n in "qkv"}
     same(source, new, **feeds, c=RNG.random((3, 1, 3, 1)) > 0.5)
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_a_scale_before_a_fused_attention_belongs_to_it(past):
+    cache = {"past": ("b", 4, "p", 8)} if past else {}
+    g = graph(opset=23, q=("b", "s", 32), k=("b", "s", 32), v=("b", "s", 32), **cache)
+    q, k, v, *rest = g.inputs
+    parts = [g.op("Mul", q, f32(0.25)), g.op("Mul", f32(3), k), v]
+    y = g.op("Attention", *parts, None, *rest, *rest, q_num_heads=4, kv_num_heads=4, scale=0.5)
+    source, new = raised(g, y, "b", "s", 32)
+    assert ops(new)["Mul"] == (1 if past else 0)
+    feeds = {n: f32(RNG.standard_normal((2, 5, 32))) for n in "qkv"}
+    same(source, new, **feeds, **({"past": f32(RNG.standard_normal((2, 4, 3, 8)))} if past else {}))

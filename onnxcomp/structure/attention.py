@@ -69,7 +69,7 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
 
 def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
     """A number that queries or keys are multiplied with belongs to the operator's scale."""
-    for i in (0, 1):
+    for i in (0, 1) if len(node.inputs) <= 4 else (0,):  # past keys are scaled already
         mul = node.inputs[i].producer() if node.inputs[i] is not None else None  # type: ignore[union-attr]
         if mul is None or mul.op_type != "Mul" or mul.domain or "scale" not in node.attributes:
             continue
