@@ -154,3 +154,35 @@ def test_a_cache_that_is_not_given_back_stays_a_concatenation():
     with Session(source) as a, Session(new) as b:
         before, after = a.run(x), b.run(x)
     assert all(np.max(np.abs(before[n] - after[n])) <= 2e-6 * np.max(np.abs(before[n])) for n in before)
+
+
+@pytest.mark.parametrize("axes", [3, 4])
+@pytest.mark.parametrize("causal", [0, 1])
+def test_an_operator_that_has_a_cache_already(axes, causal):
+    heads = {"q": N, "k": 2, "v": 2}
+    shapes = {n: ["b", "s", h * H] if axes == 3 else ["b", h, "s", H] for n, h in heads.items()}
+    g = graph(opset=23, **shapes, pk=["b", 2, "p", H], pv=["b", 2, "p", H])
+    attrs = ({"is_causal": 1} if causal else {}) | ({"q_num_heads": N, "kv_num_heads": 2} if axes == 3 else {})
+    values = [g.value(n) if n else None for n in ("q", "k", "v", "", "pk", "pv")]
+    node = g.op("Attention", *values, outputs=3, **attrs).producer()
+    y, nk, nv = node.outputs
+    source = finished(
+        g, {"y": (y, ["b", "s", N * H] if axes == 3 else ["b", N, "s", H]), "nk": (nk, None), "nv": (nv, None)}
+    )
+    new = source.clone()
+    canonicalize(new)
+    assert new.declined == []
+    node = next(new.nodes("Attention"))
+    assert "is_causal" not in node.attributes
+    assert node.attributes["kv_num_heads"].value == 2
+    assert [v.name for v in (*node.inputs[4:], *node.outputs[1:])] == ["pk", "pv", "nk", "nv"]
+    again = new.clone()
+    canonicalize(again)
+    assert again.edits == 0
+    with Session(source) as a, Session(new) as b:
+        for batch, s, p in SHAPES:
+            x = {n: (batch, s, h * H) if axes == 3 else (batch, h, s, H) for n, h in heads.items()}
+            x |= dict.fromkeys(("pk", "pv"), (batch, 2, p, H))
+            x = {n: f32(RNG.standard_normal(shape)) for n, shape in x.items()}
+            before, after = a.run(x), b.run(x)
+            assert all(np.max(np.abs(before[n] - after[n])) <= 2e-6 * np.max(np.abs(before[n])) for n in before)

@@ -96,9 +96,14 @@ def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, tuple[str, i
 
 
 def raise_activations(g: Graph, f: Facts) -> None:
-    """Rewrite each spelled-out activation: GELUs to Gelu, SiLU and quick-GELU to `x * Sigmoid(c * x)`."""
+    """Rewrite spelled-out activations: Gelu, `x * Sigmoid(c * x)` for SiLU and quick-GELU, `r * r` for ReLU^2."""
     for _, (kind, x, y) in find_activations(g, f):
         g.replace(y, _emit(g, kind, x, y))
+    for node in g.nodes("Pow"):
+        rectified = node.inputs[0]
+        above = rectified.producer() if rectified is not None else None
+        if above is not None and above.op_type == "Relu" and f.scalar(node.inputs[1]) == 2:
+            g.replace(node.outputs[0], g.op("Mul", rectified, rectified, like=node.outputs[0]))
 
 
 def _recognise(f: Facts, seed: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
@@ -23,6 +25,8 @@ def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     for softmax in g.nodes("Softmax"):
         if softmax.domain == "":
             _raise_core(g, sizes, masks, softmax, exact_rows)
+    g.model.graph.sort()
+    g.sweep()  # what still reads the keys tells whether they are a cache
     for node in g.nodes("Attention"):
         if node.domain == "":
             _normalise(g, f, masks, sizes, node, exact_rows)
@@ -44,12 +48,8 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, ex
     if q is None or k is None:
         g.decline(node, "attention: shapes are not known")
         return
-    has_cache = any(x is not None for x in node.inputs[4:])
-    if any(list(v.uses()) or v.is_graph_output() for v in node.outputs[3 if has_cache else 1 :]):
-        g.decline(node, "attention: its scores or keys are outputs")
-        return
-    if has_cache and len(q) == 4:
-        g.decline(node, "attention: four axes with a key-value cache")
+    if any(list(v.uses()) or v.is_graph_output() for v in node.outputs[3:]):
+        g.decline(node, "attention: its scores are an output")
         return
     _explicit_scale(g, node, q)
     _mask(g, f, masks, sizes, node, exact_rows)
@@ -93,7 +93,8 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
     if mask is not None and meaning is not None and not (exact_rows and guarded is None and masks.is_finite(mask)):
         mask = meaning
     if node.attributes.get_int("is_causal", 0):
-        causal = masks.causal(q[-2], keys, sizes)
+        past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
+        causal = masks.causal(q[-2], keys, sizes, 0 if past is None else past[-2])
         if causal is None or (mask is not None and not masks.is_bool(mask)):
             g.decline(node, "attention: a causal product that is not square, or has a float bias, keeps its flag")
             return
@@ -107,9 +108,10 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
 
 
 def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
-    cache = cache_of(g, f, node)
+    given = len(node.inputs) > 4
+    cache = None if given else cache_of(g, f, node)
     inputs = [node.inputs[0], *(cache.new if cache is not None else node.inputs[1:3])]
-    parts = [_sunk(g, f, x, i) for i, x in enumerate(inputs)]
+    parts = [_sunk(g, f, x, i, grouped=not given) for i, x in enumerate(inputs)]
     if any(p is None for p in parts):
         g.decline(node, "attention: head count or head width is not static")
         return
@@ -124,6 +126,9 @@ def _sink(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
     split = reshaped(g, f, new.outputs[0], [q[0], q[2], queries.heads, (f.shape(out) or (0,))[-1]])
     if split is not None:
         g.replace(out, g.op("Transpose", split, perm=[0, 2, 1, 3], like=out))
+    for old, present in zip(node.outputs[1:], new.outputs[1:], strict=False):
+        present.type, present.shape = old.type, old.shape
+        g.replace(old, present)
     if cache is not None:
         give_present(g, new, cache)
 
@@ -133,7 +138,7 @@ def _in_three(g: Graph, node: ir.Node, parts: tuple[Sunk, Sunk, Sunk], cache: Ca
     queries, keys, values = parts
     scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
     mask = node.inputs[3] if len(node.inputs) > 3 else None
-    past: tuple[ir.Value, ...] = ()
+    past: Sequence[ir.Value | None] = node.inputs[4:]
     if cache is not None:
         scale, past = scale * cache.keys.scale, cache.past
     y = g.op("Attention", queries.value, keys.value, values.value, mask, *past, outputs=3 if past else 1)
@@ -144,5 +149,5 @@ def _in_three(g: Graph, node: ir.Node, parts: tuple[Sunk, Sunk, Sunk], cache: Ca
     return new
 
 
-def _sunk(g: Graph, f: Facts, x: ir.Value | None, index: int) -> Sunk | None:
-    return None if x is None else sink(g, f, x, scaled=index < 2, grouped=index > 0)
+def _sunk(g: Graph, f: Facts, x: ir.Value | None, index: int, *, grouped: bool) -> Sunk | None:
+    return None if x is None else sink(g, f, x, scaled=index < 2, grouped=grouped and index > 0)

@@ -87,7 +87,7 @@ def cache_of(g: Graph, f: Facts, node: ir.Node) -> Cache | None:
     keys, values = grown(f, node.inputs[1]), grown(f, node.inputs[2])
     if keys is None or values is None or keys.repeat != values.repeat or values.scale != 1:
         return None
-    before = _above(node)
+    before = _above(node) | {node}
     for part in (keys, values):
         if not part.joined.is_graph_output() and all(u in before for u, _ in part.joined.uses()):
             return None

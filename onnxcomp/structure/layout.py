@@ -80,6 +80,8 @@ def _step(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
         return replace(t, value=x, axes=tuple(axes))
     if node.op_type == "Expand":
         return _unexpand(f, t, x)
+    if node.op_type == "Tile":
+        return _untile(f, t, node, x)
     if node.op_type in ("Mul", "Div"):
         return _unscale(f, t, node)
     if node.op_type == "Identity":
@@ -129,6 +131,14 @@ def _unexpand(f: Facts, t: Trace, x: ir.Value) -> Trace | None:
         elif not f.same(d, product(a.size for a in axes[i])):
             return None
     return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(gone))
+
+
+def _untile(f: Facts, t: Trace, node: ir.Node, x: ir.Value) -> Trace | None:
+    """A Tile that only repeats axes of size 1 is an Expand."""
+    shape, repeats = f.shape(x), f.content(node.inputs[1])
+    if shape is None or repeats is None or repeats.size != len(shape):
+        return None
+    return _unexpand(f, t, x) if all(d == 1 or n == 1 for d, n in zip(shape, repeats, strict=True)) else None
 
 
 def _unscale(f: Facts, t: Trace, node: ir.Node) -> Trace | None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Size
+from onnxcomp.structure.dims import Size, add
 from onnxcomp.structure.rules import axes_of
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import Sizes
@@ -228,18 +228,20 @@ class Masks:
         zero, low = np.array(0, dtype.numpy()), np.array(-np.inf, dtype.numpy())
         return self._once(("float", m), lambda: self.g.op("Where", m, zero, low))
 
-    def causal(self, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
-        """Lower-triangular bool `[s, s]` for a square product; None where it is not square."""
-        if not self.f.same(queries, keys) or not sizes.possible([queries]):
+    def causal(self, queries: Size, keys: Size, sizes: Sizes, past: Size = 0) -> ir.Value | None:
+        """Lower-triangular bool `[s, past + s]`; None where there are other keys than these."""
+        if not self.f.same(add(past, queries), keys) or not sizes.possible([queries, past]):
             return None
 
         def make() -> ir.Value:
             zero, one = np.array(0, np.int64), np.array(1, np.int64)
             place = self.g.op("Range", zero, sizes.scalar(queries), one)
-            row = self.g.op("Unsqueeze", place, np.array([0], np.int64))
-            return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", place, np.array([1], np.int64)))
+            among = place if past == 0 else self.g.op("Range", zero, sizes.scalar(add(past, queries)), one)
+            own = place if past == 0 else self.g.op("Add", place, sizes.scalar(past))
+            row = self.g.op("Unsqueeze", among, np.array([0], np.int64))
+            return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", own, np.array([1], np.int64)))
 
-        return self._once(("causal", queries), make)
+        return self._once(("causal", queries, past), make)
 
     def fitted(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
         """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""

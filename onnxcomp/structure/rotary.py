@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
@@ -128,20 +129,27 @@ class Rotary:
             self.g.set_input(node, i, self._wide[key])
 
     def _sink(self, node: ir.Node) -> None:
-        """Turn a rotation of `[b, n, s, h]` into one of `[b, s, n * h]`, read through Reshape and Transpose."""
+        """Turn a rotation of `[b, n, s, h]` into one of `[b, s, n * h]`, before copies of heads are made."""
         x, out = node.inputs[0], node.outputs[0]
         shape = self.f.shape(x)
         if x is None or shape is None or len(shape) != 4:
             return
-        sunk = sink(self.g, self.f, x)
+        sunk = sink(self.g, self.f, x, grouped=True)
         if sunk is None or not isinstance(shape[3], int):
             self.g.decline(node, "rotary: head count or width is not static")
             return
         attrs = {k: a.value for k, a in node.attributes.items() if a.value != 0} | {"num_heads": sunk.heads}
         new = self.g.op("RotaryEmbedding", sunk.value, *node.inputs[1:], **attrs)
         split = reshaped(self.g, self.f, new, [shape[0], shape[2], sunk.heads, shape[3]])
-        if split is not None:
-            self.g.replace(out, self.g.op("Transpose", split, perm=[0, 2, 1, 3], like=out))
+        if split is None:
+            return
+        turned = self.g.op("Transpose", split, perm=[0, 2, 1, 3])
+        if sunk.repeat > 1:
+            one = self.g.op("Unsqueeze", turned, np.array([2], np.int64))
+            wide = self.g.op("Expand", one, np.array([1, 1, sunk.repeat, 1, 1], np.int64))
+            turned = self.g.op("Reshape", wide, np.array([0, sunk.heads * sunk.repeat, -1, shape[3]], np.int64))
+        turned.type, turned.shape = out.type, out.shape
+        self.g.replace(out, turned)
 
 
 def raise_rotary(g: Graph, f: Facts) -> None:

@@ -17,7 +17,7 @@ from onnxcomp.structure.turns import joined
 __all__ = ["Tables"]
 
 UNARY = ("Cos", "Sin", "Cast", "Identity", "Neg")
-EXPANDED = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Identity")
+EXPANDED = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity")
 
 
 @dataclass

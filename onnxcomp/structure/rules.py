@@ -135,6 +135,16 @@ def _expand(f: Facts, node: ir.Node) -> Shape | None:
     return f.broadcast([wanted, s])
 
 
+def _tile(f: Facts, node: ir.Node) -> Shape | None:
+    s, repeats = f.shape(node.inputs[0]), f.content(node.inputs[1])
+    if s is None or repeats is None or repeats.size != len(s):
+        return None
+    pairs = zip(s, repeats.reshape(-1), strict=True)
+    return tuple(
+        multiply(d, n) if isinstance(n, int | Dim) else f.fresh(node.outputs[0], i) for i, (d, n) in enumerate(pairs)
+    )
+
+
 def _concat(f: Facts, node: ir.Node) -> Shape | None:
     shapes = [f.shape(x) for x in node.inputs]
     known = [s for s in shapes if s is not None]
@@ -309,6 +319,7 @@ SHAPE_RULES: dict[str, Rule] = {
     "Squeeze": _squeeze,
     "Reshape": _reshape,
     "Expand": _expand,
+    "Tile": _tile,
     "Concat": _concat,
     "Slice": _slice,
     "Gather": _gather,

@@ -144,7 +144,7 @@ def turns(f: Facts, node: ir.Node) -> Iterator[Turn]:
     elif node.op_type in ("Concat", "Reshape"):
         parts = joined(f, node.outputs[0])
         found = _crossed(f, *parts[:2]) if parts is not None else None
-        if parts is not None and found is not None and found[3] == parts[2]:
+        if parts is not None and found is not None and parts[2] in found[3]:
             yield Turn(node, found[0], found[1], found[2], parts[2], False)
 
 
@@ -169,7 +169,7 @@ def _turned(f: Facts, v: ir.Value, x: ir.Value) -> bool | None:
         return None
     a, b, interleaved = parts
     both = _parts(f, _negated(f, a), b)
-    return interleaved if both is not None and both == (x, interleaved) else None
+    return interleaved if both is not None and both[0] is x and interleaved in both[1] else None
 
 
 def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
@@ -184,24 +184,24 @@ def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
     return None
 
 
-def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[ir.Value, bool] | None:
-    """The value of which two values are the second and the first part, and whether these are interleaved."""
+def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[ir.Value, list[bool]] | None:
+    """The value of which two values are the second and the first part, and whether these are interleaved, or both."""
     a, b = chosen(f, first), chosen(f, second)
     if a is None or b is None or a.x is not b.x:
         return None
     width = (f.shape(a.x) or (0,))[-1]
     if not isinstance(width, int) or width % 2:
         return None
-    half = width // 2
+    half, styles = width // 2, []
     if (a.keep, b.keep) == (tuple(range(half)), tuple(range(half, width))):
-        return a.x, False
+        styles.append(False)
     if (a.keep, b.keep) == (tuple(range(0, width, 2)), tuple(range(1, width, 2))):
-        return a.x, True
-    return None
+        styles.append(True)
+    return (a.x, styles) if styles else None
 
 
-def _crossed(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, bool] | None:
-    """`x`, `cos`, `sin` and the style where `a` is `x1 cos - x2 sin` and `b` is `x2 cos + x1 sin`."""
+def _crossed(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, list[bool]] | None:
+    """`x`, `cos`, `sin` and the styles where `a` is `x1 cos - x2 sin` and `b` is `x2 cos + x1 sin`."""
     minus, plus = a.producer(), b.producer()
     if minus is None or plus is None or minus.op_type != "Sub" or plus.op_type != "Add":
         return None
