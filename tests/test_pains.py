@@ -9,13 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import runtime
+from onnxcomp import blocks, runtime, tensorrt
 from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.gate import Gate
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
+from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.recipe import Recipe
 from onnxcomp.stats import histogram, minmax
@@ -109,6 +110,46 @@ def test_row_29_zero_points_are_refused_before_anything_is_written():
         assert node.inputs[0].dtype != ir.DataType.UINT8
     with pytest.raises(TargetError, match="cuda"):
         PassManager([Qdq()], target=CUDA).run(g, batches)
+
+
+def test_row_27_what_keeps_int8_from_being_faster_on_tensorrt_is_named():
+    g = tiny.encoder(hidden=32, ffn=64)
+    made = PassManager([Qdq(min_size=1), Lower()], target=TENSORRT).run(g, data(g)).model
+    products = [n for n in made.nodes("MatMul") if any(quantized(v) for v in n.inputs)]
+    assert len(products) == 12
+    assert all(quantized(v) for n in products for v in n.inputs), "each is an integer product, none half of one"
+    assert tensorrt.check(made) == []
+    node = products[0]
+    there = made.op("Transpose", node.inputs[1], perm=[1, 0])
+    made.set_input(node, 1, made.op("Transpose", there, perm=[1, 0]))
+    made.model.graph.sort()
+    assert [n for n in tensorrt.require(made, TENSORRT) if "'direct'" in n and f"'{node.name}'" in n]
+
+
+def quantized(v):
+    return v is not None and v.producer() is not None and v.producer().op_type == "DequantizeLinear"
+
+
+def test_row_29_zero_points_of_another_tool_are_refused_too():
+    g = tiny.mlp(hidden=32, ffn=64)
+    other = PassManager([Qdq(clip="minmax")]).run(g, data(g, ((2, 7),) * 6)).model
+    assert any(other.array(n.inputs[2]).any() for n in other.nodes("QuantizeLinear"))
+    with pytest.raises(TargetError, match="rule 'symmetric-int8' at '"):
+        tensorrt.require(other, TENSORRT)
+
+
+def test_row_30_a_quantized_bias_is_refused_and_never_made():
+    g = tiny.mlp(hidden=32, ffn=64)
+    made = PassManager([Qdq(), Lower()], target=TENSORRT).run(g, data(g)).model
+    assert all(x.bias is not None and x.bias.dtype is ir.DataType.FLOAT for x in blocks.linears(made))
+    add = blocks.linears(made)[0].add
+    n = int(add.outputs[0].shape[-1])
+    codes, scale = np.ones(n, np.int32), np.full(n, 0.01, np.float32)
+    place = next(i for i, v in enumerate(add.inputs) if made.is_constant(v))
+    made.set_input(add, place, made.op("DequantizeLinear", codes, scale, axis=0))
+    made.model.graph.sort()
+    with pytest.raises(TargetError, match="bias of"):
+        tensorrt.require(made, TENSORRT)
 
 
 def test_row_31_asymmetric_ranges_are_sane_and_the_output_is_checked():
