@@ -19,7 +19,7 @@ from typing import IO, Any, Self, TextIO
 import numpy as np
 
 from onnxcomp import errors
-from onnxcomp.errors import OnnxcompError
+from onnxcomp.errors import OnnxcompError, TargetError
 from onnxcomp.runtime import Session, check_target, installed_runtimes
 from onnxcomp.target import Quantized, Target
 
@@ -166,6 +166,8 @@ class _Worker:
         started = time.perf_counter()
         self.session = Session(Path(m["model"]), target, threads=m["threads"], prepack=True)
         loaded = time.perf_counter()
+        if self.session.emulated:
+            raise TargetError(f"{m['model']}: computes in bfloat16, for which a CPU has no kernels: nothing to time")
         after = _status("Threads")
         types = {port.name: port.dtype for port in self.session.inputs}
         with np.load(m["feeds"], allow_pickle=False) as archive:

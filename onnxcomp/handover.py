@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Payload", "payload", "prepacks", "tap"]
+__all__ = ["Payload", "payload", "prepacks", "tap", "write_optimized"]
 
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
@@ -97,3 +98,10 @@ def prepacks(model: Graph | Path | str, asked: bool | None) -> bool:
     if isinstance(model, Graph):
         return model.nbytes < PREPACK_BELOW
     return sum(map(storage.file_bytes, storage.graphs_of(model).values())) < PREPACK_BELOW
+
+
+def write_optimized(options: Any, path: Path) -> None:
+    """Have a session write the graph as it has rewritten it, large constants beside it."""
+    options.optimized_model_filepath = str(path)
+    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.stem}.data")
+    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")

@@ -24,9 +24,10 @@ import onnx_ir as ir
 from onnxcomp import storage
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
-from onnxcomp.handover import payload, prepacks, tap
+from onnxcomp.handover import payload, prepacks, tap, write_optimized
 from onnxcomp.integer import dequantized_weights, integer_products, quantized_linears
 from onnxcomp.maths import Array
+from onnxcomp.structure.emulate import stand_in
 from onnxcomp.target import CPU, CUDA, Target
 
 __all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "optimized"]
@@ -221,10 +222,18 @@ class Session:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile.with_suffix(""))
         if optimized_path is not None:
-            _write_optimized(options, optimized_path)
+            write_optimized(options, optimized_path)
         self._keep: list[Any] = []
-        source = self._source(ort, model, taps, options)
-        self._session: Any = _create(ort, source, options, target, self._name)
+        twin = stand_in(model, target.provider)
+        try:
+            source = self._source(ort, twin or model, taps, options)
+            self._session: Any = _create(ort, source, options, target, self._name)
+        except ModelError:  # only now is a file looked into
+            twin = stand_in(model, target.provider, files=True)
+            if twin is None:
+                raise
+            self._session = _create(ort, self._source(ort, twin, taps, options), options, target, self._name)
+        self.emulated = twin is not None
         self.provider: str = self._session.get_providers()[0]
         if self.provider != target.provider:
             self.close()
@@ -328,12 +337,6 @@ def _options(ort: Any, target: Target, threads: int, *, prepack: bool, priority_
     for key, value in entries.items():
         options.add_session_config_entry(key, value)
     return options
-
-
-def _write_optimized(options: Any, path: Path) -> None:
-    options.optimized_model_filepath = str(path)
-    options.add_session_config_entry("session.optimized_model_external_initializers_file_name", f"{path.stem}.data")
-    options.add_session_config_entry("session.optimized_model_external_initializers_min_size_in_bytes", "1024")
 
 
 def _create(ort: Any, source: bytes | str, options: Any, target: Target, name: str) -> Any:

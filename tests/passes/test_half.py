@@ -10,8 +10,9 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, storage
+from onnxcomp import benchmark, blocks, storage
 from onnxcomp.data import as_dataset, load_data
+from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half
@@ -19,7 +20,7 @@ from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime import Session
 from onnxcomp.stats import Stats
 from onnxcomp.structure import canonicalize
-from onnxcomp.target import CUDA
+from onnxcomp.target import CPU, CUDA
 from tests import hand, tiny, zoo
 
 F16 = ir.DataType.FLOAT16
@@ -241,3 +242,40 @@ def test_a_cpu_is_told_that_it_gains_no_speed():
     g = tiny.mlp(hidden=32, ffn=64)
     assert any("not faster" in w for w in halved(g).report.warnings)
     assert not list(Half().notes(CUDA))
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder-tied", "vit", "llama"])
+def test_bfloat16_is_emulated_on_a_cpu_to_be_judged(name, tmp_path):
+    g = MODELS[name]()
+    result = PassManager([Half(dtype="bf16")], target=CUDA).run(g, (), data(g))
+    assert 28 < result.report.validation.values()["sqnr"] < 60
+    path = storage.save(result.model, tmp_path)
+    for model in (result.model, path):
+        with Session(model) as s:
+            assert s.emulated
+            assert all(np.isfinite(y).all() for y in s.run(next(iter(data(g, 1))).feeds).values())
+
+
+def test_emulated_bfloat16_is_never_timed(tmp_path):
+    g = tiny.mlp(hidden=32, ffn=64)
+    result = PassManager([Half(dtype="bf16")], target=CUDA).run(g)
+    with pytest.raises(TargetError, match="nothing to time"):
+        benchmark.bench([storage.save(result.model, tmp_path)], CPU, [{"batch": 1, "sequence": 9}])
+
+
+def test_emulated_bfloat16_is_the_reference_evaluators():
+    g = tiny.mlp(hidden=32, ffn=64, gated=True)
+    work = Graph(g.model.clone())
+    Half(dtype="bf16").run(work, SimpleNamespace(stats=Stats()))
+    work.verify()
+    feeds = tiny.feeds(g, 2, 5)
+    want = ReferenceEvaluator(onnx.load_from_string(ir.to_proto(work.model).SerializeToString())).run(None, feeds)[0]
+    with Session(work) as s:
+        got = next(iter(s.run(feeds).values()))
+    assert np.linalg.norm(got - want) < 4e-3 * np.linalg.norm(want)
+
+
+def test_bf16_for_a_cpu_is_refused():
+    g = tiny.mlp(hidden=32, ffn=64)
+    with pytest.raises(TargetError, match="does not run bf16"):
+        PassManager([Half(dtype="bf16")]).run(g)

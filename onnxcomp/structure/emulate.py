@@ -1,0 +1,86 @@
+"""bfloat16 where no kernels take it: the same graph in float32, every result rounded to bfloat16 as it would be.
+
+For checking numbers on a CPU, never for timing: the twin is slower than the graph it stands for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from onnxcomp import storage
+from onnxcomp.graph import Graph
+from onnxcomp.structure.uniform import MOVES
+
+__all__ = ["in_float32", "stand_in"]
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.BFLOAT16
+
+
+def stand_in(model: Graph | Path | str, provider: str, *, files: bool = False) -> Graph | None:
+    """The float32 twin of a graph (with `files`, of a file) that needs one to run on this provider, or None."""
+    if provider != "CPUExecutionProvider" or isinstance(model, Graph) == files:
+        return None
+    return in_float32(model if isinstance(model, Graph) else storage.load(model))
+
+
+def in_float32(g: Graph) -> Graph | None:
+    """The float32 twin of a graph with the same interface; None where it computes nothing in bfloat16.
+
+    Graphs whose branches or loops hold bfloat16 have none.
+    """
+    held = any(t is not None and t.dtype is HALF for t in (g.tensor(v) for n in g.nodes() for v in n.inputs))
+    if not held or any(a.type is ir.AttributeType.GRAPH for n in g.nodes() for a in n.attributes.values()):
+        return None
+    twin = g.clone()
+    if any(v.dtype is None for n in twin.nodes() for v in n.outputs):
+        twin.infer_shapes()
+    wide: dict[ir.Value, ir.Value] = {}
+    for node in twin.nodes():
+        for i, x in enumerate(node.inputs):
+            if x is not None and x.dtype is HALF and (twin.is_constant(x) or x.producer() is None):
+                twin.set_input(node, i, _widened(twin, x, wide))
+        for v in node.outputs:
+            if v.dtype is HALF:
+                _round(twin, node, v)
+    twin.sweep()
+    twin.model.graph.sort()
+    return twin
+
+
+def _widened(g: Graph, x: ir.Value, wide: dict[ir.Value, ir.Value]) -> ir.Value:
+    """A bfloat16 constant or input as float32, which is exact."""
+    if x not in wide:
+        t = g.tensor(x)
+        if t is None:
+            wide[x] = _cast(g, x, FLOAT)
+        else:
+            lazy = ir.LazyTensor(
+                lambda: ir.tensor(t.numpy().astype("float32")), dtype=FLOAT, shape=ir.Shape(list(t.shape.numpy()))
+            )
+            wide[x] = g.constant(lazy, f"{x.name}_wide")
+    return wide[x]
+
+
+def _round(g: Graph, node: ir.Node, v: ir.Value) -> None:
+    """Compute a value in float32 and hand it on rounded; what only moves elements needs no rounding."""
+    v.type = ir.TensorType(FLOAT)
+    if node.op_type == "Cast":
+        g.set_attr(node, to=FLOAT.value)
+    elif "value" in node.attributes:
+        g.set_attr(node, value=ir.tensor(node.attributes["value"].as_tensor().numpy().astype("float32")))
+    users = [u for u, _ in v.uses()]
+    if v.is_graph_output():
+        public = _cast(g, v, HALF)
+        g.replace(v, public)
+        for u, i in tuple(public.uses()):
+            g.set_input(u, i, v)
+    if users and node.op_type not in MOVES:
+        g.replace(v, _cast(g, _cast(g, v, HALF), FLOAT), users=users)
+
+
+def _cast(g: Graph, x: ir.Value, to: ir.DataType) -> ir.Value:
+    out = g.op("Cast", x, to=to.value)
+    out.type, out.shape = ir.TensorType(to), x.shape
+    return out
