@@ -53,6 +53,8 @@ def accumulator(stat: Stat) -> Any:
             return Histogram()
         case "cosine":
             return Cosine()
+        case "counts":
+            return Counts(stat.n)
         case _:
             return Sample(stat.n)
 
@@ -216,6 +218,27 @@ class Histogram:
         if counts[0x7F80:0x8000].any() or counts[0xFF80:].any():
             raise DataError("NaN or infinity")
         self.counts += counts
+
+    def merge(self, other: Self) -> None:
+        self.counts += other.counts
+
+    def result(self) -> Array:
+        if not self.counts.any():
+            raise _nothing()
+        return self.counts
+
+
+class Counts:
+    """Occurrences of the integers below `n`: `[n]`, int64; exact up to 2^24, the integers a float32 row can hold."""
+
+    def __init__(self, n: int) -> None:
+        self.counts = np.zeros(n, np.int64)
+
+    def update(self, x: Array, extra: Array | None = None) -> None:
+        whole = x.astype(np.int64).reshape(-1)
+        if whole.size and (whole.min() < 0 or whole.max() >= len(self.counts)):
+            raise DataError(f"an integer outside 0 to {len(self.counts) - 1}")
+        self.counts += np.bincount(whole, minlength=len(self.counts))
 
     def merge(self, other: Self) -> None:
         self.counts += other.counts

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import onnxcomp
-from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt
+from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt, vocabulary
 from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
@@ -252,8 +252,10 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
             for name, job in jobs.items():
                 results[name] = _stage(job, staging, _file_name(job, folder, file_name), watch)
             source = next(iter(jobs.values())).model.parent
-            if file_name is None and not (folder.exists() and folder.samefile(source)):
+            whole = file_name is None and not (folder.exists() and folder.samefile(source))
+            if whole:
                 storage.copy_companions(source, staging)
+            _renumber(jobs, results, staging, whole=whole)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
             write(e.report, report_file)
@@ -261,6 +263,19 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
     if report_file is not None:
         write(next(iter(results.values())).report, report_file)
     return results
+
+
+def _renumber(jobs: Mapping[str, Job], results: Mapping[str, Result], staging: Path, *, whole: bool) -> None:
+    """Write tokenizer files to match a reduced vocabulary; refuse where they would belong to another model as well."""
+    words = [w for r in results.values() if (w := vocabulary.renumbering(r.model)) is not None]
+    if not words:
+        return
+    if not whole or len(jobs) > 1:
+        raise RecipeError(
+            "prune-vocab renumbers the tokens, so the result needs a tokenizer of its own: "
+            "compress one graph (--graph NAME) into a new folder"
+        )
+    vocabulary.rewrite(staging, words[0])
 
 
 def _file_name(job: Job, folder: Path, asked: str | None) -> str:
@@ -275,6 +290,11 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
 
 def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     result = job.run(watch)
+    words = vocabulary.renumbering(result.model)
+    if words is not None:
+        result.report.warnings.append(
+            f"{len(words.kept)} of {words.size} tokens are left and have new ids: use the tokenizer beside the result"
+        )
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
     timed = job.measure and job.target.here and not host_of(job.target)[1]
     confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)

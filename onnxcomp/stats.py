@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Per = Literal["tensor", "channel"]
 Of = Literal["current", "original"]
 OtherOf = Literal["", "current", "original"]
-Kind = Literal["absmax", "minmax", "mean", "var", "norm2", "gram", "cross_gram", "histogram", "cosine", "sample"]
+Kind = Literal[
+    "absmax", "minmax", "mean", "var", "norm2", "gram", "cross_gram", "histogram", "cosine", "sample", "counts"
+]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Stat:
     """What is reduced, and over which axes.
 
     `other` is the second value of a pairwise statistic, of the graph `other_of` ("" is the graph of the need itself);
-    `n` is the number of rows of a sample.
+    `n` is the number of rows of a sample, or of the integers that are counted.
     """
 
     kind: Kind
@@ -133,3 +135,8 @@ def cosine(v: ir.Value | str, other: ir.Value | str, of: Of = "current", other_o
 def sample(v: ir.Value | str, n: int, of: Of = "current") -> Need:
     """A reproducible sample of at most `n` rows, independent of batch size: shape `[<=n, C]`."""
     return Need(_name(v), Stat("sample", "channel", n=n), of)
+
+
+def counts(v: ir.Value | str, n: int, of: Of = "current") -> Need:
+    """How often each integer below `n` occurs in an integer value: shape `[n]`, int64."""
+    return Need(_name(v), Stat("counts", n=n), of)

@@ -8,7 +8,7 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from onnxcomp.outputs import Reading, View, see
 from onnxcomp.runner import Runner
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
+from onnxcomp.vocabulary import Renumbering, renumbering
 
 __all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]
 
@@ -215,12 +216,15 @@ class Reference:
         drifts = {r.name: _drift(r, self.view) for r in self.view.outputs}
         sums, count = Sums(self.metrics), 0
         model = candidate if isinstance(candidate, Graph) else Path(candidate)
+        words = _words(model)
         with Runner(model, self.target, scratch=self._scratch) as session:
             self._check_interface(session.inputs, session.outputs)
-            for count, (batch, made) in enumerate(session.each(self.data, names), 1):
-                if count > len(self._kept) or _digest(batch.feeds) != self._seen[count - 1]:
+            for count, (own, batch, made) in enumerate(self._each(session, names, words), 1):
+                if count > len(self._kept) or _digest(own.feeds) != self._seen[count - 1]:
                     break
                 reference = self._kept[count - 1]
+                if words is not None:
+                    reference = {k: words.columns(a) for k, a in reference.items()}
                 self._check_outputs(reference, made)
                 out = {k: a.astype(np.float32, copy=False) for k, a in made.items()}
                 for reading in self.view.outputs:
@@ -234,6 +238,15 @@ class Reference:
         raise DataError(
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
         )
+
+    def _each(
+        self, session: Runner, names: Sequence[str], words: Renumbering | None
+    ) -> Iterator[tuple[Batch, Batch, dict[str, Array]]]:
+        """Batches as they are, as a candidate takes them, and what it makes of them."""
+        if words is None:
+            return ((batch, batch, made) for batch, made in session.each(self.data, names))
+        given = _Renumbered(self.data, words, self.view.roles)
+        return ((own, *pair) for own, pair in zip(self.data, session.each(given, names), strict=False))
 
     def _result(self, drifts: dict[str, Drift], sums: Sums) -> Validation:
         first = drifts[self.view.outputs[0].name]
@@ -256,6 +269,24 @@ class Reference:
                 raise ModelError(
                     f"output '{name}' is {self._types[name]} in the original, {a.dtype.name} in the candidate"
                 )
+
+
+def _words(model: Graph | Path) -> Renumbering | None:
+    """The reduced vocabulary of a candidate, so that data and original can be read in its terms."""
+    return renumbering(model if isinstance(model, Graph) else load(model))
+
+
+@dataclass(frozen=True)
+class _Renumbered:
+    """The same batches in the token ids of a reduced vocabulary."""
+
+    data: Dataset
+    words: Renumbering
+    roles: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[Batch]:
+        names = [self.roles["tokens"]] if "tokens" in self.roles else []
+        return (Batch(self.words.feeds(b.feeds, names), b.labels) for b in self.data)
 
 
 def _drift(reading: Reading, view: View) -> DriftSums:

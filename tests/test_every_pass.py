@@ -30,6 +30,7 @@ ZOO = {
 }
 # The setting at which a lossy pass must change nothing. A new lossy pass adds its own.
 IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
+IDENTITY |= {"prune-vocab": {"min_count": 0}}
 IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}}
