@@ -122,6 +122,7 @@ def test_a_pass_imports_neither_the_runtime_nor_another_pass(module: str) -> Non
         "coupling",
         "quantize",
         "tokens",
+        "vocabulary",
         "graph",
         "stats",
         "groups",
