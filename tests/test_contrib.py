@@ -230,10 +230,11 @@ def test_fused_products(a, b, alpha):
     ).check()
 
 
-def test_a_product_that_exchanges_batch_axes_stays():
-    Op("FusedMatMul", [f32(3, B, 4), f32(B, 4, 6)], transBatchA=1, dims={0: [3, B, 4], 1: [B, 4, 6]}).stays(
-        "batch axes"
-    )
+@pytest.mark.parametrize(("a", "b"), [*itertools.product([0, 1], [0, 1])])
+def test_fused_products_that_move_the_first_axis(a, b):
+    x, w = (f32(5, B, 4, S) if a else f32(S, B, 4, 5)), (f32(6, B, 4, 5) if b else f32(5, B, 4, 6))
+    dims = {0: [*x.shape], 1: [*w.shape]}
+    Op("FusedMatMul", [x, w], transBatchA=1, transBatchB=1, transA=a, transB=b, alpha=0.5, dims=dims).check()
 
 
 @pytest.mark.parametrize("activation", ["Relu", "Sigmoid", "Tanh", "Softplus"])

@@ -187,20 +187,29 @@ def _bias_softmax(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _product(g: Graph, f: Facts, node: ir.Node) -> None:
-    """`alpha * A @ B` with the last two axes of either exchanged."""
-    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
-        raise Fused("it exchanges batch axes")
+    """`alpha * A @ B`, the last two axes of either exchanged, its first axis moved behind the others before that."""
     parts: list[ir.Value | None] = list(node.inputs[:2])
-    ranks = [f.rank(x) for x in parts]
-    turns = [node.attributes.get_int(t, 0) for t in ("transA", "transB")]
-    if any(turn and (rank is None or rank < 2) for turn, rank in zip(turns, ranks, strict=True)):
-        raise Fused("the number of axes is not known")
+    orders = [_order(f, x, node, side) for x, side in zip(parts, "AB", strict=True)]
     out, alpha = node.outputs[0], node.attributes.get_float("alpha", 1.0)
-    for i, (turn, rank) in enumerate(zip(turns, ranks, strict=True)):
-        if turn and rank is not None:
-            parts[i] = g.op("Transpose", parts[i], perm=[*range(rank - 2), rank - 1, rank - 2])
+    for i, order in enumerate(orders):
+        if order:
+            parts[i] = g.op("Transpose", parts[i], perm=order)
+    if alpha != 1 and g.is_constant(node.inputs[1]):  # a linear: the number came from what it reads
+        parts[0], alpha = g.op("Mul", parts[0], _number(node, alpha)), 1.0
     y = g.op("MatMul", *parts, like=out)
     g.replace(out, g.op("Mul", y, _number(node, alpha), like=out) if alpha != 1 else y)
+
+
+def _order(f: Facts, x: ir.Value | None, node: ir.Node, side: str) -> list[int]:
+    """How the axes of one factor are exchanged; empty when they are not."""
+    turn, batch = (node.attributes.get_int(f"{name}{side}", 0) for name in ("trans", "transBatch"))
+    rank = f.rank(x)
+    if not turn and not batch:
+        return []
+    if rank is None or rank < 2:
+        raise Fused("the number of axes is not known")
+    order = [*range(1, rank - 1), 0, rank - 1] if batch else list(range(rank))
+    return [*order[:-2], order[-1], order[-2]] if turn else order
 
 
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Softplus", "Softsign")

@@ -12,7 +12,7 @@ from onnxcomp.structure.rules import SHAPE_RULES, Rule
 if TYPE_CHECKING:
     from onnxcomp.structure.shapes import Facts
 
-__all__ = ["CONTRIB_RULES", "swapped"]
+__all__ = ["CONTRIB_RULES"]
 
 SAME = """
     BiasAdd BiasDropout BiasGelu BiasSoftmax FastGelu Gelu LayerNormalization QuantizeLinear DequantizeLinear QuickGelu
@@ -20,18 +20,18 @@ SAME = """
 """
 
 
-def swapped(shape: Shape, turn: bool) -> Shape:
-    """The shape with its last two axes exchanged if asked."""
-    return (*shape[:-2], shape[-1], shape[-2]) if turn and len(shape) > 1 else shape
+def _factor(s: Shape, node: ir.Node, side: str) -> Shape:
+    """The shape of a factor as it is multiplied."""
+    if node.attributes.get_int(f"transBatch{side}", 0):
+        s = (*s[1:-1], s[0], s[-1])
+    return (*s[:-2], s[-1], s[-2]) if node.attributes.get_int(f"trans{side}", 0) else s
 
 
 def _product(f: Facts, node: ir.Node) -> Shape | None:
     a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
-    if node.attributes.get_int("transBatchA", 0) or node.attributes.get_int("transBatchB", 0):
-        return None
-    a, b = (swapped(s, bool(node.attributes.get_int(t, 0))) for s, t in ((a, "transA"), (b, "transB")))
+    a, b = _factor(a, node, "A"), _factor(b, node, "B")
     return (*f.broadcast([a[:-2], b[:-2]]), a[-2], b[-1])
 
 
