@@ -87,6 +87,12 @@ class Planner:
             self._context = Context(self.g, self.target, self._masks)
         return self._context
 
+    def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
+        """Sizes of a value of the graph at each asked shape; empty where one is not known."""
+        found = [self._dims(v, i) for i in range(len(self.shapes))]
+        known = [d for d in found if d is not None]
+        return known if len(known) == len(found) else []
+
     # ---- one choice ----------------------------------------------------------------------------------------------
 
     def _choice(self, kind: Kind, group: _Group, names: Sequence[str], first: str) -> Choice:
@@ -161,20 +167,24 @@ class Planner:
 
     def _sizes(self, model: Graph, values: Mapping[str, ir.Value], i: int) -> dict[str, tuple[int, ...]] | None:
         """Shape of every input of a micro-model at the i-th asked shape, or None where one is not known."""
-        self._facts = self._facts or Facts(self.g)
-        given = axes.shapes_of(self.g, self.shapes[i])
-        known = {n: given[str(v.name)][axis] for n, (v, axis) in self._facts.roots.items() if str(v.name) in given}
         found = {}
         for name in (str(v.name) for v in model.inputs):
-            if self._light and name in self._light[i]:
-                found[name] = self._light[i][name].shape
-                continue
-            shape = self._facts.shape(values[name])
-            sizes = [self._number(d, known) for d in shape] if shape is not None else [None]
-            if any(d is None for d in sizes):
+            light = self._light[i].get(name) if self._light else None
+            dims = light.shape if light is not None else self._dims(values[name], i)
+            if dims is None:
                 return None
-            found[name] = tuple(d for d in sizes if d is not None)
+            found[name] = dims
         return found
+
+    def _dims(self, v: ir.Value, i: int) -> tuple[int, ...] | None:
+        """Sizes of a value at the i-th asked shape, from what follows from the model's inputs."""
+        self._facts = self._facts or Facts(self.g)
+        given = axes.shapes_of(self.g, self.shapes[i])
+        known = {n: given[str(x.name)][axis] for n, (x, axis) in self._facts.roots.items() if str(x.name) in given}
+        shape = self._facts.shape(v)
+        sizes = [self._number(d, known) for d in shape] if shape is not None else [None]
+        whole = tuple(d for d in sizes if d is not None)
+        return whole if len(whole) == len(sizes) else None
 
     def _number(self, d: Size, known: Mapping[str, int]) -> int | None:
         assert self._facts is not None
@@ -272,7 +282,7 @@ def _entry(kind: Kind, name: str, group: _Group, target: Target, known: Mapping[
         model.sweep()
         model.model.graph.sort()
         feeds = _hoist(model, ctx, group.feeds)
-        return Entry(name, model, feeds)
+        return Entry(name, model, feeds, loose=kind.form(name).approximate)
     except OnnxcompError as e:
         return Entry(name, model, group.feeds, note=f"cannot be written: {e}")
 

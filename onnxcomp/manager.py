@@ -249,6 +249,7 @@ class PassManager:
             run_costs=lambda forms, shapes: self._costs(forms, shapes, measured),
             run_collect=self._collector(walk, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
+            measures=measured,
             shapes=lowering.asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
 

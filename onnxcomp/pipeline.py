@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from onnxcomp.errors import OnnxcompError, RecipeError
@@ -92,6 +93,7 @@ class Env:
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need]], Stats]
     run_plan: Callable[[], Planner]
+    measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
 
     def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
@@ -110,6 +112,10 @@ class Env:
             return self.run_costs(forms, shapes)
         except OnnxcompError as e:
             raise type(e)(f"cost of '{site.name}': {e}") from e
+
+    def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
+        """Sizes of a value's axes at each of the asked shapes; empty where they are not known before the model runs."""
+        return self.run_plan().dims(v)
 
     def choose(
         self, kind: str, *, standard: bool = False, approximate: bool = False

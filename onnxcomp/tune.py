@@ -24,6 +24,7 @@ __all__ = ["Cost", "costs", "forget", "operations"]
 ROUNDS = 5
 _SECONDS = 0.02  # of timed runs per form and round
 _WARMUP = 3
+_LONG = 0.005  # seconds of a run from which one is warm-up enough
 
 _known: dict[str, float] = {}
 
@@ -89,7 +90,9 @@ def _time(
 
 def _median(g: Graph, feeds: Mapping[str, Array], target: Target, threads: int) -> float:
     with Session(g, target, threads=threads, prepack=True) as session:
-        for _ in range(_WARMUP):
+        began = time.perf_counter()
+        session.run(feeds)
+        for _ in range(_WARMUP - 1 if time.perf_counter() - began < _LONG else 0):
             session.run(feeds)
         samples: list[float] = []
         until = time.perf_counter() + _SECONDS

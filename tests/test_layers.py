@@ -32,6 +32,7 @@ LAYERS = [
         "forms/",
         "micro",
         "choices",
+        "trial",
     },
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
@@ -129,6 +130,7 @@ def test_imports_point_downwards(module: str) -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("passes/")])
 def test_a_pass_imports_neither_the_runtime_nor_another_pass(module: str) -> None:
     allowed = {
+        "trial",
         "pipeline",
         "blocks",
         "coupling",
