@@ -8,7 +8,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
 from onnxcomp.structure.contrib import shelter, unfuse
-from onnxcomp.structure.fold import choose_known, fold_constants
+from onnxcomp.structure.fold import choose_known, fold_constants, take_constants
 from onnxcomp.structure.guards import lift_guards
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
 from onnxcomp.structure.linear import raise_linears
@@ -57,6 +57,7 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     merge_equal(graph)
     fill_types(graph)
     f = Facts(graph)
+    take_constants(graph, f)
     unfuse(graph, f, exact_rows=exact_rows)
     _settle(graph, f)
     lift_guards(graph, f)

@@ -11,10 +11,11 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
+from onnxcomp.structure.packed import selections
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import CARRIERS
 
-__all__ = ["choose_known", "fold_constants"]
+__all__ = ["choose_known", "fold_constants", "take_constants"]
 
 LIMIT = 1 << 14  # elements of a constant worth folding: gains, tables and biases, not weights
 # No Log, Exp or Pow: rounded otherwise than by the runtime, they would move the borders of position buckets.
@@ -77,6 +78,38 @@ def _computed(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
     graph = ir.Graph([*inputs.values()], alone.outputs, nodes=[alone], opset_imports={"": opset}, name="fold")
     found: Any = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, feeds)
     return np.asarray(found[0])
+
+
+def take_constants(g: Graph, f: Facts) -> None:
+    """Make a lazy view of each fixed part of a weight, such as the queries' rows of a packed projection."""
+    for node in g.nodes("Split", "Slice", "Gather"):
+        tensor = g.tensor(node.inputs[0])
+        if tensor is None or tensor.dtype not in TYPES or not tensor.dtype.is_floating_point():
+            continue
+        for part in selections(f, node) or ():
+            index = part.keep[0] if part.squeezed else _run(part.keep)
+            if not part.out.is_graph_output() and list(part.out.uses()):
+                g.replace(part.out, g.constant(_part(tensor, part.axis, index), str(part.out.name)))
+
+
+def _run(keep: tuple[int, ...]) -> slice | list[int]:
+    """Neighbours are sliced, not gathered."""
+    near = bool(keep) and keep == tuple(range(keep[0], keep[0] + len(keep)))
+    return slice(keep[0], keep[0] + len(keep)) if near else list(keep)
+
+
+def _part(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[int]) -> ir.LazyTensor:
+    where = (slice(None),) * axis + (index,)
+    shape = list(tensor.shape.numpy())
+    if isinstance(index, int):
+        shape.pop(axis)
+    else:
+        shape[axis] = index.stop - index.start if isinstance(index, slice) else len(index)
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(tensor.numpy()[where]), dtype=tensor.dtype),
+        dtype=tensor.dtype,
+        shape=ir.Shape(shape),
+    )
 
 
 def choose_known(g: Graph, f: Facts) -> None:

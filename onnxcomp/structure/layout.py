@@ -192,7 +192,7 @@ def sink(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool
     through = MOVES + (("Mul", "Div") if scaled else ()) + (("Expand",) if grouped else ())
     best: tuple[int, Trace] | None = None
     for t in trace(f, v, through=through):
-        cost = _distance(t)
+        cost = _distance(f, t)
         if cost is not None and (best is None or cost <= best[0]):
             best = (cost, t)
     if best is None:
@@ -213,7 +213,7 @@ def sink(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool
     return Sunk(value, heads, repeat, t.scale)
 
 
-def _distance(t: Trace) -> int | None:
+def _distance(f: Facts, t: Trace) -> int | None:
     """0: already `[b, s, n * h]`; 1: a Reshape away; 2: a Transpose and a Reshape; None: not reachable from here."""
     b, n, s, h = t.origin
     kept = tuple(a for a in n if a not in t.repeated)
@@ -221,7 +221,9 @@ def _distance(t: Trace) -> int | None:
         return None
     if t.axes == (b, s, kept + h):
         return 0
-    if t.axes[:2] == (b, s) and tuple(a for group in t.axes for a in group) == (*b, *s, *kept, *h):
+    wanted = [product(a.size for a in group) for group in (b, s, kept + h)]
+    in_order = tuple(a for group in t.axes for a in group) == (*b, *s, *kept, *h)
+    if in_order and target_of(f, f.shape(t.value) or (), wanted) is not None:
         return 1
     return 2 if len(t.axes) == 4 and _order(t) is not None else None
 

@@ -273,6 +273,13 @@ def _pad(f: Facts, node: ir.Node) -> Shape | None:
     return tuple(dims)
 
 
+def _tile(f: Facts, node: ir.Node) -> Shape | None:
+    s, repeats = f.shape(node.inputs[0]), f.content(node.inputs[1])
+    if s is None or repeats is None or not all(isinstance(n, int | Dim) for n in repeats.reshape(-1)):
+        return None
+    return tuple(multiply(d, n) for d, n in zip(s, repeats.reshape(-1), strict=True))
+
+
 def _attention(f: Facts, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
@@ -330,5 +337,6 @@ SHAPE_RULES: dict[str, Rule] = {
     "ConstantOfShape": _of_shape,
     "Flatten": _flatten,
     "Pad": _pad,
+    "Tile": _tile,
     "Attention": _attention,
 }
