@@ -208,7 +208,7 @@ def causal_of_longer_keys(g):
     ("make", "keys", "why"),
     [
         (scores_read, "s", "its scores are an output"),
-        (causal_of_longer_keys, "t", "a causal product that is not square, or has a float bias, keeps its flag"),
+        (causal_of_longer_keys, "t", "a causal product that is not square keeps its flag"),
     ],
 )
 def test_operators_that_stay_as_they_are(make, keys, why):

@@ -23,14 +23,11 @@ OPEN = {
     "bert.legacy-eager-17-ort-optimizer",
     "clip-vision.dynamo-sdpa-18-ort-optimizer",
     "roberta.transformers-sdpa-20-ort-fusions",
-    "deberta-v2.dynamo-eager-22",
-    "siglip-vision.legacy-sdpa-16",
     "bloom.dynamo-eager-21",
     "mistral.legacy-eager-17-fp16",
     "gemma3.dynamo-sdpa-18-fp16",
     "gemma3.dynamo-eager-18-fp16",
     "phi3.transformers-sdpa-20-bf16",
-    "wav2vec2.legacy-eager-13",
 }
 
 

@@ -119,3 +119,49 @@ def test_a_constant_mask_of_zeros_and_fills_is_bool(low):
     assert given.dtype == ir.DataType.BOOL
     assert given.numpy().tolist() == np.tril(np.ones((S, S), bool)).tolist()
     same(source, new, **qkv())
+
+
+def test_a_bias_and_a_mask_are_one_choice_however_they_are_added():
+    """`scores + (bias + mask)`, `(scores + bias) + mask` and a ready Where end alike, with no infinity in them."""
+    keep, bias = RNG.random((B, 1, S, S)) < 0.6, f32(RNG.standard_normal((1, N, S, S)))
+    keep[..., 0] = True
+    for order in ("inside", "outside", "chosen"):
+        g = attention_graph(keep=["b", 1, "s", "s", bool], bias=[1, N, "s", "s"])
+        mask = g.op("Where", g.value("keep"), f32(0), f32(-np.inf))
+        if order == "inside":
+            s = g.op("Add", scores(g), g.op("Add", mask, g.value("bias")))
+        elif order == "outside":
+            s = g.op("Add", g.op("Add", scores(g), g.value("bias")), mask)
+        else:
+            s = g.op("Add", scores(g), g.op("Where", g.value("keep"), g.value("bias"), f32(-1e9)))
+        source, new = raised(g, attend(g, s), "b", "s", N * H)
+        choice = only_attention(new).inputs[3].producer()
+        assert (ops(new), choice.op_type) == ({"Attention": 1, "Where": 1}, "Where")
+        assert list(choice.inputs[:2]) == [new.value("keep"), new.value("bias")]
+        assert np.isfinite(new.array(choice.inputs[2]))
+        same(source, new, keep=keep, bias=bias, **qkv())
+
+
+@pytest.mark.parametrize("op", ["Add", "Sub"])
+def test_zeros_added_to_scores_go(op):
+    g = attention_graph()
+    source, new = raised(g, attend(g, g.op(op, scores(g), f32(0))), "b", "s", N * H)
+    assert only_attention(new).inputs[3:] == ()
+    same(source, new, **qkv())
+
+
+@pytest.mark.parametrize("packed", ["split", "slices"])
+def test_parts_of_a_packed_weight_are_views(packed):
+    """torch's MultiheadAttention cuts its weight before the product where queries and keys differ."""
+    g = graph(x=["b", "s", 8], z=["b", "t", 8])
+    w = g.constant(f32(RNG.standard_normal((24, 8))), "in_proj_weight")
+    if packed == "split":
+        parts = g.op("Split", w, i64(8, 16), axis=0, outputs=2).producer().outputs
+    else:
+        parts = [g.op("Slice", w, i64(a), i64(b), i64(0)) for a, b in ((0, 8), (8, 24))]
+    q, kv = (g.op("MatMul", g.value(x), g.op("Transpose", p, perm=[1, 0])) for x, p in zip("xz", parts, strict=True))
+    y = g.op("MatMul", q, g.op("Transpose", g.op("Slice", kv, i64(0), i64(8), i64(2)), perm=[0, 2, 1]))
+    source, new = raised(g, y, "b", "s", "t")
+    assert ops(new)["MatMul"] == 3
+    assert not set(ops(new)) & {"Split", "Slice"}
+    same(source, new, x=f32(RNG.standard_normal((2, 3, 8))), z=f32(RNG.standard_normal((2, 5, 8))))

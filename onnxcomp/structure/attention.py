@@ -95,11 +95,14 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
     if node.attributes.get_int("is_causal", 0):
         past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
         causal = masks.causal(q[-2], keys, sizes, 0 if past is None else past[-2])
-        if causal is None or (mask is not None and not masks.is_bool(mask)):
-            g.decline(node, "attention: a causal product that is not square, or has a float bias, keeps its flag")
+        if causal is None:
+            g.decline(node, "attention: a causal product that is not square keeps its flag")
             return
-        mask = causal if mask is None else masks.both(causal, mask)
+        join = masks.both if mask is None or masks.is_bool(mask) else masks.chosen
+        mask = causal if mask is None else join(causal, mask)
         g.set_attr(node, is_causal=None)
+    if mask is not None and not masks.is_bool(mask) and not exact_rows:
+        mask = masks.selected(mask)
     fitted = masks.fitted(mask, q[-2], keys, sizes) if mask is not None else None
     if mask is not None and fitted is None:
         g.decline(node, "attention: the mask's axes are not known")

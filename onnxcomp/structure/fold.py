@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.packed import selections
+from onnxcomp.structure.selections import selections
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.targets import CARRIERS
 
@@ -113,10 +113,10 @@ def _part(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[int]) 
 
 
 def choose_known(g: Graph, f: Facts) -> None:
-    """Hold sizes that are fixed, replace a Where by the one value it always takes, drop a Pad that adds nothing."""
+    """Hold sizes that are fixed, replace a Where by the one value it always takes, drop what adds nothing."""
     for node in g.nodes(*CARRIERS):
         _hold_size(g, f, node)
-    for node in g.nodes("Where", "Pad"):
+    for node in g.nodes("Where", "Pad", "Add", "Sub"):
         x, y = _choice(f, node) if node.domain == "" else None, node.outputs[0]
         a, b = f.shape(x), f.shape(y)
         if x is not None and a is not None and a == b and (not y.is_graph_output() or x.producer() is not None):
@@ -143,5 +143,9 @@ def _choice(f: Facts, node: ir.Node) -> ir.Value | None:
     if node.op_type == "Pad":
         pads = f.content(node.inputs[1])
         return node.inputs[0] if pads is not None and all(n == 0 for n in pads.reshape(-1)) else None
+    if node.op_type in ("Add", "Sub"):
+        order = ((0, 1), (1, 0)) if node.op_type == "Add" else ((0, 1),)
+        found = ((node.inputs[i], f.uniform(node.inputs[j])) for i, j in order)
+        return next((x for x, added in found if added is not None and added.value == 0), None)
     known = f.uniform(node.inputs[0])
     return None if known is None or known.value is None else node.inputs[1 if known.value else 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -220,6 +221,47 @@ class Masks:
             a = result
             result = added if a is None else self._once(("Add", a, added), lambda a=a, b=added: self.g.op("Add", a, b))
         return result
+
+    def selected(self, v: ir.Value) -> ir.Value:
+        """A float mask as `Where(allowed, bias, lowest)`, whatever adds it up; itself where nothing is blocked."""
+        biases, bools = self._parts(v)
+        if not biases or not bools:
+            return v
+        allowed, bias = bools[0], biases[0]
+        for b in bools[1:]:
+            allowed = self.both(allowed, b)
+        for x in biases[1:]:
+            bias = self._once(("Add", bias, x), lambda a=bias, b=x: self.g.op("Add", a, b))
+        node = v.producer()
+        done = node is not None and node.op_type == "Where" and list(node.inputs[:2]) == [allowed, bias]
+        return v if done else self.chosen(allowed, bias)
+
+    def chosen(self, allowed: ir.Value, bias: ir.Value) -> ir.Value:
+        """A bias where keys are allowed, the lowest number elsewhere: no NaN even where the operator is spelled out."""
+        dtype = (bias.dtype or ir.DataType.FLOAT).numpy()
+        low = np.array(ml_dtypes.finfo(dtype).min, dtype)
+        return self._once(("chosen", allowed, bias), lambda: self.g.op("Where", allowed, bias, low))
+
+    def _parts(self, v: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
+        """The float biases and the bool masks a float mask is made of."""
+        if self.allows_all(v):
+            return [], []
+        meaning = self.as_bool(v)
+        if meaning is not None:
+            return [], [meaning]
+        node = v.producer()
+        if node is None or node.domain:
+            return [v], []
+        if node.op_type == "Where":
+            condition, x, y = node.inputs[:3]
+            for bias, fill, positive in ((x, y, True), (y, x, False)):
+                if condition is not None and bias is not None and self.fill(fill) is not None:
+                    biases, bools = self._parts(bias)
+                    return biases, [condition if positive else self.negated(condition), *bools]
+        if node.op_type == "Add" and node.inputs[0] is not None and node.inputs[1] is not None:
+            (a, b), (c, d) = self._parts(node.inputs[0]), self._parts(node.inputs[1])
+            return (a + c, b + d) if b or d else ([v], [])
+        return [v], []
 
     def as_float(self, m: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A mask to add to the scores: 0 where a bool one allows, -inf elsewhere."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.structure.conv import CONV_RULES
 from onnxcomp.structure.dims import Dim, Shape, Size, add, divide, multiply, named, product
 
 if TYPE_CHECKING:
@@ -273,13 +274,6 @@ def _pad(f: Facts, node: ir.Node) -> Shape | None:
     return tuple(dims)
 
 
-def _tile(f: Facts, node: ir.Node) -> Shape | None:
-    s, repeats = f.shape(node.inputs[0]), f.content(node.inputs[1])
-    if s is None or repeats is None or not all(isinstance(n, int | Dim) for n in repeats.reshape(-1)):
-        return None
-    return tuple(multiply(d, n) for d, n in zip(s, repeats.reshape(-1), strict=True))
-
-
 def _attention(f: Facts, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
@@ -316,6 +310,7 @@ UNARY = _words("""
     BatchNormalization InstanceNormalization GroupNormalization Swish
 """)
 SHAPE_RULES: dict[str, Rule] = {
+    **CONV_RULES,
     **dict.fromkeys(ELEMENTWISE, _broadcast),
     **dict.fromkeys(UNARY, _first),
     **dict.fromkeys(("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL2"), _reduce),
@@ -326,7 +321,6 @@ SHAPE_RULES: dict[str, Rule] = {
     "Squeeze": _squeeze,
     "Reshape": _reshape,
     "Expand": _expand,
-    "Tile": _tile,
     "Concat": _concat,
     "Slice": _slice,
     "Gather": _gather,
