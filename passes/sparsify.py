@@ -119,11 +119,15 @@ class Sparsify(SequentialPass):
                 group = coupling.ffn_of(g, mlp)
             except ModelError:
                 continue  # its channels are read elsewhere too; the pattern takes them as they lie
-            if not pattern.refuses(*mlp.down.sizes):
-                weight = np.abs(g.array(mlp.down.weight))
-                new = sparse.order(weight.T if mlp.down.transposed else weight, pattern, ROUNDS, env.rng)
-                for slot in group.slots:
-                    g.put(g.value(slot.value), np.take(g.array(g.value(slot.value)), new, axis=slot.axis))
+            if pattern.refuses(*mlp.down.sizes) or group.units != mlp.width:
+                continue
+            weight, units = np.abs(g.array(mlp.down.weight)), np.arange(group.units)
+            new = sparse.order(weight.T if mlp.down.transposed else weight, pattern, ROUNDS, env.rng)
+            for slot in group.slots:
+                a = g.array(g.value(slot.value)).copy()
+                rows = np.moveaxis(a, slot.axis, 0)
+                rows[slot.indices(units)] = rows[slot.indices(new)]
+                g.put(g.value(slot.value), a)
 
     def _refusal(self, g: Graph, x: Linear) -> str:
         """Why a linear stays as it is, empty if it does not."""

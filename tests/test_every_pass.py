@@ -33,16 +33,17 @@ IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
 IDENTITY |= {"prune-vocab": {"min_count": 0}}
 IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
-IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}}
+IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
 OPTIONS |= {"merge-tokens": {"ratio": 0.05}, "drop-tokens": {"keep": 0.99}}
 OPTIONS |= {"low-rank": {"min_size": 1, "multiple": 1, "margin": 1.0, "ratio": 0.05}}
+OPTIONS |= {"slice": {"ratio": 0.04, "multiple": 1}}
 OPTIONS |= {"sparsify": {"min_size": 1, "ratio": 0.1, "head": True}}
 # A model in which a lossy pass finds nothing to change; most find nothing in a linear this small.
 NOTHING = {"half": tiny.copy}
 # Relative error up to which a lossy pass may go where random weights have nothing that could be spared.
-BOUNDS = {"low-rank": 0.9}
+BOUNDS = {"low-rank": 0.9, "slice": 0.5}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 

@@ -1,0 +1,170 @@
+"""Another basis for a residual stream: writers, readers and skips are rewritten, so that fewer coordinates remain.
+
+With orthogonal `Q` (`[d, d']`, columns orthonormal) the stream carries `z = x Q`. RMSNorm without gain commutes with
+`Q`; LayerNorm is one behind `M = I - 11^T / d`, which is folded into the writers (SliceGPT, arXiv 2401.15024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array, Float64
+from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.stream import SUMS, Stream, carried
+from onnxcomp.structure.views import Index, Linear, NormSite
+
+__all__ = ["rotate"]
+
+PIECE = 1 << 22  # elements converted to float64 at a time
+
+
+def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, Float64]) -> None:
+    """Carry every value of a stream in its basis `[d, d']`; between two bases a skip is multiplied by `Q^T Q'`.
+
+    Exact (to rounding) where the bases are square; otherwise what lies outside them is lost.
+    """
+    _Rotation(g, stream, bases).run()
+    g.forget_shapes()
+
+
+class _Rotation:
+    def __init__(self, g: Graph, stream: Stream, bases: Mapping[ir.Value, Float64]) -> None:
+        self.g, self.stream, self.bases = g, stream, bases
+        self.index, self.facts = Index.of(g), Facts(g)
+        self.others = {v: stream.others(v) for v in stream.values}
+        self.own = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
+        self.made: dict[ir.Value, ir.Value] = {}
+
+    def run(self) -> None:
+        for v in self.stream.values:
+            self.made[v] = self._remade(v)
+        for norm in self.stream.norms:
+            self._norm(norm)
+        for v, users in self.others.items():
+            if users or v.is_graph_output():
+                back = self.g.op("MatMul", self.made[v], self._matrix(self.bases[v].T, v), like=v)
+                self.g.replace(v, back, users=None if v.is_graph_output() else users)
+
+    def _matrix(self, m: Array, like: ir.Value) -> Array:
+        dtype = like.dtype.numpy() if like.dtype is not None else np.dtype(np.float32)
+        return np.ascontiguousarray(m).astype(dtype)
+
+    # ---- the stream itself ---------------------------------------------------------------------------------------
+
+    def _remade(self, v: ir.Value) -> ir.Value:
+        """The value in its basis: a sum of parts in that basis, a move, or a start."""
+        node, inputs = v.producer(), carried(v, self.index, self.facts)
+        if node is None or not inputs:
+            return self._written(v, v)
+        if node.op_type in SUMS:
+            return self.g.op(node.op_type, *(self._part(x, v) for x in inputs), name=f"{node.name}_sliced")
+        attributes = {name: a.value for name, a in node.attributes.items()}
+        moved = self.g.op(
+            node.op_type, self.made[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
+        )
+        return self._turned(moved, inputs[0], v)
+
+    def _part(self, x: ir.Value, v: ir.Value) -> ir.Value:
+        return self._turned(self.made[x], x, v) if x in self.made else self._written(x, v)
+
+    def _turned(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
+        """A value in the basis of `x`, moved to that of `v`."""
+        if self.bases[x] is self.bases[v]:
+            return y
+        return self.g.op("MatMul", y, self._matrix(self.bases[x].T @ self.bases[v], v), name=f"{v.name}_skip")
+
+    def _written(self, x: ir.Value, v: ir.Value) -> ir.Value:
+        """What a writer adds to the stream, in the basis of `v`: folded into its weights where they are its own."""
+        q = self.bases[v]
+        if self.stream.kind == "layer":
+            q = q - q.mean(axis=0)  # M Q
+        if self.g.is_constant(x):
+            return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
+        readers = {u for u, _ in x.uses()}
+        is_own = not x.is_graph_output() and not self.others.get(x) and readers <= self.own
+        linear = self.index.made.get(x)
+        if is_own and (x is v or len(readers) == 1):
+            if linear is not None and _is_free(linear):
+                self._put(linear.weight, q, 0 if linear.transposed else 1)
+                if linear.bias is not None:
+                    self._put(linear.bias, q, -1)
+                return x
+            if (table := self._table(x)) is not None:
+                self._put(table, q, 1)
+                return x
+        return self.g.op("MatMul", x, self._matrix(q, x), name=f"{x.name}_sliced")
+
+    def _table(self, x: ir.Value) -> ir.Value | None:
+        """The embedding table `[rows, d]` that nothing but this value is looked up in."""
+        node = x.producer()
+        table = node.inputs[0] if node is not None and node.op_type == "Gather" else None
+        if node is None or table is None or not self.g.is_constant(table) or len(list(table.uses())) != 1:
+            return None
+        return table if len(table.shape or ()) == 2 and node.attributes.get_int("axis", 0) == 0 else None
+
+    def _put(self, v: ir.Value, q: Float64, axis: int) -> None:
+        """Multiply a constant along one axis by `q [d, d']`, rounding once."""
+        a = self.g.array(v)
+        self.g.put(v, product(a, q) if axis in (1, -1) else np.ascontiguousarray(product(a.T, q).T))
+
+    # ---- norms ---------------------------------------------------------------------------------------------------
+
+    def _norm(self, norm: NormSite) -> None:
+        """A norm without gain over the coordinates that remain, still dividing by the whole width."""
+        q = self.bases[norm.input]
+        d, kept = q.shape
+        epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
+        level = self._matrix(np.full(kept, np.sqrt(d / kept)), norm.gain)
+        new = self.g.op(
+            "RMSNormalization", self.made[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
+        )
+        gain = self.g.array(norm.gain).astype(np.float64).reshape(-1)
+        shift = None if norm.bias is None else self.g.array(norm.bias).astype(np.float64).reshape(-1)
+        r = q.T * gain
+        left = []
+        for node in norm.readers:
+            linear = next((x for x in self.index.read.get(norm.output, []) if x.node is node), None)
+            if linear is None or not self._read(linear, new, r, shift):
+                left.append(node)
+        if left or norm.output.is_graph_output():
+            back = self.g.op("MatMul", new, self._matrix(r, norm.gain), name=f"{norm.name}_restored", like=norm.output)
+            if shift is not None:
+                back = self.g.op("Add", back, self._matrix(shift, norm.gain), like=norm.output)
+            self.g.replace(norm.output, back, users=None if norm.output.is_graph_output() else left)
+
+    def _read(self, x: Linear, new: ir.Value, r: Float64, shift: Float64 | None) -> bool:
+        """Let a linear read the coordinates that remain; False where its weights are not its own."""
+        grows = shift is not None and x.bias is None
+        if not _is_free(x) or (grows and (x.output.is_graph_output() or x.node.op_type == "Gemm")):
+            return False
+        weight = self.g.array(x.weight)
+        w = weight.T if x.transposed else weight
+        if shift is not None:
+            more = product(w.T, shift[:, None])[:, 0]
+            if x.bias is None:
+                users = list(x.users)
+                y = self.g.op("Add", x.output, more, name=f"{x.name}_bias", like=x.output)
+                self.g.replace(x.output, y, users=users)
+            else:
+                self.g.put(x.bias, self.g.array(x.bias) + more)
+        self.g.put(x.weight, product(w.T, r.T) if x.transposed else np.ascontiguousarray(product(w.T, r.T).T))
+        self.g.set_input(x.node, 0, new)
+        return True
+
+
+def _is_free(x: Linear) -> bool:
+    """Whether a linear's constants are float and read by nothing else."""
+    held = [v for v in (x.weight, x.bias) if v is not None]
+    return not x.quantized and all(len({u for u, _ in v.uses()}) == 1 and not v.is_graph_output() for v in held)
+
+
+def product(a: Array, q: Array) -> Array:
+    """`a @ q` over the last axis of a constant, computed in float64 in pieces, in the type of `a`."""
+    rows = a.reshape(-1, a.shape[-1])
+    step = max(1, PIECE // rows.shape[1])
+    parts = [(rows[i : i + step].astype(np.float64) @ q).astype(a.dtype) for i in range(0, len(rows), step)]
+    return np.concatenate(parts).reshape(*a.shape[:-1], q.shape[1])

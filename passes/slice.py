@@ -1,0 +1,111 @@
+"""Slice: the residual stream in the basis of its principal components, and only the first of them kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from onnxcomp.graph import Graph, Site
+from onnxcomp.maths import Float64
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.stats import gram
+from onnxcomp.structure.rotate import rotate
+from onnxcomp.structure.stream import Stream, leaders, streams
+from onnxcomp.structure.views import NormSite
+from onnxcomp.target import Target
+
+__all__ = ["Slice"]
+
+
+@dataclass(frozen=True)
+class Slice(Pass):
+    """Rotate the residual stream to its principal components and cut the last ones (SliceGPT, arXiv 2401.15024).
+
+    For pre-norm models: RMSNorm commutes with rotations, LayerNorm becomes one when the mean is folded into writers.
+    """
+
+    stage: ClassVar[Stage] = Stage.WIDTH
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
+    """Share of the stream's width to cut; 0 changes nothing."""
+    basis: Literal["norm", "shared"] = "norm"
+    """A basis for every norm, with a small product on each skip between two, or one for the whole stream."""
+    multiple: Annotated[int, Field(ge=0)] = 0
+    """Widths are multiples of this; 0 takes the target's width multiple."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is cut."""
+        return self.ratio == 0
+
+    @property
+    def wants_data(self) -> bool:
+        """Principal components are those of the calibration data."""
+        return not self.is_identity
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every norm over the last axis."""
+        return [_site(n) for s in streams(g) for n in s.norms]
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Find the bases of every stream on the data, then rotate and cut it."""
+        if self.is_identity:
+            return
+        multiple = self.multiple or env.target.width_multiple
+        for number in range(len(streams(g))):
+            stream = streams(g)[number]
+            width = max(multiple, int((1 - self.ratio) * stream.width / multiple + 0.5) * multiple)
+            why = stream.why
+            if not why and g.opset < 23:
+                why = "RMSNormalization needs opset 23: run canonicalize first"
+            if not why and width >= stream.width:
+                why = f"{stream.width} channels less {self.ratio:.0%}, in multiples of {multiple}, is all of them"
+            if why:
+                for norm in stream.norms:
+                    g.decline(_site(norm), why)
+                continue
+            bases = self._bases(g, stream, env)
+            chosen = leaders(stream)
+            cut = {leader: q[:, :width] for leader, q in bases.items()}
+            rotate(g, stream, {v: cut[chosen[v]] for v in stream.values})
+            g.model.graph.sort()
+
+    def _bases(self, g: Graph, stream: Stream, env: Env) -> dict[ir.Value, Float64]:
+        """Principal components `[d, d]` of what each norm makes of its input, largest first, by the norm's input."""
+        probe = g.clone()
+        seen = _probes(probe, stream.norms)
+        stats = env.collect(probe, [gram(v) for v in seen.values()])
+        moments = {n.input: stats[gram(seen[str(n.input.name)])] for n in stream.norms}
+        if self.basis == "norm":
+            return {v: _components(m) for v, m in moments.items()}
+        shared = _components(np.asarray(sum(m / max(float(np.trace(m)), 1e-30) for m in moments.values())))
+        return dict.fromkeys(moments, shared)
+
+
+def _site(norm: NormSite) -> Site:
+    return Site(norm.name, (norm.name, *(str(u.name) for u in norm.readers)), "norm")
+
+
+def _probes(probe: Graph, norms: Sequence[NormSite]) -> dict[str, ir.Value]:
+    """The norms' results before gain and bias, as extra values, by the name of what they read."""
+    found: dict[str, ir.Value] = {}
+    for norm in norms:
+        name = str(norm.input.name)
+        if name not in found:
+            unit = np.ones_like(probe.array(probe.value(str(norm.gain.name))))
+            epsilon = norm.node.attributes.get_float("epsilon", 1e-5)
+            found[name] = probe.op(norm.node.op_type, probe.value(name), unit, axis=-1, epsilon=epsilon, name="probe")
+    return found
+
+
+def _components(moments: Float64) -> Float64:
+    """Eigenvectors, those of the largest eigenvalues first, with the sign that makes the largest entry positive."""
+    vectors = np.linalg.eigh((moments + moments.T) / 2)[1][:, ::-1]
+    top = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
+    return np.ascontiguousarray(vectors * np.where(top < 0, -1.0, 1.0))
