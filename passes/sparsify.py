@@ -10,9 +10,8 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from onnxcomp import blocks, coupling
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import sparse
 from onnxcomp.maths.sparse import Pattern
@@ -115,19 +114,17 @@ class Sparsify(SequentialPass):
         """Reorder the channels between up and down, which changes nothing but what lies together."""
         pattern = Pattern.parse(self.pattern)
         for mlp in blocks.mlps(g):
-            try:
-                group = coupling.ffn_of(g, mlp)
-            except ModelError:
-                continue  # its channels are read elsewhere too; the pattern takes them as they lie
-            if pattern.refuses(*mlp.down.sizes) or group.units != mlp.width:
-                continue
-            weight, units = np.abs(g.array(mlp.down.weight)), np.arange(group.units)
-            new = sparse.order(weight.T if mlp.down.transposed else weight, pattern, ROUNDS, env.rng)
-            for slot in group.slots:
-                a = g.array(g.value(slot.value)).copy()
-                rows = np.moveaxis(a, slot.axis, 0)
-                rows[slot.indices(units)] = rows[slot.indices(new)]
-                g.put(g.value(slot.value), a)
+            held = [v for x in mlp.linears for v in (x.weight, x.bias) if v is not None]
+            if any(len(list(v.uses())) > 1 for v in held) or pattern.refuses(*mlp.down.sizes):
+                continue  # read elsewhere too: the pattern takes the channels as they lie
+            down = mlp.down
+            weight = np.abs(g.array(down.weight))
+            new = sparse.order(weight.T if down.transposed else weight, pattern, ROUNDS, env.rng)
+            g.put(down.weight, np.take(g.array(down.weight), new, axis=int(down.transposed)))
+            for x in mlp.linears[:-1]:
+                g.put(x.weight, np.take(g.array(x.weight), new, axis=1 - int(x.transposed)))
+                if x.bias is not None:
+                    g.put(x.bias, np.take(g.array(x.bias), new, axis=-1))
 
     def _refusal(self, g: Graph, x: Linear) -> str:
         """Why a linear stays as it is, empty if it does not."""
