@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -251,17 +251,32 @@ class Layer:
 
 def layers(g: Graph) -> list[Layer]:
     """Attentions and the feed-forward part that follows them, layer by layer, with the norms around them."""
-    place = {node: i for i, node in enumerate(g.nodes())}
-    parts: list[Attention | Mlp] = [*attentions(g), *mlps(g)]
-    parts.sort(key=lambda p: place[p.o.node if isinstance(p, Attention) else p.down.node])
+    found = norms(g)
+    parts = _in_order(g, [*attentions(g), *mlps(g)], {n.output: n.input for n in found})
     groups: list[list[Attention | Mlp]] = []
     for part in parts:
         done = bool(groups) and any(isinstance(p, Mlp) for p in groups[-1])
         if not groups or done:
             groups.append([])
         groups[-1].append(part)
-    found = norms(g)
     return [_layer(i, group, found) for i, group in enumerate(groups)]
+
+
+def _in_order(g: Graph, parts: Sequence[Attention | Mlp], behind: Mapping[ir.Value, ir.Value]) -> list[Attention | Mlp]:
+    """Parts in graph order; those that read one residual stream side by side belong together, attention first."""
+    place = {node: i for i, node in enumerate(g.nodes())}
+
+    def stream(p: Attention | Mlp) -> ir.Value:
+        entry = p.q.source if isinstance(p, Attention) else p.up.source
+        return behind.get(entry, entry)
+
+    def at(p: Attention | Mlp) -> int:
+        return place[p.o.node if isinstance(p, Attention) else p.down.node]
+
+    first: dict[ir.Value, int] = {}
+    for p in parts:
+        first[stream(p)] = min(at(p), first.get(stream(p), at(p)))
+    return sorted(parts, key=lambda p: (first[stream(p)], isinstance(p, Mlp), at(p)))
 
 
 def _layer(index: int, group: Sequence[Attention | Mlp], found: Sequence[NormSite]) -> Layer:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
 from onnxcomp.structure.dims import Size
 from onnxcomp.structure.rules import axes_of
 from onnxcomp.structure.shapes import Facts
@@ -126,21 +128,31 @@ def _width(f: Facts, x: ir.Value) -> int | None:
 
 
 def _rewrite(g: Graph, found: Found) -> None:
-    x, y, stash = found.x, found.y, 1
+    x, y = found.x, found.y
     casts = _casts(found)
     if casts is not None:
         x, y = casts
-    gain, scaled = _affine(g, y, "Mul", found.width)
     dtype = (x.dtype or ir.DataType.FLOAT).numpy()
-    scale = gain if gain is not None else np.ones(found.width, dtype)
-    out = scaled or y
+    for gain, scaled in _gains(g, y, found.width):
+        _emit(g, found, x, gain if gain is not None else np.ones(found.width, dtype), scaled or y)
+
+
+def _emit(g: Graph, found: Found, x: ir.Value, scale: ir.Value | Array, out: ir.Value) -> None:
+    """One norm with its gain, and its bias where `out` is only shifted."""
+    attrs: dict[str, Any] = {"axis": -1, "epsilon": found.epsilon, "stash_type": 1}
     if not found.centred:
-        g.replace(out, g.op("RMSNormalization", x, scale, axis=-1, epsilon=found.epsilon, stash_type=stash, like=out))
+        g.replace(out, g.op("RMSNormalization", x, scale, like=out, **attrs))
         return
     bias, shifted = _affine(g, out, "Add", found.width)
     out = shifted or out
-    new = g.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=found.epsilon, stash_type=stash, like=out)
-    g.replace(out, new)
+    g.replace(out, g.op("LayerNormalization", x, scale, bias, like=out, **attrs))
+
+
+def _gains(g: Graph, y: ir.Value, width: int) -> list[tuple[ir.Value | None, ir.Value | None]]:
+    """The gains by which `y` is scaled and the results: several where norms of one value share their statistics."""
+    uses = [] if y.is_graph_output() else list(y.uses())
+    found = [_row(g, user, index, "Mul", width) for user, index in uses]
+    return found if found and all(gain is not None for gain, _ in found) else [(None, None)]
 
 
 def _casts(found: Found) -> tuple[ir.Value, ir.Value] | None:
@@ -158,10 +170,14 @@ def _casts(found: Found) -> tuple[ir.Value, ir.Value] | None:
 def _affine(g: Graph, y: ir.Value, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
     """The constant row that scales or shifts `y`, and the result; only when nothing else reads `y`."""
     uses = list(y.uses())
-    if len(uses) != 1 or uses[0][0].op_type != op or y.is_graph_output():
+    if len(uses) != 1 or y.is_graph_output():
         return None, None
-    node, index = uses[0]
-    row = node.inputs[1 - index]
+    return _row(g, *uses[0], op, width)
+
+
+def _row(g: Graph, node: ir.Node, index: int, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
+    """The constant row that is the other operand of a node of that operator, and its output."""
+    row = node.inputs[1 - index] if node.op_type == op and len(node.inputs) == 2 else None
     tensor = g.tensor(row)
     if row is None or tensor is None or tensor.size != width or tensor.shape[-1] != width:
         return None, None

@@ -38,7 +38,7 @@ class Rotary:
         for node in self.g.nodes("RotaryEmbedding"):
             if node.domain == "":
                 self._widen_tables(node)
-                self._sink(node)
+                self._sink(self._of_whole_head(node))
 
     # ---- rewriting -----------------------------------------------------------------------------------------------
 
@@ -52,7 +52,7 @@ class Rotary:
         if axis is None or cos is None or sin is None:
             self.g.decline(turn.node, "rotary: the cosine and sine tables are not two equal halves over the width")
             return False
-        whole = self._whole_head(turn, shape[3])
+        whole = self._whole_head(turn.x, turn.out, shape[3])
         x, out = whole if whole is not None else (turn.x, turn.out)
         attrs: dict[str, Any] = {
             "interleaved": 1 if turn.interleaved else None,
@@ -66,19 +66,34 @@ class Rotary:
             self.g.replace(out, new)
         return new is not None
 
-    def _whole_head(self, turn: Turn, width: int) -> tuple[ir.Value, ir.Value] | None:
-        """The head of which the first `width` channels are rotated, and the value that joins the rest to them."""
-        users = list(dict.fromkeys(u for u, _ in turn.out.uses()))
-        source = chosen(self.f, turn.x)
-        if len(users) != 1 or users[0].op_type != "Concat" or source is None or turn.out.is_graph_output():
+    def _whole_head(self, x: ir.Value, out: ir.Value, width: int) -> tuple[ir.Value, ir.Value] | None:
+        """The head of which `x`, the first `width` channels, is rotated, and the value that joins the rest to `out`."""
+        users = list(dict.fromkeys(u for u, _ in out.uses()))
+        source = chosen(self.f, x)
+        if len(users) != 1 or users[0].op_type != "Concat" or source is None or out.is_graph_output():
             return None
         concat = users[0]
         rest = chosen(self.f, concat.inputs[-1]) if len(concat.inputs) == 2 else None
         whole = self.f.shape(source.x)
-        if rest is None or rest.x is not source.x or whole is None or concat.inputs[0] is not turn.out:
+        if rest is None or rest.x is not source.x or whole is None or concat.inputs[0] is not out:
             return None
         fits = (*source.keep, *rest.keep) == tuple(range(int(whole[-1]))) and len(source.keep) == width  # type: ignore[arg-type]
         return (source.x, concat.outputs[0]) if fits and self.f.shape(concat.outputs[0]) == whole else None
+
+    def _of_whole_head(self, node: ir.Node) -> ir.Node:
+        """The operator on whole heads where it turned a slice of them, as some exporters write it; else itself."""
+        x, shape = node.inputs[0], self.f.shape(node.inputs[0])
+        if x is None or shape is None or len(shape) != 4 or not isinstance(shape[3], int):
+            return node
+        whole = self._whole_head(x, node.outputs[0], shape[3])
+        if whole is None or "rotary_embedding_dim" in node.attributes:
+            return node
+        attrs = {k: a.value for k, a in node.attributes.items() if a.value} | {"rotary_embedding_dim": shape[3]}
+        y = self.g.op("RotaryEmbedding", whole[0], *node.inputs[1:], like=whole[1], **attrs)
+        self.g.replace(whole[1], y)
+        made = y.producer()
+        assert made is not None
+        return made
 
     def _flat(self, x: ir.Value, tables: list[ir.Value], out: ir.Value, attrs: dict[str, Any]) -> ir.Value | None:
         """Rotation of `[b, s, n, h]`, through three axes and back."""
