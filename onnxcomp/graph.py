@@ -309,6 +309,12 @@ class Graph:
         other.interface, other.spool = self.interface, self.spool
         return other
 
+    def adopt(self, new: Graph) -> None:
+        """Take over the model of another graph, as one edit; names of either are not given again, handles are stale."""
+        self.model = new.model
+        self._names |= new._names
+        self.edits += 1
+
     def sweep(self) -> int:
         """Remove nodes and constants nobody reads; returns how many nodes went."""
         before = self.model.graph.num_nodes()

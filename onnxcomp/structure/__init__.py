@@ -19,7 +19,7 @@ from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
-from onnxcomp.structure.tidy import drop_no_ops, lift_constants, merge_equal
+from onnxcomp.structure.tidy import drop_no_ops, drop_round_trips, lift_constants, merge_equal
 from onnxcomp.structure.types import fill_types
 
 __all__ = ["OPSET", "canonicalize", "sites"]
@@ -36,10 +36,10 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
     """
     start, names = graph.edits, {str(n.name) for n in graph.nodes()}
     if graph.model.functions:
-        _adopt(graph, _inlined(graph))
+        graph.adopt(_inlined(graph))
     shelter(graph)
     if graph.opset < OPSET:
-        _adopt(graph, convert(graph, OPSET))
+        graph.adopt(convert(graph, OPSET))
     declined = list(graph.declined)
     for _ in range(ROUNDS):
         before, graph.declined = graph.edits, list(declined)  # what an earlier round could not raise may go now
@@ -85,6 +85,7 @@ def _settle(graph: Graph, f: Facts) -> None:
     graph.model.graph.sort()  # the sweep walks backwards
     fill_types(graph)
     choose_known(graph, f)
+    drop_round_trips(graph)
     drop_no_ops(graph, f)
     graph.sweep()
 
@@ -94,10 +95,3 @@ def _inlined(graph: Graph) -> Graph:
     copy = graph.clone()
     InlinePass()(copy.model)
     return Graph(copy.model, graph.path)
-
-
-def _adopt(graph: Graph, new: Graph) -> None:
-    """Put a rewritten model into the given graph object."""
-    graph.model = new.model
-    graph._names |= new._names
-    graph.edits += 1

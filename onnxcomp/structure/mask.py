@@ -116,11 +116,11 @@ class Masks:
         return None
 
     def uncast(self, v: ir.Value | None) -> ir.Value | None:
-        """The bool value behind a Cast to numbers."""
+        """The bool value behind a Cast to numbers, or behind several: 0 and 1 are exact in every type."""
         node = v.producer() if v is not None else None
         if node is None or node.op_type != "Cast" or node.inputs[0] is None:
             return None
-        return node.inputs[0] if self.is_bool(node.inputs[0]) else None
+        return node.inputs[0] if self.is_bool(node.inputs[0]) else self.uncast(node.inputs[0])
 
     def empty_rows(self, v: ir.Value | None) -> ir.Value | None:
         """The bool mask whose rows without any key are the True elements of `v`, or None."""
@@ -135,6 +135,8 @@ class Masks:
             "Equal": top == 0,
         }
         count = node.inputs[0].producer() if fits.get(node.op_type) and node.inputs[0] is not None else None
+        while count is not None and count.op_type == "Cast" and count.inputs[0] is not None:
+            count = count.inputs[0].producer()  # no type rounds a count of 1 or more to 0
         rank = self.f.rank(count.inputs[0]) if count is not None else None
         if count is None or rank is None or count.op_type not in ("ReduceSum", "ReduceMax"):
             return None

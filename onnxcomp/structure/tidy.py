@@ -9,9 +9,27 @@ import onnx_ir as ir
 from onnxcomp.graph import Graph
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["drop_no_ops", "lift_constants", "merge_equal"]
+__all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal"]
 
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
+
+
+WIDER = {
+    ir.DataType.FLOAT16: (ir.DataType.FLOAT, ir.DataType.DOUBLE),
+    ir.DataType.BFLOAT16: (ir.DataType.FLOAT, ir.DataType.DOUBLE),
+    ir.DataType.FLOAT: (ir.DataType.DOUBLE,),
+}
+
+
+def drop_round_trips(g: Graph) -> None:
+    """Remove casts to a wider float type and straight back."""
+    for node in g.nodes("Cast"):
+        inner = node.inputs[0].producer() if node.inputs[0] is not None else None
+        x, y = (inner.inputs[0] if inner is not None and inner.op_type == "Cast" else None), node.outputs[0]
+        if x is None or inner is None or x.dtype != node.attributes.get_int("to", 0) or y.is_graph_output():
+            continue
+        if x.dtype in WIDER and inner.attributes.get_int("to", 0) in WIDER[x.dtype]:
+            g.replace(y, x)
 
 
 def drop_no_ops(g: Graph, f: Facts) -> None:
