@@ -13,6 +13,7 @@ from onnxcomp.runtime import Session
 from onnxcomp.structure.decompose import lower_opset
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
+from tests.hand import graph
 
 MODELS = {"encoder": tiny.encoder, "decoder": tiny.decoder, "gated": lambda: tiny.mlp(gated=True), "tanh": tiny.mlp}
 
@@ -43,6 +44,19 @@ def test_tensorrt_gets_scale_on_the_query():
         if node.name.endswith("_scores"):
             assert node.inputs[0].producer().op_type == "Mul"
             assert node.inputs[1].producer().op_type == "Transpose"
+
+
+@pytest.mark.parametrize("partial", [0, 4])
+@pytest.mark.parametrize("interleaved", [0, 1])
+def test_rotary_of_every_kind_is_spelled(partial, interleaved):
+    g = graph(23, x=("b", "s", 32), c=("b", "s", (partial or 8) // 2), z=("b", "s", (partial or 8) // 2))
+    attrs = {"num_heads": 4, "interleaved": interleaved} | ({"rotary_embedding_dim": partial} if partial else {})
+    g = tiny.finish(g, g.op("RotaryEmbedding", *g.model.graph.inputs, **attrs), "y", ["b", "s", 32])
+    rng = np.random.default_rng(0)
+    feeds = {v.name: rng.standard_normal((2, 5, v.shape[2])).astype(np.float32) for v in g.inputs}
+    old = g.clone()
+    lower_opset(old, 18)
+    np.testing.assert_allclose(run(g, feeds), run(old, feeds), atol=1e-6)
 
 
 def test_too_old_is_refused():

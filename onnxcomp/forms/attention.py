@@ -118,6 +118,9 @@ def _grouped(ctx: Context, spot: Spot) -> str:
     if why := _plain(ctx, spot):
         return why
     node = spot.nodes[0]
+    width, heads = _dim(node.inputs[0], 2), heads_of(node)[0]
+    if not isinstance(width, int) or width // heads % 8:
+        return "takes heads of a multiple of 8 channels"  # checked by the kernels of CPU and CUDA when they run
     one = _dim(node.inputs[0], 1) == 1
     if _input(node, 4) is not None and not one and _dim(node.inputs[0], 0) != 1:
         return "with a cache it takes one new token, or one sample"  # ONNX Runtime refuses others when it runs

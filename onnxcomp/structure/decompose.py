@@ -208,21 +208,44 @@ def _rms(g: Graph, node: ir.Node) -> ir.Value:
 
 
 def _rotary(g: Graph, node: ir.Node) -> ir.Value:
-    """Half-split rotation of `[B, S, H D]` by cached cos and sin `[B, S, D/2]`, all of each head."""
+    """Rotation of `[B, S, H D]` by cached cos and sin `[B, S, R/2]` of the first R of each head, all by default."""
     x, cos, sin = node.inputs[:3]
     attrs, name = node.attributes, str(node.name)
     three = x is not None and x.shape is not None and len(x.shape) == 3
-    if not three or any(attrs.get_int(a, 0) for a in ("interleaved", "rotary_embedding_dim")) or len(node.inputs) > 3:
+    heads, rotated = attrs.get_int("num_heads", 0), attrs.get_int("rotary_embedding_dim", 0)
+    width = x.shape[2] if three and x is not None and x.shape is not None else None
+    if not three or not heads or len(node.inputs) > 3 or (rotated and not isinstance(width, int)):
         raise TargetError(f"node '{name}': this RotaryEmbedding has no spelling below opset 23")
-    split = g.op("Reshape", x, _ints(0, 0, attrs.get_int("num_heads"), -1), name=f"{name}_split")
-    halves = g.op("Split", split, axis=-1, num_outputs=2, outputs=2, name=f"{name}_halves").producer()
-    assert halves is not None
-    a, b = halves.outputs
+    part: ir.Value = g.op("Reshape", x, _ints(0, 0, heads, -1), name=f"{name}_split")
+    rest = None
+    if rotated and isinstance(width, int) and rotated < width // heads:
+        part, rest = _parts(g, part, f"{name}_kept", _ints(rotated, width // heads - rotated))
+    turned = _turned(g, part, cos, sin, name, heads if attrs.get_int("interleaved", 0) else 0)
+    whole = turned if rest is None else g.op("Concat", turned, rest, axis=-1, name=f"{name}_whole")
+    return g.op("Reshape", whole, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
+
+
+def _turned(g: Graph, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, name: str, interleaved: int) -> ir.Value:
+    """`[B, S, H, R]` with pairs turned: halves apart, or neighbours (`interleaved` is the number of heads then)."""
+    if interleaved:
+        pairs = g.op("Reshape", x, _ints(0, 0, interleaved, -1, 2), name=f"{name}_pairs")
+        a, b = (g.op("Squeeze", v, _ints(-1)) for v in _parts(g, pairs, f"{name}_halves"))
+    else:
+        a, b = _parts(g, x, f"{name}_halves")
     c, s = (g.op("Unsqueeze", t, _ints(2)) for t in (cos, sin))
     real = g.op("Sub", g.op("Mul", a, c), g.op("Mul", b, s))
     imaginary = g.op("Add", g.op("Mul", b, c), g.op("Mul", a, s))
-    turned = g.op("Concat", real, imaginary, axis=-1, name=f"{name}_turned")
-    return g.op("Reshape", turned, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
+    if not interleaved:
+        return g.op("Concat", real, imaginary, axis=-1, name=f"{name}_turned")
+    both = [g.op("Unsqueeze", v, _ints(-1)) for v in (real, imaginary)]
+    return g.op("Reshape", g.op("Concat", *both, axis=-1), _ints(0, 0, interleaved, -1), name=f"{name}_turned")
+
+
+def _parts(g: Graph, x: ir.Value, name: str, sizes: np.ndarray | None = None) -> tuple[ir.Value, ir.Value]:
+    """The last axis in two, halves by default."""
+    node = g.op("Split", x, sizes, axis=-1, num_outputs=2 if sizes is None else None, outputs=2, name=name).producer()
+    assert node is not None
+    return node.outputs[0], node.outputs[1]
 
 
 def _gelu(g: Graph, node: ir.Node) -> ir.Value:
