@@ -33,6 +33,7 @@ IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
 IDENTITY |= {"prune-vocab": {"min_count": 0}}
 IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
+IDENTITY |= {"drop-layers": {"ratio": 0}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}

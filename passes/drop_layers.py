@@ -1,0 +1,113 @@
+"""Leave out the layers, attentions or MLPs that change the residual stream least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from onnxcomp.branches import Branch, branches, whole_layers
+from onnxcomp.graph import Graph, Site
+from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
+from onnxcomp.stats import Need, Stats, cosine
+from onnxcomp.target import Target
+
+__all__ = ["DropLayers"]
+
+
+@dataclass(frozen=True)
+class DropLayers(Pass):
+    """Hand the residual stream past the least needed layers, one at a time, scoring the rest again after each.
+
+    Block influence is `1 - mean cos(x_in, x_out)` over tokens (Men et al., ShortGPT, 2024, arXiv 2403.03853, eq. 1);
+    `ablation` measures instead how far the model's outputs move without the layer.
+    """
+
+    stage: ClassVar[Stage] = Stage.DEPTH
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of the layers (or of the attentions, or the MLPs) to leave out, rounded down."""
+    part: Literal["layer", "attention", "mlp"] = "layer"
+    """What is left out: whole layers, their attentions only, or their MLPs only."""
+    score: Literal["influence", "ablation"] = "influence"
+    """How need is measured; ablation runs the model once for each candidate and round."""
+    rescore: bool = True
+    """Score again after each one that goes; otherwise once."""
+    protect: Annotated[int, Field(ge=0)] = 1
+    """Layers at each end that always stay."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is to go."""
+        return self.ratio == 0
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every layer, attention or MLP."""
+        return [b.site for b in self._all(g)]
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """The cosine between the stream before and behind each candidate."""
+        return [] if self.is_identity or self.score == "ablation" else [_influence(b) for b in self._free(self._all(g))]
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Drop the least needed candidate until the share is reached; the others are declined with their score."""
+        every = self._all(g)
+        free = {b.name for b in self._free(every)}
+        count, scores = int(self.ratio * len(every)), self._scores(g, env, free, env.stats)
+        for left in reversed(range(min(count, len(free)) if not self.is_identity else 0)):
+            name = min(free, key=lambda n: scores[n])
+            free.remove(name)
+            _drop(g, self._named(g, name))
+            if self.rescore and left:
+                scores = self._scores(g, env, free, None)
+        for b in every:
+            if count == 0:
+                g.decline(b.site, f"a share of {self.ratio:g} is less than one of {len(every)}")
+            elif b.name in free:
+                g.decline(b.site, f"kept: its {self.score} is {scores[b.name]:.3g}")
+            elif b.why or self._protected(b, every):
+                g.decline(b.site, b.why or f"one of the {self.protect} layers at each end that stay")
+
+    def _all(self, g: Graph) -> list[Branch]:
+        if self.part == "layer":
+            return whole_layers(g)
+        return [b for b in branches(g) if b.kind == self.part]
+
+    def _named(self, g: Graph, name: str) -> Branch:
+        """The branch in a graph that has been edited since, or in a copy; names of nodes stay."""
+        return next(b for b in self._all(g) if b.name.split(" (")[0] == name.split(" (")[0])
+
+    def _protected(self, b: Branch, every: list[Branch]) -> bool:
+        last = max(x.layer for x in every)
+        return b.layer < self.protect or b.layer > last - self.protect
+
+    def _free(self, every: list[Branch]) -> list[Branch]:
+        return [b for b in every if not b.why and not self._protected(b, every)]
+
+    def _scores(self, g: Graph, env: Env, names: set[str], stats: Stats | None) -> dict[str, float]:
+        if self.is_identity or not names:
+            return {}
+        order = sorted(names)
+        if self.score == "ablation":
+            return {n: s.value for n, s in zip(order, env.evaluate(self._without(n) for n in order), strict=True)}
+        found = {n: _influence(self._named(g, n)) for n in order}
+        known = env.collect(g, found.values()) if stats is None else stats
+        return {n: 1 - float(known[need]) for n, need in found.items()}
+
+    def _without(self, name: str) -> Edit:
+        return lambda variant: _drop(variant, self._named(variant, name))
+
+
+def _influence(b: Branch) -> Need:
+    assert b.entry is not None
+    assert b.exit is not None
+    return cosine(b.entry, b.exit)
+
+
+def _drop(g: Graph, b: Branch) -> None:
+    assert b.entry is not None
+    assert b.exit is not None
+    g.replace(b.exit, b.entry)
