@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
@@ -71,6 +71,10 @@ def describe(name: str) -> PassInfo:
 def options_schema(cls: type[Pass]) -> dict[str, Any]:
     """JSON schema of a pass's options; definitions are named after the pass, so that schemas can be put together."""
     schema = TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{cls.name}.{{model}}")
+    for base in cls.__mro__[1:]:  # pydantic reads the docs of fields from the source of the last class only
+        if base is not Pass and issubclass(base, Pass) and is_dataclass(base):
+            for key, option in TypeAdapter(base).json_schema()["properties"].items():
+                schema["properties"][key].setdefault("description", option.get("description", ""))
     if "$defs" in schema:
         schema["$defs"] = {f"{cls.name}.{key}": value for key, value in schema["$defs"].items()}
     return schema

@@ -153,6 +153,10 @@ class Group:
         """Constants that make the axis."""
         return tuple(s for s in self.slots if s.writes)
 
+    def holds(self, value: str, axis: int) -> bool:
+        """Whether the group cuts that axis of a computed value."""
+        return any(s.value == value and s.axis == axis for s in self.computed)
+
     def kept(self, keep: Array) -> Array:
         """The units to keep, checked: ascending, at least one, the same number of each part; raises `ModelError`."""
         kept = np.asarray(keep, np.int64)

@@ -35,16 +35,19 @@ IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
 IDENTITY |= {"drop-layers": {"ratio": 0}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
+IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-ffn", "prune-heads", "prune-hidden")}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
 OPTIONS |= {"merge-tokens": {"ratio": 0.05}, "drop-tokens": {"keep": 0.99}}
+OPTIONS |= {"prune-ffn": {"ratio": 0.05, "multiple_of": 1}, "prune-heads": {"floor": 3}}
+OPTIONS |= {"prune-hidden": {"ratio": 0.04, "multiple_of": 1}}
 OPTIONS |= {"low-rank": {"min_size": 1, "multiple": 1, "margin": 1.0, "ratio": 0.05}}
 OPTIONS |= {"slice": {"ratio": 0.04, "multiple": 1}}
 OPTIONS |= {"sparsify": {"min_size": 1, "ratio": 0.1, "head": True}}
 # A model in which a lossy pass finds nothing to change; most find nothing in a linear this small.
 NOTHING = {"half": tiny.copy}
 # Relative error up to which a lossy pass may go where random weights have nothing that could be spared.
-BOUNDS = {"low-rank": 0.9, "slice": 0.5}
+BOUNDS = {"low-rank": 0.9, "slice": 0.5, "prune-heads": 0.9}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 

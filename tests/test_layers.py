@@ -54,7 +54,7 @@ LAYERS = [
         "validation",
         "walk",
     },
-    {"pipeline", "gate", "outcome", "manager", "steps"},
+    {"pipeline", "gate", "outcome", "manager", "steps", "pruning", "readers"},
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
     {"report", "report_parts", "job", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},
@@ -133,6 +133,7 @@ def test_a_pass_imports_neither_the_runtime_nor_another_pass(module: str) -> Non
     allowed = {
         "trial",
         "pipeline",
+        "pruning",
         "blocks",
         "branches",
         "coupling",

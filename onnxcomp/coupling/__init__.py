@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks import Attention, Mlp
-from onnxcomp.coupling.collect import collect
+from onnxcomp.coupling.collect import Blocked, collect
 from onnxcomp.coupling.rules import RULES
 from onnxcomp.coupling.trace import Tracer
 from onnxcomp.errors import ModelError
@@ -21,7 +21,7 @@ from onnxcomp.maths import Array
 from onnxcomp.structure.dims import Shape
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
+__all__ = ["Blocked", "Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
 
 
 class Coupling:

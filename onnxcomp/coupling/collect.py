@@ -11,18 +11,26 @@ from onnxcomp.errors import ModelError
 from onnxcomp.groups import STAYS, AttrSlot, Entries, Group, IndexSlot, IoSlot, NormSlot, Size, Slot
 from onnxcomp.maths import Array
 
-__all__ = ["collect"]
+__all__ = ["Blocked", "collect"]
 
 Plain = Callable[[Array], tuple[int, ...]]
 
 
+class Blocked(ModelError):
+    """An axis that cannot be cut; `reached` are the axes (value name, axis) that are coupled to it."""
+
+    def __init__(self, message: str, reached: frozenset[tuple[str, int]]) -> None:
+        super().__init__(message)
+        self.reached = reached
+
+
 def collect(t: Tracer, start: Axis) -> Group:
-    """The group of a walk, units numbered in the order of the starting axis; raises `ModelError` where it is empty."""
+    """The group of a walk, units numbered in the order of the starting axis; raises `Blocked` where it is empty."""
     units = t.at(start)
     free = np.zeros(0, np.int64) if units is None else units[units > FROZEN]
     order = {int(u): i for i, u in enumerate(dict.fromkeys(free.tolist()))}
     if len(order) < 2:
-        raise ModelError(_why_not(t, start, len(order)))
+        raise Blocked(_why_not(t, start, len(order)), frozenset((str(a.value.name), a.axis) for a in t.units))
     plain = _numbering(t, order)
     slots, computed, io = _slots(t, plain)
     return Group(

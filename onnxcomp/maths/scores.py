@@ -8,7 +8,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.solve import damped
 
-__all__ = ["best", "head_energy", "head_loss", "magnitude", "wanda"]
+__all__ = ["best", "flap", "head_energy", "head_loss", "magnitude", "per_unit", "unit_loss", "wanda"]
 
 
 def magnitude(weights: Array, block: int = 1) -> Float64:
@@ -47,6 +47,35 @@ def head_loss(gram: Array, weights: Array, heads: int, damp: float = 1e-6) -> Fl
             own = own - between.T @ np.linalg.solve(damped(g[np.ix_(kept, kept)], damp)[0], between)
         losses.append(max(0.0, float(np.einsum("kn,kn->", w[cut], own @ w[cut]))))
     return np.array(losses)
+
+
+def flap(variance: Array, weights: Array) -> Float64:
+    """Fluctuation of every in-channel, `Var(X_k) ||W_k||^2` (FLAP, arXiv 2312.11983, eq. 4): `variance` is `[K]`."""
+    squares = np.square(np.asarray(weights, np.float64)).sum(axis=1)
+    return np.asarray(np.asarray(variance, np.float64) * squares)
+
+
+def per_unit(values: Array, units: Array, count: int, mean: bool = False) -> Float64:
+    """Sum or mean of the values of each unit's positions: `values` and `units` are `[K]`, -1 is no unit's."""
+    u = np.asarray(units, np.int64)
+    kept = u >= 0
+    total = np.bincount(u[kept], np.asarray(values, np.float64)[kept], count)
+    return np.asarray(total / np.maximum(np.bincount(u[kept], minlength=count), 1) if mean else total)
+
+
+def unit_loss(gram: Array, weights: Array, units: Array, count: int, damp: float = 1e-6) -> Float64:
+    """Squared error that remains when a unit's in-channels are cut and all others make up for it: `[count]`.
+
+    `tr(W_u^T [(G^-1)_uu]^-1 W_u)`, the Schur complement of the rest, from one inverse for all units.
+    """
+    w, u = np.asarray(weights, np.float64), np.asarray(units, np.int64)
+    inverse = np.linalg.inv(damped(np.asarray(gram, np.float64), damp)[0])
+    losses = np.zeros(count)
+    for i in range(count):
+        own = np.flatnonzero(u == i)
+        if own.size:
+            losses[i] = np.einsum("kn,kn->", w[own], np.linalg.solve(inverse[np.ix_(own, own)], w[own]))
+    return np.maximum(losses, 0.0)
 
 
 def best(scores: Array, n: int) -> Array:

@@ -14,7 +14,17 @@ from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 
-__all__ = ["Gptq", "Solution", "damped", "error", "gptq", "inverse_factor", "least_squares", "repair"]
+__all__ = [
+    "Gptq",
+    "Solution",
+    "damped",
+    "error",
+    "gptq",
+    "inverse_factor",
+    "least_squares",
+    "repair",
+    "repair_affine",
+]
 
 DAMP_LIMIT = 1e6
 LAZY = 128  # in-channels between two updates of the rest of the matrix
@@ -90,6 +100,21 @@ def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solu
     if w.shape[0] != len(g) or kept.size == 0:
         raise DataError(f"weights {list(w.shape)} and {kept.size} kept channels do not fit a Gram matrix of {len(g)}")
     return least_squares(g[np.ix_(kept, kept)], g[kept] @ w, damp, start=w[kept])
+
+
+def repair_affine(
+    gram: Array, mean: Array, rows: float, weights: Array, bias: Array, keep: Array, damp: float = 1e-6
+) -> tuple[Float64, Float64]:
+    """`repair` of `y = x W + b` with the bias among the kept: weights `[len(keep), N]` and bias `[N]`.
+
+    The bias is the weight of a channel that is always one; `mean` `[K]` and the number of `rows` give its products.
+    """
+    g, m = np.asarray(gram, np.float64), np.asarray(mean, np.float64)
+    k = len(g)
+    whole = np.block([[g, rows * m[:, None]], [rows * m[None, :], np.full((1, 1), rows)]])
+    both = np.vstack([np.asarray(weights, np.float64), np.asarray(bias, np.float64).reshape(1, -1)])
+    solved = repair(whole, both, np.append(np.asarray(keep, np.int64), k), damp).weights
+    return solved[:-1], solved[-1]
 
 
 def gptq(

@@ -1,0 +1,117 @@
+"""How many units go where: from scores to the units that stay, by layer or over the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import lcm
+from typing import Literal
+
+import numpy as np
+
+from onnxcomp.maths import Array, Float64
+
+__all__ = ["Candidate", "Normal", "choose", "least_ratio", "normalised"]
+
+Normal = Literal["none", "l2", "standard"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One group to cut: scores of its units (high stays), what one of them costs, and what its count must obey.
+
+    `parts` is the part of each unit where every part must keep as many, `multiple` the steps of the count, `floor` the
+    fewest that stay.
+    """
+
+    scores: Float64
+    cost: float = 1.0
+    parts: tuple[int, ...] = ()
+    multiple: int = 1
+    floor: int = 1
+
+    @property
+    def units(self) -> int:
+        """How many there are."""
+        return len(self.scores)
+
+
+def normalised(scores: Array, how: Normal) -> Float64:
+    """Scores comparable between layers: over their L2 norm (Michel 2019), or less their mean over their deviation."""
+    s = np.asarray(scores, np.float64)
+    if how == "l2":
+        norm = float(np.linalg.norm(s))
+        return s / norm if norm > 0 else s
+    if how == "standard":
+        std = float(s.std())
+        return (s - s.mean()) / std if std > 0 else s * 0
+    return s
+
+
+def choose(
+    candidates: Sequence[Candidate],
+    ratio: float,
+    ranking: Literal["layer", "global"] = "layer",
+    uniform: bool = False,
+) -> list[Array]:
+    """Units that stay in each group (ascending) when `ratio` of them go: of each group, or of the cost of all.
+
+    With `uniform` all groups of as many units keep equally many.
+    """
+    if ranking == "layer":
+        counts = [c.units * (1 - ratio) for c in candidates]
+    else:
+        counts = _ranked(candidates, ratio)
+    if uniform and candidates:
+        share = sum(counts) / sum(c.units for c in candidates)
+        counts = [c.units * share for c in candidates]
+    return [_best(c, _rounded(c, n)) for c, n in zip(candidates, counts, strict=True)]
+
+
+def _ranked(candidates: Sequence[Candidate], ratio: float) -> list[float]:
+    """How many units of each group stay when the lowest of all go until `ratio` of the cost has gone."""
+    ranks = np.concatenate([c.scores for c in candidates])
+    owner = np.repeat(np.arange(len(candidates)), [c.units for c in candidates])
+    left = np.array([c.units for c in candidates])
+    budget = ratio * sum(c.cost * c.units for c in candidates)
+    for i in owner[np.argsort(ranks, kind="stable")]:
+        if budget < candidates[i].cost / 2:
+            break
+        if left[i] > candidates[i].floor:
+            left[i] -= 1
+            budget -= candidates[i].cost
+    return [float(n) for n in left]
+
+
+def _rounded(c: Candidate, count: float) -> int:
+    """The nearest allowed count, the lower one where two are equally near; all units where no fewer are allowed."""
+    step = lcm(max(1, c.multiple), len(set(c.parts)) or 1)
+    if count >= c.units:
+        return c.units
+    lowest = -(-max(c.floor, 1) // step) * step
+    n = max(lowest, int(np.ceil(count / step - 0.5 - 1e-9)) * step)
+    return n if n < c.units else c.units
+
+
+def _best(c: Candidate, count: int) -> Array:
+    """The highest scores, as many of each part; among equals the first wins."""
+    if not c.parts:
+        return np.sort(np.argsort(-c.scores, kind="stable")[:count])
+    parts, kept = np.asarray(c.parts), []
+    for p in sorted(set(c.parts)):
+        own = np.flatnonzero(parts == p)
+        kept.append(own[np.argsort(-c.scores[own], kind="stable")[: count // len(set(c.parts))]])
+    return np.sort(np.concatenate(kept))
+
+
+def least_ratio(fits: Callable[[float], bool], steps: int = 24) -> float | None:
+    """The smallest ratio in `[0, 1)` for which `fits` holds, by bisection; None where none does."""
+    if fits(0.0):
+        return 0.0
+    low, high = 0.0, 1.0 - 1e-6
+    if not fits(high):
+        return None
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high

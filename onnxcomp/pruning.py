@@ -1,0 +1,266 @@
+"""What the passes that cut widths share: scores of units, amounts, repair, cut; a pass names the groups."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from onnxcomp import blocks, readers
+from onnxcomp.blocks import Linear
+from onnxcomp.coupling import Blocked, Coupling, prove
+from onnxcomp.coupling.sizes import macs, parameters
+from onnxcomp.errors import ModelError, RecipeError
+from onnxcomp.graph import Graph, Site
+from onnxcomp.groups import Group
+from onnxcomp.maths import Array, Float64, scores
+from onnxcomp.maths.amounts import Candidate, Normal, choose, least_ratio, normalised
+from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
+from onnxcomp.readers import Reader
+from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
+from onnxcomp.target import Target
+
+__all__ = ["Place", "Width"]
+
+Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
+NORMAL: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
+MOST_VARIANTS = 2048
+ASKED: dict[str, list[Callable[[str], Need]]] = {
+    "wanda": [norm2],
+    "flap": [var, mean],
+    "energy": [gram],
+    "magnitude": [],
+    "ablation": [],
+    "least-squares": [gram, mean, var],
+    "bias": [mean],
+    "none": [],
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One group with the sites it belongs to and the linears that read its axis."""
+
+    sites: tuple[Site, ...]
+    group: Group
+    readers: tuple[Reader, ...]
+
+
+@dataclass(frozen=True)
+class Width(Pass):
+    """A pass that makes groups of coupled axes narrower."""
+
+    stage: ClassVar[Stage] = Stage.WIDTH
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    unit: ClassVar[str] = "units"
+    aligned: ClassVar[bool] = True
+
+    ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of the units to cut; 0 without a budget changes nothing."""
+    parameters: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Cut until at most this share of the model's parameters stays, instead of a ratio."""
+    macs: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Cut until at most this share of the multiplications with weights, per token, stays, instead of a ratio."""
+    ranking: Literal["layer", "global"] = "layer"
+    """Cut the same share of every layer, or what scores least over all layers."""
+    score: Score = "energy"
+    """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
+    repair: Literal["least-squares", "bias", "none"] = "least-squares"
+    """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing."""
+    multiple_of: Annotated[int, Field(ge=0)] = 0
+    """Widths become multiples of this; 0 takes what the target runs well (for heads: any count)."""
+    floor: Annotated[int, Field(ge=1)] = 1
+    """Units that every layer keeps at least."""
+    uniform: bool = False
+    """Keep the same share of every layer whatever the ranking, for runtimes that want one number for all."""
+    metric: str | None = None
+    """Gate name that the ablation score measures; by default kl for logits, else rel-l2."""
+    skip: tuple[str, ...] = ()
+    """Patterns of node names that stay whole."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing is to be cut."""
+        return self.ratio == 0 and self.parameters in (None, 1) and self.macs in (None, 1)
+
+    @property
+    def wants_data(self) -> bool:
+        """Magnitudes without repair need none."""
+        return self.score != "magnitude" or self.repair != "none"
+
+    def planning(self) -> Width:
+        """The same sizes without data: units are ranked by magnitude, nothing is repaired."""
+        return dataclasses.replace(self, score="magnitude", repair="none")
+
+    @abc.abstractmethod
+    def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
+        """The sites, each with the value whose last axis is cut."""
+
+    def group(self, c: Coupling, start: ir.Value) -> Group:
+        """The group of one site; raises `ModelError` where it cannot be cut."""
+        return c.couple(start, -1)
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every place that has the kind of axis this pass cuts."""
+        return [site for site, _ in self.starts(g)]
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """What score and repair ask of the inputs of the linears that read the axis."""
+        if self.is_identity or not self.wants_data:
+            return
+        asked = [*ASKED[self.score], *ASKED[self.repair]]
+        sources = (s for p in self.places(Coupling(g.clone())) for r in p.readers for s in r.sources)
+        yield from dict.fromkeys(need(s) for s in sources for need in asked)
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Score, choose, repair, cut, and prove the shapes."""
+        if self.is_identity:
+            return
+        coupling = Coupling(g)
+        places = self.places(coupling)
+        if not places:
+            return
+        keeps = self._amounts(g, places, [self._scores(g, p, env) for p in places], env.target)
+        cuts = [(p.group, keep) for p, keep in zip(places, keeps, strict=True)]
+        for place, keep in zip(places, keeps, strict=True):
+            if len(keep) == place.group.units:
+                for site in place.sites:
+                    g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
+                continue
+            if self.repair != "none":
+                for reader in place.readers:
+                    readers.repair(g, reader, keep, env.stats, self.repair)
+            g.take(place.group, keep)
+        prove(coupling.facts, g, cuts)
+
+    # ---- what is cut ---------------------------------------------------------------------------------------------
+
+    def places(self, c: Coupling) -> list[Place]:
+        """The groups with their sites, each group once; what cannot be cut is declined with what blocked it."""
+        found: list[Place] = []
+        blocked: list[Blocked] = []
+        linears = blocks.linears(c.g, tied=True)
+        for site, start in self.starts(c.g):
+            at = (str(start.name), (c.facts.rank(start) or 0) - 1)
+            if (i := next((i for i, p in enumerate(found) if p.group.holds(*at)), None)) is not None:
+                found[i] = dataclasses.replace(found[i], sites=(*found[i].sites, site))
+                continue
+            try:
+                if (same := next((b for b in blocked if at in b.reached), None)) is not None:
+                    raise same
+                found.append(self._place(c, site, start, linears))
+            except Blocked as e:
+                blocked.append(e)
+                c.g.decline(site, str(e))
+            except ModelError as e:
+                c.g.decline(site, str(e))
+        return found
+
+    def _place(self, c: Coupling, site: Site, start: ir.Value, linears: Sequence[Linear]) -> Place:
+        names = (site.name, *site.nodes)
+        if (hit := next((p for p in self.skip if any(fnmatchcase(n, p) for n in names)), None)) is not None:
+            raise ModelError(f"skipped by the pattern '{hit}'")
+        group = self.group(c, start)
+        read = readers.readers_of(group, linears)
+        if self.wants_data and not read:
+            raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
+        return Place((site,), group, read)
+
+    def _why(self, place: Place, target: Target) -> str:
+        step = self._multiple(target)
+        if place.group.units <= max(self.floor, step):
+            return f"there are no fewer than {max(self.floor, step)} to keep (floor {self.floor}, multiples of {step})"
+        return "the nearest count allowed" if self.ranking == "layer" else "they matter more than those of other layers"
+
+    def _multiple(self, target: Target) -> int:
+        return self.multiple_of or (target.width_multiple if self.aligned else 1)
+
+    # ---- how much ------------------------------------------------------------------------------------------------
+
+    def _amounts(self, g: Graph, places: Sequence[Place], found: Sequence[Float64], target: Target) -> list[Array]:
+        groups = [p.group for p in places]
+        whole = parameters(g)
+        costs = [max(1, whole - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
+        how = NORMAL.get(self.score, "l2") if self.ranking == "global" else "none"
+        candidates = [
+            Candidate(normalised(s, how), cost, x.parts, self._multiple(target), self.floor)
+            for s, x, cost in zip(found, groups, costs, strict=True)
+        ]
+        asked = {"parameters": (self.parameters, parameters), "macs": (self.macs, macs)}
+        ratios = [
+            self._ratio(g, groups, candidates, name, share, count)
+            for name, (share, count) in asked.items()
+            if share is not None
+        ]
+        return self._choose(candidates, max(ratios, default=self.ratio))
+
+    def _ratio(
+        self,
+        g: Graph,
+        groups: Sequence[Group],
+        candidates: Sequence[Candidate],
+        name: str,
+        share: float,
+        count: Callable[..., int],
+    ) -> float:
+        """The smallest ratio that keeps a budget; raises `RecipeError` where none does."""
+        whole = count(g)
+
+        def left(ratio: float) -> int:
+            return count(g, zip(groups, self._choose(candidates, ratio), strict=True))
+
+        least = least_ratio(lambda r: left(r) <= share * whole)
+        if least is None:
+            raise RecipeError(
+                f"{self.name}: {name}={share:g} cannot be reached: with all {self.unit} cut that may go, "
+                f"{left(1 - 1e-6) / whole:.0%} stay; ask for more, or let another pass cut as well"
+            )
+        return least
+
+    def _choose(self, candidates: Sequence[Candidate], ratio: float) -> list[Array]:
+        return choose(candidates, ratio, self.ranking, self.uniform)
+
+    # ---- what matters --------------------------------------------------------------------------------------------
+
+    def _scores(self, g: Graph, place: Place, env: Env) -> Float64:
+        """How much each unit matters: `[units]`; several readers count the same."""
+        count = place.group.units
+        if self.score == "magnitude":
+            return readers.magnitude(g, place.group)
+        if self.score == "ablation":
+            if count > MOST_VARIANTS:
+                raise RecipeError(
+                    f"{self.name}: score ablation would run the model {count} times for one layer; use energy"
+                )
+            edits = [_silence(place.group, u) for u in range(count)]
+            return np.array([s.value for s in env.evaluate(edits, self.metric)])
+        found = [self._of_reader(g, r, env.stats, count) for r in place.readers]
+        return found[0] if len(found) == 1 else np.asarray(sum(normalised(s, "l2") for s in found))
+
+    def _of_reader(self, g: Graph, reader: Reader, stats: Stats, count: int) -> Float64:
+        weight, units = reader.weight(g), reader.units
+        if self.score == "wanda":
+            return scores.per_unit(scores.wanda(weight, reader.norm2(stats)).sum(axis=1), units, count)
+        if self.score == "flap":
+            return scores.per_unit(scores.flap(reader.var(stats), weight), units, count, mean=True)
+        return scores.unit_loss(reader.gram(stats), weight, units, count)
+
+
+def _silence(group: Group, unit: int) -> Edit:
+    """An edit that zeroes what reads one unit."""
+
+    def edit(g: Graph) -> None:
+        for slot in group.readers:
+            v = g.value(slot.value)
+            a = g.array(v).copy()
+            a[tuple([slice(None)] * slot.axis + [slot.positions(np.array([unit]))])] = 0
+            g.put(v, a)
+
+    return edit

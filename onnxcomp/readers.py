@@ -1,0 +1,129 @@
+"""Linears that read the axis of a group: their statistics, and the closed-form repair of their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from onnxcomp.blocks import Linear
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+from onnxcomp.groups import STAYS, Group, Slot
+from onnxcomp.maths import Array, Float64, solve
+from onnxcomp.stats import Stats, gram, mean, norm2, var
+
+__all__ = ["Reader", "magnitude", "readers_of", "repair"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One weight whose rows are an axis of a group, with every linear that reads it (shared layers have several)."""
+
+    slot: Slot
+    linears: tuple[Linear, ...]
+
+    @property
+    def units(self) -> Array:
+        """The unit of every in-channel: `[K]`."""
+        return np.asarray(self.slot.units, np.int64)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the values that the weight is multiplied with."""
+        return tuple(dict.fromkeys(str(x.source.name) for x in self.linears))
+
+    def weight(self, g: Graph) -> Array:
+        """The weight as `[K, N]`."""
+        a = g.array(self.linears[0].weight)
+        return a.T if self.linears[0].transposed else a
+
+    def gram(self, stats: Stats) -> Float64:
+        """`X^T X` over all inputs: `[K, K]`."""
+        return np.asarray(sum(np.asarray(stats[gram(s)], np.float64) for s in self.sources))
+
+    def norm2(self, stats: Stats) -> Float64:
+        """Euclidean norm of every in-channel over all inputs: `[K]`."""
+        return np.asarray(np.sqrt(sum(np.asarray(stats[norm2(s)], np.float64) ** 2 for s in self.sources)))
+
+    def mean(self, stats: Stats) -> Float64:
+        """Mean of every in-channel: `[K]`; inputs have equally many rows."""
+        return np.asarray(np.mean([stats[mean(s)] for s in self.sources], axis=0), np.float64)
+
+    def var(self, stats: Stats) -> Float64:
+        """Variance of every in-channel: `[K]`."""
+        means = np.array([stats[mean(s)] for s in self.sources], np.float64)
+        return np.asarray(np.mean([stats[var(s)] for s in self.sources], axis=0) + means.var(axis=0), np.float64)
+
+    def rows(self, stats: Stats) -> float:
+        """How many rows the Gram matrix is a sum over: its trace over the mean square of a row."""
+        square = float((self.var(stats) + self.mean(stats) ** 2).sum())
+        return float(np.trace(self.gram(stats))) / square if square > 0 else 1.0
+
+
+def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
+    """The linears behind the group's reading constants; raises `ModelError` for a quantized one."""
+    found = []
+    for slot in group.readers:
+        own = [x for x in linears if x.weight.name == slot.value and slot.axis == int(x.transposed)]
+        if any(x.quantized for x in own):
+            raise ModelError(f"linear '{own[0].name}' is quantized; cut the model before quantizing it")
+        if own:
+            found.append(Reader(slot, tuple(own)))
+    return tuple(found)
+
+
+def magnitude(g: Graph, group: Group) -> Float64:
+    """L2 norm of all weights that read or write a unit: `[units]` (Torch-Pruning's group norm)."""
+    total = np.zeros(group.units)
+    for slot in group.slots:
+        a = g.array(g.value(slot.value))
+        if not (slot.reads or slot.writes) or not np.issubdtype(a.dtype, np.floating):
+            continue
+        squares = np.square(a.astype(np.float64)).sum(axis=tuple(i for i in range(a.ndim) if i != slot.axis))
+        units = np.asarray(slot.units)
+        total += np.bincount(units[units != STAYS], squares[units != STAYS], group.units)
+    return np.asarray(np.sqrt(total))
+
+
+def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Literal["least-squares", "bias"]) -> None:
+    """Make the kept in-channels do what the cut ones did on the calibration data, as far as they can.
+
+    `bias`: the mean output of what is cut goes into the bias (FLAP, eq. 7), made where there is none. `least-squares`:
+    the kept rows, and the bias if there is one, minimise the squared error of the layer's output.
+    """
+    stays = reader.slot.kept(keep)
+    kept, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
+    if reader.slot.writes:
+        return  # a tied table: its rows are also what is looked up
+    weight, means = reader.weight(g), reader.mean(stats)
+    if how == "bias":
+        for linear in reader.linears:
+            _shift(g, linear, means[gone] @ weight[gone].astype(np.float64))
+        return
+    biases = {str(x.bias.name) if x.bias is not None else "" for x in reader.linears}
+    bias = reader.linears[0].bias if len(biases) == 1 else None
+    matrix = reader.gram(stats)
+    if bias is None:
+        rows = solve.repair(matrix, weight, kept).weights
+    else:
+        old = g.array(bias).reshape(-1).astype(np.float64)
+        rows, new = solve.repair_affine(matrix, means, reader.rows(stats), weight, old, kept)
+        for linear in reader.linears:
+            _shift(g, linear, new - old)
+    fitted = weight.copy()
+    fitted[kept] = rows.astype(weight.dtype)
+    g.put(reader.linears[0].weight, fitted.T if reader.linears[0].transposed else fitted)
+
+
+def _shift(g: Graph, linear: Linear, by: Float64) -> None:
+    """Add a row to the bias of one linear."""
+    if linear.bias is None:
+        dtype = g.array(linear.weight).dtype
+        g.replace(linear.output, g.op("Add", linear.output, by.astype(dtype), like=linear.output))
+        return
+    old = g.array(linear.bias)
+    new = (old.astype(np.float64) + by.reshape(old.shape)).astype(old.dtype)
+    g.put(linear.bias, new, users=[linear.add or linear.node])

@@ -1,0 +1,26 @@
+"""Narrower feed-forward parts: the channels between up and down that matter least go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxcomp import blocks
+from onnxcomp.graph import Graph, Site
+from onnxcomp.pruning import Width
+
+__all__ = ["PruneFfn"]
+
+
+@dataclass(frozen=True)
+class PruneFfn(Width):
+    """Cut channels of every feed-forward part, gated or not: columns of up and gate, rows of down."""
+
+    unit: ClassVar[str] = "channels"
+
+    def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
+        """What the down projection of every feed-forward part reads."""
+        return [(mlp.site, mlp.down.input) for mlp in blocks.mlps(g)]

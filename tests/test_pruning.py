@@ -1,0 +1,231 @@
+"""The width passes: counts as predicted, cut equals masked before repair, scores and repair against plain maths."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxcomp import blocks, catalog, coupling
+from onnxcomp.coupling.sizes import macs, parameters
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.errors import RecipeError
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager
+from onnxcomp.maths import scores, solve
+from onnxcomp.maths.amounts import Candidate, choose
+from onnxcomp.runtime import Session
+from onnxcomp.target import CPU
+from tests import cuts, tiny
+
+RNG = np.random.default_rng(0)
+DATA_FREE = {"score": "magnitude", "repair": "none"}
+
+
+def run(g: Graph, name: str, data=(), **options):
+    return PassManager([catalog.load(name)(**options)]).run(g, data)
+
+
+def batches(g: Graph, count: int = 6) -> list[Batch]:
+    return [Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(count)]
+
+
+def output(g: Graph, batch: Batch) -> np.ndarray:
+    with Session(g) as s:
+        return next(iter(s.run(batch.feeds).values()))
+
+
+# ---- amounts ---------------------------------------------------------------------------------------------------------
+
+CANDIDATES = st.lists(
+    st.builds(
+        Candidate,
+        st.lists(st.floats(0, 10), min_size=2, max_size=24).map(np.array),
+        st.floats(1, 5),
+        multiple=st.integers(1, 8),
+        floor=st.integers(1, 3),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@given(CANDIDATES, st.floats(0, 0.99), st.sampled_from(["layer", "global"]), st.booleans())
+@settings(deadline=None)
+def test_what_stays_scores_highest_and_obeys_multiples_and_floor(candidates, ratio, ranking, uniform):
+    for c, keep in zip(candidates, choose(candidates, ratio, ranking, uniform), strict=True):
+        assert np.all(np.diff(keep) > 0)
+        assert len(keep) == c.units or len(keep) % c.multiple == 0
+        assert len(keep) >= min(c.floor, c.units)
+        gone = np.setdiff1d(np.arange(c.units), keep)
+        assert not gone.size or c.scores[gone].max() <= c.scores[keep].min()
+        if ranking == "layer" and c.multiple == 1:
+            assert abs(len(keep) - max(c.floor, c.units * (1 - ratio))) <= 0.5 + 1e-9 or uniform
+
+
+def test_parts_keep_equally_many():
+    c = Candidate(np.array([5.0, 4, 3, 2, 1, 0, 9, 8]), parts=(0, 0, 0, 0, 1, 1, 1, 1))
+    (keep,) = choose([c], 0.5)
+    assert keep.tolist() == [0, 1, 6, 7]
+
+
+def test_a_global_ranking_takes_from_the_layer_that_matters_least():
+    rich, poor = Candidate(np.arange(10, 18.0)), Candidate(np.arange(8.0))
+    assert [len(k) for k in choose([rich, poor], 0.25, "global")] == [8, 4]
+    assert [len(k) for k in choose([rich, poor], 0.25, "global", uniform=True)] == [6, 6]
+
+
+# ---- counts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn", "prune-hidden"])
+def test_parameters_and_products_are_as_predicted(name, tied):
+    g = tiny.decoder(tied=tied)
+    p = catalog.load(name)(ratio=0.25, **DATA_FREE)
+    places = p.places(coupling.Coupling(g))
+    keeps = p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)
+    predicted = [count(g, [(x.group, k) for x, k in zip(places, keeps, strict=True)]) for count in (parameters, macs)]
+    result = run(g, name, ratio=0.25, **DATA_FREE).model
+    assert [parameters(result), macs(result)] == predicted
+    assert parameters(result) < parameters(g)
+    assert macs(result) < macs(g)
+
+
+@pytest.mark.parametrize("budget", ["parameters", "macs"])
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+def test_a_budget_is_kept_and_used(budget, ranking):
+    g, count = tiny.decoder(), {"parameters": parameters, "macs": macs}[budget]
+    result = run(g, "prune-ffn", ranking=ranking, multiple_of=1, **{budget: 0.8}, **DATA_FREE).model
+    assert 0.78 * count(g) <= count(result) <= 0.8 * count(g)
+
+
+def test_a_budget_out_of_reach_is_refused_with_what_is_possible():
+    with pytest.raises(RecipeError, match=r"prune-ffn: parameters=0\.1 cannot be reached: .* stay"):
+        run(tiny.decoder(), "prune-ffn", parameters=0.1, **DATA_FREE)
+
+
+def test_uniform_keeps_one_head_count():
+    g = tiny.decoder(layers=3, heads=8, kv_heads=8, hidden=32)
+    for a in blocks.attentions(g)[:1]:
+        w = g.array(a.o.weight).copy()
+        g.put(a.o.weight, w * np.float32(100))
+    options = {"ratio": 0.4, "ranking": "global", **DATA_FREE}
+    ragged = {a.heads for a in blocks.attentions(run(g, "prune-heads", **options).model)}
+    even = {a.heads for a in blocks.attentions(run(g, "prune-heads", uniform=True, **options).model)}
+    assert len(ragged) >= 1
+    assert even == {5}
+
+
+def test_a_layer_norm_stream_is_declined_and_left_alone():
+    g = tiny.encoder()
+    manager = PassManager([catalog.load("prune-hidden")(**DATA_FREE)], allow_unchanged=True)
+    step = manager.run(g).report.steps[0]
+    assert step.edits == step.changed == 0
+    assert "takes mean and variance" in step.declined[0].why
+
+
+# ---- what comes out --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn", "prune-hidden"])
+def test_before_repair_the_result_equals_the_masked_model(name):
+    g = tiny.decoder()
+    p = catalog.load(name)(ratio=0.25, **DATA_FREE)
+    places = p.places(coupling.Coupling(g))
+    keeps = p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)
+    mask = g
+    for place, keep in zip(places, keeps, strict=True):
+        mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
+    cuts.assert_same(mask, run(g, name, ratio=0.25, **DATA_FREE).model, tiny.feeds(g, 2, 7), tiny.feeds(g, 1, 5))
+
+
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "flap", "energy", "ablation"])
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
+def test_every_score_runs_and_finds_what_does_nothing(name, score):
+    """A unit whose reading rows are zero goes first, whatever the score."""
+    g = tiny.encoder(layers=1, ffn=16)
+    a, m = blocks.attentions(g)[0], blocks.mlps(g)[0]
+    linear, idle = (a.o, slice(a.head_dim, 2 * a.head_dim)) if name == "prune-heads" else (m.down, slice(3, 4))
+    for x in (linear, *([a.q, a.k, a.v] if name == "prune-heads" else [m.up])):
+        w = g.array(x.weight).copy()
+        w[idle] *= 0 if x is linear else 1
+        if x is not linear:
+            w[:, idle] = 0
+        g.put(x.weight, w)
+    options = {"ratio": 0.25 if name == "prune-heads" else 1 / 16, "multiple_of": 1}
+    result = run(g, name, as_dataset(batches(g), g), score=score, repair="none", **options)
+    batch = batches(g)[0]
+    np.testing.assert_allclose(output(result.model, batch), output(g, batch), atol=2e-6)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
+def test_repair_brings_the_output_nearer(name, bias):
+    g = tiny.encoder(bias=bias, layers=1)
+    data = batches(g, 20)
+
+    def error(repair: str) -> float:
+        done = run(g, name, as_dataset(data, g), ratio=0.5, repair=repair).model
+        return float(np.mean([np.square(output(done, b) - output(g, b)).mean() for b in data]))
+
+    none, by_bias, fitted = (error(r) for r in ("none", "bias", "least-squares"))
+    assert fitted < by_bias < none
+
+
+def test_layers_that_share_a_weight_are_scored_together_and_cut_once():
+    g = tiny.encoder(layers=2)
+    first, second = blocks.mlps(g)
+    for a, b in zip(first.linears, second.linears, strict=True):
+        g.set_input(b.node, 1, a.weight)
+    step = run(g, "prune-ffn", as_dataset(batches(g), g), ratio=0.5)
+    assert step.report.steps[0].changed == 2
+    assert len({m.width for m in blocks.mlps(step.model)}) == 1
+
+
+# ---- maths -----------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 2**31), st.integers(2, 12), st.integers(1, 5), st.booleans())
+@settings(deadline=None)
+def test_repair_never_increases_the_error_of_a_site(seed, k, n, bias):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((40, k)) @ rng.standard_normal((k, k)) + rng.standard_normal(k)
+    w, b = rng.standard_normal((k, n)), rng.standard_normal(n)
+    keep = np.sort(rng.choice(k, rng.integers(1, k), replace=False))
+    y = x @ w + b
+    plain = np.square(x[:, keep] @ w[keep] + b - y).sum()
+    if bias:
+        rows, new = solve.repair_affine(x.T @ x, x.mean(0), len(x), w, b, keep)
+        better = x[:, keep] @ rows + new
+        best = np.linalg.lstsq(np.c_[x[:, keep], np.ones(40)], y, rcond=None)[0]
+        least = np.square(np.c_[x[:, keep], np.ones(40)] @ best - y).sum()
+    else:
+        better = x[:, keep] @ solve.repair(x.T @ x, w, keep).weights + b
+        least = np.square(x[:, keep] @ np.linalg.lstsq(x[:, keep], y - b, rcond=None)[0] + b - y).sum()
+    assert np.square(better - y).sum() <= plain * (1 + 1e-9)
+    assert np.square(better - y).sum() <= least + 1e-3 * plain + 1e-9
+
+
+def test_wanda_and_flap_agree_with_their_formulas():
+    x, w = RNG.standard_normal((300, 12)) + RNG.standard_normal(12), RNG.standard_normal((12, 7))
+    wanda = np.array([[abs(w[k, n]) * np.sqrt((x[:, k] ** 2).sum()) for n in range(7)] for k in range(12)])
+    np.testing.assert_allclose(scores.wanda(w, np.linalg.norm(x, axis=0)), wanda)
+    flap = [((x[:, k] - x[:, k].mean()) ** 2).mean() * (w[k] ** 2).sum() for k in range(12)]
+    np.testing.assert_allclose(scores.flap(x.var(axis=0), w), flap)
+    heads = scores.per_unit(flap, np.repeat(np.arange(3), 4), 3, mean=True)
+    np.testing.assert_allclose(heads, np.reshape(flap, (3, 4)).mean(axis=1))
+
+
+def test_unit_loss_is_what_least_squares_cannot_make_up_for():
+    x, w = RNG.standard_normal((200, 12)) @ RNG.standard_normal((12, 12)), RNG.standard_normal((12, 5))
+    units = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, -1, -1, -1])
+    loss = scores.unit_loss(x.T @ x, w, units, 3, damp=1e-12)
+    for u in range(3):
+        kept = x[:, units != u]
+        residual = np.linalg.lstsq(kept, x @ w, rcond=None)[1].sum()
+        assert loss[u] == pytest.approx(residual, rel=1e-6)
+    np.testing.assert_allclose(
+        scores.unit_loss(x.T @ x, w, np.arange(12) // 3, 4), scores.head_loss(x.T @ x, w, 4), rtol=1e-4
+    )
