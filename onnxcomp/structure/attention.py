@@ -18,6 +18,8 @@ from onnxcomp.structure.targets import Sizes
 
 __all__ = ["raise_attention"]
 
+KNOWN = {"is_causal", "kv_num_heads", "q_num_heads", "qk_matmul_output_mode", "scale", "softcap", "softmax_precision"}
+
 
 def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     """Raise every attention that is recognised; the others are declined with the reason."""
@@ -47,6 +49,9 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, ex
     q, k = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if q is None or k is None:
         g.decline(node, "attention: shapes are not known")
+        return
+    if (len(node.inputs) > 6 and node.inputs[6] is not None) or set(node.attributes) - KNOWN:
+        g.decline(node, "attention: it uses what operator sets above 23 have added")
         return
     if any(list(v.uses()) or v.is_graph_output() for v in node.outputs[3:]):
         g.decline(node, "attention: its scores are an output")
