@@ -36,6 +36,7 @@ IDENTITY |= {"half": {"skip": ("*",)}}
 IDENTITY |= {"drop-layers": {"ratio": 0}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
 IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-ffn", "prune-heads", "prune-hidden")}
+IDENTITY |= {"refit": {"outputs": False, "norms": False}}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
 OPTIONS |= {"merge-tokens": {"ratio": 0.05}, "drop-tokens": {"keep": 0.99}}

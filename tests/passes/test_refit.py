@@ -1,0 +1,123 @@
+"""`refit`: the fits are least squares, never raise a site's error, and make up for cuts before them."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onnxcomp import blocks
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.manager import PassManager
+from onnxcomp.maths import refit
+from onnxcomp.maths.refit import Means
+from onnxcomp.passes.low_rank import LowRank
+from onnxcomp.passes.refit import Refit
+from onnxcomp.passes.slice import Slice
+from onnxcomp.passes.sparsify import Sparsify
+from onnxcomp.runtime import Session
+from tests import tiny
+from tests.passes.cut_repair import CutRepair
+
+
+def data(g, count=8, seed=0):
+    return as_dataset([Batch(tiny.feeds(g, 4, 9, seed=seed + i, padding="right")) for i in range(count)], g)
+
+
+def problem(seed, rows=60, k=7, n=4):
+    r = np.random.default_rng(seed)
+    x = r.standard_normal((rows, k)) + r.standard_normal(k)
+    return x, x @ r.standard_normal((k, n)) + 2 + 0.3 * r.standard_normal((rows, n)), r.standard_normal((k, n))
+
+
+def test_affine_fit_is_the_textbook_solution():
+    x, y, w = problem(0)
+    means = Means(x.mean(axis=0), y.mean(axis=0), len(x))
+    found, bias = refit.linear(x.T @ x, x.T @ y, w, 0.0, means)
+    want = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)[0]
+    np.testing.assert_allclose(found, want[:-1], atol=1e-9)
+    np.testing.assert_allclose(bias, want[-1], atol=1e-9)
+    plain, none = refit.linear(x.T @ x, x.T @ y, w, 0.0)
+    np.testing.assert_allclose(plain, np.linalg.lstsq(x, y, rcond=None)[0], atol=1e-9)
+    assert none is None
+    assert np.isclose(refit.count(np.linalg.norm(x, axis=0), x.mean(axis=0), x.var(axis=0)), len(x))
+
+
+@given(st.integers(0, 10**6), st.integers(1, 20), st.floats(0, 2))
+@settings(max_examples=50, deadline=None)
+def test_no_fit_raises_the_error(seed, rows, damp):
+    x, y, w = problem(seed, rows)
+    means = Means(x.mean(axis=0), y.mean(axis=0), len(x))
+    found, bias = refit.linear(x.T @ x, x.T @ y, w, damp, means)
+    plain = ((x @ w + (y - x @ w).mean(axis=0) - y) ** 2).sum()
+    assert ((x @ found + bias - y) ** 2).sum() <= plain * (1 + 1e-9) + 1e-9
+    v = x[:, :4]
+    for m in (None, Means(v.mean(axis=0), y.mean(axis=0), len(x))):
+        a, c = refit.scale((v**2).sum(axis=0), (v * y).sum(axis=0), m)
+        ours, before = ((a * v + c - y) ** 2).sum(axis=0), ((v - y) ** 2).sum(axis=0)
+        assert (ours <= before * (1 + 1e-6) + 1e-6).all()
+
+
+def drift(g, passes, held):
+    values = PassManager(passes).run(g, data(g), held).report.validation.values()
+    return values["rel-l2"]
+
+
+@pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder])
+@pytest.mark.parametrize(
+    "cut",
+    [
+        CutRepair(ratio=0.4, repair=False),
+        LowRank(ratio=0.4, min_size=1, multiple=4, method="svd", repair=False, skip=("*head*",)),
+        Sparsify(ratio=0.6, min_size=1, method="magnitude", repair=False),
+    ],
+    ids=["cut", "low-rank", "sparsify"],
+)
+def test_a_cut_model_comes_back_towards_the_original(build, cut):
+    g = build(layers=3)
+    held = data(g, 4, seed=100)
+    plain = drift(g, [cut], held)
+    late = cut.stage > Refit.stage
+    fitted = {}
+    for options in ({}, {"norms": False}, {"outputs": False}):
+        result = PassManager([cut, Refit(**options)], any_order=late).run(g, data(g), held)
+        fitted[tuple(options)] = result.report.validation.values()["rel-l2"]
+    # The channels of a random gated feed-forward part say nothing about each other: there is little to win.
+    assert fitted[()] < (0.9 if build is tiny.encoder else 1.0) * plain
+    assert fitted["norms",] < 1.02 * plain
+    assert fitted["outputs",] < 1.02 * plain
+
+
+def test_a_layer_is_fitted_to_the_stream_of_the_original():
+    g = tiny.encoder(layers=1, bias=True)
+    feeds = data(g)
+    cut = CutRepair(ratio=0.5, repair=False)
+    small = PassManager([cut]).run(g, feeds, feeds).model
+    fitted = PassManager([cut, Refit(norms=False, damp=0.0)]).run(g, feeds, feeds).model
+    down = blocks.mlps(fitted)[0].down
+    add = down.users[0]
+    names = [
+        str(down.source.name),
+        str(add.outputs[0].name),
+        str(next(v for v in add.inputs if v is not down.output).name),
+    ]
+    rows = {n: [] for n in names}
+    target = []
+    with Session(fitted, taps=names) as s, Session(g, taps=names[1:2]) as t:
+        for batch in feeds:
+            real = batch.feeds["attention_mask"].astype(bool)
+            for n, a in s.run(batch.feeds, names).items():
+                rows[n].append(a[real].astype(np.float64))
+            target.append(t.run(batch.feeds, names[1:2])[names[1]][real].astype(np.float64))
+    x, skip, y = np.concatenate(rows[names[0]]), np.concatenate(rows[names[2]]), np.concatenate(target)
+    want = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y - skip, rcond=None)[0]
+    np.testing.assert_allclose(fitted.array(down.weight), want[:-1], atol=2e-3)
+    np.testing.assert_allclose(fitted.array(down.bias), want[-1], atol=2e-3)
+    assert not np.array_equal(small.array(blocks.mlps(small)[0].down.weight), fitted.array(down.weight))
+
+
+def test_what_has_no_counterpart_in_the_original_is_declined():
+    g = tiny.decoder()
+    result = PassManager([Slice(ratio=0.2, multiple=1), Refit()], allow_unchanged=True).run(g, data(g))
+    step = result.report.step("refit")
+    assert step.changed == 0
+    assert {d.why.split("'")[0] for d in step.declined} == {"the original has no value "}
