@@ -55,7 +55,7 @@ class Rotary:
         whole = self._whole_head(turn.x, turn.out, shape[3])
         x, out = whole if whole is not None else (turn.x, turn.out)
         attrs: dict[str, Any] = {
-            "interleaved": 1 if turn.interleaved else None,
+            "interleaved": 1 if turn.interleaved and shape[3] > 2 else None,
             "rotary_embedding_dim": shape[3] if whole else None,
         }
         if axis == 1:
