@@ -16,12 +16,14 @@ from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.gate import Gate
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
+from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.recipe import Recipe
 from onnxcomp.stats import histogram, minmax
+from onnxcomp.structure import canonicalize
 from onnxcomp.target import CUDA, TENSORRT
-from tests import tiny
+from tests import hand, matrix, tiny, zoo
 
 
 def run(g, feeds):
@@ -40,7 +42,7 @@ MEMORY = """
     from onnxcomp.data import load_data
     from onnxcomp.stats import histogram
     from onnxcomp import blocks
-    from tests import tiny
+    from tests import hand, matrix, tiny, zoo
     g = tiny.encoder(layers=2, hidden=256, ffn=1024, positions=200)
     data = load_data("random", g, None, batch=4, samples=int(sys.argv[1]), sequence=128)
     collect(g, [histogram(x.source) for x in blocks.linears(g)], data)
@@ -226,3 +228,71 @@ def test_row_47_a_pass_that_changes_nothing_says_so():
     step = PassManager([Qdq(min_size=1, skip=("MatMul",))], allow_unchanged=True).run(g, data(g)).report.step("qdq")
     assert step.eligible == step.changed + len(step.declined)
     assert all(d.why for d in step.declined)
+
+
+def kept(name):
+    """A kept export and its canonical form."""
+    source = matrix.load(name)
+    new = source.clone()
+    canonicalize(new)
+    return source, new
+
+
+def test_row_10_a_fused_model_still_has_every_linear_quantized():
+    source, new = kept("bert.legacy-eager-17-ort-optimizer")
+    assert any(n.domain == "com.microsoft" for n in source.nodes())
+    linears = len(blocks.linears(new))
+    feeds = [matrix.taken(source, zoo.feeds(zoo.BY_NAME["bert"], 2, 9)) for _ in range(3)]
+    result = PassManager([Canonicalize(), Qdq(min_size=1)]).run(source, as_dataset(feeds, source))
+    assert linears >= 12
+    assert sum(x.quantized for x in blocks.linears(result.model)) == linears
+
+
+def test_row_11_attention_implementations_give_the_same():
+    for pair in (("bert.dynamo-eager-18", "bert.dynamo-sdpa-18"), ("llama.dynamo-eager-18", "llama.dynamo-sdpa-18")):
+        eager, sdpa = (kept(name)[1] for name in pair)
+        assert matrix.signature(eager) == matrix.signature(sdpa)
+        assert len(blocks.attentions(eager)) == 2
+
+
+def test_row_12_an_attention_is_raised_or_told_why():
+    for name in ("clip-text.legacy-sdpa-15", "clip-vision.dynamo-sdpa-18-ort-optimizer", "gpt2.legacy-sdpa-14"):
+        _, new = kept(name)
+        assert len(blocks.attentions(new)) == 2
+    source = tiny.encoder(layers=1, spelled="dynamo")
+    softmax = next(source.nodes("Softmax"))
+    other = source.op("ReduceSum", softmax.outputs[0], np.array([-1], np.int64), like=None)
+    read = tiny.finish(source, other, "sums", ["batch", 4, "sequence", 1])
+    canonicalize(read)
+    assert [(d.site, d.why) for d in read.declined] == [
+        (softmax.name, "attention: the attention probabilities are read elsewhere")
+    ]
+
+
+def test_row_13_no_reshape_of_a_reshape():
+    for name in ("bert.dynamo-sdpa-18", "gpt2.dynamo-sdpa-18", "vit.dynamo-sdpa-18"):
+        source, new = kept(name)
+        twice = [n for n in new.nodes("Reshape") if getattr(n.inputs[0].producer(), "op_type", "") == "Reshape"]
+        assert twice == []
+        assert len(list(new.nodes("Reshape"))) < len(list(source.nodes("Reshape")))
+
+
+def test_row_14_hand_written_attention_and_both_exporters_end_alike():
+    by_hand = tiny.encoder(layers=2, spelled="dynamo")
+    canonicalize(by_hand)
+    graphs = [by_hand, kept("bert.dynamo-sdpa-18")[1], kept("bert.legacy-sdpa-14")[1]]
+    assert [len(blocks.attentions(g)) for g in graphs] == [2, 2, 2]
+    assert all(not list(g.nodes("Softmax")) for g in graphs)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 5), (5, 3)])
+def test_row_16_causal_attention_over_other_lengths_gets_an_explicit_mask(queries, keys):
+    g = hand.graph(opset=23, q=("b", "s", 32), k=("b", "t", 32), v=("b", "t", 32))
+    y = g.op("Attention", *g.inputs, q_num_heads=4, kv_num_heads=4, is_causal=1)
+    source, new = hand.raised(g, y, "b", "s", 32)
+    node = next(new.nodes("Attention"))
+    assert "is_causal" not in node.attributes
+    assert node.inputs[3] is not None
+    rng = np.random.default_rng(0)
+    sizes = {"q": queries, "k": keys, "v": keys}
+    hand.same(source, new, **{n: rng.standard_normal((2, s, 32)).astype(np.float32) for n, s in sizes.items()})

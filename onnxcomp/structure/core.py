@@ -91,6 +91,8 @@ def _up(f: Facts, masks: Masks, walk: _Walk, v: ir.Value) -> ir.Node:
     if v.is_graph_output() or len(set(v.uses())) > 1:
         raise NotAttention("the scores are read elsewhere")
     if node is None or node.domain or not _leads_up(f, v):
+        if node is not None and node.op_type == "DequantizeLinear":
+            raise NotAttention("its scores are quantized")
         raise NotAttention("no product of queries and keys above the softmax")
     step: Callable[..., ir.Value] | None = _STEPS.get(node.op_type)
     if step is None:

@@ -273,19 +273,21 @@ class Masks:
         return self._once(("float", m), lambda: self.g.op("Where", m, zero, low))
 
     def causal(self, queries: Size, keys: Size, sizes: Sizes, past: Size = 0) -> ir.Value | None:
-        """Lower-triangular bool `[s, past + s]`; None where there are other keys than these."""
-        if not self.f.same(add(past, queries), keys) or not sizes.possible([queries, past]):
+        """Lower-triangular bool `[s, past + s]`, or `[s, t]` without past ones, aligned at the upper left."""
+        square = self.f.same(add(past, queries), keys)
+        if not sizes.possible([queries, past]) or (not square and (past != 0 or not sizes.possible([keys]))):
             return None
 
         def make() -> ir.Value:
             zero, one = np.array(0, np.int64), np.array(1, np.int64)
             place = self.g.op("Range", zero, sizes.scalar(queries), one)
-            among = place if past == 0 else self.g.op("Range", zero, sizes.scalar(add(past, queries)), one)
+            count = add(past, queries) if square else keys
+            among = place if past == 0 and square else self.g.op("Range", zero, sizes.scalar(count), one)
             own = place if past == 0 else self.g.op("Add", place, sizes.scalar(past))
             row = self.g.op("Unsqueeze", among, np.array([0], np.int64))
             return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", own, np.array([1], np.int64)))
 
-        return self._once(("causal", queries, past), make)
+        return self._once(("causal", queries, None if square else keys, past), make)
 
     def fitted(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
         """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""
