@@ -36,7 +36,7 @@ class _Group:
     key: str
     spots: list[Spot]
     model: Graph
-    feeds: list[dict[str, Array]]
+    sizes: list[dict[str, tuple[int, ...]]]
     what: str
 
 
@@ -109,7 +109,7 @@ class Planner:
             return replace(base, reason="the only form that is legal here")
         if not self.measure or self.choices.pinned or not self.target.here:
             return replace(base, reason=f"the table of '{self.target.name}'")
-        if not group.feeds:
+        if not group.sizes:
             return replace(base, reason="its sizes at the asked shapes are not known before it runs")
         if self._spent > self.budget:
             return replace(base, reason=f"{self.budget:.0f} s of measuring were used up")
@@ -121,7 +121,8 @@ class Planner:
     def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> tuple[Choice, bool]:
         """The choice by the clock, and whether there was time enough to remember it."""
         began = time.perf_counter()
-        entries = [_entry(kind, name, group, self.target, self._masks) for name in names]
+        feeds = [self._feeds(group.model, sizes, i) for i, sizes in enumerate(group.sizes)]
+        entries = [_entry(kind, name, group.model, feeds, self.target, self._masks) for name in names]
         ready = [e for e in entries if not e.note]
         if entries[0].note:
             why, failed = f"{names[0]} {entries[0].note}", tuple(e.candidate(e) for e in entries)
@@ -156,8 +157,7 @@ class Planner:
             if key in groups:
                 groups[key].spots.append(spot)
                 continue
-            feeds = [self._feeds(model, s, i) for i, s in enumerate(known)] if whole and self.measure else []
-            groups[key] = _Group(key, [spot], model, feeds, micro.describe(model, shown[0]))
+            groups[key] = _Group(key, [spot], model, known if whole else [], micro.describe(model, shown[0]))
         return list(groups.values())
 
     def _inputs(self, cuts: Sequence[tuple[Spot, Graph]]) -> dict[str, ir.Value]:
@@ -273,18 +273,19 @@ def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[
 # ---- micro-models in a form ------------------------------------------------------------------------------------------
 
 
-def _entry(kind: Kind, name: str, group: _Group, target: Target, known: Mapping[str, str]) -> Entry:
+def _entry(
+    kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]], target: Target, known: Mapping[str, str]
+) -> Entry:
     """The micro-model in one form; what is made once per model is computed beforehand and fed."""
-    model = group.model.clone()
+    model = site.clone()
     try:
         ctx = Context(model, target, known)
         kind.form(name).rewrite(ctx, kind.find(model)[0])
-        model.sweep()
         model.model.graph.sort()
-        feeds = _hoist(model, ctx, group.feeds)
-        return Entry(name, model, feeds, loose=kind.form(name).approximate)
+        model.sweep()
+        return Entry(name, model, _hoist(model, ctx, feeds), loose=kind.form(name).approximate)
     except OnnxcompError as e:
-        return Entry(name, model, group.feeds, note=f"cannot be written: {e}")
+        return Entry(name, model, feeds, note=f"cannot be written: {e}")
 
 
 def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
