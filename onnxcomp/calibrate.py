@@ -107,8 +107,9 @@ class Collector:
     """Statistics over one dataset, call after call, of graphs that may be edited in between.
 
     A `sequential` caller asks for values further and further on: each call starts from where the last one stood, as
-    long as what lies before is unchanged. Half of the `memory` is for statistics, a quarter for activations, the rest
-    for what is carried from block to block and for results, which move to files of `scratch` beyond that.
+    long as what lies before is unchanged. A quarter of the `memory` each is for statistics in the making and for
+    activations, an eighth each for weights, for what is carried from block to block and for results; what is carried
+    and results beyond that go to files of `scratch`.
     """
 
     def __init__(
@@ -129,7 +130,7 @@ class Collector:
         self.sizes: dict[Key, int] = {}
         self.widths: dict[Need, int] = {}
         self.held = 0
-        self._last: dict[Need, tuple[Any, Array]] = {}
+        self._last: dict[Need, tuple[Any, Array | Path]] = {}
 
     def graphs(self, graph: Graph, asked: Iterable[Need]) -> dict[Of, Graph]:
         """The graphs by the name that needs give them; raises `OnnxcompError` where the original is not known."""
@@ -158,7 +159,16 @@ class Collector:
             self._last.clear()
             found.update(self._run(graphs, todo, first.feeds, watch))
         self._last = {n: (mark, found[n]) for n, mark in marks.items()}
-        return Stats({n: finish(n.stat, found[Need(n.value, family(n.stat), n.of)]) for n in asked})
+        return Stats({n: self._finished(n, found[Need(n.value, family(n.stat), n.of)]) for n in asked})
+
+    @staticmethod
+    def _finished(need: Need, result: Array | Path) -> Array | Path:
+        """The statistic; one that fills a file and is what its accumulator holds stays there until it is read."""
+        if not isinstance(result, Path):
+            return finish(need.stat, result)
+        if family(need.stat) == need.stat:
+            return result
+        return finish(need.stat, np.load(result, mmap_mode="r", allow_pickle=False))
 
     @staticmethod
     def _mark(graphs: Mapping[Of, Graph], need: Need) -> tuple[Any, ...]:
@@ -171,12 +181,13 @@ class Collector:
         needs: Sequence[Need],
         feeds: Mapping[str, Array],
         watch: Callable[[int, int], None] | None,
-    ) -> dict[Need, Array]:
+    ) -> dict[Need, Array | Path]:
         self.sizes = self._sizes(graphs, list(dict.fromkeys(k for n in needs for k in fetched(n))), feeds)
         samples = _sample_rule(graphs["current"])
         blocks = self._blocks(graphs, needs)
         stages = blocks.stages if blocks is not None else [list(needs)]
-        total, found = len(self.data) * len(stages), {}
+        total = len(self.data) * len(stages)
+        found: dict[Need, Array | Path] = {}
         for i, (stage, following) in enumerate(itertools.pairwise([*stages, []])):
             step = None if watch is None else _from(watch, i * len(self.data), total)
             found.update(self._stage(graphs, blocks, stage, following, samples, step))
@@ -201,7 +212,7 @@ class Collector:
         values = {k for n in needs for k in fetched(n)}
         states = sum(self._state(n) for n in needs)
         large = any(graphs[of].nbytes > self.memory // 2 for of, _ in values)
-        fits = states <= self.memory // 2 and sum(self.sizes[k] for k in values) <= self.memory // 4
+        fits = states <= self.memory // 4 and sum(self.sizes[k] for k in values) <= self.memory // 4
         if fits and not large and not self.sequential:
             return None
         layouts = {of: Layout(g) for of, g in graphs.items() if any(o == of for o, _ in values)}
@@ -227,9 +238,9 @@ class Collector:
                     start.place if start else 0, max(layout.end(names), start.place if start else 0)
                 )
             over = (
-                sum(map(self._state, new)) > self.memory // 2
+                sum(map(self._state, new)) > self.memory // 4
                 or sum(self.sizes[k] for k in values) > self.memory // 4
-                or weights > self.memory // 4
+                or weights > self.memory // 8
             )
             if over and stages[-1]:
                 stages.append([])
@@ -253,7 +264,7 @@ class Collector:
         following: Sequence[Need],
         rule: SampleRule,
         watch: Callable[[int], None] | None,
-    ) -> dict[Need, Array]:
+    ) -> dict[Need, Array | Path]:
         """Fill the accumulators of one stage."""
         accumulators = {n: accumulator(n.stat) for n in needs}
         tasks: dict[tuple[Key, ...], list[Need]] = {}
@@ -335,22 +346,20 @@ class Collector:
         except DataError as e:
             raise DataError(f"value '{keys[0][1]}' in batch {index} of {self.data.name}: {e}") from e
 
-    def _result(self, need: Need, accumulated: Any) -> Array:
-        """The result, moved into a mapped file once all results together exceed the budget."""
+    def _result(self, need: Need, accumulated: Any) -> Array | Path:
+        """The result, or the file it was moved to once all results together exceed their share of the budget."""
         try:
             result: Array = accumulated.result()
         except DataError as e:
             raise DataError(f"value '{need.value}' of {self.data.name}: {e}") from e
-        self.held += result.nbytes
-        if self.scratch is None or self.held <= self.memory // 8 or result.nbytes < 1 << 20:
+        if self.scratch is None or self.held + result.nbytes <= self.memory // 8 or result.nbytes < 1 << 20:
+            self.held += result.nbytes
             return result
         self.scratch.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".npy", dir=self.scratch)
         with os.fdopen(handle, "wb") as f:
             np.save(f, result, allow_pickle=False)
-        self.held -= result.nbytes
-        mapped: Array = np.load(name, mmap_mode="r", allow_pickle=False)
-        return mapped
+        return Path(name)
 
 
 def _from(watch: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:

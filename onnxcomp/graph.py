@@ -25,11 +25,12 @@ from onnxcomp.cutting import cut
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array
-from onnxcomp.spool import as_tensor
+from onnxcomp.spool import as_tensor, forget
 
 __all__ = ["Declined", "Graph", "Site"]
 
 CONTRIB = "com.microsoft"
+FORGET = 256 << 20  # bytes of mapped weights read after which their pages may go
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Graph:
         self.touched: set[str] = set()
         self.declined: list[Declined] = []
         self.spool: Path | None = None  # where large new constants go instead of memory
+        self._read = 0
         self._counter = itertools.count()
         self._names = self._give_names()
         self.interface = checks.interface(model.graph)
@@ -132,6 +134,11 @@ class Graph:
         if t is None:
             raise NotConstant(f"value '{v.name if v is not None else ''}' is computed at run time, not a constant")
         a: Array = t.numpy()
+        if self.spool is not None:  # a large model: what was read before need not stay in memory
+            self._read += a.nbytes
+            if self._read > FORGET:
+                forget(self.model)
+                self._read = a.nbytes
         return a
 
     # ---- editing -------------------------------------------------------------------------------------------------

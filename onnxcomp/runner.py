@@ -17,7 +17,7 @@ from onnxcomp.walk import Layout, Stage, Walk
 
 __all__ = ["Runner"]
 
-MEMORY = 2 << 30  # bytes; a quarter for the weights of one stretch, an eighth for what is carried between two
+MEMORY = 2 << 30  # bytes; an eighth for the weights of one stretch, another for what is carried between two
 
 
 class Runner:

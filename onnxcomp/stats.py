@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, Self
+
+import numpy as np
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.maths import Array
@@ -62,16 +65,21 @@ class Accumulator(Protocol):
 
 
 class Stats(Mapping[Need, Array]):
-    """Collected statistics; a statistic nobody asked for is a clear error."""
+    """Collected statistics; a statistic nobody asked for is a clear error.
 
-    def __init__(self, values: Mapping[Need, Array] | None = None) -> None:
-        self._values: dict[Need, Array] = dict(values or {})
+    One that is too large to hold lies in a file and is mapped anew each time it is read, so that its memory is free
+    again as soon as the reader lets go.
+    """
+
+    def __init__(self, values: Mapping[Need, Array | Path] | None = None) -> None:
+        self._values: dict[Need, Array | Path] = dict(values or {})
 
     def __getitem__(self, need: Need) -> Array:
         try:
-            return self._values[need]
+            held = self._values[need]
         except KeyError:
             raise OnnxcompError(f"statistic {need} was not collected; yield it from needs()") from None
+        return np.load(held, mmap_mode="r", allow_pickle=False) if isinstance(held, Path) else held
 
     def __iter__(self) -> Iterator[Need]:
         return iter(self._values)

@@ -287,7 +287,7 @@ class Walk:
         """The furthest cut up to the goal that keeps to the budget of weights in one stretch, at least the next."""
         place = 0 if self.cut is None else self.cut.place
         ahead = [c for c in layout.cuts if place < c.place <= goal.place]
-        fits = [c for c in ahead if layout.nbytes(place, c.place) <= self.memory // 4]
+        fits = [c for c in ahead if layout.nbytes(place, c.place) <= self.memory // 8]
         return fits[-1] if fits else ahead[0]
 
 

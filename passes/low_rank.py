@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -13,13 +14,15 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import Array, lowrank
+from onnxcomp.maths import Array, Float64, lowrank
 from onnxcomp.maths.lowrank import Factors
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, gram, norm2
 from onnxcomp.target import Target
 
 __all__ = ["LowRank"]
+
+SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
@@ -72,10 +75,11 @@ class LowRank(Pass):
         multiple = self.multiple or env.target.width_multiple
         found = [self._factors(g, group, env, i) for i, group in enumerate(groups)]
         sizes = [group[0].sizes for group in groups]
-        ranks = lowrank.share([f.energies for f in found], sizes, self.ratio, multiple, self.allocation, self.margin)
-        for group, factors, rank, (k, n) in zip(groups, found, ranks, sizes, strict=True):
+        ranks = lowrank.share(found, sizes, self.ratio, multiple, self.allocation, self.margin)
+        for i, (group, rank, (k, n)) in enumerate(zip(groups, ranks, sizes, strict=True)):
             if rank:
-                self._cut(g, group, factors, rank, env)
+                left, right = (np.load(_file(env, i, s), mmap_mode="r", allow_pickle=False) for s in SIDES)
+                self._cut(g, group, Factors(left, right, found[i]), rank, env)
                 continue
             most = self.margin * lowrank.break_even(k, n)
             for x in group:
@@ -114,17 +118,14 @@ class LowRank(Pass):
             return np.asarray(sum(np.diag(env.stats[gram(x.source)]) for x in group)) ** self.alpha
         return np.asarray(sum(env.stats[norm2(x.source)] ** 2 for x in group)) ** self.alpha
 
-    def _factors(self, g: Graph, group: Sequence[Linear], env: Env, number: int) -> Factors:
-        """All factors up to break-even, kept in scratch files."""
+    def _factors(self, g: Graph, group: Sequence[Linear], env: Env, number: int) -> Float64:
+        """The spectrum; all factors up to break-even wait in scratch files."""
         x, (k, n) = group[0], group[0].sizes
         weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
         f = lowrank.factor(weight, int(self.margin * lowrank.break_even(k, n)) + 1, self._metric(group, env, False))
-        kept = []
-        for side, a in (("left", f.left), ("right", f.right)):
-            path = env.scratch / f"low-rank-{number}-{side}.npy"
-            np.save(path, a.astype(np.float32), allow_pickle=False)
-            kept.append(np.load(path, mmap_mode="r", allow_pickle=False))
-        return Factors(kept[0], kept[1], f.energies)
+        for side, a in zip(SIDES, (f.left, f.right), strict=True):
+            np.save(_file(env, number, side), a.astype(np.float32), allow_pickle=False)
+        return f.energies
 
     def _cut(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
         x, dtype = group[0], g.array(group[0].weight).dtype
@@ -141,3 +142,7 @@ class LowRank(Pass):
             if y.node.op_type == "Gemm" and y.bias is not None:
                 wide = g.op("Add", wide, y.bias, name=f"{y.name}_bias", like=y.output)
             g.replace(y.node.outputs[0], wide)
+
+
+def _file(env: Env, number: int, side: str) -> Path:
+    return env.scratch / f"low-rank-{number}-{side}.npy"

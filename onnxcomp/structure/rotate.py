@@ -166,5 +166,7 @@ def product(a: Array, q: Array) -> Array:
     """`a @ q` over the last axis of a constant, computed in float64 in pieces, in the type of `a`."""
     rows = a.reshape(-1, a.shape[-1])
     step = max(1, PIECE // rows.shape[1])
-    parts = [(rows[i : i + step].astype(np.float64) @ q).astype(a.dtype) for i in range(0, len(rows), step)]
-    return np.concatenate(parts).reshape(*a.shape[:-1], q.shape[1])
+    out = np.empty((len(rows), q.shape[1]), a.dtype)
+    for i in range(0, len(rows), step):
+        out[i : i + step] = rows[i : i + step].astype(np.float64) @ q
+    return out.reshape(*a.shape[:-1], q.shape[1])
