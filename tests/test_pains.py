@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, runtime, tensorrt
+from onnxcomp import blocks, catalog, runtime, tensorrt
 from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError, TargetError
@@ -219,6 +219,32 @@ def test_row_43_two_runtimes_overwriting_each_other_are_noticed(monkeypatch):
         importlib.metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name)
     )
     assert set(runtime.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
+
+
+def test_row_44_an_onnx_file_is_pruned_directly(tmp_path):
+    from onnxcomp import storage
+    from onnxcomp.job import compress
+
+    source = tiny.external(tiny.decoder(spelled="dynamo"), tmp_path)
+    passes = ["canonicalize", "prune-ffn: {ratio: 0.5}", "prune-heads: {ratio: 0.5}"]
+    batches = [tiny.feeds(storage.load(source), 4, 8, seed=i) for i in range(10)]
+    result = compress(source, tmp_path / "out", passes=passes, calibration=batches, measure=False)
+    assert (
+        storage.load(tmp_path / "out" / source.name).nbytes == result.model.nbytes < 0.8 * storage.load(source).nbytes
+    )
+
+
+def test_row_45_head_counts_and_reshapes_follow_a_cut():
+    g = tiny.encoder(spelled="dynamo")
+    passes = [catalog.load("canonicalize")(), catalog.load("prune-heads")(ratio=0.5, score="magnitude", repair="none")]
+    result = PassManager(passes).run(g).model
+    assert {a.heads for a in blocks.attentions(result)} == {2}
+    for a in blocks.attentions(result):
+        assert a.q.sizes == (32, 16)
+        assert a.o.sizes == (16, 32)
+    again = PassManager([catalog.load("canonicalize")()]).run(result).model
+    for feeds in (tiny.feeds(g, 2, 7), tiny.feeds(g, 1, 12)):
+        np.testing.assert_allclose(run(again, feeds), run(result, feeds), atol=1e-6)
 
 
 def test_row_47_a_pass_that_changes_nothing_says_so():

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxcomp.coupling.trace import UNKNOWN, Axis, Rule, Tracer, ends
 from onnxcomp.maths import Array
 from onnxcomp.structure.contents import Content
-from onnxcomp.structure.dims import Size, multiply
+from onnxcomp.structure.dims import Size, multiply, product
 from onnxcomp.structure.rules import axes_of, axis_of
 
 __all__ = ["LAYOUT_RULES"]
@@ -64,8 +64,17 @@ def _reshape(t: Tracer, node: ir.Node) -> None:
         _targets(t, node, node.inputs[1], 1)
 
 
-def _regrouped(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> Iterator[tuple[list[int], list[int]]]:
-    """Runs of axes of both shapes with equal products, the shortest ones first."""
+def _regrouped(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
+    """Runs of axes of both shapes with equal products, from the front, or from the back where the front is unknown."""
+    runs = list(_runs(t, s, r))
+    if all(t.f.same(product(s[i] for i in left), product(r[j] for j in right)) for left, right in runs):
+        return runs
+    back = _runs(t, s[::-1], r[::-1])
+    return [([len(s) - 1 - i for i in a[::-1]], [len(r) - 1 - j for j in b[::-1]]) for a, b in back]
+
+
+def _runs(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> Iterator[tuple[list[int], list[int]]]:
+    """The shortest runs with equal products from the front; the last one is what is left over."""
     i = j = 0
     while i < len(s) and j < len(r):
         left, right, a, b = [i], [j], s[i], r[j]
