@@ -8,6 +8,7 @@ import textwrap
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 from onnxcomp import blocks, catalog, runtime, tensorrt
 from onnxcomp.calibrate import collect
@@ -322,3 +323,43 @@ def test_row_16_causal_attention_over_other_lengths_gets_an_explicit_mask(querie
     rng = np.random.default_rng(0)
     sizes = {"q": queries, "k": keys, "v": keys}
     hand.same(source, new, **{n: rng.standard_normal((2, s, 32)).astype(np.float32) for n, s in sizes.items()})
+
+
+@pytest.mark.parametrize("bits", [ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8])
+@pytest.mark.parametrize("chain", ["plain", "turned", "turned per column", "groups", "contrib"])
+def test_row_50_quantized_weights_are_recognised_whatever_their_chain(bits, chain):
+    rng = np.random.default_rng(0)
+    g = hand.graph(opset=21, x=("b", "s", 32))
+    low, high = (0, 15) if bits is ir.DataType.UINT4 else (-8, 7)
+    w = rng.integers(low, high, (32, 6)).astype(np.int8).astype(bits.numpy())
+    s = rng.random((2, 6)).astype(np.float32)
+    z = rng.integers(max(low, 0), 3, (2, 6)).astype(np.int8).astype(bits.numpy())
+
+    def held(*arrays):
+        return [
+            g.constant(ir.tensor(np.ascontiguousarray(a), dtype=bits if i != 1 else None)) for i, a in enumerate(arrays)
+        ]
+
+    if chain in ("plain", "contrib"):
+        domain = "com.microsoft" if chain == "contrib" else ""
+        made = g.op("DequantizeLinear", *held(w, s, z), axis=0, block_size=16, domain=domain)
+    elif chain == "turned":
+        made = g.op("DequantizeLinear", *held(w.T, s.T, z.T), axis=1, block_size=16)
+    elif chain == "groups":
+        parts = held(w.reshape(2, 16, 6), s[:, None], z[:, None])
+        made = g.op("Reshape", g.op("DequantizeLinear", *parts, axis=1, block_size=16), hand.i64(32, 6))
+    else:
+        made = g.op("DequantizeLinear", *held(w.T, s[0], z[0]), axis=0)
+    made = g.op("Transpose", made, perm=[1, 0]) if chain.startswith("turned") else made
+    _, new = hand.raised(g, g.op("MatMul", g.inputs[0], made), "b", "s", 6)
+    assert hand.ops(new) == {"DequantizeLinear": 1, "MatMul": 1}
+    linear = blocks.linears(new)[0]
+    assert linear.quantized
+    assert linear.sizes == (32, 6)
+    x = rng.standard_normal((2, 3, 32)).astype(np.float32)
+    rows = s[:1].repeat(32, 0) if "column" in chain else s.repeat(16, 0)
+    zeros = z[:1].repeat(32, 0) if "column" in chain else z.repeat(16, 0)
+    want = x @ ((w.astype(np.float64) - zeros.astype(np.float64)) * rows)
+    # The runtime makes MatMulNBits of it, which rounds what it multiplies; the reference does not.
+    (got,) = ReferenceEvaluator(ir.to_proto(new.model)).run(None, {"x": x})
+    np.testing.assert_allclose(got, want, atol=1e-4)

@@ -15,6 +15,7 @@ from onnxcomp.structure.linear import raise_linears
 from onnxcomp.structure.norm import raise_norms
 from onnxcomp.structure.opset import convert
 from onnxcomp.structure.packed import split_packed
+from onnxcomp.structure.quantized import raise_quantized
 from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
@@ -64,6 +65,7 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     raise_activations(graph, f)
     raise_norms(graph, f)
     raise_linears(graph)
+    raise_quantized(graph)
     _settle(graph, f)
     fold_batch(graph, f)
     simplify_layouts(graph, f)
