@@ -33,7 +33,7 @@ IDENTITY = {"qdq": {"skip": ("*",)}, "dynamic-quant": {"skip": ("*",)}}
 IDENTITY |= {"prune-vocab": {"min_count": 0}}
 IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
-IDENTITY |= {"drop-layers": {"ratio": 0}}
+IDENTITY |= {"drop-layers": {"ratio": 0}, "group-heads": {"share": 1}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
 IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-ffn", "prune-heads", "prune-hidden")}
 IDENTITY |= {"refit": {"outputs": False, "norms": False}}
@@ -49,6 +49,7 @@ OPTIONS |= {"sparsify": {"min_size": 1, "ratio": 0.1, "head": True}}
 NOTHING = {"half": tiny.copy}
 # Relative error up to which a lossy pass may go where random weights have nothing that could be spared.
 BOUNDS = {"low-rank": 0.9, "slice": 0.5, "prune-heads": 0.9}
+BOUNDS |= {"group-heads": 0.6}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 
