@@ -18,6 +18,7 @@ from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "target_of", "trace"]
 
+ALONE = ("Gelu", "Relu", "Tanh")  # activations of one input that stand between linears
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
@@ -286,9 +287,23 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 def fold_batch(g: Graph, f: Facts) -> None:
     """Let linears and their biases work on the original axes: a Reshape that folds leading axes moves below them."""
-    for node in g.nodes("MatMul", "Add", "Sum"):
-        if node.domain == "" and len(node.inputs) == 2:
+    for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
+        if node.domain == "" and node.op_type in ALONE:
+            _lift_alone(g, f, node)
+        elif node.domain == "" and len(node.inputs) == 2:
             _lift(g, f, node)
+
+
+def _lift_alone(g: Graph, f: Facts, node: ir.Node) -> None:
+    """The same for an activation between two linears."""
+    folded, shape, out = node.inputs[0], f.shape(node.outputs[0]), node.outputs[0]
+    producer = folded.producer() if folded is not None else None
+    if folded is None or producer is None or shape is None or out.is_graph_output() or not _folds(f, folded):
+        return
+    new = g.op(node.op_type, producer.inputs[0], **{k: a.value for k, a in node.attributes.items()})
+    back = reshaped(g, f, new, shape, like=out)
+    if back is not None:
+        g.replace(out, back)
 
 
 def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
