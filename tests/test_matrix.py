@@ -19,16 +19,7 @@ from tests import matrix, zoo
 
 KEPT = zoo.kept()
 # Not raised yet: these may stay declined, or become raised; everything else must be raised.
-OPEN = {
-    "bert.legacy-eager-17-ort-optimizer",
-    "clip-vision.dynamo-sdpa-18-ort-optimizer",
-    "roberta.transformers-sdpa-20-ort-fusions",
-    "bloom.dynamo-eager-21",
-    "mistral.legacy-eager-17-fp16",
-    "gemma3.dynamo-sdpa-18-fp16",
-    "gemma3.dynamo-eager-18-fp16",
-    "phi3.transformers-sdpa-20-bf16",
-}
+OPEN = {"bloom.dynamo-eager-21"}
 
 
 @functools.cache
