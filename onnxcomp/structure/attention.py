@@ -10,7 +10,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.cache import Cache, cache_of, give_present
 from onnxcomp.structure.core import NotAttention, find_core, raise_core
 from onnxcomp.structure.dims import Shape
-from onnxcomp.structure.layout import Sunk, reshaped, sink
+from onnxcomp.structure.layout import MOVES, Sunk, reshaped, sink, trace
 from onnxcomp.structure.mask import Masks
 from onnxcomp.structure.rules import total_length
 from onnxcomp.structure.shapes import Facts
@@ -73,16 +73,15 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
 
 
 def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
-    """A number that queries or keys are multiplied with belongs to the operator's scale."""
+    """A number that queries or keys are multiplied with, in whatever layout, belongs to the operator's scale."""
     for i in (0, 1) if len(node.inputs) <= 4 else (0,):  # past keys are scaled already
-        mul = node.inputs[i].producer() if node.inputs[i] is not None else None  # type: ignore[union-attr]
-        if mul is None or mul.op_type != "Mul" or mul.domain or "scale" not in node.attributes:
+        x = node.inputs[i]
+        if x is None or f.rank(x) != 3 or "scale" not in node.attributes:
             continue
-        a, b = mul.inputs
-        x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
-        if x is not None and number is not None and number > 0 and f.rank(x) == 3:
-            g.set_input(node, i, x)
-            g.set_attr(node, scale=node.attributes.get_float("scale") * number)
+        scaled = [t for t in trace(f, x, through=(*MOVES, "Mul", "Div")) if t.scale != 1 and t.axes == t.origin]
+        if scaled and scaled[-1].scale > 0 and f.rank(scaled[-1].value) == 3:
+            g.set_input(node, i, scaled[-1].value)
+            g.set_attr(node, scale=node.attributes.get_float("scale") * scaled[-1].scale)
 
 
 def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:

@@ -145,7 +145,6 @@ def _choice(f: Facts, node: ir.Node) -> ir.Value | None:
         return node.inputs[0] if pads is not None and all(n == 0 for n in pads.reshape(-1)) else None
     if node.op_type in ("Add", "Sub"):
         order = ((0, 1), (1, 0)) if node.op_type == "Add" else ((0, 1),)
-        found = ((node.inputs[i], f.uniform(node.inputs[j])) for i, j in order)
-        return next((x for x, added in found if added is not None and added.value == 0), None)
+        return next((node.inputs[i] for i, j in order if f.scalar(node.inputs[j]) == 0), None)
     known = f.uniform(node.inputs[0])
     return None if known is None or known.value is None else node.inputs[1 if known.value else 2]

@@ -286,7 +286,7 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 
 def fold_batch(g: Graph, f: Facts) -> None:
-    """Let linears and their biases work on the original axes: a Reshape that folds leading axes moves below them."""
+    """Let linears and their biases work on the original axes: what folds or swaps leading axes moves below them."""
     for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
         if node.domain == "" and node.op_type in ALONE:
             _lift_alone(g, f, node)
@@ -307,24 +307,42 @@ def _lift_alone(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
-    index = next((i for i, x in enumerate(node.inputs) if x is not None and _folds(f, x)), None)
+    index = next((i for i, x in enumerate(node.inputs) if g.is_constant(node.inputs[1 - i]) and x is not None), None)
     if index is None or (node.op_type == "MatMul" and index != 0):
         return
-    folded, other = node.inputs[index], node.inputs[1 - index]
-    tensor = g.tensor(other)
-    producer = folded.producer() if folded is not None else None
-    shape = f.shape(node.outputs[0])
-    if tensor is None or producer is None or shape is None or folded is None:
+    x, other = node.inputs[index], node.inputs[1 - index]
+    tensor, shape, have = g.tensor(other), f.shape(node.outputs[0]), f.shape(x)
+    if tensor is None or shape is None or x is None or not have or g.is_constant(x):
         return
-    x, width = producer.inputs[0], (f.shape(folded) or (0,))[-1]
-    if len(tensor.shape) != (2 if node.op_type == "MatMul" else 1) or (
-        node.op_type != "MatMul" and tensor.shape[0] != width
-    ):
+    fits = len(tensor.shape) == 2 if node.op_type == "MatMul" else tuple(tensor.shape.numpy()) == have[-1:]
+    source = _unfolded(f, x) if fits else None
+    if source is None:
         return
-    new = g.op(node.op_type, x, other) if index == 0 else g.op(node.op_type, other, x)
+    value, swapped = source
+    lead = f.shape(value) or ()
+    if target_of(f, (*((lead[1], lead[0]) if swapped else lead[:-1]), shape[-1]), shape) is None:
+        return
+    new = g.op(node.op_type, *((value, other) if index == 0 else (other, value)))
+    if swapped:
+        new = g.op("Transpose", new, perm=[1, 0, 2])
     back = reshaped(g, f, new, shape, like=node.outputs[0])
     if back is not None:
         g.replace(node.outputs[0], back)
+
+
+def _unfolded(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
+    """The value before a Reshape that folds leading axes, or before a swap of two; and whether they were swapped."""
+    node = x.producer()
+    if _folds(f, x) and node is not None and node.inputs[0] is not None:
+        x = node.inputs[0]
+        found: tuple[ir.Value, bool] | None = (x, False)
+    else:
+        found = None
+    for t in list(trace(f, x))[1:]:
+        lead = tuple(a for group in t.origin[:-1] for a in group)
+        if len(t.axes) == 3 and t.axes[2] == t.origin[-1] and t.axes[0] and t.axes[1] and lead == t.axes[1] + t.axes[0]:
+            return t.value, True
+    return found
 
 
 def _folds(f: Facts, v: ir.Value) -> bool:

@@ -118,6 +118,8 @@ def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
     order = [
         chosen if i == part.axis else a for i, own in enumerate(t.origin) for a in (own[:1] if i == part.axis else own)
     ]
+    if part.squeezed:  # one unit: its axis is not there in the result
+        units, order = ([a for a in axes if a is not chosen] for axes in (units, order))
     return _moves(f, packed, part, Steps(units, order, columns, t, shape))
 
 
