@@ -16,6 +16,7 @@ from onnxcomp.structure import canonicalize
 from onnxcomp.structure.dims import Dim, Equalities, add, divide, floor, multiply, named, product, subtract
 from onnxcomp.structure.shapes import Facts
 from tests import tiny
+from tests.hand import RNG, f32, graph, ops, raised, same, weight
 
 NAMES = {"b": 3, "s": 5, "t": 7}
 sizes = st.builds(
@@ -206,3 +207,13 @@ def test_axes_broadcast_together_are_equal_in_proofs_only():
     feeds = {"x": np.ones((1, 5, 8), np.float32), "p": np.ones((3, 5, 8), np.float32)}
     with Session(source) as a, Session(new) as b:
         np.testing.assert_array_equal(a.run(feeds)["y"], b.run(feeds)["y"])
+
+
+def test_linears_move_above_a_swap_of_batch_and_sequence():
+    """torch's MultiheadAttention works sequence first: its projections go where the stream is."""
+    g = graph(x=["b", "s", 8])
+    first = g.op("Transpose", g.value("x"), perm=[1, 0, 2])
+    y = g.op("Add", g.op("MatMul", first, weight(8, 6)), f32(RNG.standard_normal(6)))
+    source, new = raised(g, g.op("Transpose", y, perm=[1, 0, 2]), "b", "s", 6)
+    assert ops(new) == {"MatMul": 1, "Add": 1}
+    same(source, new, x=f32(RNG.standard_normal((2, 5, 8))))

@@ -1,4 +1,4 @@
-"""A user's own PyTorch modules, of no model family: everything raised, equal outputs, one form whatever the exporter."""
+"""A user's own PyTorch modules, of no model family: everything raised, equal outputs, one form of both exporters."""
 
 import io
 import warnings
@@ -72,7 +72,7 @@ class SplitAttention(nn.Module):
 class Multihead(nn.Module):
     """torch's own module, its packed projection and its products of three axes."""
 
-    def __init__(self, weights=False):
+    def __init__(self, weights):
         super().__init__()
         self.inner, self.weights = nn.MultiheadAttention(H, HEADS, batch_first=True), weights
 
@@ -94,9 +94,7 @@ def torch_encoder(norm_first=True, batch_first=True):
 MODELS = {
     "packed": lambda: stack(PackedAttention),
     "split": lambda: stack(SplitAttention, lambda x: F.gelu(x, approximate="tanh")),
-    "multihead": lambda: stack(Multihead),
     "multihead-weights": lambda: stack(lambda: Multihead(weights=True)),
-    "torch-encoder": torch_encoder,
     "torch-encoder-post": lambda: torch_encoder(norm_first=False),
     "torch-encoder-sequence-first": lambda: torch_encoder(batch_first=False),
 }
@@ -108,7 +106,7 @@ def made(name: str):
     model = MODELS[name]().eval()
     for p in model.parameters():
         if p.ndim == 1:
-            torch.nn.init.normal_(p, float(p.mean().round()), 0.1)
+            torch.nn.init.normal_(p, float(p.detach().mean().round()), 0.1)
     return model
 
 
