@@ -27,7 +27,7 @@ from onnxcomp.groups import Group
 from onnxcomp.maths import Array
 from onnxcomp.spool import as_tensor, forget
 
-__all__ = ["Declined", "Graph", "Site"]
+__all__ = ["Declined", "Graph", "Noted", "Site"]
 
 CONTRIB = "com.microsoft"
 FORGET = 256 << 20  # bytes of mapped weights read after which their pages may go
@@ -50,6 +50,14 @@ class Declined:
     why: str
 
 
+@dataclass(frozen=True)
+class Noted:
+    """What a pass did to a site, in words, such as `12 > 9 heads`."""
+
+    site: str
+    what: str
+
+
 class Graph:
     """An `onnx_ir.Model` with counted edits; raises `ModelError` when an edit would break it."""
 
@@ -59,6 +67,7 @@ class Graph:
         self.edits = 0
         self.touched: set[str] = set()
         self.declined: list[Declined] = []
+        self.noted: list[Noted] = []
         self.spool: Path | None = None  # where large new constants go instead of memory
         self._read = 0
         self._counter = itertools.count()
@@ -307,6 +316,10 @@ class Graph:
         entry = Declined(name, why)
         if entry not in self.declined:
             self.declined.append(entry)
+
+    def note(self, site: Site | str, what: str) -> None:
+        """Say in words what became of a site; the report and a dry run show it."""
+        self.noted.append(Noted(site if isinstance(site, str) else site.name, what))
 
     # ---- upkeep --------------------------------------------------------------------------------------------------
 

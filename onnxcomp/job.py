@@ -15,6 +15,7 @@ import numpy as np
 import onnxcomp
 from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt, vocabulary
 from onnxcomp.comparison import chosen_graphs
+from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
 from onnxcomp.gate import Gate
@@ -119,6 +120,29 @@ class Job:
         result.report.warnings += tensorrt.require(result.model, self.target)
         return result
 
+    def plan(self, watch: Watch | None = None) -> Result:
+        """A dry run in memory: sizes as they will be, nothing measured, judged or written; data where sizes need it.
+
+        `info["plan"]` has parameters and multiplications per token before and after, and what cannot be told without
+        data.
+        """
+        passes = [p.planning() for p in self.recipe.passes]
+        unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
+        with_data = bool(unplanned) and self.calibration is not None
+        made = [q or p for p, q in zip(self.recipe.passes, passes, strict=True) if q is not None or with_data]
+        recipe = dataclasses.replace(self.recipe, passes=tuple(made), gates=())
+        data = self.calibration if with_data else None
+        dry = dataclasses.replace(self, recipe=recipe, calibration=data, evaluation=None, measure=False)
+        graph = storage.load(self.model)
+        result = dry.manager(watch).run(graph, dry.dataset(data, graph), ())
+        self._describe(result.report)
+        result.report.info["plan"] = {
+            "parameters": [parameters(g) for g in (graph, result.model)],
+            "macs": [macs(g) for g in (graph, result.model)],
+            "needs_data": [] if with_data else unplanned,
+        }
+        return result
+
     def _describe(self, report: Report) -> None:
         source = storage.fingerprint(self.model)
         report.info |= {
@@ -205,7 +229,7 @@ def compress_each(
         for name, path in chosen_graphs(Path(model), graph).items()
     }  # fmt: skip
     if plan or out is None:
-        return {name: job.run(watch) for name, job in jobs.items()}
+        return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
     return _publish(jobs, Path(out), Path(report) if report else None, watch)
 
 

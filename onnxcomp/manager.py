@@ -162,7 +162,7 @@ class PassManager:
             work.interface = Graph(work.model).interface
         self._verify(work, p)
         step.changed = self._settle(p, work, sites)
-        step.edits, step.declined = work.edits, work.declined
+        step.edits, step.declined, step.noted = work.edits, work.declined, work.noted
         step.nodes = (before.model.graph.num_nodes(), work.model.graph.num_nodes())
         step.nbytes = (before.nbytes, work.nbytes)
         walk.graph = self._judge(walk, p, step, before, work)

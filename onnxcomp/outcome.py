@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.choices import Choice
 from onnxcomp.gate import Verdict
-from onnxcomp.graph import Declined, Graph
+from onnxcomp.graph import Declined, Graph, Noted
 from onnxcomp.storage import save
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Step:
     rolled_back: str = ""
     cached: bool = False
     choices: list[Choice] = field(default_factory=list)
+    noted: list[Noted] = field(default_factory=list)
 
 
 @dataclass

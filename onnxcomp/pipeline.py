@@ -174,6 +174,10 @@ class Pass(abc.ABC):
         """Whether the pass asks for statistics, so that missing data can be refused before any work."""
         return type(self).needs is not Pass.needs or isinstance(self, SequentialPass)
 
+    def planning(self) -> Pass | None:
+        """The pass as a dry run makes it: results of the same sizes without data; None where sizes need the data."""
+        return None if self.wants_data else self
+
     @property
     def is_identity(self) -> bool:
         """Whether the options say that nothing is to change; such a pass makes zero edits."""

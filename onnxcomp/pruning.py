@@ -138,6 +138,8 @@ class Width(Pass):
                 for reader in place.readers:
                     readers.repair(g, reader, keep, env.stats, self.repair)
             g.take(place.group, keep)
+            for site in place.sites:
+                g.note(site, f"{place.group.units} > {len(keep)} {self.unit}")
         prove(coupling.facts, g, cuts)
 
     # ---- what is cut ---------------------------------------------------------------------------------------------

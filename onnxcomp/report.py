@@ -60,6 +60,13 @@ class DeclinedPart(TypedDict):
     why: str
 
 
+class NotedPart(TypedDict):
+    """What became of a site, in words."""
+
+    site: str
+    what: str
+
+
 class StepPart(TypedDict):
     """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass."""
 
@@ -78,6 +85,7 @@ class StepPart(TypedDict):
     rolled_back: str
     cached: bool
     choices: list[ChoicePart]
+    noted: list[NotedPart]
 
 
 class VerdictPart(TypedDict):

@@ -46,6 +46,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], lef
 def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableType]:
     """What was done, what was left alone and why, and what was measured."""
     found: list[RenderableType] = [steps(report.steps)]
+    if any(s.noted for s in report.steps):
+        found.append(noted(report.steps, every=verbose))
     if any(s.declined for s in report.steps):
         found.append(declined(report.steps, every=verbose))
     if any(s.choices for s in report.steps):
@@ -85,6 +87,12 @@ def steps(found: Sequence[Step]) -> Table:
         for s in found
     ]
     return table("Passes", ("pass", "eligible", "changed", "declined", "nodes", "MB", "drift", "s"), rows)
+
+
+def noted(found: Sequence[Step], *, every: bool = False) -> Table:
+    """What became of sites, equal ones together; all of them by name with `every`."""
+    rows = [(s.name, *row) for s in found for row in _grouped([(n.site, n.what) for n in s.noted], every=every)]
+    return table("Cut", ("pass", "sites", "what", "such as"), rows, left=4)
 
 
 def declined(found: Sequence[Step], *, every: bool = False) -> Table:

@@ -229,3 +229,23 @@ def test_unit_loss_is_what_least_squares_cannot_make_up_for():
     np.testing.assert_allclose(
         scores.unit_loss(x.T @ x, w, np.arange(12) // 3, 4), scores.head_loss(x.T @ x, w, 4), rtol=1e-4
     )
+
+
+# ---- the dry run -----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
+    from onnxcomp import storage
+    from onnxcomp.job import compress_each
+
+    path = tiny.external(tiny.decoder(), tmp_path)
+    passes = ["prune-heads: {ratio: 0.5}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
+    (planned,) = compress_each(path, tmp_path / "out", passes=passes, plan=True).values()
+    told = planned.report.info["plan"]
+    assert told["needs_data"] == ["qdq"]
+    assert not (tmp_path / "out").exists()
+    assert [n.what for n in planned.report.step("prune-heads").noted] == ["4 > 2 heads"] * 2
+    data = [tiny.feeds(storage.load(path), 4, 8, seed=i) for i in range(10)]
+    made = compress_each(path, tmp_path / "out", passes=passes[:2], calibration=data, measure=False)["model"].model
+    assert told["parameters"] == [parameters(storage.load(path)), parameters(made)]
+    assert told["macs"] == [macs(storage.load(path)), macs(made)]
