@@ -207,7 +207,9 @@ class Masks:
         if factor == 1.0 or self.is_bool(m):
             return m
         number = np.array(factor, (m.dtype or ir.DataType.FLOAT).numpy())
-        return self._once(("scaled", m, factor), lambda: self.g.op("Mul", m, number))
+        made = self._once(("scaled", m, factor), lambda: self.g.op("Mul", m, number))
+        made.type = m.type
+        return made
 
     def combined(self, masks: list[ir.Value], dtype: ir.DataType) -> ir.Value | None:
         """One mask for several; bool where all of them are."""
@@ -234,6 +236,7 @@ class Masks:
             allowed = self.both(allowed, b)
         for x in biases[1:]:
             bias = self._once(("Add", bias, x), lambda a=bias, b=x: self.g.op("Add", a, b))
+            bias.type = bias.type or x.type
         node = v.producer()
         done = node is not None and node.op_type == "Where" and list(node.inputs[:2]) == [allowed, bias]
         return v if done else self.chosen(allowed, bias)

@@ -114,9 +114,12 @@ class Sizes:
     def reshaped(self, x: ir.Value, to: Sequence[Size], like: ir.Value | None = None) -> ir.Value:
         """`x` in another shape, by a constant target or one read off the graph inputs; `can_reshape` must hold."""
         constant = constant_target(self.f, x, to)
-        if constant is not None:
-            return self.g.op("Reshape", x, np.array(constant, np.int64), like=like)
-        return self.g.op("Reshape", x, self.vector([d if self.possible([d]) else -1 for d in to]), like=like)
+        readable = [d if self.possible([d]) else -1 for d in to]
+        target = self.vector(readable) if constant is None else np.array(constant, np.int64)
+        y = self.g.op("Reshape", x, target, like=like)
+        if y.type is None:
+            y.type = x.type
+        return y
 
     def scalar(self, d: Size) -> ir.Value:
         """One size as an int64 without axes."""
