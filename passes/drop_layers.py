@@ -111,3 +111,4 @@ def _drop(g: Graph, b: Branch) -> None:
     assert b.entry is not None
     assert b.exit is not None
     g.replace(b.exit, b.entry)
+    g.sweep()  # what is dead must not be seen as a part of a layer in the next round
