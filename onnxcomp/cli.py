@@ -48,6 +48,9 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let package.modul
 NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the same bytes on every machine.")]
 ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
+ExactRows = Annotated[
+    bool, typer.Option("--exact-rows", help="Keep what rows that see no key give; such attentions stay spelled out.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 lets the runtime choose.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -105,15 +108,16 @@ def export(
 def inspect(
     model: Model,
     graph: GraphName = None,
+    exact_rows: ExactRows = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what a model is: layers, heads, widths, parameters, and what was not recognised and why."""
+    """Say what a model is: layers, heads, masks, parameters by part, and what was not recognised and why."""
     from onnxcomp import inspection, tables
 
     output = Output(json, quiet, verbose)
-    found = inspection.inspect(model, graph)
+    found = inspection.inspect(model, graph, exact_rows=exact_rows)
     shown = [t for facts in found["graphs"].values() for t in tables.anatomy(facts, verbose=verbose)]
     output.show(found, inspection.headline(found), *shown)
 
@@ -127,6 +131,7 @@ def optimize(
     opset: Annotated[int | None, typer.Option(help="Highest operator set to write.")] = None,
     graph: GraphName = None,
     no_measure: NoMeasure = False,
+    exact_rows: ExactRows = False,
     choices: ChoicesFile = None,
     cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
     report: ReportFile = None,
@@ -137,6 +142,7 @@ def optimize(
     """Make a model faster without changing what it computes; needs no data."""
     shapes = [parse_shape(s) for s in shape or ()]
     options = {"shapes": shapes, "opset": opset, "graph": graph, "measure": not no_measure, "report": report}
+    options["exact_rows"] = exact_rows
     options |= {"choices": choices, "cache": cache}
     _compress(Output(json, quiet, verbose), model, out, preset="optimize", target=target, **options)
 
@@ -163,6 +169,7 @@ def compress(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Limit for statistics, such as 4GiB.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
     no_measure: NoMeasure = False,
+    exact_rows: ExactRows = False,
     choices: ChoicesFile = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep statistics, measured forms and finished passes here.")
@@ -184,6 +191,7 @@ def compress(
         samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=on_fail,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
+        exact_rows=exact_rows,
         choices=choices,
     )  # fmt: skip
 
@@ -320,10 +328,11 @@ def passes(
 
 @app.command()
 def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print the JSON schemas of recipes and of report.json."""
-    from onnxcomp import recipe, report
+    """Print the JSON schemas of recipes, of report.json and of what `inspect --json` prints."""
+    from onnxcomp import inspection, recipe, report
 
-    Output(json=True).show({"recipe": recipe.schema(), "report": report.schema()}, "")
+    whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspection.schema()}
+    Output(json=True).show(whole, "")
 
 
 @app.command()

@@ -201,14 +201,16 @@ def compress_each(
     seed: int = 0,
     batch: int | None = None,
     sequence: int | None = None,
+    exact_rows: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Result]:
     """Compress every graph of a model and publish all of them or none; returns results by graph name.
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's; `plan` writes nothing;
-    `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote.
+    `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote;
+    `exact_rows` is canonicalize's option.
     """
-    chosen = _recipe(preset, recipe, passes)
+    chosen = _with_exact_rows(_recipe(preset, recipe, passes), exact_rows)
     changes: dict[str, Any] = {"gates": (*chosen.gates, *gates)}
     if on_fail is not None:
         changes["on_fail"] = on_fail
@@ -231,6 +233,18 @@ def compress_each(
     if plan or out is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
     return _publish(jobs, Path(out), Path(report) if report else None, watch)
+
+
+def _with_exact_rows(recipe: Recipe, wanted: bool) -> Recipe:
+    """The recipe with the option set on canonicalize; raises `RecipeError` where that is not part of it."""
+    if not wanted:
+        return recipe
+    if not any(p.name == "canonicalize" for p in recipe.passes):
+        raise RecipeError(
+            "--exact-rows is an option of canonicalize, which this recipe does not run; add it or leave it"
+        )
+    passes = (dataclasses.replace(p, **{"exact_rows": True}) if p.name == "canonicalize" else p for p in recipe.passes)
+    return dataclasses.replace(recipe, passes=tuple(passes))
 
 
 def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:

@@ -161,14 +161,45 @@ def option_table(info: PassInfo) -> Table | str:
 
 
 def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
-    """What a model is, one fact a line, and what was not recognised, grouped by reason."""
-    hidden = ("name", "not_recognised")
+    """What a model is, one fact a line, its stacks and parts, and what was not recognised, grouped by reason."""
+    hidden = {"name", "not_recognised", "stacks", "parameters", "macs_per_token"}
+    hidden |= {"layers", "hidden", "mlp", "norm"} if facts["stacks"] else set()
     rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in hidden and v is not None]
     found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
+    if facts["stacks"]:
+        found.append(_stacks(facts["stacks"]))
+    found.append(_parts(facts))
     if lost := facts["not_recognised"]:
         grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
         found.append(table("Not recognised", ("sites", "why", "such as"), grouped, left=3))
     return found
+
+
+def _stacks(found: Iterable[Mapping[str, Any]]) -> Table:
+    """One row per kind of attention and layer."""
+    rows: list[tuple[Any, ...]] = []
+    for s in found:
+        shared = "" if s["distinct"] == s["layers"] else f" ({s['distinct']} distinct)"
+        mlp, norm = s["mlp"], s["norm"]
+        own = (_fact(mlp["kind"]), _fact(mlp["width"]), f"{_fact(norm['kind'])}, {_fact(norm['position'])}")
+        rows.append((s["kind"], f"{s['layers']}{shared}", _fact(s["hidden"]), *_heads(s["attention"]), *own))
+        if s["cross_attention"]:
+            rows.append(("  cross attention", "", "", *_heads(s["cross_attention"]), "", "", ""))
+    columns = ("layers of", "count", "width", "heads", "KV", "head width", "mask", "MLP", "MLP width", "norm")
+    return table("Layers", columns, rows, left=len(columns))
+
+
+def _heads(a: Mapping[str, Any]) -> tuple[str, ...]:
+    mask = _fact(a["masks"]) + (f" + {_fact(a['bias'])} bias" if a["bias"] else "")
+    return (*(_fact(a[k]) for k in ("heads", "kv_heads", "head_width")), mask)
+
+
+def _parts(facts: Mapping[str, Any]) -> Table:
+    """Parameters and multiplications by part."""
+    macs = facts["macs_per_token"]
+    rows = [(part, f"{n:,}", f"{macs[part]:,}" if part in macs else "") for part, n in facts["parameters"].items()]
+    rows.append(("scores, per key", "", f"{macs['attention_per_key']:,}"))
+    return table("Parts", ("part", "parameters", "MACs per token"), rows)
 
 
 def checks(found: Iterable[Mapping[str, str]]) -> Table:
@@ -219,4 +250,4 @@ def _fact(x: Any) -> str:
         return ", ".join(f"{k}: {_fact(v)}" for k, v in x.items() if v is not None)
     if isinstance(x, (list, tuple)):
         return ", ".join(_fact(v) for v in x)
-    return f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else str(x)
+    return f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else "" if x is None else str(x)

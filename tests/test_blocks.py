@@ -163,7 +163,7 @@ def test_anatomy_of_a_decoder_counts_everything_once():
     assert (facts["layers"], facts["hidden"], facts["vocabulary"]) == (2, 32, 50)
     assert facts["attention"]["kv_heads"] == 2
     assert facts["mlp"] == {"kind": "gated silu", "width": 64, "count": 2}
-    assert facts["norm"] == {"kind": "rms", "position": "pre"}
+    assert facts["norm"] == {"kind": "rms", "position": "pre", "inside_attention": 0}
     assert facts["positions"] == "rotary"
     assert facts["parameters"]["attention"] == 2 * (2 * 32 * 32 + 2 * 32 * 16)
     assert facts["parameters"]["mlp"] == facts["macs_per_token"]["mlp"] == 2 * 3 * 32 * 64

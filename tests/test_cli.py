@@ -65,6 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.savez(folder / "nan.npz", **{name: floats})
     (folder / "r.yaml").write_text(RECIPE + "gates: [sqnr>=10]\n")
     (folder / "strict.yaml").write_text(RECIPE + "gates: [sqnr>=99]\nadvice: try something gentler\n")
+    storage.save(tiny.decoder(spelled="dynamo"), folder / "decoder")
     return folder
 
 
@@ -605,3 +606,20 @@ def test_progress_goes_to_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> No
         assert watch is not None
         watch("qdq", 1, 3)
     assert "qdq" in terminal.text
+
+
+def test_exact_rows_reach_canonicalize(run: Run, place: Path, tmp_path: Path) -> None:
+    found = one_object(run("inspect", place / "decoder", "--exact-rows", "--json")[1])["graphs"]["model"]
+    assert found["attention"]["recognised"] == 0
+    assert {x["why"] for x in found["not_recognised"]} == {
+        "attention: rows that see no key would change (asked for exact rows)"
+    }
+    args = ("optimize", place / "decoder", "-o", tmp_path / "exact", "--exact-rows", "--no-measure", "--json")
+    code, out, _ = run(*args)
+    assert code == 0
+    step = one_object(out)["graphs"]["model"]["steps"][0]
+    assert step["spec"] == "canonicalize: {exact_rows: true}"
+    plain = ("compress", place / "decoder", "-o", tmp_path / "no", "--pass", "cleanup", "--exact-rows")
+    code, _, err = run(*plain)
+    assert code == 2
+    assert "option of canonicalize" in err

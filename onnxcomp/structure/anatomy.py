@@ -1,55 +1,52 @@
-"""A canonical model described: sizes, kinds, parameters and multiplications by part, and what was not recognised."""
+"""A canonical model described: stacks of layers, kinds, positions, masks, and what was not recognised and why."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.graph import Graph
-from onnxcomp.structure.shapes import Facts
+from onnxcomp.structure.account import macs, parameters
+from onnxcomp.structure.probe import Mask, name_masks
+from onnxcomp.structure.sites import sites
 
 __all__ = ["describe"]
+
+Named = Mapping[ir.Value | None, Mask]
 
 
 def describe(g: Graph) -> dict[str, Any]:
     """JSON-able facts; a number where all layers agree, a list (one entry a layer) where they differ."""
     found = blocks.layers(g)
     heads = [a for layer in found for a in layer.attentions]
-    mlps = [layer.mlp for layer in found if layer.mlp is not None]
     tables, end = blocks.embeddings(g), blocks.head(g)
-    own = {n.node for layer in found for n in layer.norms}
-    norms = [n for n in blocks.norms(g) if n.node in own]
+    named = name_masks(g, [a.mask for a in heads])
     return {
         "layers": len(found),
-        "hidden": _one([a.q.sizes[0] for a in heads] or [m.up.sizes[0] for m in mlps]),
+        "hidden": _hidden(found),
         "attention": {
             "recognised": sum(1 for n in g.nodes("Attention") if n.domain == ""),
             "with_projections": len(heads),
             "not_recognised": sum(1 for d in g.declined if d.why.startswith("attention:")),
-            "heads": _one([a.heads for a in heads]),
-            "kv_heads": _one([a.kv_heads for a in heads]),
-            "head_width": _one([a.head_dim for a in heads]),
+            **_attention(heads, named),
             "cross": sum(a.is_cross for a in heads),
-            "masks": _one([_mask(g, a) for a in heads]),
         },
-        "mlp": {
-            "kind": _one([("gated " if m.gate is not None else "") + m.activation for m in mlps]),
-            "width": _one([m.width for m in mlps]),
-            "count": len(mlps),
-        },
-        "norm": {"kind": _one([n.kind for n in norms]), "position": _one([layer.position for layer in found])},
-        "positions": _positions(g, heads, tables),
+        "mlp": _mlp(found),
+        "norm": _norm(g, found),
+        "positions": _positions(g, found, tables, named),
+        "stacks": [_stack(g, kind, layers, named) for kind, layers in _stacks(found, named)],
         "vocabulary": next((e.rows for e in tables if e.kind == "tokens"), None),
         "head": None if end is None else {"outputs": end.outputs, "tied": end.tied},
         "quantized_linears": sum(x.quantized for x in blocks.linears(g)),
-        "parameters": _parameters(g, found, tables, end),
-        "macs_per_token": _macs(found, end),
+        "parameters": parameters(g, found, tables, end),
+        "macs_per_token": macs(g, found, end),
         "opset": g.opset,
         "nodes": sum(1 for _ in g.nodes()),
-        "not_recognised": [{"site": d.site, "why": d.why} for d in g.declined],
+        "not_recognised": _not_recognised(g),
     }
 
 
@@ -60,105 +57,148 @@ def _one(xs: Sequence[Any]) -> Any:
     return xs[0] if all(x == xs[0] for x in xs) else list(xs)
 
 
-def _mask(g: Graph, a: blocks.Attention) -> str:
-    if a.node.attributes.get_int("is_causal", 0):
-        return "causal"
-    if a.mask is None:
-        return "none"
-    kind = "bool" if a.mask.dtype == ir.DataType.BOOL or _makes_bool(a.mask) else "float"
-    return f"{kind}, {'from inputs' if _reads_input(a.mask) else 'from positions'}"
+# ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _makes_bool(v: ir.Value) -> bool:
-    node = v.producer()
-    if node is not None and node.op_type in ("Expand", "Reshape", "Unsqueeze") and node.inputs[0] is not None:
-        return _makes_bool(node.inputs[0])
-    return node is not None and node.op_type in ("And", "Or", "Not", "LessOrEqual", "Less", "Greater", "GreaterOrEqual")
+def _stacks(found: Sequence[blocks.Layer], named: Named) -> list[tuple[str, list[blocks.Layer]]]:
+    """Layers with cross attention are a decoder; the others are one if their masks are causal, else an encoder."""
+    kinds: dict[str, list[blocks.Layer]] = {}
+    for layer in found:
+        crosses = any(a.is_cross for a in layer.attentions)
+        causal = any("causal" in _mask(a, named) for a in layer.attentions)
+        kinds.setdefault("decoder" if crosses or causal else "encoder", []).append(layer)
+    return sorted(kinds.items(), key=lambda item: item[1][0].index)
 
 
-def _reads_input(v: ir.Value) -> bool:
-    """Whether a value depends on the content of a graph input, not only on its shape."""
-    todo, seen = [v], set()
-    while todo:
-        x = todo.pop()
-        if x in seen:
-            continue
-        seen.add(x)
-        node = x.producer()
-        if node is None and x.is_graph_input():
-            return True
-        if node is not None and node.op_type != "Shape":
-            todo.extend(i for i in node.inputs if i is not None)
-    return False
+def _stack(g: Graph, kind: str, layers: Sequence[blocks.Layer], named: Named) -> dict[str, Any]:
+    own = [a for layer in layers for a in layer.attentions if not a.is_cross]
+    cross = [a for layer in layers for a in layer.attentions if a.is_cross]
+    return {
+        "kind": kind,
+        "layers": len(layers),
+        "distinct": len({tuple(id(g.tensor(x.weight)) for x in layer.linears) for layer in layers}),
+        "hidden": _hidden(layers),
+        "attention": _attention(own, named),
+        "cross_attention": _attention(cross, named) if cross else None,
+        "mlp": _mlp(layers),
+        "norm": _norm(g, layers),
+    }
 
 
-def _positions(g: Graph, heads: Iterable[blocks.Attention], tables: Iterable[blocks.Embedding]) -> str:
-    kinds = []
-    if any(a.rotary for a in heads):
-        kinds.append("rotary")
-    if any(e.kind == "positions" for e in tables) or _adds_table(g):
-        kinds.append("learned")
-    return " and ".join(kinds) or "none"
+def _hidden(layers: Iterable[blocks.Layer]) -> Any:
+    found = list(layers)
+    widths = [a.q.sizes[0] for layer in found for a in layer.attentions]
+    return _one(widths or [layer.mlp.up.sizes[0] for layer in found if layer.mlp is not None])
 
 
-def _adds_table(g: Graph) -> bool:
-    """Whether a constant `[1, s, h]` is added before any norm, as vision models do."""
-    f = Facts(g)
+def _attention(heads: Sequence[blocks.Attention], named: Named) -> dict[str, Any]:
+    return {
+        "heads": _one([a.heads for a in heads]),
+        "kv_heads": _one([a.kv_heads for a in heads]),
+        "head_width": _one([a.head_dim for a in heads]),
+        "masks": _one([_mask(a, named) for a in heads]),
+        "bias": _one([named[a.mask].bias or None for a in heads]),
+    }
+
+
+def _mask(a: blocks.Attention, named: Named) -> str:
+    name = named[a.mask].name
+    if not a.node.attributes.get_int("is_causal", 0) or "causal" in name:
+        return name
+    return "causal" if name == "none" else f"causal+{name}"
+
+
+def _mlp(layers: Iterable[blocks.Layer]) -> dict[str, Any]:
+    found = [layer.mlp for layer in layers if layer.mlp is not None]
+    return {
+        "kind": _one([("gated " if m.gate is not None else "") + m.activation for m in found]),
+        "width": _one([m.width for m in found]),
+        "count": len(found),
+    }
+
+
+def _norm(g: Graph, layers: Sequence[blocks.Layer]) -> dict[str, Any]:
+    own = {n.node for layer in layers for n in layer.norms}
+    inner = {n.node for layer in layers for a in layer.attentions for n in a.inner_norms}
+    kinds = [n.kind for n in blocks.norms(g) if n.node in own]
+    positions = [layer.position for layer in layers]
+    return {"kind": _one(kinds), "position": _one(positions), "inside_attention": len(inner)}
+
+
+# ---- positions -------------------------------------------------------------------------------------------------------
+
+
+def _positions(g: Graph, found: Sequence[blocks.Layer], tables: Sequence[blocks.Embedding], named: Named) -> str:
+    heads = [a for layer in found for a in layer.attentions]
+    biases = {m.bias for m in named.values()}
+    kinds = {
+        "rotary": any(a.rotary for a in heads),
+        "alibi": "alibi" in biases,
+        "relative bias": "relative" in biases or "content" in biases,
+        **_tables(g, found, tables),
+        "convolution": _adds_convolution(g, found),
+    }
+    return " and ".join(k for k, there in kinds.items() if there) or "none"
+
+
+def _tables(g: Graph, found: Sequence[blocks.Layer], tables: Iterable[blocks.Embedding]) -> dict[str, bool]:
+    """Whether a table of positions, learned or of sines, is added to the stream."""
+    widths = {layer.linears[0].sizes[0] for layer in found if layer.linears}
+    tables = list(tables)
+    widths |= {e.width for e in tables if e.kind == "tokens"}
+    held = {e.table: e.kind for e in tables if e.width in widths} | dict.fromkeys(_added_tables(g, widths), "positions")
+    waves = [_is_sinusoidal(g, v) for v, kind in held.items() if kind == "positions"]
+    return {"learned": not all(waves), "sinusoidal": any(waves)}
+
+
+def _added_tables(g: Graph, widths: set[int]) -> list[ir.Value]:
+    """Constants `[.., s, h]` of more than one row that are added to something, whole or a part of their rows."""
+    found = []
     for node in g.nodes("Add"):
         for x in node.inputs:
-            shape = f.shape(x) if g.is_constant(x) else None
-            if shape is not None and len(shape) == 3 and shape[0] == 1 and shape[1] != 1:
-                return True
-    return False
-
-
-def _parameters(
-    g: Graph, found: list[blocks.Layer], tables: list[blocks.Embedding], end: blocks.Head | None
-) -> dict[str, int]:
-    """Elements of constants by part; a tensor used twice counts once, where it is used first."""
-    counted: set[int] = set()
-
-    def count(values: Iterable[ir.Value | None]) -> int:
-        total = 0
-        for v in values:
+            v = _stored_rows(g, x)
             t = g.tensor(v)
-            if t is not None and id(t) not in counted:
-                counted.add(id(t))
-                total += t.size
-        return total
-
-    def of(linears: Iterable[blocks.Linear]) -> int:
-        return count(v for x in linears for v in (x.weight, x.bias))
-
-    parts = {
-        "embeddings": count(e.table for e in tables),
-        "attention": of(x for layer in found for a in layer.attentions for x in a.linears),
-        "mlp": of(x for layer in found if layer.mlp is not None for x in layer.mlp.linears),
-        "norms": count(v for n in blocks.norms(g) for v in (n.gain, n.bias)),
-        "head": 0 if end is None else count([end.weight, end.linear.bias if end.linear is not None else None]),
-    }
-    every = {id(v.const_value): v.const_value for v in g.model.graph.initializers.values() if v.const_value is not None}
-    parts["other"] = sum(t.size for i, t in every.items() if i not in counted)
-    return parts | {"total": sum(parts.values())}
+            if v is not None and t is not None and len(t.shape) > 1 and t.shape[-1] in widths and t.shape[-2] != 1:
+                found.append(v)
+    return found
 
 
-def _macs(found: list[blocks.Layer], end: blocks.Head | None) -> dict[str, int]:
-    """Multiply-accumulates per token; those of the scores are per token and key."""
-
-    def of(linears: Iterable[blocks.Linear]) -> int:
-        return sum(x.sizes[0] * x.sizes[1] for x in linears)
-
-    heads = [a for layer in found for a in layer.attentions]
-    last = 0
-    if end is not None:
-        last = end.linear.sizes[0] * end.outputs if end.linear is not None else _size(end.weight)
-    return {
-        "attention": of(x for a in heads for x in a.linears),
-        "mlp": of(x for layer in found if layer.mlp is not None for x in layer.mlp.linears),
-        "head": last,
-        "attention_per_key": sum(a.heads * (a.head_dim + a.v.sizes[1] // a.kv_heads) for a in heads),
-    }
+def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
+    """The constant behind a value that is a part of it."""
+    while v is not None and not g.is_constant(v):
+        node = v.producer()
+        if node is None or node.op_type not in ("Slice", "Unsqueeze", "Expand", "Reshape"):
+            return None
+        v = node.inputs[0]
+    return v
 
 
-def _size(v: ir.Value) -> int:
-    return 0 if v.const_value is None else v.const_value.size
+def _is_sinusoidal(g: Graph, v: ir.Value) -> bool:
+    """Sines and cosines of the same angles: every row has the squared length of half its width."""
+    t = g.tensor(v)
+    if t is None or not t.dtype.is_floating_point() or t.size > 1 << 22:
+        return False
+    a = t.numpy().astype(np.float64).reshape(-1, t.shape.numpy()[-1])
+    return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= 1e-2 * a.shape[1])
+
+
+def _adds_convolution(g: Graph, found: Sequence[blocks.Layer]) -> bool:
+    """Whether a grouped convolution of the model's width is added to the stream."""
+    hidden = _hidden(found)
+    return any(
+        n.attributes.get_int("group", 1) > 1 and (t := g.tensor(n.inputs[1])) is not None and t.shape[0] == hidden
+        for n in g.nodes("Conv")
+    )
+
+
+# ---- what is left ----------------------------------------------------------------------------------------------------
+
+
+def _not_recognised(g: Graph) -> list[dict[str, str]]:
+    """Declined sites with their reasons, and what stayed spelled out without one."""
+    said = {d.site for d in g.declined}
+    silent = [s for s in sites(g) if s.name not in said]
+    return [
+        *({"site": d.site, "why": d.why} for d in g.declined),
+        *({"site": s.name, "why": f"{s.kind}: stayed as it was, and no recogniser says why"} for s in silent),
+    ]

@@ -74,11 +74,20 @@ def head(g: Graph) -> Head | None:
             node = v.producer()
             if node is not None and node.op_type == "MatMul":
                 return _tied_head(g, node)
-            v = node.inputs[0] if node is not None and node.op_type in PASSED else None
+            v = _behind(g, node) if node is not None else None
         if v is not None:
             linear = index.made[v]
             tables = {id(g.tensor(e.table)) for e in embeddings(g)}
             return Head(linear.node, linear.weight, linear.sizes[1], id(g.tensor(linear.weight)) in tables, linear)
+    return None
+
+
+def _behind(g: Graph, node: ir.Node) -> ir.Value | None:
+    """What a layout move, or a step of a soft-cap on the logits, starts from."""
+    if node.op_type in PASSED or node.op_type == "Tanh":
+        return node.inputs[0]
+    if node.op_type in ("Mul", "Div") and (t := g.tensor(node.inputs[1])) is not None and t.size == 1:
+        return node.inputs[0]
     return None
 
 
