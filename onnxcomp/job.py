@@ -24,7 +24,7 @@ from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass
 from onnxcomp.placement import Placement, placement
-from onnxcomp.recipe import Recipe
+from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.runner import Runner
 from onnxcomp.target import CPU, Target, find
@@ -210,7 +210,8 @@ def compress_each(
     `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote;
     `exact_rows` is canonicalize's option.
     """
-    chosen = _with_exact_rows(_recipe(preset, recipe, passes), exact_rows)
+    chosen = _recipe(preset, recipe, passes)
+    chosen = with_exact_rows(chosen) if exact_rows else chosen
     changes: dict[str, Any] = {"gates": (*chosen.gates, *gates)}
     if on_fail is not None:
         changes["on_fail"] = on_fail
@@ -233,18 +234,6 @@ def compress_each(
     if plan or out is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
     return _publish(jobs, Path(out), Path(report) if report else None, watch)
-
-
-def _with_exact_rows(recipe: Recipe, wanted: bool) -> Recipe:
-    """The recipe with the option set on canonicalize; raises `RecipeError` where that is not part of it."""
-    if not wanted:
-        return recipe
-    if not any(p.name == "canonicalize" for p in recipe.passes):
-        raise RecipeError(
-            "--exact-rows is an option of canonicalize, which this recipe does not run; add it or leave it"
-        )
-    passes = (dataclasses.replace(p, **{"exact_rows": True}) if p.name == "canonicalize" else p for p in recipe.passes)
-    return dataclasses.replace(recipe, passes=tuple(passes))
 
 
 def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:

@@ -24,7 +24,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.pipeline import Pass, plain
 
-__all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema"]
+__all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema", "with_exact_rows"]
 
 VERSION = 1
 LARGEST = 256 << 10  # characters of a recipe file
@@ -283,3 +283,13 @@ def _shown(x: Any) -> str:
 
 def _too_new(version: int) -> str:
     return f"this recipe has format version {version}; this onnxcomp reads up to {VERSION}: update onnxcomp"
+
+
+def with_exact_rows(recipe: Recipe) -> Recipe:
+    """The recipe with that option set on canonicalize; raises `RecipeError` where canonicalize is not part of it."""
+    if not any(p.name == "canonicalize" for p in recipe.passes):
+        raise RecipeError(
+            "--exact-rows is an option of canonicalize, which this recipe does not run; add it or leave it"
+        )
+    passes = (dataclasses.replace(p, **{"exact_rows": True}) if p.name == "canonicalize" else p for p in recipe.passes)
+    return dataclasses.replace(recipe, passes=tuple(passes))

@@ -180,7 +180,7 @@ def test_inspect_says_what_it_is(run: Run, place: Path) -> None:
 def test_inspect_shows_what_was_not_recognised(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from onnxcomp import inspection
 
-    def decline(g: Any) -> None:
+    def decline(g: Any, *, exact_rows: bool) -> None:
         g.decline("softmax_3", "attention: the mask depends on the scores")
 
     monkeypatch.setattr(inspection, "canonicalize", decline)
