@@ -18,8 +18,6 @@ from onnxcomp.structure import canonicalize
 from tests import matrix, zoo
 
 KEPT = zoo.kept()
-# Not raised yet: these may stay declined, or become raised; everything else must be raised.
-OPEN = {"bloom.dynamo-eager-21"}
 
 
 @functools.cache
@@ -43,8 +41,6 @@ def test_the_kept_graphs_hold_every_architecture_and_every_spelling():
 
 @pytest.mark.parametrize("name", KEPT)
 def test_everything_is_raised(name):
-    if name in OPEN and cell(name).status != "raised":
-        pytest.xfail(cell(name).why)
     assert (cell(name).status, cell(name).why) == ("raised", "")
 
 

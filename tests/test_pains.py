@@ -275,11 +275,18 @@ def test_row_10_a_fused_model_still_has_every_linear_quantized():
     assert sum(x.quantized for x in blocks.linears(result.model)) == linears
 
 
-def test_row_11_attention_implementations_give_the_same():
-    for pair in (("bert.dynamo-eager-18", "bert.dynamo-sdpa-18"), ("llama.dynamo-eager-18", "llama.dynamo-sdpa-18")):
-        eager, sdpa = (kept(name)[1] for name in pair)
-        assert matrix.signature(eager) == matrix.signature(sdpa)
-        assert len(blocks.attentions(eager)) == 2
+@pytest.mark.parametrize(
+    ("eager", "sdpa", "attentions"),
+    [
+        ("bert.dynamo-eager-18", "bert.dynamo-sdpa-18", 2),
+        ("llama.dynamo-eager-18", "llama.dynamo-sdpa-18", 2),
+        ("bart.dynamo-eager-17", "bart.dynamo-sdpa-17", 6),
+    ],
+)
+def test_row_11_attention_implementations_give_the_same(eager, sdpa, attentions):
+    one, other = kept(eager)[1], kept(sdpa)[1]
+    assert len(blocks.attentions(one)) == len(blocks.attentions(other)) == attentions
+    assert matrix.signature(one) == matrix.signature(other)
 
 
 def test_row_12_an_attention_is_raised_or_told_why():
