@@ -119,10 +119,9 @@ def carried(v: ir.Value, index: Index, facts: Facts) -> list[ir.Value]:
 def _refusal(s: Stream, index: Index, facts: Facts) -> str:
     sums = [v for v in s.values if (p := v.producer()) is not None and p.op_type in SUMS and v not in index.made]
     parts = [x for v in sums for x in carried(v, index, facts)]
-    normed = [x for x in parts if x in index.norm and x not in s.values]
-    if any(len({u for u, _ in x.uses()}) > 1 for x in normed):
-        return "post-norm: a norm lies inside the residual stream, so no rotation passes through it"
-    if not any(x in s.values for x in parts):
+    if not {n.input for n in s.norms}.intersection(parts):  # no value goes past a norm into an addition
+        if any(x in index.norm and len({u for u, _ in x.uses()}) > 1 for x in parts):
+            return "post-norm: the norm lies inside the residual stream, so no rotation passes through it"
         return "no residual stream leads to it"
     widths = {n.gain.shape.numpy()[-1] if n.gain.shape else 0 for n in s.norms}
     if len({n.kind for n in s.norms}) > 1 or len(widths) > 1:

@@ -177,3 +177,12 @@ def test_the_mean_of_a_layer_norm_that_is_read_raw_is_not_folded():
     y.name, y.type = "top", ir.TensorType(ir.DataType.FLOAT)
     g.model.graph.outputs.append(y)
     assert "read without a norm" in streams(g)[-1].why
+
+
+def test_sums_of_embeddings_before_a_norm_are_no_residual_stream():
+    g = tiny.encoder(norm="post")
+    start = blocks.norms(g)[0].input
+    users = [u for u, _ in start.uses()]
+    g.replace(start, g.op("Add", start, np.ones((1, 1, 32), np.float32), like=start), users=users)
+    g.model.graph.sort()
+    assert all(s.why for s in streams(g))
