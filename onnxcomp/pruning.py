@@ -65,9 +65,9 @@ class Width(Pass):
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the units to cut; 0 without a budget changes nothing."""
     parameters: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the model's parameters stays, instead of a ratio."""
+    """Cut until at most this share of the parameters that the pass finds stays, instead of a ratio."""
     macs: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the multiplications with weights, per token, stays, instead of a ratio."""
+    """Cut until at most this share of the multiplications with weights that it finds, per token, stays."""
     ranking: Literal["layer", "global"] = "layer"
     """Cut the same share of every layer, or what scores least over all layers."""
     score: Score = "energy"
