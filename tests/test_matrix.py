@@ -99,6 +99,19 @@ def test_a_decoder_behind_an_encoder_always_sees_keys():
     assert matrix.visible(t5, zoo.feeds(t5, 2, 9, "left")) is None
 
 
+def test_only_a_norm_of_parameters_may_have_been_computed_beforehand():
+    a, g = zoo.BY_NAME["deberta-v2"], raised("deberta-v2.dynamo-eager-22")
+    fixed, *others = sorted(blocks.norms(g), key=lambda n: not g.is_constant(n.input))
+    assert (len(others), matrix.folded(a, g)) == (5, 0)
+    g.replace(others[0].output, others[0].input)
+    g.sweep()
+    assert (matrix.folded(a, g), matrix.counts(g)[2]) == (0, 5)
+    g.replace(fixed.output, g.constant(g.array(fixed.input)))
+    g.sweep()
+    assert matrix.folded(a, g) == 1
+    assert {b.name for b in zoo.ALL if b.constant_norms} == {"deberta-v2"}
+
+
 # ---- masks and operators ---------------------------------------------------------------------------------------------
 
 

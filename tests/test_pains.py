@@ -10,20 +10,37 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, catalog, runtime, tensorrt
+from onnxcomp import (
+    benchmark,
+    blocks,
+    catalog,
+    doctor,
+    export_routes,
+    external,
+    report,
+    runtime,
+    storage,
+    target,
+    tensorrt,
+    tune,
+)
+from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset, load_data
-from onnxcomp.errors import RecipeError, TargetError
+from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
 from onnxcomp.gate import Gate
+from onnxcomp.graph import Graph
+from onnxcomp.job import compress
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
+from onnxcomp.placement import placement
 from onnxcomp.recipe import Recipe
 from onnxcomp.stats import histogram, minmax
 from onnxcomp.structure import canonicalize
-from onnxcomp.target import CUDA, TENSORRT
+from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import hand, matrix, tiny, zoo
 
 
@@ -180,8 +197,6 @@ def test_row_38_quantized_model_keeps_its_dynamic_axes():
 def test_row_40_a_broken_export_is_noticed_at_once(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    from onnxcomp.errors import ExportError
-
     oc_export = pytest.importorskip("onnxcomp.exporter")
     config = transformers.ViTConfig(
         hidden_size=16,
@@ -223,9 +238,6 @@ def test_row_43_two_runtimes_overwriting_each_other_are_noticed(monkeypatch):
 
 
 def test_row_44_an_onnx_file_is_pruned_directly(tmp_path):
-    from onnxcomp import storage
-    from onnxcomp.job import compress
-
     source = tiny.external(tiny.decoder(spelled="dynamo"), tmp_path)
     passes = ["canonicalize", "prune-ffn: {ratio: 0.5}", "prune-heads: {ratio: 0.5}"]
     batches = [tiny.feeds(storage.load(source), 4, 8, seed=i) for i in range(10)]
@@ -370,3 +382,172 @@ def test_row_50_quantized_weights_are_recognised_whatever_their_chain(bits, chai
     # The runtime makes MatMulNBits of it, which rounds what it multiplies; the reference does not.
     (got,) = ReferenceEvaluator(ir.to_proto(new.model)).run(None, {"x": x})
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+# ---- speed, placement, size, export ----------------------------------------------------------------------------------
+
+
+def slower_result(models, target, shapes=(), **_):
+    """A benchmark in which every model but the first takes twice the time."""
+    names = [str(m) for m in models]
+    times = [1.0 if i == 0 else 2.0 for i in range(len(names))]
+    rounds = Rounds(tuple(tuple(Block((t, t), 0.0) for t in times) for _ in range(8)))
+    rows = [
+        Row(n, "batch=1", t, t, t, t, 16, 0, 1 / t, None, 1.0, 0.1, 1.0, "CPUExecutionProvider", 2)
+        for n, t in zip(names, times, strict=True)
+    ]
+    return BenchReport(rows=rows, machine={"cpu": "a cpu"}, models=names, rounds={"batch=1": rounds})
+
+
+def test_row_7_a_slower_int8_model_is_said_first_and_a_gate_refuses_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "bench", slower_result)
+    g = tiny.mlp(hidden=32, ffn=64)
+    batches = [tiny.feeds(g, 2, 5, seed=i) for i in range(4)]
+    storage.save(g, tmp_path / "source.onnx")
+    made = {"passes": ["qdq"], "calibration": batches, "shapes": [{"batch": 1, "sequence": 8}]}
+    result = compress(tmp_path / "source.onnx", tmp_path / "out", **made)
+    assert result.report.step("qdq").changed > 0
+    assert report.headline(result.report).startswith("slower than the original: 0.50x")
+    with pytest.raises(GateFailed, match=r"latency<=1x"):
+        compress(tmp_path / "source.onnx", tmp_path / "refused", **made, gates=["latency<=1x"])
+    assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("features", "bits", "said"),
+    [({"avx2"}, 7, "saturate at 16 bits"), ({"avx2", "vnni"}, 8, "fast and exact"), ({"dotprod"}, 8, "fast and exact")],
+)
+def test_row_8_the_instruction_set_decides_the_types_and_doctor_says_why(monkeypatch, features, bits, said):
+    for module in (target, doctor):
+        monkeypatch.setattr(module, "cpu_features", lambda: frozenset(features))
+    g = tiny.mlp(hidden=32, ffn=64)
+    made = PassManager([Qdq()], target=target.find("cpu")).run(g, data(g)).model
+    codes = [made.array(n.inputs[0]) for n in made.nodes("DequantizeLinear") if made.is_constant(n.inputs[0])]
+    assert {n.inputs[2].dtype for n in made.nodes("QuantizeLinear")} == {ir.DataType.UINT8}
+    assert {max(int(np.abs(c.astype(int)).max()) for c in codes) > 64} == {bits == 8}
+    [check] = [c for c in doctor.diagnose()["checks"] if c["check"] == "int8"]
+    assert said in check["detail"]
+    with pytest.raises(TargetError, match=r"'s8' are not legal on 'cpu' .*; use u8"):
+        PassManager([Qdq(activations="s8")], target=target.find("cpu")).run(g, data(g))
+
+
+@pytest.mark.parametrize("where", [CPU, CUDA, TENSORRT], ids=lambda t: t.name)
+def test_row_15_every_operator_of_a_lowered_model_has_a_kernel_on_the_targets_provider(where):
+    source, _ = kept("bert.dynamo-sdpa-18")
+    made = PassManager([Canonicalize(), Lower()], target=where).run(source).model
+    assert placement(made, where, None).elsewhere == ()
+    if where is CPU:
+        found = placement(made, where, matrix.taken(made, zoo.feeds(zoo.BY_NAME["bert"], 2, 9)))
+        assert found.ran
+        assert list(found.nodes) == ["CPUExecutionProvider"]
+
+
+def test_row_19_fixing_axes_above_two_gigabytes_reads_no_weight(tmp_path, monkeypatch):
+    g = hand.graph(x=("batch", "sequence", 16384))
+    g.model.graph.register_initializer(
+        ir.Value(
+            name="w",
+            const_value=ir.ExternalTensor(
+                "w.bin",
+                0,
+                4 * 16384 * 34000,
+                ir.DataType.FLOAT,
+                shape=ir.Shape([16384, 34000]),
+                name="w",
+                base_dir=tmp_path,
+            ),
+        )
+    )
+    w = g.model.graph.initializers["w"]
+    w.type, w.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([16384, 34000])
+    y = g.op("MatMul", g.op("Transpose", g.inputs[0], perm=[1, 0, 2]), w)
+    tiny.finish(g, y, "y", ["sequence", "batch", 34000])
+    (tmp_path / "big.onnx").write_bytes(ir.to_proto(g.model).SerializeToString())
+    with (tmp_path / "w.bin").open("wb") as f:
+        f.truncate(4 * 16384 * 34000)
+
+    def read(*_):
+        raise AssertionError("a weight was read")
+
+    for name in ("numpy", "tobytes", "tofile"):
+        monkeypatch.setattr(external.MappedTensor, name, read)
+    big = storage.load(tmp_path / "big.onnx")
+    big.inputs[0].shape = ir.Shape([2, 5, 16384])
+    fixed = Graph(big.model)
+    canonicalize(fixed)
+    fixed.infer_shapes()
+    fixed.verify()
+    assert fixed.nbytes > 2**31
+    [linear] = blocks.linears(fixed)
+    assert linear.sizes == (16384, 34000)
+    assert {tuple(n.outputs[0].shape) for n in fixed.nodes("MatMul")} <= {(2, 5, 34000), (5, 2, 34000)}
+
+
+def test_row_28_attention_stays_float_where_only_the_feed_forward_part_gets_faster(monkeypatch):
+    g = tiny.encoder(hidden=32, ffn=64)
+
+    def fake(forms, shapes, *_):
+        wide = {n: 64 in (shapes["x"][-1], *(v.shape[-1] for v in m.outputs)) for n, m in forms.items()}
+        return {n: 1e-3 if n == "float" else 0.5e-3 if wide[n] else 2e-3 for n in forms}
+
+    monkeypatch.setattr(tune, "_time", fake)
+    sizes = [{"batch": 2, "sequence": 8}]
+    made = PassManager([Qdq(min_size=1)], shapes=sizes, measure=True).run(g, data(g))
+    integers = {x.name for x in blocks.linears(made.model) if x.quantized}
+    feed_forward = {x.name for x in blocks.linears(made.model) if 64 in x.sizes}
+    assert integers == feed_forward
+    assert 0 < len(integers) < len(blocks.linears(made.model))
+    lost = made.report.step("qdq").declined
+    assert all("integers would be slower" in d.why for d in lost)
+    assert len(lost) == len(blocks.linears(made.model)) - len(integers)
+
+
+def test_row_35_the_accuracy_level_of_a_blockwise_product_is_never_lost_nor_made_up():
+    rng = np.random.default_rng(0)
+    g = hand.graph(opset=21, x=("b", "s", 32))
+    codes, scales = rng.integers(0, 256, (16, 2, 8), np.uint8), rng.random(32).astype(np.float32)
+    g.model.opset_imports["com.microsoft"] = 1
+    attrs = {"K": 32, "N": 16, "bits": 4, "block_size": 16, "accuracy_level": 4}
+    y = g.op("MatMulNBits", g.inputs[0], codes, scales, domain="com.microsoft", **attrs)
+    source, new = hand.raised(g, y, "b", "s", 16)
+    made = PassManager([Canonicalize(), Lower()], allow_unchanged=True).run(source).model
+    for after in (new, made):
+        [node] = after.nodes("MatMulNBits")
+        assert {k: a.value for k, a in node.attributes.items()} == attrs
+    hand.same(source, made, x=rng.standard_normal((2, 3, 32)).astype(np.float32))
+    plain, _ = kept("bert.dynamo-sdpa-18")
+    lowered = PassManager(Recipe.preset("int8").passes, allow_unchanged=True).run(plain, encoded(plain)).model
+    assert not list(lowered.nodes("MatMulNBits"))
+
+
+def encoded(g):
+    return as_dataset([matrix.taken(g, zoo.feeds(zoo.BY_NAME["bert"], 2, 9)) for _ in range(3)], g)
+
+
+def test_row_41_exporters_and_attentions_are_tried_in_order_and_the_one_that_worked_is_recorded(tmp_path, monkeypatch):
+    asked = []
+
+    class Model:
+        def set_attn_implementation(self, name):
+            asked.append(name)
+
+    def broken(job, opset):
+        raise ValueError("a minor upgrade broke it")
+
+    def second(job, opset):
+        if asked[-1] == "sdpa":
+            raise KeyError("sdpa_mask")
+        return "program"
+
+    monkeypatch.setattr(export_routes, "ROUTES", {"first": broken, "second": second})
+    monkeypatch.setattr(export_routes, "_write", lambda job, program, opset, staging: None)
+    monkeypatch.setattr(export_routes, "_verify", lambda job, file: {"outputs": {}})
+    job = export_routes.Work(Model(), "feature-extraction", "fp32", 20, {}, ("input_ids",))
+    found = export_routes.first_that_works(job, tmp_path, lambda line: None)
+    assert (found["route"], found["attention"]) == ("second", "eager")
+    tried = [(a["route"], a["attention"]) for a in job.attempts]
+    assert tried == [("first", "sdpa"), ("second", "sdpa"), ("first", "eager")]
+    assert "a minor upgrade broke it" in job.attempts[0]["error"]
+    monkeypatch.setattr(export_routes, "ROUTES", {"first": broken})
+    with pytest.raises(ExportError, match=r"first .sdpa.* a minor upgrade broke it; first .eager"):
+        export_routes.first_that_works(job, tmp_path, lambda line: None)

@@ -49,6 +49,7 @@ class Architecture:
     norms: int
     causal: bool = False
     window: int = 0  # narrowest layer: keys a causal query sees, itself included; else keys to each side; 0 = all
+    constant_norms: int = 0  # norms among them that read parameters alone: a tool may compute them beforehand
     square: bool = False  # padding hides queries as well as keys, so that padded rows see no key
 
     @functools.cached_property
@@ -126,7 +127,7 @@ ALL = (
     ),
     _text("albert", "AlbertModel", "AlbertConfig", {**TEXT, "embedding_size": 8}, 5),
     _text("electra", "ElectraModel", "ElectraConfig", {**TEXT, "embedding_size": 8}, 5),
-    _text("deberta-v2", "DebertaV2Model", "DebertaV2Config", DEBERTA, 6, square=True),
+    _text("deberta-v2", "DebertaV2Model", "DebertaV2Config", DEBERTA, 6, constant_norms=1, square=True),
     _text("mpnet", "MPNetModel", "MPNetConfig", ROBERTA, 5),
     _text(
         "modernbert",
@@ -492,7 +493,7 @@ DIAGONAL: dict[str, str] = {
     "electra": "legacy-eager-17-onnxsim dynamo-sdpa-18-ort-session",
     "deberta-v2": "dynamo-eager-22",
     "mpnet": "legacy-eager-15",
-    "modernbert": "dynamo-sdpa-22",
+    "modernbert": "dynamo-sdpa-22 dynamo-sdpa-18-fp16 legacy-eager-17-ort-session",
     "deit": "legacy-eager-17",
     "swin": "dynamo-eager-18",
     "beit": "legacy-eager-14",

@@ -286,12 +286,39 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 
 def fold_batch(g: Graph, f: Facts) -> None:
-    """Let linears and their biases work on the original axes: what folds or swaps leading axes moves below them."""
+    """Let linears, their biases and casts work on the original axes: what folds or swaps axes moves below them."""
+    for node in g.nodes("Cast"):
+        _lift_cast(g, node)
     for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
         if node.domain == "" and node.op_type in ALONE:
             _lift_alone(g, f, node)
         elif node.domain == "" and len(node.inputs) == 2:
             _lift(g, f, node)
+
+
+def _lift_cast(g: Graph, node: ir.Node) -> None:
+    """A cast between floats above the layout moves that nothing else reads: head layouts are found through it."""
+    out, x, moves = node.outputs[0], node.inputs[0], []
+    if x is None or out.is_graph_output() or any(v.dtype is None or not v.dtype.is_floating_point() for v in (x, out)):
+        return
+    while (move := x.producer()) is not None and move.op_type in MOVES and not move.domain and _only_read(x):
+        moves.append(move)
+        above = move.inputs[0]
+        if above is None:
+            return
+        x = above
+    if not moves:
+        return
+    y = g.op("Cast", x, **{k: a.value for k, a in node.attributes.items()})
+    y.type, y.shape = out.type, x.shape
+    for move in reversed(moves):
+        y = g.op(move.op_type, y, *move.inputs[1:], **{k: a.value for k, a in move.attributes.items()})
+        y.type, y.shape = out.type, move.outputs[0].shape
+    g.replace(out, y)
+
+
+def _only_read(v: ir.Value) -> bool:
+    return len(v.uses()) == 1 and not v.is_graph_output()
 
 
 def _lift_alone(g: Graph, f: Facts, node: ir.Node) -> None:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.structure.dims import Shape, product
-from onnxcomp.structure.layout import trace
+from onnxcomp.structure.layout import reshaped, trace
 from onnxcomp.structure.rules import axis_of
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.turns import joined
@@ -69,6 +69,8 @@ class Tables:
         parts = joined(self.f, v)
         if parts is not None and parts[0] is parts[1]:
             return parts[0] if parts[2] == interleaved else None
+        if node.op_type == "Reshape" and (moved := self._of_reshape(v, node, interleaved)) is not None:
+            return moved
         index = 0
         if node.op_type in ("Mul", "Div", "Add", "Sub"):
             index = next((i for i in (0, 1) if self.f.scalar(node.inputs[1 - i]) is not None), -1)
@@ -79,6 +81,14 @@ class Tables:
             return None
         inputs = [inner if i == index else x for i, x in enumerate(node.inputs)]
         return self.g.op(node.op_type, *inputs, **{k: a.value for k, a in node.attributes.items()})
+
+    def _of_reshape(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
+        """The half of what a Reshape takes, in its other axes; None where it changes the last axis."""
+        shape, before = self.f.shape(v), self.f.shape(node.inputs[0])
+        if not shape or not before or not isinstance(shape[-1], int) or shape[-1] != before[-1]:
+            return None
+        inner = self.half(node.inputs[0], interleaved)
+        return None if inner is None else reshaped(self.g, self.f, inner, [*shape[:-1], shape[-1] // 2])
 
     def _of_repeat(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
         """What a Gather with doubled positions, a Tile or an Expand between Reshapes repeats."""
