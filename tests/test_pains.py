@@ -316,7 +316,7 @@ def test_row_12_an_attention_is_raised_or_told_why():
 
 
 def test_row_13_no_reshape_of_a_reshape():
-    for name in ("bert.dynamo-sdpa-18", "gpt2.dynamo-sdpa-18", "vit.dynamo-sdpa-18"):
+    for name in ("bert.dynamo-sdpa-18", "gpt2.dynamo-sdpa-18", "vit.dynamo-sdpa-18", "whisper.dynamo-sdpa-21"):
         source, new = kept(name)
         twice = [n for n in new.nodes("Reshape") if getattr(n.inputs[0].producer(), "op_type", "") == "Reshape"]
         assert twice == []

@@ -510,7 +510,7 @@ DIAGONAL: dict[str, str] = {
     "phi3": "transformers-sdpa-20-bf16",
     "falcon": "transformers-eager-23",
     "bart": "dynamo-sdpa-17 dynamo-eager-17",
-    "marian": "dynamo-eager-17",
+    "marian": "dynamo-eager-17 legacy-eager-14",
     "wav2vec2": "legacy-eager-13",
 }
 

@@ -107,6 +107,7 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
         g.set_attr(node, is_causal=None)
     if mask is not None and not masks.is_bool(mask) and not exact_rows:
         mask = masks.selected(mask)
+    mask = masks.restricting(mask) if mask is not None else None
     fitted = masks.fitted(mask, q[-2], keys, sizes) if mask is not None else None
     if mask is not None and fitted is None:
         g.decline(node, "attention: the mask's axes are not known")

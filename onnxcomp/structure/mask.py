@@ -190,6 +190,16 @@ class Masks:
             return a
         return self._once(("And", a, b), lambda: self.g.op("And", a, b))
 
+    def restricting(self, v: ir.Value) -> ir.Value:
+        """A bool mask without the parts of its And that provably allow everything: the rest broadcasts alike."""
+        node = v.producer()
+        if node is None or node.domain or node.op_type != "And" or node.inputs[0] is None or node.inputs[1] is None:
+            return v
+        a, b = (self.restricting(x) for x in node.inputs if x is not None)
+        if self.allows_all(a) or self.allows_all(b):
+            return b if self.allows_all(a) else a
+        return v if (a, b) == tuple(node.inputs) else self.both(a, b)
+
     def negated(self, v: ir.Value) -> ir.Value:
         """The opposite of a bool mask."""
         node = v.producer()

@@ -114,8 +114,23 @@ def _reshape(f: Facts, node: ir.Node) -> Shape | None:
             dims.append(t if isinstance(t, int | Dim) else f.fresh(out, i))
     if open_axis is not None:
         rest = f.quotient(product(s), product(dims))
+        rest = _one_batch(f, s, dims, open_axis) if rest is None else rest
         dims[open_axis] = rest if rest is not None else f.fresh(out, open_axis)
     return tuple(dims)
+
+
+def _one_batch(f: Facts, s: Shape, dims: list[Size], open_axis: int) -> Size | None:
+    """The open size where a value that follows one input's batch is viewed with the batch of another: both are one.
+
+    Decoders view the encoder's states so; unequal batches would mix samples, which no model means.
+    """
+    batches = [x for x in (*s[:1], *dims[:1]) if isinstance(x, Dim) and x.factor == 1 and len(x.names) == 1]
+    first = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
+    rest = f.quotient(product(s[1:]), product(dims[1:]))
+    if open_axis == 0 or len(first) < 2 or any(axis != 0 for _, axis in first) or not isinstance(rest, int):
+        return None
+    f.equal.assume(s[0], dims[0])
+    return rest
 
 
 def _rank_only(f: Facts, node: ir.Node) -> Shape | None:
