@@ -69,6 +69,19 @@ class SplitAttention(nn.Module):
         return self.out((F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous().view(b, s, H))
 
 
+class EinsumPerHead(nn.Module):
+    """As in a JAX port: heads stay in the third axis, the products turn them."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(H, H) for _ in range(4))
+
+    def forward(self, x):
+        q, k, v = (p(x).unflatten(-1, (HEADS, H // HEADS)) for p in (self.q, self.k, self.v))
+        p = torch.einsum("bqnh,bknh->bnqk", q * (H // HEADS) ** -0.5, k).softmax(-1)
+        return self.out(torch.einsum("bnqk,bknh->bqnh", p, v).flatten(-2))
+
+
 class Multihead(nn.Module):
     """torch's own module, its packed projection and its products of three axes."""
 
@@ -93,6 +106,7 @@ def torch_encoder(norm_first=True, batch_first=True):
 
 MODELS = {
     "packed": lambda: stack(PackedAttention),
+    "einsum": lambda: stack(EinsumPerHead),
     "split": lambda: stack(SplitAttention, lambda x: F.gelu(x, approximate="tanh")),
     "multihead-weights": lambda: stack(lambda: Multihead(weights=True)),
     "torch-encoder-post": lambda: torch_encoder(norm_first=False),

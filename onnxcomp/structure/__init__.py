@@ -8,7 +8,9 @@ from onnxcomp.graph import Graph
 from onnxcomp.structure.activation import raise_activations
 from onnxcomp.structure.attention import raise_attention
 from onnxcomp.structure.contrib import shelter, unfuse
+from onnxcomp.structure.einsum import spell_einsum
 from onnxcomp.structure.fold import choose_known, fold_constants, take_constants
+from onnxcomp.structure.group_norm import spell_group_norms
 from onnxcomp.structure.guards import lift_guards
 from onnxcomp.structure.layout import fold_batch, simplify_layouts
 from onnxcomp.structure.linear import raise_linears
@@ -57,7 +59,9 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     fold_constants(graph)
     merge_equal(graph)
     fill_types(graph)
+    spell_einsum(graph)
     f = Facts(graph)
+    spell_group_norms(graph, f)
     take_constants(graph, f)
     unfuse(graph, f, exact_rows=exact_rows)
     _settle(graph, f)
