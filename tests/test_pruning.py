@@ -61,7 +61,8 @@ def test_what_stays_scores_highest_and_obeys_multiples_and_floor(candidates, rat
         gone = np.setdiff1d(np.arange(c.units), keep)
         assert not gone.size or c.scores[gone].max() <= c.scores[keep].min()
         if ranking == "layer" and c.multiple == 1:
-            assert abs(len(keep) - max(c.floor, c.units * (1 - ratio))) <= 0.5 + 1e-9 or uniform
+            wanted = max(min(c.floor, c.units), c.units * (1 - ratio))
+            assert abs(len(keep) - wanted) <= 0.5 + 1e-9 or uniform
 
 
 def test_parts_keep_equally_many():
