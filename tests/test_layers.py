@@ -4,6 +4,7 @@ import ast
 import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -241,3 +242,10 @@ def test_there_is_no_package_called_passes() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
     assert "import onnxcomp.passes" in run.stderr
+
+
+def test_every_package_is_installed() -> None:
+    project = Path(__file__).parents[1]
+    listed = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {p.parent.relative_to(project).as_posix() for p in (project / "onnxcomp").rglob("__init__.py")}
+    assert {p.replace(".", "/") for p in listed} == folders | {"onnxcomp/passes"}
