@@ -246,6 +246,8 @@ def test_there_is_no_package_called_passes() -> None:
 
 def test_every_package_is_installed() -> None:
     project = Path(__file__).parents[1]
+    if not (project / "onnxcomp").is_dir():
+        pytest.skip("the tests run beside an installed package, not in a checkout")
     listed = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {p.parent.relative_to(project).as_posix() for p in (project / "onnxcomp").rglob("__init__.py")}
     assert {p.replace(".", "/") for p in listed} == folders | {"onnxcomp/passes"}
