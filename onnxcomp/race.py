@@ -15,7 +15,7 @@ from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
 from onnxcomp.target import Target
 
-__all__ = ["MARGIN", "ROUNDS", "Entry", "race", "unfinished", "winner"]
+__all__ = ["MARGIN", "ROUNDS", "Entry", "median", "race", "unfinished", "winner"]
 
 ROUNDS = 8
 SPARED = 1  # rounds in which a form may lose and still be surely faster: 7 of 8 by chance has 3.5 %
@@ -108,19 +108,20 @@ def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str
         with Session(entry.model, target, threads=threads, prepack=True) as session:
             if fetch:
                 outputs = session.run(entry.feeds[0])
-            entry.laps.append(tuple(_median(session, feeds) for feeds in entry.feeds))
+            entry.laps.append(tuple(median(session, feeds) for feeds in entry.feeds))
     except OnnxcompError as e:
         entry.note = f"does not run: {e}"
     return outputs
 
 
-def _median(session: Session, feeds: Feeds) -> float:
+def median(session: Session, feeds: Feeds, window: float = WINDOW) -> float:
+    """Median seconds of a run, of at least three and of what fits into `window` seconds, after a short warm-up."""
     began = time.perf_counter()
     session.run(feeds)
     for _ in range(WARMUP - 1 if time.perf_counter() - began < LONG else 0):
         session.run(feeds)
     samples: list[float] = []
-    until = time.perf_counter() + WINDOW
+    until = time.perf_counter() + window
     while len(samples) < 3 or time.perf_counter() < until:
         begin = time.perf_counter()
         session.run(feeds)

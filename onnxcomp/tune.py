@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
 from onnxcomp.micro import structure
+from onnxcomp.race import median
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, specs
 from onnxcomp.target import CPU, Target
@@ -23,8 +23,6 @@ __all__ = ["Cost", "costs", "forget", "operations"]
 
 ROUNDS = 5
 _SECONDS = 0.02  # of timed runs per form and round
-_WARMUP = 3
-_LONG = 0.005  # seconds of a run from which one is warm-up enough
 
 _known: dict[str, float] = {}
 
@@ -90,17 +88,7 @@ def _time(
 
 def _median(g: Graph, feeds: Mapping[str, Array], target: Target, threads: int) -> float:
     with Session(g, target, threads=threads, prepack=True) as session:
-        began = time.perf_counter()
-        session.run(feeds)
-        for _ in range(_WARMUP - 1 if time.perf_counter() - began < _LONG else 0):
-            session.run(feeds)
-        samples: list[float] = []
-        until = time.perf_counter() + _SECONDS
-        while len(samples) < 3 or time.perf_counter() < until:
-            begin = time.perf_counter()
-            session.run(feeds)
-            samples.append(time.perf_counter() - begin)
-    return float(np.median(samples))
+        return median(session, feeds, _SECONDS)
 
 
 def _feeds(g: Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, Array]:
