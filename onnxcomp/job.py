@@ -212,13 +212,9 @@ def compress_each(
     """
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen
-    changes: dict[str, Any] = {"gates": (*chosen.gates, *gates)}
-    if on_fail is not None:
-        changes["on_fail"] = on_fail
-    chosen = dataclasses.replace(chosen, **changes)
-    aim = target if isinstance(target, Target) else find(target or chosen.target)
-    if opset is not None:
-        aim = dataclasses.replace(aim, max_opset=opset)
+    failing = on_fail if on_fail is not None else chosen.on_fail
+    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), on_fail=failing)
+    aim = _aim(target or chosen.target, opset)
     data = chosen.data
     calibration = data.calibration if calibration is None else calibration
     evaluation = data.evaluation if evaluation is None else evaluation
@@ -239,6 +235,12 @@ def compress_each(
 def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:
     """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
     return compress(model, out, **({"preset": "optimize"} | options))
+
+
+def _aim(target: str | Target, opset: int | None) -> Target:
+    """The target by name or as given, with an older operator set where one is asked for."""
+    aim = target if isinstance(target, Target) else find(target)
+    return aim if opset is None else dataclasses.replace(aim, max_opset=opset)
 
 
 def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iterable[Pass | str] | None) -> Recipe:
