@@ -111,7 +111,6 @@ class PassManager:
                 work.spool = scratch / "weights"
             walk = _Walk(original, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
-                report.warnings += p.notes(self.target)
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
                 self._resume_or_step(walk, p)

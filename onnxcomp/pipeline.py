@@ -183,10 +183,6 @@ class Pass(abc.ABC):
         """Whether the options say that nothing is to change; such a pass makes zero edits."""
         return False
 
-    def notes(self, target: Target) -> Iterable[str]:
-        """What a user of this pass should know about the target; the report's warnings show it."""
-        return ()
-
     def advice(self, target: Target) -> Iterable[str]:
         """What a user of these options should know about this target; goes into the report's warnings."""
         return ()

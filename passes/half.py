@@ -51,7 +51,7 @@ class Half(Pass):
         """Only fp16 can overflow, so only it needs ranges."""
         return self.dtype == "fp16"
 
-    def notes(self, target: Target) -> Iterable[str]:
+    def advice(self, target: Target) -> Iterable[str]:
         """On a CPU half precision saves memory and costs time."""
         if target.provider.startswith("CPU"):
             yield (

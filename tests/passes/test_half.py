@@ -241,7 +241,7 @@ def test_bfloat16_needs_no_data_and_fp16_does():
 def test_a_cpu_is_told_that_it_gains_no_speed():
     g = tiny.mlp(hidden=32, ffn=64)
     assert any("not faster" in w for w in halved(g).report.warnings)
-    assert not list(Half().notes(CUDA))
+    assert not list(Half().advice(CUDA))
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder-tied", "vit", "llama"])
