@@ -212,8 +212,8 @@ def compress_each(
     """
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen
-    failing = on_fail if on_fail is not None else chosen.on_fail
-    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), on_fail=failing)
+    asked: dict[str, Any] = {} if on_fail is None else {"on_fail": on_fail}
+    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), **asked)
     aim = _aim(target or chosen.target, opset)
     data = chosen.data
     calibration = data.calibration if calibration is None else calibration
