@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ class Planner:
     """Chooses forms for one graph; `found` collects what was chosen, kind by kind.
 
     Without `measure` nothing is timed: remembered choices are taken, else the table's; the same on every machine.
+    `seconds` is the time all of it took so far.
     """
 
     g: Graph
@@ -54,6 +56,7 @@ class Planner:
     measure: bool = True
     budget: float = BUDGET
     found: list[Choice] = field(default_factory=list)
+    seconds: float = 0.0
     _facts: Facts | None = None
     _masks: dict[str, str] = field(default_factory=dict)
     _context: Context | None = None
@@ -62,7 +65,10 @@ class Planner:
 
     def choose(self, name: str, *, standard: bool, approximate: bool) -> list[tuple[Spot, Form | None, str]]:
         """Every spot of a kind with its form (None where the target has none) and the reason, in graph order."""
-        kind = KINDS[name]
+        with self._clocked():
+            return self._chosen(KINDS[name], standard, approximate)
+
+    def _chosen(self, kind: Kind, standard: bool, approximate: bool) -> list[tuple[Spot, Form | None, str]]:
         spots = kind.find(self.g)
         if not spots:
             return []
@@ -89,9 +95,18 @@ class Planner:
 
     def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
         """Sizes of a value of the graph at each asked shape; empty where one is not known."""
-        found = [self._dims(v, i) for i in range(len(self.shapes))]
+        with self._clocked():
+            found = [self._dims(v, i) for i in range(len(self.shapes))]
         known = [d for d in found if d is not None]
         return known if len(known) == len(found) else []
+
+    @contextlib.contextmanager
+    def _clocked(self) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
 
     # ---- one choice ----------------------------------------------------------------------------------------------
 

@@ -52,6 +52,7 @@ class _Walk:
     report: Report
     steps: StepCache
     planner: lowering.Planner | None = None
+    costing: float = 0.0
     unlowered: Graph | None = None
     variants: dict[str | None, Reference] = field(default_factory=dict)
 
@@ -152,9 +153,10 @@ class PassManager:
         sites = list(p.sites(work, self.target))
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
         stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
-        work.edits, walk.planner = 0, None
+        work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
         step.choices = walk.planner.found if walk.planner is not None else []
+        step.choosing = walk.costing + (walk.planner.seconds if walk.planner is not None else 0.0)
         self.choices.save()
         work.sweep()
         if p.changes_interface:
@@ -245,16 +247,20 @@ class PassManager:
             memory=self.memory,
             scratch=walk.scratch,
             run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
-            run_costs=lambda forms, shapes: self._costs(forms, shapes, measured),
+            run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
             run_collect=self._collector(walk, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             shapes=lowering.asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
 
-    def _costs(self, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool) -> list[Cost]:
-        now = measured and not self.choices.pinned
-        return tune.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
+    def _costs(
+        self, walk: _Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
+    ) -> list[Cost]:
+        began, now = time.perf_counter(), measured and not self.choices.pinned
+        found = tune.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
+        walk.costing += time.perf_counter() - began
+        return found
 
     def _plan(self, walk: _Walk, work: Graph, measured: bool) -> lowering.Planner:
         """The planner of the step under way; what it had to leave to the table for want of sizes is a note."""

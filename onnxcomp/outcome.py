@@ -22,7 +22,10 @@ __all__ = ["Report", "Result", "Step"]
 
 @dataclass
 class Step:
-    """What one pass did: sites eligible and changed, what it declined and why, sizes, drift from the original."""
+    """What one pass did: sites eligible and changed, what it declined and why, sizes, drift from the original.
+
+    `choosing` is the part of `seconds` that went into choosing among forms, by the clock or from what is remembered.
+    """
 
     name: str
     spec: str
@@ -34,6 +37,7 @@ class Step:
     nodes: tuple[int, int] = (0, 0)
     nbytes: tuple[int, int] = (0, 0)
     seconds: float = 0.0
+    choosing: float = 0.0
     peak_mib: float = 0.0
     drift: dict[str, Any] | None = None
     rolled_back: str = ""

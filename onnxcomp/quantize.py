@@ -15,7 +15,7 @@ from onnxcomp.maths import Array, formats
 from onnxcomp.maths.formats import FORMATS
 from onnxcomp.target import Granularity, Target
 
-__all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable"]
+__all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable", "run_time_product"]
 
 LAZY_BYTES = (
     16 << 20
@@ -112,3 +112,11 @@ def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
     if linear.bias is not None:
         y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=linear.output)
     g.replace(linear.output, y)
+
+
+def run_time_product(g: Graph, x: ir.Node, weight: ir.Value, scale: ir.Value, name: str, like: ir.Value) -> ir.Value:
+    """`Cast(MatMulInteger) * (s_x s_w)` as float32: codes of a DynamicQuantizeLinear times int8 weights `[K, N]`."""
+    q, s, z = x.outputs
+    total = g.op("MatMulInteger", q, weight, z, name=f"{name}_int8")
+    wide = g.op("Cast", total, to=ir.DataType.FLOAT.value, name=f"{name}_float")
+    return g.op("Mul", wide, g.op("Mul", s, scale, name=f"{name}_scale"), name=f"{name}_rescale", like=like)

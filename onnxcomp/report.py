@@ -68,7 +68,10 @@ class NotedPart(TypedDict):
 
 
 class StepPart(TypedDict):
-    """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass."""
+    """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass.
+
+    `choosing` is the part of `seconds` that choosing among forms took.
+    """
 
     name: str
     spec: str
@@ -80,6 +83,7 @@ class StepPart(TypedDict):
     nodes: tuple[int, int]
     nbytes: tuple[int, int]
     seconds: float
+    choosing: float
     peak_mib: float
     drift: dict[str, Any] | None
     rolled_back: str

@@ -2,70 +2,119 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import quantize
 from onnxcomp.blocks import Linear
 from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import Graph
 from onnxcomp.target import Target
 
-__all__ = ["SLOWER", "TICK", "models"]
+if TYPE_CHECKING:
+    from onnxcomp.pipeline import Env
+
+__all__ = ["SLOWER", "TICK", "loses", "models"]
 
 SLOWER = 1.05  # a group is left in float where integers take longer by this factor,
 TICK = 20e-6  # and by more than the noise of one session call, seconds
 
 
-def models(group: Sequence[Linear], target: Target) -> dict[str, Graph]:
+def loses(group: list[Linear], env: Env, *, dynamic: bool = False) -> str:
+    """Why the linears of one input stay float: integers are slower at the asked shapes, where that is measured.
+
+    Empty where they pay or nothing is known; `dynamic` takes the input's range at run time.
+    """
+    shapes = env.dims(group[0].source) if env.measures and group[0].source.dtype is ir.DataType.FLOAT else []
+    forms = models(group, env.target, dynamic=dynamic) if shapes else {}
+    times = []
+    for shape in shapes:
+        floats, ints = env.cost(group[0].site, forms, {"x": (1, math.prod(shape[:-1]), shape[-1])})
+        if floats.seconds is None or ints.seconds is None or "table" in (floats.source, ints.source):
+            return ""
+        times.append((floats.seconds, ints.seconds))
+    slower = times and math.prod(b / a for a, b in times) ** (1 / len(times)) > SLOWER
+    if not slower or sum(b - a for a, b in times) <= TICK * len(times):
+        return ""
+    said = ", ".join(f"{b * 1e3:.3f} for {a * 1e3:.3f} ms" for a, b in times)
+    return f"integers would be slower at the asked shapes ({said})"
+
+
+def models(group: Sequence[Linear], target: Target, *, dynamic: bool = False) -> dict[str, Graph]:
     """`float` and `int8`: the linears behind an input `x` `[batch, rows, K]`, integers in the form of the table.
 
-    Weights are made up: the time of a dense product does not depend on them.
+    Weights are made up, when they are run: the time of a dense product does not depend on them.
     """
-    return {"float": _model(group, target, integers=False), "int8": _model(group, target, integers=True)}
+    kind = "dynamic" if dynamic else "quantized"
+    return {"float": _model(group, target, ""), "int8": _model(group, target, kind)}
 
 
-def _model(group: Sequence[Linear], target: Target, *, integers: bool) -> Graph:
+def _model(group: Sequence[Linear], target: Target, kind: str) -> Graph:
+    """The linears in float where `kind` is empty, else quantized as that kind of site."""
     fan_in = group[0].sizes[0]
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "rows", fan_in]))
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="trial")
     g = Graph(ir.Model(graph, ir_version=10))
-    source = _through_codes(g, x) if integers else x
+    source = _codes(g, x, kind)
     for i, linear in enumerate(group):
         width = linear.sizes[1]
-        y = g.op("MatMul", source, _weight(g, fan_in, width, integers=integers))
-        y.type, y.shape = x.type, ir.Shape(["batch", "rows", width])
+        like = ir.Value(name=f"like{i}", type=x.type, shape=ir.Shape(["batch", "rows", width]))
+        y = _product(g, source, fan_in, like, kind)
         if linear.bias is not None:
-            y = g.op("Add", y, np.full(width, 0.1, np.float32), like=y)
+            y = g.op("Add", y, np.full(width, 0.1, np.float32), like=like)
         y.name = f"y{i}"
         graph.outputs.append(y)
     graph.sort()
     done = Graph(g.model)
-    if integers:
-        _in_form(done, target)
+    if kind:
+        _in_form(done, target, kind)
     return done
 
 
-def _through_codes(g: Graph, x: ir.Value) -> ir.Value:
+def _codes(g: Graph, x: ir.Value, kind: str) -> ir.Value:
+    """What the products read: `x`, `x` through a Q/DQ pair, or its codes of a run-time range."""
+    if not kind:
+        return x
+    if kind == "dynamic":
+        return g.op("DynamicQuantizeLinear", x, outputs=3)
     scale, zero = np.array(0.03, np.float32), np.array(128, np.uint8)
     return g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero, like=x)
 
 
-def _weight(g: Graph, fan_in: int, width: int, *, integers: bool) -> ir.Value:
-    if not integers:
-        return g.constant(np.full((fan_in, width), 0.01, np.float32), "weight")
-    codes, scale = np.full((fan_in, width), 3, np.int8), np.full(width, 0.01, np.float32)
+def _product(g: Graph, source: ir.Value, fan_in: int, like: ir.Value, kind: str) -> ir.Value:
+    """One product of the width of `like`."""
+    assert like.shape is not None
+    width = int(like.shape[-1])  # type: ignore[arg-type]
+    if not kind:
+        return g.op("MatMul", source, _constant(g, (fan_in, width), 0.01, ir.DataType.FLOAT), like=like)
+    codes, scale = _constant(g, (fan_in, width), 3, ir.DataType.INT8), np.full(width, 0.01, np.float32)
+    if kind == "dynamic":
+        quantizer = source.producer()
+        assert quantizer is not None
+        return quantize.run_time_product(g, quantizer, codes, g.constant(scale, "scale"), str(like.name), like)
     w = g.op("DequantizeLinear", codes, scale, axis=1)
-    w.type, w.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([fan_in, width])
-    return w
+    w.type, w.shape = like.type, ir.Shape([fan_in, width])
+    return g.op("MatMul", source, w, like=like)
 
 
-def _in_form(g: Graph, target: Target) -> None:
+def _constant(g: Graph, shape: tuple[int, int], number: float, dtype: ir.DataType) -> ir.Value:
+    """A matrix of one number that takes memory only while it is run."""
+
+    def content() -> ir.TensorProtocol:
+        return ir.tensor(np.full(shape, number, dtype.numpy()))
+
+    return g.constant(ir.LazyTensor(content, dtype=dtype, shape=ir.Shape(shape)), "weight")
+
+
+def _in_form(g: Graph, target: Target, name: str) -> None:
     """Write the quantized products as lowering does without measuring."""
-    kind, ctx = KINDS["quantized"], Context(g, target)
+    kind, ctx = KINDS[name], Context(g, target)
     for spot in kind.find(g):
-        name = default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False))
-        kind.form(name).rewrite(ctx, spot)
+        form = default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False))
+        kind.form(form).rewrite(ctx, spot)
     g.model.graph.sort()
     g.sweep()

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, quantize
+from onnxcomp import blocks, quantize, trial
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
@@ -53,34 +53,23 @@ class DynamicQuant(Pass):
         """Quantize the chosen linears; siblings share one run-time range."""
         codes = quantize.WeightCodes(g, self.weights, env.target)
         for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
-            if group[0].source.dtype is not ir.DataType.FLOAT:
+            source = group[0].source
+            if source.dtype is not ir.DataType.FLOAT:
+                why = "dynamic quantization takes float32 inputs only"
+            else:
+                why = trial.loses(group, env, dynamic=True)
+            if why:
                 for linear in group:
-                    g.decline(linear.site, "dynamic quantization takes float32 inputs only")
+                    g.decline(linear.site, why)
                 continue
-            x = g.op(
-                "DynamicQuantizeLinear", group[0].source, outputs=3, name=f"{group[0].source.name}_quantize"
-            ).producer()
+            x = g.op("DynamicQuantizeLinear", source, outputs=3, name=f"{source.name}_quantize").producer()
             assert x is not None
             for linear in group:
                 self._replace(g, linear, x, codes)
 
     def _replace(self, g: Graph, linear: Linear, x: ir.Node, codes: quantize.WeightCodes) -> None:
         weight, scale = codes(linear)
-        q, s, z = x.outputs
-        name = linear.name
-        total = g.op(
-            "Cast",
-            g.op("MatMulInteger", q, weight, z, name=f"{name}_int8"),
-            to=ir.DataType.FLOAT.value,
-            name=f"{name}_float",
-        )
-        y = g.op(
-            "Mul",
-            total,
-            g.op("Mul", s, scale, name=f"{name}_scale"),
-            name=f"{name}_rescale",
-            like=linear.node.outputs[0],
-        )
+        y = quantize.run_time_product(g, x, weight, scale, linear.name, linear.node.outputs[0])
         if linear.node.op_type == "Gemm" and linear.bias is not None:
-            y = g.op("Add", y, linear.bias, name=f"{name}_bias", like=linear.output)
+            y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=linear.output)
         g.replace(linear.node.outputs[0], y)

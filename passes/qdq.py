@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +11,6 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks, quantize, trial
-from onnxcomp.blocks import Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import formats
@@ -73,7 +71,7 @@ class Qdq(Pass):
         """Quantize the chosen linears; siblings share one pair."""
         codes = quantize.WeightCodes(g, self.weights, env.target)
         for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
-            if why := self._loses(group, env):
+            if why := trial.loses(group, env):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
@@ -83,23 +81,6 @@ class Qdq(Pass):
                 if self.outputs:
                     users = linear.users
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
-
-    def _loses(self, group: list[Linear], env: Env) -> str:
-        """Why the linears of one input stay float: integers are slower at the asked shapes, where that is measured."""
-        shapes = env.dims(group[0].source) if env.measures and group[0].source.dtype is ir.DataType.FLOAT else []
-        forms = trial.models(group, env.target) if shapes else {}
-        times = []
-        for shape in shapes:
-            feeds = {"x": (1, math.prod(shape[:-1]), shape[-1])}
-            floats, ints = env.cost(group[0].site, forms, feeds)
-            if floats.seconds is None or ints.seconds is None or "table" in (floats.source, ints.source):
-                return ""
-            times.append((floats.seconds, ints.seconds))
-        slower = times and math.prod(b / a for a, b in times) ** (1 / len(times)) > trial.SLOWER
-        if not slower or sum(b - a for a, b in times) <= trial.TICK * len(times):
-            return ""
-        said = ", ".join(f"{b * 1e3:.3f} for {a * 1e3:.3f} ms" for a, b in times)
-        return f"integers would be slower at the asked shapes ({said})"
 
     def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target) -> ir.Value:
         fmt, symmetric = "int8" if self._type(target) == "s8" else "uint8", self._is_symmetric(target)

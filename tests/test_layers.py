@@ -34,7 +34,6 @@ LAYERS = [
         "forms/",
         "micro",
         "choices",
-        "trial",
     },
     {"runtime", "data", "axes", "samples", "sources", "text", "images"},
     {
@@ -55,7 +54,7 @@ LAYERS = [
         "validation",
         "walk",
     },
-    {"pipeline", "gate", "outcome", "manager", "steps", "pruning", "readers"},
+    {"pipeline", "gate", "outcome", "manager", "steps", "pruning", "readers", "trial"},
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
     {"report", "report_parts", "job", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},

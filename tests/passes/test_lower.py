@@ -8,17 +8,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import race, tune
+from onnxcomp import blocks, race, trial, tune
 from onnxcomp.catalog import load
 from onnxcomp.choices import Choices
 from onnxcomp.data import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.pipeline import Fidelity
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import Session, integer_check
 from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CPU_VNNI, CUDA, TENSORRT
 from tests import tiny
@@ -322,29 +323,31 @@ def costed(monkeypatch: pytest.MonkeyPatch, seconds) -> list[Sequence[int]]:
     return asked
 
 
-def quantize(g: Graph, **options):
+def quantize(g: Graph, p=None, **options):
     data = as_dataset([tiny.feeds(g, 2, 7, seed=i) for i in range(5)], g)
-    return (
-        PassManager([Qdq(min_size=1)], shapes=SHAPES, allow_unchanged=True, **options).run(g, data).report.step("qdq")
-    )
+    manager = PassManager([p or Qdq(min_size=1)], shapes=SHAPES, allow_unchanged=True, **options)
+    return manager.run(g, data).report.steps[0]
 
 
-def test_linears_that_would_get_slower_stay_float(monkeypatch, clock):
+@pytest.mark.parametrize("p", [Qdq(min_size=1), DynamicQuant(min_size=1)], ids=lambda p: p.name)
+def test_linears_that_would_get_slower_stay_float(monkeypatch, clock, p):
     clock({})
     g = tiny.encoder()
     asked = costed(monkeypatch, lambda form, n: 1e-3 if form == "float" else (2e-3 if n == 64 else 0.5e-3))
-    step = quantize(g, measure=True)
+    step = quantize(g, p, measure=True)
     lost = [d for d in step.declined if "slower" in d.why]
     assert len(lost) == 2  # the wide linear of each of two layers
     assert "2.000 for 1.000 ms" in lost[0].why
     assert step.changed == step.eligible - 2
     assert set(asked) == {(1, 16, 32), (1, 16, 64)}
     assert len(asked) == 4  # q, k, v together; o; up; down
+    assert 0 < step.choosing < step.seconds
 
 
-def test_without_measuring_no_linear_is_left_out(monkeypatch):
+@pytest.mark.parametrize("p", [Qdq(min_size=1), DynamicQuant(min_size=1)], ids=lambda p: p.name)
+def test_without_measuring_no_linear_is_left_out(monkeypatch, p):
     asked = costed(monkeypatch, lambda form, n: 1.0 if form == "int8" else 0.1)
-    step = quantize(tiny.encoder())
+    step = quantize(tiny.encoder(), p)
     assert not asked
     assert step.changed == step.eligible
 
@@ -355,14 +358,15 @@ def test_differences_below_a_call_s_noise_do_not_count(monkeypatch):
     assert step.changed == step.eligible
 
 
-def test_integer_trials_run_as_integers_and_are_one_model_per_group():
-    from onnxcomp import blocks, trial
-    from onnxcomp.runtime import integer_check
-
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_integer_trials_run_as_integers_and_are_one_model_per_group(dynamic):
     g = tiny.encoder()
     canonicalize(g)
     group = blocks.siblings(blocks.linears(g))[0]
-    made = trial.models(group, CPU)
+    made = trial.models(group, CPU, dynamic=dynamic)
     assert [v.name for v in made["int8"].outputs] == [v.name for v in made["float"].outputs] == ["y0", "y1", "y2"]
     check = integer_check(made["int8"])
     assert (check.quantized_linears, check.ok) == (3, True)
+    x = {"x": np.random.default_rng(0).standard_normal((1, 5, 32), np.float32)}
+    with Session(made["float"]) as a, Session(made["int8"]) as b:
+        assert {n: v.shape for n, v in a.run(x).items()} == {n: v.shape for n, v in b.run(x).items()}
