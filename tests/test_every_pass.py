@@ -36,6 +36,7 @@ IDENTITY |= {"half": {"skip": ("*",)}}
 IDENTITY |= {"drop-layers": {"ratio": 0}, "group-heads": {"share": 1}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
 IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-ffn", "prune-heads", "prune-hidden")}
+IDENTITY |= {"window-attention": {"mass": 1.0}}
 IDENTITY |= {"refit": {"outputs": False, "norms": False}}
 # Options that make the tiny layers eligible.
 OPTIONS = {"qdq": {"min_size": 1}, "dynamic-quant": {"min_size": 1}}
@@ -45,11 +46,12 @@ OPTIONS |= {"prune-hidden": {"ratio": 0.04, "multiple_of": 1}}
 OPTIONS |= {"low-rank": {"min_size": 1, "multiple": 1, "margin": 1.0, "ratio": 0.05}}
 OPTIONS |= {"slice": {"ratio": 0.04, "multiple": 1}}
 OPTIONS |= {"sparsify": {"min_size": 1, "ratio": 0.1, "head": True}}
+OPTIONS |= {"window-attention": {"mass": 0.9}}
 # A model in which a lossy pass finds nothing to change; most find nothing in a linear this small.
 NOTHING = {"half": tiny.copy}
 # Relative error up to which a lossy pass may go where random weights have nothing that could be spared.
 BOUNDS = {"low-rank": 0.9, "slice": 0.5, "prune-heads": 0.9}
-BOUNDS |= {"group-heads": 0.6}
+BOUNDS |= {"group-heads": 0.6, "window-attention": 0.6}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 

@@ -1,0 +1,124 @@
+"""Let every token see only its neighbours: sliding windows, each layer as wide as its attention asks for."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from onnxcomp.blocks import Attention, attentions
+from onnxcomp.graph import Graph, Site
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.stats import absmax, mean
+from onnxcomp.structure.probe import name_masks
+from onnxcomp.target import Target
+from onnxcomp.windows import WIDTHS, Bands, kept_by_width, widest
+
+__all__ = ["WindowAttention"]
+
+
+@dataclass(frozen=True)
+class WindowAttention(Pass):
+    """Hide keys that are `width` or more places away from their query, in the mask, whatever it hides already.
+
+    Sliding windows are Beltagy et al., Longformer, 2020 (arXiv 2004.05150, section 3.1); sinks are Xiao et al.,
+    StreamingLLM, 2023 (arXiv 2309.17453). Without a width each layer gets the smallest one that keeps the share `mass`
+    of its attention on calibration data. Places are counted from the first token of a row, padding included.
+    """
+
+    stage: ClassVar[Stage] = Stage.ATTENTION
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    width: Annotated[int, Field(ge=0)] = 0
+    """Keys seen to each side, the token itself among them (a causal model has one side); 0 lets `mass` decide."""
+    mass: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Share of attention, averaged over heads and queries, that a layer's window keeps; 1 changes nothing."""
+    sinks: Annotated[int, Field(ge=0)] = 0
+    """First tokens that every token sees; in encoders they also see every token, as a class token must."""
+    skip: tuple[str, ...] = ()
+    """Attentions to leave alone: names, or patterns with `*`."""
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether all attention is to be kept."""
+        return self.width == 0 and self.mass == 1
+
+    @property
+    def wants_data(self) -> bool:
+        """A given width needs none."""
+        return self.width == 0
+
+    def advice(self, target: Target) -> Iterable[str]:
+        """What the target makes of a mask."""
+        if self.is_identity:
+            return
+        yield (
+            f"window-attention: a mask makes nothing faster on '{target.name}' by itself, all scores are computed; "
+            "causal models without padding masks become GroupQueryAttention with a window where that is measured to be "
+            "faster, and a runtime that keeps only the last keys in its cache can use the widths of the report"
+        )
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every attention that is not left out."""
+        return [a.site for a in self._all(g)]
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Narrow the masks, or say why not."""
+        if self.is_identity:
+            return
+        bands, every = Bands(g), self._all(g)
+        seen = name_masks(g, [a.mask for a in every])
+        free: list[Attention] = []
+        for a in every:
+            if why := self._blocked(a):
+                g.decline(a.site, why)
+            else:
+                free.append(a)
+        widths = {a.name: self.width for a in free} if self.width else self._measured(g, env, free)
+        for a in free:
+            width, keys, now = widths[a.name], bands.keys(a), _width_of(seen[a.mask].name)
+            if width == 0:
+                g.decline(a.site, f"no window shorter than its sequences keeps {self.mass:.4g} of its attention")
+            elif keys is not None and width >= keys:
+                g.decline(a.site, f"its {keys} keys fit into a window of {width}")
+            elif now is not None and width >= now:
+                g.decline(a.site, f"its window of {now} is no wider than {width}")
+            else:
+                bands.narrow(a, width, self.sinks)
+                g.note(a.site, f"window {width}" + (f", {self.sinks} sinks" if self.sinks else ""))
+        g.forget_shapes()
+
+    def _all(self, g: Graph) -> list[Attention]:
+        return [a for a in attentions(g) if not any(fnmatch(a.name, pattern) for pattern in self.skip)]
+
+    def _blocked(self, a: Attention) -> str:
+        if a.is_cross:
+            return "its keys come from another sequence than its queries, so they have no distance"
+        if any(x is not None for x in a.node.inputs[6:]):
+            return "it counts its keys at run time"
+        return ""
+
+    def _measured(self, g: Graph, env: Env, found: list[Attention]) -> dict[str, int]:
+        """By name of the attention its width, 0 where all keys are needed."""
+        copy = g.clone()
+        names = {a.name for a in found}
+        copies = [a for a in attentions(copy) if a.name in names]
+        values = kept_by_width(copy, copies, self.sinks)
+        copy.model.graph.sort()
+        kept, lengths = [mean(v) for v in values], [absmax(v, "channel") for v in values]
+        stats = env.collect(copy, [*kept, *lengths])
+        widths = {}
+        for a, share, length in zip(copies, kept, lengths, strict=True):
+            keeps, longest = stats[share][: len(WIDTHS)].tolist(), int(stats[length][-1])
+            widths[a.name] = widest(keeps, self.mass, longest) or 0
+        return widths
+
+
+def _width_of(mask: str) -> int | None:
+    """The window in the name of a mask: `causal window 8`, `window 3` (to each side) and `padding` behind them."""
+    found = re.match(r"(causal )?window (\d+)", mask)
+    return None if found is None else int(found[2]) + (found[1] is None)
