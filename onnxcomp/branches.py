@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxcomp.blocks import Attention, Layer, Mlp, layers
 from onnxcomp.graph import Graph, Site
+from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
 __all__ = ["Branch", "branches", "whole_layers"]
@@ -48,22 +49,45 @@ def whole_layers(g: Graph) -> list[Branch]:
     groups: dict[int, list[Branch]] = {}
     for b in branches(g):
         groups.setdefault(b.layer, []).append(b)
-    return [_whole(group) for group in groups.values()]
+    facts = Facts(g)
+    return [_whole(group, facts) for group in groups.values()]
 
 
-def _whole(group: list[Branch]) -> Branch:
+def _whole(group: list[Branch], facts: Facts) -> Branch:
     first, last = group[0], group[-1]
     nodes = tuple(dict.fromkeys(n for b in group for n in b.nodes))
-    stream = all(b.exit is c.entry for b, c in itertools.pairwise(group))
+    stream = all(b.exit in (c.entry, _unflattened(c.entry)) for b, c in itertools.pairwise(group))
     parallel = all((b.entry, b.exit) == (first.entry, first.exit) for b in group)
     blocked = next((b.why for b in group if b.why and not (parallel and b.why == PARALLEL)), "")
     if not blocked and not stream and not parallel:
         blocked = "its parts do not follow each other on one stream"
-    return Branch(f"{first.name} (layer {first.layer})", "layer", first.layer, nodes, first.entry, last.exit, blocked)
+    end = _as_flat_as(facts, first.entry, last.exit)
+    if not blocked and end is None:
+        blocked = "its input and its output have different shapes"
+    if last.exit is not None and end is not last.exit:
+        nodes = (*nodes, *(str(u.name) for u in _users(last.exit)))
+    return Branch(f"{first.name} (layer {first.layer})", "layer", first.layer, nodes, first.entry, end, blocked)
+
+
+def _unflattened(v: ir.Value | None) -> ir.Value | None:
+    """What a part that works on a list of tokens was flattened from."""
+    node = v.producer() if v is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+
+
+def _as_flat_as(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> ir.Value | None:
+    """The end of a layer in the shape of its entry: where its last part works on a list of tokens, behind that part."""
+    if end is None or facts.rank(end) == facts.rank(entry):
+        return end
+    users = _users(end)
+    after = users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Reshape" else None
+    return after if after is not None and facts.shape(after) == facts.shape(entry) else None
 
 
 PARALLEL = "it runs in parallel with another part of the layer"
 KEPT = "its keys and values are outputs of the model"
+MOVED = ("Reshape", "Transpose", "Slice", "Concat", "Split", "Gather", "Squeeze", "Unsqueeze", "Pad")
+PASSED = ("Mul", "Cast", "Identity", "LayerNormalization", "RMSNormalization", *MOVED)
 
 
 def _parts(layer: Layer) -> list[Attention | Mlp]:
@@ -91,22 +115,36 @@ def _branch(g: Graph, index: Index, layer: Layer, part: Attention | Mlp, outs: C
 
 
 def _climb(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tuple[ir.Node, ir.Value, bool] | None:
-    """The addition to the stream, the stream before it, and whether another part was added to the branch first."""
-    parallel = False
-    passed = ("Mul", "Cast", "Identity", "LayerNormalization", "RMSNormalization")
-    while not v.is_graph_output():
-        users = list(dict.fromkeys(u for u, _ in v.uses()))
-        if len(users) != 1:
-            return None
-        node, others = users[0], [x for x in users[0].inputs if x is not v]
-        if node.op_type in ("Add", "Sum") and len(node.inputs) == 2 and len(others) == 1 and others[0] is not None:
-            if others[0] not in outs and not g.is_constant(others[0]):
+    """The addition to the stream, the stream before it, and whether another part was added to the branch first.
+
+    Between the two a branch may be scaled, normalized and moved about (windows of an image are put together again).
+    """
+    parallel, seen = False, {v}
+    pending = _users(v)
+    while pending:
+        node = next((n for n in pending if not _others(g, n, seen)), pending[0])
+        others = _others(g, node, seen)
+        if others:
+            if len(pending) > 1 or len(others) > 1 or node.op_type not in ("Add", "Sum"):
+                return None
+            if others[0] not in outs:
                 return node, others[0], parallel
-            parallel = parallel or others[0] in outs
-        elif node.op_type not in passed or not all(x is None or g.is_constant(x) for x in others):
+            parallel = True
+        elif node.op_type not in PASSED or any(o.is_graph_output() for o in node.outputs):
             return None
-        v = node.outputs[0]
+        seen.update(node.outputs)
+        pending = [n for n in dict.fromkeys([*pending, *(u for o in node.outputs for u in _users(o))]) if n is not node]
     return None
+
+
+def _users(v: ir.Value) -> list[ir.Node]:
+    return list(dict.fromkeys(u for u, _ in v.uses()))
+
+
+def _others(g: Graph, node: ir.Node, seen: Collection[ir.Value]) -> list[ir.Value]:
+    """What a node reads besides the branch: neither constants nor sizes and indices."""
+    read = (x for x in node.inputs if x is not None and x not in seen and not g.is_constant(x))
+    return [x for x in read if x.dtype is None or x.dtype.is_floating_point()]
 
 
 def _norm_after(index: Index, v: ir.Value) -> ir.Node | None:

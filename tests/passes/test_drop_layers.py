@@ -10,10 +10,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import tiny
-from tests.matrix import load
-from tests.zoo import kept
 
 LAYERS = 5
 
@@ -133,23 +130,3 @@ def test_the_ends_stay_and_a_cache_is_declined():
 def test_all_of_a_share_rounds_down():
     with pytest.raises(RecipeError, match="less than one of 5"):
         dropped(pre(), ratio=0.1)
-
-
-ODD = ("gpt-neox", "falcon", "gemma2", "t5", "bart", "whisper", "swin", "modernbert", "albert", "phi3")
-
-
-@pytest.mark.parametrize("name", [next(n for n in kept() if n.startswith(a)) for a in ODD])
-def test_every_architecture_loses_a_layer_or_says_why(name):
-    g = load(name)
-    canonicalize(g)
-    found = whole_layers(g)
-    free = [b for b in found if not b.why]
-    for b in free[:1]:
-        without = g.clone()
-        one = next(x for x in whole_layers(without) if x.name == b.name)
-        without.replace(one.exit, one.entry)
-        without.sweep()
-        without.infer_shapes()
-        without.verify()
-        assert len(blocks.layers(without)) == len(found) - 1
-    assert free or all(b.why for b in found)
