@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -13,31 +15,74 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, roles, specs
+from onnxcomp.structure.probe import name_masks
 
 __all__ = ["name_of", "probe"]
 
 SHAPES = ({"batch": 2, "sequence": 5}, {"batch": 3, "sequence": 8})
 TRIES = 3
 FORBIDDEN = -9e3
+LONG = range(5, 1 << 20)  # constants that may be a window which the samples are too short to show
+SHORT = 3  # stands for them once more
 
 
 def probe(g: Graph, values: Sequence[ir.Value]) -> dict[str, str]:
     """By name: `all`, `padding`, `causal` (just the triangle), `causal+` (less than it), `other`; `other` if unsure.
 
+    `window 8` is the triangle without keys that are 8 or more places away.
     Evidence, not proof: the inputs are random, their mask random 0 and 1 with at least one key a row.
     """
     found = dict.fromkeys((str(v.name) for v in values), "other")
     nodes, light = micro.prefix(g, values)
     if not light:
         return found
+    constant = {str(v.name) for v in light if not _reads_inputs(g, v)}
+    model = micro.cut(g, nodes, light)
     try:
-        samples = list(_samples(g, micro.cut(g, nodes, light)))
+        found |= _names(g, model, constant)
     except OnnxcompError:
         return found
-    constant = {str(v.name) for v in light if not _reads_inputs(g, v)}
-    for v in light:
-        found[str(v.name)] = name_of([s[str(v.name)] for s in samples], fixed=str(v.name) in constant)
+    for short in _shortened(model):
+        with contextlib.suppress(OnnxcompError):  # that number was no window, but a size or a place
+            seen = _names(g, short, constant)
+            found = {name: _weaker(kind, seen.get(name, kind)) for name, kind in found.items()}
+    windows = name_masks(g, [v for v in light if found[str(v.name)] == "causal+" and v.name in constant])
+    for v, named in windows.items():
+        kind, _, width = named.name.rpartition(" ")
+        if v is not None and kind == "causal window" and not named.bias:
+            found[str(v.name)] = f"window {width}"
     return found
+
+
+def _names(g: Graph, model: Graph, constant: Collection[str]) -> dict[str, str]:
+    """What each output of a model of masks does on samples; `constant` names those that follow from sizes alone."""
+    samples = list(_samples(g, model))
+    return {name: name_of([s[name] for s in samples], fixed=name in constant) for name in samples[0]}
+
+
+def _weaker(kind: str, short: str) -> str:
+    """What can be said of a mask that does `kind`, and `short` with one of its numbers replaced by a small one."""
+    if kind == short:
+        return kind
+    return "causal+" if {kind, short} <= {"causal", "causal+"} else "other"
+
+
+def _shortened(model: Graph) -> Iterable[Graph]:
+    """The model once more for every long number among its constants, with a short one in its place."""
+    numbers = {n for _, n in _numbers(model)}
+    for number in sorted(n for n in numbers if abs(n) in LONG):
+        other = model.clone()
+        for v, n in _numbers(other):
+            if n == number and v.const_value is not None:
+                small = np.full(v.const_value.shape.numpy(), math.copysign(SHORT, n), v.const_value.dtype.numpy())
+                v.const_value = ir.tensor(small, name=v.name)
+        yield other
+
+
+def _numbers(model: Graph) -> list[tuple[ir.Value, int]]:
+    """Initializers that are one whole number."""
+    held = ((v, v.const_value) for v in model.model.graph.initializers.values())
+    return [(v, int(t.numpy().item())) for v, t in held if t is not None and t.size == 1 and t.dtype.is_integer()]
 
 
 def _samples(g: Graph, model: Graph) -> Iterable[Mapping[str, Array]]:

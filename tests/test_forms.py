@@ -9,6 +9,8 @@ import pytest
 from onnxcomp import masks
 from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.manager import PassManager
+from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime import Session, integer_check, optimized
 from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CUDA, TENSORRT
@@ -56,8 +58,10 @@ def one_linear(rank: int = 3, after: str = ""):
 
 def mask_of(kind: str, s: int = S, t: int = S) -> np.ndarray:
     seen = np.ones((B, 1, s, t), bool)
-    if kind in ("causal", "causal+"):
+    if kind.startswith(("causal", "window")):
         seen &= np.tri(s, t, t - s, dtype=bool)
+    if kind.startswith("window"):
+        seen &= ~np.tri(s, t, t - s - int(kind.split()[1]), dtype=bool)
     if kind in ("padding", "causal+"):
         seen[1, ..., t - 2 :] = False
         seen[1, ..., 0] = True
@@ -171,6 +175,7 @@ CASES = {
     "attention-padding": (lambda: attention("padding"), "attention", OWN | {"MultiHeadAttention padding"}),
     "attention-flat": (lambda: attention("padding", flat=True), "attention", OWN | {"MultiHeadAttention padding"}),
     "attention-causal": (lambda: attention("causal"), "attention", OWN | {"GroupQueryAttention"}),
+    "attention-window": (lambda: attention("window 3"), "attention", OWN | {"GroupQueryAttention"}),
     "attention-both": (lambda: attention("causal+"), "attention", OWN | {"GroupQueryAttention"}),
     "attention-number": (lambda: attention("other", number=True), "attention", OWN),
     "attention-grouped": (
@@ -395,6 +400,21 @@ def probed(g: Graph) -> set[str]:
 def test_masks_are_named_by_what_they_do():
     assert probed(tiny.encoder()) == {"padding"}
     assert probed(tiny.decoder()) == {"causal+"}
+
+
+@pytest.mark.parametrize("width", [3, 64, 4096])
+def test_windows_too_long_for_the_samples_are_seen(width):
+    """Short inputs do not show a window, so the forms of padding and of plain causal masks would drop it."""
+    models = [PassManager([WindowAttention(width=width)]).run(m()).model for m in (tiny.encoder, tiny.decoder)]
+    assert probed(models[0]) == {"other"}
+    assert probed(models[1]) == {"causal+"}
+    g = graph(23, x=("b", "s", H))
+    x, place = g.model.graph.inputs[0], g.op("Shape", g.model.graph.inputs[0], start=1, end=2)
+    place = g.op("Range", np.array(0), g.op("Squeeze", place, i64(0)), np.array(1))
+    back = g.op("Sub", g.op("Unsqueeze", place, i64(1)), g.op("Unsqueeze", place, i64(0)))
+    near = g.op("And", g.op("Less", back, np.array(width)), g.op("GreaterOrEqual", back, np.array(0)))
+    y = g.op("Attention", x, x, x, near, q_num_heads=2, kv_num_heads=2)
+    assert probed(tiny.finish(g, y, "y", ["b", "s", H])) == {f"window {width}"}
 
 
 @pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder])

@@ -124,9 +124,15 @@ def _grouped(ctx: Context, spot: Spot) -> str:
     one = _dim(node.inputs[0], 1) == 1
     if _input(node, 4) is not None and not one and _dim(node.inputs[0], 0) != 1:
         return "with a cache it takes one new token, or one sample"  # ONNX Runtime refuses others when it runs
-    if one or ctx.mask(_input(node, 3)) in ("causal", "causal+"):
+    if one or ctx.mask(_input(node, 3)) in ("causal", "causal+") or _window(ctx, node):
         return ""
     return "the mask is not seen to be causal"
+
+
+def _window(ctx: Context, node: ir.Node) -> int:
+    """How many keys a causal window shows that hides nothing else, 0 where the mask is another one."""
+    kind, _, width = ctx.mask(_input(node, 3)).partition(" ")
+    return int(width) if kind == "window" else 0
 
 
 # ---- rewrites --------------------------------------------------------------------------------------------------------
@@ -175,7 +181,7 @@ def _as_multi_head(ctx: Context, spot: Spot, *, row: bool) -> None:
 
 
 def _as_grouped(ctx: Context, spot: Spot) -> None:
-    """`GroupQueryAttention`, causal by itself; anything else the mask forbids is added."""
+    """`GroupQueryAttention`, causal and with a window by itself; anything else the mask forbids is added."""
     node, g = spot.nodes[0], ctx.g
     q, k, mask, past = node.inputs[0], node.inputs[1], _input(node, 3), _input(node, 4)
     assert q is not None
@@ -183,11 +189,13 @@ def _as_grouped(ctx: Context, spot: Spot) -> None:
     new, old = g.op("Shape", k, start=1, end=2), None if past is None else g.op("Shape", past, start=2, end=3)
     total = g.op("Cast", new if old is None else g.op("Add", new, old), to=int(ir.DataType.INT32))
     last = g.op("Expand", g.op("Sub", total, np.array([1], np.int32)), g.op("Shape", q, start=0, end=1))
-    bias = None if mask is None or ctx.mask(mask) == "causal" else float_mask(ctx, mask, q)
+    window = _window(ctx, node)
+    bias = None if mask is None or window or ctx.mask(mask) == "causal" else float_mask(ctx, mask, q)
     whole = g.op("Squeeze", total, ints(0))
     args = [*node.inputs[:3], past, _input(node, 5), last, whole, None, None, None, bias]
     heads, kv = heads_of(node)
-    _take(ctx, spot, "GroupQueryAttention", args, num_heads=heads, kv_num_heads=kv)
+    attrs = {"local_window_size": window} if window else {}
+    _take(ctx, spot, "GroupQueryAttention", args, num_heads=heads, kv_num_heads=kv, **attrs)
 
 
 ATTENTION = Kind(

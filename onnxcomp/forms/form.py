@@ -14,7 +14,7 @@ from onnxcomp.target import Target
 
 __all__ = ["FORMS_VERSION", "Context", "Form", "Kind", "Spot", "ints"]
 
-FORMS_VERSION = 1  # part of the key of every remembered choice: raise it when a form's graph changes
+FORMS_VERSION = 2  # part of the key of every remembered choice: raise it when a form's graph changes
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class Spot:
 class Context:
     """What forms may know beyond their own nodes, and the helper values that sites of one graph share.
 
-    `masks` says by value name what a mask does: `all`, `padding` (equal for all queries), `causal` (no later key) or
-    `other`; a mask that is missing there is taken for `other`. `once` lists what was made once for the whole graph.
+    `masks` says by value name what a mask does: `all`, `padding` (equal for all queries), `causal` (no later key),
+    `window 8` (and none 8 or more places away), `causal+` (less than `causal`) or `other`; a mask that is missing there
+    is taken for `other`. `once` lists what was made once for the whole graph.
     """
 
     g: Graph
