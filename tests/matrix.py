@@ -120,10 +120,17 @@ def proto(g: Graph) -> Any:
 
 
 def signature(g: Graph) -> Counter[str]:
-    """Counts of the operators that make floats, outside mask and position arithmetic."""
+    """Counts of the operators that make floats from the inputs, outside mask and position arithmetic.
+
+    What reads parameters alone is not counted: a tool may compute it beforehand, and a runtime does so when it loads.
+    """
     g.infer_shapes()
+    alive = set(g.inputs)
+    for n in g.nodes():
+        if any(v in alive for v in n.inputs):
+            alive.update(n.outputs)
     made = (n for n in g.nodes() if n.op_type not in SIDE and n.outputs[0].dtype == ir.DataType.FLOAT)
-    return Counter(n.op_type for n in made)
+    return Counter(n.op_type for n in made if n.outputs[0] in alive)
 
 
 # ---- outputs ---------------------------------------------------------------------------------------------------------

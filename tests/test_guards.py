@@ -1,6 +1,7 @@
 """Guards that an optimizer moved behind the Transpose of the heads are found again."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from tests.hand import RNG, f32, graph, i64, ops, raised, same
@@ -55,3 +56,21 @@ def test_a_scale_before_a_fused_attention_belongs_to_it(past):
     assert ops(new)["Mul"] == (1 if past else 0)
     if not past:  # the runtime's kernel wants the present keys read where past ones are given
         same(source, new, **{n: f32(RNG.standard_normal((2, 5, 32))) for n in "qkv"})
+
+
+@pytest.mark.parametrize("wide", [ir.DataType.FLOAT, ir.DataType.DOUBLE])
+def test_rows_counted_in_a_wider_type_guard_as_well(wide):
+    """Exporters compare a half-precision bias with its fill in float32; widening changes no number."""
+    g = graph(q=("b", 4, "s", 8), k=("b", 4, "s", 8), v=("b", 4, "s", 8), m=("b", 1, "s", "s", bool))
+    q, k, v, m = g.inputs
+    low = np.array(-65504, np.float16)
+    bias = g.op("Where", m, np.zeros((1, 1, 1, 1), np.float16), low)
+    scores = g.op("Add", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), g.op("Cast", bias, to=1))
+    y = g.op("MatMul", g.op("Softmax", scores, axis=-1), v)
+    seen = g.op("Greater", g.op("Cast", bias, to=wide.value), low.astype(wide.numpy()))
+    none = g.op("Less", g.op("ReduceSum", g.op("Cast", seen, to=1), i64(3), keepdims=1), f32(1))
+    source, new = raised(g, g.op("Where", none, f32(0), y), "b", 4, "s", 8)
+    assert (ops(new)["Attention"], ops(new)["Where"], ops(new)["ReduceSum"]) == (1, 0, 0)
+    mask = RNG.random((2, 1, 5, 5)) > 0.6
+    mask[0, 0, 2] = False
+    same(source, new, **{n: f32(RNG.standard_normal((2, 4, 5, 8))) for n in "qkv"}, m=mask)

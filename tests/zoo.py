@@ -51,13 +51,22 @@ class Architecture:
     window: int = 0  # narrowest layer: keys a causal query sees, itself included; else keys to each side; 0 = all
     constant_norms: int = 0  # norms among them that read parameters alone: a tool may compute them beforehand
     square: bool = False  # padding hides queries as well as keys, so that padded rows see no key
+    revision: int = FORMAT  # of this model's graphs; raise it when they are built otherwise
 
     @functools.cached_property
     def key(self) -> str:
         """Changes with whatever an export depends on, so that no stale graph is judged."""
         packages = ("torch", "transformers", "onnxscript", "onnx")
         versions = [importlib.metadata.version(p) for p in packages]
-        parts = (self.model, self.config, sorted(self.options.items()), self.inputs, self.output, versions, FORMAT)
+        parts = (
+            self.model,
+            self.config,
+            sorted(self.options.items()),
+            self.inputs,
+            self.output,
+            versions,
+            self.revision,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
     def build(self, attention: str = "sdpa") -> Any:
@@ -73,6 +82,8 @@ class Architecture:
                 torch.nn.init.normal_(p, float(p.float().mean().round()), 0.1)
             elif p.ndim == 2:
                 torch.nn.init.normal_(p, 0.0, p.shape[1] ** -0.5)
+            elif p.min() == p.max():  # tables that start at zero: tools drop what adds nothing
+                torch.nn.init.normal_(p, 0.0, 0.1)
         return model
 
 
@@ -137,9 +148,17 @@ ALL = (
         5,
         window=2,
     ),
-    _image("deit", "DeiTModel", "DeiTConfig", IMAGE, 5),
+    _image("deit", "DeiTModel", "DeiTConfig", IMAGE, 5, revision=2),
     _image("swin", "SwinModel", "SwinConfig", {**SWIN, "num_channels": 1}, 11, attentions=4, mlps=4),
-    _image("beit", "BeitModel", "BeitConfig", {**IMAGE, "use_relative_position_bias": True}, 5, output="pooler_output"),
+    _image(
+        "beit",
+        "BeitModel",
+        "BeitConfig",
+        {**IMAGE, "use_relative_position_bias": True},
+        5,
+        output="pooler_output",
+        revision=2,
+    ),
     _image("dinov2", "Dinov2Model", "Dinov2Config", {**IMAGE, "mlp_ratio": 2}, 5),
     _image(
         "siglip-vision",

@@ -22,7 +22,7 @@ from onnxcomp.structure.rotary import raise_rotary
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.sites import sites
 from onnxcomp.structure.targets import reroot
-from onnxcomp.structure.tidy import drop_no_ops, drop_round_trips, lift_constants, merge_equal
+from onnxcomp.structure.tidy import drop_no_ops, drop_round_trips, lift_constants, merge_equal, settle_arithmetic
 from onnxcomp.structure.types import fill_types
 
 __all__ = ["OPSET", "canonicalize", "sites"]
@@ -81,6 +81,7 @@ def _round(graph: Graph, exact_rows: bool) -> None:
     _settle(graph, f)
     simplify_layouts(graph, f)
     _settle(graph, f)
+    settle_arithmetic(graph, f)
     reroot(graph, f)
     merge_equal(graph)
     _settle(graph, f)

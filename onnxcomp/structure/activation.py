@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -87,18 +88,31 @@ class Cone:
             return np.asarray(ELEMENTWISE[node.op_type](*known), np.float64)
 
 
-def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, tuple[str, ir.Value, ir.Value]]]:
-    """The transcendental node of each activation not in its canonical spelling, with its kind, input and output."""
+@dataclass(frozen=True)
+class Activation:
+    """`y = factor * kind(x)`; a factor other than 1 is the rest of one that a tool multiplied into weights behind."""
+
+    kind: str
+    x: ir.Value
+    y: ir.Value
+    factor: float = 1.0
+
+
+def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, Activation]]:
+    """The transcendental node of each activation not in its canonical spelling, and what it is."""
     for seed in g.nodes("Erf", "Tanh", "Sigmoid"):
-        found = _recognise(f, seed)
-        if found is not None and not _canonical(*found):
+        found = next((a for c in (1.0, 2.0) if (a := _recognise(f, seed, c)) is not None), None)
+        if found is not None and not _canonical(found):
             yield seed, found
 
 
 def raise_activations(g: Graph, f: Facts) -> None:
     """Rewrite spelled-out activations: Gelu, `x * Sigmoid(c * x)` for SiLU and quick-GELU, `r * r` for ReLU^2."""
-    for _, (kind, x, y) in find_activations(g, f):
-        g.replace(y, _emit(g, kind, x, y))
+    for _, a in find_activations(g, f):
+        new = _emit(g, a.kind, a.x, a.y)
+        if a.factor != 1 and not _scale_readers(g, a.y, a.factor):
+            new = g.op("Mul", new, np.array(a.factor, (a.x.dtype or ir.DataType.FLOAT).numpy()), like=a.y)
+        g.replace(a.y, new)
     for node in g.nodes("Pow"):
         rectified = node.inputs[0]
         above = rectified.producer() if rectified is not None else None
@@ -106,16 +120,41 @@ def raise_activations(g: Graph, f: Facts) -> None:
             g.replace(node.outputs[0], g.op("Mul", rectified, rectified, like=node.outputs[0]))
 
 
-def _recognise(f: Facts, seed: ir.Node) -> tuple[str, ir.Value, ir.Value] | None:
-    """Name, input and output of the activation around a transcendental node."""
+def _scale_readers(g: Graph, y: ir.Value, factor: float) -> bool:
+    """Multiply the weights of all linears and convolutions that read `y`, lazily; False, and nothing done, if others.
+
+    Exact: the factor is a power of two.
+    """
+    uses = list(y.uses())
+    weights = [g.tensor(u.inputs[1]) for u, i in uses if i == 0 and u.op_type in ("MatMul", "Conv") and not u.domain]
+    held = [t for t in weights if t is not None and t.dtype.is_floating_point()]
+    if y.is_graph_output() or len(held) < len(uses) or not all(_is_own(u.inputs[1]) for u, _ in uses):
+        return False
+    for (user, _), t in zip(uses, held, strict=True):
+        lazy = ir.LazyTensor(
+            lambda t=t: ir.tensor((t.numpy() * t.dtype.numpy().type(factor)), dtype=t.dtype),  # type: ignore[misc]
+            dtype=t.dtype,
+            shape=ir.Shape(list(t.shape.numpy())),
+        )
+        g.set_input(user, 1, g.constant(lazy, str(user.inputs[1].name if user.inputs[1] is not None else "")))
+    return True
+
+
+def _is_own(w: ir.Value | None) -> bool:
+    return w is not None and len(list(w.uses())) == 1
+
+
+def _recognise(f: Facts, seed: ir.Node, factor: float) -> Activation | None:
+    """The activation around a transcendental node, times a factor."""
     for x in _above(f, seed):
         cone = Cone(f, x)
         if cone.at(seed.outputs[0]) is None:
             continue
         for y in _below(cone, seed.outputs[0]):
-            kind = _kind(cone.at(y), x.dtype)
+            made = cone.at(y)
+            kind = _kind(None if made is None else made / factor, x.dtype)
             if kind is not None:
-                return kind, x, y
+                return Activation(kind, x, y, factor)
     return None
 
 
@@ -160,9 +199,10 @@ def _below(cone: Cone, start: ir.Value) -> Iterator[ir.Value]:
         layer = below
 
 
-def _canonical(kind: str, x: ir.Value, y: ir.Value) -> bool:
+def _canonical(a: Activation) -> bool:
     """Whether `y` is already spelled `x * Sigmoid(c * x)`."""
-    product = y.producer()
+    kind, x = a.kind, a.x
+    product = a.y.producer()
     if kind not in ("silu", "quick-gelu") or product is None or product.op_type != "Mul" or x not in product.inputs:
         return False
     gate = product.inputs[1 - product.inputs.index(x)]

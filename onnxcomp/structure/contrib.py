@@ -194,10 +194,15 @@ def _product(g: Graph, f: Facts, node: ir.Node) -> None:
     for i, order in enumerate(orders):
         if order:
             parts[i] = g.op("Transpose", parts[i], perm=order)
-    if alpha != 1 and g.is_constant(node.inputs[1]):  # a linear: the number came from what it reads
+    if alpha != 1 and g.is_constant(node.inputs[1]) and _is_biased(g, out):
         parts[0], alpha = g.op("Mul", parts[0], _number(node, alpha)), 1.0
     y = g.op("MatMul", *parts, like=out)
     g.replace(out, g.op("Mul", y, _number(node, alpha), like=out) if alpha != 1 else y)
+
+
+def _is_biased(g: Graph, y: ir.Value) -> bool:
+    """Whether a constant is added to a product: a linear with its bias, between which nothing may come."""
+    return any(u.op_type == "Add" and any(g.is_constant(x) for x in u.inputs) for u, _ in y.uses())
 
 
 def _order(f: Facts, x: ir.Value | None, node: ir.Node, side: str) -> list[int]:

@@ -98,11 +98,21 @@ def divide(a: Size, b: Size) -> Size | None:
 
 
 def floor(a: Size, b: Size) -> Size:
-    """Integer division towards minus infinity; an unknown of its own where it is not exact."""
+    """Integer division towards minus infinity; an unknown of its own where it is not exact.
+
+    Multiples of `b` leave the division, `(x - 4) // 4 = x // 4 - 1`, so that equal sizes get one name.
+    """
     if isinstance(a, int) and isinstance(b, int) and b:
         return a // b
     exact = divide(a, b)
-    return exact if exact is not None else named(f"({a}//{b})")
+    if exact is not None:
+        return exact
+    rest, offset = _offset(a)
+    if offset and isinstance(b, int) and b > 0:
+        whole = offset // b
+        if whole:
+            return add(floor(add(rest, offset - whole * b), b), whole)
+    return named(f"({a}//{b})")
 
 
 def add(a: Size, b: Size) -> Size:
@@ -112,7 +122,21 @@ def add(a: Size, b: Size) -> Size:
         return _made(f + g, x)
     if a == 0 or b == 0:
         return b if a == 0 else a
+    for size, number in ((a, b), (b, a)):
+        rest, offset = _offset(size)
+        if offset and isinstance(number, int):
+            return add(rest, offset + number)
     return named(Sum(a, b))
+
+
+def _offset(a: Size) -> tuple[Size, int]:
+    """An unknown without the number added to it, and the number."""
+    parts = parts_of(a)
+    if parts is not None:
+        for rest, number in (parts, parts[::-1]):
+            if isinstance(number, int):
+                return rest, number
+    return a, 0
 
 
 def subtract(a: Size, b: Size) -> Size:
@@ -123,7 +147,9 @@ def subtract(a: Size, b: Size) -> Size:
         return summed[1] if summed[0] == b else summed[0]
     if x == y:
         return _made(f - g, x)
-    return a if b == 0 else named(f"({a}-{b})")
+    if isinstance(b, int):
+        return add(a, -b)
+    return named(f"({a}-{b})")
 
 
 class Equalities:

@@ -24,8 +24,8 @@ LOGIC = {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "Less
 LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Concat", "Gather", "Slice", "Transpose", "Resize", "Expand", "Range"}
 LAYOUT |= {"GatherND", "GatherElements", "ScatterND", "ScatterElements", "ConstantOfShape", "Tile", "Shape", "Trilu"}
 SUMS = {"ReduceSum", "CumSum"}  # of integers
-TYPES = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16}
-TYPES |= {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
+FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+TYPES = {*FLOATS, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 
 
 def fold_constants(g: Graph) -> None:
@@ -84,7 +84,7 @@ def take_constants(g: Graph, f: Facts) -> None:
     """Make a lazy view of each fixed part of a weight, such as the queries' rows of a packed projection."""
     for node in g.nodes("Split", "Slice", "Gather"):
         tensor = g.tensor(node.inputs[0])
-        if tensor is None or tensor.dtype not in TYPES or not tensor.dtype.is_floating_point():
+        if tensor is None or tensor.dtype not in FLOATS:
             continue
         for part in selections(f, node) or ():
             index = part.keep[0] if part.squeezed else _run(part.keep)

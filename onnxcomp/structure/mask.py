@@ -19,6 +19,8 @@ from onnxcomp.structure.uniform import FLOATS
 __all__ = ["BLOCKED", "Masks"]
 
 BLOCKED = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowest finite number, -inf
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATING = (*HALVES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MOVES = ("Identity", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Slice", "Transpose")
 
 
@@ -83,6 +85,8 @@ class Masks:
             return self._of_where(node)
         if node.op_type == "Mul":
             return self._of_product(node)
+        if node.op_type == "Cast" and (narrow := node.inputs[0]) is not None and narrow.dtype in FLOATING:
+            return self.as_bool(narrow)  # 0 stays 0, and what forbids a key does so in every type
         if node.op_type in MOVES and node.inputs[0] is not None:
             inner = self.as_bool(node.inputs[0])
             if inner is None:
@@ -165,7 +169,8 @@ class Masks:
         high, low = (node.inputs[i] for i in ways[node.op_type])
         if high is None or self.fill(low) is None:
             return False
-        return self.trimmed(high) is self.trimmed(mask) or (self.is_bool(mask) and self.as_bool(high) is mask)
+        high = widened(high)
+        return self.trimmed(high) is self.trimmed(widened(mask)) or (self.is_bool(mask) and self.as_bool(high) is mask)
 
     def _held(self, v: ir.Value) -> Array | None:
         """A small constant of floats."""
@@ -314,3 +319,13 @@ class Masks:
             return None
         target = [*(1 for _ in padded[:-2]), queries, keys]
         return self._once(("fit", m, queries, keys), lambda: self.g.op("Expand", m, sizes.vector(target)))
+
+
+def widened(v: ir.Value) -> ir.Value:
+    """The floats behind a Cast to a wider type, which changes no number; `v` itself where it is none."""
+    node = v.producer()
+    if node is None or node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype is None:
+        return v
+    narrow, wide = node.inputs[0].dtype, v.dtype or ir.DataType(node.attributes.get_int("to", 0))
+    exact = narrow in HALVES and wide in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return widened(node.inputs[0]) if exact else v

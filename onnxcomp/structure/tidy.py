@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.structure.precision import from_integers
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal"]
+__all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "settle_arithmetic"]
 
 HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-
+TINY = 1e-4  # the smallest divisor whose reciprocal every type holds
 
 WIDER = {
     ir.DataType.FLOAT16: (ir.DataType.FLOAT, ir.DataType.DOUBLE),
@@ -38,6 +40,7 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
     for node in g.nodes("Concat"):
         _drop_empty(g, f, node)
     _drop_detours(g)
+    _settle_types(g)
     for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div", "Slice", "Concat"):
         x, y = node.inputs[0], node.outputs[0]
         if node.domain or x is None or not _is_no_op(g, f, node, x):
@@ -55,6 +58,14 @@ def _drop_detours(g: Graph) -> None:
             continue
         if x.dtype in HALF and wide is not None and wide.attributes.get_int("to", 0) == ir.DataType.FLOAT:
             g.replace(node.outputs[0], x)
+
+
+def _settle_types(g: Graph) -> None:
+    """Spell a CastLike whose type is known as Cast."""
+    for node in g.nodes("CastLike"):
+        like = node.inputs[1]
+        if node.domain == "" and like is not None and like.dtype is not None:
+            g.replace(node.outputs[0], g.op("Cast", node.inputs[0], to=like.dtype.value, like=node.outputs[0]))
 
 
 def _drop_empty(g: Graph, f: Facts, node: ir.Node) -> None:
@@ -92,6 +103,48 @@ def _is_no_op(g: Graph, f: Facts, node: ir.Node, x: ir.Value) -> bool:
         off = training is None or (f.uniform(training) is not None and f.uniform(training).value == 0.0)  # type: ignore[union-attr]
         return off and not any(list(v.uses()) or v.is_graph_output() for v in node.outputs[1:])
     return True
+
+
+INTEGERS = {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.BOOL}
+
+
+def settle_arithmetic(g: Graph, f: Facts) -> None:
+    """One spelling for a quotient by a number, as a product, and for two bounds, as Clip.
+
+    Not where the result is rounded, nor on numbers made from integers: half a unit moves the borders of buckets.
+    """
+    counted = from_integers(g)
+    for node in g.nodes("Div"):
+        number, y = f.scalar(node.inputs[1]), node.outputs[0]
+        kind = y.dtype if y.dtype is not None and y.dtype.is_floating_point() else None
+        if node.domain or kind is None or number is None or not g.is_constant(node.inputs[1]) or y in counted:
+            continue
+        if np.isfinite(number) and abs(number) > TINY and not any(_rounds(u) for u, _ in y.uses()):
+            g.replace(y, g.op("Mul", node.inputs[0], np.array(1 / number, kind.numpy()), like=y))
+    for node in g.nodes("Min"):
+        _as_clip(g, f, node)
+
+
+def _rounds(node: ir.Node) -> bool:
+    """Whether a node makes integers of what it reads."""
+    return node.op_type in ("Floor", "Ceil", "Round", "Mod") or (
+        node.op_type == "Cast" and node.attributes.get_int("to", 0) in INTEGERS
+    )
+
+
+def _as_clip(g: Graph, f: Facts, node: ir.Node) -> None:
+    """`Min(Max(x, low), high)` with bounds of no axes, computed or not."""
+    if node.domain or len(node.inputs) != 2:
+        return
+    for inner, high in (node.inputs, node.inputs[::-1]):
+        bound = inner.producer() if inner is not None else None
+        if bound is None or bound.op_type != "Max" or bound.domain or len(bound.inputs) != 2 or f.shape(high) != ():
+            continue
+        for x, low in (bound.inputs, bound.inputs[::-1]):
+            shape = f.shape(x)
+            if f.shape(low) == () and shape and shape == f.shape(node.outputs[0]):
+                return g.replace(node.outputs[0], g.op("Clip", x, low, high, like=node.outputs[0]))
+    return
 
 
 def lift_constants(g: Graph) -> None:
