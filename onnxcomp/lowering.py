@@ -46,7 +46,7 @@ class Planner:
     """Chooses forms for one graph; `found` collects what was chosen, kind by kind.
 
     Without `measure` nothing is timed: remembered choices are taken, else the table's; the same on every machine.
-    `seconds` is the time all of it took so far.
+    `seconds` is the time all of it took so far; `exact_rows` holds for all forms.
     """
 
     g: Graph
@@ -57,6 +57,7 @@ class Planner:
     budget: float = BUDGET
     found: list[Choice] = field(default_factory=list)
     seconds: float = 0.0
+    exact_rows: bool = False
     _facts: Facts | None = None
     _masks: dict[str, str] = field(default_factory=dict)
     _context: Context | None = None
@@ -74,7 +75,7 @@ class Planner:
             return []
         ctx = self.context(spots)
         found: list[tuple[Spot, Form | None, str]] = []
-        for group in self._grouped(kind, spots, f"{standard} {approximate}"):
+        for group in self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows}"):
             names = legal(ctx, group.spots[0], standard=standard, approximate=approximate)
             choice = self._choice(kind, group, names, default(ctx, kind.name, names))
             self.found.append(choice)
@@ -90,7 +91,7 @@ class Planner:
         if new:
             self._masks |= masks.probe(self.g, new)
         if self._context is None:
-            self._context = Context(self.g, self.target, self._masks)
+            self._context = Context(self.g, self.target, self._masks, exact_rows=self.exact_rows)
         return self._context
 
     def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
@@ -137,7 +138,7 @@ class Planner:
         """The choice by the clock, and whether there was time enough to remember it."""
         began = time.perf_counter()
         feeds = [self._feeds(group.model, sizes, i) for i, sizes in enumerate(group.sizes)]
-        entries = [_entry(kind, name, group.model, feeds, self.target, self._masks) for name in names]
+        entries = [_entry(kind, name, group.model, feeds, self.context()) for name in names]
         ready = [e for e in entries if not e.note]
         if entries[0].note:
             why, failed = f"{names[0]} {entries[0].note}", tuple(e.candidate(e) for e in entries)
@@ -288,13 +289,11 @@ def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[
 # ---- micro-models in a form ------------------------------------------------------------------------------------------
 
 
-def _entry(
-    kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]], target: Target, known: Mapping[str, str]
-) -> Entry:
+def _entry(kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]], of: Context) -> Entry:
     """The micro-model in one form; what is made once per model is computed beforehand and fed."""
     model = site.clone()
     try:
-        ctx = Context(model, target, known)
+        ctx = Context(model, of.target, of.masks, exact_rows=of.exact_rows)
         kind.form(name).rewrite(ctx, kind.find(model)[0])
         model.model.graph.sort()
         model.sweep()

@@ -118,13 +118,15 @@ class Env:
         return self.run_plan().dims(v)
 
     def choose(
-        self, kind: str, *, standard: bool = False, approximate: bool = False
+        self, kind: str, *, standard: bool = False, approximate: bool = False, exact_rows: bool = False
     ) -> tuple[Context, list[tuple[Spot, Form | None, str]]]:
         """The form of every site of a kind (`onnxcomp.forms`) with the reason, measured on the target or its table's.
 
-        `standard` takes no operators of the runtime's own; `approximate` allows forms with slightly other results.
+        `standard` takes no operators of the runtime's own; `approximate` allows forms with slightly other results;
+        `exact_rows` none that change what rows without a visible key give.
         """
         planner = self.run_plan()
+        planner.exact_rows = exact_rows
         return planner.context(), planner.choose(kind, standard=standard, approximate=approximate)
 
     def collect(self, g: Graph, needs: Iterable[Need]) -> Stats:

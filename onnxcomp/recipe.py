@@ -286,10 +286,14 @@ def _too_new(version: int) -> str:
 
 
 def with_exact_rows(recipe: Recipe) -> Recipe:
-    """The recipe with that option set on canonicalize; raises `RecipeError` where canonicalize is not part of it."""
+    """The recipe with that option set on the passes that have it; raises `RecipeError` without canonicalize."""
     if not any(p.name == "canonicalize" for p in recipe.passes):
         raise RecipeError(
             "--exact-rows is an option of canonicalize, which this recipe does not run; add it or leave it"
         )
-    passes = (dataclasses.replace(p, **{"exact_rows": True}) if p.name == "canonicalize" else p for p in recipe.passes)
-    return dataclasses.replace(recipe, passes=tuple(passes))
+
+    def exact(p: Pass) -> Pass:
+        own = any(f.name == "exact_rows" for f in dataclasses.fields(p))
+        return dataclasses.replace(p, **{"exact_rows": True}) if own else p
+
+    return dataclasses.replace(recipe, passes=tuple(map(exact, recipe.passes)))

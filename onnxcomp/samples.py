@@ -80,7 +80,7 @@ def roles(inputs: Sequence[TensorSpec]) -> dict[str, str]:
     found: dict[str, str] = {}
     for s in inputs:
         name = s.name.lower()
-        if len(s.shape) == 4 and not s.integer:
+        if len(s.shape) == 4 and not s.integer and s.dtype.kind != "b":
             role = "pixels"
         elif "mask" in name:
             role = "mask"

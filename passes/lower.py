@@ -33,6 +33,9 @@ class Lower(Pass):
     approximate: bool = False
     """Allow forms with slightly other results (GELU by tanh); the pass is then judged by gates like a lossy one."""
 
+    exact_rows: bool = False
+    """Take only forms that leave attention rows without a visible key as they are (see canonicalize)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.approximate:
@@ -48,7 +51,9 @@ class Lower(Pass):
     def run(self, g: Graph, env: Env) -> None:
         """Rewrite site by site, wide ones first; one that stays in a form other than the table's is declined."""
         for kind in KINDS:
-            ctx, picked = env.choose(kind, standard=self.standard, approximate=self.approximate)
+            ctx, picked = env.choose(
+                kind, standard=self.standard, approximate=self.approximate, exact_rows=self.exact_rows
+            )
             for spot, form, why in picked:
                 edits, other = g.edits, self._first(g, env.target, spot)
                 if form is not None:
@@ -58,10 +63,10 @@ class Lower(Pass):
             g.model.graph.sort()
             g.sweep()  # what was replaced is no site of the kinds that follow
         if g.opset > env.target.max_opset:
-            decompose.lower_opset(g, env.target.max_opset)
+            decompose.lower_opset(g, env.target.max_opset, exact_rows=self.exact_rows)
 
     def _first(self, g: Graph, target: Target, spot: Spot) -> bool:
         """Whether the table asks for another form than the present one."""
-        ctx = Context(g, target)
+        ctx = Context(g, target, exact_rows=self.exact_rows)
         names = legal(ctx, spot, standard=self.standard, approximate=self.approximate)
         return default(ctx, spot.kind, names) != spot.present

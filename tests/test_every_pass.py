@@ -91,6 +91,14 @@ def apply(pass_name: str, g: Graph, **options):
     return manager.run(g, as_dataset(batches(g), g))
 
 
+@functools.lru_cache(maxsize=4)
+def applied(pass_name: str, zoo_name: str):
+    """The prepared model, its bytes before the pass, and what came of it; the laws read one run of each pair."""
+    g = prepared(zoo_name, pass_name)
+    before = content(g)
+    return g, before, apply(pass_name, g)
+
+
 @pytest.fixture(params=ZOO, scope="module")
 def zoo_name(request):
     return request.param
@@ -102,9 +110,7 @@ def pass_name(request):
 
 
 def test_valid_after_and_source_untouched(pass_name, zoo_name):
-    g = prepared(zoo_name, pass_name)
-    before = content(g)
-    result = apply(pass_name, g)
+    g, before, result = applied(pass_name, zoo_name)
     assert content(g) == before
     result.model.verify()
     assert [v.name for v in result.model.outputs] == [v.name for v in g.outputs]
@@ -112,8 +118,7 @@ def test_valid_after_and_source_untouched(pass_name, zoo_name):
 
 
 def test_runs_at_every_shape_and_keeps_outputs(pass_name, zoo_name):
-    g = prepared(zoo_name, pass_name)
-    result = apply(pass_name, g)
+    g, _, result = applied(pass_name, zoo_name)
     exact = catalog.load(pass_name).fidelity is Fidelity.EXACT
     for batch in batches(g):
         for want, got in zip(outputs(g, batch), outputs(result.model, batch), strict=True):
@@ -128,8 +133,7 @@ def test_runs_at_every_shape_and_keeps_outputs(pass_name, zoo_name):
 
 
 def test_every_site_is_changed_or_declined(pass_name, zoo_name):
-    g = prepared(zoo_name, pass_name)
-    step = apply(pass_name, g).report.steps[0]
+    step = applied(pass_name, zoo_name)[2].report.steps[0]
     declined = len({d.site for d in step.declined})
     assert step.changed <= step.eligible
     assert step.eligible <= step.changed + declined
@@ -137,7 +141,7 @@ def test_every_site_is_changed_or_declined(pass_name, zoo_name):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_pass_has_nothing_left_to_do(name, zoo_name):
-    once = apply(name, prepared(zoo_name, name)).model
+    once = applied(name, zoo_name)[2].model
     again = apply(name, once).report.steps[0]
     assert (again.edits, again.changed) == (0, 0)
 
@@ -181,7 +185,7 @@ def test_external_data_gives_the_same_result(pass_name, tmp_path: Path):
 
 def test_an_independent_reader_understands_the_result(pass_name, zoo_name):
     gs = pytest.importorskip("onnx_graphsurgeon")
-    result = apply(pass_name, prepared(zoo_name, pass_name)).model
+    result = applied(pass_name, zoo_name)[2].model
     read = gs.import_onnx(ir.to_proto(result.model))
     before = len(read.nodes)
     again = ir.from_proto(gs.export_onnx(read.cleanup().toposort()))

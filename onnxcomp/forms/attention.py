@@ -93,7 +93,8 @@ def _plain(ctx: Context, spot: Spot) -> str:
         return "takes float32 and float16"
     if mask is not None and (mask.shape is None or not 2 <= len(mask.shape) <= 4):
         return "the rank of the mask is not known"
-    return "soft-capped scores are not taken" if node.attributes.get_float("softcap", 0.0) else ""
+    capped = bool(node.attributes.get_float("softcap", 0.0))
+    return "soft-capped scores are not taken" if capped else ctx.moves_rows(mask)
 
 
 def _multi_head(ctx: Context, spot: Spot) -> str:
@@ -148,7 +149,12 @@ def _standard(ctx: Context, spot: Spot) -> None:
 
 def _decomposed(ctx: Context, spot: Spot) -> None:
     node = spot.nodes[0]
-    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node))
+    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, exact_rows=_empty(ctx, node)))
+
+
+def _empty(ctx: Context, node: ir.Node) -> bool:
+    """Whether zeros of rows without a key have to be written out."""
+    return bool(ctx.moves_rows(_input(node, 3)))
 
 
 def _take(ctx: Context, spot: Spot, op: str, args: list[ir.Value | None], **attrs: int | float) -> None:

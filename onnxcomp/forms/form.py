@@ -47,17 +47,24 @@ class Context:
     `masks` says by value name what a mask does: `all`, `padding` (equal for all queries), `causal` (no later key),
     `window 8` (and none 8 or more places away), `causal+` (less than `causal`) or `other`; a mask that is missing there
     is taken for `other`. `once` lists what was made once for the whole graph.
+    With `exact_rows` rows that see no key keep what the standard operator gives them.
     """
 
     g: Graph
     target: Target
     masks: Mapping[str, str] = field(default_factory=dict)
     once: list[ir.Value] = field(default_factory=list)
+    exact_rows: bool = False
     _made: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
 
     def mask(self, v: ir.Value | None) -> str:
         """What is known of a mask."""
         return "none" if v is None else self.masks.get(str(v.name), "other")
+
+    def moves_rows(self, mask: ir.Value | None) -> str:
+        """Why an operator that gives rows without a key something else does not fit, empty if it does."""
+        free = not self.exact_rows or self.mask(mask).split()[0] in ("none", "all", "causal", "window")
+        return "" if free else "rows that see no key would change"
 
     def shared(self, what: str, v: ir.Value, make: Callable[[], ir.Value], *, once: bool = False) -> ir.Value:
         """The helper value of that name derived from `v`, made once for all sites that read `v`.

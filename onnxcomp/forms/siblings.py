@@ -144,6 +144,8 @@ def _own(ctx: Context, spot: Spot) -> str:
         return "query, key and value of different widths are not taken"
     if mask is not None and (mask.shape is None or not 2 <= len(mask.shape) <= 4):
         return "the rank of the mask is not known"
+    if why := ctx.moves_rows(mask):
+        return why
     fits = first.input.shape is not None and len(first.input.shape) == 3 and first.output.dtype is ir.DataType.FLOAT
     return "" if fits else "takes a float32 input of three axes"
 
@@ -190,10 +192,11 @@ def _merged(ctx: Context, spot: Spot) -> None:
     node, q = family.attention, _ordered(family)[0]
     assert node is not None
     factor = np.full(q.sizes[1], scale_of(node))
+    exact = bool(ctx.moves_rows(node.inputs[3] if len(node.inputs) > 3 else None))
     ctx.g.scale(q.weight, factor, 1, users=[q.node])
     if q.bias is not None and q.add is not None:
         ctx.g.scale(q.bias, factor, 0, users=[q.add])
-    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, scaled=False))
+    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, scaled=False, exact_rows=exact))
 
 
 def _no_merge(ctx: Context, spot: Spot) -> str:

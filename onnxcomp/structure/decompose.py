@@ -25,10 +25,11 @@ def newer_sites(g: Graph, version: int) -> list[Site]:
     return [Site(str(n.name), (str(n.name),), n.op_type) for n in found]
 
 
-def lower_opset(g: Graph, version: int) -> None:
+def lower_opset(g: Graph, version: int, *, exact_rows: bool = False) -> None:
     """Spell out what `version` lacks and declare it; raises `TargetError` naming the node that cannot go down.
 
-    The operators in between differ in allowed types only, which is checked against the schemas.
+    The operators in between differ in allowed types only, which is checked against the schemas. `exact_rows` is that
+    of `spell_attention`.
     """
     if version < OLDEST:
         raise TargetError(f"opset {version} is too old: results are written for opset {OLDEST} to 23")
@@ -36,7 +37,9 @@ def lower_opset(g: Graph, version: int) -> None:
         return
     for site in newer_sites(g, version):
         node = g.node(site.nodes[0])
-        g.replace(node.outputs[0], _SPELL[node.op_type](g, node))
+        exact = exact_rows and node.op_type == "Attention"
+        spelled = spell_attention(g, node, exact_rows=True) if exact else _SPELL[node.op_type](g, node)
+        g.replace(node.outputs[0], spelled)
     g.sweep()
     for node in g.nodes():
         if node.domain == "":
@@ -87,10 +90,11 @@ def _float(node: ir.Node) -> np.dtype[Any]:
     return (dtype or ir.DataType.FLOAT).numpy()
 
 
-def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True) -> ir.Value:
+def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True, exact_rows: bool = False) -> ir.Value:
     """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; scale on q, grouped heads repeated, cache appended.
 
-    With `scaled=False` the scale is taken to be inside q already. Raises `TargetError` for what cannot be spelled.
+    With `scaled=False` the scale is taken to be inside q already. With `exact_rows` rows that a bool mask leaves no key
+    are zeros, as the operator gives them; else the mean of the values. Raises `TargetError` for what cannot be spelled.
     """
     name, attrs, dtype = str(node.name), node.attributes, _float(node)
     q, k, v, mask, past_k, past_v = [*node.inputs, *[None] * 6][:6]
@@ -111,7 +115,10 @@ def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True) -> ir.Value
     elif mask is not None:
         scores = g.op("Add", scores, mask, name=f"{name}_masked")
     wide = _repeated(g, v4, v, kv, heads // kv, f"{name}_v")
-    mixed = g.op("MatMul", g.op("Softmax", scores, axis=-1, name=f"{name}_softmax"), wide, name=f"{name}_mixed")
+    shares = g.op("Softmax", scores, axis=-1, name=f"{name}_softmax")
+    if exact_rows and mask is not None and mask.dtype is ir.DataType.BOOL:
+        shares = g.op("Where", mask, shares, np.array(0, dtype), name=f"{name}_shares")
+    mixed = g.op("MatMul", shares, wide, name=f"{name}_mixed")
     merged = g.op("Transpose", mixed, perm=[0, 2, 1, 3], name=f"{name}_merged")
     return g.op("Reshape", merged, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
 
