@@ -55,7 +55,6 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "gpt2": lambda t: t.GPT2LMHeadModel(
         t.GPT2Config(vocab_size=61, n_embd=16, n_layer=1, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=1)
     ),
-    "qwen2": lambda t: t.Qwen2ForCausalLM(t.Qwen2Config(**GROUPED)),
 }
 AXES: list[int | str] = ["batch", "sequence"]
 MASKED = ("input_ids", "attention_mask")
@@ -69,7 +68,6 @@ EXPECTED: dict[str, tuple[str, tuple[str, ...], dict[str, list[int | str]]]] = {
     "vit": ("image-classification", ("pixel_values",), {"logits": ["batch", 2]}),
     "llama": ("text-generation", MASKED, {"logits": [*AXES, 61]}),
     "gpt2": ("text-generation", MASKED, {"logits": [*AXES, 61]}),
-    "qwen2": ("text-generation", MASKED, {"logits": [*AXES, 61]}),
 }
 
 

@@ -1,5 +1,6 @@
 """A job end to end: published whole or not at all, judged on the written file, resumed from its cache."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import storage
+from onnxcomp import benchmark, race, storage, tune
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.job import Job, compress_each
 from onnxcomp.recipe import Recipe
@@ -73,7 +74,10 @@ def test_size_gate_is_judged_on_the_written_file(source, batches, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_latency_gate_is_measured_and_the_report_has_the_rows(source, batches, tmp_path):
+def test_latency_gate_is_measured_and_the_report_has_the_rows(source, batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "bench", functools.partial(benchmark.bench, runs=1, window=0.01))
+    monkeypatch.setattr(race, "ROUNDS", 3)
+    monkeypatch.setattr(tune, "ROUNDS", 1)
     result = oc.compress(
         source,
         tmp_path / "out",
