@@ -43,6 +43,9 @@ def payload(model: ir.Model) -> Payload:
 
     The runtime maps constants that lie in files, and copies the ones in memory once when the session is made.
     """
+    for v in [v for v in model.graph.initializers.values() if not (v.uses() or v.is_graph_output())]:
+        if not v.is_graph_input():
+            del model.graph.initializers[str(v.name)]  # the runtime drops it first and then misses it
     values = [v for v in model.graph.initializers.values() if v.const_value is not None]
     home = _home([t for v in values if (t := v.const_value) is not None])
     out = Payload(folder=None if home is None else Path(home or ".").resolve())

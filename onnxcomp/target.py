@@ -138,7 +138,7 @@ CUDA = Target(
     quantized=Quantized(activations=("u8", "s8"), pays=False),
     forms=_GPU_FORMS,
     contrib=_CUDA_CONTRIB,
-    lacks=("Attention",),
+    lacks=("Attention", "QLinearMatMul"),
     gflops={"fp32": 40000.0, "int8": 20000.0, "int8-dynamic": 10000.0},
 )
 TENSORRT = Target(
@@ -150,7 +150,7 @@ TENSORRT = Target(
     max_opset=22,
     quantized=Quantized(activations=("s8",), zero_points=False),
     forms={**_GPU_FORMS, "attention": ("decomposed",)},
-    lacks=("Attention",),
+    lacks=("Attention", "QLinearMatMul"),
     sparse=("2:4",),
     gflops={"fp32": 40000.0, "int8": 400000.0},
 )

@@ -56,6 +56,16 @@ def one_linear(rank: int = 3, after: str = ""):
     return tiny.finish(g, y, "y", [*shape[:-1], 16]), {"x": data(B, S, H)[(0,) * (3 - rank)]}, {}
 
 
+def tied(rank: int = 3, bias: bool = False):
+    """A head that reads the embedding table through a Transpose."""
+    shape = ("b", "s", H)[3 - rank :]
+    g = graph(23, x=shape)
+    table = g.constant(weight(H, 40).T.copy(), "table")
+    y = g.op("MatMul", g.inputs[0], g.op("Transpose", table, perm=[1, 0]))
+    y = g.op("Add", y, f32(RNG.standard_normal(40))) if bias else y
+    return tiny.finish(g, y, "y", [*shape[:-1], 40]), {"x": data(B, S, H)[(0,) * (3 - rank)]}, {}
+
+
 def mask_of(kind: str, s: int = S, t: int = S) -> np.ndarray:
     seen = np.ones((B, 1, s, t), bool)
     if kind.startswith(("causal", "window")):
@@ -143,6 +153,18 @@ def quantized(rank: int, bias: bool):
     return tiny.finish(g, y, "y", [*shape[:-1], 16]), {"x": data(B, S, H)[(0,) * (3 - rank)]}, {}
 
 
+def requantized(rank: int, columns: bool = True):
+    """A product on integers whose result is quantized; with `columns` one weight scale each, else by rows."""
+    shape = ("b", "s", H)[3 - rank :]
+    g = graph(23, x=shape)
+    codes, steps = RNG.integers(-120, 120, (H, H)).astype(np.int8), f32(RNG.uniform(0.001, 0.01, H))
+    w = g.op("DequantizeLinear", codes, steps, axis=1 if columns else 0)
+    y = g.op("MatMul", through_codes(g, g.model.graph.inputs[0]), w)
+    scale, zero = f32(0.11), np.array(117, np.uint8)
+    y = g.op("DequantizeLinear", g.op("QuantizeLinear", y, scale, zero), scale, zero)
+    return tiny.finish(g, y, "y", [*shape[:-1], H]), {"x": data(B, S, H)[(0,) * (3 - rank)]}, {}
+
+
 def dynamic(bias: bool):
     """Two products behind one run-time quantization."""
     g = graph(23, x=("b", "s", H))
@@ -158,7 +180,7 @@ def dynamic(bias: bool):
 
 
 # Per case: how it is made, its kind, the forms that must be legal on the CPU.
-FLOAT = ("residual", "linear", "activation", "silu", "siblings")
+FLOAT = ("residual", "linear", "activation", "silu", "siblings", "tied")
 OWN = {"MultiHeadAttention", "decomposed", "Attention"}
 CASES = {
     "layer-norm": (lambda: residual("LayerNormalization"), "residual", {"Add", "Sum", "Skip"}),
@@ -167,6 +189,8 @@ CASES = {
     "rms-norm-stream": (lambda: residual("RMSNormalization", True), "residual", {"Add", "Sum", "Skip"}),
     "linear": (one_linear, "linear", {"Add", "Sum", "Gemm"}),
     "linear-rows": (lambda: one_linear(2), "linear", {"Add", "Sum", "Gemm"}),
+    "tied": (tied, "tied", {"MatMul", "Gemm"}),
+    "tied-rows": (lambda: tied(2, True), "tied", {"MatMul", "Gemm"}),
     "gelu": (lambda: one_linear(after="none"), "activation", {"Add", "Sum", "Gemm", "BiasGelu"}),
     "gelu-tanh": (lambda: one_linear(after="tanh"), "activation", {"Add", "Sum", "Gemm", "FastGelu"}),
     "silu": (lambda: one_linear(after="silu"), "silu", {"spelled", "QuickGelu"}),
@@ -199,6 +223,17 @@ CASES = {
     "quantized": (lambda: quantized(3, True), "quantized", {"Add", "Sum", "MatMulIntegerToFloat"}),
     "quantized-rows": (lambda: quantized(2, True), "quantized", {"Add", "Sum", "MatMulIntegerToFloat"}),
     "quantized-no-bias": (lambda: quantized(2, False), "quantized", {"Add", "Sum", "MatMulIntegerToFloat", "QGemm"}),
+    "requantized": (
+        lambda: requantized(3),
+        "quantized",
+        {"Add", "Sum", "MatMulIntegerToFloat", "QLinearMatMul"},
+    ),
+    "requantized-rows": (
+        lambda: requantized(2),
+        "quantized",
+        {"Add", "Sum", "MatMulIntegerToFloat", "QLinearMatMul", "QGemm"},
+    ),
+    "requantized-by-rows": (lambda: requantized(3, columns=False), "quantized", {"Add", "Sum"}),
     "dynamic": (lambda: dynamic(True), "dynamic", {"standard", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"}),
     "dynamic-no-bias": (
         lambda: dynamic(False),
@@ -302,6 +337,19 @@ def test_decomposed_attention_costs_no_separate_scale():
 def test_a_quantized_product_stays_an_integer_one(rank, form):
     case = "quantized" if rank == 3 else "quantized-rows"
     assert integer_check(written(case, form)[1]).ok
+
+
+def test_codes_in_and_out_are_one_integer_product():
+    found = ops(written("requantized", "QLinearMatMul")[1])
+    assert (found["QLinearMatMul"], found["MatMul"], found["QuantizeLinear"]) == (1, 0, 1)
+    assert integer_check(written("requantized", "QLinearMatMul")[1]).ok
+
+
+def test_a_gemm_reads_the_shared_table_as_it_is_stored():
+    g, new, _ = written("tied", "Gemm")
+    (gemm,) = new.nodes("Gemm")
+    assert "Transpose" not in ops(new)
+    assert gemm.inputs[1].name == next(g.nodes("Transpose")).inputs[0].name
 
 
 def test_add_behind_a_quantized_product_of_rows_is_the_trap():

@@ -167,6 +167,18 @@ def test_constants_beyond_two_gigabytes_are_handed_over(where: str, tmp_path: Pa
     assert np.array_equal(y, np.stack([np.zeros(width), np.full(width, 3)]))
 
 
+def test_a_large_constant_that_nothing_reads_is_left_behind() -> None:
+    """Other tools' quantizers leave the float weights in the file; the runtime drops them, then misses them."""
+    g = tiny.linear()
+    feeds = tiny.feeds(g, 2, 5)
+    with Session(g) as s:
+        want = s.run(feeds)["y"]
+    g.model.graph.register_initializer(ir.Value(name="left", const_value=ir.tensor(np.ones((128, 128), np.float32))))
+    with Session(g) as s:
+        np.testing.assert_array_equal(s.run(feeds)["y"], want)
+    assert "left" in g.model.graph.initializers
+
+
 def test_types_numpy_does_not_know_are_handed_over_as_bytes() -> None:
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 256]))
     g = Graph(ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 21}, name="g"), ir_version=10))

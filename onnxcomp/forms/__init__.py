@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxcomp.forms.attention import ATTENTION
 from onnxcomp.forms.form import FORMS_VERSION, Context, Form, Kind, Spot
-from onnxcomp.forms.linear import ACTIVATION, LINEAR, SILU
+from onnxcomp.forms.linear import ACTIVATION, LINEAR, SILU, TIED
 from onnxcomp.forms.quantized import DYNAMIC, QUANTIZED
 from onnxcomp.forms.residual import RESIDUAL
 from onnxcomp.forms.siblings import PROJECTIONS, SIBLINGS
@@ -14,7 +14,7 @@ __all__ = ["FORMS_VERSION", "KINDS", "Context", "Form", "Kind", "Spot", "default
 # Wide sites first: what they become is looked at again as a narrow one.
 KINDS = {
     kind.name: kind
-    for kind in (PROJECTIONS, SIBLINGS, ATTENTION, QUANTIZED, DYNAMIC, ACTIVATION, LINEAR, SILU, RESIDUAL)
+    for kind in (PROJECTIONS, SIBLINGS, ATTENTION, QUANTIZED, DYNAMIC, ACTIVATION, LINEAR, TIED, SILU, RESIDUAL)
 }
 
 

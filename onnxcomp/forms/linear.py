@@ -1,4 +1,4 @@
-"""A float linear with its bias, and the GELU that reads it."""
+"""A float linear with its bias, the GELU that reads it, a head that shares the embedding table, and SiLU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.forms.form import Context, Form, Kind, Spot, ints
 from onnxcomp.graph import CONTRIB, Graph
 
-__all__ = ["ACTIVATION", "LINEAR", "SILU"]
+__all__ = ["ACTIVATION", "LINEAR", "SILU", "TIED"]
 
 
 def _gelu(linear: Linear) -> ir.Node | None:
@@ -55,12 +55,14 @@ def void(_: object) -> None:
 def _gemm(ctx: Context, x: Linear) -> ir.Value:
     """`Gemm` on rows: `[..., K]` to `[rows, K]` and back, the bias inside the product."""
     g, source, width = ctx.g, x.node.inputs[0], x.sizes[1]
+    rest = (x.weight if x.transposed else x.node.inputs[1], *([x.bias] if x.bias is not None else []))
+    name, turned = f"{x.name}_gemm", int(x.transposed)
     rank = len(source.shape) if source is not None and source.shape is not None else 2
     if source is None or rank == 2:
-        out = g.op("Gemm", source, x.node.inputs[1], x.bias, name=f"{x.name}_gemm", like=x.output)
+        out = g.op("Gemm", source, *rest, name=name, like=x.output, transB=turned)
     else:
         rows = ctx.shared("rows", source, lambda: g.op("Reshape", source, ints(-1, x.sizes[0]), name=f"{x.name}_rows"))
-        flat = g.op("Gemm", rows, x.node.inputs[1], x.bias, name=f"{x.name}_gemm")
+        flat = g.op("Gemm", rows, *rest, name=name, transB=turned)
         flat.type, flat.shape = x.output.type, ir.Shape([None, width])
         lead = ctx.shared("lead", source, lambda: g.op("Shape", source, start=0, end=rank - 1))
         to = ctx.shared(f"to{width}", source, lambda: g.op("Concat", lead, ints(width), axis=0))
@@ -77,6 +79,36 @@ def _no_gemm(ctx: Context, spot: Spot) -> str:
 
 LINEAR = Kind(
     "linear", _plain, (_as("Add"), _as("Sum"), Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _no_gemm))
+)
+
+
+# ---- a head that shares the embedding table --------------------------------------------------------------------------
+
+
+def _tied(g: Graph) -> list[Spot]:
+    """Products with a stored table seen through a Transpose."""
+    found = []
+    for x in blocks.linears(g, tied=True):
+        turn = x.node.inputs[1].producer() if x.node.inputs[1] is not None else None
+        if x.transposed and not x.quantized and x.node.op_type == "MatMul" and turn is not None:
+            nodes = tuple(n for n in (turn, x.node, x.add) if n is not None)
+            found.append(Spot("tied", x.name, nodes, "MatMul", x))
+    return found
+
+
+def _no_tied_gemm(ctx: Context, spot: Spot) -> str:
+    bias = spot.data.bias
+    whole = bias is None or (bias.shape is not None and len(bias.shape) == 1)
+    return _no_gemm(ctx, spot) if whole else "takes a bias of one axis"
+
+
+TIED = Kind(
+    "tied",
+    _tied,
+    (
+        Form("MatMul", lambda ctx, spot: None),
+        Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _no_tied_gemm),
+    ),
 )
 
 

@@ -38,9 +38,29 @@ def _find(g: Graph) -> list[Spot]:
         if x.dequantize is None or x.node.op_type != "MatMul" or (pair is None and x.add is None):
             continue
         present = x.add.op_type if x.add is not None else "Sum"
-        nodes = tuple(n for n in (*(pair or (x.dequantize,)), x.node, x.add) if n is not None)
+        last = x.add if x.add is not None else _requantize(g, x)
+        nodes = tuple(n for n in (*(pair or (x.dequantize,)), x.node, last) if n is not None)
         found.append(Spot("quantized", x.name, nodes, present, x))
     return found
+
+
+def _requantize(g: Graph, linear: Linear) -> ir.Node | None:
+    """The QuantizeLinear that alone reads a product without bias, to 8 bits by one constant scale."""
+    node = linear.users[0] if len(linear.users) == 1 and not linear.output.is_graph_output() else None
+    if node is None or node.op_type != "QuantizeLinear" or node.outputs[0].dtype not in EIGHT:
+        return None
+    scale = g.tensor(node.inputs[1])
+    return node if scale is not None and len(scale.shape) == 0 else None
+
+
+def _uneven(ctx: Context, linear: Linear) -> str:
+    """Why scales do not fit the integer products: they take one for the input, one or one per column for the weight."""
+    pair = _pair(linear)
+    if pair is None:
+        return "takes 8-bit codes on both sides"
+    ranks = [len(n.inputs[1].shape) if n.inputs[1] is not None and n.inputs[1].shape is not None else -1 for n in pair]
+    columns = ranks[1] == 0 or (ranks[1] == 1 and pair[1].attributes.get_int("axis", 1) in (1, -1))
+    return "" if ranks[0] == 0 and columns else "takes one scale of the input, and one per column of the weight"
 
 
 def _args(linear: Linear) -> list[ir.Value | None]:
@@ -71,8 +91,8 @@ def _fused(ctx: Context, spot: Spot) -> None:
 
 def _no_fused(ctx: Context, spot: Spot) -> str:
     x = spot.data
-    if _pair(x) is None:
-        return "takes 8-bit codes on both sides"
+    if why := _uneven(ctx, x):
+        return why
     if x.output.dtype is not ir.DataType.FLOAT:
         return "makes float32 only"
     one = x.bias is None or (x.bias.shape is not None and len(x.bias.shape) == 1)
@@ -109,6 +129,29 @@ def _no_qgemm(ctx: Context, spot: Spot) -> str:
     return "" if rank == 2 and known else "takes two axes and constant scales"
 
 
+def _codes(ctx: Context, spot: Spot) -> None:
+    """`QLinearMatMul`: integers in and out, where a QuantizeLinear follows."""
+    x, last, g = spot.data, spot.nodes[-1], ctx.g
+    a, b, a_scale, b_scale, a_zero, b_zero = _args(x)
+    y_scale, y_zero = [*last.inputs, None][1:3]
+    zeros = [
+        zero if zero is not None else g.constant(np.zeros(_shape(scale), _type(v)), "zero")
+        for zero, scale, v in ((a_zero, a_scale, a), (b_zero, b_scale, b), (y_zero, y_scale, last.outputs[0]))
+    ]
+    args = (a, a_scale, zeros[0], b, b_scale, zeros[1], y_scale, zeros[2])
+    g.replace(last.outputs[0], g.op("QLinearMatMul", *args, name=f"{x.name}_codes", like=last.outputs[0]))
+
+
+def _shape(v: ir.Value | None) -> tuple[int, ...]:
+    return tuple(v.shape.numpy()) if v is not None and v.shape is not None else ()
+
+
+def _no_codes(ctx: Context, spot: Spot) -> str:
+    if why := _uneven(ctx, spot.data):
+        return why
+    return "" if spot.nodes[-1].op_type == "QuantizeLinear" else "its result is not quantized at once"
+
+
 def _rounds(x: Linear) -> str:
     return "rounds its bias to int32" if x.bias is not None else ""
 
@@ -120,6 +163,7 @@ QUANTIZED = Kind(
         _as("Sum"),
         _as("Add"),
         Form("MatMulIntegerToFloat", _fused, ((CONTRIB, "MatMulIntegerToFloat"),), _no_fused),
+        Form("QLinearMatMul", _codes, (("", "QLinearMatMul"),), _no_codes),
         Form("QGemm", _qgemm, ((CONTRIB, "QGemm"),), lambda c, s: _no_qgemm(c, s) or _rounds(s.data)),
         Form("QGemm rounded bias", _qgemm, ((CONTRIB, "QGemm"),), _no_qgemm, approximate=True),
     ),
