@@ -195,3 +195,32 @@ def test_values_in_another_type_than_the_queries_are_declined():
     g = half_graph(back=False)
     canonicalize(g)
     assert [d.why for d in g.declined] == ["attention: the scores are cast to another type and not back"]
+
+
+@pytest.mark.parametrize("spelling", ["added", "subtracted"])
+def test_scores_times_a_table_of_0_and_1_with_a_fill_where_it_is_0(spelling):
+    """`w * b - 1e4 * (1 - b)`, b a slice of a triangular table of numbers, as in the first GPT."""
+    source, new = _tabled(spelling)
+    assert (ops(new)["Attention"], ops(new)["Softmax"], new.declined) == (1, 0, [])
+    same(source, new, **{n: f32(RNG.standard_normal((2, 4, 5, 8))) for n in "qkv"})
+
+
+def test_scores_times_a_table_that_no_mask_repeats_are_declined():
+    _, new = _tabled("other")
+    assert ops(new)["Attention"] == 0
+    assert "scaled by something computed" in new.declined[0].why
+
+
+def _tabled(spelling):
+    g = graph(q=("b", 4, "s", 8), k=("b", 4, "s", 8), v=("b", 4, "s", 8))
+    q, k, v = g.inputs
+    w = g.op("Mul", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), f32(8**-0.5))
+    size = g.op("Shape", q, start=2, end=3)
+    table = np.tril(np.ones((1, 1, 9, 9), np.float32))
+    ends = g.op("Concat", size, size, axis=0)
+    b = g.op("Slice", table, i64(0, 0), ends, i64(2, 3))
+    other = g.op("Slice", np.triu(table), i64(0, 0), ends, i64(2, 3))
+    fill = f32(-1e4 if spelling != "subtracted" else 1e4)
+    hidden = g.op("Mul", fill, g.op("Sub", f32(1), other if spelling == "other" else b))
+    w = g.op("Sub" if spelling == "subtracted" else "Add", g.op("Mul", w, b), hidden)
+    return raised(g, g.op("MatMul", g.op("Softmax", w, axis=-1), v), "b", 4, "s", 8)

@@ -32,7 +32,13 @@ FALCON |= {"num_kv_heads": 2, "new_decoder_architecture": True, "bias": False, "
 def decoder(name: str, model: str, options: dict, norms: int) -> Architecture:
     found = {"attentions": LAYERS, "mlps": LAYERS, "norms": norms, "causal": True}
     return Architecture(
-        name, f"{model}ForCausalLM", f"{model}Config", options, ("input_ids", "attention_mask"), "logits", **found
+        name,
+        f"{model}{'LMHeadModel' if model == 'OpenAIGPT' else 'ForCausalLM'}",
+        f"{model}Config",
+        options,
+        ("input_ids", "attention_mask"),
+        "logits",
+        **found,
     )
 
 
@@ -42,6 +48,7 @@ OTHERS = (
     decoder("bigcode", "GPTBigCode", {**EIGHT, "multi_query": True}, 5),
     decoder("falcon-new", "Falcon", {**FALCON, "use_cache": False}, 5),
     decoder("phi", "Phi", PARALLEL, 3),
+    decoder("openai-gpt", "OpenAIGPT", {k: v for k, v in zoo.GPT2.items() if k != "use_cache"}, 4),
     decoder("nemotron", "Nemotron", {**GROUPED, **EOS, "head_dim": 8, "partial_rotary_factor": 0.5}, 5),
 )
 

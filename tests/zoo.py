@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib
 import importlib.metadata
 import logging
 import os
@@ -52,6 +53,8 @@ class Architecture:
     constant_norms: int = 0  # norms among them that read parameters alone: a tool may compute them beforehand
     square: bool = False  # padding hides queries as well as keys, so that padded rows see no key
     revision: int = FORMAT  # of this model's graphs; raise it when they are built otherwise
+    past: int = 0  # heads of the key-value cache it takes and gives; 0 = none
+    routes: tuple[str, ...] = ("dynamo", "legacy", "transformers")
 
     @functools.cached_property
     def key(self) -> str:
@@ -69,6 +72,21 @@ class Architecture:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
+    @property
+    def taken(self) -> tuple[str, ...]:
+        """Names of the inputs: keys and values of each layer's cache come last."""
+        return (*self.inputs, *(f"past_{i}" for i in range(2 * LAYERS if self.past else 0)))
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return (self.output, *(f"present_{i}" for i in range(2 * LAYERS if self.past else 0)))
+
+    @property
+    def spellings(self) -> dict[str, Spelling]:
+        """The ways to write it, by name."""
+        return {name: s for name, s in SPELLINGS.items() if s.route in self.routes}
+
     def build(self, attention: str = "sdpa") -> Any:
         """The PyTorch module with distinct random weights, the same at every call."""
         import torch
@@ -76,7 +94,9 @@ class Architecture:
 
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.options)
-        model = getattr(transformers, self.model)._from_config(config, attn_implementation=attention).eval()
+        module, _, name = self.model.rpartition(".")
+        home = importlib.import_module(f"transformers.{module}") if module else transformers
+        model = getattr(home, name)._from_config(config, attn_implementation=attention).eval()
         for p in model.parameters():
             if p.ndim == 1:
                 torch.nn.init.normal_(p, float(p.float().mean().round()), 0.1)
@@ -117,6 +137,8 @@ WAV = {**BASE, "conv_dim": (8, 8), "conv_stride": (4, 2), "conv_kernel": (8, 4),
 WAV |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": VOCAB}
 WHISPER = {**PAIR, "num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": SPAN}
 SPAN_PAIR = {**PAIR, "max_position_embeddings": SPAN}
+WHISPER_CODE = "models.whisper.modeling_whisper"
+CACHING = ("dynamo", "legacy")  # transformers' exporter has an interface of its own for caches
 CLIP_TEXT = {**TEXT, **EOS, "projection_dim": H}
 
 ALL = (
@@ -213,6 +235,44 @@ ALL = (
         mlps=LAYERS,
         norms=6,
     ),
+    Architecture(
+        "clip",
+        "CLIPModel",
+        "CLIPConfig",
+        {"text_config": CLIP_TEXT, "vision_config": IMAGE, "projection_dim": H},
+        ("input_ids", "attention_mask", "pixel_values"),
+        "logits_per_text",
+        attentions=2 * LAYERS,
+        mlps=2 * LAYERS,
+        norms=11,
+        causal=True,
+    ),
+    _pair("t5-gated", "T5Model", "T5Config", {**T5, "feed_forward_proj": "gated-gelu"}, 12, "input_ids"),
+    Architecture(
+        "whisper-encoder",
+        f"{WHISPER_CODE}.WhisperEncoder",
+        "WhisperConfig",
+        WHISPER,
+        ("input_features",),
+        "last_hidden_state",
+        attentions=LAYERS,
+        mlps=LAYERS,
+        norms=5,
+    ),
+    Architecture(
+        "whisper-decoder",
+        f"{WHISPER_CODE}.WhisperDecoder",
+        "WhisperConfig",
+        WHISPER,
+        ("input_ids", "encoder_hidden_states"),
+        "last_hidden_state",
+        attentions=2 * LAYERS,
+        mlps=LAYERS,
+        norms=7,
+        causal=True,
+    ),
+    _text("llama-cache", "LlamaForCausalLM", "LlamaConfig", {**GROUPED, "use_cache": True}, 5, past=2, routes=CACHING),
+    _text("gpt2-cache", "GPT2LMHeadModel", "GPT2Config", {**GPT2, "use_cache": True}, 5, past=HEADS, routes=CACHING),
 )
 BY_NAME = {a.name: a for a in ALL}
 
@@ -266,10 +326,11 @@ GROUPS: dict[str, Callable[[Spelling], bool]] = {
 def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype: str = "fp32") -> dict[str, Any]:
     """NumPy inputs; `padding` is none, left or right and shortens odd rows by a third."""
     rng = np.random.default_rng(length)
-    mask = np.ones((batch, length), np.int64)
+    old = length // 2 if a.past else 0  # tokens in the cache
+    mask = np.ones((batch, old + length), np.int64)
     gap = length // 3
     if padding != "none":
-        mask[1::2, slice(0, gap) if padding == "left" else slice(length - gap, None)] = 0
+        mask[1::2, slice(0, gap) if padding == "left" else slice(old + length - gap, None)] = 0
     floats = np.float16 if dtype == "fp16" else np.float32
     made = {
         "input_ids": rng.integers(3, VOCAB, (batch, length)),
@@ -278,8 +339,11 @@ def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype
         "pixel_values": rng.standard_normal((batch, 1, 8, 8)).astype(floats),
         "input_features": rng.standard_normal((batch, 8, 20)).astype(floats),
         "input_values": rng.standard_normal((batch, 16 * length + 40)).astype(floats),
+        "encoder_hidden_states": rng.standard_normal((batch, length + 2, H)).astype(floats),
     }
-    return {name: made[name] for name in a.inputs}
+    for name in a.taken[len(a.inputs) :]:
+        made[name] = rng.standard_normal((batch, a.past, old, H // HEADS)).astype(floats)
+    return {name: made[name] for name in a.taken}
 
 
 def path_of(a: Architecture, s: Spelling, cache: Path = CACHE) -> Path:
@@ -356,8 +420,12 @@ def _example(a: Architecture, s: Spelling) -> dict[str, Any]:
 def _axes(a: Architecture, name: str) -> dict[int, str]:
     if name in ("pixel_values", "input_features"):
         return {0: "batch"}
-    second = {"decoder_input_ids": "target", "input_values": "samples"}.get(name, "sequence")
-    return {0: "batch", 1: second}
+    if name.startswith(("past_", "present_")):
+        return {0: "batch", 2: name.partition("_")[0]}
+    seconds = {"decoder_input_ids": "target", "input_values": "samples", "encoder_hidden_states": "source"}
+    if a.past:
+        seconds["attention_mask"] = "present"
+    return {0: "batch", 1: seconds.get(name, "sequence")}
 
 
 def _wrapped(a: Architecture, s: Spelling) -> Any:
@@ -371,16 +439,33 @@ def _wrapped(a: Architecture, s: Spelling) -> Any:
         def forward(self, *args: torch.Tensor) -> torch.Tensor:
             return self.model(**dict(zip(a.inputs, args, strict=True)))[a.output]
 
-    return OneOutput(_model(a, s)).eval()
+    class Cached(torch.nn.Module):
+        """The model with its cache as plain tensors: keys and values of each layer in, the longer ones out."""
+
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            from transformers.cache_utils import DynamicCache
+
+            held, past = DynamicCache(config=self.model.config), args[len(a.inputs) :]
+            for i in range(LAYERS):
+                held.update(past[2 * i], past[2 * i + 1], i)
+            named = dict(zip(a.inputs, args[: len(a.inputs)], strict=True))
+            out = self.model(**named, past_key_values=held, use_cache=True)
+            return (out[a.output], *(t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)))
+
+    return (Cached if a.past else OneOutput)(_model(a, s)).eval()
 
 
 def _dynamo(a: Architecture, s: Spelling, out: Path) -> None:
     import torch
 
     names = {"batch": torch.export.Dim.DYNAMIC}
-    shapes = (tuple({i: names.get(n, torch.export.Dim.DYNAMIC) for i, n in _axes(a, x).items()} for x in a.inputs),)
+    shapes = (tuple({i: names.get(n, torch.export.Dim.DYNAMIC) for i, n in _axes(a, x).items()} for x in a.taken),)
     args = tuple(_example(a, s).values())
-    options = {"input_names": list(a.inputs), "output_names": [a.output], "dynamic_shapes": shapes, "verbose": False}
+    options = {"input_names": list(a.taken), "output_names": list(a.given), "dynamic_shapes": shapes, "verbose": False}
     program = torch.onnx.export(_wrapped(a, s), args, dynamo=True, opset_version=s.opset, **options)
     if program.model.opset_imports[""] != s.opset:
         raise RuntimeError(f"asked for opset {s.opset}, the exporter wrote {program.model.opset_imports['']}")
@@ -391,8 +476,8 @@ def _legacy(a: Architecture, s: Spelling, out: Path) -> None:
     import onnx_ir as ir
     import torch
 
-    axes = {x: _axes(a, x) for x in a.inputs} | {a.output: {0: "batch"}}
-    named = {"input_names": list(a.inputs), "output_names": [a.output], "dynamic_axes": axes}
+    axes = {x: _axes(a, x) for x in (*a.taken, *a.given[1:])} | {a.output: {0: "batch"}}
+    named = {"input_names": list(a.taken), "output_names": list(a.given), "dynamic_axes": axes}
     args = tuple(_example(a, s).values())
     torch.onnx.export(_wrapped(a, s), args, str(out), dynamo=False, opset_version=s.opset, **named)
     _save(ir.load(out), out)
@@ -531,6 +616,12 @@ DIAGONAL: dict[str, str] = {
     "bart": "dynamo-sdpa-17 dynamo-eager-17",
     "marian": "dynamo-eager-17 legacy-eager-14",
     "wav2vec2": "legacy-eager-13",
+    "clip": "dynamo-sdpa-20",
+    "t5-gated": "legacy-eager-16",
+    "whisper-encoder": "transformers-sdpa-20",
+    "whisper-decoder": "dynamo-eager-20",
+    "llama-cache": "legacy-eager-17 dynamo-sdpa-18",
+    "gpt2-cache": "dynamo-sdpa-20",
 }
 
 

@@ -35,12 +35,17 @@ def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
 
 
 def _raise_core(g: Graph, sizes: Sizes, masks: Masks, softmax: ir.Node, exact_rows: bool) -> None:
+    edits, count, known = g.edits, len(g.model.graph), masks.state()
     try:
         core = find_core(g, sizes.f, masks, softmax)
         if exact_rows and core.changes:
             raise NotAttention("rows that see no key would change (asked for exact rows)")
         raise_core(g, sizes, masks, core)
     except NotAttention as why:
+        for node in reversed(list(g.model.graph)[count:]):  # masks that were read for nothing
+            g.model.graph.remove(node, safe=True)
+        masks.restore(known)
+        g.edits = edits
         g.decline(softmax, f"attention: {why}")
 
 

@@ -125,6 +125,15 @@ def _mask_added(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     return scores
 
 
+def _mask_subtracted(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+    scores, meaning = node.inputs[0], masks.subtracted(node.inputs[1])
+    if scores is None or meaning is None or walk.softcap:
+        raise NotAttention("something is subtracted from the scores that is not a mask")
+    walk.masks.append(Bias(meaning))
+    walk.finite = True
+    return scores
+
+
 def _mask_selected(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     condition, x, y = node.inputs[:3]
     if walk.softcap:
@@ -140,11 +149,22 @@ def _mask_selected(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Val
 
 def _scaled(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
     a, b = node.inputs[0], node.inputs[1]
+    for x, shown in ((a, b), (b, a)):
+        if x is not None and node.op_type == "Mul" and _is_masked_already(masks, walk, shown) and _leads_up(f, x):
+            return x
     x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
     if x is None or number is None or not np.isfinite(number) or (node.op_type == "Div" and (x is b or number == 0)):
         raise NotAttention("the scores are scaled by something computed")
     walk.scale *= number if node.op_type == "Mul" else 1 / number
     return x
+
+
+def _is_masked_already(masks: Masks, walk: _Walk, shown: ir.Value | None) -> bool:
+    """Whether a factor of 0 and 1 is 0 only where a mask met before forbids the key whatever its score."""
+    if not walk.masks or shown is None or (masks.g.is_constant(shown) and masks.f.scalar(shown) is not None):
+        return False
+    meaning = masks.uncast(shown)
+    return meaning is not None and any(m.value is meaning for m in walk.masks)
 
 
 def _capped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
@@ -179,6 +199,7 @@ def _regrouped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
 
 _STEPS: dict[str, Callable[[Facts, Masks, _Walk, ir.Node], ir.Value]] = {
     "Add": _mask_added,
+    "Sub": _mask_subtracted,
     "Where": _mask_selected,
     "Mul": _scaled,
     "Div": _scaled,

@@ -21,6 +21,7 @@ __all__ = ["BLOCKED", "Masks"]
 BLOCKED = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowest finite number, -inf
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATING = (*HALVES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+TABLE = 1 << 22  # elements of a table of 0 and 1 worth reading: 2048 x 2048 positions
 MOVES = ("Identity", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Slice", "Transpose")
 
 
@@ -31,7 +32,16 @@ class Masks:
     g: Graph
     f: Facts
     _bools: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
+    _uncast: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
     _made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
+
+    def state(self) -> Masks:
+        """A copy of what was understood and made up to now."""
+        return Masks(self.g, self.f, dict(self._bools), dict(self._uncast), dict(self._made))
+
+    def restore(self, state: Masks) -> None:
+        """Forget what was made since `state`, whose nodes are gone."""
+        self._bools, self._uncast, self._made = state._bools, state._uncast, state._made
 
     def allows_all(self, v: ir.Value) -> bool:
         """Whether a mask provably hides nothing."""
@@ -106,11 +116,17 @@ class Masks:
                 return condition if positive else self.negated(condition)
         return None
 
-    def _of_product(self, node: ir.Node) -> ir.Value | None:
-        """`Cast(blocked) * fill` and `(1 - Cast(allowed)) * fill`, for bools."""
+    def subtracted(self, v: ir.Value | None) -> ir.Value | None:
+        """The bool mask that a subtracted float mask means, `10000 * (1 - allowed)`, or None."""
+        node = v.producer() if v is not None else None
+        return self._of_product(node, -1) if node is not None and node.op_type == "Mul" and not node.domain else None
+
+    def _of_product(self, node: ir.Node, sign: int = 1) -> ir.Value | None:
+        """`blocked * fill` and `(1 - allowed) * fill`, for bools as numbers."""
         for x, fill in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            low, inner = self.fill(fill), x.producer() if x is not None else None
-            if low is None or inner is None or not np.isfinite(low):
+            known, inner = self.f.uniform(fill), x.producer() if x is not None else None
+            low = known.value if known is not None else None
+            if low is None or sign * low > BLOCKED or inner is None or not np.isfinite(low):
                 continue
             if inner.op_type == "Sub" and self.f.scalar(inner.inputs[0]) == 1.0:
                 return self.uncast(inner.inputs[1])
@@ -120,11 +136,30 @@ class Masks:
         return None
 
     def uncast(self, v: ir.Value | None) -> ir.Value | None:
-        """The bool value behind a Cast to numbers, or behind several: 0 and 1 are exact in every type."""
-        node = v.producer() if v is not None else None
-        if node is None or node.op_type != "Cast" or node.inputs[0] is None:
+        """The bool value behind a Cast to numbers, or behind several, or that a table of 0 and 1 means.
+
+        0 and 1 are exact in every type.
+        """
+        if v is not None and v not in self._uncast:
+            self._uncast[v] = self._of_numbers(v)
+        return None if v is None else self._uncast[v]
+
+    def _of_numbers(self, v: ir.Value) -> ir.Value | None:
+        node, t = v.producer(), self.g.tensor(v)
+        if t is not None:
+            if len(t.shape) < 2 or t.size > TABLE or t.dtype == ir.DataType.STRING:
+                return None
+            table = t.numpy()
+            fits = bool(np.all((table == 0) | (table == 1)))
+            return self.g.constant(np.asarray(table != 0), str(v.name)) if fits else None
+        x = node.inputs[0] if node is not None and node.inputs and not node.domain else None
+        if node is None or x is None or node.op_type not in ("Cast", *MOVES):
             return None
-        return node.inputs[0] if self.is_bool(node.inputs[0]) else self.uncast(node.inputs[0])
+        if node.op_type == "Cast":
+            return x if self.is_bool(x) else self.uncast(x)
+        inner = self.uncast(x)
+        attrs = {k: a.value for k, a in node.attributes.items()}
+        return None if inner is None else self.g.op(node.op_type, inner, *node.inputs[1:], **attrs)
 
     def empty_rows(self, v: ir.Value | None) -> ir.Value | None:
         """The bool mask whose rows without any key are the True elements of `v`, or None."""
