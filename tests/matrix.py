@@ -25,7 +25,20 @@ TOLERANCE = 2e-6  # relative to the largest element, in fp32
 ROUNDING = {ir.DataType.FLOAT16: 2.0**-11, ir.DataType.BFLOAT16: 2.0**-8}
 # Operators of masks, positions and sizes, which exporters may spell differently.
 SIDE = {"Shape", "Gather", "GatherND", "GatherElements", "Slice", "Concat", "Squeeze", "Unsqueeze", "Expand", "Cast"}
-SIDE |= {"Range", "And", "Or", "Not", "GreaterOrEqual", "LessOrEqual", "Reshape", "Cos", "Sin", "CumSum", "Equal"}
+SIDE |= {
+    "Range",
+    "And",
+    "Or",
+    "Not",
+    "GreaterOrEqual",
+    "LessOrEqual",
+    "Reshape",
+    "Cos",
+    "Sin",
+    "CumSum",
+    "Equal",
+    "Flatten",
+}
 HALVES = {ir.DataType.FLOAT16: ir.DataType.FLOAT, ir.DataType.BFLOAT16: ir.DataType.FLOAT}
 DOUBLE = {ir.DataType.FLOAT: ir.DataType.DOUBLE}
 

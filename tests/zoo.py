@@ -617,9 +617,9 @@ DIAGONAL: dict[str, str] = {
     "marian": "dynamo-eager-17 legacy-eager-14",
     "wav2vec2": "legacy-eager-13",
     "clip": "dynamo-sdpa-20",
-    "t5-gated": "legacy-eager-16",
-    "whisper-encoder": "transformers-sdpa-20",
-    "whisper-decoder": "dynamo-eager-20",
+    "t5-gated": "legacy-eager-17",
+    "whisper-encoder": "dynamo-sdpa-20",
+    "whisper-decoder": "dynamo-sdpa-20",
     "llama-cache": "legacy-eager-17 dynamo-sdpa-18",
     "gpt2-cache": "dynamo-sdpa-20",
 }
