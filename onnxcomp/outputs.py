@@ -58,6 +58,9 @@ class View:
             seen = np.logical_or.reduce(seen, axis=1)
         if seen.ndim == 3:
             seen = seen[:, 0] if seen.shape[1] == 1 else np.logical_or.reduce(seen, axis=2)
+        tokens = feeds.get(self.roles.get("tokens", ""))
+        if tokens is not None and tokens.ndim == seen.ndim == 2 and 0 < tokens.shape[1] < seen.shape[1]:
+            seen = seen[:, -tokens.shape[1] :]  # what comes before are keys in the cache
         return seen
 
 

@@ -224,3 +224,15 @@ def _tabled(spelling):
     hidden = g.op("Mul", fill, g.op("Sub", f32(1), other if spelling == "other" else b))
     w = g.op("Sub" if spelling == "subtracted" else "Add", g.op("Mul", w, b), hidden)
     return raised(g, g.op("MatMul", g.op("Softmax", w, axis=-1), v), "b", 4, "s", 8)
+
+
+def test_a_computed_bias_that_is_subtracted_is_a_bias():
+    """`scores - 1e6 * (1 - mask)` with a mask of numbers that nothing proves to be 0 or 1 (Funnel)."""
+    g = graph(q=("b", 4, "s", 8), k=("b", 4, "s", 8), v=("b", 4, "s", 8), m=("b", 1, 1, "s"))
+    q, k, v, m = g.inputs
+    w = g.op("Mul", g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2])), f32(0.5))
+    w = g.op("Sub", w, g.op("Mul", f32(1e6), g.op("Sub", f32(1), m)))
+    source, new = raised(g, g.op("MatMul", g.op("Softmax", w, axis=-1), v), "b", 4, "s", 8)
+    assert (ops(new)["Attention"], ops(new)["Softmax"], new.declined) == (1, 0, [])
+    mask = f32(np.arange(5) < [[3], [5]])[:, None, None, :]
+    same(source, new, **{n: f32(RNG.standard_normal((2, 4, 5, 8))) for n in "qkv"}, m=mask)

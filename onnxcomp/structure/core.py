@@ -126,10 +126,11 @@ def _mask_added(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
 
 
 def _mask_subtracted(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
-    scores, meaning = node.inputs[0], masks.subtracted(node.inputs[1])
-    if scores is None or meaning is None or walk.softcap:
-        raise NotAttention("something is subtracted from the scores that is not a mask")
-    walk.masks.append(Bias(meaning))
+    scores, mask = node.inputs[0], node.inputs[1]
+    if scores is None or mask is None or walk.softcap or not _leads_up(f, scores):
+        raise NotAttention("the scores are subtracted from something, or a mask from them inside the soft-cap")
+    meaning = masks.subtracted(mask)
+    walk.masks.append(Bias(meaning) if meaning is not None else Bias(mask, -walk.scale))
     walk.finite = True
     return scores
 
