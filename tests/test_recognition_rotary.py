@@ -161,3 +161,19 @@ def test_tables_that_differ_between_the_halves_are_declined():
         "rotary: the cosine and sine tables are not two equal halves over the width"
     ]
     same(source, new, x=f32(RNG.standard_normal((B, S, N * H))), a=f32(RNG.standard_normal((S, H))))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_scale_before_the_rotation_belongs_to_the_operator(shared):
+    """ESM scales queries before it turns them; where others read the turned queries, the factor stays."""
+    g = graph(23, x=["b", S, N * H])
+    x, cos, sin = g.value("x"), f32(np.cos(angles(H)))[None], f32(np.sin(angles(H)))[None]
+    wide = i64(B, S, H // 2)
+    tables = [g.op("Expand", t, wide) for t in (cos, sin)]
+    q = g.op("RotaryEmbedding", g.op("Mul", x, f32(0.25)), *tables, num_heads=N)
+    k = g.op("RotaryEmbedding", x, *tables, num_heads=N)
+    y = g.op("Attention", q, k, x, q_num_heads=N, kv_num_heads=N, scale=0.5)
+    source, new = raised(g, g.op("Add", y, q) if shared else y, "b", S, N * H)
+    scale = next(new.nodes("Attention")).attributes.get_float("scale")
+    assert (ops(new)["Mul"], scale) == ((1, 0.5) if shared else (0, 0.125))
+    same(source, new, x=f32(RNG.standard_normal((B, S, N * H))))

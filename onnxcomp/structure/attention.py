@@ -80,12 +80,15 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
 def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
     """A number that queries or keys are multiplied with, in whatever layout, belongs to the operator's scale."""
     for i in (0, 1) if len(node.inputs) <= 4 else (0,):  # past keys are scaled already
-        x = node.inputs[i]
+        reader, place, x = node, i, node.inputs[i]
+        turned = x.producer() if x is not None else None
+        if turned is not None and turned.op_type == "RotaryEmbedding" and x is not None and len(list(x.uses())) == 1:
+            reader, place, x = turned, 0, turned.inputs[0]  # a rotation keeps factors
         if x is None or f.rank(x) != 3 or "scale" not in node.attributes:
             continue
         scaled = [t for t in trace(f, x, through=(*MOVES, "Mul", "Div")) if t.scale != 1 and t.axes == t.origin]
         if scaled and scaled[-1].scale > 0 and f.rank(scaled[-1].value) == 3:
-            g.set_input(node, i, scaled[-1].value)
+            g.set_input(reader, place, scaled[-1].value)
             g.set_attr(node, scale=node.attributes.get_float("scale") * scaled[-1].scale)
 
 
