@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import mmap
@@ -11,20 +10,17 @@ import stat
 import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.maths import Array
 
-__all__ = ["DataFile", "MappedTensor", "attach", "check", "embedded", "externalize", "locations", "sync", "tensors"]
+__all__ = ["DataFile", "MappedTensor", "attach", "check", "locations", "tensors"]
 
-SMALL = 1024  # bytes up to which a tensor stays in the model file, where shape inference can read it
-PAGE = 4096
 _CHUNK = 1 << 22
 _PACKED = {2, 4, 6}  # bits per element of types that numpy cannot view in place
 _TYPED = {  # where a tensor's elements may lie when they are not raw bytes, and entries per element
@@ -296,91 +292,3 @@ def attach(model: ir.Model, base: Path) -> None:
         else:
             node, name = holder
             node.attributes[name] = ir.AttrTensor(name, mapped)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-def externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
-    """Move tensors over `SMALL` bytes to a data file named by its content, one tensor in memory at a time."""
-    LiftConstantsToInitializersPass(size_limit=SMALL)(model)
-    held: list[tuple[ir.Value, ir.TensorProtocol]] = [
-        (v, t)
-        for t, v in tensors(model)
-        if isinstance(v, ir.Value) and t.nbytes > SMALL and t.dtype != ir.DataType.STRING
-    ]
-    offsets: dict[object, int] = {}
-    content = hashlib.sha256()
-    places: list[int] = []
-    with temporary.open("xb") as f:
-        for _, t in held:
-            key = t.source if isinstance(t, MappedTensor) else id(t)
-            if key not in offsets:
-                offsets[key] = _append(f, t, offsets, content)
-            places.append(offsets[key])
-        sync(f)
-    digest = content.hexdigest()[:12]
-    data = target.with_name(f"{target.stem}-{digest}.onnx.data")
-    os.replace(temporary, data)
-    for (v, t), offset in zip(held, places, strict=True):
-        shape = ir.Shape(t.shape.numpy())
-        v.const_value = ir.ExternalTensor(data.name, offset, t.nbytes, t.dtype, shape=shape, name=str(v.name))
-    return data
-
-
-def embedded(model: ir.Model, data: Path | None) -> ir.Model:
-    """Take tensors that lie in any file but `data` into the model file."""
-    for t, holder in list(tensors(model)):
-        if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data.name):
-            continue
-        proto = onnx.TensorProto(name=t.name or "", data_type=t.dtype.value, dims=t.shape.numpy(), raw_data=t.tobytes())
-        held = ir.TensorProtoTensor(proto)
-        if isinstance(holder, ir.Value):
-            holder.const_value = held
-        else:
-            node, name = holder
-            node.attributes[name] = ir.AttrTensor(name, held)
-    return model
-
-
-class _Hashing:
-    """A writer that counts and hashes what passes through to the file."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.count, self.digest = file, 0, hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> int:
-        """Pass bytes on; exporters hand over arrays of any rank."""
-        view = memoryview(data)
-        data = view.cast("B") if view.nbytes else b""
-        self.digest.update(data)
-        self.count += len(data)
-        return self.file.write(data)
-
-
-def _append(f: BinaryIO, t: ir.TensorProtocol, seen: dict[object, int], content: hashlib._Hash) -> int:
-    """Write one tensor at the next aligned offset and return it; equal content is not written again."""
-    end = f.seek(0, os.SEEK_END)
-    align = PAGE if t.nbytes >= PAGE else 64
-    offset = -(-end // align) * align
-    f.write(bytes(offset - end))
-    out = _Hashing(f)
-    write = getattr(t, "tofile", None)
-    if write is not None:
-        write(out)
-    else:
-        out.write(t.tobytes())
-    if out.count != t.nbytes:
-        raise ModelError(f"tensor '{t.name}' gave {out.count} bytes where its shape and type say {t.nbytes}")
-    key = out.digest.digest()
-    if key in seen:
-        f.truncate(end)
-    else:
-        content.update(offset.to_bytes(8, "little") + key)
-    return seen.setdefault(key, offset)
-
-
-def sync(f: BinaryIO) -> None:
-    """Wait until the written bytes are on the disk."""
-    f.flush()
-    os.fsync(f.fileno())

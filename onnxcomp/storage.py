@@ -18,11 +18,11 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
-from onnxcomp import external
+from onnxcomp import datafile, external
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 
-__all__ = ["COMPANIONS", "copy_companions", "file_bytes", "fingerprint", "graphs_of", "load", "publish", "save"]
+__all__ = ["COMPANIONS", "copy_companions", "file_bytes", "fingerprint", "graphs_of", "load", "publish", "save", "written_bytes"]
 
 INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
 MIN_IR = 10
@@ -174,20 +174,40 @@ def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] | None = None, 
     return written
 
 
-def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
+def written_bytes(graph: Graph, metadata: Mapping[str, str] | None = None) -> int:
+    """Bytes that `save` would write, data file included; reads no weight of a model that has one.
+
+    Exact but for constants of equal content: `save` stores them once, here only those that are one tensor count once.
+    """
+    model = _prepared(graph, metadata or {})
+    if not _is_large(model):
+        return int(ir.to_proto(datafile.embedded(model, None)).ByteSize())
+    return datafile.measure(model) + int(ir.to_proto(model).ByteSize())
+
+
+def _prepared(graph: Graph, metadata: Mapping[str, str]) -> ir.Model:
     model = graph.model.clone()
     model.metadata_props.update(metadata)
     _versions(model)
-    unique = {id(t): t.nbytes for t, _ in external.tensors(model)}
+    return model
+
+
+def _is_large(model: ir.Model) -> bool:
+    """Whether the weights go to a file of their own."""
+    return sum({id(t): t.nbytes for t, _ in external.tensors(model)}.values()) > INLINE_LIMIT
+
+
+def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
+    model = _prepared(graph, metadata)
     temporary = _temporary(target)
     data, done = None, False
     try:
-        if sum(unique.values()) > INLINE_LIMIT:
-            data = external.externalize(model, target, temporary.with_suffix(".data.tmp"))
-        proto = ir.to_proto(external.embedded(model, data))
+        if _is_large(model):
+            data = datafile.externalize(model, target, temporary.with_suffix(".data.tmp"))
+        proto = ir.to_proto(datafile.embedded(model, data))
         with temporary.open("xb") as f:
             f.write(proto.SerializeToString(deterministic=True))
-            external.sync(f)
+            datafile.sync(f)
         os.replace(temporary, target)
         done = True
     finally:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import external, storage
+from onnxcomp import datafile, external, storage
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.structure.opset import convert
@@ -544,7 +544,7 @@ def test_opset_conversion_does_not_read_the_weights(tmp_path: Path) -> None:
     storage.save(tiny.encoder(spelled="dynamo"), tmp_path)
     g = storage.load(tmp_path)
     new = convert(g, 23)
-    big = [v.const_value for v in new.model.graph.initializers.values() if v.const_value.nbytes > external.SMALL]
+    big = [v.const_value for v in new.model.graph.initializers.values() if v.const_value.nbytes > datafile.SMALL]
     assert (g.opset, new.opset) == (18, 23)
     assert big
     assert all(isinstance(t, external.MappedTensor) for t in big)

@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.solve import damped
+from onnxcomp.maths.solve import damped, invert_lower
 
 __all__ = ["best", "flap", "head_energy", "head_loss", "magnitude", "per_unit", "unit_loss", "wanda"]
 
@@ -66,15 +66,20 @@ def per_unit(values: Array, units: Array, count: int, mean: bool = False) -> Flo
 def unit_loss(gram: Array, weights: Array, units: Array, count: int, damp: float = 1e-6) -> Float64:
     """Squared error that remains when a unit's in-channels are cut and all others make up for it: `[count]`.
 
-    `tr(W_u^T [(G^-1)_uu]^-1 W_u)`, the Schur complement of the rest, from one inverse for all units.
+    `tr(W_u^T [(G^-1)_uu]^-1 W_u)`, the Schur complement of the rest, from one factor of the inverse for all units.
     """
     w, u = np.asarray(weights, np.float64), np.asarray(units, np.int64)
-    inverse = np.linalg.inv(damped(np.asarray(gram, np.float64), damp)[0])
+    factor = invert_lower(damped(np.asarray(gram, np.float64), damp)[1])
     losses = np.zeros(count)
+    if np.bincount(u[u >= 0], minlength=1).max() <= 1:  # a channel each: only the diagonal of the inverse
+        own = np.flatnonzero(u >= 0)
+        losses[u[own]] = (np.einsum("kn,kn->k", w, w) / np.einsum("kn,kn->n", factor, factor))[own]
+        return losses
     for i in range(count):
         own = np.flatnonzero(u == i)
         if own.size:
-            losses[i] = np.einsum("kn,kn->", w[own], np.linalg.solve(inverse[np.ix_(own, own)], w[own]))
+            inverse = factor[:, own].T @ factor[:, own]
+            losses[i] = np.einsum("kn,kn->", w[own], np.linalg.solve(inverse, w[own]))
     return np.maximum(losses, 0.0)
 
 

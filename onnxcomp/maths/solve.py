@@ -21,6 +21,7 @@ __all__ = [
     "error",
     "gptq",
     "inverse_factor",
+    "invert_lower",
     "least_squares",
     "repair",
     "repair_affine",
@@ -58,7 +59,9 @@ def _checked(gram: Array, name: str = "Gram matrix") -> Float64:
     g = np.asarray(gram, np.float64)
     if g.ndim != 2 or g.shape[0] != g.shape[1] or not np.isfinite(g).all():
         raise DataError(f"the {name} is not a finite square matrix, its shape is {list(g.shape)}")
-    return np.asarray((g + g.T) / 2)
+    even = g + g.T
+    even /= 2
+    return even
 
 
 def damped(gram: Float64, damp: float) -> tuple[Float64, Float64, float]:
@@ -70,7 +73,8 @@ def damped(gram: Float64, damp: float) -> tuple[Float64, Float64, float]:
     if level <= 0:
         return np.eye(len(gram)), np.eye(len(gram)), damp
     while damp < DAMP_LIMIT:
-        h = gram + damp * level * np.eye(len(gram))
+        h = gram.copy()
+        h.reshape(-1)[:: len(h) + 1] += damp * level
         try:
             return h, np.asarray(np.linalg.cholesky(h), np.float64), damp
         except np.linalg.LinAlgError:
@@ -86,7 +90,8 @@ def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | 
     g = _checked(gram)
     c = np.asarray(cross, np.float64)
     w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
-    h, _, used = damped(g, damp)
+    h, lower, used = damped(g, damp)
+    del lower  # as large as the Gram matrix
     return Solution(w0 + np.linalg.solve(h, c - g @ w0), used)
 
 
@@ -170,8 +175,20 @@ def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, ac
     return unordered, used
 
 
+def invert_lower(lower: Float64) -> Float64:
+    """The inverse of a lower triangular matrix, in its own place, by halves: a third of what a general inverse takes."""
+    n = len(lower)
+    if n <= LAZY:
+        lower[...] = np.tril(np.linalg.inv(lower))
+        return lower
+    a, b, c = lower[: n // 2, : n // 2], lower[n // 2 :, : n // 2], lower[n // 2 :, n // 2 :]
+    invert_lower(a)
+    invert_lower(c)
+    b[...] = c @ (b @ -a)
+    return lower
+
+
 def inverse_factor(h: Float64, damp: float) -> tuple[Float64, float]:
     """Upper triangular `U` with `U^T U = H^-1`, from the Cholesky factor of `H` read backwards."""
-    _, lower, used = damped(h[::-1, ::-1], damp)
-    upper = np.linalg.inv(lower[::-1, ::-1])
-    return np.triu(upper), used
+    lower, used = damped(h[::-1, ::-1], damp)[1:]
+    return invert_lower(lower)[::-1, ::-1], used
