@@ -214,7 +214,7 @@ def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> 
 def _planned(result: Result) -> str:
     """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
     steps, told = result.report.steps, result.report.info["plan"]
-    before, after = (steps[0].nbytes[0], steps[-1].nbytes[1]) if steps else (1, 1)
+    before, after = told["bytes"]
     changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
     counts = [f"{k} {told[k][0] / 1e6:.2f} > {told[k][1] / 1e6:.2f} M" for k in ("parameters", "macs")]
     line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"

@@ -13,6 +13,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.external import MappedTensor, tensors
+from onnxcomp.spool import release
 
 __all__ = ["embedded", "externalize", "measure", "sync"]
 
@@ -31,6 +32,8 @@ def externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
             key = _identity(t)
             if key not in offsets:
                 offsets[key] = _append(f, t, offsets, content)
+                if not isinstance(t, MappedTensor):  # that one is read without its mapping
+                    release([t])
             places.append(offsets[key])
         sync(f)
     digest = content.hexdigest()[:12]

@@ -123,8 +123,7 @@ class Job:
     def plan(self, watch: Watch | None = None) -> Result:
         """A dry run in memory: sizes as they will be, nothing measured, judged or written; data where sizes need it.
 
-        `info["plan"]` has parameters and multiplications per token before and after, and what cannot be told without
-        data.
+        `info["plan"]` has parameters, multiplications per token and the files' bytes, and what data is needed for.
         """
         passes = [p.planning() for p in self.recipe.passes]
         unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
@@ -136,9 +135,11 @@ class Job:
         graph = storage.load(self.model)
         result = dry.manager(watch).run(graph, dry.dataset(data, graph), ())
         self._describe(result.report)
-        result.report.info["plan"] = {
+        info = result.report.info
+        info["plan"] = {
             "parameters": [parameters(g) for g in (graph, result.model)],
             "macs": [macs(g) for g in (graph, result.model)],
+            "bytes": [storage.file_bytes(self.model), storage.written_bytes(result.model, info["metadata"])],
             "needs_data": [] if with_data else unplanned,
         }
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.external import MappedTensor
 from onnxcomp.maths import Array
 
-__all__ = ["as_tensor", "forget"]
+__all__ = ["as_tensor", "forget", "release"]
 
 SPOOLED = 1 << 20  # bytes from which on a weight goes to the scratch folder, where a graph has one
 
@@ -45,11 +46,16 @@ def _spooled(a: Array, folder: Path) -> ir.TensorProtocol:
 
 def forget(model: ir.Model) -> None:
     """Let the system drop the pages of mapped weights that were read; they come back when they are asked for."""
+    release(v.const_value for v in model.graph.initializers.values())
+
+
+def release(tensors: Iterable[ir.TensorProtocol | None]) -> None:
+    """`forget` for some tensors: each with the whole file it lies in."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     maps: dict[int, mmap.mmap] = {}
-    for v in model.graph.initializers.values():
-        t, held = v.const_value, None
+    for t in tensors:
+        held = None
         if isinstance(t, MappedTensor):
             held = t.mapping
         elif isinstance(t, ir.Tensor) and isinstance(t.raw, np.memmap) and t.raw.mode == "r":

@@ -22,7 +22,17 @@ from onnxcomp import datafile, external
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 
-__all__ = ["COMPANIONS", "copy_companions", "file_bytes", "fingerprint", "graphs_of", "load", "publish", "save", "written_bytes"]
+__all__ = [
+    "COMPANIONS",
+    "copy_companions",
+    "file_bytes",
+    "fingerprint",
+    "graphs_of",
+    "load",
+    "publish",
+    "save",
+    "written_bytes",
+]
 
 INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
 MIN_IR = 10

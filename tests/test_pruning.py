@@ -250,3 +250,29 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
     made = compress_each(path, tmp_path / "out", passes=passes[:2], calibration=data, measure=False)["model"].model
     assert told["parameters"] == [parameters(storage.load(path)), parameters(made)]
     assert told["macs"] == [macs(storage.load(path)), macs(made)]
+
+
+@pytest.mark.parametrize("inline", [None, 0])  # one file, and a data file beside it
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "prune-heads: {ratio: 0.5}",
+        "prune-ffn: {ratio: 0.5}",
+        "prune-hidden: {ratio: 0.5}",
+        "sparsify: {compact: true, min_size: 64, method: magnitude, repair: false}",
+    ],
+)
+def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
+    from onnxcomp import storage
+    from onnxcomp.job import compress_each
+
+    if inline is not None:
+        monkeypatch.setattr(storage, "INLINE_LIMIT", inline)
+    path = tiny.external(tiny.decoder(), tmp_path)
+    (planned,) = compress_each(path, None, passes=[spec], plan=True).values()
+    told = planned.report.info["plan"]
+    assert told["needs_data"] == []
+    data = [tiny.feeds(storage.load(path), 4, 8, seed=i) for i in range(10)]
+    compress_each(path, tmp_path / "out", passes=[spec], calibration=data, measure=False)
+    (made,) = storage.graphs_of(tmp_path / "out").values()
+    assert told["bytes"] == [storage.file_bytes(path), pytest.approx(storage.file_bytes(made), rel=0.01)]

@@ -176,7 +176,7 @@ def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, ac
 
 
 def invert_lower(lower: Float64) -> Float64:
-    """The inverse of a lower triangular matrix, in its own place, by halves: a third of what a general inverse takes."""
+    """The inverse of a lower triangular matrix, in its own place, by halves: a third of a general inverse's work."""
     n = len(lower)
     if n <= LAZY:
         lower[...] = np.tril(np.linalg.inv(lower))
