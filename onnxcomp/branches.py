@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.blocks import Attention, Layer, Mlp, layers
+from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
 from onnxcomp.graph import Graph, Site
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
-__all__ = ["Branch", "branches", "whole_layers"]
+__all__ = ["Branch", "branches", "joins", "whole_layers"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,15 @@ def branches(g: Graph) -> list[Branch]:
     found, index = layers(g), Index.of(g)
     outs = {_out(p) for layer in found for p in _parts(layer)}
     return [_branch(g, index, layer, part, outs) for layer in found for part in _parts(layer)]
+
+
+def joins(x: Linear) -> ir.Node | None:
+    """The addition of two computed values, such as the residual one, that alone reads a linear's output."""
+    users = list(x.output.uses())
+    node = users[0][0] if len(users) == 1 and not x.output.is_graph_output() else None
+    if node is None or node.op_type not in ("Add", "Sum") or len(node.inputs) != 2:
+        return None
+    return node if all(v is not None and Graph.tensor(v) is None for v in node.inputs) else None
 
 
 def whole_layers(g: Graph) -> list[Branch]:

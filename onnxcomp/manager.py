@@ -28,6 +28,7 @@ from onnxcomp.structure.precision import in_half
 from onnxcomp.target import CPU, Target
 from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference, Validation
+from onnxcomp.variants import Variants
 
 __all__ = ["PassManager", "check_order", "host_of"]
 
@@ -54,7 +55,7 @@ class _Walk:
     planner: lowering.Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
-    variants: dict[str | None, Reference] = field(default_factory=dict)
+    variants: dict[str | None, Variants] = field(default_factory=dict)
 
 
 class PassManager:
@@ -292,13 +293,21 @@ class PassManager:
             cache=self.cache,
         )
 
-    def _collector(self, walk: _Walk, name: str) -> Callable[[Graph, Sequence[Need]], Stats]:
+    def _collector(self, walk: _Walk, name: str) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
         """Statistics of the graph while a pass edits it, walking forward with the edits."""
-        if walk.calibration is None:
-            return lambda g, needs: self._collect(walk, g, list(needs), name)
-        folder = walk.scratch / f"walk-{len(walk.report.steps)}"
-        given: dict[str, Any] = {"original": walk.original, "memory": self.memory, "scratch": folder}
-        return calibrate.Collector(walk.calibration, self.host, **given, sequential=True).collect
+        data, folder = walk.calibration, walk.scratch / f"walk-{len(walk.report.steps)}"
+        made: dict[int, calibrate.Collector] = {}  # by identity of the graph that needs call the original
+
+        def collect(g: Graph, needs: Sequence[Need], original: Graph | None) -> Stats:
+            if data is None:
+                return self._collect(walk, g, list(needs), name)
+            of = original or walk.original
+            if id(of) not in made:
+                given: dict[str, Any] = {"original": of, "memory": self.memory, "scratch": folder}
+                made[id(of)] = calibrate.Collector(data, self.host, **given, sequential=True)
+            return made[id(of)].collect(g, needs)
+
+        return collect
 
     def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
         if walk.calibration is None:
@@ -306,15 +315,10 @@ class PassManager:
         if metric not in walk.variants:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
             kept = walk.scratch / f"variants-{len(walk.variants)}"
-            walk.variants[metric] = self._reference(walk.original, walk.calibration, metrics, kept)
-        scores = []
-        for edit in edits:
-            variant = work.clone()
-            edit(variant)
-            variant.model.graph.sort()
-            validation = walk.variants[metric].against(variant)
-            scores.append(Score(score_of(validation, metric), validation))
-        return scores
+            reference = self._reference(walk.original, walk.calibration, metrics, kept)
+            walk.variants[metric] = Variants(reference, self.host, self.memory or calibrate.MEMORY, kept)
+        found = walk.variants[metric].compare(work, edits)
+        return [Score(score_of(validation, metric), validation) for validation in found]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 

@@ -91,7 +91,7 @@ class Env:
     scratch: Path
     run_variants: Callable[[Sequence[Edit], str | None], list[Score]]
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
-    run_collect: Callable[[Graph, Sequence[Need]], Stats]
+    run_collect: Callable[[Graph, Sequence[Need], Graph | None], Stats]
     run_plan: Callable[[], Planner]
     measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -129,9 +129,12 @@ class Env:
         planner.exact_rows = exact_rows
         return planner.context(), planner.choose(kind, standard=standard, approximate=approximate)
 
-    def collect(self, g: Graph, needs: Iterable[Need]) -> Stats:
-        """Statistics of the graph as it is at this moment; only the prefix that is needed runs."""
-        return self.run_collect(g, list(needs))
+    def collect(self, g: Graph, needs: Iterable[Need], original: Graph | None = None) -> Stats:
+        """Statistics of the graph as it is at this moment; only the prefix that is needed runs.
+
+        Needs of the original are of the uncompressed model, or of the graph that is given instead.
+        """
+        return self.run_collect(g, list(needs), original)
 
 
 @dataclass(frozen=True)

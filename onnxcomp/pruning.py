@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, readers
+from onnxcomp import blocks, readers, repairs
 from onnxcomp.blocks import Linear
 from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import macs, parameters
@@ -27,7 +27,7 @@ from onnxcomp.readers import Reader
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 from onnxcomp.target import Target
 
-__all__ = ["Place", "Width"]
+__all__ = ["Place", "Score", "Width"]
 
 Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
 NORMAL: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
@@ -74,6 +74,8 @@ class Width(Pass):
     """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
     repair: Literal["least-squares", "bias", "none"] = "least-squares"
     """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing."""
+    sequential: bool = True
+    """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone."""
     multiple_of: Annotated[int, Field(ge=0)] = 0
     """Widths become multiples of this; 0 takes what the target runs well (for heads: any count)."""
     floor: Annotated[int, Field(ge=1)] = 1
@@ -95,6 +97,10 @@ class Width(Pass):
         """Magnitudes without repair need none."""
         return self.score != "magnitude" or self.repair != "none"
 
+    @property
+    def _in_order(self) -> bool:
+        return self.sequential and self.repair == "least-squares"
+
     def planning(self) -> Width:
         """The same sizes without data: units are ranked by magnitude, nothing is repaired."""
         return dataclasses.replace(self, score="magnitude", repair="none")
@@ -115,7 +121,7 @@ class Width(Pass):
         """What score and repair ask of the inputs of the linears that read the axis."""
         if self.is_identity or not self.wants_data:
             return
-        asked = [*ASKED[self.score], *ASKED[self.repair]]
+        asked = [*ASKED[self.score], *([] if self._in_order else ASKED[self.repair])]
         sources = (s for p in self.places(Coupling(g.clone())) for r in p.readers for s in r.sources)
         yield from dict.fromkeys(need(s) for s in sources for need in asked)
 
@@ -128,19 +134,26 @@ class Width(Pass):
         if not places:
             return
         keeps = self._amounts(g, places, [self._scores(g, p, env) for p in places], env.target)
-        cuts = [(p.group, keep) for p, keep in zip(places, keeps, strict=True)]
+        uncut = g.clone()
         for place, keep in zip(places, keeps, strict=True):
-            if len(keep) == place.group.units:
-                for site in place.sites:
-                    g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
-                continue
-            if self.repair != "none":
-                for reader in place.readers:
-                    readers.repair(g, reader, keep, env.stats, self.repair)
-            g.take(place.group, keep)
+            self._cut(g, place, keep, env)
+        prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
+        if self._in_order:
+            cut = (p for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units)
+            repairs.in_order(g, uncut, env, [r for p in cut for r in p.readers])
+
+    def _cut(self, g: Graph, place: Place, keep: Array, env: Env) -> None:
+        """Cut one group, with its readers repaired where each is for itself; or decline its sites."""
+        if len(keep) == place.group.units:
             for site in place.sites:
-                g.note(site, f"{place.group.units} > {len(keep)} {self.unit}")
-        prove(coupling.facts, g, cuts)
+                g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
+            return
+        for reader in place.readers:
+            if self.repair != "none" and not self._in_order:
+                readers.repair(g, reader, keep, env.stats, self.repair)
+        g.take(place.group, keep)
+        for site in place.sites:
+            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}")
 
     # ---- what is cut ---------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from onnxcomp.groups import STAYS, Group, Slot
 from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
-__all__ = ["Reader", "magnitude", "readers_of", "repair"]
+__all__ = ["Reader", "magnitude", "readers_of", "repair", "replace"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,16 @@ def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Literal["le
             _shift(g, linear, new - old)
     fitted = weight.copy()
     fitted[kept] = rows.astype(weight.dtype)
-    g.put(reader.linears[0].weight, fitted.T if reader.linears[0].transposed else fitted)
+    replace(g, reader, fitted)
+
+
+def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None) -> None:
+    """Give the linears of a reader another weight `[K, N]`, and bias `[N]` where one is given and they have one."""
+    g.put(reader.linears[0].weight, np.ascontiguousarray(weight.T) if reader.linears[0].transposed else weight)
+    for linear in reader.linears:
+        if bias is not None and linear.bias is not None:
+            old = g.array(linear.bias)
+            g.put(linear.bias, bias.reshape(old.shape).astype(old.dtype), users=[linear.add or linear.node])
 
 
 def _shift(g: Graph, linear: Linear, by: Float64) -> None:

@@ -24,12 +24,16 @@ class Runner:
     """Runs a model on batches, for use in a `with` statement; errors are those of a session.
 
     A model whose weights are not worth prepacking (1 GiB and more) runs in stretches over all batches, each with its
-    own weights only; what is carried between them goes to files of `scratch` once it is large.
+    own weights only; what is carried between them goes to files of `scratch` once it is large. With a `walk` the model
+    runs from where that stands, on the very batches it has walked.
     """
 
-    def __init__(self, model: Graph | str | Path, target: Target, *, scratch: Path | None = None) -> None:
+    def __init__(
+        self, model: Graph | str | Path, target: Target, *, scratch: Path | None = None, walk: Walk | None = None
+    ) -> None:
         self.session: Session | None = None
-        if prepacks(model, None):
+        self._walk = walk
+        if walk is None and prepacks(model, None):
             self.session = Session(model, target)
             self.inputs = {p.name for p in self.session.inputs}
             self.outputs = self.session.outputs
@@ -44,6 +48,11 @@ class Runner:
         if self.session is not None:
             for batch in data:
                 yield batch, self.session.run(batch.feeds, names)
+            return
+        if self._walk is not None:
+            with Stage(self._walk, self._graph, names) as stage:
+                for batch in data:
+                    yield batch, stage.run(batch.feeds)
             return
         walk = Walk(self._target, MEMORY, self._scratch)
         try:

@@ -26,6 +26,7 @@ from onnxcomp.runner import Runner
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
 from onnxcomp.vocabulary import Renumbering, renumbering
+from onnxcomp.walk import Walk
 
 __all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]
 
@@ -210,14 +211,17 @@ class Reference:
         moved = np.abs(again.astype(np.float32) - scores.astype(np.float32))[before].max(initial=0)
         return bool(before.any() and moved < 1e-4 * np.abs(scores[before]).max(initial=0))
 
-    def against(self, candidate: Graph | str | Path) -> Validation:
-        """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's."""
+    def against(self, candidate: Graph | str | Path, walk: Walk | None = None) -> Validation:
+        """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's.
+
+        With a `walk` over these batches it runs from where that stands.
+        """
         names = [r.name for r in self.view.outputs]
         drifts = {r.name: _drift(r, self.view) for r in self.view.outputs}
         sums, count = Sums(self.metrics), 0
         model = candidate if isinstance(candidate, Graph) else Path(candidate)
         words = _words(model)
-        with Runner(model, self.target, scratch=self._scratch) as session:
+        with Runner(model, self.target, scratch=self._scratch, walk=walk) as session:
             self._check_interface(session.inputs, session.outputs)
             for count, (own, batch, made) in enumerate(self._each(session, names, words), 1):
                 if count > len(self._kept) or _digest(own.feeds) != self._seen[count - 1]:

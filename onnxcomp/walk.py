@@ -278,6 +278,19 @@ class Walk:
                 self.reset()
             else:
                 self.cut = here
+        self._forward(graph, layout, goal, runs)
+
+    def go(self, graph: Graph, layout: Layout, goal: Cut, runs: Runs) -> None:
+        """Go to one cut, from where the walk stands if that is before it and still valid, else from the inputs."""
+        if self.cut is not None:
+            here = next((c for c in layout.cuts if set(c.values) == set(self.cut.values)), None)
+            if here is None or here.place > goal.place or signature(graph, here.values) != self._made_by:
+                self.reset()
+            else:
+                self.cut = here
+        self._forward(graph, layout, goal, runs)
+
+    def _forward(self, graph: Graph, layout: Layout, goal: Cut | None, runs: Runs) -> None:
         while goal is not None and (self.cut is None or self.cut.place < goal.place):
             with Stage(self, graph, (), self.hop(layout, goal)) as stage:
                 for feeds in runs():

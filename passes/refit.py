@@ -12,6 +12,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
+from onnxcomp.branches import joins
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import refit
@@ -48,7 +49,7 @@ class Refit(SequentialPass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Linears that are added to the stream, and norms."""
-        writers = [x.site for x in blocks.linears(g) if _sum(x) is not None and not x.quantized]
+        writers = [x.site for x in blocks.linears(g) if joins(x) is not None and not x.quantized]
         return [*(writers if self.outputs else ()), *((n.site for n in blocks.norms(g)) if self.norms else ())]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -68,7 +69,7 @@ class Refit(SequentialPass):
 
     def _linear(self, g: Graph, x: Linear, env: Env) -> str:
         """Fit a linear; why not, empty if it was."""
-        add = _sum(x)
+        add = joins(x)
         assert add is not None
         out = add.outputs[0]
         skip = next(v for v in add.inputs if v is not x.output)
@@ -118,15 +119,6 @@ class Refit(SequentialPass):
                 shift = c if held is n.bias else 0.0
                 g.put(held, (old.reshape(-1) * new + shift).reshape(old.shape).astype(old.dtype))
         return ""
-
-
-def _sum(x: Linear) -> ir.Node | None:
-    """The addition of two computed values that is the only reader of a linear's output."""
-    users = list(x.output.uses())
-    node = users[0][0] if len(users) == 1 and not x.output.is_graph_output() else None
-    if node is None or node.op_type not in ("Add", "Sum") or len(node.inputs) != 2:
-        return None
-    return node if all(v is not None and Graph.tensor(v) is None for v in node.inputs) else None
 
 
 def _has(original: Graph, v: ir.Value) -> bool:

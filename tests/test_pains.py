@@ -253,7 +253,8 @@ def test_row_44_an_onnx_file_is_pruned_directly(tmp_path):
 
 def test_row_45_head_counts_and_reshapes_follow_a_cut():
     g = tiny.encoder(spelled="dynamo")
-    passes = [catalog.load("canonicalize")(), catalog.load("prune-heads")(ratio=0.5, score="magnitude", repair="none")]
+    half = catalog.load("prune-heads")(ratio=0.5, ranking="layer", score="magnitude", repair="none")
+    passes = [catalog.load("canonicalize")(), half]
     result = PassManager(passes).run(g).model
     assert {a.heads for a in blocks.attentions(result)} == {2}
     for a in blocks.attentions(result):

@@ -71,6 +71,14 @@ def test_parts_keep_equally_many():
     assert keep.tolist() == [0, 1, 6, 7]
 
 
+def test_a_global_ranking_cuts_its_share_where_counts_go_in_steps():
+    groups = [Candidate(RNG.random(6), parts=(0, 0, 0, 1, 1, 1)) for _ in range(6)]
+    assert sum(len(k) for k in choose(groups, 1 / 3, "global")) == 24
+    lowest = Candidate(np.array([1.0, 9, 9, 9, 9, 1]), parts=(0, 0, 0, 1, 1, 1))
+    uneven = Candidate(np.array([0.0, 9, 9, 9, 9, 9]), parts=(0, 0, 0, 1, 1, 1))  # its lowest pair means more
+    assert [len(k) for k in choose([uneven, lowest], 1 / 6, "global")] == [6, 4]
+
+
 def test_a_global_ranking_takes_from_the_layer_that_matters_least():
     rich, poor = Candidate(np.arange(10, 18.0)), Candidate(np.arange(8.0))
     assert [len(k) for k in choose([rich, poor], 0.25, "global")] == [8, 4]
@@ -240,7 +248,7 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
     from onnxcomp.job import compress_each
 
     path = tiny.external(tiny.decoder(), tmp_path)
-    passes = ["prune-heads: {ratio: 0.5}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
+    passes = ["prune-heads: {ratio: 0.5, ranking: layer}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
     (planned,) = compress_each(path, tmp_path / "out", passes=passes, plan=True).values()
     told = planned.report.info["plan"]
     assert told["needs_data"] == ["qdq"]

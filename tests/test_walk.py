@@ -14,8 +14,10 @@ from onnxcomp import blocks, stats, storage, walk
 from onnxcomp.calibrate import Collector, collect
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
+from onnxcomp.pipeline import Edit
 from onnxcomp.target import CPU
 from onnxcomp.validation import Reference
+from onnxcomp.variants import Variants
 from onnxcomp.walk import Layout, Walk, signature
 from tests import tiny
 
@@ -196,3 +198,31 @@ def test_changed_weights_of_a_large_model_live_in_files(tmp_path: Path) -> None:
     for model in (loaded, loaded.clone(), saved):
         with Session(model) as a, Session(twice) as b:
             np.testing.assert_array_equal(*(next(iter(s.run(batch).values())) for s in (a, b)))
+
+
+@pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder], ids=["encoder", "decoder"])
+def test_variants_share_the_walk_and_score_as_if_each_ran_alone(build: Any, tmp_path: Path) -> None:
+    g = build(layers=4)
+    reference = Reference(g, data(g))
+    downs = [str(m.down.weight.name) for m in blocks.mlps(g)]
+    first = str(next(x for x in blocks.linears(g)).weight.name)
+
+    def scaled(name: str) -> Edit:
+        return lambda v: v.put(v.value(name), v.array(v.value(name)) * np.float32(0.5)) and None
+
+    edits = [scaled(n) for n in (downs[2], downs[0], first, downs[3], downs[2])]
+    variants = Variants(reference, CPU, 1 << 28, tmp_path)
+    found = [v.values()["rel-l2"] for v in variants.compare(g, edits)]
+    alone = []
+    for edit in edits:
+        copy = g.clone()
+        edit(copy)
+        alone.append(reference.against(copy).values()["rel-l2"])
+    np.testing.assert_allclose(found, alone, rtol=1e-4)
+    assert len(set(np.round(alone, 6))) == 4
+    assert variants.walk.cut is not None
+    assert variants.walk.cut.place > Layout(g).count / 2  # it stands before the last layer's weight
+    scaled(first)(g)  # an edit before it: what was carried is stale
+    again = variants.compare(g, edits[:1])[0].values()["rel-l2"]
+    edits[0](g)
+    assert again == pytest.approx(reference.against(g).values()["rel-l2"], rel=1e-4)

@@ -69,26 +69,45 @@ def choose(
 
 
 def _ranked(candidates: Sequence[Candidate], ratio: float) -> list[float]:
-    """How many units of each group stay when the lowest of all go until `ratio` of the cost has gone."""
-    ranks = np.concatenate([c.scores for c in candidates])
-    owner = np.repeat(np.arange(len(candidates)), [c.units for c in candidates])
-    left = np.array([c.units for c in candidates])
+    """How many units of each group stay when the lowest of all go until `ratio` of the cost has gone.
+
+    Units go in the steps their count may take, so that rounding afterwards takes no more.
+    """
+    steps = [(score, i, size) for i, c in enumerate(candidates) for score, size in _steps(c)]
+    left = [c.units for c in candidates]
     budget = ratio * sum(c.cost * c.units for c in candidates)
-    for i in owner[np.argsort(ranks, kind="stable")]:
-        if budget < candidates[i].cost / 2:
+    for _, i, size in sorted(steps, key=lambda s: s[0]):
+        if budget < candidates[i].cost * size / 2:
             break
-        if left[i] > candidates[i].floor:
-            left[i] -= 1
-            budget -= candidates[i].cost
+        left[i] -= size
+        budget -= candidates[i].cost * size
     return [float(n) for n in left]
+
+
+def _steps(c: Candidate) -> list[tuple[float, int]]:
+    """Mean score and number of the units that go in each step of the count, from the lowest."""
+    parts = np.asarray(c.parts or (0,) * c.units)
+    order = np.stack([np.sort(c.scores[parts == p]) for p in np.unique(parts)])
+    step, lowest = _least(c)
+    found, left = [], c.units
+    while left - (size := left % step or step) >= lowest:
+        first = (c.units - left) // len(order)
+        found.append((float(order[:, first : first + size // len(order)].mean()), size))
+        left -= size
+    return found
+
+
+def _least(c: Candidate) -> tuple[int, int]:
+    """The steps of a count, and the fewest units that may stay."""
+    step = lcm(max(1, c.multiple), len(set(c.parts)) or 1)
+    return step, -(-max(c.floor, 1) // step) * step
 
 
 def _rounded(c: Candidate, count: float) -> int:
     """The nearest allowed count, the lower one where two are equally near; all units where no fewer are allowed."""
-    step = lcm(max(1, c.multiple), len(set(c.parts)) or 1)
+    step, lowest = _least(c)
     if count >= c.units:
         return c.units
-    lowest = -(-max(c.floor, 1) // step) * step
     n = max(lowest, int(np.ceil(count / step - 0.5 - 1e-9)) * step)
     return n if n < c.units else c.units
 

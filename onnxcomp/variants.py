@@ -1,0 +1,60 @@
+"""Edited copies of one graph, compared with the original in one walk: what lies before the edits runs once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from onnxcomp.graph import Graph
+from onnxcomp.target import Target
+from onnxcomp.validation import Reference, Validation
+from onnxcomp.walk import Cut, Layout, Walk, signature
+
+__all__ = ["Variants"]
+
+Edit = Callable[[Graph], None]
+
+
+class Variants:
+    """Compares edits, each on its own copy of a graph; variants that start at the same place share what is before it.
+
+    The walk stays where it is between calls, so that a caller who goes forward layer by layer computes no layer of the
+    unedited graph twice. Results are those of running every variant as a whole, to float noise.
+    """
+
+    def __init__(self, reference: Reference, target: Target, memory: int, scratch: Path) -> None:
+        self.reference = reference
+        self.walk = Walk(target, memory, scratch)
+
+    def compare(self, g: Graph, edits: Sequence[Edit]) -> list[Validation]:
+        """One comparison with the original per edit, in their order; the graph itself is only sorted."""
+        layout = Layout(g)
+        starts = [_shared(g, _edited(g, edit), layout.cuts) for edit in edits]
+        found: dict[int, Validation] = {}
+        places = [0 if cut is None else cut.place for cut in starts]
+        for i in sorted(range(len(edits)), key=places.__getitem__):
+            cut, variant = starts[i], _edited(g, edits[i])
+            if cut is None:
+                found[i] = self.reference.against(variant)
+                continue
+            self.walk.go(g, layout, cut, lambda: (b.feeds for b in self.reference.data))
+            found[i] = self.reference.against(variant, self.walk)
+        return [found[i] for i in range(len(edits))]
+
+
+def _edited(g: Graph, edit: Edit) -> Graph:
+    variant = g.clone()
+    edit(variant)
+    variant.model.graph.sort()
+    return variant
+
+
+def _shared(g: Graph, variant: Graph, cuts: Sequence[Cut]) -> Cut | None:
+    """The last cut, by bisection, whose values both graphs make in the same way; None for the inputs."""
+    low, high = 0, len(cuts)  # all before `low` are shared
+    while low < high:
+        middle = (low + high) // 2
+        values = cuts[middle].values
+        same = signature(g, values) == signature(variant, values)
+        low, high = (middle + 1, high) if same else (low, middle)
+    return cuts[low - 1] if low else None
