@@ -121,3 +121,26 @@ def test_equal_lengths_of_convolutions_have_one_name():
     one = add(floor(subtract(floor(n, 4), 5), 2), 1)
     assert one == floor(add(floor(subtract(n, 4), 4), -2), 2)
     assert subtract(add(n, 3), 3) == n
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_norm_of_turned_heads_goes_above_the_turn(wide):
+    """Norms of queries and keys behind the heads' Transpose, in a wider type or not, leave no Transpose (Gemma 3)."""
+    g = graph(opset=23, x=["b", "s", 16])
+    x = g.op("Reshape", g.op("Cast", g.value("x"), to=10) if wide else g.value("x"), i64(0, 0, 4, 4))
+    turned = g.op("Transpose", x, perm=[0, 2, 1, 3])
+    y = g.op("Cast", turned, to=1) if wide else turned
+    y = g.op("RMSNormalization", y, f32([1, 2, 3, 4]), axis=-1, epsilon=1e-6)
+    y = g.op("Cast", y, to=10) if wide else y
+    y = g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), i64(0, 0, 16))
+    source, new = raised(g, g.op("Cast", y, to=1) if wide else y, "b", "s", 16)
+    assert (ops(new)["Transpose"], ops(new)["RMSNormalization"]) == (0, 1)
+    same(source, new, 1e-3 if wide else 2e-6, x=f32(RNG.standard_normal((2, 3, 16))))
+
+
+def test_a_norm_over_a_turned_axis_stays():
+    g = graph(opset=23, x=["b", "s", 4])
+    turned = g.op("Transpose", g.value("x"), perm=[0, 2, 1])
+    y = g.op("RMSNormalization", turned, g.op("ReduceMean", turned, i64(0, 1), keepdims=0), axis=-1)
+    _, new = raised(g, y, "b", 4, "s")
+    assert next(n.op_type for n in new.nodes()) == "Transpose"

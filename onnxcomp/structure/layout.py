@@ -287,6 +287,8 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 def fold_batch(g: Graph, f: Facts) -> None:
     """Let linears, their biases and casts work on the original axes: what folds or swaps axes moves below them."""
+    for node in g.nodes("LayerNormalization", "RMSNormalization"):
+        _lift_norm(g, node)
     for node in g.nodes("Cast"):
         _lift_cast(g, node)
     for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
@@ -315,6 +317,22 @@ def _lift_cast(g: Graph, node: ir.Node) -> None:
         y = g.op(move.op_type, y, *move.inputs[1:], **{k: a.value for k, a in move.attributes.items()})
         y.type, y.shape = out.type, move.outputs[0].shape
     g.replace(out, y)
+
+
+def _lift_norm(g: Graph, node: ir.Node) -> None:
+    """A norm over the last axis above a Transpose of the others that nothing else reads, such as that of heads."""
+    x, out = node.inputs[0], node.outputs[0]
+    turn = x.producer() if x is not None else None
+    if node.domain or x is None or turn is None or turn.op_type != "Transpose" or turn.domain or not _only_read(x):
+        return
+    perm = turn.attributes.get_ints("perm", [0])
+    if perm[-1] != len(perm) - 1 or node.attributes.get_int("axis", -1) not in (-1, len(perm) - 1):
+        return
+    if out.is_graph_output() or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
+        return
+    attrs = {k: a.value for k, a in node.attributes.items()} | {"axis": -1}
+    y = g.op(node.op_type, turn.inputs[0], *node.inputs[1:], like=turn.inputs[0], **attrs)
+    g.replace(out, g.op("Transpose", y, perm=list(perm), like=out))
 
 
 def _only_read(v: ir.Value) -> bool:
