@@ -107,7 +107,7 @@ KINDS: dict[str, Callable[[zoo.Architecture, Graph], Cut]] = {"heads": heads, "c
 
 
 def _width(a: zoo.Architecture, g: Graph, name: str) -> Cut:
-    p = catalog.load(name)(ratio=0.25, score="magnitude", repair="none", multiple_of=1)
+    p = catalog.load(name)(ratio=0.25, ranking="layer", score="magnitude", repair="none", multiple_of=1)
     work = g.clone()
     places, keeps = planned(p, work)
     if not places:
