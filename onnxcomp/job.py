@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 import onnxcomp
 from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt, vocabulary
 from onnxcomp.comparison import chosen_graphs
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import as_dataset, load_data
-from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError
+from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager, host_of
@@ -26,7 +24,7 @@ from onnxcomp.pipeline import Pass
 from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
-from onnxcomp.runner import Runner
+from onnxcomp.smoke import smoke
 from onnxcomp.target import CPU, Target, find
 
 if TYPE_CHECKING:
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = ["Job", "compress", "compress_each", "optimize"]
 
 Watch = Callable[[str, int, int], None]
-SMOKE = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
 
 
 @dataclass(frozen=True)
@@ -368,31 +365,3 @@ def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placeme
     except DataError as e:
         return placement(path, host, None, str(e))
     return placement(path, host, feeds)
-
-
-def smoke(original: Path, path: Path, target: Target) -> list[str]:
-    """Run the written model on random inputs at two shapes (where its axes are dynamic).
-
-    Raises `ModelError` where it fails or is not finite though the original is fine; a note where that is no better.
-    """
-    graph, notes = storage.load(path), []
-    for shape in SMOKE:
-        size = shape["batch"]
-        data = load_data("random", graph, path.parent, batch=size, samples=size, sequence=shape["sequence"])
-        feeds = next(iter(data)).feeds
-        if problem := _trouble(path, feeds, target):
-            if not _trouble(original, feeds, target):
-                raise ModelError(f"the result fails on random inputs at {shape} where the original does not: {problem}")
-            notes.append(f"the original fails on random inputs at {shape} as well as the result: {problem}")
-    return notes
-
-
-def _trouble(path: Path, feeds: Mapping[str, Any], target: Target) -> str:
-    """What is wrong with one run, empty if nothing is."""
-    try:
-        with Runner(path, target) as session:
-            outputs = session.run(feeds)
-    except OnnxcompError as e:
-        return str(e)
-    bad = [name for name, y in outputs.items() if y.dtype.kind == "f" and not np.isfinite(y).all()]
-    return f"output '{bad[0]}' is not finite" if bad else ""

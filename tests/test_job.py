@@ -187,7 +187,7 @@ def test_older_opset_on_request(source, tmp_path):
 
 
 def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_path):
-    from onnxcomp.job import smoke
+    from onnxcomp.smoke import smoke
 
     g = storage.load(source)
     last = g.outputs[0].producer()

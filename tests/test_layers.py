@@ -59,7 +59,7 @@ LAYERS = [
     {"pipeline", "gate", "outcome", "manager", "steps", "pruning", "readers", "repairs", "trial"},
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
-    {"report", "report_parts", "job", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},
+    {"report", "report_parts", "job", "smoke", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},
     {"console", "failures", "cli", "__main__"},
 ]
 # They stand beside the layers: what they may import of ours.

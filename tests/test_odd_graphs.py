@@ -8,8 +8,10 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import blocks
+from onnxcomp import blocks, storage
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
+from onnxcomp.job import optimize
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize, sites
 from onnxcomp.structure.shapes import Facts
@@ -211,3 +213,13 @@ def test_a_float_next_to_an_integer_is_not_rounded():
         "b=Mul(a,p) y=Ceil(b)}"
     )
     assert Facts(g).content(g.outputs[0]).tolist() == [None]
+
+
+def test_an_operator_without_a_new_kernel_is_refused_with_the_way_out(tmp_path):
+    text = "(float[N,8] x) => (float[N,8] y) <float[8,8] w> {h=MatMul(x,w) r=RandomUniformLike(h) y=Mul(h,r)}"
+    source = storage.save(parse(text, 17), tmp_path / "source")
+    with pytest.raises(ModelError, match=r"RandomUniformLike.*--opset 21 writes older operators"):
+        optimize(source, tmp_path / "out", measure=False)
+    assert not (tmp_path / "out").exists()
+    optimize(source, tmp_path / "out", measure=False, opset=21)
+    assert (tmp_path / "out").exists()
