@@ -99,7 +99,7 @@ def prepacks(model: Graph | Path | str, asked: bool | None) -> bool:
     if asked is not None:
         return asked
     if isinstance(model, Graph):
-        return model.nbytes < PREPACK_BELOW
+        return model.nbytes < PREPACK_BELOW and model.spool is None  # the rest of a large model stays in files as well
     return sum(map(storage.file_bytes, storage.graphs_of(model).values())) < PREPACK_BELOW
 
 

@@ -84,7 +84,7 @@ class Job:
             seed=self.seed,
         )
 
-    def manager(self, watch: Watch | None = None) -> PassManager:
+    def manager(self, watch: Watch | None = None, *, dry: bool = False) -> PassManager:
         """The pass manager this job runs."""
         return PassManager(
             self.recipe.passes,
@@ -101,6 +101,7 @@ class Job:
             shapes=[dict(s) for s in self.shapes],
             allow_code=self.allow_code,
             choices=self.choices,
+            dry=dry,
         )
 
     def run(self, watch: Watch | None = None) -> Result:
@@ -130,7 +131,7 @@ class Job:
         data = self.calibration if with_data else None
         dry = dataclasses.replace(self, recipe=recipe, calibration=data, evaluation=None, measure=False)
         graph = storage.load(self.model)
-        result = dry.manager(watch).run(graph, dry.dataset(data, graph), ())
+        result = dry.manager(watch, dry=True).run(graph, dry.dataset(data, graph), ())
         self._describe(result.report)
         info = result.report.info
         info["plan"] = {

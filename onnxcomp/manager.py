@@ -82,7 +82,9 @@ class PassManager:
         shapes: Sequence[dict[str, int]] = (),
         allow_code: bool = False,
         choices: Path | None = None,
+        dry: bool = False,
     ) -> None:
+        self.dry = dry
         self.passes = tuple(passes)
         self.target = target
         self.host, self.host_note = host_of(target)
@@ -252,6 +254,7 @@ class PassManager:
             run_collect=self._collector(walk, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
+            dry=self.dry and walk.calibration is None,
             shapes=lowering.asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
 
@@ -276,7 +279,7 @@ class PassManager:
         return walk.planner
 
     def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:
-        if not needs:
+        if not needs or (self.dry and walk.calibration is None):
             return Stats()
         if walk.calibration is None:
             raise DataError(

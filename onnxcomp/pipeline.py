@@ -95,6 +95,7 @@ class Env:
     run_plan: Callable[[], Planner]
     measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
+    dry: bool = False  # only sizes count: no statistic was collected
 
     def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
         """Score edits, each on its own copy of the current graph, against the original on calibration data.
@@ -145,6 +146,7 @@ class Pass(abc.ABC):
     stage: ClassVar[Stage]
     fidelity: ClassVar[Fidelity]
     changes_interface: ClassVar[bool] = False
+    plans: ClassVar[bool] = False  # sizes do not depend on the data: a dry run (`env.dry`) has no statistics
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -181,7 +183,7 @@ class Pass(abc.ABC):
 
     def planning(self) -> Pass | None:
         """The pass as a dry run makes it: results of the same sizes without data; None where sizes need the data."""
-        return None if self.wants_data else self
+        return self if self.plans or not self.wants_data else None
 
     @property
     def is_identity(self) -> bool:

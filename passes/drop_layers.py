@@ -27,6 +27,7 @@ class DropLayers(Pass):
 
     stage: ClassVar[Stage] = Stage.DEPTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the layers (or of the attentions, or the MLPs) to leave out, rounded down."""
@@ -90,6 +91,8 @@ class DropLayers(Pass):
     def _scores(self, g: Graph, env: Env, names: set[str], stats: Stats | None) -> dict[str, float]:
         if self.is_identity or not names:
             return {}
+        if env.dry:
+            return dict.fromkeys(names, 0.0)
         order = sorted(names)
         if self.score == "ablation":
             return {n: s.value for n, s in zip(order, env.evaluate(self._without(n) for n in order), strict=True)}

@@ -31,6 +31,7 @@ class LowRank(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the linears' weights to save; 0 changes nothing."""
@@ -81,18 +82,15 @@ class LowRank(Pass):
                 left, right = (np.load(_file(env, i, s), mmap_mode="r", allow_pickle=False) for s in SIDES)
                 self._cut(g, group, Factors(left, right, found[i]), rank, env)
                 continue
-            most = self.margin * lowrank.break_even(k, n)
+            most = f"{self.margin * lowrank.break_even(k, n):.0f}, where {k}x{n} stops paying (margin {self.margin})"
             for x in group:
-                g.decline(
-                    x.site, f"the rank it needs is over {most:.0f}, where {k}x{n} stops paying (margin {self.margin})"
-                )
+                g.decline(x.site, f"the rank it needs is over {most}")
 
     def _groups(self, g: Graph) -> list[list[Linear]]:
         """Linears by weight, the ones that share one together; those not eligible are declined."""
         groups: dict[tuple[str, bool], list[Linear]] = {}
-        linears = blocks.linears(g)
-        nodes = {x.node for x in linears}
-        for x in linears:
+        nodes = {x.node for x in blocks.linears(g)}
+        for x in blocks.linears(g):
             k, n = x.sizes
             names = (x.name, str(x.weight.name))
             hit = next((p for p in self.skip if any(fnmatchcase(name, p) for name in names)), None)
@@ -121,8 +119,11 @@ class LowRank(Pass):
     def _factors(self, g: Graph, group: Sequence[Linear], env: Env, number: int) -> Float64:
         """The spectrum; all factors up to break-even wait in scratch files."""
         x, (k, n) = group[0], group[0].sizes
-        weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
-        f = lowrank.factor(weight, int(self.margin * lowrank.break_even(k, n)) + 1, self._metric(group, env, False))
+        weight, most = g.array(x.weight), int(self.margin * lowrank.break_even(k, n)) + 1
+        if env.dry:
+            f = lowrank.blank(k, n, most)
+        else:
+            f = lowrank.factor(weight.T if x.transposed else weight, most, self._metric(group, env, False))
         for side, a in zip(SIDES, (f.left, f.right), strict=True):
             np.save(_file(env, number, side), a.astype(np.float32), allow_pickle=False)
         return f.energies
@@ -130,7 +131,7 @@ class LowRank(Pass):
     def _cut(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
         x, dtype = group[0], g.array(group[0].weight).dtype
         left, right = factors.cut(rank)
-        if self.repair and self.method != "svd-llm":
+        if self.repair and self.method != "svd-llm" and not env.dry:
             weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
             right = lowrank.refit(np.asarray(self._metric(group, env, True)), weight, left, right)
         a, b = (

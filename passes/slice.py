@@ -31,6 +31,7 @@ class Slice(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
     """Share of the stream's width to cut; 0 changes nothing."""
@@ -78,6 +79,8 @@ class Slice(Pass):
 
     def _bases(self, g: Graph, stream: Stream, env: Env) -> dict[ir.Value, Float64]:
         """Principal components `[d, d]` of what each norm makes of its input, largest first, by the norm's input."""
+        if env.dry:
+            return dict.fromkeys((n.input for n in stream.norms), np.eye(stream.width))
         probe = g.clone()
         seen = _probes(probe, stream.norms)
         stats = env.collect(probe, [gram(v) for v in seen.values()])

@@ -281,6 +281,10 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
         "prune-heads: {ratio: 0.5}",
         "prune-ffn: {ratio: 0.5}",
         "prune-hidden: {ratio: 0.5}",
+        "low-rank: {ratio: 0.3, min_size: 64, multiple: 1}",
+        "low-rank: {ratio: 0.3, min_size: 64, multiple: 1, method: asvd}",
+        "slice: {ratio: 0.25, multiple: 1}",
+        "drop-layers: {ratio: 0.5, protect: 0}",
         "sparsify: {compact: true, min_size: 64, method: magnitude, repair: false}",
     ],
 )
@@ -290,7 +294,7 @@ def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
 
     if inline is not None:
         monkeypatch.setattr(storage, "INLINE_LIMIT", inline)
-    path = tiny.external(tiny.decoder(), tmp_path)
+    path = tiny.external(tiny.decoder(hidden=96, ffn=192, opset=23), tmp_path)
     (planned,) = compress_each(path, None, passes=[spec], plan=True).values()
     told = planned.report.info["plan"]
     assert told["needs_data"] == []

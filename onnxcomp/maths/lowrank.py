@@ -17,7 +17,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.solve import damped, least_squares
 
-__all__ = ["Factors", "break_even", "factor", "refit", "share"]
+__all__ = ["Factors", "blank", "break_even", "factor", "refit", "share"]
 
 CHUNK = 1 << 22  # elements of a weight converted to float64 at a time
 
@@ -45,6 +45,11 @@ class Factors:
 def break_even(k: int, n: int) -> float:
     """The rank at which two factors have as many weights as the matrix."""
     return k * n / (k + n)
+
+
+def blank(k: int, n: int, rank: int) -> Factors:
+    """Factors of the right sizes for a dry run, with energies that fall alike for all weights."""
+    return Factors(np.zeros((k, rank)), np.zeros((rank, n)), np.arange(min(k, n), 0.0, -1.0))
 
 
 def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = 1e-8) -> Factors:
