@@ -556,3 +556,17 @@ def test_row_41_exporters_and_attentions_are_tried_in_order_and_the_one_that_wor
     monkeypatch.setattr(export_routes, "ROUTES", {"first": broken})
     with pytest.raises(ExportError, match=r"first .sdpa.* a minor upgrade broke it; first .eager"):
         export_routes.first_that_works(job, tmp_path, lambda line: None)
+
+
+def test_row_51_tokens_are_merged_on_a_fixed_schedule_after_export():
+    """The number of tokens of every layer is decided when the graph is edited; no loop, no dependence on the batch."""
+    g = tiny.encoder(spelled="dynamo", classes=3, sequence=12)
+    passes = [catalog.load("canonicalize")(), catalog.load("merge-tokens")(ratio=0.5)]
+    merged = PassManager(passes).run(g, [tiny.feeds(g, 2, 12, seed=i) for i in range(6)]).model
+    assert not list(merged.nodes("Loop", "If", "Scan"))
+    last = blocks.attentions(merged)[-1].q.source.name
+    for batch in (1, 3):
+        feeds = tiny.feeds(g, batch, 12)
+        assert run(merged, feeds).shape == run(g, feeds).shape
+        with runtime.Session(merged, taps=[last]) as s:
+            assert s.run(feeds, [last])[last].shape[1] < 12
