@@ -196,7 +196,7 @@ def test_changed_weights_of_a_large_model_live_in_files(tmp_path: Path) -> None:
 
     saved = storage.load(storage.save(loaded, tmp_path / "out"))
     for model in (loaded, loaded.clone(), saved):
-        with Session(model) as a, Session(twice) as b:
+        with Session(model, prepack=False) as a, Session(twice, prepack=False) as b:
             np.testing.assert_array_equal(*(next(iter(s.run(batch).values())) for s in (a, b)))
 
 
