@@ -184,6 +184,12 @@ class Width(Pass):
             raise ModelError(f"skipped by the pattern '{hit}'")
         group = self.group(c, start)
         read = readers.readers_of(group, linears)
+        held = next((r.quantized for r in read if r.quantized), None)
+        if held is not None and (self.repair == "least-squares" or self.score == "ablation"):
+            raise ModelError(
+                f"linear '{held.name}' is quantized, and this needs float weights: cut the model before quantizing it, "
+                "or say repair: bias or none, and a score other than ablation"
+            )
         if self.wants_data and not read:
             raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
         return Place((site,), group, read)

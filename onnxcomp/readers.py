@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.blocks import Linear
-from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.groups import STAYS, Group, Slot
 from onnxcomp.maths import Array, Float64, solve
+from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
 __all__ = ["Reader", "magnitude", "readers_of", "repair", "replace"]
@@ -37,8 +38,14 @@ class Reader:
 
     def weight(self, g: Graph) -> Array:
         """The weight as `[K, N]`."""
-        a = g.array(self.linears[0].weight)
+        a = _numbers(g, self.linears[0].weight)
+        assert a is not None
         return a.T if self.linears[0].transposed else a
+
+    @property
+    def quantized(self) -> Linear | None:
+        """The linear whose weight is stored in a low-precision type, if one is."""
+        return next((x for x in self.linears if x.quantized), None)
 
     def gram(self, stats: Stats) -> Float64:
         """`X^T X` over all inputs: `[K, K]`."""
@@ -64,12 +71,10 @@ class Reader:
 
 
 def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
-    """The linears behind the group's reading constants; raises `ModelError` for a quantized one."""
+    """The linears behind the group's reading constants."""
     found = []
     for slot in group.readers:
         own = [x for x in linears if x.weight.name == slot.value and slot.axis == int(x.transposed)]
-        if any(x.quantized for x in own):
-            raise ModelError(f"linear '{own[0].name}' is quantized; cut the model before quantizing it")
         if own:
             found.append(Reader(slot, tuple(own)))
     return tuple(found)
@@ -79,13 +84,29 @@ def magnitude(g: Graph, group: Group) -> Float64:
     """L2 norm of all weights that read or write a unit: `[units]` (Torch-Pruning's group norm)."""
     total = np.zeros(group.units)
     for slot in group.slots:
-        a = g.array(g.value(slot.value))
-        if not (slot.reads or slot.writes) or not np.issubdtype(a.dtype, np.floating):
+        a = _numbers(g, g.value(slot.value)) if slot.reads or slot.writes else None
+        if a is None:
             continue
         squares = np.square(a.astype(np.float64)).sum(axis=tuple(i for i in range(a.ndim) if i != slot.axis))
         units = np.asarray(slot.units)
         total += np.bincount(units[units != STAYS], squares[units != STAYS], group.units)
     return np.asarray(np.sqrt(total))
+
+
+def _numbers(g: Graph, v: ir.Value) -> Array | None:
+    """A constant as the numbers it stands for, codes dequantized; None for the scales of codes, and for integers."""
+    for node, index in v.uses():
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
+            return None if index else _dequantized(g, node)
+    a = g.array(v)
+    return a if np.issubdtype(a.dtype, np.floating) else None
+
+
+def _dequantized(g: Graph, node: ir.Node) -> Array:
+    codes, scale = (g.array(x) for x in node.inputs[:2])
+    zero = g.array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(scale, codes.dtype)
+    axis = node.attributes.get_int("axis", 1) if scale.ndim else None
+    return dequantize(codes, scale, zero, axis=axis, block=node.attributes.get_int("block_size", 0))
 
 
 def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Literal["least-squares", "bias"]) -> None:
@@ -130,7 +151,7 @@ def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None
 def _shift(g: Graph, linear: Linear, by: Float64) -> None:
     """Add a row to the bias of one linear."""
     if linear.bias is None:
-        dtype = g.array(linear.weight).dtype
+        dtype = g.array(linear.weight).dtype if linear.output.dtype is None else linear.output.dtype.numpy()
         g.replace(linear.output, g.op("Add", linear.output, by.astype(dtype), like=linear.output))
         return
     old = g.array(linear.bias)

@@ -302,3 +302,29 @@ def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
     compress_each(path, tmp_path / "out", passes=[spec], calibration=data, measure=False)
     (made,) = storage.graphs_of(tmp_path / "out").values()
     assert told["bytes"] == [storage.file_bytes(path), pytest.approx(storage.file_bytes(made), rel=0.01)]
+
+
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
+@pytest.mark.parametrize("how", [DATA_FREE, {"score": "wanda", "repair": "none"}, {"score": "flap", "repair": "bias"}])
+def test_quantized_models_are_cut_when_asked(name, how):
+    g = tiny.encoder()
+    data = as_dataset(batches(g), g)
+    quantized = run(g, "qdq", data, min_size=1).model
+    result = run(quantized, name, data, ratio=0.5, multiple_of=1, **how)
+    assert result.report.steps[0].changed
+    assert parameters(result.model) < parameters(quantized)
+    feeds = batches(g)[0]
+    moved = np.linalg.norm(output(result.model, feeds) - output(quantized, feeds))
+    assert moved < 0.9 * np.linalg.norm(output(quantized, feeds))
+    if how is DATA_FREE:  # the same units go as in the float model, whose codes these are
+        early = run(g, name, ratio=0.5, multiple_of=1, **how).model
+        far = np.linalg.norm(output(result.model, feeds) - output(early, feeds))
+        assert far < 0.1 * np.linalg.norm(output(early, feeds))
+
+
+def test_least_squares_on_codes_is_declined():
+    g = tiny.encoder()
+    data = as_dataset(batches(g), g)
+    quantized = run(g, "qdq", data, min_size=1).model
+    with pytest.raises(RecipeError, match="allow_unchanged"):
+        run(quantized, "prune-ffn", data, ratio=0.5)
