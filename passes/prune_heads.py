@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcomp.coupling import Coupling
 from onnxcomp.graph import Graph, Site
 from onnxcomp.groups import Group
-from onnxcomp.pruning import Score, Width
+from onnxcomp.pruning import Width
 
 __all__ = ["PruneHeads"]
 
@@ -23,10 +23,6 @@ class PruneHeads(Width):
     unit: ClassVar[str] = "heads"
     aligned: ClassVar[bool] = False
 
-    ranking: Literal["layer", "global"] = "global"
-    """Cut what scores least over all layers, or the same share of every layer."""
-    score: Score = "ablation"
-    """How much a head matters: the model's loss without it (one run a head), or one of the scores of its output."""
     heads: Literal["query", "groups"] = "query"
     """Where key-value heads are shared: query heads, as many of each, or key-value heads with all their query heads."""
 
