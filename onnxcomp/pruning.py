@@ -61,6 +61,7 @@ class Width(Pass):
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     unit: ClassVar[str] = "units"
     aligned: ClassVar[bool] = True
+    axis: ClassVar[int] = -1
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the units to cut; 0 without a budget changes nothing."""
@@ -107,11 +108,11 @@ class Width(Pass):
 
     @abc.abstractmethod
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
-        """The sites, each with the value whose last axis is cut."""
+        """The sites, each with the value that is cut along `axis`."""
 
     def group(self, c: Coupling, start: ir.Value) -> Group:
         """The group of one site; raises `ModelError` where it cannot be cut."""
-        return c.couple(start, -1)
+        return c.couple(start, self.axis)
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every place that has the kind of axis this pass cuts."""
@@ -163,7 +164,7 @@ class Width(Pass):
         blocked: list[Blocked] = []
         linears = blocks.linears(c.g, tied=True)
         for site, start in self.starts(c.g):
-            at = (str(start.name), (c.facts.rank(start) or 0) - 1)
+            at = (str(start.name), self.axis if self.axis >= 0 else (c.facts.rank(start) or 0) - 1)
             if (i := next((i for i, p in enumerate(found) if p.group.holds(*at)), None)) is not None:
                 found[i] = dataclasses.replace(found[i], sites=(*found[i].sites, site))
                 continue
@@ -190,7 +191,7 @@ class Width(Pass):
                 f"linear '{held.name}' is quantized, and this needs float weights: cut the model before quantizing it, "
                 "or say repair: bias or none, and a score other than ablation"
             )
-        if self.wants_data and not read:
+        if not read and (self.repair != "none" or self.score not in ("magnitude", "ablation")):
             raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
         return Place((site,), group, read)
 

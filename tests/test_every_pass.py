@@ -35,7 +35,7 @@ IDENTITY |= {"merge-tokens": {"ratio": 0.0}, "drop-tokens": {"keep": 1.0}}
 IDENTITY |= {"half": {"skip": ("*",)}}
 IDENTITY |= {"drop-layers": {"ratio": 0}, "group-heads": {"share": 1}}
 IDENTITY |= {"low-rank": {"ratio": 0.0}, "sparsify": {"ratio": 0.0}, "slice": {"ratio": 0.0}}
-IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-ffn", "prune-heads", "prune-hidden")}
+IDENTITY |= {name: {"ratio": 0.0} for name in ("prune-channels", "prune-ffn", "prune-heads", "prune-hidden")}
 IDENTITY |= {"window-attention": {"mass": 1.0}}
 IDENTITY |= {"refit": {"outputs": False, "norms": False}}
 # Options that make the tiny layers eligible.
