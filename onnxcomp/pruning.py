@@ -13,15 +13,16 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, readers, repairs
+from onnxcomp import blocks, budgets, readers, repairs
 from onnxcomp.blocks import Linear
+from onnxcomp.budgets import Budget, Clock
 from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array, Float64, scores
-from onnxcomp.maths.amounts import Candidate, Normal, choose, least_ratio, normalised
+from onnxcomp.maths.amounts import Candidate, Normal, choose, normalised
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.readers import Reader
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
@@ -69,6 +70,8 @@ class Width(Pass):
     """Cut until at most this share of the parameters that the pass finds stays, instead of a ratio."""
     macs: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cut until at most this share of the multiplications with weights that it finds, per token, stays."""
+    latency: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Cut until what is cut (its linears, its attention) takes at most this share of its time, measured here."""
     ranking: Literal["layer", "global"] = "layer"
     """Cut the same share of every layer, or what scores least over all layers."""
     score: Score = "energy"
@@ -91,7 +94,8 @@ class Width(Pass):
     @property
     def is_identity(self) -> bool:
         """Whether nothing is to be cut."""
-        return self.ratio == 0 and self.parameters in (None, 1) and self.macs in (None, 1)
+        asked = [b for b in (self.parameters, self.macs, self.latency) if b is not None]
+        return all(b == 1 for b in asked) if asked else self.ratio == 0
 
     @property
     def wants_data(self) -> bool:
@@ -99,11 +103,21 @@ class Width(Pass):
         return self.score != "magnitude" or self.repair != "none"
 
     @property
+    def _by_clock(self) -> float | None:
+        """The share of time that is asked for, where it is less than all."""
+        return None if self.latency == 1 else self.latency
+
+    @property
     def _in_order(self) -> bool:
         return self.sequential and self.repair == "least-squares"
 
     def planning(self) -> Width:
-        """The same sizes without data: units are ranked by magnitude, nothing is repaired."""
+        """The same sizes without data: units are ranked by magnitude, nothing is repaired.
+
+        Raises `RecipeError` for a latency budget: a dry run has no clock.
+        """
+        if self._by_clock is not None:
+            raise budgets.no_clock(self.name, self._by_clock, "a dry run (--plan) has none")
         return dataclasses.replace(self, score="magnitude", repair="none")
 
     @abc.abstractmethod
@@ -134,16 +148,18 @@ class Width(Pass):
         places = self.places(coupling)
         if not places:
             return
-        keeps = self._amounts(g, places, [self._scores(g, p, env) for p in places], env.target)
+        candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
+        clock = self._clock(g, places, candidates, env)
+        keeps = self._amounts(g, places, candidates, clock)
         uncut = g.clone()
-        for place, keep in zip(places, keeps, strict=True):
-            self._cut(g, place, keep, env)
+        for i, (place, keep) in enumerate(zip(places, keeps, strict=True)):
+            self._cut(g, place, keep, env, clock.told(keeps, i) if clock else "")
         prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
         if self._in_order:
             cut = (p for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units)
             repairs.in_order(g, uncut, env, [r for p in cut for r in p.readers])
 
-    def _cut(self, g: Graph, place: Place, keep: Array, env: Env) -> None:
+    def _cut(self, g: Graph, place: Place, keep: Array, env: Env, said: str) -> None:
         """Cut one group, with its readers repaired where each is for itself; or decline its sites."""
         if len(keep) == place.group.units:
             for site in place.sites:
@@ -154,7 +170,7 @@ class Width(Pass):
                 readers.repair(g, reader, keep, env.stats, self.repair)
         g.take(place.group, keep)
         for site in place.sites:
-            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}")
+            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}" + (f", {said}" if said else ""))
 
     # ---- what is cut ---------------------------------------------------------------------------------------------
 
@@ -206,45 +222,36 @@ class Width(Pass):
 
     # ---- how much ------------------------------------------------------------------------------------------------
 
-    def _amounts(self, g: Graph, places: Sequence[Place], found: Sequence[Float64], target: Target) -> list[Array]:
+    def _candidates(
+        self, g: Graph, places: Sequence[Place], found: Sequence[Float64], target: Target
+    ) -> list[Candidate]:
+        """The groups with their scores, what a unit costs, and which counts are allowed."""
         groups = [p.group for p in places]
         whole = parameters(g)
         costs = [max(1, whole - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
         how = NORMAL.get(self.score, "l2") if self.ranking == "global" else "none"
-        candidates = [
+        return [
             Candidate(normalised(s, how), cost, x.parts, self._multiple(target), self.floor)
             for s, x, cost in zip(found, groups, costs, strict=True)
         ]
-        asked = {"parameters": (self.parameters, parameters), "macs": (self.macs, macs)}
-        ratios = [
-            self._ratio(g, groups, candidates, name, share, count)
-            for name, (share, count) in asked.items()
-            if share is not None
-        ]
-        return self._choose(candidates, max(ratios, default=self.ratio))
 
-    def _ratio(
-        self,
-        g: Graph,
-        groups: Sequence[Group],
-        candidates: Sequence[Candidate],
-        name: str,
-        share: float,
-        count: Callable[..., int],
-    ) -> float:
-        """The smallest ratio that keeps a budget; raises `RecipeError` where none does."""
-        whole = count(g)
+    def _clock(self, g: Graph, places: Sequence[Place], found: Sequence[Candidate], env: Env) -> Clock | None:
+        if self._by_clock is None:
+            return None
+        return budgets.timed(self.name, self._by_clock, g, [p.group for p in places], found, env)
 
-        def left(ratio: float) -> int:
-            return count(g, zip(groups, self._choose(candidates, ratio), strict=True))
-
-        least = least_ratio(lambda r: left(r) <= share * whole)
-        if least is None:
-            raise RecipeError(
-                f"{self.name}: {name}={share:g} cannot be reached: with all {self.unit} cut that may go, "
-                f"{left(1 - 1e-6) / whole:.0%} stay; ask for more, or let another pass cut as well"
-            )
-        return least
+    def _amounts(
+        self, g: Graph, places: Sequence[Place], found: Sequence[Candidate], clock: Clock | None = None
+    ) -> list[Array]:
+        """The units that stay in each group: by ratio, or by the budget that takes most."""
+        groups = [p.group for p in places]
+        asked = [("parameters", self.parameters, parameters), ("macs", self.macs, macs)]
+        given = [budgets.counted(name, b, g, groups, count) for name, b, count in asked if b is not None]
+        if clock is not None and self.latency is not None:
+            given.append(Budget("latency", self.latency, clock.share))
+        if not given:
+            return self._choose(found, self.ratio)
+        return self._choose(found, budgets.ratio(self.name, self.unit, given, lambda r: self._choose(found, r)))
 
     def _choose(self, candidates: Sequence[Candidate], ratio: float) -> list[Array]:
         return choose(candidates, ratio, self.ranking, self.uniform)

@@ -18,7 +18,7 @@ from onnxcomp.target import Target
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
 
-__all__ = ["SLOWER", "TICK", "loses", "models"]
+__all__ = ["SLOWER", "TICK", "in_form", "loses", "models", "products"]
 
 SLOWER = 1.05  # a group is left in float where integers take longer by this factor,
 TICK = 20e-6  # and by more than the noise of one session call, seconds
@@ -49,30 +49,37 @@ def models(group: Sequence[Linear], target: Target, *, dynamic: bool = False) ->
 
     Weights are made up, when they are run: the time of a dense product does not depend on them.
     """
+    fan_in, outs = group[0].sizes[0], [(x.sizes[1], x.bias is not None) for x in group]
     kind = "dynamic" if dynamic else "quantized"
-    return {"float": _model(group, target, ""), "int8": _model(group, target, kind)}
+    return {"float": products(fan_in, outs), "int8": _quantized(fan_in, outs, target, kind)}
 
 
-def _model(group: Sequence[Linear], target: Target, kind: str) -> Graph:
-    """The linears in float where `kind` is empty, else quantized as that kind of site."""
-    fan_in = group[0].sizes[0]
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "rows", fan_in]))
+def products(fan_in: int, outs: Sequence[tuple[int, bool]], source: str = "x") -> Graph:
+    """Float linears behind an input `[batch, rows, fan_in]`, by their fan-out and whether they have a bias."""
+    return Graph(_model(fan_in, outs, "", source).model)
+
+
+def _quantized(fan_in: int, outs: Sequence[tuple[int, bool]], target: Target, kind: str) -> Graph:
+    done = Graph(_model(fan_in, outs, kind).model)
+    in_form(done, target, kind)
+    return done
+
+
+def _model(fan_in: int, outs: Sequence[tuple[int, bool]], kind: str, source: str = "x") -> Graph:
+    """The linears in float where `kind` is empty, else quantized as that kind of site, before they are lowered."""
+    x = ir.Value(name=source, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "rows", fan_in]))
     graph = ir.Graph([x], [], nodes=[], opset_imports={"": 23}, name="trial")
     g = Graph(ir.Model(graph, ir_version=10))
-    source = _codes(g, x, kind)
-    for i, linear in enumerate(group):
-        width = linear.sizes[1]
+    codes = _codes(g, x, kind)
+    for i, (width, biased) in enumerate(outs):
         like = ir.Value(name=f"like{i}", type=x.type, shape=ir.Shape(["batch", "rows", width]))
-        y = _product(g, source, fan_in, like, kind)
-        if linear.bias is not None:
+        y = _product(g, codes, fan_in, like, kind)
+        if biased:
             y = g.op("Add", y, np.full(width, 0.1, np.float32), like=like)
         y.name = f"y{i}"
         graph.outputs.append(y)
     graph.sort()
-    done = Graph(g.model)
-    if kind:
-        _in_form(done, target, kind)
-    return done
+    return g
 
 
 def _codes(g: Graph, x: ir.Value, kind: str) -> ir.Value:
@@ -110,11 +117,11 @@ def _constant(g: Graph, shape: tuple[int, int], number: float, dtype: ir.DataTyp
     return g.constant(ir.LazyTensor(content, dtype=dtype, shape=ir.Shape(shape)), "weight")
 
 
-def _in_form(g: Graph, target: Target, name: str) -> None:
-    """Write the quantized products as lowering does without measuring."""
+def in_form(g: Graph, target: Target, name: str) -> None:
+    """Write the sites of a kind as lowering does without measuring; what the target has no form for stays."""
     kind, ctx = KINDS[name], Context(g, target)
     for spot in kind.find(g):
-        form = default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False))
-        kind.form(form).rewrite(ctx, spot)
+        if form := default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False)):
+            kind.form(form).rewrite(ctx, spot)
     g.model.graph.sort()
     g.sweep()

@@ -127,4 +127,5 @@ def _width(a: zoo.Architecture, g: Graph, name: str) -> Cut:
 def planned(p: Width, g: Graph) -> tuple[list[Place], list[np.ndarray]]:
     """The places and what stays of each."""
     places = p.places(coupling.Coupling(g))
-    return places, p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)  # type: ignore[arg-type]
+    candidates = p._candidates(g, places, [p._scores(g, x, None) for x in places], CPU)  # type: ignore[arg-type]
+    return places, p._amounts(g, places, candidates)

@@ -56,7 +56,7 @@ LAYERS = [
         "variants",
         "walk",
     },
-    {"pipeline", "gate", "outcome", "manager", "steps", "pruning", "readers", "repairs", "trial"},
+    {"pipeline", "gate", "outcome", "manager", "steps", "budgets", "pruning", "readers", "repairs", "trial"},
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
     {"report", "report_parts", "job", "smoke", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},

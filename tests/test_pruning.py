@@ -7,16 +7,18 @@ pytest.importorskip("onnxruntime")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, catalog, coupling
+from onnxcomp import blocks, catalog, coupling, tune
+from onnxcomp.budgets import Clock
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
+from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, solve
-from onnxcomp.maths.amounts import Candidate, choose
+from onnxcomp.maths.amounts import Candidate, choose, isotonic
 from onnxcomp.runtime import Session
-from onnxcomp.target import CPU
+from onnxcomp.target import CPU, TENSORRT
 from tests import cuts, tiny
 
 RNG = np.random.default_rng(0)
@@ -94,7 +96,7 @@ def test_parameters_and_products_are_as_predicted(name, tied):
     g = tiny.decoder(tied=tied)
     p = catalog.load(name)(ratio=0.25, **DATA_FREE)
     places = p.places(coupling.Coupling(g))
-    keeps = p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)
+    keeps = p._amounts(g, places, p._candidates(g, places, [p._scores(g, x, None) for x in places], CPU))
     predicted = [count(g, [(x.group, k) for x, k in zip(places, keeps, strict=True)]) for count in (parameters, macs)]
     result = run(g, name, ratio=0.25, **DATA_FREE).model
     assert [parameters(result), macs(result)] == predicted
@@ -143,7 +145,7 @@ def test_before_repair_the_result_equals_the_masked_model(name):
     g = tiny.decoder()
     p = catalog.load(name)(ratio=0.25, **DATA_FREE)
     places = p.places(coupling.Coupling(g))
-    keeps = p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)
+    keeps = p._amounts(g, places, p._candidates(g, places, [p._scores(g, x, None) for x in places], CPU))
     mask = g
     for place, keep in zip(places, keeps, strict=True):
         mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
@@ -254,12 +256,127 @@ def test_unit_loss_is_what_least_squares_cannot_make_up_for():
     )
 
 
+# ---- by the clock ----------------------------------------------------------------------------------------------------
+
+FIXED, RATE = 2e-6, 1e-9  # seconds of a call, and of an operation, by the clock of these tests
+SHAPES = [{"batch": 1, "sequence": 8}, {"batch": 3, "sequence": 8}]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """A clock by which micro-models take `FIXED + RATE * operations`, attention nothing; what it was asked."""
+    asked: list[set[str]] = []
+
+    def fake(forms, shapes, target, threads):
+        asked.append(set(forms))
+        return {
+            n: 0.0 if n == "attention" else FIXED + RATE * sum(tune.operations(g, shapes).values())
+            for n, g in forms.items()
+        }
+
+    monkeypatch.setattr(tune, "_time", fake)
+    return asked
+
+
+def timed(g: Graph, name: str, measure: bool = True, target=CPU, **options):
+    p = catalog.load(name)(**{"multiple_of": 1, **DATA_FREE, **options})
+    return PassManager([p], measure=measure, target=target, shapes=SHAPES if measure else ()).run(g)
+
+
+def share_of(sets: int, fixed: int, each: int, units: int, whole: int) -> float:
+    """Mean share, over the shapes, of so many calls with `fixed + each * units` operations a row."""
+    rows = [s["batch"] * s["sequence"] for s in SHAPES]
+    time = [[sets * FIXED + RATE * r * 2 * (fixed + each * n) for n in (units, whole)] for r in rows]
+    return float(np.mean([a / b for a, b in time]))
+
+
+@pytest.mark.parametrize("ranking", ["layer", "global"])
+@pytest.mark.parametrize("budget", [0.8, 0.55, 0.3])
+def test_a_latency_budget_is_met_by_the_measured_times_and_used(clock, ranking, budget):
+    step = timed(tiny.decoder(), "prune-ffn", latency=budget, ranking=ranking, uniform=True).report.steps[0]
+    predicted = {n: share_of(2, 0, 3 * 32, n, 64) for n in range(1, 65)}  # gate and up in one call, down in another
+    most = max(n for n, share in predicted.items() if share <= budget)
+    said = f"64 > {most} channels, predicted {predicted[most]:.0%} of its time ({predicted[most]:.0%} of all sites)"
+    assert [n.what for n in step.noted] == [said] * 2
+    assert len([x for x in clock if x]) == 2 * len(SHAPES)  # equal layers are timed once
+    assert {"x1", "x32", "x48", "x64"} <= set.union(*clock)
+
+
+def test_what_the_cut_leaves_as_wide_still_takes_its_time(clock):
+    g = tiny.decoder(layers=1, heads=8, kv_heads=8)
+    head, hidden = 4, 32
+    result = timed(g, "prune-heads", latency=0.5)
+    most = max(n for n in range(1, 9) if share_of(2, 0, 4 * head * hidden, n, 8) <= 0.5)  # q, k and v; o
+    assert [a.heads for a in blocks.attentions(result.model)] == [most]
+    shared = timed(tiny.decoder(layers=1, heads=8, kv_heads=2), "prune-heads", latency=0.7).model
+    kept = 2 * 2 * head * hidden  # keys and values stay, two heads of each
+    most = max(n for n in (2, 4, 6, 8) if share_of(2, kept, 2 * head * hidden, n, 8) <= 0.7)
+    assert [a.heads for a in blocks.attentions(shared)] == [most]
+
+
+def test_attention_takes_time_in_proportion_to_its_heads(monkeypatch):
+    monkeypatch.setattr(tune, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))  # linears gain nothing
+    g = tiny.decoder(layers=1, heads=8, kv_heads=8)
+    result = timed(g, "prune-heads", latency=0.76)  # (2 + n / 8) ms of 3 ms
+    assert [a.heads for a in blocks.attentions(result.model)] == [2]
+
+
+def test_a_latency_budget_cuts_the_residual_stream_and_both_budgets_hold(clock):
+    g = tiny.decoder()
+    step = timed(g, "prune-hidden", latency=0.75)
+    assert "predicted 7" in step.report.steps[0].noted[0].what
+    by_count = timed(g, "prune-ffn", latency=0.9, macs=0.7).model
+    assert 0.68 * macs(g) <= macs(by_count) <= 0.7 * macs(g)
+
+
+def test_a_latency_budget_never_goes_below_the_floor(clock):
+    assert [m.width for m in blocks.mlps(timed(tiny.decoder(), "prune-ffn", latency=0.77, floor=48).model)] == [48, 48]
+    with pytest.raises(RecipeError, match=r"prune-ffn: latency=0\.5 cannot be reached: with all channels .* 7\d% stay"):
+        timed(tiny.decoder(), "prune-ffn", latency=0.5, floor=48)
+
+
+def test_a_latency_budget_without_a_clock_is_refused_with_what_to_say_instead(clock, tmp_path):
+    with pytest.raises(RecipeError, match=r"prune-ffn: latency=0\.5 needs the clock.*--no-measure.*say macs=0\.5"):
+        timed(tiny.decoder(), "prune-ffn", measure=False, latency=0.5)
+    with pytest.raises(RecipeError, match=r"latency=0\.5 needs the clock.*not on this machine"):
+        timed(tiny.decoder(), "prune-ffn", target=TENSORRT, latency=0.5)
+    path = tiny.external(tiny.decoder(), tmp_path)
+    with pytest.raises(RecipeError, match=r"latency=0\.5 needs the clock, but a dry run \(--plan\) has none; say macs"):
+        compress_each(path, tmp_path / "out", passes=["prune-ffn: {latency: 0.5}"], plan=True)
+    g = tiny.decoder()
+    half = run(g, "half", as_dataset(batches(g), g)).model
+    with pytest.raises(RecipeError, match=r"needs the clock, but linear '.*' is not in float32"):
+        timed(half, "prune-ffn", latency=0.5)
+    assert not clock
+
+
+@pytest.mark.parametrize("budget", ["parameters", "macs", "latency"])
+def test_a_budget_of_all_changes_nothing_and_asks_no_clock(clock, budget):
+    step = timed(tiny.decoder(), "prune-ffn", measure=False, **{budget: 1}).report.steps[0]
+    assert (step.edits, step.changed, clock) == (0, 0, [])
+
+
+def test_between_measured_widths_time_is_linear_and_every_shape_counts_the_same():
+    times = Clock(((8, 16, 32),), (np.array([[1.0, 3.0, 4.0], [20.0, 20.0, 40.0]]),))
+    assert times.at(0, 12).tolist() == [2.0, 20.0]
+    assert times.share([np.arange(24)]) == pytest.approx((3.5 / 4 + 30 / 40) / 2)
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=8))
+def test_isotonic_times_never_fall_and_are_the_nearest_such(values):
+    fitted = isotonic(np.array(values))
+    assert np.all(np.diff(fitted) >= 0)
+    assert fitted.sum() == pytest.approx(sum(values))
+    rest = np.array(values) - fitted  # the conditions of the least squares problem (Barlow 1972)
+    assert np.all(np.cumsum(rest) >= -1e-9)
+    assert float(rest @ fitted) == pytest.approx(0, abs=1e-6)
+
+
 # ---- the dry run -----------------------------------------------------------------------------------------------------
 
 
 def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
     from onnxcomp import storage
-    from onnxcomp.job import compress_each
 
     path = tiny.external(tiny.decoder(), tmp_path)
     passes = ["prune-heads: {ratio: 0.5, ranking: layer}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
@@ -290,7 +407,6 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
 )
 def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
     from onnxcomp import storage
-    from onnxcomp.job import compress_each
 
     if inline is not None:
         monkeypatch.setattr(storage, "INLINE_LIMIT", inline)

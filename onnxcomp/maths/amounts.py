@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["Candidate", "Normal", "choose", "least_ratio", "normalised"]
+__all__ = ["Candidate", "Normal", "choose", "isotonic", "ladder", "least_ratio", "normalised"]
 
 Normal = Literal["none", "l2", "standard"]
 
@@ -112,6 +112,11 @@ def _rounded(c: Candidate, count: float) -> int:
     return n if n < c.units else c.units
 
 
+def ladder(c: Candidate, shares: Sequence[float] = (0.0, 0.5, 0.75, 1.0)) -> list[int]:
+    """Allowed counts near these shares of the units, ascending, from the fewest that may stay to all."""
+    return sorted({_rounded(c, c.units * s) for s in shares})
+
+
 def _best(c: Candidate, count: int) -> Array:
     """The highest scores, as many of each part; among equals the first wins."""
     if not c.parts:
@@ -134,3 +139,15 @@ def least_ratio(fits: Callable[[float], bool], steps: int = 24) -> float | None:
         middle = (low + high) / 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def isotonic(values: Array) -> Float64:
+    """The nearest sequence (least squares) that never falls: neighbours that do are pooled (Ayer 1955)."""
+    pools: list[tuple[float, int]] = []
+    for x in np.asarray(values, np.float64):
+        mean, count = float(x), 1
+        while pools and pools[-1][0] > mean:
+            other, n = pools.pop()
+            mean, count = (mean * count + other * n) / (count + n), count + n
+        pools.append((mean, count))
+    return np.repeat([m for m, _ in pools], [n for _, n in pools])

@@ -1,0 +1,167 @@
+"""How much a width pass cuts for a budget: parameters and multiplications are counted, latency is timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import blocks, micro, trial
+from onnxcomp.blocks import Linear
+from onnxcomp.errors import ModelError, RecipeError
+from onnxcomp.graph import Graph, Site
+from onnxcomp.groups import Group
+from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.amounts import Candidate, isotonic, ladder, least_ratio
+
+if TYPE_CHECKING:
+    from onnxcomp.pipeline import Env
+
+__all__ = ["Budget", "Clock", "Keeps", "counted", "no_clock", "ratio", "timed"]
+
+Keeps = Sequence[Array]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The share that may stay, under the name of its option; `left` is the share that units which stay leave."""
+
+    name: str
+    share: float
+    left: Callable[[Keeps], float]
+
+
+def counted(name: str, share: float, g: Graph, groups: Sequence[Group], count: Callable[..., int]) -> Budget:
+    """A budget of what `count(g, cuts)` counts (`coupling.sizes`)."""
+    whole = count(g)
+    return Budget(name, share, lambda keeps: count(g, zip(groups, keeps, strict=True)) / whole)
+
+
+def ratio(owner: str, unit: str, budgets: Sequence[Budget], choose: Callable[[float], Keeps]) -> float:
+    """The smallest ratio that keeps every budget; raises `RecipeError` where none does."""
+    return max((_ratio(owner, unit, b, choose) for b in budgets), default=0.0)
+
+
+def _ratio(owner: str, unit: str, budget: Budget, choose: Callable[[float], Keeps]) -> float:
+    least = least_ratio(lambda r: budget.left(choose(r)) <= budget.share)
+    if least is None:
+        raise RecipeError(
+            f"{owner}: {budget.name}={budget.share:g} cannot be reached: with all {unit} cut that may go, "
+            f"{budget.left(choose(1 - 1e-6)):.0%} stay; ask for more, or let another pass cut as well"
+        )
+    return least
+
+
+# ---- by the clock ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Seconds of every group `[shapes, widths]` at the measured numbers of units; between them it is linear."""
+
+    widths: tuple[tuple[int, ...], ...]
+    seconds: tuple[Float64, ...]
+
+    def at(self, i: int, units: int) -> Float64:
+        """Predicted seconds of one group, at every asked shape."""
+        return np.array([np.interp(units, self.widths[i], row) for row in self.seconds[i]])
+
+    def share(self, keeps: Keeps, of: int | None = None) -> float:
+        """Share of the time that stays, of all groups or of one; every asked shape counts the same."""
+        every = range(len(keeps)) if of is None else [of]
+        after = sum(self.at(i, len(keeps[i])) for i in every)
+        return float(np.mean(after / sum(row[:, -1] for row in (self.seconds[i] for i in every))))
+
+    def told(self, keeps: Keeps, i: int) -> str:
+        """What is predicted of one group, for its note."""
+        return f"predicted {self.share(keeps, i):.0%} of its time ({self.share(keeps):.0%} of all sites)"
+
+
+def no_clock(owner: str, share: float, why: str) -> RecipeError:
+    """The refusal of a latency budget that cannot be timed."""
+    return RecipeError(f"{owner}: latency={share:g} needs the clock, but {why}; say macs={share:g} instead")
+
+
+def timed(owner: str, share: float, g: Graph, groups: Sequence[Group], found: Sequence[Candidate], env: Env) -> Clock:
+    """Time what each group cuts at a few widths, as micro-models of its linears and attention.
+
+    Groups of equal sizes are timed once. Raises `RecipeError` where nothing is measured, or a size is not known.
+    """
+    if not env.measures:
+        raise no_clock(owner, share, "this run measures nothing (--no-measure, or the target is not on this machine)")
+    if not env.shapes:
+        raise no_clock(owner, share, "a size of an input is open: give every open axis with --shape")
+    linears, widths = blocks.linears(g, tied=True), [ladder(c) for c in found]
+    try:
+        seconds = [_curves(g, x, w, linears, env) for x, w in zip(groups, widths, strict=True)]
+    except ModelError as e:
+        raise no_clock(owner, share, str(e)) from e
+    return Clock(tuple(map(tuple, widths)), tuple(seconds))
+
+
+def _curves(g: Graph, group: Group, widths: Sequence[int], linears: Sequence[Linear], env: Env) -> Float64:
+    """Seconds of one group `[shapes, widths]`, never less for more units; raises `ModelError` without a time."""
+    total = np.zeros((len(env.shapes), len(widths)))
+    for same in blocks.siblings(x for x in linears if any(s.value == x.weight.name for s in group.slots)):
+        total += _products(same, group, widths, env)
+    for slot in group.attrs:
+        if slot.name == "q_num_heads":
+            node = next(n for n in g.nodes() if n.name == slot.node)
+            total += _attention(g, node, env)[:, None] * np.array(widths) / group.units
+    if not total.all():
+        raise ModelError("nothing that the clock can time, such as a linear, reads or makes what is cut")
+    return np.stack([isotonic(row) for row in total])
+
+
+def _products(same: Sequence[Linear], group: Group, widths: Sequence[int], env: Env) -> Float64:
+    """Seconds of linears of one input `[shapes, widths]`."""
+    for x in same:
+        if x.quantized or x.source.dtype is not ir.DataType.FLOAT:
+            raise ModelError(f"linear '{x.name}' is not in float32, and only such are timed (prune before that)")
+    sizes = {f"x{n}": _sizes(same, group, n) for n in widths}
+    forms = {name: trial.products(*size, name) for name, size in sizes.items()}
+    rows = []
+    for dims in _known(same[0].source, env):
+        shapes = {name: (1, math.prod(dims[:-1]), fan_in) for name, (fan_in, _) in sizes.items()}
+        rows.append(_seconds(same[0].site, forms, shapes, env))
+    return np.array(rows)
+
+
+def _sizes(same: Sequence[Linear], group: Group, units: int) -> tuple[int, list[tuple[int, bool]]]:
+    """Fan-in of linears of one input when so many units stay, and each one's fan-out and whether it has a bias."""
+    keep = np.arange(units)
+    cut = {(s.value, s.axis): int(s.kept(keep).sum()) for s in group.slots}
+
+    def size(x: Linear, out: int) -> int:
+        return cut.get((str(x.weight.name), out ^ x.transposed), x.sizes[out])
+
+    return size(same[0], 0), [(size(x, 1), x.bias is not None) for x in same]
+
+
+def _attention(g: Graph, node: ir.Node, env: Env) -> Float64:
+    """Seconds of one attention as it is `[shapes]`, in the form that lowering takes from the table."""
+    model = micro.cut(g, [node], [node.outputs[0]])
+    inputs = [str(v.name) for v in model.inputs]
+    dims = {name: _known(g.value(name), env) for name in inputs}
+    trial.in_form(model, env.target, "attention")
+    site = Site(str(node.name), (str(node.name),), "attention")
+    shapes = [{name: d[i] for name, d in dims.items()} for i in range(len(env.shapes))]
+    return np.array([_seconds(site, {"attention": model}, s, env) for s in shapes])[:, 0]
+
+
+def _known(v: ir.Value, env: Env) -> list[tuple[int, ...]]:
+    if not (dims := env.dims(v)):
+        raise ModelError(f"the size of '{v.name}' at the asked shapes is not known before the model runs")
+    return dims
+
+
+def _seconds(site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], env: Env) -> list[float]:
+    found = env.cost(site, forms, shapes)
+    measured = [c.seconds for c in found if c.source != "table" and c.seconds is not None]
+    if len(measured) < len(found):
+        raise ModelError("a --choices file is used, and it holds no times for these sizes")
+    return measured
