@@ -444,3 +444,47 @@ def test_least_squares_on_codes_is_declined():
     quantized = run(g, "qdq", data, min_size=1).model
     with pytest.raises(RecipeError, match="allow_unchanged"):
         run(quantized, "prune-ffn", data, ratio=0.5)
+
+
+# ---- together with a quantizer, in one file --------------------------------------------------------------------------
+
+RECIPE = """
+passes:
+  - canonicalize
+  - drop-layers: {ratio: 0.34, protect: 0}
+  - prune-heads: {ratio: 0.5}
+  - prune-ffn: {ratio: 0.5}
+  - qdq: {min_size: 1}
+  - lower
+"""
+WRONG = {
+    "passes: [canonicalize, qdq, prune-ffn, lower]": r"'prune-ffn' \(width\) must come before 'qdq' \(activations\)",
+    "passes: [canonicalize, prune-heads, drop-layers, qdq]": r"'drop-layers' \(depth\) must come before 'prune-heads'",
+}
+
+
+def test_one_file_cuts_depth_and_width_and_quantizes(tmp_path):
+    import onnxcomp as oc
+
+    g = tiny.encoder(layers=3)
+    path, recipe = tiny.external(g, tmp_path), tmp_path / "mine.yaml"
+    recipe.write_text(RECIPE)
+    data = [b.feeds for b in batches(g, 10)]
+    result = oc.compress(path, tmp_path / "out", recipe=recipe, calibration=data, measure=False)
+    changed = {s.name: s.changed for s in result.report.steps}
+    assert (changed["drop-layers"], changed["prune-heads"], changed["prune-ffn"], changed["qdq"]) == (1, 2, 2, 12)
+    assert result.report.integer.integer_products == 12
+    notes = {s.name: {n.what for n in s.noted} for s in result.report.steps}
+    assert notes["prune-heads"] == {"4 > 2 heads"}
+    assert notes["prune-ffn"] == {"64 > 32 channels"}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_file_in_the_wrong_order_is_refused_with_the_reason(tmp_path, text):
+    import onnxcomp as oc
+
+    path, recipe = tiny.external(tiny.encoder(), tmp_path), tmp_path / "mine.yaml"
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=f"{WRONG[text]}.*any_order: true"):
+        oc.compress(path, tmp_path / "out", recipe=recipe, calibration=[tiny.feeds(tiny.encoder())] * 4)
+    assert not (tmp_path / "out").exists()

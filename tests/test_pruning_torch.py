@@ -1,0 +1,76 @@
+"""Wanda and FLAP scores of the width passes against PyTorch's own activations of the same trained layers."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="compared with PyTorch")
+pytest.importorskip("transformers", reason="the reference model is a transformers checkpoint")
+pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.export
+
+from models import vit_digits  # noqa: E402
+from onnxcomp import calibrate, catalog, storage  # noqa: E402
+from onnxcomp.coupling import Coupling  # noqa: E402
+from onnxcomp.data import as_dataset  # noqa: E402
+from onnxcomp.structure import canonicalize  # noqa: E402
+from onnxcomp.target import CPU  # noqa: E402
+
+READS = {"prune-ffn": ("mlp.fc2", 256), "prune-heads": ("attention.o_proj", 4)}  # what reads the axis, and its units
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    with np.load(vit_digits.DATA / "heldout.npz") as data:
+        return data["pixel_values"][:96]
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory):
+    g = storage.load(vit_digits.export(tmp_path_factory.mktemp("vit")))
+    canonicalize(g)
+    return g
+
+
+@pytest.fixture(scope="module")
+def layers(images) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs `[rows, K]` and weight `[N, K]` of every linear of the checkpoint, in float64."""
+    model, seen = vit_digits.load().double(), {}
+
+    def keep(name, linear, inputs):
+        seen[name] = (inputs[0].flatten(0, -2), linear.weight)
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, x, name=name: keep(name, m, x))
+    with torch.no_grad():
+        model(torch.tensor(images).double())
+    return seen
+
+
+def wanda(x: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
+    """`|W| * ||X||` summed over everything that a unit's columns feed."""
+    return (weight.abs() * x.norm(dim=0)).sum(dim=0).unflatten(0, (units, -1)).sum(dim=1)
+
+
+def flap(x: torch.Tensor, weight: torch.Tensor, units: int) -> torch.Tensor:
+    """`E (X - E X)^2 * ||W||^2`, averaged over a unit's columns."""
+    fluctuation = (x - x.mean(dim=0)).square().mean(dim=0) * weight.norm(dim=0).square()
+    return fluctuation.unflatten(0, (units, -1)).mean(dim=1)
+
+
+@pytest.mark.parametrize("name", READS)
+@pytest.mark.parametrize("reference", [wanda, flap], ids=["wanda", "flap"])
+def test_scores_agree_with_pytorch(graph, layers, images, name, reference):
+    p = catalog.load(name)(score=reference.__name__, repair="none")
+    data = as_dataset({"pixel_values": images}, graph, batch=32)
+    stats = calibrate.collect(graph, list(p.needs(graph, CPU)), data)
+    places = p.places(Coupling(graph))
+    module, units = READS[name]
+    theirs = [reference(*layers[k], units).detach().numpy() for k in layers if k.endswith(module)]
+    assert len(places) == len(theirs) == 5
+    for place, want in zip(places, theirs, strict=True):
+        ours = p._scores(graph, place, SimpleNamespace(stats=stats))
+        np.testing.assert_allclose(ours, want, rtol=1e-4)
+        assert np.ptp(want) > 0.1 * want.mean()  # far apart, so that an order or a norm taken wrongly would show
