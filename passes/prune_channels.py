@@ -26,6 +26,8 @@ class PruneChannels(Width):
 
     score: Literal["magnitude", "ablation"] = "magnitude"
     """How much a channel matters: all weights that write or read it (no data), or the loss without it."""
+    latency: None = None
+    """No budget here: only linears and attentions are timed; say macs instead."""
     repair: Literal["none"] = "none"
     """What makes up for the cut: nothing; closed-form repair is for linears."""
 

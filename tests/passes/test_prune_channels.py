@@ -61,7 +61,7 @@ def test_the_cut_model_equals_the_masked_one_and_is_as_large_as_predicted(canoni
     p = catalog.load("prune-channels")(ratio=0.5)
     places = p.places(coupling.Coupling(g))
     assert sorted(len(x.sites) for x in places) == [1, 2, 3]  # first; wide and depthwise; stem, narrow and second
-    keeps = p._amounts(g, places, [p._scores(g, x, None) for x in places], CPU)
+    keeps = p._amounts(g, places, p._candidates(g, places, [p._scores(g, x, None) for x in places], CPU))
     mask = g
     for place, keep in zip(places, keeps, strict=True):
         mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
@@ -121,6 +121,11 @@ def test_what_the_model_gives_out_stays():
     assert channels(result.model) == {"inner": 8, "last": 4}
     [declined] = result.report.steps[0].declined
     assert "model's output 'y'" in declined.why
+
+
+def test_a_latency_budget_is_refused():
+    with pytest.raises(RecipeError, match="prune-channels: option 'latency'"):
+        parse_pass("prune-channels: {latency: 0.5}")
 
 
 def test_a_model_without_convolutions_has_nothing_to_cut():
