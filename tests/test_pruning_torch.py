@@ -1,4 +1,4 @@
-"""Wanda and FLAP scores of the width passes against PyTorch's own activations of the same trained layers."""
+"""Scores of the width passes against PyTorch's activations of the same trained layers; an exported ResNet is cut."""
 
 from types import SimpleNamespace
 
@@ -13,9 +13,12 @@ pytestmark = pytest.mark.export
 from models import vit_digits  # noqa: E402
 from onnxcomp import calibrate, catalog, storage  # noqa: E402
 from onnxcomp.coupling import Coupling  # noqa: E402
+from onnxcomp.coupling.sizes import parameters  # noqa: E402
 from onnxcomp.data import as_dataset  # noqa: E402
+from onnxcomp.manager import PassManager  # noqa: E402
 from onnxcomp.structure import canonicalize  # noqa: E402
 from onnxcomp.target import CPU  # noqa: E402
+from tests import cut_matrix, cuts  # noqa: E402
 
 READS = {"prune-ffn": ("mlp.fc2", 256), "prune-heads": ("attention.o_proj", 4)}  # what reads the axis, and its units
 
@@ -74,3 +77,39 @@ def test_scores_agree_with_pytorch(graph, layers, images, name, reference):
         ours = p._scores(graph, place, SimpleNamespace(stats=stats))
         np.testing.assert_allclose(ours, want, rtol=1e-4)
         assert np.ptp(want) > 0.1 * want.mean()  # far apart, so that an order or a norm taken wrongly would show
+
+
+class Logits(torch.nn.Module):
+    """A classifier of transformers that gives a plain tensor."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model(x).logits
+
+
+@pytest.mark.filterwarnings("ignore")  # the legacy exporter's own
+def test_half_of_the_channels_of_an_exported_resnet(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [2, 2], "layer_type": "basic"}
+    model = Logits(ResNetForImageClassification(ResNetConfig(**sizes, num_labels=10))).eval()
+    for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.running_mean.normal_(0, 0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    options = {"input_names": ["x"], "output_names": ["y"], "dynamic_axes": {"x": {0: "batch"}}, "opset_version": 18}
+    torch.onnx.export(model, (torch.randn(2, 3, 32, 32),), str(tmp_path / "m.onnx"), dynamo=False, **options)
+    g = storage.load(tmp_path / "m.onnx")
+    canonicalize(g)
+    p = catalog.load("prune-channels")(ratio=0.5)
+    mask = g
+    for place, keep in zip(*cut_matrix.planned(p, g.clone()), strict=True):
+        mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
+    result = PassManager([p]).run(g)
+    assert result.report.steps[0].changed == len([*g.nodes("Conv")]) == 10
+    assert parameters(result.model) < 0.28 * parameters(g)
+    feeds = [{"x": torch.randn(n, 3, 32, 32).numpy()} for n in (1, 3)]
+    cuts.assert_same(mask, result.model, *feeds)
