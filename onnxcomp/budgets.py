@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Clock", "Keeps", "counted", "no_clock", "ratio", "timed"]
 
 Keeps = Sequence[Array]
+DISPATCH = 1e-7  # seconds that even the smallest node takes
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def _curves(g: Graph, group: Group, widths: Sequence[int], linears: Sequence[Lin
         if slot.name == "q_num_heads":
             node = next(n for n in g.nodes() if n.name == slot.node)
             total += _attention(g, node, env)[:, None] * np.array(widths) / group.units
-    if not total.all():
+    if not total.any():
         raise ModelError("nothing that the clock can time, such as a linear, reads or makes what is cut")
     return np.stack([isotonic(row) for row in total])
 
@@ -143,11 +144,9 @@ def _sizes(same: Sequence[Linear], group: Group, units: int) -> tuple[int, list[
 
 
 def _attention(g: Graph, node: ir.Node, env: Env) -> Float64:
-    """Seconds of one attention as it is `[shapes]`, in the form that lowering takes from the table."""
+    """Seconds of one uncut attention `[shapes]`, as the standard operator."""
     model = micro.cut(g, [node], [node.outputs[0]])
-    inputs = [str(v.name) for v in model.inputs]
-    dims = {name: _known(g.value(name), env) for name in inputs}
-    trial.in_form(model, env.target, "attention")
+    dims = {str(v.name): _known(g.value(str(v.name)), env) for v in model.inputs}
     site = Site(str(node.name), (str(node.name),), "attention")
     shapes = [{name: d[i] for name, d in dims.items()} for i in range(len(env.shapes))]
     return np.array([_seconds(site, {"attention": model}, s, env) for s in shapes])[:, 0]
@@ -160,8 +159,10 @@ def _known(v: ir.Value, env: Env) -> list[tuple[int, ...]]:
 
 
 def _seconds(site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], env: Env) -> list[float]:
-    found = env.cost(site, forms, shapes)
-    measured = [c.seconds for c in found if c.source != "table" and c.seconds is not None]
-    if len(measured) < len(found):
+    """Measured seconds of each form without those of calling the runtime, which a whole model pays once."""
+    call = trial.products(1, [(1, False)], "x0")
+    first, *found = env.cost(site, {"call": call, **forms}, {"x0": (1, 1, 1), **shapes})
+    measured = [c.seconds for c in (first, *found) if c.source != "table" and c.seconds is not None]
+    if len(measured) <= len(found):
         raise ModelError("a --choices file is used, and it holds no times for these sizes")
-    return measured
+    return [max(seconds - measured[0], DISPATCH) for seconds in measured[1:]]

@@ -18,7 +18,7 @@ from onnxcomp.target import Target
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
 
-__all__ = ["SLOWER", "TICK", "in_form", "loses", "models", "products"]
+__all__ = ["SLOWER", "TICK", "loses", "models", "products"]
 
 SLOWER = 1.05  # a group is left in float where integers take longer by this factor,
 TICK = 20e-6  # and by more than the noise of one session call, seconds
@@ -61,7 +61,7 @@ def products(fan_in: int, outs: Sequence[tuple[int, bool]], source: str = "x") -
 
 def _quantized(fan_in: int, outs: Sequence[tuple[int, bool]], target: Target, kind: str) -> Graph:
     done = Graph(_model(fan_in, outs, kind).model)
-    in_form(done, target, kind)
+    _in_form(done, target, kind)
     return done
 
 
@@ -117,11 +117,11 @@ def _constant(g: Graph, shape: tuple[int, int], number: float, dtype: ir.DataTyp
     return g.constant(ir.LazyTensor(content, dtype=dtype, shape=ir.Shape(shape)), "weight")
 
 
-def in_form(g: Graph, target: Target, name: str) -> None:
-    """Write the sites of a kind as lowering does without measuring; what the target has no form for stays."""
+def _in_form(g: Graph, target: Target, name: str) -> None:
+    """Write the quantized products as lowering does without measuring."""
     kind, ctx = KINDS[name], Context(g, target)
     for spot in kind.find(g):
-        if form := default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False)):
-            kind.form(form).rewrite(ctx, spot)
+        form = default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False))
+        kind.form(form).rewrite(ctx, spot)
     g.model.graph.sort()
     g.sweep()

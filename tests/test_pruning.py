@@ -258,19 +258,20 @@ def test_unit_loss_is_what_least_squares_cannot_make_up_for():
 
 # ---- by the clock ----------------------------------------------------------------------------------------------------
 
-FIXED, RATE = 2e-6, 1e-9  # seconds of a call, and of an operation, by the clock of these tests
+# Seconds of calling the runtime, of any product, and of an operation, by the clock of these tests.
+CALL, FIXED, RATE = 0.5, 2e-6, 1e-9
 SHAPES = [{"batch": 1, "sequence": 8}, {"batch": 3, "sequence": 8}]
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
-    """A clock by which micro-models take `FIXED + RATE * operations`, attention nothing; what it was asked."""
+    """A clock by which micro-models take `FIXED + RATE * operations`; what it was asked."""
     asked: list[set[str]] = []
 
     def fake(forms, shapes, target, threads):
         asked.append(set(forms))
         return {
-            n: 0.0 if n == "attention" else FIXED + RATE * sum(tune.operations(g, shapes).values())
+            n: CALL if n in ("call", "attention") else CALL + FIXED + RATE * sum(tune.operations(g, shapes).values())
             for n, g in forms.items()
         }
 
@@ -315,9 +316,9 @@ def test_what_the_cut_leaves_as_wide_still_takes_its_time(clock):
 
 
 def test_attention_takes_time_in_proportion_to_its_heads(monkeypatch):
-    monkeypatch.setattr(tune, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))  # linears gain nothing
+    monkeypatch.setattr(tune, "_time", lambda forms, *_: {n: 0.0 if n == "call" else 1e-3 for n in forms})
     g = tiny.decoder(layers=1, heads=8, kv_heads=8)
-    result = timed(g, "prune-heads", latency=0.76)  # (2 + n / 8) ms of 3 ms
+    result = timed(g, "prune-heads", latency=0.76)  # (2 + n / 8) ms of 3 ms: linears gain nothing
     assert [a.heads for a in blocks.attentions(result.model)] == [2]
 
 
