@@ -164,7 +164,7 @@ def window(width: int, padded: bool, causal: bool = True):
     return make
 
 
-@pytest.mark.parametrize(("width", "padded"), itertools.product([3, 128, 4096], [True, False]))
+@pytest.mark.parametrize(("width", "padded"), list(itertools.product([3, 128, 4096], [True, False])))
 def test_windows_of_any_width_are_named(width, padded):
     g, mask = mask_graph(window(width, padded))
     name = f"causal window {width}" + ("+padding" if padded else "")
