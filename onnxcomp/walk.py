@@ -51,7 +51,7 @@ class Layout:
 
     def __init__(self, graph: Graph) -> None:
         graph.model.graph.sort()
-        nodes = list(graph.model.graph)
+        nodes = _early(list(graph.model.graph))
         self.count = len(nodes)
         self._made: dict[str, int] = {}
         heavy = [0]
@@ -86,6 +86,24 @@ class Layout:
     def end(self, wanted: Iterable[str]) -> int:
         """How many nodes lie before and at the last wanted value."""
         return max((self._made[w] + 1 for w in wanted if w in self._made), default=0)
+
+
+def _early(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """Sorted nodes, those that lead to no graph output right behind what they read.
+
+    Such nodes are what a pass adds to look at values: at the end of the order every value they read would cross all
+    cuts in between.
+    """
+    aside: set[ir.Node] = set()
+    for node in reversed(nodes):
+        users = {u for v in node.outputs for u, _ in v.uses()}
+        if users <= aside and not any(v.is_graph_output() for v in node.outputs):
+            aside.add(node)
+    place: dict[ir.Node, int] = {}
+    for i, node in enumerate(nodes):
+        makers = (x.producer() for x in node.inputs if x is not None)
+        place[node] = max((place[m] for m in makers if m in place), default=-1) if node in aside else i
+    return sorted(nodes, key=lambda n: (place[n], n in aside))
 
 
 def _attrs(node: ir.Node) -> Iterable[ir.Attr]:

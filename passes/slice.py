@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import gram
-from onnxcomp.structure.rotate import rotate
+from onnxcomp.structure.rotate import basis, rotate
 from onnxcomp.structure.stream import Stream, leaders, streams
 from onnxcomp.structure.views import NormSite
 from onnxcomp.target import Target
@@ -71,24 +71,26 @@ class Slice(Pass):
                 for norm in stream.norms:
                     g.decline(_site(norm), why)
                 continue
-            bases = self._bases(g, stream, env)
-            chosen = leaders(stream)
-            cut = {leader: q[:, :width] for leader, q in bases.items()}
-            rotate(g, stream, {v: cut[chosen[v]] for v in stream.values})
+            bases, chosen = self._bases(g, stream, width, env), leaders(stream)
+            rotate(g, stream, {v: bases[chosen[v]] for v in stream.values})
             g.model.graph.sort()
 
-    def _bases(self, g: Graph, stream: Stream, env: Env) -> dict[ir.Value, Float64]:
-        """Principal components `[d, d]` of what each norm makes of its input, largest first, by the norm's input."""
+    def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:
+        """The first principal components `[d, width]` of what each norm makes of its input, by the norm's input."""
+        inputs = dict.fromkeys(n.input for n in stream.norms)
         if env.dry:
-            return dict.fromkeys((n.input for n in stream.norms), np.eye(stream.width))
+            one = basis(g, np.eye(stream.width, width))
+            return {v: one if self.basis == "shared" else basis(g, np.eye(stream.width, width)) for v in inputs}
         probe = g.clone()
         seen = _probes(probe, stream.norms)
         stats = env.collect(probe, [gram(v) for v in seen.values()])
-        moments = {n.input: stats[gram(seen[str(n.input.name)])] for n in stream.norms}
+        moments = {v: gram(seen[str(v.name)]) for v in inputs}  # read one by one: together they may not fit in memory
         if self.basis == "norm":
-            return {v: _components(m) for v, m in moments.items()}
-        shared = _components(np.asarray(sum(m / max(float(np.trace(m)), 1e-30) for m in moments.values())))
-        return dict.fromkeys(moments, shared)
+            return {v: basis(g, _components(stats[m], width)) for v, m in moments.items()}
+        total = np.zeros((stream.width, stream.width))
+        for m in moments.values():
+            total += stats[m] / max(float(np.trace(stats[m])), 1e-30)
+        return dict.fromkeys(moments, basis(g, _components(total, width)))
 
 
 def _site(norm: NormSite) -> Site:
@@ -107,8 +109,8 @@ def _probes(probe: Graph, norms: Sequence[NormSite]) -> dict[str, ir.Value]:
     return found
 
 
-def _components(moments: Float64) -> Float64:
-    """Eigenvectors, those of the largest eigenvalues first, with the sign that makes the largest entry positive."""
-    vectors = np.linalg.eigh((moments + moments.T) / 2)[1][:, ::-1]
-    top = vectors[np.abs(vectors).argmax(axis=0), np.arange(vectors.shape[1])]
+def _components(moments: Float64, width: int) -> Float64:
+    """The eigenvectors of the `width` largest eigenvalues, the sign of each such that its largest entry is positive."""
+    vectors = np.linalg.eigh((moments + moments.T) / 2)[1][:, : -width - 1 : -1]
+    top = vectors[np.abs(vectors).argmax(axis=0), np.arange(width)]
     return np.ascontiguousarray(vectors * np.where(top < 0, -1.0, 1.0))

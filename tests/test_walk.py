@@ -56,6 +56,19 @@ def test_a_transformer_is_cut_at_its_hidden_states(build: Any, spelled: Any) -> 
     assert len(found) >= 2 * 4 - 1
 
 
+def test_looking_at_values_makes_nothing_cross() -> None:
+    g = tiny.decoder(layers=4)
+    crossing = [c.values for c in Layout(g).cuts]
+    for (name,) in crossing:  # nodes stand at the end of the graph, where the values were long done with
+        g.op("Sqrt", g.op("Abs", g.value(name)), name=f"look_at_{name}")
+    seen = Layout(g)
+    assert [c.values for c in seen.cuts] == crossing
+    for i, (name,) in enumerate(crossing[1:], 1):
+        start = seen.before([f"look_at_{name}_out"])
+        assert start is not None
+        assert start.values in crossing[i - 1 : i + 1]
+
+
 def test_values_that_many_layers_read_cross_too() -> None:
     g = cross_model()
     found = Layout(g).cuts

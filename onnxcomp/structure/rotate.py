@@ -13,26 +13,33 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
+from onnxcomp.spool import as_tensor, release
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.stream import SUMS, Stream, carried
 from onnxcomp.structure.views import Index, Linear, NormSite
 
-__all__ = ["rotate"]
+__all__ = ["basis", "rotate"]
 
 PIECE = 1 << 22  # elements converted to float64 at a time
 
 
-def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, Float64]) -> None:
-    """Carry every value of a stream in its basis `[d, d']`; between two bases a skip is multiplied by `Q^T Q'`.
+def basis(g: Graph, q: Float64) -> ir.TensorProtocol:
+    """A basis `[d, d']` as `rotate` takes it: in memory, or in the scratch folder of a large model."""
+    return as_tensor(q, folder=g.spool)
 
-    Exact (to rounding) where the bases are square; otherwise what lies outside them is lost.
+
+def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> None:
+    """Carry every value of a stream in its `basis`; where two differ a skip is multiplied by `Q^T Q'`.
+
+    Exact (to rounding) where the bases are square; otherwise what lies outside them is lost. Values whose basis is one
+    object share it. No more than two bases are in memory at once.
     """
     _Rotation(g, stream, bases).run()
     g.forget_shapes()
 
 
 class _Rotation:
-    def __init__(self, g: Graph, stream: Stream, bases: Mapping[ir.Value, Float64]) -> None:
+    def __init__(self, g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> None:
         self.g, self.stream, self.bases = g, stream, bases
         self.index, self.facts = Index.of(g), Facts(g)
         self.others = {v: stream.others(v) for v in stream.values}
@@ -46,8 +53,13 @@ class _Rotation:
             self._norm(norm)
         for v, users in self.others.items():
             if users or v.is_graph_output():
-                back = self.g.op("MatMul", self.made[v], self._matrix(self.bases[v].T, v), like=v)
+                back = self.g.op("MatMul", self.made[v], self._matrix(self._basis(v).T, v), like=v)
                 self.g.replace(v, back, users=None if v.is_graph_output() else users)
+
+    def _basis(self, v: ir.Value) -> Float64:
+        """The basis of a value; what was read of others need not stay in memory."""
+        release(self.bases.values())
+        return np.asarray(self.bases[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
         dtype = like.dtype.numpy() if like.dtype is not None else np.dtype(np.float32)
@@ -75,11 +87,11 @@ class _Rotation:
         """A value in the basis of `x`, moved to that of `v`."""
         if self.bases[x] is self.bases[v]:
             return y
-        return self.g.op("MatMul", y, self._matrix(self.bases[x].T @ self.bases[v], v), name=f"{v.name}_skip")
+        return self.g.op("MatMul", y, self._matrix(self._basis(x).T @ self._basis(v), v), name=f"{v.name}_skip")
 
     def _written(self, x: ir.Value, v: ir.Value) -> ir.Value:
         """What a writer adds to the stream, in the basis of `v`: folded into its weights where they are its own."""
-        q = self.bases[v]
+        q = self._basis(v)
         if self.stream.kind == "layer":
             q = q - q.mean(axis=0)  # M Q
         if self.g.is_constant(x):
@@ -115,7 +127,7 @@ class _Rotation:
 
     def _norm(self, norm: NormSite) -> None:
         """A norm without gain over the coordinates that remain, still dividing by the whole width."""
-        q = self.bases[norm.input]
+        q = self._basis(norm.input)
         d, kept = q.shape
         epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
         level = self._matrix(np.full(kept, np.sqrt(d / kept)), norm.gain)

@@ -6,10 +6,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks
+from onnxcomp import blocks, spool
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.passes import slice as slice_pass
 from onnxcomp.passes.slice import Slice
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize
@@ -47,8 +48,8 @@ def close(g, other, tolerance=3e-6):
             assert np.linalg.norm(got[rows] - want[rows]) <= tolerance * np.linalg.norm(want[rows])
 
 
-def orthogonal(d, rng):
-    return np.linalg.qr(rng.standard_normal((d, d)))[0]
+def orthogonal(d, rng, kept=None):
+    return ir.tensor(np.ascontiguousarray(np.linalg.qr(rng.standard_normal((d, d)))[0][:, :kept]))
 
 
 def parallel():
@@ -129,6 +130,19 @@ def test_a_stream_that_lies_in_fewer_dimensions_is_cut_without_loss(name, basis)
     assert 22 in widths
     assert step.changed >= 2 * 2
     close(g, result.model, 2e-3)
+    skips = [n for n in result.model.nodes("MatMul") if "_skip" in str(n.name)]
+    assert bool(skips) == (basis == "norm")  # one basis for all needs no change of basis
+
+
+def test_bases_of_a_large_model_lie_in_files_and_change_nothing(monkeypatch):
+    monkeypatch.setattr(spool, "SPOOLED", 1 << 12)
+    given = []
+    monkeypatch.setattr(slice_pass, "rotate", lambda g, stream, bases: given.append(bases) or rotate(g, stream, bases))
+    g = tiny.decoder(layers=2)
+    held, spooled = (PassManager([Slice(ratio=0.3)], memory=m).run(g, data(g)).model for m in (None, 1 << 14))
+    in_files = [{isinstance(t.numpy(), np.memmap) for t in bases.values()} for bases in given]
+    assert in_files == [{False}, {True}]
+    close(held, spooled, 1e-5)
 
 
 def test_what_is_cut_is_the_least_of_the_stream():
@@ -144,7 +158,7 @@ def test_what_is_cut_is_the_least_of_the_stream():
     random = g.clone()
     (stream,) = streams(random)
     rng = np.random.default_rng(0)
-    bases = {v: orthogonal(32, rng)[:, :22] for v in dict.fromkeys(leaders(stream).values())}
+    bases = {v: orthogonal(32, rng, 22) for v in dict.fromkeys(leaders(stream).values())}
     rotate(random, stream, {v: bases[leader] for v, leader in leaders(stream).items()})
     random.sweep()
     batch = tiny.feeds(g, seed=99)
