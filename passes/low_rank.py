@@ -109,7 +109,8 @@ class LowRank(Pass):
     def _metric(self, group: Sequence[Linear], env: Env, whole: bool) -> Array | None:
         """`G` as the method sees it, or the whole Gram matrix: `[K, K]`, `[K]` or None."""
         if self.method == "svd-llm" or whole:
-            return np.asarray(sum(env.stats[gram(x.source)] for x in group))
+            first, *rest = (env.stats[gram(x.source)] for x in group)
+            return np.asarray(sum(rest, first))
         if self.method == "svd":
             return None
         if self.repair:
@@ -129,14 +130,13 @@ class LowRank(Pass):
         return f.energies
 
     def _cut(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
-        x, dtype = group[0], g.array(group[0].weight).dtype
+        x, weight = group[0], g.array(group[0].weight)
         left, right = factors.cut(rank)
         if self.repair and self.method != "svd-llm" and not env.dry:
-            weight = g.array(x.weight).T if x.transposed else g.array(x.weight)
-            right = lowrank.refit(np.asarray(self._metric(group, env, True)), weight, left, right)
-        a, b = (
-            g.constant(m.astype(dtype), f"{x.weight.name}_{what}") for m, what in ((left, "left"), (right, "right"))
-        )
+            seen = np.asarray(self._metric(group, env, True))
+            right = lowrank.refit(seen, weight.T if x.transposed else weight, left, right)
+        a = g.constant(left.astype(weight.dtype), f"{x.weight.name}_left")
+        b = g.constant(right.astype(weight.dtype), f"{x.weight.name}_right")
         for y in group:
             thin = g.op("MatMul", y.input, a, name=f"{y.name}_left")
             wide = g.op("MatMul", thin, b, name=f"{y.name}_right", like=y.node.outputs[0])

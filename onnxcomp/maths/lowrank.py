@@ -20,6 +20,9 @@ from onnxcomp.maths.solve import damped, least_squares
 __all__ = ["Factors", "blank", "break_even", "factor", "refit", "share"]
 
 CHUNK = 1 << 22  # elements of a weight converted to float64 at a time
+# Above the float32 noise of a Gram matrix, relative to the mean of its diagonal: what the data never shows is then kept
+# by the size of the weights instead of by noise, and the Cholesky factorisation succeeds at once.
+DAMP = 1e-5
 
 
 @dataclass(frozen=True)
@@ -52,19 +55,19 @@ def blank(k: int, n: int, rank: int) -> Factors:
     return Factors(np.zeros((k, rank)), np.zeros((rank, n)), np.arange(min(k, n), 0.0, -1.0))
 
 
-def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = 1e-8) -> Factors:
+def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = DAMP) -> Factors:
     """The best factors of a weight `[K, N]` up to a rank, in the metric `G`: `[K, K]`, its diagonal `[K]`, or identity.
 
-    Decomposes `S^T W W^T S` or `W^T G W`, whichever is smaller. Raises `DataError` where the metric does not fit.
+    Decomposes `W^T G W`, or `S^T W W^T S` where that is smaller. Raises `DataError` where the metric does not fit.
     """
     w = np.asarray(weights)
     k, n = w.shape
     if metric is not None and len(metric) != k:
         raise DataError(f"a metric of {len(metric)} in-channels does not fit weights {list(w.shape)}")
     r = min(rank, k, n)
-    if k > n:
+    if k >= n:  # needs no root of the metric
         wide = w.astype(np.float64)
-        values, basis = _falling(wide.T @ _times(metric, wide))
+        values, basis = _falling(wide.T @ _seen(metric, wide, damp))
         return Factors(wide @ basis[:, :r], np.ascontiguousarray(basis[:, :r].T), values)
     s = _root(metric, damp)
     inner = _times(None if s is None else s.T, _outer(w))
@@ -72,6 +75,14 @@ def factor(weights: Array, rank: int, metric: Array | None = None, damp: float =
     u = basis[:, :r]
     left = np.asarray(u if s is None else u / s[:, None] if s.ndim == 1 else np.linalg.solve(s.T, u), np.float64)
     return Factors(left, _chunked(w, _times(s, u)), values)
+
+
+def _seen(metric: Array | None, w: Float64, damp: float) -> Float64:
+    """`G W`, a whole Gram matrix damped as in `_root`."""
+    seen = _times(metric, w)
+    if metric is not None and metric.ndim == 2:
+        seen += damp * float(np.diag(metric).mean()) * w
+    return seen
 
 
 def _falling(matrix: Float64) -> tuple[Float64, Float64]:
@@ -106,9 +117,11 @@ def _outer(w: Array) -> Float64:
 
 
 def _chunked(w: Array, x: Float64) -> Float64:
-    """`x^T W` in float64."""
-    step = max(1, CHUNK // len(w))
-    return np.concatenate([x.T @ w[:, i : i + step].astype(np.float64) for i in range(0, w.shape[1], step)], axis=1)
+    """`x^T W` in float64, without a copy of all of W."""
+    step, out = max(1, CHUNK // len(w)), np.empty((x.shape[1], w.shape[1]))
+    for i in range(0, w.shape[1], step):
+        out[:, i : i + step] = x.T @ w[:, i : i + step].astype(np.float64)
+    return out
 
 
 def refit(gram: Array, weights: Array, left: Array, right: Array) -> Float64:
@@ -138,12 +151,13 @@ def share(
     if how == "uniform":
         asked = [int((1 - ratio) * break_even(k, n)) // multiple * multiple or multiple for k, n in sizes]
         return [r if r < limit else 0 for r, limit in zip(asked, limits, strict=True)]
+    gains = [_gains(np.asarray(e), size, multiple) for e, size in zip(energies, sizes, strict=True)]
     whole: set[int] = set()
     total = sum(k * n for k, n in sizes)
     while True:
         left = [i for i in range(len(sizes)) if i not in whole]
         budget = (1 - ratio) * total - sum(sizes[i][0] * sizes[i][1] for i in whole)
-        ranks = _spend([energies[i] for i in left], [sizes[i] for i in left], budget, multiple)
+        ranks = _spend([gains[i] for i in left], [sizes[i] for i in left], budget, multiple)
         over = {i for i, r in zip(left, ranks, strict=True) if r >= limits[i]}
         if not over:
             found = dict(zip(left, ranks, strict=True))
@@ -151,18 +165,18 @@ def share(
         whole |= over
 
 
-def _spend(energies: Sequence[Array], sizes: Sequence[tuple[int, int]], budget: float, multiple: int) -> list[int]:
+def _gains(energies: Array, size: tuple[int, int], multiple: int) -> Float64:
+    """What each next `multiple` of rank keeps of a matrix's energy, per weight it costs; the first one is given."""
+    whole, end = float(energies.sum()) or 1.0, min(size)
+    starts = np.arange(multiple, end, multiple)
+    kept = np.add.reduceat(energies[:end], starts) if len(starts) else np.zeros(0)
+    return np.asarray(kept / whole / sum(size), np.float64)
+
+
+def _spend(gains: Sequence[Float64], sizes: Sequence[tuple[int, int]], budget: float, multiple: int) -> list[int]:
     """One multiple of rank each, then the next best per weight while the budget lasts."""
-    ranks = [multiple] * len(sizes)
-    spent = sum(multiple * (k + n) for k, n in sizes)
-    steps = []
-    for i, (e, (k, n)) in enumerate(zip(energies, sizes, strict=True)):
-        all_of_it = float(e.sum()) or 1.0
-        for r in range(multiple, min(k, n), multiple):
-            steps.append((-float(e[r : r + multiple].sum()) / all_of_it / (k + n), i, r))
-    for _, i, _ in sorted(steps):
-        cost = multiple * sum(sizes[i])
-        if spent + cost > budget:
-            break
-        ranks[i], spent = ranks[i] + multiple, spent + cost
-    return ranks
+    costs = multiple * np.array([k + n for k, n in sizes], np.int64)
+    owners = np.repeat(np.arange(len(sizes)), [len(x) for x in gains])
+    order = owners[np.argsort(-np.concatenate(gains), kind="stable")] if len(owners) else owners
+    paid = int((costs.sum() + np.cumsum(costs[order]) <= budget).sum())
+    return [int(r) for r in multiple * (1 + np.bincount(order[:paid], minlength=len(sizes)))]

@@ -60,6 +60,24 @@ def test_plain_and_scaled_losses_are_tails_too_and_data_never_favours_them(shape
     assert fitted <= plain + 1e-7 * total
 
 
+@pytest.mark.parametrize("n", [40, 60, 90])  # decomposed on the side of the outputs, and of the inputs
+def test_what_the_data_never_shows_is_kept_by_the_weights(n):
+    rank, rows, k = 30, 20, 60
+    r = np.random.default_rng(3)
+    x = r.standard_normal((rows, k)).astype(np.float32)
+    gram, w = (x.T @ x).astype(np.float64), r.standard_normal((k, n))
+    f = lowrank.factor(w, rank, gram)
+    left, right = f.cut(rank)
+    rest = w - left @ right
+    total = ((x @ w) ** 2).sum()
+    assert ((x @ rest) ** 2).sum() < 1e-8 * total
+    # Twenty directions of the outputs are what the data needs; the other ten are the best of the rest of the weights.
+    needed = np.linalg.svd(x @ w)[2][:rows]
+    hidden = w - w @ needed.T @ needed
+    best = (np.linalg.svd(hidden, compute_uv=False)[rank - rows :] ** 2).sum()
+    assert (rest**2).sum() == pytest.approx(best, rel=1e-3)
+
+
 def test_full_rank_is_the_matrix_itself():
     _, w = problem(9, 14)
     for metric in (None, np.arange(1.0, 10.0), np.eye(9) * 3):
