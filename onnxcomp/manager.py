@@ -55,7 +55,7 @@ class _Walk:
     planner: lowering.Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
-    variants: dict[str | None, Variants] = field(default_factory=dict)
+    variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
 class PassManager:
@@ -249,7 +249,7 @@ class PassManager:
             rng=np.random.default_rng([self.seed, len(walk.report.steps)]),
             memory=self.memory,
             scratch=walk.scratch,
-            run_variants=lambda edits, metric: self._variants(walk, work, edits, metric, p.name),
+            run_variants=lambda edits, metric, samples: self._variants(walk, work, edits, metric, samples, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
             run_collect=self._collector(walk, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
@@ -312,16 +312,19 @@ class PassManager:
 
         return collect
 
-    def _variants(self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, name: str) -> list[Score]:
+    def _variants(
+        self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, samples: int | None, name: str
+    ) -> list[Score]:
         if walk.calibration is None:
             raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
-        if metric not in walk.variants:
+        if (metric, samples) not in walk.variants:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
             kept = walk.scratch / f"variants-{len(walk.variants)}"
-            reference = self._reference(walk.original, walk.calibration, metrics, kept)
-            walk.variants[metric] = Variants(reference, self.host, self.memory or calibrate.MEMORY, kept)
-        found = walk.variants[metric].compare(work, edits)
-        return [Score(score_of(validation, metric), validation) for validation in found]
+            data = walk.calibration.spread(samples or len(walk.calibration))
+            reference = self._reference(walk.original, data, metrics, kept)
+            memory = self.memory or calibrate.MEMORY
+            walk.variants[metric, samples] = Variants(reference, self.host, memory, kept)
+        return [Score(score_of(v, metric), v) for v in walk.variants[metric, samples].compare(work, edits)]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 

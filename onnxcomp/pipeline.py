@@ -89,7 +89,7 @@ class Env:
     rng: np.random.Generator
     memory: int | None
     scratch: Path
-    run_variants: Callable[[Sequence[Edit], str | None], list[Score]]
+    run_variants: Callable[[Sequence[Edit], str | None, int | None], list[Score]]
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need], Graph | None], Stats]
     run_plan: Callable[[], Planner]
@@ -97,12 +97,13 @@ class Env:
     shapes: tuple[Mapping[str, int], ...] = ()
     dry: bool = False  # only sizes count: no statistic was collected
 
-    def evaluate(self, variants: Iterable[Edit], metric: str | None = None) -> list[Score]:
+    def evaluate(self, variants: Iterable[Edit], metric: str | None = None, samples: int | None = None) -> list[Score]:
         """Score edits, each on its own copy of the current graph, against the original on calibration data.
 
         `metric` is a gate name (`kl`, `rel-l2`, `perplexity-rise`, ...); None takes `kl` for logits, else `rel-l2`.
+        At most `samples` of the data are run.
         """
-        return self.run_variants(list(variants), metric)
+        return self.run_variants(list(variants), metric, samples)
 
     def cost(self, site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]]) -> list[Cost]:
         """Seconds and bytes of equivalent micro-models of a site on the target, measured or from its table.

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, budgets, readers, repairs
+from onnxcomp import blocks, budgets, readers, repairs, sensitivity
 from onnxcomp.blocks import Linear
 from onnxcomp.budgets import Budget, Clock
 from onnxcomp.coupling import Blocked, Coupling, prove
@@ -24,7 +24,7 @@ from onnxcomp.groups import Group
 from onnxcomp.maths import Array, Float64, scores
 from onnxcomp.maths.amounts import Candidate, Normal, choose, normalised
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
-from onnxcomp.readers import Reader
+from onnxcomp.readers import Reader, Repair
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 from onnxcomp.target import Target
 
@@ -72,11 +72,14 @@ class Width(Pass):
     """Cut until at most this share of the multiplications with weights that it finds, per token, stays."""
     latency: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cut until what is cut (its linears, its attention) takes at most this share of its time, measured here."""
-    ranking: Literal["layer", "global"] = "layer"
-    """Cut the same share of every layer, or what scores least over all layers."""
+    ranking: Literal["sensitivity", "global", "layer"] | None = None
+    """What loses the model least over all layers (one trial cut a layer), what scores least, or the same share of each.
+
+    By default sensitivity where score or repair ask for data anyway, and else layer.
+    """
     score: Score = "energy"
     """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
-    repair: Literal["least-squares", "bias", "none"] = "least-squares"
+    repair: Repair = "least-squares"
     """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing."""
     sequential: bool = True
     """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone."""
@@ -100,7 +103,18 @@ class Width(Pass):
     @property
     def wants_data(self) -> bool:
         """Magnitudes without repair need none."""
+        return self._measures or self.ranking == "sensitivity"
+
+    @property
+    def _measures(self) -> bool:
         return self.score != "magnitude" or self.repair != "none"
+
+    @property
+    def _ranked(self) -> Literal["sensitivity", "global", "layer"]:
+        """The ranking that is asked for, or fits what else is."""
+        if self.uniform:
+            return "layer"
+        return self.ranking or ("sensitivity" if self._measures else "layer")
 
     @property
     def _by_clock(self) -> float | None:
@@ -112,13 +126,14 @@ class Width(Pass):
         return self.sequential and self.repair == "least-squares"
 
     def planning(self) -> Width:
-        """The same sizes without data: units are ranked by magnitude, nothing is repaired.
+        """The same sizes in all without data: units are ranked by magnitude, nothing is repaired.
 
         Raises `RecipeError` for a latency budget: a dry run has no clock.
         """
         if self._by_clock is not None:
             raise budgets.no_clock(self.name, self._by_clock, "a dry run (--plan) has none")
-        return dataclasses.replace(self, score="magnitude", repair="none")
+        ranking = "global" if self._ranked == "sensitivity" else self._ranked
+        return dataclasses.replace(self, score="magnitude", repair="none", ranking=ranking)
 
     @abc.abstractmethod
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
@@ -136,7 +151,8 @@ class Width(Pass):
         """What score and repair ask of the inputs of the linears that read the axis."""
         if self.is_identity or not self.wants_data:
             return
-        asked = [*ASKED[self.score], *([] if self._in_order else ASKED[self.repair])]
+        alone = not self._in_order or self._ranked == "sensitivity"
+        asked = [*ASKED[self.score], *(ASKED[self.repair] if alone else ())]
         sources = (s for p in self.places(Coupling(g.clone())) for r in p.readers for s in r.sources)
         yield from dict.fromkeys(need(s) for s in sources for need in asked)
 
@@ -144,11 +160,17 @@ class Width(Pass):
         """Score, choose, repair, cut, and prove the shapes."""
         if self.is_identity:
             return
+        if self.ranking is None and any(x.quantized for x in blocks.linears(g, tied=True)):
+            dataclasses.replace(self, ranking="layer").run(g, env)  # codes are not silenced for a trial
+            return
         coupling = Coupling(g)
         places = self.places(coupling)
         if not places:
             return
         candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
+        if self._ranked == "sensitivity":
+            parts = [(p.group, p.readers) for p in places]
+            candidates = sensitivity.scaled(g, parts, candidates, env, self.metric, self.repair)
         clock = self._clock(g, places, candidates, env)
         keeps = self._amounts(g, places, candidates, clock)
         uncut = g.clone()
@@ -202,10 +224,11 @@ class Width(Pass):
         group = self.group(c, start)
         read = readers.readers_of(group, linears)
         held = next((r.quantized for r in read if r.quantized), None)
-        if held is not None and (self.repair == "least-squares" or self.score == "ablation"):
+        tried = self.score == "ablation" or self.ranking == "sensitivity"
+        if held is not None and (self.repair == "least-squares" or tried):
             raise ModelError(
                 f"linear '{held.name}' is quantized, and this needs float weights: cut the model before quantizing it, "
-                "or say repair: bias or none, and a score other than ablation"
+                "or say repair: bias or none, no ablation, and no ranking by sensitivity"
             )
         if not read and (self.repair != "none" or self.score not in ("magnitude", "ablation")):
             raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
@@ -215,7 +238,7 @@ class Width(Pass):
         step = self._multiple(target)
         if place.group.units <= max(self.floor, step):
             return f"there are no fewer than {max(self.floor, step)} to keep (floor {self.floor}, multiples of {step})"
-        return "the nearest count allowed" if self.ranking == "layer" else "they matter more than those of other layers"
+        return "the nearest count allowed" if self._ranked == "layer" else "they matter more than those of other layers"
 
     def _multiple(self, target: Target) -> int:
         return self.multiple_of or (target.width_multiple if self.aligned else 1)
@@ -229,7 +252,7 @@ class Width(Pass):
         groups = [p.group for p in places]
         whole = parameters(g)
         costs = [max(1, whole - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
-        how = NORMAL.get(self.score, "l2") if self.ranking == "global" else "none"
+        how = NORMAL.get(self.score, "l2") if self._ranked == "global" else "none"
         return [
             Candidate(normalised(s, how), cost, x.parts, self._multiple(target), self.floor)
             for s, x, cost in zip(found, groups, costs, strict=True)
@@ -254,7 +277,7 @@ class Width(Pass):
         return self._choose(found, budgets.ratio(self.name, self.unit, given, lambda r: self._choose(found, r)))
 
     def _choose(self, candidates: Sequence[Candidate], ratio: float) -> list[Array]:
-        return choose(candidates, ratio, self.ranking, self.uniform)
+        return choose(candidates, ratio, "layer" if self._ranked == "layer" else "global", self.uniform)
 
     # ---- what matters --------------------------------------------------------------------------------------------
 
@@ -279,17 +302,10 @@ class Width(Pass):
             return scores.per_unit(scores.wanda(weight, reader.norm2(stats)).sum(axis=1), units, count)
         if self.score == "flap":
             return scores.per_unit(scores.flap(reader.var(stats), weight), units, count, mean=True)
-        return scores.unit_loss(reader.gram(stats), weight, units, count)
+        several = np.bincount(units[units >= 0]).max(initial=0) > 1
+        return (scores.elimination if several else scores.unit_loss)(reader.gram(stats), weight, units, count)
 
 
 def _silence(group: Group, unit: int) -> Edit:
     """An edit that zeroes what reads one unit."""
-
-    def edit(g: Graph) -> None:
-        for slot in group.readers:
-            v = g.value(slot.value)
-            a = g.array(v).copy()
-            a[tuple([slice(None)] * slot.axis + [slot.positions(np.array([unit]))])] = 0
-            g.put(v, a)
-
-    return edit
+    return lambda g: readers.silence(g, group, np.array([unit]))

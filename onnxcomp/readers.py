@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.groups import STAYS, Group, Slot
@@ -16,7 +17,9 @@ from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
-__all__ = ["Reader", "magnitude", "readers_of", "repair", "replace"]
+__all__ = ["Reader", "Repair", "inside", "magnitude", "readers_of", "repair", "replace", "silence"]
+
+Repair = Literal["least-squares", "bias", "none"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,21 @@ def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
     return tuple(found)
 
 
+def inside(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
+    """The same readers in a copy of their graph, those of tied tables left out."""
+    linears = {x.name: x for x in blocks.linears(g, tied=True)}
+    return [Reader(r.slot, tuple(linears[x.name] for x in r.linears)) for r in readers if not r.slot.writes]
+
+
+def silence(g: Graph, group: Group, units: Array) -> None:
+    """Zero what reads some units of a group, so that it says what cutting them would."""
+    for slot in group.readers:
+        v = g.value(slot.value)
+        a = g.array(v).copy()
+        a[tuple([slice(None)] * slot.axis + [slot.positions(units)])] = 0
+        g.put(v, a)
+
+
 def magnitude(g: Graph, group: Group) -> Float64:
     """L2 norm of all weights that read or write a unit: `[units]` (Torch-Pruning's group norm)."""
     total = np.zeros(group.units)
@@ -109,16 +127,16 @@ def _dequantized(g: Graph, node: ir.Node) -> Array:
     return dequantize(codes, scale, zero, axis=axis, block=node.attributes.get_int("block_size", 0))
 
 
-def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Literal["least-squares", "bias"]) -> None:
-    """Make the kept in-channels do what the cut ones did on the calibration data, as far as they can.
+def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> None:
+    """Make the kept in-channels do what the cut ones did on the calibration data, as far as they can, or nothing.
 
     `bias`: the mean output of what is cut goes into the bias (FLAP, eq. 7), made where there is none. `least-squares`:
     the kept rows, and the bias if there is one, minimise the squared error of the layer's output.
     """
     stays = reader.slot.kept(keep)
     kept, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
-    if reader.slot.writes:
-        return  # a tied table: its rows are also what is looked up
+    if how == "none" or reader.slot.writes:
+        return  # a tied table's rows are also what is looked up
     weight, means = reader.weight(g), reader.mean(stats)
     if how == "bias":
         for linear in reader.linears:

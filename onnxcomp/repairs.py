@@ -15,7 +15,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import Reader, replace
+from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["DAMP", "in_order"]
@@ -43,10 +43,8 @@ def in_order(g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader]) -> Non
     error on the calibration data is larger than without repair, as its inputs are then.
     """
     g.model.graph.sort()
-    linears = {x.name: x for x in blocks.linears(g, tied=True)}
     order = {node: i for i, node in enumerate(g.nodes())}
-    cut = [Reader(r.slot, tuple(linears[x.name] for x in r.linears)) for r in readers if not r.slot.writes]
-    for reader in sorted(cut, key=lambda r: min(order[x.node] for x in r.linears)):
+    for reader in sorted(inside(g, readers), key=lambda r: min(order[x.node] for x in r.linears)):
         _fit(g, uncut, env, reader)
 
 

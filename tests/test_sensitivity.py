@@ -1,0 +1,114 @@
+"""Ranking by sensitivity: layers give what loses the model least, by one trial cut of each."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from onnxcomp import blocks, catalog, sensitivity
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.errors import DataError
+from onnxcomp.graph import Graph
+from onnxcomp.groups import Group
+from onnxcomp.manager import PassManager
+from onnxcomp.maths.amounts import Candidate
+from tests import tiny
+
+QUIET = 1e-3  # what the quiet layer's outputs are multiplied with, and its inputs' weights divided by
+
+
+def quiet_first() -> Graph:
+    """Three layers; what the first adds hardly counts, though its hidden values are the largest of all."""
+    g = tiny.encoder(layers=3, norm="pre")
+    quiet = blocks.mlps(g)[0]
+    for x, by in ((quiet.linears[0], 1 / QUIET), (quiet.down, QUIET**2)):
+        g.put(x.weight, (g.array(x.weight) * by).astype(np.float32))
+    return g
+
+
+def data(g: Graph, count: int = 6):
+    return as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(count)], g)
+
+
+def widths(g: Graph, **options) -> list[int]:
+    result = PassManager([catalog.load("prune-ffn")(ratio=0.3, multiple_of=1, **options)]).run(g, data(g)).model
+    return [m.width for m in blocks.mlps(result)]
+
+
+@pytest.mark.parametrize("score", ["energy", "wanda", "flap"])
+@pytest.mark.parametrize("repair", ["least-squares", "bias", "none"])
+def test_the_layer_that_hardly_counts_gives_most(score, repair):
+    g = quiet_first()
+    whole = blocks.mlps(g)[0].width
+    first, *others = widths(g, score=score, repair=repair)
+    assert first < min(others)
+    assert whole - first > 0.75 * (3 * whole - first - sum(others))  # nearly all that goes, goes there
+
+
+def test_by_default_it_is_sensitivity_where_data_is_asked_for():
+    g = quiet_first()
+    assert widths(g) == widths(g, ranking="sensitivity") != widths(g, ranking="layer")
+    plain = {"score": "magnitude", "repair": "none"}
+    assert widths(g, **plain) == widths(g, **plain, ranking="layer")
+    assert widths(g, **plain) != widths(g, **plain, ranking="sensitivity")
+    assert len(set(widths(g, uniform=True))) == 1
+
+
+def test_sensitivity_without_data_is_refused_with_the_way_out():
+    p = catalog.load("prune-ffn")(ratio=0.3, score="magnitude", repair="none", ranking="sensitivity")
+    with pytest.raises(DataError, match="--calibration"):
+        PassManager([p]).run(tiny.encoder())
+
+
+@pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
+def test_the_order_within_a_layer_is_that_of_the_score(name):
+    """As many as sensitivity leaves in each layer, and exactly those that its score puts first."""
+    g = tiny.encoder(layers=3, norm="pre", heads=4)
+    made = PassManager([catalog.load(name)(ratio=0.4, multiple_of=1, repair="none")]).run(g, data(g)).model
+    for i, x in enumerate(readers_of(g, name)):
+        kept = readers_of(made, name)[i].sizes[0]
+        alone = catalog.load(name)(ratio=1 - kept / x.sizes[0], multiple_of=1, ranking="layer", repair="none")
+        other = PassManager([alone]).run(g, data(g)).model
+        np.testing.assert_array_equal(weight(made, name, i), weight(other, name, i))
+
+
+def readers_of(g: Graph, name: str) -> list[blocks.Linear]:
+    return [a.o for a in blocks.attentions(g)] if name == "prune-heads" else [m.down for m in blocks.mlps(g)]
+
+
+def weight(g: Graph, name: str, i: int) -> np.ndarray:
+    return g.array(readers_of(g, name)[i].weight)
+
+
+def test_the_scores_of_the_silenced_half_sum_to_the_measured_loss():
+    losses, asked = [0.3, 2.0], []
+
+    def evaluate(edits, metric, samples):
+        asked.append((len(edits), metric, samples))
+        return [SimpleNamespace(value=v) for v in losses]
+
+    env = SimpleNamespace(evaluate=evaluate)
+    found = [Candidate(np.array([4.0, 1.0, 3.0, 2.0])), Candidate(np.arange(6.0)), Candidate(np.ones(4), floor=4)]
+    parts = [(Group(4, ()), ())] * 3
+    scaled = sensitivity.scaled(None, parts, found, env, "kl", "none")
+    assert [np.sort(c.scores)[: c.units // 2].sum() for c in scaled[:2]] == pytest.approx(losses)
+    assert [list(np.argsort(c.scores)) for c in scaled] == [list(np.argsort(c.scores)) for c in found]
+    assert asked == [(2, "kl", sensitivity.SAMPLES)]  # the third layer gives nothing, so it is not tried
+    assert sensitivity.scaled(None, parts[:1], found[:1], env, "kl", "none") == found[:1]
+    assert len(asked) == 1
+
+
+def test_no_more_samples_are_run_than_asked_for():
+    seen = []
+
+    class Counting(PassManager):
+        def _reference(self, original, dataset, *rest):
+            seen.append(len(dataset))
+            return super()._reference(original, dataset, *rest)
+
+    g = tiny.encoder(layers=2)
+    many = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(40)], g)
+    Counting([catalog.load("prune-ffn")(ratio=0.5)]).run(g, many)
+    assert sensitivity.SAMPLES in seen
