@@ -20,7 +20,7 @@ DATA = ROOT / "models" / "data"
 README = ROOT / "README.md"
 METRIC = {"vit_digits": "accuracy", "docs_lm": "perplexity"}
 SHOWN = {"vit_digits": ("accuracy-drop", "kl"), "docs_lm": ("perplexity-rise", "kl")}
-DRAWN = {"vit_digits": 256, "docs_lm": 256}  # training images, windows of training text, for each seed
+DRAWN = {"vit_digits": 256, "docs_lm": 128}  # training images, windows of training text, for each seed
 HELDOUT = {"vit_digits": None, "docs_lm": 64}  # samples; the KL of 64 windows is a mean over 8,000 tokens
 
 
