@@ -52,7 +52,8 @@ class Reader:
 
     def gram(self, stats: Stats) -> Float64:
         """`X^T X` over all inputs: `[K, K]`."""
-        return np.asarray(sum(np.asarray(stats[gram(s)], np.float64) for s in self.sources))
+        first, *rest = (np.asarray(stats[gram(s)], np.float64) for s in self.sources)
+        return np.asarray(sum(rest, first))  # a single one stays in its file
 
     def norm2(self, stats: Stats) -> Float64:
         """Euclidean norm of every in-channel over all inputs: `[K]`."""

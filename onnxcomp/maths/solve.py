@@ -90,9 +90,10 @@ def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | 
     g = _checked(gram)
     c = np.asarray(cross, np.float64)
     w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
+    rest = c - g @ w0
     h, lower, used = damped(g, damp)
-    del lower  # as large as the Gram matrix
-    return Solution(w0 + np.linalg.solve(h, c - g @ w0), used)
+    del g, lower  # each as large as what the solver copies
+    return Solution(w0 + np.linalg.solve(h, rest), used)
 
 
 def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solution:
@@ -104,7 +105,9 @@ def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solu
     kept = np.asarray(keep, np.int64)
     if w.shape[0] != len(g) or kept.size == 0:
         raise DataError(f"weights {list(w.shape)} and {kept.size} kept channels do not fit a Gram matrix of {len(g)}")
-    return least_squares(g[np.ix_(kept, kept)], g[kept] @ w, damp, start=w[kept])
+    inner, cross = g[np.ix_(kept, kept)], (g @ w)[kept]
+    del g
+    return least_squares(inner, cross, damp, start=w[kept])
 
 
 def repair_affine(
