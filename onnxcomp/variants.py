@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onnxcomp.graph import Graph
+from onnxcomp.spool import forget
 from onnxcomp.target import Target
 from onnxcomp.validation import Reference, Validation
 from onnxcomp.walk import Cut, Layout, Walk, signature
@@ -45,6 +46,8 @@ class Variants:
 def _edited(g: Graph, edit: Edit) -> Graph:
     variant = g.clone()
     edit(variant)
+    if variant.spool is not None:  # what one edit reads is no reason for the next to need more memory
+        forget(variant.model)
     variant.model.graph.sort()
     return variant
 
