@@ -75,7 +75,7 @@ class Width(Pass):
     ranking: Literal["sensitivity", "global", "layer"] | None = None
     """What loses the model least over all layers (one trial cut a layer), what scores least, or the same share of each.
 
-    By default sensitivity where score or repair ask for data anyway, and else layer.
+    By default sensitivity where score or repair ask for data anyway and no weight is quantized, and else layer.
     """
     score: Score = "energy"
     """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
@@ -90,7 +90,7 @@ class Width(Pass):
     uniform: bool = False
     """Keep the same share of every layer whatever the ranking, for runtimes that want one number for all."""
     metric: str | None = None
-    """Gate name that the ablation score measures; by default kl for logits, else rel-l2."""
+    """Gate name that ablation and sensitivity measure; by default kl for logits, else rel-l2."""
     skip: tuple[str, ...] = ()
     """Patterns of node names that stay whole."""
 

@@ -30,6 +30,8 @@ class PruneChannels(Width):
     """No budget here: only linears and attentions are timed; say macs instead."""
     repair: Literal["none"] = "none"
     """What makes up for the cut: nothing; closed-form repair is for linears."""
+    sequential: Literal[False] = False
+    """No repair, so no order of it."""
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """What every convolution makes, in graph order."""
