@@ -28,19 +28,17 @@ class Variants:
         self.walk = Walk(target, memory, scratch)
 
     def compare(self, g: Graph, edits: Sequence[Edit]) -> list[Validation]:
-        """One comparison with the original per edit, in their order; the graph itself is only sorted."""
+        """One comparison with the original per edit, in their order, which is best that of the graph."""
         layout = Layout(g)
-        starts = [_shared(g, _edited(g, edit), layout.cuts) for edit in edits]
-        found: dict[int, Validation] = {}
-        places = [0 if cut is None else cut.place for cut in starts]
-        for i in sorted(range(len(edits)), key=places.__getitem__):
-            cut, variant = starts[i], _edited(g, edits[i])
-            if cut is None:
-                found[i] = self.reference.against(variant)
-                continue
-            self.walk.go(g, layout, cut, lambda: (b.feeds for b in self.reference.data))
-            found[i] = self.reference.against(variant, self.walk)
-        return [found[i] for i in range(len(edits))]
+        return [self._compared(g, layout, edit) for edit in edits]
+
+    def _compared(self, g: Graph, layout: Layout, edit: Edit) -> Validation:
+        variant = _edited(g, edit)
+        cut = _shared(g, variant, layout.cuts)
+        if cut is None:
+            return self.reference.against(variant)
+        self.walk.go(g, layout, cut, lambda: (b.feeds for b in self.reference.data))
+        return self.reference.against(variant, self.walk)
 
 
 def _edited(g: Graph, edit: Edit) -> Graph:
