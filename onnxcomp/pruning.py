@@ -178,8 +178,16 @@ class Width(Pass):
             self._cut(g, place, keep, env, clock.told(keeps, i) if clock else "")
         prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
         if self._in_order:
-            cut = (p for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units)
-            repairs.in_order(g, uncut, env, [r for p in cut for r in p.readers])
+            cut = [(p, keep) for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units]
+            self._in_turn(g, uncut, env, cut)
+
+    def _in_turn(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Repair the readers of what was cut, one after another."""
+        repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers])
+
+    def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
+        """What reads the axis of a group and can be fitted; raises `ModelError` where that cannot be as asked."""
+        return readers.readers_of(group, linears)
 
     def _cut(self, g: Graph, place: Place, keep: Array, env: Env, said: str) -> None:
         """Cut one group, with its readers repaired where each is for itself; or decline its sites."""
@@ -222,7 +230,7 @@ class Width(Pass):
         if (hit := next((p for p in self.skip if any(fnmatchcase(n, p) for n in names)), None)) is not None:
             raise ModelError(f"skipped by the pattern '{hit}'")
         group = self.group(c, start)
-        read = readers.readers_of(group, linears)
+        read = self._readers(c.g, group, linears)
         held = next((r.quantized for r in read if r.quantized), None)
         tried = self.score == "ablation" or self.ranking == "sensitivity"
         if held is not None and (self.repair == "least-squares" or tried):

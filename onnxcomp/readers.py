@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,6 +44,28 @@ class Reader:
         a = _numbers(g, self.linears[0].weight)
         assert a is not None
         return a.T if self.linears[0].transposed else a
+
+    def kept(self, keep: Array) -> Array:
+        """Which in-channels stay with some units: bool `[K]`."""
+        return self.slot.kept(keep)
+
+    def bias(self, g: Graph) -> Float64 | None:
+        """The bias `[N]`, if all its linears have the same one."""
+        biases = {x.bias for x in self.linears}
+        return None if len(biases) > 1 or None in biases else g.array(biases.pop()).reshape(-1).astype(np.float64)
+
+    def put(self, g: Graph, weight: Array) -> None:
+        """Store another weight `[K, N]`."""
+        replace(g, self, weight)
+
+    def shift(self, g: Graph, by: Float64) -> None:
+        """Add `[N]` to the bias of all its linears, made where there is none."""
+        for linear in self.linears:
+            _shift(g, linear, by)
+
+    def inside(self, g: Graph, linears: Mapping[str, Linear]) -> Reader:
+        """The same reader in a copy of its graph, which has these linears by name."""
+        return Reader(self.slot, tuple(linears[x.name] for x in self.linears))
 
     @property
     def quantized(self) -> Linear | None:
@@ -87,7 +109,7 @@ def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
 def inside(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
     """The same readers in a copy of their graph, those of tied tables left out."""
     linears = {x.name: x for x in blocks.linears(g, tied=True)}
-    return [Reader(r.slot, tuple(linears[x.name] for x in r.linears)) for r in readers if not r.slot.writes]
+    return [r.inside(g, linears) for r in readers if not r.slot.writes]
 
 
 def silence(g: Graph, group: Group, units: Array) -> None:
@@ -134,28 +156,24 @@ def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> 
     `bias`: the mean output of what is cut goes into the bias (FLAP, eq. 7), made where there is none. `least-squares`:
     the kept rows, and the bias if there is one, minimise the squared error of the layer's output.
     """
-    stays = reader.slot.kept(keep)
+    stays = reader.kept(keep)
     kept, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
     if how == "none" or reader.slot.writes:
         return  # a tied table's rows are also what is looked up
     weight, means = reader.weight(g), reader.mean(stats)
     if how == "bias":
-        for linear in reader.linears:
-            _shift(g, linear, means[gone] @ weight[gone].astype(np.float64))
+        reader.shift(g, means[gone] @ weight[gone].astype(np.float64))
         return
-    biases = {str(x.bias.name) if x.bias is not None else "" for x in reader.linears}
-    bias = reader.linears[0].bias if len(biases) == 1 else None
+    bias = reader.bias(g)
     matrix = reader.gram(stats)
     if bias is None:
         rows = solve.repair(matrix, weight, kept).weights
     else:
-        old = g.array(bias).reshape(-1).astype(np.float64)
-        rows, new = solve.repair_affine(matrix, means, reader.rows(stats), weight, old, kept)
-        for linear in reader.linears:
-            _shift(g, linear, new - old)
+        rows, new = solve.repair_affine(matrix, means, reader.rows(stats), weight, bias, kept)
+        reader.shift(g, new - bias)
     fitted = weight.copy()
     fitted[kept] = rows.astype(weight.dtype)
-    replace(g, reader, fitted)
+    reader.put(g, fitted)
 
 
 def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None) -> None:
