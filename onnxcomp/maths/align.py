@@ -1,16 +1,20 @@
-"""Turning bases of several heads onto each other, so that their average keeps what they have in common."""
+"""Bases of several heads that share one: turned onto each other for their average, or spanned in the least squares."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from onnxcomp.maths import Float64
 
-__all__ = ["rotations"]
+__all__ = ["rotations", "spans"]
+
+Number = npt.NDArray[np.inexact]
 
 ROUNDS = 8
+EMPTY = 1e-12  # directions with less than this share of the largest moment are not there
 
 
 def rotations(
@@ -41,3 +45,45 @@ def _onto(cross: Float64, pairs: Sequence[tuple[int, int]], free: list[int]) -> 
         c, s = np.cos(angle), np.sin(angle)
         r[a, a], r[b, a], r[a, b], r[b, b] = c, s, -s, c
     return r
+
+
+def spans(
+    moments: Float64, reads: Float64, pairs: Sequence[tuple[int, int]] = (), free: Sequence[int] = ()
+) -> tuple[Float64, Float64]:
+    """Maps `A`, `B` `[H, D, D]` for which `B_h^T` of the mean of all `x_h A_h` is closest to each head's `x_h`.
+
+    `moments` `[H D, H D]` are those of all heads side by side, `reads` `[H, D, D]` the moments of what each head is
+    multiplied with, which say how much an error counts (Eckart and Young, 1936, in both metrics). Columns in `free` mix
+    freely, each pair of `pairs` is one complex number (all that commutes with a rotary embedding). Law: the weighted
+    squared error is the least of all such maps, so not larger than that of a mean of rotated heads.
+    """
+    count, width = reads.shape[:2]
+    m = moments.reshape(count, width, count, width)
+    into, back = np.zeros((2, count, width, width))
+    if free:
+        at = np.ix_(range(count), free, free)
+        n = len(free)
+        inner = m[:, free][:, :, :, free].reshape(count * n, count * n)
+        into[at], back[at] = _span(inner, reads[at])
+    for a, b in pairs:
+        s = m[:, a, :, a] + m[:, b, :, b] + 1j * (m[:, a, :, b] - m[:, b, :, a])
+        x, y = (z[:, 0, 0] for z in _span(s, (reads[:, a, a] + reads[:, b, b])[:, None, None]))
+        for z, out in ((x, into), (y, back)):
+            out[:, a, a], out[:, b, b], out[:, a, b], out[:, b, a] = z.real, z.real, z.imag, -z.imag
+    return into, back
+
+
+def _span(moments: Number, reads: Float64) -> tuple[Number, Number]:
+    """The maps where all columns mix freely, real or complex: best approximation of lower rank in both metrics."""
+    count, width = reads.shape[:2]
+    values, basis = np.linalg.eigh(moments)
+    there = values > EMPTY * max(float(values.max(initial=0)), 1e-300)
+    root = (basis * np.sqrt(np.where(there, values, 0))) @ basis.conj().T
+    inverse = (basis * np.where(there, 1 / np.sqrt(np.where(there, values, 1)), 0)) @ basis.conj().T
+    sides = root.reshape(count * width, count, width)
+    weighed = np.einsum("ahd,hde,bhe->ab", sides, reads, sides.conj(), optimize=True)
+    best = np.linalg.eigh(weighed)[1][:, ::-1][:, :width]
+    q, r = np.linalg.qr(inverse @ best)
+    into = q.reshape(count, width, width) * np.sqrt(count)
+    across = (r @ best.conj().T @ root).reshape(width, count, width) * np.sqrt(count)
+    return into, across.transpose(1, 2, 0).conj()
