@@ -13,7 +13,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
-__all__ = ["Branch", "branches", "joins", "whole_layers"]
+__all__ = ["Branch", "branches", "joins", "sums", "whole_layers"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,23 @@ def branches(g: Graph) -> list[Branch]:
     return [_branch(g, index, layer, part, outs) for layer in found for part in _parts(layer)]
 
 
+def sums(x: Linear) -> tuple[ir.Value, tuple[ir.Value, ...]] | None:
+    """The stream behind a linear that is added to it, and what else is added: parts in parallel make several sums."""
+    end, others = x.output, []
+    while (node := _sum(end)) is not None:
+        others += [v for v in node.inputs if v is not None and v is not end]
+        end = node.outputs[0]
+    return (end, tuple(others)) if others else None
+
+
 def joins(x: Linear) -> ir.Node | None:
     """The addition of two computed values, such as the residual one, that alone reads a linear's output."""
-    users = list(x.output.uses())
-    node = users[0][0] if len(users) == 1 and not x.output.is_graph_output() else None
+    return _sum(x.output)
+
+
+def _sum(v: ir.Value) -> ir.Node | None:
+    users = list(v.uses())
+    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
     if node is None or node.op_type not in ("Add", "Sum") or len(node.inputs) != 2:
         return None
     return node if all(v is not None and Graph.tensor(v) is None for v in node.inputs) else None

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.branches import joins
+from onnxcomp.branches import joins, sums
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
+from onnxcomp.groups import Slot
 from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "in_order"]
+__all__ = ["DAMP", "has", "in_order", "to_stream", "unfit"]
 
 DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
 
@@ -48,36 +49,79 @@ def in_order(g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader]) -> Non
         _fit(g, uncut, env, reader)
 
 
+def to_stream(g: Graph, uncut: Graph, env: Env, x: blocks.Linear, target: str, damp: float = DAMP) -> None:
+    """Fit a linear that is added to the residual stream, so that this comes closest to a value of the uncut model.
+
+    Law: the squared error of the stream on the calibration data does not grow.
+    """
+    found = sums(x)
+    assert found is not None
+    free = x.bias is not None
+    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found[1]))
+    _settle(g, Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,)), [moments], free, damp)
+
+
+def unfit(g: Graph, x: blocks.Linear) -> str:
+    """Why a linear that is added to the stream cannot be fitted for itself, empty if it can."""
+    if x.quantized:
+        return "its weights are quantized"
+    if len(list(x.weight.uses())) > 1:
+        return "its weights are shared, so they cannot be fitted for one place"
+    return "" if g.is_constant(x.weight) else "its weights are computed"
+
+
+def has(original: Graph, name: str) -> bool:
+    """Whether a model computes a value of that name."""
+    try:
+        return not original.is_constant(original.value(name))
+    except ModelError:
+        return False
+
+
 def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:
     """Fit one weight; biases with it where its layers have the same."""
-    weight = reader.weight(g)
     biases = {x.bias for x in reader.linears}
     free = len(biases) == 1 and None not in biases
-    found = [_moments(g, uncut, env, x, free) for x in reader.linears]
+    _settle(g, reader, [_moments(g, uncut, env, x, free, _place(x)) for x in reader.linears], free, DAMP)
+
+
+def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, damp: float) -> None:
+    """Give a weight, and where it is free the bias, what fits the sum of all calls best."""
+    weight = reader.weight(g)
     squares, cross = (np.asarray(sum(getattr(m, k) for m in found)) for k in ("gram", "cross"))
     rows = sum(m.rows for m in found)
     means = None
     if free:
         means = Means(np.asarray(sum(m.x for m in found)) / rows, np.asarray(sum(m.y for m in found)) / rows, rows)
-    fitted, bias = refit.linear(squares, cross, weight, DAMP, means)
+    fitted, bias = refit.linear(squares, cross, weight, damp, means)
     replace(g, reader, fitted.astype(weight.dtype), bias)
 
 
-def _moments(g: Graph, uncut: Graph, env: Env, x: blocks.Linear, free: bool) -> _Moments:
+def _place(x: blocks.Linear) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    """The value behind a linear that is compared, and what else is added to it there."""
+    add = joins(x)
+    return (x.output, ()) if add is None else (add.outputs[0], tuple(v for v in add.inputs if v and v is not x.output))
+
+
+def _moments(
+    g: Graph, uncut: Graph, env: Env, x: blocks.Linear, free: bool, place: tuple[ir.Value, tuple[ir.Value, ...]]
+) -> _Moments:
     """What one call of a layer says; a bias that is not to be fitted is taken off its target."""
-    add, source = joins(x), x.source
-    out = x.output if add is None else add.outputs[0]
-    carried = None if add is None else next(v for v in add.inputs if v is not x.output)
+    out, carried = place
+    source = x.source
     needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, out, other_of="original")}
     needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(out, of="original")}
-    if carried is not None:
-        needs |= {"less": cross_gram(source, carried), "less y": mean(carried)}
+    for i, v in enumerate(carried):
+        needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
     stats = env.collect(g, needs.values(), env.original if _same(env.original, uncut, out) else uncut)
     got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
     rows = refit.count(got["norm"], got["mean"], got["var"])
-    bias = 0.0 if free or x.bias is None else g.array(x.bias).reshape(-1).astype(np.float64)
-    y = got["y"] - got.get("less y", 0.0) - bias
-    cross = got["cross"] - got.get("less", 0.0) - rows * np.outer(got["mean"], np.broadcast_to(bias, y.shape))
+    y, cross = got["y"], got["cross"]
+    for i in range(len(carried)):
+        y, cross = y - got[f"less y {i}"], cross - got[f"less {i}"]
+    if not free and x.bias is not None:
+        bias = g.array(x.bias).reshape(-1).astype(np.float64)
+        y, cross = y - bias, cross - rows * np.outer(got["mean"], np.broadcast_to(bias, y.shape))
     return _Moments(got["gram"], cross, rows * got["mean"], rows * y, rows)
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from onnxcomp.branches import Branch, branches, whole_layers
+from onnxcomp.gaps import Gap, close, leave_out
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, cosine
@@ -22,7 +23,8 @@ class DropLayers(Pass):
     """Hand the residual stream past the least needed layers, one at a time, scoring the rest again after each.
 
     Block influence is `1 - mean cos(x_in, x_out)` over tokens (Men et al., ShortGPT, 2024, arXiv 2403.03853, eq. 1);
-    `ablation` measures instead how far the model's outputs move without the layer.
+    `ablation` measures instead how far the model's outputs move without the layer. What is left is then fitted to the
+    residual stream of the whole model, from the linear before each gap on (see `onnxcomp.gaps.close`).
     """
 
     stage: ClassVar[Stage] = Stage.DEPTH
@@ -37,6 +39,8 @@ class DropLayers(Pass):
     """How need is measured; ablation runs the model once for each candidate and round."""
     rescore: bool = True
     """Score again after each one that goes; otherwise once."""
+    repair: Literal["least-squares", "none"] = "least-squares"
+    """What makes up for them: the linears that write to the stream from there on, fitted to the uncut one; nothing."""
     protect: Annotated[int, Field(ge=0)] = 1
     """Layers at each end that always stay."""
 
@@ -54,16 +58,23 @@ class DropLayers(Pass):
         return [] if self.is_identity or self.score == "ablation" else [_influence(b) for b in self._free(self._all(g))]
 
     def run(self, g: Graph, env: Env) -> None:
-        """Drop the least needed candidate until the share is reached; the others are declined with their score."""
+        """Drop the least needed candidates, then repair what is left; the others are declined with their score."""
+        uncut, gaps = g.clone(), list[Gap]()
         every = self._all(g)
         free = {b.name for b in self._free(every)}
         count, scores = int(self.ratio * len(every)), self._scores(g, env, free, env.stats)
         for left in reversed(range(min(count, len(free)) if not self.is_identity else 0)):
             name = min(free, key=lambda n: scores[n])
             free.remove(name)
-            _drop(g, self._named(g, name))
+            gaps = leave_out(g, self._named(g, name), gaps)
             if self.rescore and left:
                 scores = self._scores(g, env, free, None)
+        if self.repair != "none" and not env.dry:
+            close(g, uncut, env, gaps)
+        self._say(g, every, free, scores, count)
+
+    def _say(self, g: Graph, every: list[Branch], free: set[str], scores: dict[str, float], count: int) -> None:
+        """What became of every candidate."""
         for b in every:
             if count == 0:
                 g.decline(b.site, f"a share of {self.ratio:g} is less than one of {len(every)}")
@@ -71,6 +82,8 @@ class DropLayers(Pass):
                 g.decline(b.site, f"kept: its {self.score} is {scores[b.name]:.3g}")
             elif b.why or self._protected(b, every):
                 g.decline(b.site, b.why or f"one of the {self.protect} layers at each end that stay")
+            else:
+                g.note(b.site, "left out")
 
     def _all(self, g: Graph) -> list[Branch]:
         if self.part == "layer":
@@ -101,17 +114,13 @@ class DropLayers(Pass):
         return {n: 1 - float(known[need]) for n, need in found.items()}
 
     def _without(self, name: str) -> Edit:
-        return lambda variant: _drop(variant, self._named(variant, name))
+        def edit(variant: Graph) -> None:
+            leave_out(variant, self._named(variant, name))
+
+        return edit
 
 
 def _influence(b: Branch) -> Need:
     assert b.entry is not None
     assert b.exit is not None
     return cosine(b.entry, b.exit)
-
-
-def _drop(g: Graph, b: Branch) -> None:
-    assert b.entry is not None
-    assert b.exit is not None
-    g.replace(b.exit, b.entry)
-    g.sweep()  # what is dead must not be seen as a part of a layer in the next round

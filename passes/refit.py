@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.branches import joins
-from onnxcomp.errors import ModelError
+from onnxcomp.branches import joins, sums
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
-from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
+from onnxcomp.repairs import has, to_stream, unfit
+from onnxcomp.stats import Need, cross_gram, mean, norm2, var
 from onnxcomp.target import Target
 
 __all__ = ["Refit"]
@@ -69,40 +68,20 @@ class Refit(SequentialPass):
 
     def _linear(self, g: Graph, x: Linear, env: Env) -> str:
         """Fit a linear; why not, empty if it was."""
-        add = joins(x)
-        assert add is not None
-        out = add.outputs[0]
-        skip = next(v for v in add.inputs if v is not x.output)
-        held = [v for v in (x.weight, x.bias) if v is not None]
-        if skip is None or not _has(env.original, out):
-            return f"the original has no value '{out.name}' to fit to"
-        if any(len(list(v.uses())) > 1 for v in held):
-            return "its weights are shared, so they cannot be fitted for one place"
-        xs, there, here = x.source, (out, "original"), (skip, "current")
-        needs: dict[str, Need] = {
-            "gram": gram(xs),
-            "there": cross_gram(xs, out, other_of="original"),
-            "here": cross_gram(xs, skip),
-        }
-        if x.bias is not None:
-            needs |= {"mean": mean(xs), "var": var(xs), "norm": norm2(xs)}
-            needs |= {f"mean {of}": mean(v, of=of) for v, of in (there, here)}  # type: ignore[arg-type]
-        stats = env.collect(g, needs.values())
-        got = {k: stats[n] for k, n in needs.items()}
-        stored = g.array(x.weight)
-        weight = stored.T if x.transposed else stored
-        means = None if x.bias is None else _means(got, got["mean original"] - got["mean current"])
-        w, b = refit.linear(got["gram"], got["there"] - got["here"], weight, self.damp, means)
-        g.put(x.weight, np.ascontiguousarray(w.T if x.transposed else w).astype(stored.dtype))
-        if x.bias is not None and b is not None:
-            old = g.array(x.bias)
-            g.put(x.bias, b.reshape(old.shape).astype(old.dtype))
+        found = sums(x)
+        assert found is not None
+        target = str(found[0].name)
+        if not has(env.original, target):
+            return f"the original has no value '{target}' to fit to"
+        if why := unfit(g, x):
+            return why
+        to_stream(g, env.original, env, x, target, self.damp)
         return ""
 
     def _norm(self, g: Graph, n: NormSite, env: Env) -> str:
         """Fit a norm; why not, empty if it was."""
         v = n.output
-        if not _has(env.original, v):
+        if not has(env.original, str(v.name)):
             return f"the original has no value '{v.name}' to fit to"
         if any(len(list(c.uses())) > 1 for c in (n.gain, n.bias) if c is not None):
             return "its gain is shared, so it cannot be fitted for one place"
@@ -119,13 +98,6 @@ class Refit(SequentialPass):
                 shift = c if held is n.bias else 0.0
                 g.put(held, (old.reshape(-1) * new + shift).reshape(old.shape).astype(old.dtype))
         return ""
-
-
-def _has(original: Graph, v: ir.Value) -> bool:
-    try:
-        return not original.is_constant(original.value(str(v.name)))
-    except ModelError:
-        return False
 
 
 def _means(got: Mapping[str, Any], target: Any) -> Means:

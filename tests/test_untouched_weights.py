@@ -36,7 +36,7 @@ PASSES: dict[str, tuple[Callable[[Graph], Pass], tuple[str, ...]]] = {
         lambda g: LowRank(ratio=0.5, multiple=1, min_size=1024, skip=("layers.0.*", "head.*")),
         ("layers.0.*", "embeddings.*", "head.*"),
     ),
-    "drop-layers": (lambda g: DropLayers(ratio=0.34, protect=0), ("*",)),
+    "drop-layers": (lambda g: DropLayers(ratio=0.34, protect=0, repair="none"), ("*",)),
     "sparsify": (
         lambda g: Sparsify(skip=("layers.0.*", "head.*")),
         ("layers.0.*", "embeddings.*", "head.*"),

@@ -3,16 +3,19 @@
 import numpy as np
 import pytest
 
-from onnxcomp import blocks
-from onnxcomp.branches import branches, whole_layers
-from onnxcomp.data import load_data
+from onnxcomp import blocks, gaps, repairs
+from onnxcomp.branches import branches, sums, whole_layers
+from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError
+from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
+from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime import Session
 from tests import tiny
 
 LAYERS = 5
+SHARED = "its weights are shared, so they cannot be fitted for one place"
 
 
 def data(g, count=5):
@@ -50,7 +53,7 @@ MODELS = {"pre": pre, "post": post, "decoder": lambda: tiny.decoder(layers=LAYER
 @pytest.mark.parametrize("name", MODELS)
 def test_the_result_is_the_model_with_the_parts_masked(name, part):
     g = MODELS[name]()
-    model, step = dropped(g, ratio=0.4, part=part)
+    model, step = dropped(g, ratio=0.4, part=part, repair="none")
     assert step.changed == 2
     assert step.eligible == LAYERS
     gone = {b.name for b in branches(g)} - {b.name for b in branches(model)}
@@ -130,3 +133,178 @@ def test_the_ends_stay_and_a_cache_is_declined():
 def test_all_of_a_share_rounds_down():
     with pytest.raises(RecipeError, match="less than one of 5"):
         dropped(pre(), ratio=0.1)
+
+
+# ---- repair ----------------------------------------------------------------------------------------------------------
+
+
+def trained(norm="pre", **options):
+    """Layers that do less and less, as those of trained models do."""
+    g = tiny.encoder(layers=LAYERS, norm=norm, **options)
+    for i, layer in enumerate(blocks.layers(g)):
+        for x in (layer.attention.o, layer.mlp.down):
+            g.put(x.weight, g.array(x.weight) * np.float32(0.4 / (1 + i)))
+    return g
+
+
+def held(g, count=6):
+    return [tiny.feeds(g, 4, 9, seed=100 + i) for i in range(count)]
+
+
+def error(g, model, feeds):
+    return sum(float(np.sum((run(model, f) - run(g, f)).astype(np.float64) ** 2)) for f in feeds)
+
+
+REPAIRED = {"pre": trained, "post": lambda: trained("post"), "decoder": lambda: tiny.decoder(layers=LAYERS)}
+
+
+@pytest.mark.parametrize("part", ["layer", "attention", "mlp"])
+@pytest.mark.parametrize("name", REPAIRED)
+def test_repair_lowers_the_error_on_other_data(name, part):
+    g = REPAIRED[name]()
+    calibration = as_dataset([Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(20)], g)
+    results = {
+        how: PassManager([DropLayers(ratio=0.4, part=part, repair=how)]).run(g, calibration, held(g)[:1]).model
+        for how in ("none", "least-squares")
+    }
+    assert results["least-squares"].nbytes == results["none"].nbytes
+    errors = {how: error(g, model, held(g)) for how, model in results.items()}
+    assert errors["least-squares"] < (0.8 if name != "decoder" else 0.95) * errors["none"]
+
+
+def still(g, layer):
+    """Let a layer add nothing but its biases."""
+    for x in (layer.attention.o, layer.mlp.down):
+        g.put(x.weight, np.zeros_like(g.array(x.weight)))
+
+
+def test_a_layer_that_adds_a_constant_is_taken_over_exactly():
+    g = pre()
+    still(g, blocks.layers(g)[1])
+    plain, _ = dropped(g, ratio=0.2, repair="none")
+    model, step = dropped(g, ratio=0.2)
+    assert step.changed == 1
+    assert error(g, model, held(g)) < 1e-7 * error(g, plain, held(g))
+
+
+def test_the_norm_before_a_gap_takes_over_that_behind_it():
+    g = tiny.encoder(layers=3)
+    first, second, _ = blocks.layers(g)
+    still(g, second)
+    for x in (second.attention.o, second.mlp.down):
+        g.put(x.bias, np.zeros_like(g.array(x.bias)))
+    model, _ = dropped(g, ratio=0.34)
+    here, there = (blocks.layers(m)[i].norms[-1] for m, i in ((model, 0), (g, 1)))
+    assert here.name == first.norms[-1].name
+    np.testing.assert_array_equal(model.array(here.gain), g.array(there.gain))
+    np.testing.assert_array_equal(model.array(here.bias), g.array(there.bias))
+    plain, _ = dropped(g, ratio=0.34, repair="none")
+    assert error(g, model, held(g)) < error(g, plain, held(g))
+
+
+def test_no_fit_raises_the_error_at_its_place():
+    g = trained()
+    calibration = [tiny.feeds(g, 2, 7, seed=i) for i in range(4)]  # fewer rows than hidden units
+    seen = []
+    uncut, work = g.clone(), g.clone()
+    gone = gaps.leave_out(work, whole_layers(work)[2])
+    gone = gaps.leave_out(work, whole_layers(work)[2], gone)
+    assert [(x.entry, x.exit) for x in gone] == [(whole_layers(g)[2].entry.name, whole_layers(g)[3].exit.name)]
+
+    def fitted(g_, uncut_, env, x, target, damp):
+        end, _ = sums(x)
+        wanted = [run(uncut, f, target)[0] for f in calibration]
+
+        def off():
+            made = [run(work, f, end.name)[0] for f in calibration]
+            return sum(float(np.sum((a - y) ** 2)) for a, y in zip(made, wanted, strict=True))
+
+        before = off()
+        repairs.to_stream(g_, uncut_, env, x, target, damp)
+        seen.append((before, off()))
+
+    class Spy(DropLayers):
+        name = "drop-layers"
+
+        def sites(self, g, target):
+            return []
+
+        def run(self, g, env):
+            gaps.close(work, uncut, env, gone)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gaps, "to_stream", fitted)
+        PassManager([Spy()], allow_unchanged=True).run(g, calibration, calibration)
+    assert len(seen) == 1 + 2
+    assert all(after <= before * (1 + 1e-6) for before, after in seen)
+    assert seen[0][1] < 0.9 * seen[0][0]
+
+
+def test_order_of_leaving_out_does_not_matter_to_the_gaps():
+    g = pre()
+    found = {}
+    for order in ((1, 2, 3), (3, 2, 1), (2, 1, 3), (1, 3, 2)):
+        work, made = g.clone(), []
+        names = [b.name.split(" (")[0] for b in whole_layers(g)]
+        for i in order:
+            made = gaps.leave_out(work, next(b for b in whole_layers(work) if b.name.startswith(names[i])), made)
+        assert len(made) == 1
+        found[order] = (made[0].entry, made[0].exit, made[0].read)
+    assert len(set(found.values())) == 1
+
+
+def test_shared_weights_stay_and_are_named():
+    g = pre()
+    found = blocks.layers(g)
+    for layer in found[:2] + found[-1:]:
+        g.set_input(layer.mlp.down.node, 1, found[0].mlp.down.weight)
+    model, step = dropped(g, ratio=0.2, part="attention")
+    assert any(n.what == f"not repaired: {SHARED}" for n in step.noted)
+    held_ones = {str(v.name): v.const_value for v in model.model.graph.initializers.values()}
+    assert held_ones[str(found[0].mlp.down.weight.name)] is found[0].mlp.down.weight.const_value
+
+
+def test_a_first_layer_has_nothing_before_it():
+    g = pre()
+    stay = whole_layers(g)[0]
+    for x in (blocks.layers(g)[0].attention.o, blocks.layers(g)[0].mlp.down):  # the one that goes
+        g.put(x.weight, 0.01 * g.array(x.weight))
+        g.put(x.bias, 0.01 * g.array(x.bias))
+    model, step = dropped(g, ratio=0.2, protect=0)
+    assert stay.name not in {d.site for d in step.declined}
+    assert f"the gap is not repaired: {gaps.NOTHING}" in {n.what for n in step.noted if n.site == stay.name}
+    plain, _ = dropped(g, ratio=0.2, protect=0, repair="none")
+    assert error(g, model, [b.feeds for b in data(g)]) < error(g, plain, [b.feeds for b in data(g)])
+
+
+def test_a_stream_that_is_an_output_as_well_stays_what_it_is():
+    g = pre()
+    entry = whole_layers(g)[2].entry
+    for x in (blocks.layers(g)[2].attention.o, blocks.layers(g)[2].mlp.down):  # the one that goes
+        g.put(x.weight, 0.01 * g.array(x.weight))
+    g.model.graph.outputs.append(entry)
+    g = Graph(g.model)
+    model, step = dropped(g, ratio=0.2)
+    assert f"the gap is not repaired: {gaps.READ}" in {n.what for n in step.noted}
+    feeds = held(g)[0]
+    np.testing.assert_allclose(run(model, feeds, entry.name)[0], run(g, feeds, entry.name)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_quantized_weights_stay_and_are_named():
+    g = pre()
+    passes = [Qdq(min_size=1), DropLayers(ratio=0.4)]
+    step = PassManager(passes, any_order=True).run(g, data(g), data(g)).report.step("drop-layers")
+    assert step.changed == 2
+    assert any(n.what == "not repaired: its weights are quantized" for n in step.noted)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_dry_run_has_the_sizes_of_a_real_one(name):
+    g = MODELS[name]()
+    p = DropLayers(ratio=0.4)
+    planned = PassManager([p.planning()], dry=True).run(g)
+    real, step = dropped(g, ratio=0.4)
+    assert planned.model.nbytes == real.nbytes
+    assert planned.model.model.graph.num_nodes() == real.model.graph.num_nodes()
+    assert [n.what for n in planned.report.step("drop-layers").noted] == ["left out"] * 2
+    assert [n.what for n in step.noted] == ["left out"] * 2
