@@ -92,7 +92,19 @@ def _count(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
         return
     known = np.array([i in counts for i in range(entries.length)])
     numbers = np.array([counts.get(i, 0) for i in range(entries.length)], np.int64)
-    g.set_input(node, entries.input, g.op("Where", known, numbers, v, name=f"{node.name}_sizes", like=v))
+    sizes = _multiplied(g, numbers, entries)
+    g.set_input(node, entries.input, g.op("Where", known, sizes, v, name=f"{node.name}_sizes", like=v))
+
+
+def _multiplied(g: Graph, numbers: Array, entries: Entries) -> Array | ir.Value:
+    """The counts, those of repeated units times the lengths that the model's inputs have when it runs."""
+    sizes: Array | ir.Value = numbers
+    for size in entries.sizes:
+        for name, axis in size.times:
+            length = g.op("Shape", g.value(name), start=axis, end=axis + 1)
+            here = np.arange(entries.length) == size.index
+            sizes = g.op("Mul", sizes, g.op("Where", here, length, np.ones(entries.length, np.int64)))
+    return sizes
 
 
 def _renumber(g: Graph, node: ir.Node, index: IndexSlot, keep: Array) -> None:

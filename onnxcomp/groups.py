@@ -3,6 +3,8 @@
 Everywhere `units` says which unit each position of an axis belongs to, `STAYS` for positions that are never cut. So a
 contiguous head is `0 0 0 0 1 1 1 1`, a packed `q|k|v` is `0 0 1 1 0 0 1 1 0 0 1 1`, two frozen channels before two free
 ones are `-1 -1 0 1`.
+
+Along an axis of a computed value that is a multiple of an unknown length, `units` is one period, which repeats.
 """
 
 from __future__ import annotations
@@ -62,11 +64,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Size:
-    """One number that counts the positions of `units`: it becomes the count of those kept, times `sign`."""
+    """One number that counts the positions of `units`: it becomes the count of those kept, times `sign`.
+
+    Where the axis repeats its units, the lengths of the graph inputs' axes `times` (name, axis) multiply the count.
+    """
 
     index: int
     units: Units
     sign: int = 1
+    times: tuple[tuple[str, int], ...] = ()
 
     def count(self, keep: Array) -> int:
         """The number after the cut."""

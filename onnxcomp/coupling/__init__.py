@@ -18,7 +18,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Shape
+from onnxcomp.structure.dims import Dim, Shape, Size
 from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Blocked", "Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
@@ -114,8 +114,9 @@ def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | A
     for group, keep in cuts:
         for slot in group.computed:
             if (s := expected.get(slot.value)) is not None:
-                n = int(slot.kept(np.asarray(keep)).sum())
-                expected[slot.value] = (*s[: slot.axis], n, *s[slot.axis + 1 :])
+                n, was = int(slot.kept(np.asarray(keep)).sum()), s[slot.axis]
+                now = n if isinstance(was, int) else Dim(n, was.names)
+                expected[slot.value] = (*s[: slot.axis], now, *s[slot.axis + 1 :])
     after = Facts(g)
     for node in g.nodes():
         for v in node.outputs:
@@ -125,9 +126,13 @@ def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | A
 
 
 def _agree(a: Shape, b: Shape) -> bool:
-    """Whether two shapes have equal numbers wherever both have numbers."""
+    """Whether two shapes have equal numbers wherever both have numbers, or multiples of the same unknown."""
     pairs = zip(a, b, strict=False)
-    return len(a) == len(b) and all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
+    return len(a) == len(b) and all(x == y for x, y in pairs if _names(x) == _names(y))
+
+
+def _names(d: Size) -> tuple[str, ...]:
+    return () if isinstance(d, int) else d.names
 
 
 def _text(shape: Shape) -> str:

@@ -43,11 +43,11 @@ def collect(t: Tracer, start: Axis) -> Group:
             Entries(
                 str(node.name),
                 index,
-                tuple(Size(i, plain(u), sign) for i, (u, sign) in sorted(entries.items())),
+                tuple(Size(i, plain(u), sign, times) for i, (u, sign, times) in sorted(entries.items())),
                 t.lengths.get((node, index), 0),
             )
             for (node, index), entries in t.sizes.items()
-            if any(_moves(plain(u)) for u, _ in entries.values())
+            if any(_moves(plain(u)) for u, _, _ in entries.values())
         ),
         attrs=tuple(AttrSlot(str(n.name), a, plain(u)) for (n, a), u in t.attrs.items() if _moves(plain(u))),
         norms=tuple(NormSlot(str(n.name), plain(u)) for n, u in t.norms.items() if _moves(plain(u))),

@@ -35,22 +35,19 @@ def _elementwise(t: Tracer, node: ir.Node) -> None:
         offset = rank - (t.f.rank(v) or 0)
         for i in range(t.f.rank(v) or 0) if v is not None else ():
             assert v is not None
-            mine, n = t.axis(v, i, node), t.size(v, i)
-            if n == 1 and t.size(out, i + offset) != 1:
-                t.followed(mine)
-            elif n is not None and n == t.size(out, i + offset):
-                t.same(mine, t.axis(out, i + offset))
-                if node.op_type in ("Add", "Sum") and t.g.is_constant(v):
-                    t.role(mine, "writes")
+            mine = t.axis(v, i, node)
+            t.broadcast(mine, t.axis(out, i + offset))
+            if node.op_type in ("Add", "Sum") and t.g.is_constant(v) and t.size(v, i) == t.size(out, i + offset):
+                t.role(mine, "writes")
     _rest(t, out, range(rank), node.inputs)
 
 
 def _rest(t: Tracer, out: ir.Value, axes: Iterable[int], inputs: Iterable[ir.Value | None]) -> None:
     """Axes of an output that every input repeats may not be cut through it, so they are not followed further."""
     for i in axes:
-        n, rank = t.size(out, i), t.f.rank(out) or 0
-        sizes = [t.size(v, i - rank) for v in inputs if v is not None and (t.f.rank(v) or 0) >= rank - i]
-        if n is not None and n != 1 and n not in sizes:
+        n, rank = t.dim(out, i), t.f.rank(out) or 0
+        sizes = [d for v in inputs if v is not None and (d := t.dim(v, i - rank)) is not None]
+        if n is not None and n != 1 and not any(t.f.same(d, n) for d in sizes):
             t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is made by repeating")
 
 
@@ -92,11 +89,9 @@ def _gemm(t: Tracer, node: ir.Node) -> None:
     c = node.inputs[2] if len(node.inputs) > 2 else None
     for i in range(-(t.f.rank(c) or 0), 0) if c is not None else ():
         assert c is not None
+        t.broadcast(t.axis(c, i, node), t.axis(out, i))
         if t.size(c, i) == t.size(out, i) and t.size(c, i) is not None:
-            t.same(t.axis(c, i, node), t.axis(out, i))
             t.role(t.axis(c, i, node), "writes")
-        else:
-            t.followed(t.axis(c, i, node))
 
 
 def _conv(t: Tracer, node: ir.Node) -> None:
@@ -252,13 +247,13 @@ def _quantizer(t: Tracer, node: ir.Node) -> None:
         if v is None:
             continue
         for i in range(t.f.rank(v) or 0):
-            n, mine = t.size(x, along if not block else i), t.axis(v, i, node)
-            if t.size(v, i) == 1 or n is None:
-                t.followed(mine)
-            elif block and i == along:
-                t.mapped(mine, t.axis(x, i, node), np.arange(n) // block)
+            mine, theirs = t.axis(v, i, node), t.axis(x, i if block else along, node)
+            if block and i == along and (n := t.size(x, i)) is not None:
+                t.mapped(mine, theirs, np.arange(n) // block)
+            elif not block or i != along:
+                t.broadcast(mine, theirs)
             else:
-                t.same(mine, t.axis(x, i if block else along, node))
+                t.stop(theirs, f"{node.op_type} '{node.name}' has blocks of it")
 
 
 Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of heads, None for the usual one
@@ -284,6 +279,9 @@ def _attention(t: Tracer, node: ir.Node) -> None:
         t.same(t.axis(a, 0, node), t.axis(y, 0))
     inputs = [*node.inputs, None, None, None][:6]
     outputs = [*node.outputs, None, None, None][:4]
+    for other, reader in [*((x, node) for x in inputs[3:]), *((x, None) for x in outputs[1:])]:
+        if other is not None and t.f.rank(other) == 4:
+            t.broadcast(t.axis(other, 0, reader), t.axis(y, 0))
     asked: Places = [(q, None), (y, None)] + [(x, 1) for x in (inputs[3], outputs[3]) if t.size(x, -3) == heads]
     shared: Places = [(k, None), (v, None)] + [(x, 1) for x in (inputs[4], inputs[5], outputs[1], outputs[2])]
     queries = t.blocks(_heads(t, node, asked, heads, flat), heads)
@@ -331,6 +329,9 @@ def _rotary(t: Tracer, node: ir.Node) -> None:
     """A head rotates within itself: whole heads may go, channels of a head may not."""
     x, y = ends(node)
     t.same(t.axis(x, 0, node), t.axis(y, 0))
+    for v in node.inputs[1:3] if len(node.inputs) == 3 else node.inputs[3:]:
+        if v is not None:
+            t.broadcast(t.axis(v, 0, node), t.axis(y, 0))
     n, heads = t.size(x, -1), node.attributes.get_int("num_heads", 0)
     if t.f.rank(x) == 4:
         t.same(t.axis(x, 1, node), t.axis(y, 1))

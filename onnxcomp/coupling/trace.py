@@ -3,6 +3,9 @@
 Every axis that is reached holds an array of unit numbers, one for each position: `UNKNOWN` where nothing asks the
 position to go, 0 where it must stay, above that the unit it belongs to. Where two numbers meet they are joined (a
 union-find), so rules only ever make units coarser; the order of the walk does not matter.
+
+An axis whose length is `n` times an unknown (`n` heads merged with an open batch axis outside them) holds one period of
+`n` numbers: position `p` is of unit `units[p % n]`. A rule may say so only where the layout proves it.
 """
 
 from __future__ import annotations
@@ -18,11 +21,13 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.groups import STAYS
 from onnxcomp.maths import Array
+from onnxcomp.structure.dims import Size
 from onnxcomp.structure.shapes import Facts
 
-__all__ = ["FROZEN", "UNKNOWN", "Axis", "Rule", "Tracer", "ends"]
+__all__ = ["FROZEN", "UNKNOWN", "Axis", "Repeats", "Rule", "Tracer", "ends"]
 
 UNKNOWN, FROZEN = STAYS, 0
+Repeats = tuple[tuple[str, int], ...]  # axes of graph inputs, by name, whose lengths multiply a count
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,9 @@ class Tracer:
         self.units: dict[Axis, Array] = {}
         self.via: dict[Axis, tuple[Axis | None, ir.Node | None]] = {}
         self.roles: dict[Axis, set[str]] = {}
-        self.sizes: dict[tuple[ir.Node, int], dict[int, tuple[Array, int]]] = {}
+        self.sizes: dict[tuple[ir.Node, int], dict[int, tuple[Array, int, Repeats]]] = {}
         self.lengths: dict[tuple[ir.Node, int], int] = {}
+        self.measured: set[tuple[ir.Node, int]] = set()  # inputs where the length of a reached axis arrives
         self.attrs: dict[tuple[ir.Node, str], Array] = {}
         self.norms: dict[ir.Node, Array] = {}
         self.indices: dict[tuple[ir.Node, int], Array] = {}
@@ -60,6 +66,7 @@ class Tracer:
         self.parent = np.zeros(1, np.int64)
         self.joined = 0
         self.patient = False  # whether axes may be split where it is not clear along which
+        self.settled = False  # whether nothing more is reached after that
         self._queue: deque[ir.Node] = deque()
         self._waiting: set[ir.Node] = set()
         self._seen: dict[ir.Node, None] = {}
@@ -112,17 +119,26 @@ class Tracer:
 
     def size(self, v: ir.Value | None, axis: int) -> int | None:
         """Length of an axis where it is a number."""
-        shape = self.f.shape(v)
-        if shape is None or not -len(shape) <= axis < len(shape):
-            return None
-        d = shape[axis]
+        d = self.dim(v, axis)
         return d if isinstance(d, int) else None
+
+    def dim(self, v: ir.Value | None, axis: int) -> Size | None:
+        """Length of an axis, which may be unknown but named; None where there is no such axis."""
+        shape = self.f.shape(v)
+        return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+
+    def period(self, v: ir.Value | None, axis: int) -> int | None:
+        """How many unit numbers an axis holds: its length, or `n > 1` where that is `n` times an unknown."""
+        d = self.dim(v, axis)
+        if d is None or isinstance(d, int):
+            return d
+        return d.factor if d.factor > 1 else None
 
     # ---- what rules say ------------------------------------------------------------------------------------------
 
     def put(self, to: Axis, units: Array, source: Axis | None) -> None:
         """Give an axis unit numbers; where it has some they are joined. Neighbours are visited when it learns."""
-        n = self.size(to.value, to.axis)
+        n = self.period(to.value, to.axis)
         if n != len(units):
             return self.stop(source or to, f"axis {to.axis} of '{to.value.name}' is not {len(units)} long")
         old = self.units.get(to)
@@ -147,13 +163,28 @@ class Tracer:
         if b in self.units:
             self.put(a, self.units[b], b)
 
+    def broadcast(self, a: Axis, out: Axis) -> None:
+        """The axis is that of an output, or is repeated along it; where neither is proved nothing may go."""
+        d, n = self.dim(a.value, a.axis), self.dim(out.value, out.axis)
+        if d is None or n is None:
+            return
+        if d == 1 != n:
+            self.followed(a)
+        elif self.f.same(d, n):
+            self.same(a, out)
+        else:
+            for axis in (a, out):
+                self.stop(
+                    axis, f"'{a.value.name}', {d} long, may be repeated or not along '{out.value.name}', {n} long"
+                )
+
     def mapped(self, a: Axis, b: Axis, index: Sequence[int] | Array) -> None:
-        """Position `i` of `b` is position `index[i]` of `a`."""
+        """Position `i` of `b`, or of its period, is position `index[i]` of `a`."""
         self._followed |= {a, b}
         where = np.asarray(index, np.int64)
         if a in self.units:
             self.put(b, self.units[a][where], a)
-        if b in self.units and (n := self.size(a.value, a.axis)) is not None:
+        if b in self.units and (n := self.period(a.value, a.axis)) is not None:
             self.put(a, self._scattered(self.units[b], where, n), b)
 
     def _scattered(self, units: Array, where: Array, n: int) -> Array:
@@ -208,14 +239,15 @@ class Tracer:
         if units is not None:
             self.join(units[positions], np.zeros(1, np.int64))
 
-    def counts(self, node: ir.Node, index: int, entry: int, units: Array, sign: int = 1) -> None:
-        """Entry `entry` of integer input `index` of the node counts the positions of `units`."""
-        self.sizes.setdefault((node, index), {})[entry] = (units, sign)
+    def counts(self, node: ir.Node, index: int, entry: int, units: Array, sign: int = 1, times: Repeats = ()) -> None:
+        """Entry `entry` of integer input `index` of the node counts the positions of `units`, `times` over."""
+        self.sizes.setdefault((node, index), {})[entry] = (units, sign, times)
 
     # ---- the walk ------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Visit nodes until nothing is learned; ambiguous splits are decided only when nothing else is left."""
+        """Visit nodes until nothing is learned; ambiguous splits are decided only when nothing else is left, and what
+        was not reached by then is judged last."""
         while True:
             self._drain()
             before = self.joined
@@ -223,9 +255,9 @@ class Tracer:
                 self._visit(node)
             if self._queue or self.joined != before:
                 continue
-            if self.patient:
+            if self.settled:
                 return
-            self.patient = True
+            self.patient, self.settled = True, self.patient
 
     def _drain(self) -> None:
         while self._queue:
@@ -234,12 +266,13 @@ class Tracer:
             self._seen[node] = None
             self._visit(node)
             if self._queue:
-                self.patient = False
+                self.patient = self.settled = False
 
     def _reached(self, axis: Axis) -> None:
         """Queue the nodes around an axis; one that the model's user sees, or that a subgraph reads, must stay."""
         v = axis.value
-        if not self.g.is_constant(v) and (v.is_graph_input() or v.is_graph_output()) and not self.io:
+        fixed = self.size(v, axis.axis) is not None
+        if not self.g.is_constant(v) and (v.is_graph_input() or v.is_graph_output()) and not (self.io and fixed):
             what = "output" if v.is_graph_output() else "input"
             self.stop(axis, f"it is axis {axis.axis} of the model's {what} '{v.name}'")
         around = [axis.reader] if axis.reader is not None else [v.producer(), *(u for u, _ in v.uses())]
