@@ -23,6 +23,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.groups import Group
 from onnxcomp.maths import Array, Float64, scores
 from onnxcomp.maths.amounts import Candidate, Normal, choose, normalised
+from onnxcomp.maths.elimination import elimination
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.readers import Reader, Repair
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
@@ -310,8 +311,7 @@ class Width(Pass):
             return scores.per_unit(scores.wanda(weight, reader.norm2(stats)).sum(axis=1), units, count)
         if self.score == "flap":
             return scores.per_unit(scores.flap(reader.var(stats), weight), units, count, mean=True)
-        several = np.bincount(units[units >= 0]).max(initial=0) > 1
-        return (scores.elimination if several else scores.unit_loss)(reader.gram(stats), weight, units, count)
+        return elimination(reader.gram(stats), weight, units, count)
 
 
 def _silence(group: Group, unit: int) -> Edit:

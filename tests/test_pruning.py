@@ -243,40 +243,6 @@ def test_wanda_and_flap_agree_with_their_formulas():
     np.testing.assert_allclose(heads, np.reshape(flap, (3, 4)).mean(axis=1))
 
 
-def test_unit_loss_is_what_least_squares_cannot_make_up_for():
-    x, w = RNG.standard_normal((200, 12)) @ RNG.standard_normal((12, 12)), RNG.standard_normal((12, 5))
-    units = np.array([3, 1, 2, -1, 0, 4, -1, -1, 5, 6, 7, 8])
-    loss = scores.unit_loss(x.T @ x, w, units, 9, damp=1e-12)
-    for u in range(9):
-        residual = np.linalg.lstsq(x[:, units != u], x @ w, rcond=None)[1].sum()
-        assert loss[u] == pytest.approx(residual, rel=1e-6)
-
-
-def test_elimination_costs_what_least_squares_loses_at_each_step():
-    x, w = RNG.standard_normal((200, 12)) @ RNG.standard_normal((12, 12)), RNG.standard_normal((12, 5))
-    units = np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, -1, -1, -1])
-    added = scores.elimination(x.T @ x, w, units, 3, damp=1e-12)
-    before = 0.0
-    for place, u in enumerate(order := np.argsort(added)):
-        left = {
-            v: np.linalg.lstsq(x[:, ~np.isin(units, [*order[:place], v])], x @ w, rcond=None)[1].sum()
-            for v in order[place:]
-        }
-        assert min(left, key=left.__getitem__) == u
-        assert added[u] == pytest.approx(left[u] - before, rel=1e-6)
-        before = left[u]
-
-
-def test_of_two_units_that_replace_each_other_one_stays():
-    x, w = RNG.standard_normal((200, 8)), RNG.standard_normal((8, 5))
-    x[:, 4:6] = x[:, :2] + 1e-3 * x[:, 4:6]
-    alone = scores.head_loss(x.T @ x, w, 4)
-    assert alone[0] < 0.01 * alone[1]
-    assert alone[2] < 0.01 * alone[1]
-    added = scores.elimination(x.T @ x, w, np.arange(8) // 2, 4)
-    assert min(added[0], added[2]) < 0.01 * min(added[1], added[3]) < max(added[0], added[2])
-
-
 # ---- by the clock ----------------------------------------------------------------------------------------------------
 
 # Seconds of calling the runtime, of any product, and of an operation, by the clock of these tests.

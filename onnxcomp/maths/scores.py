@@ -6,9 +6,9 @@ import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.solve import damped, invert_lower
+from onnxcomp.maths.solve import damped
 
-__all__ = ["best", "elimination", "flap", "head_energy", "head_loss", "magnitude", "per_unit", "unit_loss", "wanda"]
+__all__ = ["best", "flap", "head_energy", "head_loss", "magnitude", "per_unit", "wanda"]
 
 
 def magnitude(weights: Array, block: int = 1) -> Float64:
@@ -61,41 +61,6 @@ def per_unit(values: Array, units: Array, count: int, mean: bool = False) -> Flo
     kept = u >= 0
     total = np.bincount(u[kept], np.asarray(values, np.float64)[kept], count)
     return np.asarray(total / np.maximum(np.bincount(u[kept], minlength=count), 1) if mean else total)
-
-
-def unit_loss(gram: Array, weights: Array, units: Array, count: int, damp: float = 1e-6) -> Float64:
-    """Squared error that remains when one in-channel is cut and all others make up for it, by its unit: `[count]`.
-
-    `||W_k||^2 / (G^-1)_kk`, the Schur complement of the rest; units have one channel each.
-    """
-    w, u = np.asarray(weights, np.float64), np.asarray(units, np.int64)
-    factor = invert_lower(damped(np.asarray(gram, np.float64), damp)[1])
-    own = np.flatnonzero(u >= 0)
-    losses = np.zeros(count)
-    losses[u[own]] = (np.einsum("kn,kn->k", w, w) / np.einsum("kn,kn->n", factor, factor))[own]
-    return losses
-
-
-def elimination(gram: Array, weights: Array, units: Array, count: int, damp: float = 1e-6) -> Float64:
-    """Squared error that each unit adds as they go one by one, the cheapest next, and what is left makes up: `[count]`.
-
-    `tr(W_u^T [(G^-1)_uu]^-1 W_u)`, with weights and inverse of what is left (optimal brain surgeon, Hassibi and Stork
-    1993, for groups). Never falls in the order in which they go, so that units which replace each other do not both go.
-    """
-    w, u = np.array(weights, np.float64), np.asarray(units, np.int64)
-    factor = invert_lower(damped(np.asarray(gram, np.float64), damp)[1])
-    inverse = factor.T @ factor
-    left = {i: own for i in range(count) if (own := np.flatnonzero(u == i)).size}
-    added, most = np.zeros(count), 0.0
-    while left:
-        costs = {i: np.vdot(w[own], np.linalg.solve(inverse[np.ix_(own, own)], w[own])) for i, own in left.items()}
-        unit = min(costs, key=costs.__getitem__)
-        own = left.pop(unit)
-        added[unit] = most = max(most, float(costs[unit]))
-        share = np.linalg.solve(inverse[np.ix_(own, own)], inverse[own])
-        w -= share.T @ w[own]
-        inverse -= inverse[:, own] @ share
-    return added
 
 
 def best(scores: Array, n: int) -> Array:
