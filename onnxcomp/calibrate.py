@@ -154,7 +154,7 @@ class Collector:
         marks = {n: self._mark(graphs, n) for n in shared} if self.sequential else {}
         found = {n: self._last[n][1] for n in marks if n in self._last and self._last[n][0] == marks[n]}
         todo = [n for n in shared if n not in found]
-        self.held = 0
+        self.held, self.widths = 0, {}
         if todo:
             self._last.clear()
             found.update(self._run(graphs, todo, first.feeds, watch))

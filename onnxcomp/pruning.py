@@ -178,13 +178,13 @@ class Width(Pass):
         for i, (place, keep) in enumerate(zip(places, keeps, strict=True)):
             self._cut(g, place, keep, env, clock.told(keeps, i) if clock else "")
         prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
-        if self._in_order:
-            cut = [(p, keep) for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units]
-            self._in_turn(g, uncut, env, cut)
+        cut = [(p, keep) for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units]
+        self._after(g, uncut, env, cut)
 
-    def _in_turn(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
-        """Repair the readers of what was cut, one after another."""
-        repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers])
+    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Repair the readers of what was cut, one after another where that is asked for."""
+        if self._in_order:
+            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers])
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be fitted; raises `ModelError` where that cannot be as asked."""

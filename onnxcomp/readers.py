@@ -54,6 +54,10 @@ class Reader:
         biases = {x.bias for x in self.linears}
         return None if len(biases) > 1 or None in biases else g.array(biases.pop()).reshape(-1).astype(np.float64)
 
+    def way(self, how: Repair, stats: Stats) -> Repair:
+        """How it can be repaired with what was collected."""
+        return how
+
     def put(self, g: Graph, weight: Array) -> None:
         """Store another weight `[K, N]`."""
         replace(g, self, weight)
@@ -161,7 +165,7 @@ def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> 
     if how == "none" or reader.slot.writes:
         return  # a tied table's rows are also what is looked up
     weight, means = reader.weight(g), reader.mean(stats)
-    if how == "bias":
+    if reader.way(how, stats) == "bias":
         reader.shift(g, means[gone] @ weight[gone].astype(np.float64))
         return
     bias = reader.bias(g)

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 
+from onnxcomp import convolutions
+from onnxcomp.blocks import Linear
+from onnxcomp.convolutions import Patches
 from onnxcomp.graph import Graph, Site
-from onnxcomp.pruning import Width
+from onnxcomp.groups import Group
+from onnxcomp.maths import Array
+from onnxcomp.pipeline import Env
+from onnxcomp.pruning import Place, Width
+from onnxcomp.stats import Need
+from onnxcomp.target import Target
+
+if TYPE_CHECKING:
+    from onnxcomp.readers import Reader
 
 __all__ = ["PruneChannels"]
 
@@ -18,22 +30,50 @@ __all__ = ["PruneChannels"]
 class PruneChannels(Width):
     """Cut output channels of every convolution, and with them norms, depthwise convolutions, and all that reads them.
 
-    A residual couples every convolution that adds to it; a grouped convolution gives whole groups.
+    A residual couples every convolution that adds to it; a grouped convolution gives whole groups. A convolution is
+    linear in its patches, so that it is repaired as a linear is, on their moments; norms behind it stay as they are.
     """
 
     unit: ClassVar[str] = "channels"
     axis: ClassVar[int] = 1
 
-    score: Literal["magnitude", "ablation"] = "magnitude"
-    """How much a channel matters: all weights that write or read it (no data), or the loss without it."""
+    score: Literal["magnitude", "wanda", "flap", "energy", "ablation"] = "magnitude"
+    """How much a channel matters: all weights that write or read it (no data); what it adds to what reads it, how that
+    fluctuates, or what of it others cannot make; or the loss without it."""
+    ranking: Literal["sensitivity", "global", "layer"] = "layer"
+    """The same share of each layer, what scores least over all, or what loses the model least (a trial cut each)."""
     latency: None = None
     """No budget here: only linears and attentions are timed; say macs instead."""
-    repair: Literal["none"] = "none"
-    """What makes up for the cut: nothing; closed-form repair is for linears."""
-    sequential: Literal[False] = False
-    """No repair, so no order of it."""
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """What every convolution makes, in graph order."""
         for node in g.nodes("Conv", "ConvTranspose"):
             yield Site(str(node.name), (str(node.name),), "convolution"), node.outputs[0]
+
+    def needs(self, g: Graph, target: Target) -> Iterable[Need]:
+        """None of the graph as it is: patches are asked for when it runs."""
+        return ()
+
+    def run(self, g: Graph, env: Env) -> None:
+        """Collect what score and repair ask, of patches as well; then as every width pass."""
+        asked = list(super().needs(g, env.target))
+        if asked:
+            stats = convolutions.collect(g, env, asked, self.name if self.score == "energy" else "")
+            env = dataclasses.replace(env, stats=stats)
+        super().run(g, env)
+
+    def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
+        found = super()._readers(g, group, linears)
+        return (*convolutions.patches_of(g, group), *found) if self._measures else found
+
+    def _cut(self, g: Graph, place: Place, keep: Array, env: Env, said: str) -> None:
+        linears = tuple(r for r in place.readers if not isinstance(r, Patches))
+        super()._cut(g, dataclasses.replace(place, readers=linears), keep, env, said)
+
+    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Repair the convolutions when all is cut: a bias that is made before would not be cut with the rest."""
+        found = [(p.group, keep, p.readers) for p, keep in cut]
+        if self._in_order:
+            convolutions.in_order(g, uncut, env, found)
+        elif self.repair != "none":
+            convolutions.each_alone(g, uncut, env, found, self.repair)

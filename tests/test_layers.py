@@ -157,6 +157,7 @@ def test_a_pass_imports_neither_the_runtime_nor_another_pass(module: str) -> Non
         "sharing",
         "blocks",
         "branches",
+        "convolutions",
         "coupling",
         "quantize",
         "tokens",
