@@ -61,8 +61,8 @@ class Compared:
         return plain
 
     def headline(self) -> str:
-        """Metrics and drift in one line."""
-        return ", ".join(quality(self.validation))
+        """Metrics and drift in one line, and below it what must be known to read them."""
+        return "\n".join([", ".join(quality(self.validation)), *self.validation.notes])
 
     @property
     def refused(self) -> str:

@@ -323,6 +323,8 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
         result.report.warnings.append(
             f"{len(words.kept)} of {words.size} tokens are left and have new ids: use the tokenizer beside the result"
         )
+    if result.report.validation is not None:
+        result.report.warnings += result.report.validation.notes
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
     timed = job.measure and job.target.here and not host_of(job.target)[1]
     confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)

@@ -117,6 +117,7 @@ class ValidationPart(TypedDict):
     samples: int
     data: str
     random: bool
+    notes: list[str]
     finite: bool
     values: dict[str, float | None]
     outputs: dict[str, dict[str, Any]]

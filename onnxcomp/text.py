@@ -19,7 +19,7 @@ from onnxcomp.sources import read_json
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["Text", "open_text"]
+__all__ = ["Text", "longest", "open_text", "tokenizer"]
 
 LONGEST = 512  # tokens a text is cut to where nobody asked for more
 UNLIMITED = 1_000_000  # transformers writes an absurdly large number where a tokenizer has no limit
@@ -161,22 +161,41 @@ def _limit(
     sequence: int | None,
 ) -> int:
     """The most tokens the model, its tokenizer and its configuration allow; `sequence` must not ask for more."""
+    hard = _hard(graph, config)
+    soft = (settings.get("model_max_length"), (tok.truncation or {}).get("max_length"))
+    if sequence is not None and (sequence < 1 or any(sequence > x for x in hard)):
+        raise DataError(
+            f"{path}: a sequence of {sequence} tokens was asked for, the model takes 1 to {min(hard, default=0)}"
+        )
+    return min([x for x in (*hard, *soft) if isinstance(x, int) and 0 < x < UNLIMITED], default=LONGEST)
+
+
+def _hard(graph: Graph, config: Mapping[str, Any]) -> list[int]:
+    """Numbers of tokens beyond which the model cannot run: positions that it has, axes that are static."""
     table = vocabulary(graph).get(roles(specs(graph)).get("positions", ""))
     most = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(most, int) and config.get("model_type") in OFFSET_POSITIONS:
         most -= int(config.get("pad_token_id") or 0) + 1
     static = next((s.shape[1] for s in specs(graph) if s.integer and len(s.shape) == 2), None)
-    bounds = [
-        x
-        for x in (table, most, settings.get("model_max_length"), (tok.truncation or {}).get("max_length"), static)
-        if isinstance(x, int) and 0 < x < UNLIMITED
-    ]
-    hard = [x for x in (table, most, static) if isinstance(x, int) and x > 0]
-    if sequence is not None and (sequence < 1 or any(sequence > x for x in hard)):
-        raise DataError(
-            f"{path}: a sequence of {sequence} tokens was asked for, the model takes 1 to {min(hard, default=0)}"
-        )
-    return min(bounds, default=LONGEST)
+    return [x for x in (table, most, static) if isinstance(x, int) and x > 0]
+
+
+def longest(graph: Graph, folder: Path | None) -> int | None:
+    """The most tokens that a model can run on; None where neither it nor its configuration says."""
+    return min(_hard(graph, read_json(folder / "config.json") if folder else {}), default=None)
+
+
+def tokenizer(content: str) -> Tokenizer:
+    """A tokenizer from the text of its tokenizer.json, which neither pads nor cuts; raises `DataError`."""
+    try:
+        from tokenizers import Tokenizer
+
+        made = Tokenizer.from_str(content)
+    except Exception as e:
+        raise DataError(f"the tokenizer cannot be read: {e}") from e
+    made.no_padding()
+    made.no_truncation()
+    return made
 
 
 def _causal(graph: Graph, config: Mapping[str, Any]) -> bool:

@@ -22,6 +22,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.outputs import Reading, View, see
+from onnxcomp.resplit import Again, Gone, again
 from onnxcomp.runner import Runner
 from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
@@ -46,6 +47,7 @@ class Validation:
     outputs: dict[str, Drift] = field(default_factory=dict)
     data: str = ""
     random: bool = False
+    notes: tuple[str, ...] = ()
 
     @property
     def finite(self) -> bool:
@@ -71,6 +73,7 @@ class Validation:
             "samples": self.samples,
             "data": self.data,
             "random": self.random,
+            "notes": list(self.notes),
             "finite": self.finite,
             "values": _plain(self.values()),
             "outputs": {name: _plain(dataclasses.asdict(d)) for name, d in self.outputs.items()},
@@ -155,7 +158,7 @@ class Reference:
         graph = model if isinstance(model, Graph) else load(model)
         self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
-        self._kept, self._scratch = _Kept(scratch), scratch
+        self._graph, self._kept, self._scratch = graph, _Kept(scratch), scratch
         self._seen: list[bytes] = []
         self._types: dict[str, str] = {}
         self.samples = 0
@@ -221,6 +224,8 @@ class Reference:
         sums, count = Sums(self.metrics), 0
         model = candidate if isinstance(candidate, Graph) else Path(candidate)
         words = _words(model)
+        gone = None if words is None else Gone.of(self.data, words, self.view.roles)
+        causal = any(m.name == "perplexity" for m in self.metrics)
         with Runner(model, self.target, scratch=self._scratch, walk=walk) as session:
             self._check_interface(session.inputs, session.outputs)
             for count, (own, batch, made) in enumerate(self._each(session, names, words), 1):
@@ -233,12 +238,18 @@ class Reference:
                 out = {k: a.astype(np.float32, copy=False) for k, a in made.items()}
                 for reading in self.view.outputs:
                     for seen in see(reading, self.view, batch, out, reference):
-                        drifts[reading.name].update(seen)
+                        drifts[reading.name].update(seen if gone is None else gone.agreeing(seen, count - 1, causal))
                         if reading is self.view.outputs[0]:
                             sums.update(seen)
             else:
                 if count == len(self._kept):
-                    return self._result({k: d.result() for k, d in drifts.items()}, sums)
+                    done = {k: d.result() for k, d in drifts.items()}
+                    if words is None or gone is None or not gone.share:
+                        return self._result(done, sums)
+                    more = Again({}, len(gone.samples), "a part of the model was run")
+                    if walk is None:
+                        more = again(session, self._graph, self.data, gone, words, self.metrics)
+                    return self._result(done, sums, more, (more.note(gone, causal),))
         raise DataError(
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
         )
@@ -252,10 +263,15 @@ class Reference:
         given = _Renumbered(self.data, words, self.view.roles)
         return ((own, *pair) for own, pair in zip(self.data, session.each(given, names), strict=False))
 
-    def _result(self, drifts: dict[str, Drift], sums: Sums) -> Validation:
+    def _result(
+        self, drifts: dict[str, Drift], sums: Sums, more: Again | None = None, notes: tuple[str, ...] = ()
+    ) -> Validation:
         first = drifts[self.view.outputs[0].name]
-        results = {m.name: scoring.bootstrap(m, self._sums.of(m), sums.of(m)) for m in self.metrics}
-        return Validation(first, results, self.samples, drifts, self.data.name, self.data.random)
+        results = {}
+        for m in self.metrics:
+            own, found = self._sums.of(m), sums.of(m)
+            results[m.name] = scoring.bootstrap(m, own, found if more is None else more.put(m, own, found))
+        return Validation(first, results, self.samples, drifts, self.data.name, self.data.random, notes)
 
     def _check_interface(self, inputs: set[str], outputs: Sequence[str]) -> None:
         if inputs != self.inputs:

@@ -14,7 +14,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["KEY", "Renumbering", "closure", "renumbering", "rewrite", "rounded"]
+__all__ = ["KEY", "Renumbering", "closure", "renumbering", "rewrite", "rounded", "tokenizers"]
 
 KEY = "onnxcomp.token_ids"  # metadata of a model with a reduced vocabulary: size, stand-in and the ids that stayed
 UNREADABLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # binary; tokenizer.json says the same
@@ -157,6 +157,15 @@ def rewrite(folder: Path, words: Renumbering) -> list[str]:
     for name in gone:
         (folder / name).unlink()
     return gone
+
+
+def tokenizers(folder: Path | None, words: Renumbering) -> tuple[str, str]:
+    """The original's tokenizer.json, and what `rewrite` makes of it; raises `ModelError` where there is none."""
+    content = _json(folder, "tokenizer.json")
+    if content is None:
+        raise ModelError("there is no tokenizer.json beside the model")
+    new = {int(old): i for i, old in enumerate(words.kept)}
+    return json.dumps(content), json.dumps(_tokenizer(content, new))
 
 
 def _edit(folder: Path, name: str, change: Any) -> None:

@@ -27,7 +27,8 @@ class PruneVocab(Pass):
 
     Special tokens, single characters and what byte-pair merges need stay, so the corpus is split into the same tokens
     as before; other texts fall apart into smaller ones. Token ids change: the tokenizer written beside the result
-    belongs to it, and data of original ids is renumbered for comparison, tokens that are gone as the unknown one.
+    belongs to it. For comparison, data of original ids is renumbered, and texts with tokens that are gone are split
+    again; perplexity stays per original token.
     """
 
     stage: ClassVar[Stage] = Stage.CORRECT
