@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
 from onnxcomp.graph import Graph, Site
+from onnxcomp.ports import NONE, Ports, ports
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
@@ -20,7 +21,7 @@ __all__ = ["Branch", "branches", "joins", "sums", "whole_layers"]
 class Branch:
     """A stretch of the stream: `exit` is `entry` with something added (and normalized again, where norms come last).
 
-    `why` says what forbids leaving it out; it is empty where `exit` may be replaced by `entry`.
+    `why` says what forbids leaving it out; it is empty where `exit` may be replaced by `entry`. The `ports` go with it.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Branch:
     entry: ir.Value | None
     exit: ir.Value | None
     why: str = ""
+    ports: tuple[Ports, ...] = ()
 
     @property
     def site(self) -> Site:
@@ -41,7 +43,17 @@ def branches(g: Graph) -> list[Branch]:
     """The branch of every attention and MLP, in the order of the layers."""
     found, index = layers(g), Index.of(g)
     outs = {_out(p) for layer in found for p in _parts(layer)}
-    return [_branch(g, index, layer, part, outs) for layer in found for part in _parts(layer)]
+    caches = _caches(g, found)
+    return [_branch(g, index, layer, part, outs, caches) for layer in found for part in _parts(layer)]
+
+
+def _caches(g: Graph, found: Sequence[Layer]) -> dict[str, Ports]:
+    """What of the model's inputs and outputs is there for each attention; other layers' may tell the same sizes."""
+    every = [(layer, a) for layer in found for a in layer.attentions]
+    if not any(a.past or a.present for _, a in every):
+        return {}
+    facts = Facts(g)
+    return {a.name: ports(g, a, [b for other, b in every if other is not layer], facts) for layer, a in every}
 
 
 def sums(x: Linear) -> tuple[ir.Value, tuple[ir.Value, ...]] | None:
@@ -88,7 +100,8 @@ def _whole(group: list[Branch], facts: Facts) -> Branch:
         blocked = "its input and its output have different shapes"
     if last.exit is not None and end is not last.exit:
         nodes = (*nodes, *(str(u.name) for u in _users(last.exit)))
-    return Branch(f"{first.name} (layer {first.layer})", "layer", first.layer, nodes, first.entry, end, blocked)
+    name, caches = f"{first.name} (layer {first.layer})", tuple(p for b in group for p in b.ports)
+    return Branch(name, "layer", first.layer, nodes, first.entry, end, blocked, caches)
 
 
 def _unflattened(v: ir.Value | None) -> ir.Value | None:
@@ -107,7 +120,6 @@ def _as_flat_as(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> i
 
 
 PARALLEL = "it runs in parallel with another part of the layer"
-KEPT = "its keys and values are outputs of the model"
 MOVED = ("Reshape", "Transpose", "Slice", "Concat", "Split", "Gather", "Squeeze", "Unsqueeze", "Pad")
 PASSED = ("Mul", "Cast", "Identity", "LayerNormalization", "RMSNormalization", *MOVED)
 
@@ -120,9 +132,16 @@ def _out(part: Attention | Mlp) -> ir.Value:
     return part.o.output if isinstance(part, Attention) else part.down.output
 
 
-def _branch(g: Graph, index: Index, layer: Layer, part: Attention | Mlp, outs: Collection[ir.Value]) -> Branch:
+def _branch(
+    g: Graph,
+    index: Index,
+    layer: Layer,
+    part: Attention | Mlp,
+    outs: Collection[ir.Value],
+    caches: Mapping[str, Ports],
+) -> Branch:
     kind = "attention" if isinstance(part, Attention) else "mlp"
-    kept = isinstance(part, Attention) and part.present is not None
+    cache = caches.get(part.name, NONE) if isinstance(part, Attention) else NONE
     found = _climb(g, _out(part), outs)
     if found is None:
         why = "what it makes is not simply added to the stream"
@@ -132,8 +151,8 @@ def _branch(g: Graph, index: Index, layer: Layer, part: Attention | Mlp, outs: C
     norm = _norm_after(index, end) if layer.position == "post" else None
     end = norm.outputs[0] if norm is not None else end
     nodes = (*part.site.nodes, str(add.name), *([str(norm.name)] if norm is not None else []))
-    why = KEPT if kept else PARALLEL if parallel else ""
-    return Branch(part.name, kind, layer.index, nodes, entry, end, why)
+    why = cache.why or (PARALLEL if parallel else "")
+    return Branch(part.name, kind, layer.index, nodes, entry, end, why, (cache,) if cache != NONE else ())
 
 
 def _climb(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tuple[ir.Node, ir.Value, bool] | None:

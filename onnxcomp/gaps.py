@@ -12,6 +12,7 @@ from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.branches import Branch, sums
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env
+from onnxcomp.ports import take_out
 from onnxcomp.repairs import has, to_stream, unfit
 
 __all__ = ["Gap", "close", "leave_out"]
@@ -35,12 +36,18 @@ class Gap:
 
 
 def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
-    """Hand the stream past a branch; the gaps there are now, where neighbours become one."""
+    """Hand the stream past a branch, and take its caches off the interface; the gaps there are now.
+
+    Gaps of neighbours become one.
+    """
     assert b.entry is not None
     assert b.exit is not None
     before, behind = str(b.entry.name), str(b.exit.name)
     public, users = b.entry.is_graph_output(), set(b.entry.uses())
     g.replace(b.exit, b.entry)
+    for found in b.ports:
+        take_out(g, found)
+    g.note(b.site, ", ".join(["left out", *(f"with {p}" for p in b.ports if str(p))]))
     g.sweep()  # what is dead must not be seen as a part of a layer in the next round
     read = public or not users.isdisjoint(b.entry.uses())
     known = {x.entry: x for x in gaps}

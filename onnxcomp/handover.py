@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Payload", "payload", "prepacks", "tap", "write_optimized"]
+__all__ = ["GONE", "Payload", "gone", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
 
+GONE = "onnxcomp.gone"  # metadata: names of inputs and outputs of the original that a model no longer has
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
 # Weights from this size on stay in their file: prepacking would copy them to memory.
@@ -36,6 +38,11 @@ class Payload:
     folder: Path | None = None
     shared: dict[str, Array] = field(default_factory=dict)
     files: dict[str, Array] = field(default_factory=dict)
+
+
+def gone(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Inputs and outputs of the original that a model says it no longer has: data made for that may have them."""
+    return frozenset(json.loads(metadata.get(GONE, "[]")))
 
 
 def payload(model: ir.Model) -> Payload:
@@ -92,6 +99,15 @@ def tap(model: ir.Model, taps: Sequence[str]) -> set[str]:
         made[name].shape = None  # a stale shape would only make the runtime complain
         model.graph.outputs.append(made[name])
     return (set(taps) & fed) - outputs
+
+
+def whole_caches(model: ir.Model) -> None:
+    """Give attentions that take a cache their outputs for the longer one back: the runtime runs none without them."""
+    for node in model.graph:
+        if node.op_type == "Attention" and node.domain == "" and len(node.inputs) > 4 and node.inputs[4] is not None:
+            node.resize_outputs(max(3, len(node.outputs)))
+            for i, v in enumerate(node.outputs[1:3]):
+                v.name = v.name or f"{node.name}_present_{i}"
 
 
 def prepacks(model: Graph | Path | str, asked: bool | None) -> bool:

@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnxcomp import storage
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
-from onnxcomp.handover import payload, prepacks, tap, write_optimized
+from onnxcomp.handover import gone, payload, prepacks, tap, write_optimized
 from onnxcomp.integer import dequantized_weights, integer_products, quantized_linears
 from onnxcomp.maths import Array
 from onnxcomp.structure.emulate import stand_in
@@ -242,6 +242,7 @@ class Session:
         self.outputs: list[str] = [*(o.name for o in self._session.get_outputs()), *sorted(self._echo)]
         self._by_name = {p.name: p for p in self.inputs}
         self._optional = {i.name for i in self._session.get_overridable_initializers()}
+        self._gone = gone(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
 
     def _source(self, ort: Any, model: Graph | Path | str, taps: Sequence[str], options: Any) -> bytes | str:
         """What the runtime loads: a file as it is, or a message with its large constants left where they lie."""
@@ -273,7 +274,7 @@ class Session:
         self._check(feeds)
         fetched = [n for n in names if n not in self._echo]
         try:
-            arrays = self._session.run(fetched, dict(feeds)) if fetched else []
+            arrays = self._session.run(fetched, {n: feeds[n] for n in feeds if n not in self._gone}) if fetched else []
         except _failures() as e:
             raise self._explain(e, feeds) from e
         found = dict(zip(fetched, arrays, strict=True))
@@ -290,11 +291,10 @@ class Session:
         if missing := [p.name for p in self.inputs if p.name not in feeds]:
             raise DataError(f"{self._name} needs input '{missing[0]}'; the data has {', '.join(feeds) or 'nothing'}")
         for name, a in feeds.items():
-            port = self._by_name.get(name)
-            if port is None and name not in self._optional:
-                raise DataError(f"{self._name} has no input '{name}'; it has {', '.join(self._by_name)}")
-            if port is None:
+            if (port := self._by_name.get(name)) is None and name in self._optional | self._gone:
                 continue
+            if port is None:
+                raise DataError(f"{self._name} has no input '{name}'; it has {', '.join(self._by_name)}")
             if a.dtype != port.dtype:
                 raise DataError(f"input '{name}' of {self._name} is {port.dtype}, the data has {a.dtype}")
             fits = all(isinstance(d, str) or d == n for d, n in zip(port.shape, a.shape, strict=False))

@@ -8,13 +8,14 @@ import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from onnxcomp import handover
 from onnxcomp import metrics as scoring
 from onnxcomp.data import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError
@@ -217,17 +218,18 @@ class Reference:
     def against(self, candidate: Graph | str | Path, walk: Walk | None = None) -> Validation:
         """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's.
 
+        Inputs and outputs that it says it no longer has are neither fed nor compared.
         With a `walk` over these batches it runs from where that stands.
         """
-        names = [r.name for r in self.view.outputs]
-        drifts = {r.name: _drift(r, self.view) for r in self.view.outputs}
-        sums, count = Sums(self.metrics), 0
         model = candidate if isinstance(candidate, Graph) else Path(candidate)
-        words = _words(model)
+        words, lost = _words(model), _lost(model) - {self.view.outputs[0].name}
+        readings = [r for r in self.view.outputs if r.name not in lost]
+        names, drifts = [r.name for r in readings], {r.name: _drift(r, self.view) for r in readings}
+        sums, count = Sums(self.metrics), 0
         gone = None if words is None else Gone.of(self.data, words, self.view.roles)
         causal = any(m.name == "perplexity" for m in self.metrics)
         with Runner(model, self.target, scratch=self._scratch, walk=walk) as session:
-            self._check_interface(session.inputs, session.outputs)
+            self._check_interface(session.inputs, session.outputs, lost)
             for count, (own, batch, made) in enumerate(self._each(session, names, words), 1):
                 if count > len(self._kept) or _digest(own.feeds) != self._seen[count - 1]:
                     break
@@ -236,7 +238,7 @@ class Reference:
                     reference = {k: words.columns(a) for k, a in reference.items()}
                 self._check_outputs(reference, made)
                 out = {k: a.astype(np.float32, copy=False) for k, a in made.items()}
-                for reading in self.view.outputs:
+                for reading in readings:
                     for seen in see(reading, self.view, batch, out, reference):
                         drifts[reading.name].update(seen if gone is None else gone.agreeing(seen, count - 1, causal))
                         if reading is self.view.outputs[0]:
@@ -273,10 +275,10 @@ class Reference:
             results[m.name] = scoring.bootstrap(m, own, found if more is None else more.put(m, own, found))
         return Validation(first, results, self.samples, drifts, self.data.name, self.data.random, notes)
 
-    def _check_interface(self, inputs: set[str], outputs: Sequence[str]) -> None:
-        if inputs != self.inputs:
+    def _check_interface(self, inputs: set[str], outputs: Sequence[str], without: Set[str]) -> None:
+        if inputs | (self.inputs & without) != self.inputs:
             raise ModelError(f"the models differ in their inputs: {sorted(self.inputs)} and {sorted(inputs)}")
-        if lost := [r.name for r in self.view.outputs if r.name not in outputs]:
+        if lost := [r.name for r in self.view.outputs if r.name not in {*outputs, *without}]:
             raise ModelError(f"the candidate has no output '{lost[0]}'; it has {', '.join(outputs)}")
 
     def _check_outputs(self, reference: Mapping[str, Array], out: Mapping[str, Array]) -> None:
@@ -289,6 +291,11 @@ class Reference:
                 raise ModelError(
                     f"output '{name}' is {self._types[name]} in the original, {a.dtype.name} in the candidate"
                 )
+
+
+def _lost(model: Graph | Path) -> frozenset[str]:
+    """Inputs and outputs of the original that a candidate says it no longer has."""
+    return handover.gone((model if isinstance(model, Graph) else load(model)).model.metadata_props)
 
 
 def _words(model: Graph | Path) -> Renumbering | None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.graph import Graph
-from onnxcomp.handover import prepacks, tap
+from onnxcomp.handover import prepacks, tap, whole_caches
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
 from onnxcomp.spool import forget
@@ -183,6 +183,7 @@ def stretch(graph: Graph, given: Mapping[str, Array], names: Sequence[str]) -> G
         model.graph.inputs.append(new)
     tap(model, names)
     RemoveUnusedNodesPass()(model)
+    whole_caches(model)
     return Graph(model, graph.path)
 
 

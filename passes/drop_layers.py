@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -59,31 +60,31 @@ class DropLayers(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Drop the least needed candidates, then repair what is left; the others are declined with their score."""
-        uncut, gaps = g.clone(), list[Gap]()
+        uncut, gaps, held = g.clone(), list[Gap](), dict[str, str]()
         every = self._all(g)
         free = {b.name for b in self._free(every)}
         count, scores = int(self.ratio * len(every)), self._scores(g, env, free, env.stats)
-        for left in reversed(range(min(count, len(free)) if not self.is_identity else 0)):
+        left = min(count, len(free)) if not self.is_identity else 0
+        while left and free:
             name = min(free, key=lambda n: scores[n])
             free.remove(name)
-            gaps = leave_out(g, self._named(g, name), gaps)
+            b = self._named(g, name)
+            if b.why:  # what went before it can leave it as the last one with a cache
+                held[name] = b.why
+                continue
+            gaps, left = leave_out(g, b, gaps), left - 1
             if self.rescore and left:
                 scores = self._scores(g, env, free, None)
         if self.repair != "none" and not env.dry:
             close(g, uncut, env, gaps)
-        self._say(g, every, free, scores, count)
-
-    def _say(self, g: Graph, every: list[Branch], free: set[str], scores: dict[str, float], count: int) -> None:
-        """What became of every candidate."""
         for b in every:
             if count == 0:
                 g.decline(b.site, f"a share of {self.ratio:g} is less than one of {len(every)}")
             elif b.name in free:
                 g.decline(b.site, f"kept: its {self.score} is {scores[b.name]:.3g}")
-            elif b.why or self._protected(b, every):
-                g.decline(b.site, b.why or f"one of the {self.protect} layers at each end that stay")
-            else:
-                g.note(b.site, "left out")
+            elif b.why or b.name in held or self._protected(b, every):
+                why = b.why or held.get(b.name)
+                g.decline(b.site, why or f"one of the {self.protect} layers at each end that stay")
 
     def _all(self, g: Graph) -> list[Branch]:
         if self.part == "layer":
@@ -92,7 +93,8 @@ class DropLayers(Pass):
 
     def _named(self, g: Graph, name: str) -> Branch:
         """The branch in a graph that has been edited since, or in a copy; names of nodes stay."""
-        return next(b for b in self._all(g) if b.name.split(" (")[0] == name.split(" (")[0])
+        found = next(b for b in self._all(g) if b.name.split(" (")[0] == name.split(" (")[0])
+        return dataclasses.replace(found, name=name)
 
     def _protected(self, b: Branch, every: list[Branch]) -> bool:
         last = max(x.layer for x in every)

@@ -68,14 +68,15 @@ def layers(a: zoo.Architecture, g: Graph) -> Cut:
     stay = {d.site for d in result.report.steps[0].declined}
     gone = [b for b in found if b.name not in stay]
     assert len(gone) == max(1, len(found) // 4)
-    mask = handed_on(g, {str(b.exit.name): str(b.entry.name) for b in gone if b.entry and b.exit})
+    past = {str(b.exit.name): str(b.entry.name) for b in gone if b.entry and b.exit}
+    mask = handed_on(g, past, {str(v.name) for v in result.model.outputs})
     assert parameters(result.model) == parameters(mask)
     assert macs(result.model) == macs(mask) < macs(g)
     return Cut(result.model, compared(mask, result.model, data))
 
 
-def handed_on(g: Graph, past: dict[str, str]) -> Graph:
-    """A copy where the named values are their substitutes, edited by name and without what is dead then."""
+def handed_on(g: Graph, past: dict[str, str], outputs: set[str]) -> Graph:
+    """A copy where the named values are their substitutes, edited by name, and what is dead for some outputs is not."""
     model = ir.from_proto(ir.to_proto(g.model))
     values = {v.name: v for node in model.graph for v in node.outputs} | {v.name: v for v in model.graph.inputs}
     for old, new in past.items():
@@ -89,6 +90,9 @@ def handed_on(g: Graph, past: dict[str, str]) -> Graph:
             if v is values[old]:
                 model.graph.outputs[i] = again.outputs[0]
         values[old] = again.outputs[0]
+    kept = [v for v in model.graph.outputs if v.name in outputs]
+    model.graph.outputs.clear()
+    model.graph.outputs.extend(kept)
     RemoveUnusedNodesPass()(model)
     return Graph(model)
 

@@ -28,6 +28,7 @@ LAYERS = [
         "quantize",
         "integer",
         "branches",
+        "ports",
         "tensorrt",
         "tokens",
         "vocabulary",

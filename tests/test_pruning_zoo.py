@@ -11,8 +11,6 @@ FP32 = {name: a for name, (a, s) in zoo.kept().items() if s.dtype == "fp32"}
 ONE = {name.partition(".")[0]: name for name in FP32}  # one graph of each architecture
 # What cannot be cut, with the limit.
 UNCUT = {
-    ("llama-cache", "layers"): "outputs of the model",  # what it would no longer give
-    ("gpt2-cache", "layers"): "outputs of the model",
 }
 
 

@@ -1,18 +1,20 @@
 """`drop-layers` against the same model with the parts masked, and against block influence computed by hand."""
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, gaps, repairs
+from onnxcomp import blocks, gaps, repairs, storage
 from onnxcomp.branches import branches, sums, whole_layers
 from onnxcomp.data import Batch, as_dataset, load_data
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime import Session
-from tests import tiny
+from onnxcomp.validation import validate
+from tests import cut_matrix, cuts, matrix, tiny, zoo
 
 LAYERS = 5
 SHARED = "its weights are shared, so they cannot be fitted for one place"
@@ -121,7 +123,7 @@ def test_ablation_drops_what_the_outputs_miss_least():
     assert {b.name for b in whole_layers(g)} - {d.site for d in step.declined} == {min(losses, key=losses.get)}
 
 
-def test_the_ends_stay_and_a_cache_is_declined():
+def test_the_ends_stay():
     g = tiny.encoder(layers=2, norm="pre")
     with pytest.raises(RecipeError, match="at each end"):
         dropped(g, ratio=0.9)
@@ -308,3 +310,143 @@ def test_a_dry_run_has_the_sizes_of_a_real_one(name):
     assert planned.model.model.graph.num_nodes() == real.model.graph.num_nodes()
     assert [n.what for n in planned.report.step("drop-layers").noted] == ["left out"] * 2
     assert [n.what for n in step.noted] == ["left out"] * 2
+
+
+# ---- caches ----------------------------------------------------------------------------------------------------------
+
+CACHED = [n for n in zoo.kept() if "-cache." in n]
+
+
+def cached(name, least=None):
+    """A canonical decoder with caches, its data at two shapes, and one layer that does little."""
+    g = cut_matrix.canonical(name)
+    if least is not None:
+        layer = blocks.layers(g)[least]
+        for x in (layer.attention.o, layer.mlp.down):
+            g.put(x.weight, 0.01 * g.array(x.weight))
+    return g, [matrix.taken(g, zoo.feeds(zoo.kept()[name][0], *shape)) for shape in cut_matrix.SHAPES]
+
+
+def names(values):
+    return [str(v.name) for v in values]
+
+
+@pytest.mark.parametrize("part", ["layer", "attention"])
+@pytest.mark.parametrize("least", [0, 1])
+@pytest.mark.parametrize("name", CACHED)
+def test_caches_go_with_their_layer(name, least, part):
+    g, feeds = cached(name, least)
+    find = whole_layers if part == "layer" else lambda g: [b for b in branches(g) if b.kind == "attention"]
+    gone = find(g)[least]
+    result = PassManager([DropLayers(ratio=0.5, protect=0, part=part, repair="none")]).run(g, feeds, feeds)
+    model, step = result.model, result.report.step("drop-layers")
+    first = 2 * least
+    ports = {f"past_{i}" for i in (first, first + 1)}, {f"present_{i}" for i in (first, first + 1)}
+    assert names(model.inputs) == [n for n in names(g.inputs) if n not in ports[0]]
+    assert names(model.outputs) == [n for n in names(g.outputs) if n not in ports[1]]
+    for v in (*model.inputs, *model.outputs):
+        assert v.shape == g.value(v.name).shape
+    said = f"left out, with inputs past_{first}, past_{first + 1} and outputs present_{first}, present_{first + 1}"
+    assert [(n.site, n.what) for n in step.noted] == [(gone.name, said)]
+    mask = cut_matrix.handed_on(g, {gone.exit.name: gone.entry.name}, set(names(model.outputs)))
+    cuts.assert_same(mask, model, *feeds)
+    alone = [{k: a for k, a in f.items() if k not in ports[0]} for f in feeds]
+    cuts.assert_same(model, model, *alone)  # it runs without them as well
+    assert set(step.drift["outputs"]) == set(names(model.outputs))
+
+
+@pytest.mark.parametrize("name", CACHED)
+def test_a_model_with_caches_is_repaired(name):
+    g, feeds = cached(name)
+    kl = {
+        how: PassManager([DropLayers(ratio=0.5, protect=0, repair=how)]).run(g, feeds, feeds).report.validation.drift.kl
+        for how in ("none", "least-squares")
+    }
+    assert kl["least-squares"] < 0.5 * kl["none"]
+
+
+@pytest.mark.parametrize("score", ["influence", "ablation"])
+def test_ablation_and_influence_leave_out_the_layer_that_does_little(score):
+    g, feeds = cached(CACHED[0], least=0)
+    model = PassManager([DropLayers(ratio=0.5, protect=0, score=score)]).run(g, feeds, feeds).model
+    assert names(model.inputs)[2:] == ["past_2", "past_3"]
+
+
+def test_a_plan_without_data_takes_caches_out_as_well():
+    g, feeds = cached(CACHED[0])
+    planned = PassManager([DropLayers(ratio=0.5, protect=0).planning()], dry=True).run(g)
+    real = PassManager([DropLayers(ratio=0.5, protect=0)]).run(g, feeds, feeds)
+    assert len(planned.model.inputs) == len(real.model.inputs) == len(g.inputs) - 2
+    assert planned.model.nbytes == real.model.nbytes
+    assert "left out, with inputs" in planned.report.step("drop-layers").noted[0].what
+
+
+def test_a_file_without_some_caches_is_compared_with_the_original_on_its_data(tmp_path):
+    g, feeds = cached(CACHED[0])
+    result = PassManager([DropLayers(ratio=0.5, protect=0)]).run(g, feeds, feeds)
+    original, done = storage.save(g, tmp_path / "a"), result.save(tmp_path / "b")
+    found = validate(original, done, as_dataset([Batch(f) for f in feeds], g))
+    assert np.isclose(found.drift.kl, result.report.validation.drift.kl, rtol=1e-4)
+    assert set(found.outputs) == set(names(result.model.outputs))
+    with pytest.raises(ModelError, match="differ in their inputs"):  # the other way round it lacks what it needs
+        validate(done, original, as_dataset([Batch(f) for f in feeds], g))
+    undeclared = result.model.clone()
+    undeclared.model.metadata_props.clear()
+    with pytest.raises(ModelError, match="differ in their inputs"):
+        validate(g, undeclared, as_dataset([Batch(f) for f in feeds], g))
+    with Session(done) as session, pytest.raises(DataError, match="has no input 'other'"):
+        session.run(feeds[0] | {"other": feeds[0]["input_ids"]})
+
+
+def test_a_cache_that_others_read_holds_its_layer():
+    g, _ = cached(CACHED[0])
+    past = g.value("past_0")
+    out = g.op("ReduceSum", past, keepdims=0)
+    out.name, out.type, out.shape = "total", past.type, ir.Shape([])
+    g.model.graph.outputs.append(out)
+    held = Graph(g.model)
+    assert "its cache 'past_0' is also read by" in whole_layers(held)[0].why
+    assert not whole_layers(held)[1].why
+
+
+def test_a_length_that_no_other_cache_is_known_to_have_holds_its_layer():
+    g, feeds = cached(CACHED[0])
+    for name in ("past_2", "past_3"):
+        v = g.value(name)
+        v.shape = ir.Shape([v.shape[0], v.shape[1], f"other_{name}", v.shape[3]])
+    second = blocks.layers(g)[1].attention
+    g.set_input(second.node, 3, g.op("Identity", second.mask, like=second.mask))  # no longer one mask
+    held = Graph(g.model)
+    assert "the shape of its cache 'past_0' is read, and no other input" in whole_layers(held)[0].why
+    assert not whole_layers(held)[1].why
+    result = PassManager([DropLayers(ratio=0.5, protect=0)]).run(held, feeds, feeds)
+    assert names(result.model.inputs)[2:] == ["past_0", "past_1"]
+
+
+def test_the_last_cache_that_tells_the_length_stays():
+    g, feeds = cached(CACHED[0])
+    p = DropLayers(ratio=0.99, protect=0, part="attention")
+    step = PassManager([p]).run(g, feeds, feeds).report.step("drop-layers")
+    assert step.changed == 1
+    three = PassManager([_All(ratio=0.5, protect=0, part="attention")], allow_unchanged=True).run(g, feeds, feeds)
+    whys = [d.why for d in three.report.step("drop-layers").declined]
+    assert any("no other input is known to have it" in why for why in whys)
+    assert len(blocks.attentions(three.model)) == 1
+
+
+class _All(DropLayers):
+    """Tries all of them."""
+
+    name = "drop-layers"
+
+    def _free(self, every):
+        object.__setattr__(self, "ratio", 1.0)
+        return super()._free(every)
+
+
+def test_keys_that_are_the_first_output_hold_their_layer():
+    g, _ = cached(CACHED[0])
+    outputs = g.model.graph.outputs
+    logits = outputs.pop(0)
+    outputs.append(logits)
+    assert "'present_0' is the output by which models are compared" in whole_layers(Graph(g.model))[0].why
