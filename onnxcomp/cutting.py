@@ -27,6 +27,9 @@ def cut(g: Graph, group: Group, keep: Array) -> None:
     for name in _named(group):
         if name not in nodes:
             raise ModelError(f"the graph has no node named '{name}', which the group cuts; make the group again")
+    for entries in group.entries:
+        if any(nodes[entries.node].outputs[0] not in nodes[u].inputs for u in entries.users):
+            raise ModelError(f"what reads '{entries.node}' was cut meanwhile; make the group again")
     for slot in group.slots:
         if slot.value not in values:
             raise ModelError(f"the graph has no constant named '{slot.value}', which the group cuts")
@@ -39,7 +42,7 @@ def cut(g: Graph, group: Group, keep: Array) -> None:
     for norm in group.norms:
         _rescale(g, nodes[norm.node], norm, keep)
     for entries in group.entries:
-        _count(g, nodes[entries.node], entries, keep)
+        _count(g, _own(g, nodes[entries.node], [nodes[u] for u in entries.users]), entries, keep)
     for attr in group.attrs:
         g.set_attr(nodes[attr.node], **{attr.name: int(Slot("", 0, attr.units).kept(keep).sum())})
     _interface(g, group, keep)
@@ -57,7 +60,11 @@ def _named(group: Group) -> set[str]:
     edited: tuple[Entries | AttrSlot | NormSlot | IndexSlot, ...] = (
         *group.entries, *group.attrs, *group.norms, *group.indices,
     )  # fmt: skip
-    return {x.node for x in edited} | {u for s in group.slots for u in s.users}
+    return {x.node for x in edited} | {u for users in _users(group) for u in users}
+
+
+def _users(group: Group) -> list[tuple[str, ...]]:
+    return [*(s.users for s in group.slots), *(e.users for e in group.entries)]
 
 
 def _together(slots: tuple[Slot, ...]) -> list[list[Slot]]:
@@ -74,6 +81,18 @@ def _cut(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: dict[str,
     for slot in slots:
         a = np.compress(slot.kept(keep), a, axis=slot.axis)
     g.put(v, a, users=[nodes[u] for u in slots[0].users] or None)
+
+
+def _own(g: Graph, node: ir.Node, users: list[ir.Node]) -> ir.Node:
+    """The node itself, or a copy for the named users."""
+    out = node.outputs[0]
+    if not users:
+        return node
+    copy = g.op(node.op_type, *node.inputs, name=f"{node.name}_cut", like=out)
+    g.replace(out, copy, users=users)
+    made = copy.producer()
+    assert made is not None
+    return made
 
 
 def _count(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:

@@ -84,13 +84,14 @@ class Entries:
     """Numbers in an integer input of a node (a Reshape target, Split lengths, Slice bounds).
 
     Where the input is computed, the numbers take the place of some of its `length` entries; where it is missing (a
-    Split into equal parts), it is made.
+    Split into equal parts), it is made. Where `users` are named, the numbers are theirs: others keep the node as it is.
     """
 
     node: str
     input: int
     sizes: tuple[Size, ...]
     length: int = 0
+    users: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

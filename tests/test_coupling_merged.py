@@ -116,6 +116,36 @@ def test_merged_heads_are_cut_as_masked(name, target):
     )
 
 
+@pytest.mark.parametrize("size", ["of the batch", "of the scores"])
+def test_two_layers_that_share_what_an_expand_repeats_are_cut_apart(size):
+    """The rows are as many as heads of both; cut in one, they are made again for that one."""
+    g = graph(23, x=["batch", LENGTH, 8], extra=["n"])
+    first, second = scores(g), scores(g)
+    op = picked(lambda g, s: merged_size(g) if size == "of the batch" else g.op("Shape", s, start=0, end=1))
+    one = op(g, first)
+    two = g.op("GatherElements", second, one.producer().inputs[1], axis=-1)
+    heads = [g.op("Softmax", g.op("Reshape", s, i64(-1, HEADS, LENGTH, LENGTH))) for s in (one, two)]
+    parts = [g.op("Transpose", g.op("MatMul", p, by_head(g, "v")), perm=[0, 2, 1, 3]) for p in heads]
+    parts = [g.op("MatMul", g.op("Reshape", p, i64(0, 0, -1)), g.constant(weight(12, 8), "o")) for p in parts]
+    g = finished(g, g.op("Add", *parts))
+    names = [str(n.inputs[1].name) for n in g.nodes("MatMul") if str(n.inputs[1].name).startswith("q")]
+    if size == "of the scores":
+        return declined(g, "makes another value as large")
+    groups = [coupling.couple(g, n, 1, block=DEPTH) for n in names]
+    assert not {s.value for s in groups[0].slots} & {s.value for s in groups[1].slots}
+    assert [len(group.entries[-1].users) for group in groups] == [1, 1]
+    mask, done = g, g
+    for group, gone in zip(groups, ([1], [0, 2]), strict=True):
+        cuts.check(g, group, gone, feeds(2), feeds(3))
+        mask, done = cuts.masked(mask, group, gone), cuts.cut(done, group, gone)
+    cuts.assert_same(mask, done, feeds(2), feeds(3))
+    done.sweep()
+    assert len(list(done.nodes("Expand"))) == 2
+    with pytest.raises(ModelError, match="make the group again"):
+        done.take(groups[0], np.array([0]))
+    return None
+
+
 def test_channels_within_merged_heads_go_too():
     """`[batch, heads * depth]` in one axis with batch: each of its positions is a unit."""
     g = graph(23, x=["batch", LENGTH, 8], extra=["n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,16 +40,7 @@ def collect(t: Tracer, start: Axis) -> Group:
         io=io,
         parts=_parts(t, order),
         computed=computed,
-        entries=tuple(
-            Entries(
-                str(node.name),
-                index,
-                tuple(Size(i, plain(u), sign, times) for i, (u, sign, times) in sorted(entries.items())),
-                t.lengths.get((node, index), 0),
-            )
-            for (node, index), entries in t.sizes.items()
-            if any(_moves(plain(u)) for u, _, _ in entries.values())
-        ),
+        entries=_entries(t, plain),
         attrs=tuple(AttrSlot(str(n.name), a, plain(u)) for (n, a), u in t.attrs.items() if _moves(plain(u))),
         norms=tuple(NormSlot(str(n.name), plain(u)) for n, u in t.norms.items() if _moves(plain(u))),
         indices=tuple(IndexSlot(str(n.name), i, plain(u)) for (n, i), u in t.indices.items() if _moves(plain(u))),
@@ -88,7 +80,8 @@ def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...],
             users += [str(axis.reader.name)] if axis.reader is not None else []
             roles |= t.roles.get(axis, set())
             continue
-        computed.append(Slot(str(v.name), axis.axis, numbers))
+        if axis.reader is None:  # else a copy is cut
+            computed.append(Slot(str(v.name), axis.axis, numbers))
         if v.is_graph_input() or v.is_graph_output():
             io.append(IoSlot(str(v.name), axis.axis, numbers))
     slots = [
@@ -96,6 +89,18 @@ def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...],
         for (name, axis, numbers), (users, roles) in constants.items()
     ]
     return tuple(slots), tuple(computed), tuple(io)
+
+
+def _entries(t: Tracer, plain: Plain) -> tuple[Entries, ...]:
+    """Numbers that count units: those for all readers, then those for copies, one for readers with equal numbers."""
+    found: dict[tuple[Entries, bool], list[str]] = {}
+    for (node, index, reader), entries in sorted(t.sizes.items(), key=lambda item: item[0][2] is not None):
+        sizes = tuple(Size(i, plain(u), sign, times) for i, (u, sign, times) in sorted(entries.items()))
+        if any(_moves(size.units) for size in sizes):
+            made = Entries(str(node.name), index, sizes, t.lengths.get((node, index), 0))
+            users = found.setdefault((made, reader is None), [])
+            users += [str(reader.name)] if reader is not None else []
+    return tuple(replace(made, users=tuple(users)) for (made, _), users in found.items())
 
 
 def _parts(t: Tracer, order: dict[int, int]) -> tuple[int, ...]:

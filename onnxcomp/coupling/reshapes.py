@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Rule, Tracer, ends
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, ends
 from onnxcomp.maths import Array
 from onnxcomp.structure.contents import Content
 from onnxcomp.structure.dims import Dim, Size, multiply, product
@@ -123,21 +123,24 @@ def _varies_only(cube: Array, k: int) -> bool:
 
 
 def _targets(t: Tracer, node: ir.Node, target: ir.Value | None, index: int) -> None:
-    """Numbers in a target that count units. A computed target gets all known numbers, lest they be computed from a cut
-    axis."""
+    """Numbers in a target that count units, for all readers of the output and for each that has a copy of its own.
+
+    A computed target gets all known numbers, lest they be computed from a cut axis.
+    """
     y = node.outputs[0]
-    axes = [t.axis(y, i) for i in range(t.f.rank(y) or 0)]
-    if not any(a in t.units for a in axes):
-        return
-    content = t.f.content(target)
-    if content is None or target is None:
-        for a in axes:
-            t.stop(a, f"the sizes that {node.op_type} '{node.name}' reads are computed")
-        return
-    for i, (entry, a) in enumerate(zip(content.reshape(-1), axes, strict=True)):
-        if a in t.units or _overwritten(t, node, index, entry):
-            _entry(t, a, (node, index, i), entry)
-    t.lengths[node, index] = content.size
+    for reader in (None, *dict.fromkeys(u for u, _ in y.uses())):
+        axes = [t.axis(y, i, reader) for i in range(t.f.rank(y) or 0)]
+        if not any(a in t.units and a.reader is reader for a in axes):
+            continue
+        content = t.f.content(target)
+        if content is None or target is None:
+            for a in axes:
+                t.stop(a, f"the sizes that {node.op_type} '{node.name}' reads are computed")
+            return
+        for i, (entry, a) in enumerate(zip(content.reshape(-1), axes, strict=True)):
+            if a in t.units or _overwritten(t, node, index, entry):
+                _entry(t, a, t.sizes.setdefault((node, index, reader), {}), i, entry)
+        t.lengths[node, index] = content.size
 
 
 def _overwritten(t: Tracer, node: ir.Node, index: int, entry: object) -> bool:
@@ -147,17 +150,17 @@ def _overwritten(t: Tracer, node: ir.Node, index: int, entry: object) -> bool:
     return isinstance(entry, int) and not t.g.is_constant(node.inputs[index])
 
 
-def _entry(t: Tracer, a: Axis, at: tuple[ir.Node, int, int], entry: object) -> None:
+def _entry(t: Tracer, a: Axis, found: dict[int, tuple[Array, int, Repeats]], i: int, entry: object) -> None:
     """One number of a target: a count, or one that counts times unknowns, if these can be read off the inputs."""
     units = t.at(a)
     if isinstance(entry, int):
         if entry > 0 and (units is None or entry == len(units)):
-            t.counts(*at, np.full(entry, UNKNOWN) if units is None else units)
+            found[i] = (np.full(entry, UNKNOWN) if units is None else units, 1, ())
     elif isinstance(entry, Dim) and t.f.rooted(entry) and (units is None or t.f.same(entry, _length(t, a))):
         times = tuple((str(v.name), axis) for v, axis in (t.f.roots[n] for n in entry.names))
-        t.counts(*at, np.full(entry.factor, UNKNOWN) if units is None else units, times=times)
+        found[i] = (np.full(entry.factor, UNKNOWN) if units is None else units, 1, times)
     else:
-        t.stop(a, f"entry {at[2]} of the sizes that {at[0].op_type} '{at[0].name}' reads is computed")
+        t.stop(a, f"entry {i} of the sizes that make '{a.value.name}' is computed")
 
 
 def _expand(t: Tracer, node: ir.Node) -> None:
@@ -215,12 +218,13 @@ def _misused(t: Tracer, v: ir.Value, entry: int) -> str:
 
 
 def _unmet(t: Tracer, node: ir.Node, index: int) -> str:
-    """Why a target may not have its size from a cut axis: nothing it makes is cut, so its numbers are not written."""
+    """Why a target may not have its size from a cut axis: something it makes is not cut, so no number is written."""
     t.measured.add((node, index))
     y = node.outputs[0]
-    found = (t.at(t.axis(y, i)) for i in range(t.f.rank(y) or 0))
-    met = any(units is not None and (units > FROZEN).any() for units in found)
-    return "" if met or not t.settled else f"{node.op_type} '{node.name}' makes another value as large"
+    readers = [*(r for r, _ in y.uses()), *([None] if y.is_graph_output() else [])]
+    found = ([t.at(t.axis(y, i, r)) for i in range(t.f.rank(y) or 0)] for r in readers)
+    met = (any(u is not None and (u > FROZEN).any() for u in units) for units in found)
+    return "" if all(met) or not t.settled else f"{node.op_type} '{node.name}' makes another value as large"
 
 
 def _negative(c: Content | None) -> bool:

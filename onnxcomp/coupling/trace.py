@@ -32,7 +32,7 @@ Repeats = tuple[tuple[str, int], ...]  # axes of graph inputs, by name, whose le
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a value; `reader` is the node that reads it where a small constant is a different one for each."""
+    """One axis of a value; `reader` is the node that reads it where each reader may have another one, cheap to copy."""
 
     value: ir.Value
     axis: int
@@ -55,7 +55,7 @@ class Tracer:
         self.units: dict[Axis, Array] = {}
         self.via: dict[Axis, tuple[Axis | None, ir.Node | None]] = {}
         self.roles: dict[Axis, set[str]] = {}
-        self.sizes: dict[tuple[ir.Node, int], dict[int, tuple[Array, int, Repeats]]] = {}
+        self.sizes: dict[tuple[ir.Node, int, ir.Node | None], dict[int, tuple[Array, int, Repeats]]] = {}
         self.lengths: dict[tuple[ir.Node, int], int] = {}
         self.measured: set[tuple[ir.Node, int]] = set()  # inputs where the length of a reached axis arrives
         self.attrs: dict[tuple[ir.Node, str], Array] = {}
@@ -108,10 +108,20 @@ class Tracer:
     # ---- places --------------------------------------------------------------------------------------------------
 
     def axis(self, v: ir.Value, axis: int, node: ir.Node | None = None) -> Axis:
-        """The axis of a value as a node reads it; a constant vector is its own at each reader, being cheap to copy."""
+        """The axis of a value as a node reads it; a constant vector, or an axis along which an Expand repeats, is its
+        own at each reader, being cheap to copy."""
         rank = self.f.rank(v) or 0
         place = axis % rank if rank else 0
-        return Axis(v, place, node if self._is_small(v) else None)
+        return Axis(v, place, node if node is not None and (self._is_small(v) or self._is_repeated(v, place)) else None)
+
+    def _is_repeated(self, v: ir.Value, axis: int) -> bool:
+        """Whether several readers share what an Expand makes of one element along the axis."""
+        node = v.producer()
+        if node is None or node.op_type != "Expand" or v.is_graph_output() or len({u for u, _ in v.uses()}) < 2:
+            return False
+        short = self.f.shape(node.inputs[0])
+        before = self.dim(node.inputs[0], axis - (self.f.rank(v) or 0))
+        return short is not None and before in (1, None) and self.dim(v, axis) != 1
 
     def _is_small(self, v: ir.Value) -> bool:
         t = self.g.tensor(v)
@@ -239,9 +249,9 @@ class Tracer:
         if units is not None:
             self.join(units[positions], np.zeros(1, np.int64))
 
-    def counts(self, node: ir.Node, index: int, entry: int, units: Array, sign: int = 1, times: Repeats = ()) -> None:
-        """Entry `entry` of integer input `index` of the node counts the positions of `units`, `times` over."""
-        self.sizes.setdefault((node, index), {})[entry] = (units, sign, times)
+    def counts(self, node: ir.Node, index: int, entry: int, units: Array, sign: int = 1) -> None:
+        """Entry `entry` of integer input `index` of the node counts the positions of `units`."""
+        self.sizes.setdefault((node, index, None), {})[entry] = (units, sign, ())
 
     # ---- the walk ------------------------------------------------------------------------------------------------
 
@@ -275,7 +285,7 @@ class Tracer:
         if not self.g.is_constant(v) and (v.is_graph_input() or v.is_graph_output()) and not (self.io and fixed):
             what = "output" if v.is_graph_output() else "input"
             self.stop(axis, f"it is axis {axis.axis} of the model's {what} '{v.name}'")
-        around = [axis.reader] if axis.reader is not None else [v.producer(), *(u for u, _ in v.uses())]
+        around = [v.producer(), *((axis.reader,) if axis.reader is not None else (u for u, _ in v.uses()))]
         for node in around:
             if node is None or node in self._waiting:
                 continue
