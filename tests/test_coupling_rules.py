@@ -299,6 +299,7 @@ def test_a_cache_shrinks_with_its_heads():
 # ---- random graphs ---------------------------------------------------------------------------------------------------
 
 UNARY = ("Relu", "Gelu", "Tanh", "Sigmoid", "bias", "scale", "rms", "softmax-1", "heads", "slice", "gather", "pad")
+MERGED = ("merged", "merged halves", "merged tiles")
 
 
 @st.composite
@@ -308,7 +309,7 @@ def random_graph(draw) -> Graph:
     values: list[tuple[ir.Value, int]] = [(g.inputs[0], 8)]
     for i in range(draw(st.integers(2, 9))):
         v, n = draw(st.sampled_from(values))
-        kind = draw(st.sampled_from(("linear", "linear", "add", "mul", "concat", "split", *UNARY)))
+        kind = draw(st.sampled_from(("linear", "linear", "add", "mul", "concat", "split", *UNARY, *MERGED)))
         same = [w for w, m in values if m == n]
         if kind == "linear":
             m = draw(st.sampled_from((4, 8, 12)))
@@ -328,6 +329,18 @@ def random_graph(draw) -> Graph:
     return finished(g, g.op("Sum", *total) if len(total) > 1 else total[0], "batch", 4, 3)
 
 
+def merged(g: Graph, v: ir.Value, n: int, kind: str) -> ir.Value:
+    """Channels in one axis with the batch, in one step or in two, or beside a table that is repeated for the batch."""
+    y = g.op("Reshape", g.op("Transpose", v, perm=[0, 2, 1]), i64(-1, 4))
+    if kind == "merged halves":
+        y = g.op("Softmax", g.op("Reshape", y, i64(-1, n // 2, 4)), axis=-1)
+    elif kind == "merged tiles":
+        table = g.op("MatMul", named(g, "table", n, 6), named(g, "turned", 6, 4))
+        batch = g.op("Shape", g.inputs[0], start=0, end=1)
+        y = g.op("Add", y, g.op("Tile", table, g.op("Concat", batch, i64(1), axis=0)))
+    return g.op("Transpose", g.op("Reshape", g.op("Tanh", y), i64(-1, n, 4)), perm=[0, 2, 1])
+
+
 def unary(g: Graph, v: ir.Value, n: int, kind: str) -> tuple[ir.Value, int]:
     match kind:
         case "bias":
@@ -341,6 +354,8 @@ def unary(g: Graph, v: ir.Value, n: int, kind: str) -> tuple[ir.Value, int]:
         case "heads":
             y = g.op("Transpose", g.op("Reshape", v, i64(0, 0, 4, n // 4)), perm=[0, 2, 1, 3])
             return g.op("Reshape", g.op("Transpose", y, perm=[0, 2, 1, 3]), i64(0, 0, n)), n
+        case "merged" | "merged halves" | "merged tiles":
+            return merged(g, v, n, kind), n
         case "slice":
             return g.op("Tile", g.op("Slice", v, i64(n // 2), i64(n), i64(2)), i64(1, 1, 2)), n
         case "gather":
