@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import blocks
+from onnxcomp import blocks, repairs
 from onnxcomp.graph import Graph, Site
-from onnxcomp.pruning import Width
+from onnxcomp.maths import Array
+from onnxcomp.pipeline import Env
+from onnxcomp.pruning import Place, Width
 
 __all__ = ["PruneHidden"]
 
@@ -19,7 +22,8 @@ __all__ = ["PruneHidden"]
 class PruneHidden(Width):
     """Cut channels of the residual stream; RMSNorm keeps its statistics exactly, LayerNorm cannot and is declined.
 
-    The mean of squares is taken over fewer channels, so gains grow by `sqrt(d / d')` and epsilons by `d / d'`.
+    The mean of squares is taken over fewer channels, so gains grow by `sqrt(d / d')` and epsilons by `d / d'`. Repair
+    fits what reads the stream, and what is added to it to the uncut stream's remaining channels.
     """
 
     unit: ClassVar[str] = "channels"
@@ -30,3 +34,9 @@ class PruneHidden(Width):
         order = {node: i for i, node in enumerate(g.nodes())}
         for x in sorted(parts, key=lambda x: order[x.node]):
             yield x.site, x.output
+
+    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Repair readers and writers of the stream, one after another where that is asked for."""
+        if self._in_order:
+            streams = {s.value: np.flatnonzero(s.kept(keep)) for place, keep in cut for s in place.group.computed}
+            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], streams)

@@ -12,6 +12,7 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.branches import joins, sums
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import refit
 from onnxcomp.maths.refit import Means
@@ -75,7 +76,10 @@ class Refit(SequentialPass):
             return f"the original has no value '{target}' to fit to"
         if why := unfit(g, x):
             return why
-        to_stream(g, env.original, env, x, target, self.damp)
+        try:
+            to_stream(g, env.original, env, x, target, self.damp)
+        except ModelError as e:
+            return str(e)
         return ""
 
     def _norm(self, g: Graph, n: NormSite, env: Env) -> str:
@@ -90,6 +94,9 @@ class Refit(SequentialPass):
             needs |= {"mean": mean(v), "var": var(v), "mean original": mean(v, of="original")}
         stats = env.collect(g, needs.values())
         got = {k: stats[need] for k, need in needs.items()}
+        here, there = got["cross"].shape
+        if here != there:
+            return f"'{v.name}' was {there} wide in the original, and is {here} now"
         means = None if n.bias is None else _means(got, got["mean original"])
         a, c = refit.scale(got["norm"] ** 2, np.diag(got["cross"]), means)
         for held, new in ((n.gain, a), (n.bias, a)):

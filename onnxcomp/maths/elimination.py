@@ -13,7 +13,8 @@ from onnxcomp.maths.solve import damped, invert_lower
 
 __all__ = ["elimination"]
 
-AT_ONCE = 32  # 1 / the share of the channels that goes between two updates of the rest
+AT_ONCE = 32  # 1 / the largest share of the channels that goes between two updates of the rest
+NEAR = 4  # times as many are candidates
 PIECE = 512  # rows updated at a time, so that no second matrix of that size is needed
 
 
@@ -21,8 +22,9 @@ def elimination(gram: Array, weights: Array, units: Array, count: int, damp: flo
     """Squared error that each unit adds as they go, the cheapest next, and what is left makes up for it: `[count]`.
 
     `units` is the unit of every in-channel, -1 for those that stay. Never falls in the order in which units go, so that
-    of two which replace each other one stays. Units of one channel go in rounds: the next 1/32 are chosen one by one
-    among the twice as many cheapest ones, then the rest is updated.
+    of two which replace each other one stays. Units of one channel go in rounds: the next ones are chosen one by one
+    among the cheapest until these cost more than the others did; then the rest is updated. The order is that of one by
+    one but where a channel's cost falls as others go, which is rare.
     """
     u = np.asarray(units, np.int64)
     w, p = np.array(weights, np.float64), _inverse(damped(np.asarray(gram, np.float64), damp)[1])
@@ -49,9 +51,11 @@ def _singles(p: Float64, w: Float64, u: Array, count: int) -> Float64:
     while (free := np.flatnonzero(u[rows] >= 0)).size:
         cost = np.einsum("kn,kn->k", w[free], w[free]) / np.diag(p)[free]
         number = max(1, free.size // AT_ONCE)
-        near = free[np.argsort(cost, kind="stable")[: 2 * number]]
+        order = np.argsort(cost, kind="stable")
+        near, far = free[order[: NEAR * number]], order[NEAR * number :]
+        bound = float(cost[far[0]]) if far.size else np.inf
         gone = []
-        for at, loss in _cheapest(p[np.ix_(near, near)], w[near], number):
+        for at, loss in _cheapest(p[np.ix_(near, near)], w[near], number, bound):
             gone.append(near[at])
             added[u[rows[near[at]]]] = most = max(most, loss)
         _take_out(p, w, np.array(gone))
@@ -60,13 +64,15 @@ def _singles(p: Float64, w: Float64, u: Array, count: int) -> Float64:
     return added
 
 
-def _cheapest(p: Float64, w: Float64, number: int) -> list[tuple[int, float]]:
-    """The next units to go with what each costs, as if there were no others than these."""
+def _cheapest(p: Float64, w: Float64, number: int, bound: float) -> list[tuple[int, float]]:
+    """The next units to go with what each costs: at least one, then those that cost no more than any other can."""
     alive, found = np.ones(len(w), bool), []
     for _ in range(number):
         costs = np.full(len(w), np.inf)
         costs[alive] = np.einsum("kn,kn->k", w[alive], w[alive]) / np.diag(p)[alive]
         at = int(np.argmin(costs))
+        if found and costs[at] > bound:
+            break
         found.append((at, float(costs[at])))
         alive[at] = False
         _take_out(p, w, np.array([at]))
