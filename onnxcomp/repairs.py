@@ -1,0 +1,163 @@
+"""Repair of cut layers one after another: each is fitted as the cut and repaired ones before it leave its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import blocks
+from onnxcomp.branches import joins, sums
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+from onnxcomp.groups import Slot
+from onnxcomp.maths import Array, Float64, refit
+from onnxcomp.maths.refit import Means
+from onnxcomp.pipeline import Env
+from onnxcomp.readers import Reader, inside, replace
+from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
+
+__all__ = ["DAMP", "has", "in_order", "to_stream", "unfit"]
+
+DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Sums over the rows of one layer's calls: `gram` `[K, K]`, `cross` with the target `[K, N]`, sums of both."""
+
+    gram: Float64
+    cross: Float64
+    x: Float64
+    y: Float64
+    rows: float
+
+
+def in_order(
+    g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader], streams: Mapping[str, Array] | None = None
+) -> None:
+    """Fit the weights and biases of the readers of cut axes, in topological order, each on the graph as it is by then.
+
+    `streams` are sums that were cut themselves, with the positions that stay: the linears that are added there are
+    fitted to what stays of them.
+
+    The target of a linear that is added to the residual stream is the stream behind it in the uncut model less what
+    the stream carries now, so that it makes up for errors before it too; of others, what they gave uncut. Uncut is the
+    original where it has these values in the same widths, else the graph before the cut. Law: no layer's squared
+    error on the calibration data is larger than without repair, as its inputs are then.
+    """
+    g.model.graph.sort()
+    order = {node: i for i, node in enumerate(g.nodes())}
+    found: list[tuple[int, Reader | blocks.Linear]] = [
+        (min(order[x.node] for x in r.linears), r) for r in inside(g, readers)
+    ]
+    ends = {x: str(end[0].name) for x in blocks.linears(g) if streams and (end := sums(x)) is not None}
+    found += [(order[x.node], x) for x, end in ends.items() if streams and end in streams and not unfit(g, x)]
+    for _, part in sorted(found, key=lambda f: f[0]):
+        if isinstance(part, Reader):
+            _fit(g, uncut, env, part)
+        elif streams:
+            to_stream(g, uncut, env, part, ends[part], kept=streams[ends[part]])
+
+
+def to_stream(
+    g: Graph, uncut: Graph, env: Env, x: blocks.Linear, target: str, damp: float = DAMP, kept: Array | None = None
+) -> None:
+    """Fit a linear that is added to the residual stream, so that this comes closest to a value of the uncut model.
+
+    Of that value only the positions `kept` count, all by default. Law: the squared error of the stream on the
+    calibration data does not grow.
+    """
+    found = sums(x)
+    assert found is not None
+    free = x.bias is not None
+    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found[1]), kept)
+    _settle(g, Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,)), [moments], free, damp)
+
+
+def unfit(g: Graph, x: blocks.Linear) -> str:
+    """Why a linear that is added to the stream cannot be fitted for itself, empty if it can."""
+    if x.quantized:
+        return "its weights are quantized"
+    if len(list(x.weight.uses())) > 1:
+        return "its weights are shared, so they cannot be fitted for one place"
+    return "" if g.is_constant(x.weight) else "its weights are computed"
+
+
+def has(original: Graph, name: str) -> bool:
+    """Whether a model computes a value of that name."""
+    try:
+        return not original.is_constant(original.value(name))
+    except ModelError:
+        return False
+
+
+def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:
+    """Fit one weight; biases with it where its layers have the same."""
+    biases = {x.bias for x in reader.linears}
+    free = len(biases) == 1 and None not in biases
+    _settle(g, reader, [_moments(g, uncut, env, x, free, _place(x)) for x in reader.linears], free, DAMP)
+
+
+def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, damp: float) -> None:
+    """Give a weight, and where it is free the bias, what fits the sum of all calls best."""
+    weight = reader.weight(g)
+    squares, cross = (np.asarray(sum(getattr(m, k) for m in found)) for k in ("gram", "cross"))
+    rows = sum(m.rows for m in found)
+    means = None
+    if free:
+        means = Means(np.asarray(sum(m.x for m in found)) / rows, np.asarray(sum(m.y for m in found)) / rows, rows)
+    fitted, bias = refit.linear(squares, cross, weight, damp, means)
+    replace(g, reader, fitted.astype(weight.dtype), bias)
+
+
+def _place(x: blocks.Linear) -> tuple[ir.Value, tuple[ir.Value, ...]]:
+    """The value behind a linear that is compared, and what else is added to it there."""
+    add = joins(x)
+    return (x.output, ()) if add is None else (add.outputs[0], tuple(v for v in add.inputs if v and v is not x.output))
+
+
+def _moments(
+    g: Graph,
+    uncut: Graph,
+    env: Env,
+    x: blocks.Linear,
+    free: bool,
+    place: tuple[ir.Value, tuple[ir.Value, ...]],
+    kept: Array | None = None,
+) -> _Moments:
+    """What one call of a layer says of a target or its `kept` part; a bias that is not fitted is taken off the target.
+
+    Raises `ModelError` where the target has another width.
+    """
+    out, carried = place
+    source = x.source
+    needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, out, other_of="original")}
+    needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(out, of="original")}
+    for i, v in enumerate(carried):
+        needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
+    stats = env.collect(g, needs.values(), env.original if _same(env.original, uncut, out) else uncut)
+    got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
+    rows = refit.count(got["norm"], got["mean"], got["var"])
+    y, cross = (got["y"], got["cross"]) if kept is None else (got["y"][kept], got["cross"][:, kept])
+    if len(y) != x.sizes[1]:
+        raise ModelError(f"'{out.name}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
+    for i in range(len(carried)):
+        y, cross = y - got[f"less y {i}"], cross - got[f"less {i}"]
+    if not free and x.bias is not None:
+        bias = g.array(x.bias).reshape(-1).astype(np.float64)
+        y, cross = y - bias, cross - rows * np.outer(got["mean"], np.broadcast_to(bias, y.shape))
+    return _Moments(got["gram"], cross, rows * got["mean"], rows * y, rows)
+
+
+def _same(original: Graph, uncut: Graph, v: ir.Value) -> bool:
+    """Whether the original computes a value of that name that is as wide as before the cut."""
+    try:
+        there, here = original.value(str(v.name)), uncut.value(str(v.name))
+    except ModelError:
+        return False
+    if original.is_constant(there) or there.shape is None or here.shape is None:
+        return False
+    return len(there.shape) == len(here.shape) > 0 and there.shape[-1] == here.shape[-1]
