@@ -29,6 +29,9 @@ __all__ = ["Patches", "affordable", "collect", "each_alone", "in_order", "patche
 
 OPS = ("Conv", "ConvTranspose")
 TOO_LARGE = "only its bias was repaired: the Gram matrix of its patches does not fit into the memory budget"
+DAMP = (
+    1e-2  # pull towards the weights as they are: neighbouring patches are alike, so that data says less than its rows
+)
 SHARE = 8  # of the memory budget: what one Gram matrix of patches may take
 
 
@@ -169,15 +172,18 @@ def _made(node: ir.Node) -> str:
     return f"{node.outputs[0].name}:rows"
 
 
-def probed(g: Graph, outputs: Iterable[str]) -> Graph:
-    """A copy that also computes patches and rows of the convolutions with these outputs, channels last."""
-    probe, wanted = g.clone(), set(outputs)
+def probed(g: Graph, patches: Iterable[str] = (), rows: Iterable[str] = ()) -> Graph:
+    """A copy that also computes, channels last, what convolutions see and what they give, by their outputs."""
+    probe, seen, made = g.clone(), set(patches), set(rows)
     for node in probe.nodes(*OPS):
-        if node.outputs[0].name in wanted:
-            rank = len(probe.array(node.inputs[1]).shape)
-            last = [0, *range(2, rank), 1]
-            for v, name in ((_patches(probe, node), _seen(node)), (node.outputs[0], _made(node))):
-                probe.op("Transpose", v, perm=last).name = name
+        kernel, out = probe.tensor(node.inputs[1]), node.outputs[0]
+        if kernel is None:
+            continue
+        last = [0, *range(2, len(kernel.shape.numpy())), 1]
+        if out.name in made:
+            probe.op("Transpose", out, perm=last).name = _made(node)
+        if out.name in seen:
+            probe.op("Transpose", _patches(probe, node), perm=last).name = _seen(node)
     return probe
 
 
@@ -274,7 +280,7 @@ def in_order(g: Graph, uncut: Graph, env: Env, cut: Cut) -> None:
     order = {n.name: i for i, n in enumerate(g.nodes())}
     found = inside(g, (r for *_, read in cut for r in read))
     outputs = [str(n.outputs[0].name) for r in found if isinstance(r, Patches) for n in r.nodes]
-    there = _Uncut(probed(env.original, outputs), probed(uncut, outputs), _left(cut))
+    there = _Uncut(probed(env.original, rows=outputs), probed(uncut, rows=outputs), _left(cut))
     for reader in sorted(found, key=lambda r: min(order[n] for n in _nodes(r))):
         if isinstance(reader, Patches):
             _fit(g, there, env, reader)
@@ -301,7 +307,7 @@ def _fit(g: Graph, there: _Uncut, env: Env, reader: Patches) -> None:
         return
     found = [_moments(g, there, env, n) for n in reader.nodes]
     squares, cross, x, y, rows = (sum(part[1:], start=part[0]) for part in zip(*found, strict=True))
-    fitted, new = refit.linear(squares, cross, weight, repairs.DAMP, Means(x / rows, y / rows, rows))
+    fitted, new = refit.linear(squares, cross, weight, DAMP, Means(x / rows, y / rows, rows))
     assert new is not None
     reader.put(g, fitted)
     reader.shift(g, new - bias)
@@ -323,6 +329,6 @@ def _level(g: Graph, there: _Uncut, env: Env, node: ir.Node) -> None:
     """Give the output of one convolution the mean it had."""
     made = _made(node)
     needs = mean(made), mean(made, of="original")
-    stats = env.collect(probed(g, [str(node.outputs[0].name)]), needs, there.of(node))
+    stats = env.collect(probed(g, rows=[str(node.outputs[0].name)]), needs, there.of(node))
     now, then = (np.asarray(stats[n], np.float64) for n in needs)
     _shift(g, node, then[there.left.get(str(node.outputs[0].name), slice(None))] - now)
