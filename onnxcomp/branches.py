@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import onnx_ir as ir
 
@@ -14,7 +15,7 @@ from onnxcomp.ports import NONE, Ports, ports
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
-__all__ = ["Branch", "branches", "joins", "sums", "whole_layers"]
+__all__ = ["Branch", "Sums", "branches", "joins", "sums", "whole_layers"]
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,32 @@ def _caches(g: Graph, found: Sequence[Layer]) -> dict[str, Ports]:
     return {a.name: ports(g, a, [b for other, b in every if other is not layer], facts) for layer, a in every}
 
 
-def sums(x: Linear) -> tuple[ir.Value, tuple[ir.Value, ...]] | None:
-    """The stream behind a linear that is added to it, and what else is added: parts in parallel make several sums."""
-    end, others = x.output, []
+class Sums(NamedTuple):
+    """The stream `end` behind a linear that is added to it, what else is added, and the constant it is scaled by."""
+
+    end: ir.Value
+    others: tuple[ir.Value, ...]
+    scale: ir.Value | None = None
+
+
+def sums(x: Linear) -> Sums | None:
+    """How a linear is added to the stream, if it is: parts in parallel make several sums, some models scale a layer."""
+    scale, end = _scaled(x.output)
+    others: list[ir.Value] = []
     while (node := _sum(end)) is not None:
         others += [v for v in node.inputs if v is not None and v is not end]
         end = node.outputs[0]
-    return (end, tuple(others)) if others else None
+    return Sums(end, tuple(others), scale) if others else None
+
+
+def _scaled(v: ir.Value) -> tuple[ir.Value | None, ir.Value]:
+    """The constant that alone a value is multiplied with, and the product; else None and the value."""
+    users = list(v.uses())
+    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
+    if node is None or node.op_type != "Mul":
+        return None, v
+    scale = next((x for x in node.inputs if x is not v), None)
+    return (scale, node.outputs[0]) if Graph.tensor(scale) is not None else (None, v)
 
 
 def joins(x: Linear) -> ir.Node | None:

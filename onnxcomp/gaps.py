@@ -68,7 +68,8 @@ def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap]) -> None:
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
     found = ((x, sums(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
-    writers = [(x, found[0]) for x, found in found if found is not None]
+    writers = [(x, found.end) for x, found in found if found is not None]
+    gaps = [gap for gap in gaps if has(g, gap.entry)]  # what was only there for a branch is gone with it
     ends = {end: gap for gap in gaps if (end := _end(g, uncut, gap, writers)) is not None}
     behind = _behind(g.value(gap.entry) for gap in gaps)
     for x, end in writers:
@@ -83,27 +84,34 @@ def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap]) -> None:
 
 def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Value]]) -> ir.Value | None:
     """The sum before a gap that linears can bring to the stream behind it; None, with a note, where there is none."""
-    entry = g.value(gap.entry)
-    norms = _norms(g, uncut, gap)
-    end = entry if norms is None else norms[0].input
-    why = "" if any(e is end for _, e in writers) else NOTHING
-    why = READ if gap.read else why
+    end, _ = _ends(g, uncut, gap)
+    why = READ if gap.read else "" if any(e is end for _, e in writers) else NOTHING
     for site in gap.sites if why else ():
         g.note(site, f"the gap is not repaired: {why}")
     return None if why else end
 
 
+def _ends(g: Graph, uncut: Graph, gap: Gap) -> tuple[ir.Value, ir.Value]:
+    """The sums before a gap and, in the uncut model, behind it: before norms, or before lists of tokens get a shape."""
+    if (norms := _norms(g, uncut, gap)) is not None:
+        return norms[0].input, norms[1].input
+    here, there = g.value(gap.entry), uncut.value(gap.exit)
+    inner = [m.inputs[0] for v in (here, there) if (m := v.producer()) is not None and m.op_type == "Reshape"]
+    if len(inner) == 2 and inner[0] is not None and inner[1] is not None:
+        return inner[0], inner[1]
+    return here, there
+
+
 def _target(g: Graph, uncut: Graph, gap: Gap) -> str:
     """The value of the uncut model for the sum before a gap; a norm behind that takes over what the one there did."""
-    norms = _norms(g, uncut, gap)
-    if norms is None:
-        return gap.exit
-    here, there = norms
-    for old, new in ((here.gain, there.gain), (here.bias, there.bias)):
-        if old is not None and new is not None:
-            g.put(old, uncut.array(new), users=[here.node])
-    g.set_attr(here.node, epsilon=there.node.attributes.get_float("epsilon", 1e-5))
-    return str(there.input.name)
+    target = str(_ends(g, uncut, gap)[1].name)
+    if (norms := _norms(g, uncut, gap)) is not None:
+        here, there = norms
+        for old, new in ((here.gain, there.gain), (here.bias, there.bias)):
+            if old is not None and new is not None:
+                g.put(old, uncut.array(new), users=[here.node])
+        g.set_attr(here.node, epsilon=there.node.attributes.get_float("epsilon", 1e-5))
+    return target
 
 
 def _norms(g: Graph, uncut: Graph, gap: Gap) -> tuple[NormSite, NormSite] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,10 @@ def to_stream(
     found = sums(x)
     assert found is not None
     free = x.bias is not None
-    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found[1]), kept)
+    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found.others), kept)
+    if found.scale is not None:
+        factors = g.array(found.scale).reshape(-1).astype(np.float64)
+        moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
     _settle(g, Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,)), [moments], free, damp)
 
 
@@ -83,6 +87,10 @@ def unfit(g: Graph, x: blocks.Linear) -> str:
         return "its weights are quantized"
     if len(list(x.weight.uses())) > 1:
         return "its weights are shared, so they cannot be fitted for one place"
+    found = sums(x)
+    factors = np.ones(1) if found is None or found.scale is None else g.array(found.scale)
+    if factors.size not in (1, x.sizes[1]) or not factors.all():
+        return "what it gives is scaled by zeros, or not channel by channel"
     return "" if g.is_constant(x.weight) else "its weights are computed"
 
 

@@ -73,6 +73,9 @@ class DropLayers(Pass):
                 held[name] = b.why
                 continue
             gaps, left = leave_out(g, b, gaps), left - 1
+            here = {_node(b.name) for b in self._all(g)}
+            held |= {n: "it went with what read it" for n in free if _node(n) not in here}
+            free -= set(held)
             if self.rescore and left:
                 scores = self._scores(g, env, free, None)
         if self.repair != "none" and not env.dry:
@@ -93,7 +96,7 @@ class DropLayers(Pass):
 
     def _named(self, g: Graph, name: str) -> Branch:
         """The branch in a graph that has been edited since, or in a copy; names of nodes stay."""
-        found = next(b for b in self._all(g) if b.name.split(" (")[0] == name.split(" (")[0])
+        found = next(b for b in self._all(g) if _node(b.name) == _node(name))
         return dataclasses.replace(found, name=name)
 
     def _protected(self, b: Branch, every: list[Branch]) -> bool:
@@ -120,6 +123,11 @@ class DropLayers(Pass):
             leave_out(variant, self._named(variant, name))
 
         return edit
+
+
+def _node(name: str) -> str:
+    """The name of a branch without the number of its layer, which changes as others go."""
+    return name.split(" (")[0]
 
 
 def _influence(b: Branch) -> Need:
