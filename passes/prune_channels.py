@@ -40,10 +40,19 @@ class PruneChannels(Width):
     score: Literal["magnitude", "wanda", "flap", "energy", "ablation"] = "magnitude"
     """How much a channel matters: all weights that write or read it (no data); what it adds to what reads it, how that
     fluctuates, or what of it others cannot make; or the loss without it."""
-    ranking: Literal["sensitivity", "global", "layer"] = "layer"
-    """The same share of each layer, what scores least over all, or what loses the model least (a trial cut each)."""
+    ranking: Literal["sensitivity", "global", "layer"] | None = None
+    """What loses the model least (a trial cut each), what scores least over all layers, or the same share of each.
+
+    By default sensitivity for energy, and else layer: other scores do not say what the last channels of a layer cost.
+    """
     latency: None = None
     """No budget here: only linears and attentions are timed; say macs instead."""
+
+    @property
+    def _ranked(self) -> Literal["sensitivity", "global", "layer"]:
+        if self.ranking is None and self.score != "energy":
+            return "layer"
+        return super()._ranked
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """What every convolution makes, in graph order."""

@@ -144,12 +144,26 @@ def test_no_convolution_gets_worse_on_the_calibration_data(bias, memory, monkeyp
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("options", [{}, {"sequential": False}, {"score": "energy"}, {"ranking": "sensitivity"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"sequential": False},
+        {"score": "energy", "ranking": "layer"},
+        {"score": "energy"},
+        {"ranking": "sensitivity"},
+    ],
+)
 def test_held_out_error_is_at_most_half_of_that_without_repair(options, bias):
     g = cnn(bias)
     plain = apart(g, run(g, **options | {"repair": "none"}).model)
     fitted = apart(g, run(g, **options).model)
     assert fitted < 0.5 * plain
+
+
+def test_energy_over_all_layers_is_nearer_than_magnitudes_in_each():
+    g = cnn()
+    assert apart(g, run(g, score="energy").model) < apart(g, run(g).model)
 
 
 def test_the_bias_takes_the_mean_of_what_is_cut():
@@ -169,7 +183,7 @@ def test_channels_that_others_repeat_are_made_up_for(sequential):
         g.put(v, f32(np.tensordot(mix, g.array(v)[:8], axes=1)))
     x = g.op("Flatten", g.op("GlobalAveragePool", g.op("Relu", conv(g, x, "last", 12, 16, strides=[2, 1]))))
     g = tiny.finish(g, g.op("MatMul", x, f32(np.eye(12)[:, :10]), name="head"), "y", ["batch", 10])
-    options = {"ratio": 0.5, "skip": ["last"], "score": "energy", "sequential": sequential}
+    options = {"ratio": 0.5, "skip": ["last"], "score": "energy", "ranking": "layer", "sequential": sequential}
     assert apart(g, run(g, **options | {"repair": "none"}).model) > 0.3
     result = run(g, **options).model
     assert result.array(result.value("last_kernel")).shape == (12, 8, 3, 3)
