@@ -10,6 +10,7 @@ import numpy as np
 from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
+from onnxcomp.handover import gone
 from onnxcomp.maths import Array
 from onnxcomp.samples import TensorSpec, roles, specs, vocabulary
 from onnxcomp.sources import made_up
@@ -70,7 +71,7 @@ def shapes_of(g: Graph, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     for name, n in given.items():
         if n < 1:
             raise DataError(f"axis '{name}' must be at least 1, not {n}")
-        if not (places := _places(ports, name)):
+        if not (places := _places(ports, name)) and name not in gone(g.model.metadata_props):
             raise DataError(f"the model has no axis '{name}'; its open axes are {', '.join(known) or 'none'}")
         for p, i in places:
             fixed = p.shape[i]

@@ -19,7 +19,7 @@ from onnxcomp.maths import Array
 
 __all__ = ["GONE", "Payload", "gone", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
 
-GONE = "onnxcomp.gone"  # metadata: names of inputs and outputs of the original that a model no longer has
+GONE = "onnxcomp.gone"  # metadata: inputs, outputs and open axes of the original that a model no longer has
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
 # Weights from this size on stay in their file: prepacking would copy them to memory.
@@ -41,7 +41,7 @@ class Payload:
 
 
 def gone(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Inputs and outputs of the original that a model says it no longer has: data made for that may have them."""
+    """Inputs, outputs and axes of the original that a model says it no longer has: data and shapes may name them."""
     return frozenset(json.loads(metadata.get(GONE, "[]")))
 
 

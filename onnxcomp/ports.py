@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -78,12 +78,19 @@ def take_out(g: Graph, found: Ports) -> None:
     for v in [v for v in graph.outputs if v.name in found.outputs]:
         graph.outputs.remove(v)
     g.sweep()
+    axes = _axes(graph.inputs)
     for v in [v for v in graph.inputs if v.name in found.inputs]:
         if not v.uses():
             graph.inputs.remove(v)
     g.edits += 1
     g.interface = checks.interface(graph)
-    g.model.metadata_props[GONE] = json.dumps(sorted({*gone(g.model.metadata_props), *found.inputs, *found.outputs}))
+    lost = {*gone(g.model.metadata_props), *found.inputs, *found.outputs, *axes - _axes(graph.inputs)}
+    g.model.metadata_props[GONE] = json.dumps(sorted(lost))
+
+
+def _axes(inputs: Iterable[ir.Value]) -> set[str]:
+    """Names of the open axes."""
+    return {str(d.value) for v in inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
 
 
 def _compared(g: Graph) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, gaps, repairs, storage
+from onnxcomp import axes, blocks, gaps, repairs, storage
 from onnxcomp.branches import branches, sums, whole_layers
 from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import DataError, ModelError, RecipeError
@@ -396,6 +396,18 @@ def test_a_file_without_some_caches_is_compared_with_the_original_on_its_data(tm
         validate(g, undeclared, as_dataset([Batch(f) for f in feeds], g))
     with Session(done) as session, pytest.raises(DataError, match="has no input 'other'"):
         session.run(feeds[0] | {"other": feeds[0]["input_ids"]})
+
+
+def test_sizes_of_axes_that_went_with_a_cache_may_still_be_said():
+    g, feeds = cached("llama-cache.dynamo-sdpa-18", least=1)
+    sizes = {v.shape[i].value: n for v in g.inputs for i, n in enumerate(feeds[0][v.name].shape) if i % 2 == 0}
+    sizes |= {g.value("input_ids").shape[1].value: 12, g.value("attention_mask").shape[1].value: 18}
+    model = PassManager([DropLayers(ratio=0.5, protect=0)]).run(g, feeds, feeds).model
+    lost = {g.value(n).shape[2].value for n in ("past_2", "past_3")}
+    assert lost < set(sizes)
+    assert set(axes.shapes_of(model, sizes)) == set(names(model.inputs))
+    with pytest.raises(DataError, match="has no axis 'other'"):
+        axes.shapes_of(model, sizes | {"other": 3})
 
 
 def test_a_cache_that_others_read_holds_its_layer():
