@@ -22,60 +22,57 @@ def elimination(gram: Array, weights: Array, units: Array, count: int, damp: flo
     """Squared error that each unit adds as they go, the cheapest next, and what is left makes up for it: `[count]`.
 
     `units` is the unit of every in-channel, -1 for those that stay. Never falls in the order in which units go, so that
-    of two which replace each other one stays. Units of one channel go in rounds: the next ones are chosen one by one
+    of two which replace each other one stays. Units go in rounds: the next ones are chosen one by one
     among the cheapest until these cost more than the others did; then the rest is updated. The order is that of one by
-    one but where a channel's cost falls as others go, which is rare.
+    one but where a unit's cost falls as others go, which is rare.
     """
     u = np.asarray(units, np.int64)
     w, p = np.array(weights, np.float64), _inverse(damped(np.asarray(gram, np.float64), damp)[1])
-    sizes = np.bincount(u[u >= 0], minlength=count)
-    return (_groups if sizes.max(initial=0) > 1 else _singles)(p, w, u, count)
-
-
-def _groups(p: Float64, w: Float64, u: Array, count: int) -> Float64:
-    """Units of several channels, one by one."""
-    left = {i: own for i in range(count) if (own := np.flatnonzero(u == i)).size}
     added, most = np.zeros(count), 0.0
-    while left:
-        costs = {i: np.vdot(w[own], np.linalg.solve(p[np.ix_(own, own)], w[own])) for i, own in left.items()}
-        unit = min(costs, key=costs.__getitem__)
-        added[unit] = most = max(most, float(costs[unit]))
-        _take_out(p, w, left.pop(unit))
+    while (left := np.unique(u[u >= 0])).size:
+        costs = _costs(p, w, u, left)
+        order = np.argsort(costs, kind="stable")
+        number = max(1, left.size // AT_ONCE)
+        near, far = left[order[: NEAR * number]], order[NEAR * number :]
+        bound = float(costs[far[0]]) if far.size else np.inf
+        rows = np.flatnonzero(np.isin(u, near))
+        gone = _cheapest(p[np.ix_(rows, rows)], w[rows], u[rows], number, bound)
+        for unit, loss in gone:
+            added[unit] = most = max(most, loss)
+        out = np.isin(u, [unit for unit, _ in gone])
+        _take_out(p, w, np.flatnonzero(out))
+        stays = np.flatnonzero(~out)
+        u, w, p = u[stays], w[stays], _shrunk(p, stays)
     return added
 
 
-def _singles(p: Float64, w: Float64, u: Array, count: int) -> Float64:
-    """Units of one channel, in rounds; the matrices shrink with what is left."""
-    added, most = np.zeros(count), 0.0
-    rows = np.arange(len(u))  # the channels that the matrices still have
-    while (free := np.flatnonzero(u[rows] >= 0)).size:
-        cost = np.einsum("kn,kn->k", w[free], w[free]) / np.diag(p)[free]
-        number = max(1, free.size // AT_ONCE)
-        order = np.argsort(cost, kind="stable")
-        near, far = free[order[: NEAR * number]], order[NEAR * number :]
-        bound = float(cost[far[0]]) if far.size else np.inf
-        gone = []
-        for at, loss in _cheapest(p[np.ix_(near, near)], w[near], number, bound):
-            gone.append(near[at])
-            added[u[rows[near[at]]]] = most = max(most, loss)
-        _take_out(p, w, np.array(gone))
-        stays = np.setdiff1d(np.arange(len(rows)), gone)
-        rows, w, p = rows[stays], w[stays], _shrunk(p, stays)
-    return added
+def _costs(p: Float64, w: Float64, u: Array, left: Array) -> Float64:
+    """The squared error that each of the units adds if it goes next; units of equally many channels at a time."""
+    order = np.argsort(u, kind="stable")
+    starts, ends = (np.searchsorted(u[order], left, side) for side in ("left", "right"))
+    sizes, found = ends - starts, np.zeros(len(left))
+    for size in np.unique(sizes):
+        alike = np.flatnonzero(sizes == size)
+        own = order[starts[alike][:, None] + np.arange(size)]
+        part = w[own]
+        solved = (
+            part / np.diag(p)[own][..., None] if size == 1 else np.linalg.solve(p[own[:, :, None], own[:, None]], part)
+        )
+        found[alike] = np.einsum("ukn,ukn->u", part, solved)
+    return found
 
 
-def _cheapest(p: Float64, w: Float64, number: int, bound: float) -> list[tuple[int, float]]:
+def _cheapest(p: Float64, w: Float64, u: Array, number: int, bound: float) -> list[tuple[int, float]]:
     """The next units to go with what each costs: at least one, then those that cost no more than any other can."""
-    alive, found = np.ones(len(w), bool), []
-    for _ in range(number):
-        costs = np.full(len(w), np.inf)
-        costs[alive] = np.einsum("kn,kn->k", w[alive], w[alive]) / np.diag(p)[alive]
+    left, found = np.unique(u), list[tuple[int, float]]()
+    while len(found) < number:
+        costs = _costs(p, w, u, left)
         at = int(np.argmin(costs))
         if found and costs[at] > bound:
             break
-        found.append((at, float(costs[at])))
-        alive[at] = False
-        _take_out(p, w, np.array([at]))
+        found.append((int(left[at]), float(costs[at])))
+        _take_out(p, w, np.flatnonzero(u == left[at]))
+        left = np.delete(left, at)
     return found
 
 
