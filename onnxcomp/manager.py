@@ -46,6 +46,7 @@ class _Walk:
     """The state of one run of the manager."""
 
     original: Graph
+    exact: Graph  # the original as the exact passes before any lossy one left it: passes know its values by name
     graph: Graph
     calibration: Dataset | None
     reference: Reference | None
@@ -113,7 +114,7 @@ class PassManager:
             work = original.clone()
             if original.nbytes > (self.memory or calibrate.MEMORY) // 2:
                 work.spool = scratch / "weights"
-            walk = _Walk(original, work, calib, reference, scratch, report, steps)
+            walk = _Walk(original, work, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
@@ -143,6 +144,8 @@ class PassManager:
             walk.graph, step = known
             walk.report.steps.append(step)
             walk.report.validation = None  # stale: the last step's comparison is made again at the end
+        if p.fidelity is Fidelity.EXACT and walk.exact is before:
+            walk.exact = walk.graph
         if p.stage is Stage.LOWER and walk.unlowered is None and walk.graph is not before:
             walk.unlowered = before
 
@@ -191,9 +194,7 @@ class PassManager:
             )
         if p.fidelity is Fidelity.LOSSY and not changed and not self.allow_unchanged and not self._idle(p, work):
             why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
-            found = (
-                f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in this model"
-            )
+            found = f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in it"
             raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
         return len(changed)
 
@@ -245,7 +246,7 @@ class PassManager:
         return Env(
             target=self.target,
             stats=stats,
-            original=walk.original,
+            original=walk.exact,
             rng=np.random.default_rng([self.seed, len(walk.report.steps)]),
             memory=self.memory,
             scratch=walk.scratch,
@@ -290,7 +291,7 @@ class PassManager:
             needs,
             walk.calibration,
             self.host,
-            original=walk.original,
+            original=walk.exact,
             memory=self.memory,
             scratch=walk.scratch,
             cache=self.cache,
@@ -304,7 +305,7 @@ class PassManager:
         def collect(g: Graph, needs: Sequence[Need], original: Graph | None) -> Stats:
             if data is None:
                 return self._collect(walk, g, list(needs), name)
-            of = original or walk.original
+            of = original or walk.exact
             if id(of) not in made:
                 given: dict[str, Any] = {"original": of, "memory": self.memory, "scratch": folder}
                 made[id(of)] = calibrate.Collector(data, self.host, **given, sequential=True)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks
+from onnxcomp import blocks, catalog
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import refit
@@ -121,3 +121,14 @@ def test_what_has_no_counterpart_in_the_original_is_declined():
     step = result.report.step("refit")
     assert step.changed == 0
     assert {d.why.split("'")[0] for d in step.declined} == {"the original has no value "}
+
+
+def test_norms_that_canonicalize_made_are_fitted_too():
+    """The original for statistics is the model as the exact passes before any cut left it, with the same names."""
+    g = tiny.decoder(spelled="dynamo")
+    assert not list(g.nodes("RMSNormalization"))
+    passes = [catalog.load("canonicalize")(), catalog.load("prune-ffn")(multiple_of=1), Refit()]
+    step = PassManager(passes).run(g, data(g)).report.step("refit")
+    norms = {d.site: d.why for d in step.declined if "orm" in d.site}
+    assert not [why for why in norms.values() if "has no value" in why]
+    assert step.changed > 0
