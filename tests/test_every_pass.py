@@ -51,7 +51,7 @@ OPTIONS |= {"window-attention": {"mass": 0.9}}
 NOTHING = {"half": tiny.copy}
 # Relative error up to which a lossy pass may go where random weights have nothing that could be spared.
 BOUNDS = {"low-rank": 0.9, "slice": 0.5, "prune-heads": 0.9}
-BOUNDS |= {"group-heads": 0.6, "window-attention": 0.6}
+BOUNDS |= {"group-heads": 0.6, "prune-hidden": 0.3, "window-attention": 0.6}
 EXACT = [n for n in catalog.names() if catalog.load(n).fidelity is Fidelity.EXACT]
 
 
