@@ -341,9 +341,7 @@ class PassManager:
             total = len(calib) + len(evalu)
             notes.append(f"no evaluation data: {len(evalu)} of {total} calibration samples were held out to judge")
         elif calib is not None and evalu is not None and (shared := overlap(calib, evalu)):
-            notes.append(
-                f"{shared} evaluation samples are also in the calibration data: accuracy figures are optimistic"
-            )
+            notes.append(f"{shared} evaluation samples are also in the calibration data: accuracy is overrated")
         if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
             raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
         if any(d is not None and d.random for d in (calib, evalu)):
