@@ -122,8 +122,8 @@ def patches_of(g: Graph, group: Group) -> tuple[Patches, ...]:
         own = [n for n in convolutions if slot.axis == int(not _turned(n)) and slot.value in _constants(n.inputs[1])]
         if odd := next((n for n in own if not all(g.is_constant(x) for x in n.inputs[1:] if x is not None)), None):
             raise ModelError(
-                f"convolution '{odd.name}' is quantized, or its bias is computed, and repair needs float numbers: "
-                "cut the model before quantizing it, or say repair: none"
+                f"convolution '{odd.name}' is quantized, or its bias is computed, and scores and repair from data need "
+                "float numbers: cut the model before quantizing it, or say score: magnitude and repair: none"
             )
         if own:
             found.append(Patches(slot, (), tuple(own)))

@@ -1,4 +1,4 @@
-"""Narrower convolutions: channels whose weights are smallest go, with all that makes and reads them."""
+"""Narrower convolutions: channels that the others can replace go, with all that makes and reads them."""
 
 from __future__ import annotations
 
@@ -37,9 +37,6 @@ class PruneChannels(Width):
     unit: ClassVar[str] = "channels"
     axis: ClassVar[int] = 1
 
-    score: Literal["magnitude", "wanda", "flap", "energy", "ablation"] = "magnitude"
-    """How much a channel matters: all weights that write or read it (no data); what it adds to what reads it, how that
-    fluctuates, or what of it others cannot make; or the loss without it."""
     ranking: Literal["sensitivity", "global", "layer"] | None = None
     """What loses the model least (a trial cut each), what scores least over all layers, or the same share of each.
 

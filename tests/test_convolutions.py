@@ -20,7 +20,7 @@ from onnxcomp.walk import stretch
 from tests import cuts, tiny
 from tests.hand import f32, graph
 
-OPTIONS = {"ratio": 0.3, "multiple_of": 1}
+OPTIONS = {"ratio": 0.3, "multiple_of": 1, "score": "magnitude"}
 
 
 def images(batch: int, seed: int, size: int = 12) -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ def test_what_is_declined_is_not_repaired():
 
 def test_an_energy_that_does_not_fit_into_memory_is_refused():
     g = cnn()
-    manager = PassManager([catalog.load("prune-channels")(**OPTIONS, score="energy")], memory=1 << 16)
+    manager = PassManager([catalog.load("prune-channels")(**OPTIONS | {"score": "energy"})], memory=1 << 16)
     with pytest.raises(RecipeError, match=r"score energy needs the Gram matrix of 216 patch channels of .* wanda"):
         manager.run(g, as_dataset([images(8, 0)], g))
 
@@ -223,7 +223,7 @@ def test_a_quantized_kernel_is_declined_unless_nothing_is_repaired():
 def test_a_plan_needs_no_data_and_tells_the_widths(tmp_path):
     g = cnn()
     path = tiny.external(g, tmp_path)
-    (planned,) = compress_each(path, None, passes=["prune-channels: {ratio: 0.3, multiple_of: 1}"], plan=True).values()
+    (planned,) = compress_each(path, None, passes=[{"prune-channels": OPTIONS}], plan=True).values()
     assert planned.report.info["plan"]["parameters"][1] == sum(
         v.const_value.size for v in run(g).model.model.graph.initializers.values() if v.name != "sizes"
     )

@@ -104,7 +104,7 @@ def test_half_of_the_channels_of_an_exported_resnet(tmp_path):
     torch.onnx.export(model, (torch.randn(2, 3, 32, 32),), str(tmp_path / "m.onnx"), dynamo=False, **options)
     g = storage.load(tmp_path / "m.onnx")
     canonicalize(g)
-    p = catalog.load("prune-channels")(ratio=0.5, repair="none")
+    p = catalog.load("prune-channels")(ratio=0.5, score="magnitude", repair="none")
     mask = g
     for place, keep in zip(*cut_matrix.planned(p, g.clone()), strict=True):
         mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
@@ -114,7 +114,7 @@ def test_half_of_the_channels_of_an_exported_resnet(tmp_path):
     feeds = [{"x": torch.randn(n, 3, 32, 32).numpy()} for n in (1, 3)]
     cuts.assert_same(mask, result.model, *feeds)
     data = as_dataset([{"x": torch.randn(16, 3, 32, 32).numpy()} for _ in range(4)], g)
-    repaired = PassManager([catalog.load("prune-channels")(ratio=0.5)]).run(g, data)
+    repaired = PassManager([catalog.load("prune-channels")(ratio=0.5, score="magnitude")]).run(g, data)
     assert repaired.report.steps[0].changed == 10
     want, without, fitted = (cuts.run(m, feeds[1])["y"] for m in (g, result.model, repaired.model))
     assert np.linalg.norm(fitted - want) < 0.5 * np.linalg.norm(without - want)

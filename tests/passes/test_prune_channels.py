@@ -58,14 +58,14 @@ def test_the_cut_model_equals_the_masked_one_and_is_as_large_as_predicted(canoni
     g = cnn()
     if canonical:
         canonicalize(g)
-    p = catalog.load("prune-channels")(ratio=0.5, repair="none")
+    p = catalog.load("prune-channels")(ratio=0.5, score="magnitude", repair="none")
     places = p.places(coupling.Coupling(g))
     assert sorted(len(x.sites) for x in places) == [1, 2, 3]  # first; wide and depthwise; stem, narrow and second
     keeps = p._amounts(g, places, p._candidates(g, places, [p._scores(g, x, None) for x in places], CPU))
     mask = g
     for place, keep in zip(places, keeps, strict=True):
         mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))
-    result = run(g, "prune-channels: {ratio: 0.5, repair: none}")
+    result = run(g, "prune-channels: {ratio: 0.5, score: magnitude, repair: none}")
     assert result.report.steps[0].changed == result.report.steps[0].eligible == 6
     cuts.assert_same(mask, result.model, images(2), images(3, 12))
     made = [(x.group, keep) for x, keep in zip(places, keeps, strict=True)]
@@ -80,7 +80,7 @@ def test_the_smallest_channels_go():
         w = g.array(g.value(name)).copy()
         w[(slice(None),) * axis + (slice(4, 12),)] *= 1e-3
         g.put(g.value(name), w)
-    result = run(g, "prune-channels: {ratio: 0.25, repair: none}").model
+    result = run(g, "prune-channels: {ratio: 0.25, score: magnitude, repair: none}").model
     assert channels(result)["wide"] == 24
     assert np.abs(result.array(result.value("wide"))).max(axis=(1, 2, 3)).min() > 1e-2
 
@@ -103,7 +103,7 @@ def test_a_plan_tells_the_sizes_that_come(tmp_path):
     from onnxcomp.job import compress_each
 
     path = tiny.external(cnn(), tmp_path)
-    spec = "prune-channels: {parameters: 0.5, multiple_of: 1, repair: none}"
+    spec = "prune-channels: {parameters: 0.5, multiple_of: 1, score: magnitude, repair: none}"
     (planned,) = compress_each(path, None, passes=[spec], plan=True).values()
     told = planned.report.info["plan"]
     made = run(storage.load(path), spec).model
@@ -117,7 +117,7 @@ def test_what_the_model_gives_out_stays():
     g = graph(x=["batch", 3, 8, 8])
     y = conv(g, g.op("Relu", conv(g, g.inputs[0], "inner", 16, 3)), "last", 4, 16, norm=False)
     g = tiny.finish(g, y, "y", ["batch", 4, 8, 8])
-    result = run(g, "prune-channels: {ratio: 0.5, repair: none}")
+    result = run(g, "prune-channels: {ratio: 0.5, score: magnitude, repair: none}")
     assert channels(result.model) == {"inner": 8, "last": 4}
     [declined] = result.report.steps[0].declined
     assert "model's output 'y'" in declined.why
