@@ -10,10 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import TYPE_CHECKING
 
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import OnnxcompError, RecipeError
 
-__all__ = ["Condition", "Gate", "Verdict"]
+if TYPE_CHECKING:
+    from onnxcomp.validation import Validation
+
+__all__ = ["Condition", "Gate", "Verdict", "score_of"]
 
 # What each name measures: -drop is absolute, -rise relative to the original; latency and size are ratios to it.
 NAMES = {
@@ -127,3 +131,12 @@ class Gate:
                     continue
                 verdicts.append(Verdict(c.text, value, value is not None and c.holds(value)))
         return verdicts
+
+
+def score_of(validation: Validation, metric: str | None) -> float:
+    """The asked gate value with lower as better (`sqnr`, `agreement` and `cosine` are negated)."""
+    values = validation.values()
+    name = metric or ("kl" if "kl" in values else "rel-l2")
+    if name not in values:
+        raise OnnxcompError(f"no '{name}' was measured; there are {', '.join(values)}")
+    return -values[name] if name in ("sqnr", "pooled-sqnr", "agreement", "cosine", "pooled-cosine") else values[name]

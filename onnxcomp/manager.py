@@ -15,19 +15,20 @@ import numpy as np
 import onnxcomp
 from onnxcomp import calibrate, lowering, runtime, tune
 from onnxcomp.bench_worker import peak_mib
+from onnxcomp.content import content_hash
 from onnxcomp.data import Dataset, as_dataset, overlap
-from onnxcomp.errors import DataError, GateFailed, ModelError, OnnxcompError, RecipeError, TargetError
-from onnxcomp.gate import Gate
+from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
+from onnxcomp.gate import Gate, score_of
 from onnxcomp.graph import Graph, Site
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.stats import Need, Stats
-from onnxcomp.steps import StepCache, content_hash
+from onnxcomp.steps import StepCache
 from onnxcomp.storage import load
 from onnxcomp.structure.precision import in_half
 from onnxcomp.target import CPU, Target
 from onnxcomp.tune import Cost
-from onnxcomp.validation import Reference, Validation
+from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants
 
 __all__ = ["PassManager", "check_order", "host_of"]
@@ -323,9 +324,11 @@ class PassManager:
             kept = walk.scratch / f"variants-{len(walk.variants)}"
             data = walk.calibration.spread(samples or len(walk.calibration))
             reference = self._reference(walk.original, data, metrics, kept)
-            memory = self.memory or calibrate.MEMORY
-            walk.variants[metric, samples] = Variants(reference, self.host, memory, kept)
-        return [Score(score_of(v, metric), v) for v in walk.variants[metric, samples].compare(work, edits)]
+            known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
+            walk.variants[metric, samples] = Variants(
+                reference, self.host, self.memory or calibrate.MEMORY, kept, known
+            )
+        return [Score(x) for x in walk.variants[metric, samples].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 
@@ -379,15 +382,6 @@ def check_order(passes: Sequence[Pass]) -> None:
                 f"'{b.name}' ({b.stage.name.lower()}) must come before '{a.name}' ({a.stage.name.lower()}); "
                 "reorder them, or say any_order: true in the recipe"
             )
-
-
-def score_of(validation: Validation, metric: str | None) -> float:
-    """The asked gate value with lower as better (`sqnr`, `agreement` and `cosine` are negated)."""
-    values = validation.values()
-    name = metric or ("kl" if "kl" in values else "rel-l2")
-    if name not in values:
-        raise OnnxcompError(f"no '{name}' was measured; there are {', '.join(values)}")
-    return -values[name] if name in ("sqnr", "pooled-sqnr", "agreement", "cosine", "pooled-cosine") else values[name]
 
 
 def _given(data: Any) -> bool:

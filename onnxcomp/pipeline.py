@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from onnxcomp.forms import Context, Form, Spot
     from onnxcomp.lowering import Planner
     from onnxcomp.tune import Cost
-    from onnxcomp.validation import Validation
 
 __all__ = [
     "Declined",
@@ -73,10 +72,9 @@ class PassFault(OnnxcompError):
 
 @dataclass(frozen=True)
 class Score:
-    """What one variant costs in quality: `value` is the asked metric (lower is better), of the whole `validation`."""
+    """What one variant costs in quality: `value` is the asked metric (lower is better)."""
 
     value: float
-    validation: Validation
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "has", "in_order", "to_stream", "unfit"]
+__all__ = ["DAMP", "Part", "alone", "has", "in_order", "to_stream", "unfit"]
 
 DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
 
@@ -36,13 +36,33 @@ class _Moments:
     rows: float
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is left of a value `[..., d]` of the uncut model: positions `[d']`, or coordinates in a basis `[d, d']`.
+
+    With `centred` the mean over the `d` channels is taken off first.
+    """
+
+    name: str
+    of: Array | ir.TensorProtocol
+    centred: bool = False
+
+    def __call__(self, a: Float64) -> Float64:
+        """The same of statistics `[..., d]`: `[..., d']`."""
+        m = self.of if isinstance(self.of, np.ndarray) else self.of.numpy()
+        if m.ndim == 1:
+            return a[..., m]
+        basis = np.asarray(m, np.float64)
+        return np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
+
+
 def in_order(
-    g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader], streams: Mapping[str, Array] | None = None
+    g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader], streams: Mapping[str, Part] | None = None
 ) -> None:
     """Fit the weights and biases of the readers of cut axes, in topological order, each on the graph as it is by then.
 
-    `streams` are sums that were cut themselves, with the positions that stay: the linears that are added there are
-    fitted to what stays of them.
+    `streams` are sums that were cut themselves, by name, with what is left there of the uncut model's: the linears that
+    are added to them are fitted to that.
 
     The target of a linear that is added to the residual stream is the stream behind it in the uncut model less what
     the stream carries now, so that it makes up for errors before it too; of others, what they gave uncut. Uncut is the
@@ -54,31 +74,37 @@ def in_order(
     found: list[tuple[int, Reader | blocks.Linear]] = [
         (min(order[x.node] for x in r.linears), r) for r in inside(g, readers)
     ]
-    ends = {x: str(end[0].name) for x in blocks.linears(g) if streams and (end := sums(x)) is not None}
+    ends = {x: str(to.end.name) for x in blocks.linears(g) if streams and (to := sums(x)) is not None}
     found += [(order[x.node], x) for x, end in ends.items() if streams and end in streams and not unfit(g, x)]
-    for _, part in sorted(found, key=lambda f: f[0]):
-        if isinstance(part, Reader):
-            _fit(g, uncut, env, part)
+    for _, site in sorted(found, key=lambda f: f[0]):
+        if isinstance(site, Reader):
+            _fit(g, uncut, env, site)
         elif streams:
-            to_stream(g, uncut, env, part, ends[part], kept=streams[ends[part]])
+            part = streams[ends[site]]
+            to_stream(g, uncut, env, site, part.name, part=part)
 
 
 def to_stream(
-    g: Graph, uncut: Graph, env: Env, x: blocks.Linear, target: str, damp: float = DAMP, kept: Array | None = None
+    g: Graph, uncut: Graph, env: Env, x: blocks.Linear, target: str, damp: float = DAMP, part: Part | None = None
 ) -> None:
     """Fit a linear that is added to the residual stream, so that this comes closest to a value of the uncut model.
 
-    Of that value only the positions `kept` count, all by default. Law: the squared error of the stream on the
-    calibration data does not grow.
+    Only a `part` of that value counts, by default all of it. Law: the squared error of the stream on the calibration
+    data does not grow.
     """
     found = sums(x)
     assert found is not None
     free = x.bias is not None
-    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found.others), kept)
+    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found.others), part)
     if found.scale is not None:
         factors = g.array(found.scale).reshape(-1).astype(np.float64)
         moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
-    _settle(g, Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,)), [moments], free, damp)
+    _settle(g, alone(x), [moments], free, damp)
+
+
+def alone(x: blocks.Linear) -> Reader:
+    """One linear as the reader of its own weight, whatever is cut."""
+    return Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,))
 
 
 def unfit(g: Graph, x: blocks.Linear) -> str:
@@ -134,9 +160,9 @@ def _moments(
     x: blocks.Linear,
     free: bool,
     place: tuple[ir.Value, tuple[ir.Value, ...]],
-    kept: Array | None = None,
+    part: Part | None = None,
 ) -> _Moments:
-    """What one call of a layer says of a target or its `kept` part; a bias that is not fitted is taken off the target.
+    """What one call of a layer says of a target or a `part` of it; a bias that is not fitted is taken off the target.
 
     Raises `ModelError` where the target has another width.
     """
@@ -149,7 +175,7 @@ def _moments(
     stats = env.collect(g, needs.values(), env.original if _same(env.original, uncut, out) else uncut)
     got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
     rows = refit.count(got["norm"], got["mean"], got["var"])
-    y, cross = (got["y"], got["cross"]) if kept is None else (got["y"][kept], got["cross"][:, kept])
+    y, cross = (got["y"], got["cross"]) if part is None else (part(got["y"]), part(got["cross"]))
     if len(y) != x.sizes[1]:
         raise ModelError(f"'{out.name}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
     for i in range(len(carried)):

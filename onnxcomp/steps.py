@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp import storage
@@ -15,28 +14,19 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.outcome import Step
 
-__all__ = ["StepCache", "content_hash"]
-
-
-def content_hash(g: Graph) -> str:
-    """SHA-256 over structure and weights, hex; weights in files are read once, tensor by tensor."""
-    digest = hashlib.sha256()
-    bare = g.model.clone()
-    for v in bare.graph.initializers.values():
-        if v.const_value is not None:
-            digest.update(f"{v.name}{v.const_value.dtype}{v.const_value.shape}".encode())
-            digest.update(v.const_value.tobytes())
-            v.const_value = None
-    digest.update(ir.serde.serialize_model(bare).SerializeToString(deterministic=True))
-    return digest.hexdigest()
+__all__ = ["StepCache"]
 
 
 class StepCache:
-    """Finished steps by the hash of everything before them; a damaged entry counts as absent."""
+    """Finished steps by the hash of everything before them; a damaged entry counts as absent.
+
+    `variants` is the folder for numbers of variants on the same model and data.
+    """
 
     def __init__(self, folder: Path | None, *parts: Any) -> None:
         self.folder = folder / "steps" if folder else None
         self._key = hashlib.sha256(repr(parts).encode()).hexdigest() if folder else ""
+        self.variants = folder / "variants" / self._key if folder else None
 
     def enter(self, spec: str) -> None:
         """Move on to the next step, described by the pass as recipe text."""

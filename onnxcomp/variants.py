@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onnxcomp.content import content_hash
 from onnxcomp.graph import Graph
 from onnxcomp.spool import forget
 from onnxcomp.target import Target
@@ -20,20 +21,34 @@ class Variants:
     """Compares edits, each on its own copy of a graph; variants that start at the same place share what is before it.
 
     The walk stays where it is between calls, so that a caller who goes forward layer by layer computes no layer of the
-    unedited graph twice. Results are those of running every variant as a whole, to float noise.
+    unedited graph twice. Results are those of running every variant as a whole, to float noise. In the folder `known`,
+    if there is one, the numbers of variants are kept by their content.
     """
 
-    def __init__(self, reference: Reference, target: Target, memory: int, scratch: Path) -> None:
-        self.reference = reference
+    def __init__(
+        self, reference: Reference, target: Target, memory: int, scratch: Path, known: Path | None = None
+    ) -> None:
+        self.reference, self.known = reference, known
         self.walk = Walk(target, memory, scratch)
 
-    def compare(self, g: Graph, edits: Sequence[Edit]) -> list[Validation]:
-        """One comparison with the original per edit, in their order, which is best that of the graph."""
+    def compare(self, g: Graph, edits: Sequence[Edit], value: Callable[[Validation], float]) -> list[float]:
+        """A number of each edit's comparison with the original, in their order, which is best that of the graph."""
         layout = Layout(g)
-        return [self._compared(g, layout, edit) for edit in edits]
+        return [self._number(g, layout, _edited(g, edit), value) for edit in edits]
 
-    def _compared(self, g: Graph, layout: Layout, edit: Edit) -> Validation:
-        variant = _edited(g, edit)
+    def _number(self, g: Graph, layout: Layout, variant: Graph, value: Callable[[Validation], float]) -> float:
+        if self.known is None or variant.spool is not None:  # to read large weights takes as long as to run them
+            return value(self._compared(g, layout, variant))
+        entry = self.known / content_hash(variant)
+        try:
+            return float.fromhex(entry.read_text())
+        except (OSError, ValueError):
+            found = value(self._compared(g, layout, variant))
+            self.known.mkdir(parents=True, exist_ok=True)
+            entry.write_text(found.hex())
+            return found
+
+    def _compared(self, g: Graph, layout: Layout, variant: Graph) -> Validation:
         cut = _shared(g, variant, layout.cuts)
         if cut is None:
             return self.reference.against(variant)

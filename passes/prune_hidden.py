@@ -14,6 +14,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
 from onnxcomp.pipeline import Env
 from onnxcomp.pruning import Place, Width
+from onnxcomp.repairs import Part
 
 __all__ = ["PruneHidden"]
 
@@ -38,5 +39,6 @@ class PruneHidden(Width):
     def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Repair readers and writers of the stream, one after another where that is asked for."""
         if self._in_order:
-            streams = {s.value: np.flatnonzero(s.kept(keep)) for place, keep in cut for s in place.group.computed}
+            slots = [(slot, keep) for place, keep in cut for slot in place.group.computed]
+            streams = {s.value: Part(s.value, np.flatnonzero(s.kept(keep))) for s, keep in slots}
             repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], streams)

@@ -10,9 +10,11 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
+from onnxcomp import blocks, repairs
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.repairs import Part
 from onnxcomp.stats import gram
 from onnxcomp.structure.rotate import basis, rotate
 from onnxcomp.structure.stream import Stream, leaders, streams
@@ -39,6 +41,8 @@ class Slice(Pass):
     """A basis for every norm, with a small product on each skip between two, or one for the whole stream."""
     multiple: Annotated[int, Field(ge=0)] = 0
     """Widths are multiples of this; 0 takes the target's width multiple."""
+    repair: Literal["least-squares", "none"] = "least-squares"
+    """What reads the stream, and what is added to it, fitted to the uncut model one after another; or nothing."""
 
     @property
     def is_identity(self) -> bool:
@@ -55,9 +59,10 @@ class Slice(Pass):
         return [_site(n) for s in streams(g) for n in s.norms]
 
     def run(self, g: Graph, env: Env) -> None:
-        """Find the bases of every stream on the data, then rotate and cut it."""
+        """Find the bases of every stream on the data, rotate and cut it, and repair what is around it."""
         if self.is_identity:
             return
+        uncut, cut, readers = g.clone(), dict[str, Part](), set[ir.Node]()
         multiple = self.multiple or env.target.width_multiple
         for number in range(len(streams(g))):
             stream = streams(g)[number]
@@ -72,8 +77,15 @@ class Slice(Pass):
                     g.decline(_site(norm), why)
                 continue
             bases, chosen = self._bases(g, stream, width, env), leaders(stream)
-            rotate(g, stream, {v: bases[chosen[v]] for v in stream.values})
+            parts = {str(v.name): Part(str(v.name), bases[chosen[v]], stream.kind == "layer") for v in stream.values}
+            made = rotate(g, stream, {v: bases[chosen[v]] for v in stream.values})
+            cut |= {str(made[name].name): part for name, part in parts.items()}
+            readers |= {node for norm in stream.norms for node in norm.readers}
             g.model.graph.sort()
+        g.sweep()  # the uncut stream's sums still read what is added now
+        if self.repair != "none" and cut and not env.dry:
+            found = [x for x in blocks.linears(g) if x.node in readers and repairs.has(uncut, str(x.output.name))]
+            repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut)
 
     def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:
         """The first principal components `[d, width]` of what each norm makes of its input, by the norm's input."""

@@ -20,7 +20,7 @@ HEAVY = {"onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript"
 LAYERS = [
     {"__init__", "errors"},
     {"stats", "groups", "target", "maths/"},
-    {"checks", "cutting", "graph", "storage", "external", "datafile", "handover", "spool"},
+    {"checks", "content", "cutting", "graph", "storage", "external", "datafile", "handover", "spool"},
     {
         "structure/",
         "blocks",

@@ -14,6 +14,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.groups import Group
 from onnxcomp.manager import PassManager
 from onnxcomp.maths.amounts import Candidate
+from onnxcomp.variants import Variants
 from tests import tiny
 
 QUIET = 1e-3  # what the quiet layer's outputs are multiplied with, and its inputs' weights divided by
@@ -112,3 +113,28 @@ def test_no_more_samples_are_run_than_asked_for():
     many = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(40)], g)
     Counting([catalog.load("prune-ffn")(ratio=0.5)]).run(g, many)
     assert sensitivity.SAMPLES in seen
+
+
+def test_trials_are_remembered_by_their_content(tmp_path, monkeypatch):
+    """With a cache another ratio tries nothing again; another model does."""
+    g, ran = tiny.encoder(layers=2), []
+    compared = Variants._compared
+    monkeypatch.setattr(Variants, "_compared", lambda *a: ran.append(1) or compared(*a))
+    data = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(4)], g)
+
+    def cut(model, ratio):
+        p = catalog.load("prune-ffn")(ratio=ratio, multiple_of=1, ranking="sensitivity")
+        return PassManager([p], cache=tmp_path).run(model, data).model
+
+    first = cut(g, 0.25)
+    assert len(ran) == 2
+    cut(g, 0.5)
+    assert len(ran) == 2
+    with_cache, without = cut(g, 0.25), PassManager([catalog.load("prune-ffn")(ratio=0.25, multiple_of=1)]).run(g, data)
+    assert [x.sizes for x in blocks.linears(first)] == [x.sizes for x in blocks.linears(with_cache)]
+    assert [x.sizes for x in blocks.linears(first)] == [x.sizes for x in blocks.linears(without.model)]
+    other = g.clone()
+    other.put(blocks.linears(other)[0].weight, other.array(blocks.linears(other)[0].weight) * np.float32(2))
+    before = len(ran)
+    cut(other, 0.25)
+    assert len(ran) == before + 2

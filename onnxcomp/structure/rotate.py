@@ -28,14 +28,18 @@ def basis(g: Graph, q: Float64) -> ir.TensorProtocol:
     return as_tensor(q, folder=g.spool)
 
 
-def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> None:
-    """Carry every value of a stream in its `basis`; where two differ a skip is multiplied by `Q^T Q'`.
+def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:
+    """Carry every value of a stream in its `basis`; what carries each now, by the name of the old one.
+
+    Where two bases differ a skip is multiplied by `Q^T Q'`.
 
     Exact (to rounding) where the bases are square; otherwise what lies outside them is lost. Values whose basis is one
     object share it. No more than two bases are in memory at once.
     """
-    _Rotation(g, stream, bases).run()
+    rotation = _Rotation(g, stream, bases)
+    rotation.run()
     g.forget_shapes()
+    return {str(old.name): new for old, new in rotation.made.items()}
 
 
 class _Rotation:
