@@ -25,7 +25,7 @@ class Runner:
 
     A model whose weights are not worth prepacking (1 GiB and more) runs in stretches over all batches, each with its
     own weights only; what is carried between them goes to files of `scratch` once it is large. With a `walk` the model
-    runs from where that stands, on the very batches it has walked.
+    runs from where that stands, on the very batches it has walked; the walk itself stays there.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Runner:
             for batch in data:
                 yield batch, self.session.run(batch.feeds, names)
             return
-        if self._walk is not None:
+        if self._walk is not None and prepacks(self._graph, None):
             with Stage(self._walk, self._graph, names) as stage:
                 for batch in data:
                     yield batch, stage.run(batch.feeds)
             return
-        walk = Walk(self._target, MEMORY, self._scratch)
+        walk = Walk(self._target, MEMORY, self._scratch) if self._walk is None else self._walk.fork()
         try:
             walk.seek(self._graph, self._layout, names, lambda: (b.feeds for b in data))
             with Stage(walk, self._graph, names) as stage:

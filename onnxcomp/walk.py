@@ -230,9 +230,9 @@ class _Same:
 class _Store:
     """Carried values of every run by number: in memory up to a limit, the rest in files."""
 
-    def __init__(self, limit: int, scratch: Path | None) -> None:
-        self.limit, self.scratch = limit, scratch
-        self._held: list[dict[str, Array | Path]] = []
+    def __init__(self, limit: int, scratch: Path | None, lender: _Store | None = None) -> None:
+        self.limit, self.scratch, self.lender = limit, scratch, lender
+        self._held: list[dict[str, Array | Path]] = [] if lender is None else lender._held
         self._bytes = 0
 
     def append(self, values: Mapping[str, Array]) -> None:
@@ -256,12 +256,12 @@ class _Store:
         return len(self._held)
 
     def clear(self) -> None:
-        """Drop everything, files included."""
-        for values in self._held:
+        """Drop everything, files included but for those of a lender."""
+        for values in self._held if self.lender is None else ():
             for a in values.values():
                 if isinstance(a, Path):
                     a.unlink(missing_ok=True)
-        self._held, self._bytes = [], 0
+        self._held, self._bytes, self.lender = [], 0, None
 
 
 class Walk:
@@ -276,6 +276,13 @@ class Walk:
     def new_store(self) -> _Store:
         """An empty place for the values of the next cut."""
         return _Store(self.memory // 8, self.scratch)
+
+    def fork(self) -> Walk:
+        """Another walk that stands at the same place, and leaves what this one carries alone when it goes on."""
+        other = Walk(self.target, self.memory, self.scratch)
+        other.cut, other._made_by = self.cut, self._made_by
+        other.store = _Store(self.store.limit, self.scratch, self.store)
+        return other
 
     def stand(self, graph: Graph, cut: Cut, store: _Store) -> None:
         """Move to a cut whose values are at hand."""

@@ -18,7 +18,7 @@ from onnxcomp.pipeline import Edit
 from onnxcomp.target import CPU
 from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants
-from onnxcomp.walk import Layout, Walk, signature
+from onnxcomp.walk import Layout, Stage, Walk, signature
 from tests import tiny
 
 
@@ -239,3 +239,27 @@ def test_variants_share_the_walk_and_score_as_if_each_ran_alone(build: Any, tmp_
     again = variants.compare(g, edits[:1], lambda v: v.values()["rel-l2"])[0]
     edits[0](g)
     assert again == pytest.approx(reference.against(g).values()["rel-l2"], rel=1e-4)
+
+
+def test_variants_of_a_large_model_run_in_stretches_and_leave_the_walk_where_it_stands(tmp_path, monkeypatch) -> None:
+    g = tiny.encoder(layers=4)
+    reference = Reference(g, data(g))
+    alone = g.clone()
+    down = str(blocks.mlps(g)[1].down.weight.name)
+    alone.put(alone.value(down), alone.array(alone.value(down)) * np.float32(0.5))
+    want = reference.against(alone).values()["rel-l2"]
+    g.spool = tmp_path / "weights"
+    stages: list[int] = []
+    made = Stage.__init__
+    monkeypatch.setattr(Stage, "__init__", lambda self, *a, **k: stages.append(1) or made(self, *a, **k))
+    variants = Variants(reference, CPU, 1 << 12, tmp_path)
+
+    def halved(v: Graph) -> None:
+        v.put(v.value(down), v.array(v.value(down)) * np.float32(0.5))
+
+    for _ in range(2):
+        (found,) = variants.compare(g, [halved], lambda v: v.values()["rel-l2"])
+        assert found == pytest.approx(want, rel=1e-4)
+        assert variants.walk.cut is not None
+        assert len(variants.walk.store) == len(list(data(g)))  # what it carries is still there for the next variant
+    assert len(stages) > 6  # the budget holds one layer at most
