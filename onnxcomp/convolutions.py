@@ -29,9 +29,8 @@ __all__ = ["Patches", "affordable", "collect", "each_alone", "in_order", "patche
 
 OPS = ("Conv", "ConvTranspose")
 TOO_LARGE = "only its bias was repaired: the Gram matrix of its patches does not fit into the memory budget"
-DAMP = (
-    1e-2  # pull towards the weights as they are: neighbouring patches are alike, so that data says less than its rows
-)
+# Pull towards the weights as they are: neighbouring patches are alike, so that data says less than its rows.
+DAMP = 1e-2
 SHARE = 8  # of the memory budget: what one Gram matrix of patches may take
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnxcomp
-from onnxcomp import axes, benchmark, confirm, runtime, storage, tensorrt, vocabulary
+from onnxcomp import axes, benchmark, confirm, runtime, settings, storage, tensorrt, vocabulary
 from onnxcomp.comparison import chosen_graphs
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import as_dataset, load_data
@@ -20,7 +20,7 @@ from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
-from onnxcomp.pipeline import Pass
+from onnxcomp.pipeline import Pass, Stage
 from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "compress", "compress_each", "optimize"]
 
 Watch = Callable[[str, int, int], None]
+CUTTING = (Stage.DEPTH, Stage.WIDTH, Stage.ATTENTION)  # passes after which a configuration may name other sizes
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,8 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
             whole = file_name is None and not (folder.exists() and folder.samefile(source))
             if whole:
                 storage.copy_companions(source, staging)
+                for result in results.values():
+                    settings.rewrite(staging, result.config)
             _renumber(jobs, results, staging, whole=whole)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
@@ -325,6 +328,9 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
         )
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes
+    if any(p.stage in CUTTING and not p.is_identity for p in job.recipe.passes):
+        result.config, notes = settings.follow(job.model, result.unlowered or result.model)
+        result.report.warnings += notes
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
     timed = job.measure and job.target.here and not host_of(job.target)[1]
     confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)

@@ -69,11 +69,15 @@ class Report:
 
 @dataclass
 class Result:
-    """The compressed model with its report, and what it was before lowering, where that changed it."""
+    """The compressed model with its report, and what it was before lowering, where that changed it.
+
+    `config` are the entries of a configuration beside the model that the result has otherwise, such as head counts.
+    """
 
     model: Graph
     report: Report
     unlowered: Graph | None = None
+    config: dict[str, int] = field(default_factory=dict)
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

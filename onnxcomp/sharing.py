@@ -11,11 +11,9 @@ import onnx_ir as ir
 from onnxcomp import repairs
 from onnxcomp.blocks import Attention, Linear
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Slot
 from onnxcomp.maths import Float64, refit
 from onnxcomp.maths.align import rotations, spans
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import Reader
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 from onnxcomp.structure import projections
 
@@ -147,8 +145,7 @@ def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> N
 
 def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear]) -> None:
     """Fit output projections to the uncut residual stream, as `repairs.in_order` does readers of a cut axis."""
-    slots = (Slot(str(x.weight.name), int(x.transposed), ()) for x in outputs)
-    repairs.in_order(g, uncut, env, [Reader(slot, (x,)) for slot, x in zip(slots, outputs, strict=True)])
+    repairs.in_order(g, uncut, env, [repairs.alone(x) for x in outputs])
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:

@@ -76,7 +76,19 @@ LAYERS = [
     },
     {"passes/"},
     {"catalog", "recipe", "recipes/"},
-    {"report", "report_parts", "job", "smoke", "confirm", "tuner", "inspection", "comparison", "doctor", "tables"},
+    {
+        "report",
+        "report_parts",
+        "settings",
+        "job",
+        "smoke",
+        "confirm",
+        "tuner",
+        "inspection",
+        "comparison",
+        "doctor",
+        "tables",
+    },
     {"console", "failures", "cli", "__main__"},
 ]
 # They stand beside the layers: what they may import of ours.

@@ -1,0 +1,106 @@
+"""The sizes that a model's config.json names, so that the one beside a result says what its graph has."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onnxcomp import blocks, storage
+from onnxcomp.graph import Graph
+from onnxcomp.structure import canonicalize
+
+__all__ = ["Sizes", "follow", "rewrite", "sizes", "update"]
+
+CONFIG = "config.json"
+# What transformers' configurations call each size.
+NAMES = {
+    "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "kv_heads": ("num_key_value_heads",),
+    "head_dim": ("head_dim",),
+    "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Number of layers, and what their attentions and feed-forward parts have: every number that occurs, ascending."""
+
+    layers: tuple[int, ...]
+    heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    head_dim: tuple[int, ...]
+    ffn: tuple[int, ...]
+    hidden: tuple[int, ...]
+
+
+def sizes(g: Graph) -> Sizes:
+    """The sizes of a graph as any exporter or `lower` writes it; a copy of it is raised."""
+    g = g.clone()
+    canonicalize(g)
+    attentions, mlps = blocks.attentions(g), blocks.mlps(g)
+    widths = {a.o.sizes[1] for a in attentions} | {m.down.sizes[1] for m in mlps}
+    per = [{getattr(a, k) for a in attentions} for k in ("heads", "kv_heads", "head_dim")]
+    layers, ffn = {len(blocks.layers(g))}, {m.width for m in mlps}
+    return Sizes(*(tuple(sorted(x)) for x in (layers, *per, ffn, widths)))
+
+
+def update(config: Mapping[str, Any], before: Sizes, after: Sizes) -> tuple[dict[str, int], list[str]]:
+    """The entries of a configuration that a result has otherwise, and notes on those that no one number can say.
+
+    Only entries that said what the original's layers have are touched; entries that follow from others where they are
+    missing (the width of a head, the number of key and value heads) are made.
+    """
+    entries, notes = dict[str, int](), []
+    for kind, names in NAMES.items():
+        old, new = getattr(before, kind), getattr(after, kind)
+        for name in (n for n in names if old != new and len(old) == 1 and config.get(n) == old[0]):
+            if len(new) == 1:
+                entries[name] = new[0]
+            else:
+                notes.append(f"{CONFIG} still says {name}: {old[0]}, but the layers have {_spread(new)}")
+    touched = {kind for kind, names in NAMES.items() if any(n in entries for n in names)}
+    if touched & {"heads", "hidden"} and "head_dim" not in config and len(after.head_dim) == 1:
+        entries["head_dim"] = after.head_dim[0]
+    if before.kv_heads != after.kv_heads and not set(NAMES["kv_heads"]) & set(config) and after.kv_heads != after.heads:
+        if len(after.kv_heads) == 1:
+            entries["num_key_value_heads"] = after.kv_heads[0]
+        else:
+            notes.append(f"{CONFIG} cannot say that the layers have {_spread(after.kv_heads)} key and value heads")
+    return entries, notes
+
+
+def _spread(numbers: tuple[int, ...]) -> str:
+    return f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
+
+
+def follow(source: Path, result: Graph) -> tuple[dict[str, int], list[str]]:
+    """What the configuration beside a model must say of a result made of it otherwise, and notes on it."""
+    config = _read(source.parent)
+    if not config:
+        return {}, []
+    if len(storage.graphs_of(source.parent)) > 1:
+        return {}, [f"{CONFIG} beside the result describes the original: it is of several graphs"]
+    entries, notes = update(config, sizes(storage.load(source)), sizes(result))
+    told = ", ".join(f"{k} {config.get(k, 'not said')} > {v}" for k, v in entries.items())
+    return entries, [*([f"{CONFIG} beside the result: {told}"] if told else []), *notes]
+
+
+def rewrite(folder: Path, entries: Mapping[str, int]) -> None:
+    """Put entries into the configuration in a folder, if there is one."""
+    if entries and (config := _read(folder)):
+        text = json.dumps({**config, **entries}, indent=2, ensure_ascii=False)
+        (folder / CONFIG).write_text(text + "\n", "utf-8")
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """The configuration in a folder; empty where there is none that can be read."""
+    try:
+        found = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
