@@ -18,6 +18,7 @@ from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, inside, replace
+from onnxcomp.spool import forget
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["DAMP", "Part", "alone", "has", "in_order", "to_stream", "unfit"]
@@ -82,6 +83,8 @@ def in_order(
         elif streams:
             part = streams[ends[site]]
             to_stream(g, uncut, env, site, part.name, part=part)
+        if g.spool is not None:
+            forget(g.model)
 
 
 def to_stream(
@@ -138,7 +141,8 @@ def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:
 def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, damp: float) -> None:
     """Give a weight, and where it is free the bias, what fits the sum of all calls best."""
     weight = reader.weight(g)
-    squares, cross = (np.asarray(sum(getattr(m, k) for m in found)) for k in ("gram", "cross"))
+    first, *rest = found  # a single one is not copied
+    squares, cross = (np.asarray(sum((getattr(m, k) for m in rest), getattr(first, k))) for k in ("gram", "cross"))
     rows = sum(m.rows for m in found)
     means = None
     if free:

@@ -42,7 +42,7 @@ class Slice(Pass):
     multiple: Annotated[int, Field(ge=0)] = 0
     """Widths are multiples of this; 0 takes the target's width multiple."""
     repair: Literal["least-squares", "none"] = "least-squares"
-    """What reads the stream, and what is added to it, fitted to the uncut model one after another; or nothing."""
+    """What reads the stream (but for the model's outputs) and what is added to it, fitted to the uncut model."""
 
     @property
     def is_identity(self) -> bool:
@@ -84,7 +84,8 @@ class Slice(Pass):
             g.model.graph.sort()
         g.sweep()  # the uncut stream's sums still read what is added now
         if self.repair != "none" and cut and not env.dry:
-            found = [x for x in blocks.linears(g) if x.node in readers and repairs.has(uncut, str(x.output.name))]
+            held = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
+            found = [x for x in held if repairs.has(uncut, str(x.output.name))]
             repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut)
 
     def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:

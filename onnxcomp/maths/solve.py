@@ -64,17 +64,18 @@ def _checked(gram: Array, name: str = "Gram matrix") -> Float64:
     return even
 
 
-def damped(gram: Float64, damp: float) -> tuple[Float64, Float64, float]:
+def damped(gram: Float64, damp: float, own: bool = False) -> tuple[Float64, Float64, float]:
     """The Gram matrix with `damp * mean(diag)` on its diagonal, its lower Cholesky factor, and the damp that worked.
 
-    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity.
+    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity. One that is
+    the caller's `own` is changed in place.
     """
     level = float(np.diag(gram).mean()) if gram.size else 0.0
     if level <= 0:
         return np.eye(len(gram)), np.eye(len(gram)), damp
+    h, diagonal = gram if own else gram.copy(), np.diag(gram).copy()
     while damp < DAMP_LIMIT:
-        h = gram.copy()
-        h.reshape(-1)[:: len(h) + 1] += damp * level
+        h.reshape(-1)[:: len(h) + 1] = diagonal + damp * level
         try:
             return h, np.asarray(np.linalg.cholesky(h), np.float64), damp
         except np.linalg.LinAlgError:
@@ -91,8 +92,8 @@ def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | 
     c = np.asarray(cross, np.float64)
     w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
     rest = c - g @ w0
-    h, lower, used = damped(g, damp)
-    del g, lower  # each as large as what the solver copies
+    h, lower, used = damped(g, damp, own=True)
+    del g, lower  # as large as what the solver copies
     return Solution(w0 + np.linalg.solve(h, rest), used)
 
 
