@@ -55,12 +55,16 @@ def error(gram: Array, delta: Array) -> Float64:
     return np.asarray(np.maximum(np.einsum("kn,kn->n", d, np.asarray(gram, np.float64) @ d), 0.0))
 
 
-def _checked(gram: Array, name: str = "Gram matrix") -> Float64:
+def _checked(gram: Array) -> Float64:
+    """A symmetric copy."""
     g = np.asarray(gram, np.float64)
-    if g.ndim != 2 or g.shape[0] != g.shape[1] or not np.isfinite(g).all():
-        raise DataError(f"the {name} is not a finite square matrix, its shape is {list(g.shape)}")
-    even = g + g.T
-    even /= 2
+    if g.ndim != 2 or g.shape[0] != g.shape[1] or not all(np.isfinite(row).all() for row in g):
+        raise DataError(f"the Gram matrix is not a finite square matrix, its shape is {list(g.shape)}")
+    even = g.copy()
+    for i in range(0, len(even), LAZY):
+        rows, columns = even[i : i + LAZY, i:], even[i:, i : i + LAZY].T
+        rows[...] = (rows + columns) / 2
+        columns[...] = rows
     return even
 
 
@@ -92,9 +96,12 @@ def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | 
     c = np.asarray(cross, np.float64)
     w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
     rest = c - g @ w0
-    h, lower, used = damped(g, damp, own=True)
-    del g, lower  # as large as what the solver copies
-    return Solution(w0 + np.linalg.solve(h, rest), used)
+    level = float(np.diag(g).mean()) if g.size else 0.0
+    if level > 0 and damp > len(g) ** 2 * np.finfo(np.float64).eps:  # positive for sure: no factor to hold as well
+        g.reshape(-1)[:: len(g) + 1] += damp * level
+    else:
+        g, _, damp = damped(g, damp, own=True)
+    return Solution(w0 + np.linalg.solve(g, rest), damp)
 
 
 def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solution:
