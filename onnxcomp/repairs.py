@@ -18,7 +18,7 @@ from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, inside, replace
-from onnxcomp.spool import forget
+from onnxcomp.spool import forget, release
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["DAMP", "Part", "alone", "has", "in_order", "to_stream", "unfit"]
@@ -50,11 +50,12 @@ class Part:
 
     def __call__(self, a: Float64) -> Float64:
         """The same of statistics `[..., d]`: `[..., d']`."""
-        m = self.of if isinstance(self.of, np.ndarray) else self.of.numpy()
-        if m.ndim == 1:
-            return a[..., m]
-        basis = np.asarray(m, np.float64)
-        return np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
+        if isinstance(self.of, np.ndarray):
+            return a[..., self.of]
+        basis = np.asarray(self.of.numpy(), np.float64)
+        found = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
+        release([self.of])  # there is one for every norm
+        return found
 
 
 def in_order(
