@@ -323,6 +323,8 @@ class PassManager:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
             kept = walk.scratch / f"variants-{len(walk.variants)}"
             data = walk.calibration.spread(samples or len(walk.calibration))
+            if work.spool is not None:  # what a large model gives for a batch is large as well
+                data = data.rebatch(1)
             reference = self._reference(walk.original, data, metrics, kept)
             known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
             walk.variants[metric, samples] = Variants(
