@@ -348,3 +348,16 @@ def test_head_loss_is_what_least_squares_leaves_and_zero_for_a_copied_head() -> 
     kept = np.concatenate([np.arange(3), keep[3:], np.arange(9, 12)])
     fixed = solve.repair(x.T @ x, w, kept, damp=1e-9).weights
     assert np.isclose(loss[1], ((x[:, kept] @ fixed - x @ w) ** 2).sum(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["own", "read-only", "transposed"])
+def test_least_squares_leaves_the_gram_matrix_as_it_is(kind):
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((60, 7)), rng.standard_normal((60, 3))
+    gram = x.T @ x
+    given = gram.copy().T if kind == "transposed" else gram.copy()
+    given.flags.writeable = kind != "read-only"
+    found = solve.least_squares(given, x.T @ y, damp=1e-2).weights
+    np.testing.assert_array_equal(given, gram)
+    level = 1e-2 * np.diag(gram).mean()
+    np.testing.assert_allclose(found, np.linalg.solve(gram + level * np.eye(7), x.T @ y), rtol=1e-10)

@@ -57,15 +57,19 @@ def error(gram: Array, delta: Array) -> Float64:
 
 def _checked(gram: Array) -> Float64:
     """A symmetric copy."""
-    g = np.asarray(gram, np.float64)
-    if g.ndim != 2 or g.shape[0] != g.shape[1] or not all(np.isfinite(row).all() for row in g):
-        raise DataError(f"the Gram matrix is not a finite square matrix, its shape is {list(g.shape)}")
-    even = g.copy()
+    even = _finite(gram).copy()
     for i in range(0, len(even), LAZY):
         rows, columns = even[i : i + LAZY, i:], even[i:, i : i + LAZY].T
         rows[...] = (rows + columns) / 2
         columns[...] = rows
     return even
+
+
+def _finite(gram: Array) -> Float64:
+    g = np.asarray(gram, np.float64)
+    if g.ndim != 2 or g.shape[0] != g.shape[1] or not all(np.isfinite(row).all() for row in g):
+        raise DataError(f"the Gram matrix is not a finite square matrix, its shape is {list(g.shape)}")
+    return g
 
 
 def damped(gram: Float64, damp: float, own: bool = False) -> tuple[Float64, Float64, float]:
@@ -92,16 +96,27 @@ def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | 
 
     Law: the error on the calibration data is not larger than that of `start` (zero by default), whatever the damping.
     """
-    g = _checked(gram)
+    g = _finite(gram)
     c = np.asarray(cross, np.float64)
     w0 = np.zeros_like(c) if start is None else np.asarray(start, np.float64)
     rest = c - g @ w0
     level = float(np.diag(g).mean()) if g.size else 0.0
-    if level > 0 and damp > len(g) ** 2 * np.finfo(np.float64).eps:  # positive for sure: no factor to hold as well
-        g.reshape(-1)[:: len(g) + 1] += damp * level
-    else:
-        g, _, damp = damped(g, damp, own=True)
-    return Solution(w0 + np.linalg.solve(g, rest), damp)
+    if level > 0 and damp > len(g) ** 2 * np.finfo(np.float64).eps:  # positive for sure, so nothing is to be tried
+        return Solution(w0 + _solved(g, damp * level, rest), damp)
+    h, _, damp = damped(_checked(g), damp, own=True)
+    return Solution(w0 + np.linalg.solve(h, rest), damp)
+
+
+def _solved(g: Float64, more: float, b: Float64) -> Float64:
+    """`(G + more I)^-1 b` without a second matrix of that size beside the solver's: the diagonal is put back."""
+    g = g if g.flags.writeable else g.copy()
+    diagonal = np.einsum("ii->i", g)
+    before = diagonal.copy()
+    try:
+        diagonal += more
+        return np.asarray(np.linalg.solve(g, b))
+    finally:
+        diagonal[:] = before
 
 
 def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solution:
