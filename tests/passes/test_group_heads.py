@@ -49,17 +49,22 @@ def turn(rng, width, rotary):
     return r
 
 
+def put_images(g, a, x, share, maps):
+    """Make each `share` heads of a projection images of their first one."""
+    for v in (x.weight, x.bias):
+        if v is not None:
+            w = g.array(v).reshape(-1, a.kv_heads, a.head_dim)
+            w = np.stack([w[:, h - h % share] @ maps[h] for h in range(a.kv_heads)], 1)
+            g.put(v, w.reshape(g.array(v).shape).astype(np.float32))
+
+
 def twins(g, share, aligned=True):
     """Make each `share` key and value heads equal up to a rotation, which queries and outputs do not notice."""
     rng = np.random.default_rng(0)
     for a in blocks.attentions(g):
         for x, rotary in ((a.k, bool(a.rotary)), (a.v, False)):
             turns = [turn(rng, a.head_dim, rotary) if aligned else np.eye(a.head_dim) for _ in range(a.kv_heads)]
-            for v in (x.weight, x.bias):
-                if v is not None:
-                    w = g.array(v).reshape(-1, a.kv_heads, a.head_dim)
-                    w = np.stack([w[:, h - h % share] @ turns[h] for h in range(a.kv_heads)], 1)
-                    g.put(v, w.reshape(g.array(v).shape).astype(np.float32))
+            put_images(g, a, x, share, turns)
     return g
 
 
@@ -201,11 +206,7 @@ def images(g, share):
             maps = [turn(rng, a.head_dim, rotary) * rng.uniform(0.3, 3) for _ in range(a.kv_heads)]
             if not rotary:
                 maps = [m @ np.diag(rng.uniform(0.3, 3, a.head_dim)) for m in maps]
-            for v in (x.weight, x.bias):
-                if v is not None:
-                    w = g.array(v).reshape(-1, a.kv_heads, a.head_dim)
-                    w = np.stack([w[:, h - h % share] @ maps[h] for h in range(a.kv_heads)], 1)
-                    g.put(v, w.reshape(g.array(v).shape).astype(np.float32))
+            put_images(g, a, x, share, maps)
     return g
 
 
