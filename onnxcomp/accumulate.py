@@ -16,12 +16,12 @@ from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 from onnxcomp.stats import Need, Of, Per, Stat
 
-__all__ = ["BINS", "Key", "accumulator", "family", "fetched", "finish"]
+__all__ = ["BINS", "Key", "accumulator", "family", "fetched", "finish", "row_keys"]
 
 Key = tuple[Of, str]  # a value of one of the two graphs
 
 BINS = 65536  # one per pattern of a float32's upper 16 bits: sign, exponent, 7 bits of mantissa
-PAIRS = ("cross_gram", "cosine")
+PAIRS = ("cross_gram", "cosine", "paired")
 FAMILY = {"absmax": "extremes", "minmax": "extremes", "mean": "moments", "var": "moments", "norm2": "moments"}
 CHUNK = 1 << 18  # elements converted to float64 at a time
 BUFFER = 1024  # rows gathered before a product pays (engine.md: few rows cost the d x d output, not the product)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import statcache
-from onnxcomp.accumulate import BUFFER, Key, accumulator, family, fetched, finish
+from onnxcomp.accumulate import BUFFER, Key, accumulator, family, fetched, finish, row_keys
 from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
@@ -254,7 +254,7 @@ class Collector:
         widths = [s[-1] if (s := self.shapes[k]) and isinstance(s[-1], int) else WIDTH for k in fetched(need)]
         if need.stat.kind in ("gram", "cross_gram"):
             return int(widths[0] * widths[-1] * 8 + sum(widths) * BUFFER * 4)
-        return int(widths[0] * 4 * max(need.stat.n, 6))
+        return int((sum(widths) if need.stat.kind == "paired" else widths[0]) * 4 * max(need.stat.n, 6))
 
     def _stage(
         self,
@@ -341,8 +341,13 @@ class Collector:
             for n in needs:
                 if n.stat.per == "channel" and self.widths.setdefault(n, xs[0].shape[1]) != xs[0].shape[1]:
                     raise DataError("its last axis differs between batches, so it has no channels to collect per")
-                extra = xs[1] if len(xs) == 2 else samples.keys(len(xs[0]), axis) if n.stat.kind == "sample" else None
-                accumulators[n].update(xs[0], extra)
+                if n.stat.kind in ("sample", "paired"):
+                    drawn = samples.keys(len(xs[0]), axis)
+                    accumulators[n].update(
+                        np.hstack(xs) if len(xs) == 2 else xs[0], row_keys(xs[0]) if drawn is None else drawn
+                    )
+                else:
+                    accumulators[n].update(xs[0], xs[1] if len(xs) == 2 else None)
         except DataError as e:
             raise DataError(f"value '{keys[0][1]}' in batch {index} of {self.data.name}: {e}") from e
 

@@ -13,7 +13,7 @@ from onnxcomp.branches import Branch, sums
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env
 from onnxcomp.ports import take_out
-from onnxcomp.repairs import has, to_stream, unfit
+from onnxcomp.repairs import behind, has, to_stream, unfit
 
 __all__ = ["Gap", "close", "leave_out"]
 
@@ -57,7 +57,7 @@ def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
     return [*known.values(), Gap(str(b.entry.name), after, sites, read or any(x.read for x in parts))]
 
 
-def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap]) -> None:
+def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], whole: bool = False) -> None:
     """Fit the linears that write to the stream before and behind gaps, in topological order, each on the graph by then.
 
     Right before a gap the target is the stream behind it in the uncut model, so that the linear takes over what it can
@@ -71,15 +71,15 @@ def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap]) -> None:
     writers = [(x, found.end) for x, found in found if found is not None]
     gaps = [gap for gap in gaps if has(g, gap.entry)]  # what was only there for a branch is gone with it
     ends = {end: gap for gap in gaps if (end := _end(g, uncut, gap, writers)) is not None}
-    behind = _behind(g.value(gap.entry) for gap in gaps)
+    after = behind(g.value(gap.entry) for gap in gaps)
     for x, end in writers:
         gap = ends.get(end)
-        if gap is None and (x.source not in behind or not has(uncut, str(end.name))):
+        if gap is None and (x.source not in after or not has(uncut, str(end.name))):
             continue
         if why := unfit(g, x):
             g.note(x.site, f"not repaired: {why}")
             continue
-        to_stream(g, uncut, env, x, str(end.name) if gap is None else _target(g, uncut, gap), DAMP)
+        to_stream(g, uncut, env, x, str(end.name) if gap is None else _target(g, uncut, gap), DAMP, whole=whole)
 
 
 def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Value]]) -> ir.Value | None:
@@ -120,14 +120,3 @@ def _norms(g: Graph, uncut: Graph, gap: Gap) -> tuple[NormSite, NormSite] | None
     there = next((n for n in blocks.norms(uncut) if n.output.name == gap.exit), None)
     same = here and there and (here.kind, here.bias is None) == (there.kind, there.bias is None)
     return (here, there) if here and there and same else None
-
-
-def _behind(starts: Iterable[ir.Value]) -> set[ir.Value]:
-    """All that is computed from some values, and these."""
-    found, pending = set[ir.Value](), list(starts)
-    while pending:
-        v = pending.pop()
-        if v not in found:
-            found.add(v)
-            pending += [o for u, _ in v.uses() for o in u.outputs]
-    return found

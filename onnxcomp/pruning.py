@@ -40,6 +40,7 @@ ASKED: dict[str, list[Callable[[str], Need]]] = {
     "energy": [gram],
     "magnitude": [],
     "ablation": [],
+    "gauss-newton": [gram, mean, var],
     "least-squares": [gram, mean, var],
     "bias": [mean],
     "none": [],
@@ -81,7 +82,10 @@ class Width(Pass):
     score: Score = "energy"
     """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
     repair: Repair = "least-squares"
-    """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing."""
+    """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing.
+
+    `gauss-newton` fits all that is added to the residual stream behind the cut, and feed-forward parts as a whole.
+    """
     sequential: bool = True
     """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone."""
     multiple_of: Annotated[int, Field(ge=0)] = 0
@@ -94,6 +98,13 @@ class Width(Pass):
     """Gate name that ablation and sensitivity measure; by default kl for logits, else rel-l2."""
     skip: tuple[str, ...] = ()
     """Patterns of node names that stay whole."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.repair == "gauss-newton" and not self.sequential:
+            raise RecipeError(
+                f"{self.name}: repair gauss-newton goes from layer to layer, so it needs sequential: true"
+            )
 
     @property
     def is_identity(self) -> bool:
@@ -124,7 +135,7 @@ class Width(Pass):
 
     @property
     def _in_order(self) -> bool:
-        return self.sequential and self.repair == "least-squares"
+        return self.sequential and self.repair in ("gauss-newton", "least-squares")
 
     def planning(self) -> Width:
         """The same sizes in all without data: units are ranked by magnitude, nothing is repaired.
@@ -184,7 +195,7 @@ class Width(Pass):
     def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Repair the readers of what was cut, one after another where that is asked for."""
         if self._in_order:
-            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers])
+            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be fitted; raises `ModelError` where that cannot be as asked."""
@@ -234,7 +245,7 @@ class Width(Pass):
         read = self._readers(c.g, group, linears)
         held = next((r.quantized for r in read if r.quantized), None)
         tried = self.score == "ablation" or self.ranking == "sensitivity"
-        if held is not None and (self.repair == "least-squares" or tried):
+        if held is not None and (self.repair in ("gauss-newton", "least-squares") or tried):
             raise ModelError(
                 f"linear '{held.name}' is quantized, and this needs float weights: cut the model before quantizing it, "
                 "or say repair: bias or none, no ablation, and no ranking by sensitivity"

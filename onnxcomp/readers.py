@@ -19,7 +19,7 @@ from onnxcomp.stats import Stats, gram, mean, norm2, var
 
 __all__ = ["Reader", "Repair", "inside", "magnitude", "readers_of", "repair", "replace", "silence"]
 
-Repair = Literal["least-squares", "bias", "none"]
+Repair = Literal["gauss-newton", "least-squares", "bias", "none"]
 
 
 @dataclass(frozen=True)

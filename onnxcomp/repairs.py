@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.branches import joins, sums
 from onnxcomp.errors import ModelError
+from onnxcomp.feedforward import alone, fit_whole
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Slot
 from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
@@ -21,7 +21,7 @@ from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.spool import forget, release
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "Part", "alone", "has", "in_order", "to_stream", "unfit"]
+__all__ = ["DAMP", "Part", "alone", "behind", "has", "in_order", "to_stream", "unfit"]
 
 DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
 
@@ -59,12 +59,18 @@ class Part:
 
 
 def in_order(
-    g: Graph, uncut: Graph, env: Env, readers: Iterable[Reader], streams: Mapping[str, Part] | None = None
+    g: Graph,
+    uncut: Graph,
+    env: Env,
+    readers: Iterable[Reader],
+    streams: Mapping[str, Part] | None = None,
+    whole: bool = False,
 ) -> None:
     """Fit the weights and biases of the readers of cut axes, in topological order, each on the graph as it is by then.
 
     `streams` are sums that were cut themselves, by name, with what is left there of the uncut model's: the linears that
-    are added to them are fitted to that.
+    are added to them are fitted to that. With `whole` all linears behind a cut that are added to the stream are fitted,
+    and feed-forward parts whole.
 
     The target of a linear that is added to the residual stream is the stream behind it in the uncut model less what
     the stream carries now, so that it makes up for errors before it too; of others, what they gave uncut. Uncut is the
@@ -73,28 +79,42 @@ def in_order(
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    found: list[tuple[int, Reader | blocks.Linear]] = [
-        (min(order[x.node] for x in r.linears), r) for r in inside(g, readers)
-    ]
-    ends = {x: str(to.end.name) for x in blocks.linears(g) if streams and (to := sums(x)) is not None}
-    found += [(order[x.node], x) for x, end in ends.items() if streams and end in streams and not unfit(g, x)]
+    held = inside(g, readers)
+    changed = behind(o for r in held for x in r.linears for o in x.node.outputs) if whole else set()
+    parts: dict[blocks.Linear, Part | str] = {}
+    for x in blocks.linears(g):
+        end = "" if (to := sums(x)) is None else str(to.end.name)
+        if end in (streams or {}) and not unfit(g, x):
+            parts[x] = (streams or {})[end]
+        elif end and x.output in changed and has(uncut, end) and not unfit(g, x):
+            parts[x] = end
+    found: list[tuple[int, Reader | blocks.Linear]] = [(order[x.node], x) for x in parts]
+    found += [(min(order[x.node] for x in r.linears), r) for r in held if r.linears[0] not in parts]
     for _, site in sorted(found, key=lambda f: f[0]):
         if isinstance(site, Reader):
             _fit(g, uncut, env, site)
-        elif streams:
-            part = streams[ends[site]]
-            to_stream(g, uncut, env, site, part.name, part=part)
+        else:
+            part = parts[site]
+            name, left = (part, None) if isinstance(part, str) else (part.name, part)
+            to_stream(g, uncut, env, site, name, part=left, whole=whole)
         if g.spool is not None:
             forget(g.model)
 
 
 def to_stream(
-    g: Graph, uncut: Graph, env: Env, x: blocks.Linear, target: str, damp: float = DAMP, part: Part | None = None
+    g: Graph,
+    uncut: Graph,
+    env: Env,
+    x: blocks.Linear,
+    target: str,
+    damp: float = DAMP,
+    part: Part | None = None,
+    whole: bool = False,
 ) -> None:
     """Fit a linear that is added to the residual stream, so that this comes closest to a value of the uncut model.
 
-    Only a `part` of that value counts, by default all of it. Law: the squared error of the stream on the calibration
-    data does not grow.
+    Only a `part` of that value counts, by default all of it. With `whole` the feed-forward part that ends in the linear
+    is fitted as well, all weights together. Law: the squared error of the stream on the calibration data does not grow.
     """
     found = sums(x)
     assert found is not None
@@ -104,11 +124,10 @@ def to_stream(
         factors = g.array(found.scale).reshape(-1).astype(np.float64)
         moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
     _settle(g, alone(x), [moments], free, damp)
-
-
-def alone(x: blocks.Linear) -> Reader:
-    """One linear as the reader of its own weight, whatever is cut."""
-    return Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,))
+    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node), None) if whole else None
+    if mlp is not None:
+        against = env.original if _same(env.original, uncut, uncut.value(target)) else uncut
+        fit_whole(g, against, env, mlp, found, target, part)
 
 
 def unfit(g: Graph, x: blocks.Linear) -> str:
@@ -130,6 +149,17 @@ def has(original: Graph, name: str) -> bool:
         return not original.is_constant(original.value(name))
     except ModelError:
         return False
+
+
+def behind(starts: Iterable[ir.Value]) -> set[ir.Value]:
+    """All that is computed from some values, and these."""
+    found, pending = set[ir.Value](), list(starts)
+    while pending:
+        v = pending.pop()
+        if v not in found:
+            found.add(v)
+            pending += [o for u, _ in v.uses() for o in u.outputs]
+    return found
 
 
 def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:

@@ -143,9 +143,9 @@ def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> N
         g.set_attr(node, num_heads=groups)
 
 
-def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear]) -> None:
+def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], whole: bool = False) -> None:
     """Fit output projections to the uncut residual stream, as `repairs.in_order` does readers of a cut axis."""
-    repairs.in_order(g, uncut, env, [repairs.alone(x) for x in outputs])
+    repairs.in_order(g, uncut, env, [repairs.alone(x) for x in outputs], whole=whole)
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:

@@ -22,7 +22,18 @@ Per = Literal["tensor", "channel"]
 Of = Literal["current", "original"]
 OtherOf = Literal["", "current", "original"]
 Kind = Literal[
-    "absmax", "minmax", "mean", "var", "norm2", "gram", "cross_gram", "histogram", "cosine", "sample", "counts"
+    "absmax",
+    "minmax",
+    "mean",
+    "var",
+    "norm2",
+    "gram",
+    "cross_gram",
+    "histogram",
+    "cosine",
+    "sample",
+    "paired",
+    "counts",
 ]
 
 
@@ -143,6 +154,14 @@ def cosine(v: ir.Value | str, other: ir.Value | str, of: Of = "current", other_o
 def sample(v: ir.Value | str, n: int, of: Of = "current") -> Need:
     """A reproducible sample of at most `n` rows, independent of batch size: shape `[<=n, C]`."""
     return Need(_name(v), Stat("sample", "channel", n=n), of)
+
+
+def paired(v: ir.Value | str, other: ir.Value | str, n: int, of: Of = "current", other_of: OtherOf = "") -> Need:
+    """A sample of rows, each with the same row of `other` behind it: shape `[<=n, C + D]`.
+
+    The rows are those of any other pair or sample of `v` of that size.
+    """
+    return Need(_name(v), Stat("paired", "channel", other=_name(other), n=n, other_of=other_of), of)
 
 
 def counts(v: ir.Value | str, n: int, of: Of = "current") -> Need:

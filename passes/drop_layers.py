@@ -40,7 +40,7 @@ class DropLayers(Pass):
     """How need is measured; ablation runs the model once for each candidate and round."""
     rescore: bool = True
     """Score again after each one that goes; otherwise once."""
-    repair: Literal["least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
     """What makes up for them: the linears that write to the stream from there on, fitted to the uncut one; nothing."""
     protect: Annotated[int, Field(ge=0)] = 1
     """Layers at each end that always stay."""
@@ -79,7 +79,7 @@ class DropLayers(Pass):
             if self.rescore and left:
                 scores = self._scores(g, env, free, None)
         if self.repair != "none" and not env.dry:
-            close(g, uncut, env, gaps)
+            close(g, uncut, env, gaps, self.repair == "gauss-newton")
         for b in every:
             if count == 0:
                 g.decline(b.site, f"a share of {self.ratio:g} is less than one of {len(every)}")

@@ -39,7 +39,7 @@ class GroupHeads(Pass):
     """Bring heads onto each other before the mean."""
     max_loss: Annotated[float, Field(ge=0, le=1)] = 1.0
     """An attention whose keys or values lose more than this share of their energy on calibration data stays."""
-    repair: Literal["least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
     """What makes up for it: heads that span the old ones, and output projections fitted in order; or nothing."""
 
     @property
@@ -79,7 +79,7 @@ class GroupHeads(Pass):
                 cut.append(a.o)
         g.forget_shapes()
         if self.repair != "none" and not env.dry:
-            sharing.repair(g, uncut, env, cut)
+            sharing.repair(g, uncut, env, cut, self.repair == "gauss-newton")
 
     def _blocked(self, g: Graph, a: Attention) -> str:
         if a.kv_heads % self.share:

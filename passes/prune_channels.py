@@ -42,6 +42,8 @@ class PruneChannels(Width):
 
     By default sensitivity for energy, and else layer: other scores do not say what the last channels of a layer cost.
     """
+    repair: Literal["least-squares", "bias", "none"] = "least-squares"
+    """What makes up for the cut: kernels that stay, fitted to the uncut convolution; its mean output; or nothing."""
     latency: None = None
     """No budget here: only linears and attentions are timed; say macs instead."""
 

@@ -41,4 +41,6 @@ class PruneHidden(Width):
         if self._in_order:
             slots = [(slot, keep) for place, keep in cut for slot in place.group.computed]
             streams = {s.value: Part(s.value, np.flatnonzero(s.kept(keep))) for s, keep in slots}
-            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], streams)
+            repairs.in_order(
+                g, uncut, env, [r for p, _ in cut for r in p.readers], streams, self.repair == "gauss-newton"
+            )

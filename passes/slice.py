@@ -41,7 +41,7 @@ class Slice(Pass):
     """A basis for every norm, with a small product on each skip between two, or one for the whole stream."""
     multiple: Annotated[int, Field(ge=0)] = 0
     """Widths are multiples of this; 0 takes the target's width multiple."""
-    repair: Literal["least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
     """What reads the stream (but for the model's outputs) and what is added to it, fitted to the uncut model."""
 
     @property
@@ -85,8 +85,9 @@ class Slice(Pass):
         g.sweep()  # the uncut stream's sums still read what is added now
         if self.repair != "none" and cut and not env.dry:
             held = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
+            whole = self.repair == "gauss-newton"
             found = [x for x in held if repairs.has(uncut, str(x.output.name))]
-            repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut)
+            repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut, whole)
 
     def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:
         """The first principal components `[d, width]` of what each norm makes of its input, by the norm's input."""

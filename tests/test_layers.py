@@ -67,6 +67,7 @@ LAYERS = [
         "steps",
         "budgets",
         "convolutions",
+        "feedforward",
         "pruning",
         "readers",
         "repairs",

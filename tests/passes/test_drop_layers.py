@@ -213,7 +213,7 @@ def test_no_fit_raises_the_error_at_its_place():
     gone = gaps.leave_out(work, whole_layers(work)[2], gone)
     assert [(x.entry, x.exit) for x in gone] == [(whole_layers(g)[2].entry.name, whole_layers(g)[3].exit.name)]
 
-    def fitted(g_, uncut_, env, x, target, damp):
+    def fitted(g_, uncut_, env, x, target, damp, whole):
         end = sums(x).end
         wanted = [run(uncut, f, target)[0] for f in calibration]
 
@@ -222,7 +222,7 @@ def test_no_fit_raises_the_error_at_its_place():
             return sum(float(np.sum((a - y) ** 2)) for a, y in zip(made, wanted, strict=True))
 
         before = off()
-        repairs.to_stream(g_, uncut_, env, x, target, damp)
+        repairs.to_stream(g_, uncut_, env, x, target, damp, whole=whole)
         seen.append((before, off()))
 
     class Spy(DropLayers):

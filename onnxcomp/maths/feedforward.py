@@ -1,0 +1,211 @@
+"""Feed-forward parts fitted as a whole to what they should give, by damped Gauss-Newton steps.
+
+One row: `y = h down`, `h = act(x up)`, or `h = act(x gate) * (x up)` where there is a gate; with `tail` the last row of
+`down` is a bias. To first order in all weights together `y` is linear in their change, so each step is one
+least-squares problem. It is solved by conjugate gradients, which see the Gauss-Newton matrix only through products with
+it and so never hold it (Martens, Deep learning via Hessian-free optimization, 2010). The preconditioner takes the
+inputs of a matrix and its outputs apart (as Martens and Grosse, K-FAC, 2015, arXiv 1503.05671, section 3), which makes
+a few products enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.activations import DERIVED
+from onnxcomp.maths.solve import damped, invert_lower
+
+__all__ = ["Ffn", "Fitted", "fit"]
+
+ROUNDS = 6  # linearisations at most
+ENOUGH = 0.01  # a round that gains less, of the error on rows that were not fitted to, is the last
+PRODUCTS = 8  # with the Gauss-Newton matrix, each round
+DAMP = 0.1  # of the mean square of what a matrix reads
+CHECKED = 8  # one row of so many is not fitted to
+CHUNK = 1 << 22  # elements of the widest matrix at a time
+
+Change = list[Float64]  # of up, gate if there is one, down
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """`up` and `gate` `[d, K]`, `down` `[K, N]`, with `tail` `[K + 1, N]`, and the activation's name."""
+
+    up: Array
+    gate: Array | None
+    down: Array
+    activation: str
+    tail: bool = False
+
+    @property
+    def weights(self) -> list[Array]:
+        """Up, gate if there is one, down."""
+        return [w for w in (self.up, self.gate, self.down) if w is not None]
+
+    def moved(self, change: Sequence[Array], by: float = 1.0) -> Ffn:
+        """The part with its weights moved by a multiple of a change."""
+        new = [(w + by * c).astype(w.dtype) for w, c in zip(self.weights, change, strict=True)]
+        return Ffn(new[0], new[1] if self.gate is not None else None, new[-1], self.activation, self.tail)
+
+    def hidden(self, x: Array) -> tuple[Array, list[Array]]:
+        """What `down` reads, `[R, K]` or with a one behind it, and its derivative by `x up` and `x gate`."""
+        act = DERIVED[self.activation]
+        if self.gate is None:
+            h, slope = act(x @ self.up)
+            slopes = [slope]
+        else:
+            u = x @ self.up
+            a, slope = act(x @ self.gate)
+            h, slopes = a * u, [a, slope * u]
+        if self.tail:
+            h = np.concatenate([h, np.ones((len(h), 1), h.dtype)], axis=1)
+        return h, slopes
+
+    def __call__(self, x: Array) -> Array:
+        """What the part gives for rows `[R, d]`: `[R, N]`."""
+        return np.concatenate([self.hidden(a)[0] @ self.down for (a,) in _rows(self, x)])
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The fitted part, and the squared error before and after on the rows that were not fitted to."""
+
+    part: Ffn
+    before: float
+    after: float
+
+
+def fit(start: Ffn, x: Array, y: Array, damp: float = DAMP) -> Fitted:
+    """Weights with which rows `x` `[R, d]` give rows closer to `y` `[R, N]`; `start` where none are found.
+
+    Every eighth row is left out of the fit. Law: the squared error falls on the rows fitted to and on those left out,
+    or nothing changes; a step that learns the former by heart is tried again with ten times the damping.
+    """
+    out = np.arange(len(x)) % CHECKED == CHECKED - 1
+    seen, unseen = (x[~out], y[~out]), (x[out], y[out])
+    part, before, error = start, _error(start, *unseen), _error(start, *seen)
+    after = before
+    for _ in range(ROUNDS if len(unseen[0]) and before > 0 else 0):
+        new, less = _line(part, _step(part, *seen, damp), *seen, error)
+        checked = _error(new, *unseen)
+        if less >= error or checked >= after:
+            damp *= 10
+            continue
+        gain, part, error, after = 1 - checked / after, new, less, checked
+        if gain < ENOUGH:
+            break
+    return Fitted(part, before, after)
+
+
+def _rows(part: Ffn, *arrays: Array) -> Iterator[tuple[Array, ...]]:
+    step = max(1, CHUNK // max(part.down.shape[0], 1))
+    for i in range(0, len(arrays[0]), step):
+        yield tuple(a[i : i + step] for a in arrays)
+
+
+def _error(part: Ffn, x: Array, y: Array) -> float:
+    return sum(float(np.square(part(a) - b, dtype=np.float64).sum()) for a, b in _rows(part, x, y))
+
+
+def _line(part: Ffn, change: Change, x: Array, y: Array, error: float) -> tuple[Ffn, float]:
+    """The first of the full, half and quarter step that lowers the error, and the error; else the part itself."""
+    for by in (1.0, 0.5, 0.25):
+        new = part.moved(change, by)
+        if (found := _error(new, x, y)) < error:
+            return new, found
+    return part, error
+
+
+def _step(part: Ffn, x: Array, y: Array, damp: float) -> Change:
+    """The change of all weights that is best to first order, nearly: some products of conjugate gradients."""
+    system = _System(part, x, damp)
+    found = [np.zeros(w.shape) for w in part.weights]
+    rest = system.gradient(y)
+    ahead = system.preconditioned(rest)
+    along, power = ahead, _dot(rest, ahead)
+    for _ in range(PRODUCTS):
+        if power <= 0:
+            break
+        across = system.product(along)
+        by = power / _dot(along, across)
+        found = [f + by * a for f, a in zip(found, along, strict=True)]
+        rest = [r - by * a for r, a in zip(rest, across, strict=True)]
+        ahead = system.preconditioned(rest)
+        last, power = power, _dot(rest, ahead)
+        along = [h + power / last * a for h, a in zip(ahead, along, strict=True)]
+    return found
+
+
+def _dot(a: Change, b: Change) -> float:
+    return float(sum(np.vdot(i, j) for i, j in zip(a, b, strict=True)))
+
+
+class _System:
+    """The Gauss-Newton matrix of a part over rows `x`, damped, as products; what it reads is computed anew each time.
+
+    The damping of each weight is relative to the mean square of what its matrix reads, and of what is behind it.
+    """
+
+    def __init__(self, part: Ffn, x: Array, damp: float) -> None:
+        self.part, self.x = part, x
+        d, k = x.shape[1], part.down.shape[0]
+        inner, outer = np.zeros((d, d)), np.zeros((k, k))
+        squares = [np.zeros(part.up.shape[1]) for _ in part.weights[:-1]]
+        for (a,) in _rows(part, x):
+            h, slopes = part.hidden(a)
+            inner += a.T @ a
+            outer += h.T @ h
+            for total, slope in zip(squares, slopes, strict=True):
+                total += np.square(slope).sum(axis=0, dtype=np.float64)
+        reach = np.square(self._read, dtype=np.float64).sum(axis=1)
+        self.behind = [np.maximum(s / max(len(x), 1) * reach, 1e-30) for s in squares]  # per column of up and gate
+        del h, slopes
+        self.damps, self.factors = [], list[Float64]()
+        for m in (inner, outer):
+            level = float(np.diag(m).mean())
+            _, lower, used = damped(m, damp, own=True)
+            self.damps.append(used * level)
+            self.factors.append(invert_lower(lower))
+
+    @property
+    def _read(self) -> Array:
+        """`down` without its bias."""
+        return self.part.down[: self.part.up.shape[1]]
+
+    def gradient(self, y: Array) -> Change:
+        """Half of the descent direction: the residual, back through the part."""
+        total = [np.zeros(w.shape) for w in self.part.weights]
+        for a, b in _rows(self.part, self.x, y):
+            h, slopes = self.part.hidden(a)
+            self._back(total, a, h, slopes, b - h @ self.part.down)
+        return total
+
+    def product(self, change: Change) -> Change:
+        """The damped Gauss-Newton matrix times a change of the weights."""
+        total = self._damped(change)
+        *ahead, last = (c.astype(self.part.down.dtype) for c in change)
+        for (a,) in _rows(self.part, self.x):
+            h, slopes = self.part.hidden(a)
+            moved = np.asarray(sum(s * (a @ c) for s, c in zip(slopes, ahead, strict=True)))
+            self._back(total, a, h, slopes, moved @ self._read + h @ last)
+        return total
+
+    def _back(self, total: Change, x: Array, h: Array, slopes: Sequence[Array], e: Array) -> None:
+        behind = e @ self._read.T
+        for t, s in zip(total, slopes, strict=False):
+            t += x.T @ (s * behind)
+        total[-1] += h.T @ e
+
+    def _damped(self, change: Change) -> Change:
+        inner, outer = self.damps
+        return [*(inner * b * c for b, c in zip(self.behind, change, strict=False)), outer * change[-1]]
+
+    def preconditioned(self, change: Change) -> Change:
+        """Nearly the inverse times a change: exact for each matrix alone if what it reads told nothing of the rest."""
+        inner, outer = self.factors
+        ahead = [inner.T @ (inner @ c) / b for b, c in zip(self.behind, change, strict=False)]
+        return [*ahead, outer.T @ (outer @ change[-1])]

@@ -1,0 +1,132 @@
+"""Feed-forward parts fitted as a whole: the derivatives, the linear system, and what a fit may do."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from onnxcomp.maths import feedforward
+from onnxcomp.maths.activations import DERIVED
+from onnxcomp.maths.feedforward import Ffn, fit
+
+TORCH = {
+    "gelu": torch.nn.functional.gelu,
+    "gelu-tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": torch.relu,
+    "relu2": lambda x: torch.relu(x) ** 2,
+    "sigmoid": torch.sigmoid,
+    "silu": torch.nn.functional.silu,
+    "tanh": torch.tanh,
+}
+
+
+def part(rng: np.random.Generator, kind: str = "silu", gated: bool = True, tail: bool = False) -> Ffn:
+    """A part of width 5 with 7 channels and 4 outputs, in float64."""
+    up, gate = rng.normal(size=(5, 7)), rng.normal(size=(5, 7)) if gated else None
+    return Ffn(up, gate, rng.normal(size=(7 + tail, 4)), kind, tail)
+
+
+def in_torch(p: Ffn, x: np.ndarray):
+    """The part as a function of its weights, written with PyTorch."""
+    rows = torch.from_numpy(x)
+
+    def y(*weights: torch.Tensor) -> torch.Tensor:
+        up, down = weights[0], weights[-1]
+        h = (
+            TORCH[p.activation](rows @ weights[1]) * (rows @ up)
+            if p.gate is not None
+            else TORCH[p.activation](rows @ up)
+        )
+        return torch.cat([h, torch.ones(len(h), 1, dtype=h.dtype)], 1) @ down if p.tail else h @ down
+
+    return y, tuple(torch.from_numpy(w) for w in p.weights)
+
+
+@pytest.mark.parametrize("kind", DERIVED)
+def test_activations_and_their_slopes_are_torchs(kind: str) -> None:
+    x = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
+    y = TORCH[kind](x)
+    y.sum().backward()
+    value, slope = DERIVED[kind](x.detach().numpy())
+    np.testing.assert_allclose(value, y.detach().numpy(), atol=2e-6)
+    np.testing.assert_allclose(slope, x.grad.numpy(), atol=2e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tail", [True, False])
+@pytest.mark.parametrize("kind", ["gelu", "silu", "tanh"])
+def test_products_and_gradients_are_those_of_torchs_jacobian(kind: str, gated: bool, tail: bool, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    p, x, y = part(rng, kind, gated, tail), rng.normal(size=(23, 5)), rng.normal(size=(23, 4))
+    monkeypatch.setattr(feedforward, "CHUNK", 50)  # several pieces
+    f, weights = in_torch(p, x)
+    np.testing.assert_allclose(p(x), f(*weights), atol=1e-5)
+    jacobian = torch.cat([j.flatten(2) for j in torch.autograd.functional.jacobian(f, weights)], 2).flatten(0, 1)
+    change = [rng.normal(size=w.shape) for w in p.weights]
+    flat = torch.from_numpy(np.concatenate([c.reshape(-1) for c in change]))
+    system = feedforward._System(p, x, 1e-30)
+    for got, want in (
+        (system.product(change), jacobian.T @ (jacobian @ flat)),
+        (system.gradient(y), jacobian.T @ torch.from_numpy((y - p(x)).reshape(-1))),
+    ):
+        np.testing.assert_allclose(np.concatenate([c.reshape(-1) for c in got]), want, rtol=1e-4, atol=1e-4)
+
+
+def test_the_preconditioner_is_the_inverse_for_the_last_matrix_alone() -> None:
+    rng = np.random.default_rng(1)
+    p, x = part(rng), rng.normal(size=(60, 5))
+    system = feedforward._System(p, x, 0.3)
+    change = [np.zeros_like(w) for w in p.weights[:-1]] + [rng.normal(size=p.down.shape)]
+    np.testing.assert_allclose(system.preconditioned(system.product(change))[-1], change[-1], atol=1e-9)
+
+
+@given(st.integers(0, 10_000), st.sampled_from(sorted(DERIVED)), st.booleans(), st.booleans())
+def test_a_fit_never_raises_the_error_on_rows_it_saw_or_did_not(seed: int, kind: str, gated: bool, tail: bool) -> None:
+    rng = np.random.default_rng(seed)
+    start, x = part(rng, kind, gated, tail), rng.normal(size=(80, 5))
+    y = start(x) + rng.normal(size=(80, 4))
+    found = fit(start, x, y)
+    out = np.arange(80) % feedforward.CHECKED == feedforward.CHECKED - 1
+    errors = [[float(np.square(p(x[rows]) - y[rows]).sum()) for rows in (out, ~out)] for p in (start, found.part)]
+    assert (found.part is start) == (found.after == found.before)
+    assert errors[1][0] <= errors[0][0]
+    assert errors[1][1] <= errors[0][1]
+    np.testing.assert_allclose([found.before, found.after], [errors[0][0], errors[1][0]], rtol=1e-6)
+
+
+def test_what_needs_no_change_gets_none() -> None:
+    rng = np.random.default_rng(2)
+    start, x = part(rng), rng.normal(size=(80, 5))
+    assert fit(start, x, start(x)).part is start
+
+
+def test_noise_is_not_learnt() -> None:
+    rng = np.random.default_rng(3)
+    start, x = part(rng), rng.normal(size=(24, 5))
+    found = fit(start, x, start(x) + 100 * rng.normal(size=(24, 4)))
+    assert found.after > 0.5 * found.before
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights_before_the_activation_are_found_again_where_down_alone_cannot_make_up(gated: bool) -> None:
+    rng = np.random.default_rng(4)
+    true, x = part(rng, gated=gated), rng.normal(size=(4000, 5))
+    start = Ffn(true.up + 0.2 * rng.normal(size=true.up.shape), true.gate, true.down, "silu")
+    y = true(x)
+    hidden = start.hidden(x)[0]
+    down = np.linalg.lstsq(hidden, y, rcond=None)[0]
+    alone = float(np.square(hidden @ down - y)[feedforward.CHECKED - 1 :: feedforward.CHECKED].sum())
+    assert fit(start, x, y, damp=1e-3).after < 0.1 * alone
+
+
+def test_more_damping_moves_less() -> None:
+    rng = np.random.default_rng(5)
+    start, x = part(rng), rng.normal(size=(400, 5))
+    y = part(rng)(x)
+    moves = []
+    for damp in (1e-2, 1.0, 1e2, 1e4):
+        change = feedforward._step(start, x, y, damp)
+        moves.append(sum(float(np.square(c).sum()) for c in change))
+    assert moves == sorted(moves, reverse=True)
