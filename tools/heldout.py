@@ -34,17 +34,17 @@ class Case:
     drawn: dict[int, Dataset]
 
 
-def opened(name: str, seeds: Sequence[int], work: Path, samples: int | None = None) -> Case:
+def opened(name: str, seeds: Sequence[int], work: Path, samples: int | None = None, drawn: int | None = None) -> Case:
     """Export one model, run it on its held-out data, and draw calibration data for each seed."""
     path = importlib.import_module(f"models.{name}").export(work / name)
     model = storage.load(path)
     heldout = load_data(DATA / name / "heldout.npz", model, None, batch=64, samples=samples or HELDOUT[name])
     reference = Reference(model, heldout, metrics=[METRIC[name]], scratch=work / name / "reference")
     canonicalize(model)
-    return Case(model, heldout, reference, {seed: _drawn(name, seed, model, work / name) for seed in seeds})
+    return Case(model, heldout, reference, {seed: _drawn(name, seed, model, work / name, drawn) for seed in seeds})
 
 
-def _drawn(name: str, seed: int, model: Graph, work: Path) -> Dataset:
+def _drawn(name: str, seed: int, model: Graph, work: Path, count: int | None) -> Dataset:
     """Calibration samples of one seed."""
     with np.load(DATA / name / "train.npz") as held:
         arrays = {k: held[k] for k in held.files}
@@ -52,7 +52,7 @@ def _drawn(name: str, seed: int, model: Graph, work: Path) -> Dataset:
         ids = importlib.import_module("models.docs_lm").rows_of(arrays["tokens"].astype(np.int64))
         arrays = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     whole = len(next(iter(arrays.values())))
-    chosen = np.sort(np.random.default_rng(seed).choice(whole, DRAWN[name], replace=False))
+    chosen = np.sort(np.random.default_rng(seed).choice(whole, count or DRAWN[name], replace=False))
     path = work / f"calibration-{seed}.npz"
     np.savez(path, **{k: a[chosen] for k, a in arrays.items()})
     return load_data(path, model, None, batch=32)

@@ -95,7 +95,7 @@ def test_ablation_finds_the_channels_that_change_nothing():
     spec = {"prune-channels": {"ratio": 1 / 3, "score": "ablation", "repair": "none", "skip": skip}}
     result = PassManager([parse_pass(spec)]).run(g, data).model
     assert channels(result) == channels(g) | {"first": 16}
-    cuts.assert_same(g, result, images(2), images(3, 12))
+    cuts.assert_same(g, result, images(2), images(3, 12), tolerance=1e-5)  # fewer channels, other kernels
 
 
 def test_a_plan_tells_the_sizes_that_come(tmp_path):
