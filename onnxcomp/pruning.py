@@ -87,7 +87,10 @@ class Width(Pass):
     `gauss-newton` fits all that is added to the residual stream behind the cut, and feed-forward parts as a whole.
     """
     sequential: bool = True
-    """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone."""
+    """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone.
+
+    Only least squares has the choice: Gauss-Newton steps always go in order.
+    """
     multiple_of: Annotated[int, Field(ge=0)] = 0
     """Widths become multiples of this; 0 takes what the target runs well (for heads: any count)."""
     floor: Annotated[int, Field(ge=1)] = 1
@@ -98,13 +101,6 @@ class Width(Pass):
     """Gate name that ablation and sensitivity measure; by default kl for logits, else rel-l2."""
     skip: tuple[str, ...] = ()
     """Patterns of node names that stay whole."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.repair == "gauss-newton" and not self.sequential:
-            raise RecipeError(
-                f"{self.name}: repair gauss-newton goes from layer to layer, so it needs sequential: true"
-            )
 
     @property
     def is_identity(self) -> bool:
@@ -135,7 +131,7 @@ class Width(Pass):
 
     @property
     def _in_order(self) -> bool:
-        return self.sequential and self.repair in ("gauss-newton", "least-squares")
+        return self.repair == "gauss-newton" or (self.sequential and self.repair == "least-squares")
 
     def planning(self) -> Width:
         """The same sizes in all without data: units are ranked by magnitude, nothing is repaired.

@@ -2,13 +2,22 @@
 
 import numpy as np
 import pytest
+
+pytest.importorskip("onnxruntime")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxcomp import blocks, catalog, stats
+from onnxcomp.calibrate import collect
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.graph import Graph
+from onnxcomp.manager import PassManager
 from onnxcomp.maths import feedforward
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.feedforward import Ffn, fit
+from onnxcomp.runtime import Session
+from tests import tiny
 
 TORCH = {
     "gelu": torch.nn.functional.gelu,
@@ -130,3 +139,85 @@ def test_more_damping_moves_less() -> None:
         change = feedforward._step(start, x, y, damp)
         moves.append(sum(float(np.square(c).sum()) for c in change))
     assert moves == sorted(moves, reverse=True)
+
+
+# ---- in a graph ------------------------------------------------------------------------------------------------------
+
+MODELS = {
+    "gated": lambda: tiny.decoder(layers=4),
+    "biases, norms behind": lambda: tiny.encoder(layers=4, norm="post"),
+    "biases, norms before": lambda: tiny.encoder(layers=4, norm="pre"),
+}
+CUTS = {
+    "prune-ffn": {"ratio": 0.4},
+    "prune-heads": {"ratio": 0.5},
+    "drop-layers": {"ratio": 0.25},
+    "group-heads": {},
+    "prune-hidden": {"ratio": 0.25, "multiple_of": 8},
+    "slice": {"ratio": 0.25, "multiple": 8},
+}
+NOT_MORE = "only its down projection is fitted: more does not help on rows that are left out of the fit"
+LIMITS = {"biases, norms behind": {"prune-hidden", "slice"}, "biases, norms before": {"prune-hidden"}}
+
+
+def data(g: Graph, count: int = 24) -> list[Batch]:
+    return [Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(count)]
+
+
+def repaired(g: Graph, name: str, how: str):
+    """The model cut and repaired, what is said of sites, and its squared error on other data."""
+    found = PassManager([catalog.load(name)(**CUTS[name], repair=how)]).run(g, as_dataset(data(g), g))
+    error = 0.0
+    for i in range(4):
+        feeds, outputs = tiny.feeds(g, 8, 9, seed=100 + i), []
+        for m in (g, found.model):
+            with Session(m) as s:
+                outputs.append(next(iter(s.run(feeds).values())).astype(np.float64))
+        error += float(np.square(outputs[0] - outputs[1]).sum())
+    return found.model, [n.what for n in found.report.step(name).noted], error
+
+
+@pytest.mark.parametrize(("model", "name"), [(m, n) for m in MODELS for n in CUTS if n not in LIMITS.get(m, ())])
+def test_whole_parts_bring_held_out_outputs_closer_than_least_squares(model: str, name: str) -> None:
+    g = MODELS[model]()
+    plain, _, before = repaired(g, name, "least-squares")
+    fitted, said, after = repaired(g, name, "gauss-newton")
+    assert after < before
+    assert [n.op_type for n in fitted.nodes()] == [n.op_type for n in plain.nodes()]
+    assert fitted.nbytes == plain.nbytes
+    told = [s for s in said if s.startswith(("fitted as a whole: squared error behind it -", NOT_MORE))]
+    assert told
+    assert name in ("prune-heads", "group-heads") or any(s != NOT_MORE for s in told)
+
+
+def test_a_part_whose_weights_are_shared_keeps_them() -> None:
+    g = tiny.decoder(layers=3)
+    first, second = (layer.mlp for layer in blocks.layers(g)[1:])
+    g.set_input(second.up.node, 1, first.up.weight)
+    model, said, _ = repaired(g, "prune-heads", "gauss-newton")
+    why = "only its down projection is fitted: weights before its activation are quantized, shared or computed"
+    assert said.count(why) == 2
+    for name in (first.up.weight.name, first.gate.weight.name, second.gate.weight.name):
+        assert np.array_equal(model.array(model.value(name)), g.array(g.value(name)))
+
+
+def test_pairs_are_rows_of_both_values_whatever_the_batches() -> None:
+    g = tiny.decoder()
+    one, other = (str(m.up.source.name) for m in blocks.mlps(g))
+    down = str(blocks.mlps(g)[0].down.output.name)
+    needs = [stats.paired(one, other, 50), stats.paired(one, down, 50), stats.sample(one, 50)]
+    samples = [tiny.feeds(g, 6, 9, seed=i) for i in range(5)]
+    apart = [{k: v[i : i + 1] for k, v in f.items()} for f in samples for i in range(6)]
+    found = [collect(g, needs, as_dataset([Batch(f) for f in fs], g)) for fs in (samples, apart)]
+    tight = collect(g, needs, as_dataset([Batch(f) for f in samples], g), memory=40_000)
+    for need in needs:
+        assert found[0][need].shape == found[1][need].shape == tight[need].shape
+        np.testing.assert_allclose(found[0][need], found[1][need], atol=1e-5)
+        np.testing.assert_allclose(found[0][need], tight[need], atol=1e-5)
+    whole = found[0]
+    np.testing.assert_array_equal(whole[needs[0]][:, :32], whole[needs[2]])
+    np.testing.assert_array_equal(whole[needs[1]][:, :32], whole[needs[2]])
+    mlp = blocks.mlps(g)[0]
+    up, gate, low = (g.array(x.weight) for x in (mlp.up, mlp.gate, mlp.down))
+    part = Ffn(up, gate, low, mlp.activation)
+    np.testing.assert_allclose(part(whole[needs[2]]), whole[needs[1]][:, 32:], atol=1e-4)
