@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from onnxcomp.maths import Array, Float64
+from onnxcomp.maths import Array
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.solve import damped, invert_lower
 
@@ -28,7 +28,7 @@ DAMP = 0.1  # of the mean square of what a matrix reads
 CHECKED = 8  # one row of so many is not fitted to
 CHUNK = 1 << 22  # elements of the widest matrix at a time
 
-Change = list[Float64]  # of up, gate if there is one, down
+Change = list[Array]  # of up, gate if there is one, down, in their type: there are several at a time
 
 
 @dataclass(frozen=True)
@@ -123,20 +123,24 @@ def _line(part: Ffn, change: Change, x: Array, y: Array, error: float) -> tuple[
 def _step(part: Ffn, x: Array, y: Array, damp: float) -> Change:
     """The change of all weights that is best to first order, nearly: some products of conjugate gradients."""
     system = _System(part, x, damp)
-    found = [np.zeros(w.shape) for w in part.weights]
+    found = [np.zeros_like(w) for w in part.weights]
     rest = system.gradient(y)
-    ahead = system.preconditioned(rest)
-    along, power = ahead, _dot(rest, ahead)
+    along = system.preconditioned(rest)
+    power = _dot(rest, along)
     for _ in range(PRODUCTS):
         if power <= 0:
             break
         across = system.product(along)
         by = power / _dot(along, across)
-        found = [f + by * a for f, a in zip(found, along, strict=True)]
-        rest = [r - by * a for r, a in zip(rest, across, strict=True)]
+        for f, r, a, c in zip(found, rest, along, across, strict=True):
+            f += by * a
+            r -= by * c
+        del across
         ahead = system.preconditioned(rest)
         last, power = power, _dot(rest, ahead)
-        along = [h + power / last * a for h, a in zip(ahead, along, strict=True)]
+        for a, h in zip(along, ahead, strict=True):
+            a *= power / last
+            a += h
     return found
 
 
@@ -162,14 +166,16 @@ class _System:
             for total, slope in zip(squares, slopes, strict=True):
                 total += np.square(slope).sum(axis=0, dtype=np.float64)
         reach = np.square(self._read, dtype=np.float64).sum(axis=1)
-        self.behind = [np.maximum(s / max(len(x), 1) * reach, 1e-30) for s in squares]  # per column of up and gate
+        dtype = part.down.dtype
+        behind = (np.maximum(s / max(len(x), 1) * reach, 1e-30) for s in squares)
+        self.behind = [b.astype(dtype) for b in behind]  # per column of up and gate
         del h, slopes
-        self.damps, self.factors = [], list[Float64]()
+        self.damps, self.factors = list[float](), list[Array]()
         for m in (inner, outer):
             level = float(np.diag(m).mean())
             _, lower, used = damped(m, damp, own=True)
             self.damps.append(used * level)
-            self.factors.append(invert_lower(lower))
+            self.factors.append(invert_lower(lower).astype(dtype))
 
     @property
     def _read(self) -> Array:
@@ -178,7 +184,7 @@ class _System:
 
     def gradient(self, y: Array) -> Change:
         """Half of the descent direction: the residual, back through the part."""
-        total = [np.zeros(w.shape) for w in self.part.weights]
+        total = [np.zeros_like(w) for w in self.part.weights]
         for a, b in _rows(self.part, self.x, y):
             h, slopes = self.part.hidden(a)
             self._back(total, a, h, slopes, b - h @ self.part.down)
@@ -187,7 +193,7 @@ class _System:
     def product(self, change: Change) -> Change:
         """The damped Gauss-Newton matrix times a change of the weights."""
         total = self._damped(change)
-        *ahead, last = (c.astype(self.part.down.dtype) for c in change)
+        *ahead, last = change
         for (a,) in _rows(self.part, self.x):
             h, slopes = self.part.hidden(a)
             moved = np.asarray(sum(s * (a @ c) for s, c in zip(slopes, ahead, strict=True)))
