@@ -32,13 +32,13 @@ def alone(x: Linear) -> Reader:
 def fit_whole(
     g: Graph,
     against: Graph,
+    target: str,
     env: Env,
     m: Mlp,
     to: Sums,
-    target: str,
     part: Callable[[Float64], Float64] | None = None,
 ) -> None:
-    """Fit all weights and biases of a feed-forward part to what is left of a value of another graph, and say so.
+    """Fit all weights and biases of a feed-forward part to what is left of a value of the graph `against`, and say so.
 
     `to` is how its down projection is added to the stream, which the target (or a `part` of its statistics) is for.
     Law: on calibration rows that were not fitted to, the stream's squared error falls, or nothing changes.

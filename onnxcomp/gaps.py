@@ -10,10 +10,11 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.branches import Branch, sums
+from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env
 from onnxcomp.ports import take_out
-from onnxcomp.repairs import behind, has, to_stream, unfit
+from onnxcomp.repairs import behind, to_stream, unfit
 
 __all__ = ["Gap", "close", "leave_out"]
 

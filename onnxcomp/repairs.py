@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.branches import joins, sums
+from onnxcomp.counterparts import has, standing
 from onnxcomp.errors import ModelError
 from onnxcomp.feedforward import alone, fit_whole
 from onnxcomp.graph import Graph
@@ -21,7 +22,7 @@ from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.spool import forget, release
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "Part", "alone", "behind", "has", "in_order", "to_stream", "unfit"]
+__all__ = ["DAMP", "Part", "alone", "behind", "in_order", "to_stream", "unfit"]
 
 DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
 
@@ -126,8 +127,7 @@ def to_stream(
     _settle(g, alone(x), [moments], free, damp)
     mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node), None) if whole else None
     if mlp is not None:
-        against = env.original if _same(env.original, uncut, uncut.value(target)) else uncut
-        fit_whole(g, against, env, mlp, found, target, part)
+        fit_whole(g, *standing(env.original, uncut, uncut.value(target)), env, mlp, found, part)
 
 
 def unfit(g: Graph, x: blocks.Linear) -> str:
@@ -141,14 +141,6 @@ def unfit(g: Graph, x: blocks.Linear) -> str:
     if factors.size not in (1, x.sizes[1]) or not factors.all():
         return "what it gives is scaled by zeros, or not channel by channel"
     return "" if g.is_constant(x.weight) else "its weights are computed"
-
-
-def has(original: Graph, name: str) -> bool:
-    """Whether a model computes a value of that name."""
-    try:
-        return not original.is_constant(original.value(name))
-    except ModelError:
-        return False
 
 
 def behind(starts: Iterable[ir.Value]) -> set[ir.Value]:
@@ -203,30 +195,20 @@ def _moments(
     """
     out, carried = place
     source = x.source
-    needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, out, other_of="original")}
-    needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(out, of="original")}
+    against, target = standing(env.original, uncut, uncut.value(str(out.name)))
+    needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, target, other_of="original")}
+    needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(target, of="original")}
     for i, v in enumerate(carried):
         needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
-    stats = env.collect(g, needs.values(), env.original if _same(env.original, uncut, out) else uncut)
+    stats = env.collect(g, needs.values(), against)
     got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
     rows = refit.count(got["norm"], got["mean"], got["var"])
     y, cross = (got["y"], got["cross"]) if part is None else (part(got["y"]), part(got["cross"]))
     if len(y) != x.sizes[1]:
-        raise ModelError(f"'{out.name}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
+        raise ModelError(f"'{target}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
     for i in range(len(carried)):
         y, cross = y - got[f"less y {i}"], cross - got[f"less {i}"]
     if not free and x.bias is not None:
         bias = g.array(x.bias).reshape(-1).astype(np.float64)
         y, cross = y - bias, cross - rows * np.outer(got["mean"], np.broadcast_to(bias, y.shape))
     return _Moments(got["gram"], cross, rows * got["mean"], rows * y, rows)
-
-
-def _same(original: Graph, uncut: Graph, v: ir.Value) -> bool:
-    """Whether the original computes a value of that name that is as wide as before the cut."""
-    try:
-        there, here = original.value(str(v.name)), uncut.value(str(v.name))
-    except ModelError:
-        return False
-    if original.is_constant(there) or there.shape is None or here.shape is None:
-        return False
-    return len(there.shape) == len(here.shape) > 0 and there.shape[-1] == here.shape[-1]

@@ -12,12 +12,13 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.branches import joins, sums
+from onnxcomp.counterparts import counterpart, has
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
-from onnxcomp.repairs import has, to_stream, unfit
+from onnxcomp.repairs import to_stream, unfit
 from onnxcomp.stats import Need, cross_gram, mean, norm2, var
 from onnxcomp.target import Target
 
@@ -28,8 +29,8 @@ __all__ = ["Refit"]
 class Refit(SequentialPass):
     """Re-fit what is left after cuts to the original, in closed form, layer after layer on the model as it is by then.
 
-    A layer's target is the original's residual stream behind it less what the stream carries already, so that it makes
-    up for the errors before it as well.
+    A layer's target is the original's residual stream behind it (where layers after it were left out, behind those)
+    less what the stream carries already, so that it makes up for the errors before it as well.
     """
 
     stage: ClassVar[Stage] = Stage.REFIT
@@ -71,7 +72,7 @@ class Refit(SequentialPass):
         """Fit a linear; why not, empty if it was."""
         found = sums(x)
         assert found is not None
-        target = str(found[0].name)
+        target = counterpart(g, env.original, found.end)
         if not has(env.original, target):
             return f"the original has no value '{target}' to fit to"
         if why := unfit(g, x):
@@ -85,18 +86,19 @@ class Refit(SequentialPass):
     def _norm(self, g: Graph, n: NormSite, env: Env) -> str:
         """Fit a norm; why not, empty if it was."""
         v = n.output
-        if not has(env.original, str(v.name)):
-            return f"the original has no value '{v.name}' to fit to"
+        target = counterpart(g, env.original, v)
+        if not has(env.original, target):
+            return f"the original has no value '{target}' to fit to"
         if any(len(list(c.uses())) > 1 for c in (n.gain, n.bias) if c is not None):
             return "its gain is shared, so it cannot be fitted for one place"
-        needs: dict[str, Need] = {"norm": norm2(v), "cross": cross_gram(v, v, other_of="original")}
+        needs: dict[str, Need] = {"norm": norm2(v), "cross": cross_gram(v, target, other_of="original")}
         if n.bias is not None:
-            needs |= {"mean": mean(v), "var": var(v), "mean original": mean(v, of="original")}
+            needs |= {"mean": mean(v), "var": var(v), "mean original": mean(target, of="original")}
         stats = env.collect(g, needs.values())
         got = {k: stats[need] for k, need in needs.items()}
         here, there = got["cross"].shape
         if here != there:
-            return f"'{v.name}' was {there} wide in the original, and is {here} now"
+            return f"'{target}' was {there} wide in the original, and is {here} now"
         means = None if n.bias is None else _means(got, got["mean original"])
         a, c = refit.scale(got["norm"] ** 2, np.diag(got["cross"]), means)
         for held, new in ((n.gain, a), (n.bias, a)):

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks, repairs
+from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -86,7 +87,7 @@ class Slice(Pass):
         if self.repair != "none" and cut and not env.dry:
             held = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
             whole = self.repair == "gauss-newton"
-            found = [x for x in held if repairs.has(uncut, str(x.output.name))]
+            found = [x for x in held if has(uncut, str(x.output.name))]
             repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut, whole)
 
     def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:

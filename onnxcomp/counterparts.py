@@ -1,0 +1,66 @@
+"""Values of an uncut model that those of a cut one stand for."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+from onnxcomp.graph import Graph
+
+__all__ = ["counterpart", "has", "standing"]
+
+
+def has(g: Graph, name: str) -> bool:
+    """Whether a model computes a value of that name."""
+    try:
+        return not g.is_constant(g.value(name))
+    except ModelError:
+        return False
+
+
+def counterpart(g: Graph, original: Graph, v: ir.Value) -> str:
+    """The name of what all that reads a value reads in the original: behind a gap, where layers were left out after it.
+
+    A norm or reshape that alone reads it, and is what the original has behind the gap, is looked through. The value's
+    own name where its readers do not agree, or are new.
+    """
+    name = str(v.name)
+    if v.is_graph_output() or not has(original, name):
+        return name
+    nodes = {node.name: node for node in original.nodes()}
+    known = [(node, nodes[node.name].inputs[i]) for node, i in v.uses() if node.name in nodes]
+    found = {str(there.name) for _, there in known if there is not None}
+    if len(found) != 1:
+        return name
+    if found == {name} and len(list(v.uses())) == 1:
+        return _through(g, original, known[0][0], v)
+    return found.pop()
+
+
+def standing(original: Graph, uncut: Graph, v: ir.Value) -> tuple[Graph, str]:
+    """Where a value of a graph is to be compared: its counterpart in the original if that is as wide, else itself."""
+    name = counterpart(uncut, original, v)
+    there = original.value(name) if has(original, name) else None
+    if there is None or there.shape is None or v.shape is None or len(there.shape) != len(v.shape):
+        return uncut, str(v.name)
+    return (original, name) if v.shape and there.shape[-1] == v.shape[-1] else (uncut, str(v.name))
+
+
+def _through(g: Graph, original: Graph, node: ir.Node, v: ir.Value) -> str:
+    """The counterpart of what one norm or reshape alone reads, by that of what it gives."""
+    name = str(v.name)
+    if not node.op_type.endswith("Normalization") and node.op_type != "Reshape":
+        return name
+    there = original.value(counterpart(g, original, node.outputs[0])).producer()
+    if there is None or there.name == node.name or there.op_type != node.op_type or there.inputs[0] is None:
+        return name
+    same = node.op_type == "Reshape" or _alike(g, node, original, there)
+    return str(there.inputs[0].name) if same else name
+
+
+def _alike(g: Graph, node: ir.Node, original: Graph, there: ir.Node) -> bool:
+    """Whether two norms do the same to what they read."""
+    pairs = list(zip(node.inputs[1:], there.inputs[1:], strict=False))
+    if len(node.inputs) != len(there.inputs) or any((a is None) != (b is None) for a, b in pairs):
+        return False
+    return all(a is None or (g.array(a) == original.array(b)).all() for a, b in pairs)
