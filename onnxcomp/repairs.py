@@ -40,7 +40,7 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Part:
-    """What is left of a value `[..., d]` of the uncut model: positions `[d']`, or coordinates in a basis `[d, d']`.
+    """What is left of a value `[..., d]` of the uncut model: positions `[d']`, or a product with a matrix `[d, d']`.
 
     With `centred` the mean over the `d` channels is taken off first.
     """
@@ -52,7 +52,7 @@ class Part:
     def __call__(self, a: Float64) -> Float64:
         """The same of statistics `[..., d]`: `[..., d']`."""
         if isinstance(self.of, np.ndarray):
-            return a[..., self.of]
+            return a[..., self.of] if self.of.ndim == 1 else np.asarray(a @ self.of)
         basis = np.asarray(self.of.numpy(), np.float64)
         found = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
         release([self.of])  # there is one for every norm

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxcomp import blocks, repairs
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import Array
+from onnxcomp.maths import Array, solve
 from onnxcomp.pipeline import Env
 from onnxcomp.pruning import Place, Width
 from onnxcomp.repairs import Part
@@ -24,7 +24,8 @@ class PruneHidden(Width):
     """Cut channels of the residual stream; RMSNorm keeps its statistics exactly, LayerNorm cannot and is declined.
 
     The mean of squares is taken over fewer channels, so gains grow by `sqrt(d / d')` and epsilons by `d / d'`. Repair
-    fits what reads the stream, and what is added to it to the uncut stream's remaining channels.
+    fits what reads the stream, and what is added to it: the channels kept are to say to all readers' weights what the
+    uncut stream said.
     """
 
     unit: ClassVar[str] = "channels"
@@ -38,9 +39,30 @@ class PruneHidden(Width):
 
     def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Repair readers and writers of the stream, one after another where that is asked for."""
-        if self._in_order:
-            slots = [(slot, keep) for place, keep in cut for slot in place.group.computed]
-            streams = {s.value: Part(s.value, np.flatnonzero(s.kept(keep))) for s, keep in slots}
-            repairs.in_order(
-                g, uncut, env, [r for p, _ in cut for r in p.readers], streams, self.repair == "gauss-newton"
-            )
+        if not self._in_order:
+            return
+        streams: dict[str, Part] = {}
+        for place, keep in cut:
+            target, whole = _target(uncut, place, keep), tuple(range(place.group.units))
+            for s in place.group.computed:
+                streams[s.value] = Part(s.value, target if s.units == whole else np.flatnonzero(s.kept(keep)))
+        readers = [r for p, _ in cut for r in p.readers]
+        repairs.in_order(g, uncut, env, readers, streams, self.repair == "gauss-newton")
+
+
+def _target(uncut: Graph, place: Place, keep: Array) -> Array:
+    """What of the stream the channels kept are to carry: `[d, d']`, so that readers with the rows kept say the same.
+
+    With `R [d, N]` all weights that read the stream, behind the norms' gains, it is `argmin_M |R - M R_kept|`.
+    """
+    linears = {x.name: x for x in blocks.linears(uncut, tied=True)}
+    gains = {n.output: uncut.array(n.gain).reshape(-1) for n in blocks.norms(uncut)}
+    d = place.group.units
+    total = np.zeros((d, d))
+    for reader in (r.inside(uncut, linears) for r in place.readers if r.slot.units == tuple(range(d))):
+        weight = reader.weight(uncut).astype(np.float64)
+        for x in reader.linears:
+            gain = gains.get(x.source, np.ones(1))
+            rows = weight * gain[:, None]
+            total += rows @ rows.T
+    return solve.repair(total, np.eye(d), keep).weights.T

@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcomp import blocks, catalog
+from onnxcomp import blocks, catalog, readers
+from onnxcomp.coupling import Coupling
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.passes import prune_hidden
 from onnxcomp.runtime import Session
 from tests import tiny
 
@@ -55,3 +57,30 @@ def test_refit_declines_a_stream_of_another_width():
     step = PassManager(passes, allow_unchanged=True).run(g, as_dataset(batches(g, 4), g)).report.step("refit")
     assert step.edits == step.changed == 0
     assert all("wide in the" in d.why or "shared" in d.why for d in step.declined)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_target_is_what_all_readers_of_the_stream_make_best_of_the_channels_kept(tied):
+    g = tiny.decoder(tied=tied)
+    (place,) = catalog.load("prune-hidden")(**OPTIONS).places(Coupling(g))
+    linears = [x for x in blocks.linears(g, tied=True) if x.source in {n.output for n in blocks.norms(g)}]
+    gains = {n.output: g.array(n.gain)[:, None] for n in blocks.norms(g)}
+    read = np.concatenate(
+        [(g.array(x.weight).T if x.transposed else g.array(x.weight)) * gains[x.source] for x in linears], axis=1
+    ).astype(np.float64)
+    assert len(linears) == 5 * len(blocks.layers(g)) + 1
+    keep = np.arange(0, place.group.units, 2)
+    found = prune_hidden._target(g, place, keep)
+    want = np.linalg.lstsq(read[keep].T, read.T, rcond=None)[0].T
+    np.testing.assert_allclose(found, want, atol=1e-4)
+    np.testing.assert_allclose(found[keep], np.eye(len(keep)), atol=1e-4)
+
+
+def test_channels_that_nothing_reads_are_no_part_of_the_target():
+    g = tiny.decoder()
+    (place,) = catalog.load("prune-hidden")(**OPTIONS).places(Coupling(g))
+    keep = np.arange(place.group.units - 4)
+    gone = np.setdiff1d(np.arange(place.group.units), keep)
+    readers.silence(g, place.group, gone)
+    found = prune_hidden._target(g, place, keep)
+    np.testing.assert_allclose(found, np.eye(place.group.units)[:, keep], atol=1e-6)
