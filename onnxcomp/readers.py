@@ -17,7 +17,7 @@ from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
-__all__ = ["Reader", "Repair", "inside", "magnitude", "readers_of", "repair", "replace", "silence"]
+__all__ = ["Reader", "Repair", "inside", "magnitude", "numbers", "readers_of", "repair", "replace", "silence"]
 
 Repair = Literal["gauss-newton", "least-squares", "bias", "none"]
 
@@ -41,7 +41,7 @@ class Reader:
 
     def weight(self, g: Graph) -> Array:
         """The weight as `[K, N]`."""
-        a = _numbers(g, self.linears[0].weight)
+        a = numbers(g, self.linears[0].weight)
         assert a is not None
         return a.T if self.linears[0].transposed else a
 
@@ -129,7 +129,7 @@ def magnitude(g: Graph, group: Group) -> Float64:
     """L2 norm of all weights that read or write a unit: `[units]` (Torch-Pruning's group norm)."""
     total = np.zeros(group.units)
     for slot in group.slots:
-        a = _numbers(g, g.value(slot.value)) if slot.reads or slot.writes else None
+        a = numbers(g, g.value(slot.value)) if slot.reads or slot.writes else None
         if a is None:
             continue
         squares = np.square(a.astype(np.float64)).sum(axis=tuple(i for i in range(a.ndim) if i != slot.axis))
@@ -138,7 +138,7 @@ def magnitude(g: Graph, group: Group) -> Float64:
     return np.asarray(np.sqrt(total))
 
 
-def _numbers(g: Graph, v: ir.Value) -> Array | None:
+def numbers(g: Graph, v: ir.Value) -> Array | None:
     """A constant as the numbers it stands for, codes dequantized; None for the scales of codes, and for integers."""
     for node, index in v.uses():
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):

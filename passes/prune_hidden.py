@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from onnxcomp import blocks, repairs
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import Array, solve
+from onnxcomp.maths import Array
 from onnxcomp.pipeline import Env
+from onnxcomp.projections import dual, heard
 from onnxcomp.pruning import Place, Width
 from onnxcomp.repairs import Part
 
@@ -51,18 +52,7 @@ class PruneHidden(Width):
 
 
 def _target(uncut: Graph, place: Place, keep: Array) -> Array:
-    """What of the stream the channels kept are to carry: `[d, d']`, so that readers with the rows kept say the same.
-
-    With `R [d, N]` all weights that read the stream, behind the norms' gains, it is `argmin_M |R - M R_kept|`.
-    """
-    linears = {x.name: x for x in blocks.linears(uncut, tied=True)}
-    gains = {n.output: uncut.array(n.gain).reshape(-1) for n in blocks.norms(uncut)}
-    d = place.group.units
-    total = np.zeros((d, d))
-    for reader in (r.inside(uncut, linears) for r in place.readers if r.slot.units == tuple(range(d))):
-        weight = reader.weight(uncut).astype(np.float64)
-        for x in reader.linears:
-            gain = gains.get(x.source, np.ones(1))
-            rows = weight * gain[:, None]
-            total += rows @ rows.T
-    return solve.repair(total, np.eye(d), keep).weights.T
+    """What of the stream the channels kept are to carry: `[d, d']`."""
+    linears, whole = {x.name: x for x in blocks.linears(uncut, tied=True)}, tuple(range(place.group.units))
+    read = [linears[x.name] for r in place.readers if r.slot.units == whole for x in r.linears]
+    return dual(heard(uncut, read, len(whole)), np.eye(len(whole))[:, keep])

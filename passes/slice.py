@@ -15,6 +15,7 @@ from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.projections import duals
 from onnxcomp.repairs import Part
 from onnxcomp.stats import gram
 from onnxcomp.structure.rotate import basis, rotate
@@ -78,17 +79,20 @@ class Slice(Pass):
                     g.decline(_site(norm), why)
                 continue
             bases, chosen = self._bases(g, stream, width, env), leaders(stream)
-            parts = {str(v.name): Part(str(v.name), bases[chosen[v]], stream.kind == "layer") for v in stream.values}
-            made = rotate(g, stream, {v: bases[chosen[v]] for v in stream.values})
+            written = duals(g, stream, bases) if self._repairs(env) else bases
+            parts = {str(v.name): Part(str(v.name), written[chosen[v]], stream.kind == "layer") for v in stream.values}
+            made = rotate(g, stream, *({v: of[chosen[v]] for v in stream.values} for of in (bases, written)))
             cut |= {str(made[name].name): part for name, part in parts.items()}
             readers |= {node for norm in stream.norms for node in norm.readers}
             g.model.graph.sort()
         g.sweep()  # the uncut stream's sums still read what is added now
-        if self.repair != "none" and cut and not env.dry:
+        if self._repairs(env) and cut:
             held = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
-            whole = self.repair == "gauss-newton"
-            found = [x for x in held if has(uncut, str(x.output.name))]
-            repairs.in_order(g, uncut, env, [repairs.alone(x) for x in found if not repairs.unfit(g, x)], cut, whole)
+            found = [x for x in held if has(uncut, str(x.output.name)) and not repairs.unfit(g, x)]
+            repairs.in_order(g, uncut, env, map(repairs.alone, found), cut, self.repair == "gauss-newton")
+
+    def _repairs(self, env: Env) -> bool:
+        return self.repair != "none" and not env.dry
 
     def _bases(self, g: Graph, stream: Stream, width: int, env: Env) -> dict[ir.Value, ir.TensorProtocol]:
         """The first principal components `[d, width]` of what each norm makes of its input, by the norm's input."""

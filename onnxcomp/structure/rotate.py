@@ -1,7 +1,9 @@
 """Another basis for a residual stream: writers, readers and skips are rewritten, so that fewer coordinates remain.
 
 With orthogonal `Q` (`[d, d']`, columns orthonormal) the stream carries `z = x Q`. RMSNorm without gain commutes with
-`Q`; LayerNorm is one behind `M = I - 11^T / d`, which is folded into the writers (SliceGPT, arXiv 2401.15024).
+`Q`; LayerNorm is one behind `I - 11^T / d`, which is folded into the writers (SliceGPT, arXiv 2401.15024).
+
+What is written may be projected along other directions than what is read, by a dual `D` with `Q^T D = I`: `z = x D`.
 """
 
 from __future__ import annotations
@@ -28,23 +30,34 @@ def basis(g: Graph, q: Float64) -> ir.TensorProtocol:
     return as_tensor(q, folder=g.spool)
 
 
-def rotate(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> dict[str, ir.Value]:
+def rotate(
+    g: Graph,
+    stream: Stream,
+    bases: Mapping[ir.Value, ir.TensorProtocol],
+    duals: Mapping[ir.Value, ir.TensorProtocol] | None = None,
+) -> dict[str, ir.Value]:
     """Carry every value of a stream in its `basis`; what carries each now, by the name of the old one.
 
-    Where two bases differ a skip is multiplied by `Q^T Q'`.
+    Where two bases differ a skip is multiplied by `Q^T D'`. `duals` are the bases themselves where none are given.
 
     Exact (to rounding) where the bases are square; otherwise what lies outside them is lost. Values whose basis is one
     object share it. No more than two bases are in memory at once.
     """
-    rotation = _Rotation(g, stream, bases)
+    rotation = _Rotation(g, stream, bases, duals or bases)
     rotation.run()
     g.forget_shapes()
     return {str(old.name): new for old, new in rotation.made.items()}
 
 
 class _Rotation:
-    def __init__(self, g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> None:
-        self.g, self.stream, self.bases = g, stream, bases
+    def __init__(
+        self,
+        g: Graph,
+        stream: Stream,
+        bases: Mapping[ir.Value, ir.TensorProtocol],
+        duals: Mapping[ir.Value, ir.TensorProtocol],
+    ) -> None:
+        self.g, self.stream, self.bases, self.duals = g, stream, bases, duals
         self.index, self.facts = Index.of(g), Facts(g)
         self.others = {v: stream.others(v) for v in stream.values}
         self.own = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
@@ -62,8 +75,15 @@ class _Rotation:
 
     def _basis(self, v: ir.Value) -> Float64:
         """The basis of a value; what was read of others need not stay in memory."""
-        release(self.bases.values())
-        return np.asarray(self.bases[v].numpy(), np.float64)
+        return self._of(self.bases, v)
+
+    def _dual(self, v: ir.Value) -> Float64:
+        """What is written to a value is multiplied by."""
+        return self._of(self.duals, v)
+
+    def _of(self, held: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
+        release([*self.bases.values(), *self.duals.values()])
+        return np.asarray(held[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
         dtype = like.dtype.numpy() if like.dtype is not None else np.dtype(np.float32)
@@ -91,13 +111,13 @@ class _Rotation:
         """A value in the basis of `x`, moved to that of `v`."""
         if self.bases[x] is self.bases[v]:
             return y
-        return self.g.op("MatMul", y, self._matrix(self._basis(x).T @ self._basis(v), v), name=f"{v.name}_skip")
+        return self.g.op("MatMul", y, self._matrix(self._basis(x).T @ self._dual(v), v), name=f"{v.name}_skip")
 
     def _written(self, x: ir.Value, v: ir.Value) -> ir.Value:
         """What a writer adds to the stream, in the basis of `v`: folded into its weights where they are its own."""
-        q = self._basis(v)
+        q = self._dual(v)
         if self.stream.kind == "layer":
-            q = q - q.mean(axis=0)  # M Q
+            q = q - q.mean(axis=0)  # (I - 11^T / d) D
         if self.g.is_constant(x):
             return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
         readers = {u for u, _ in x.uses()}

@@ -12,6 +12,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes import slice as slice_pass
 from onnxcomp.passes.slice import Slice
+from onnxcomp.projections import duals
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize
 from onnxcomp.structure.rotate import rotate
@@ -137,11 +138,11 @@ def test_a_stream_that_lies_in_fewer_dimensions_is_cut_without_loss(name, basis)
 def test_bases_of_a_large_model_lie_in_files_and_change_nothing(monkeypatch):
     monkeypatch.setattr(spool, "SPOOLED", 1 << 12)
     given = []
-    monkeypatch.setattr(slice_pass, "rotate", lambda g, stream, bases: given.append(bases) or rotate(g, stream, bases))
+    monkeypatch.setattr(slice_pass, "rotate", lambda g, s, *of: given.extend(of) or rotate(g, s, *of))
     g = tiny.decoder(layers=2)
     held, spooled = (PassManager([Slice(ratio=0.3)], memory=m).run(g, data(g)).model for m in (None, 1 << 14))
     in_files = [{isinstance(t.numpy(), np.memmap) for t in bases.values()} for bases in given]
-    assert in_files == [{False}, {True}]
+    assert in_files == [{False}, {False}, {True}, {True}]
     close(held, spooled, 1e-5)
 
 
@@ -200,3 +201,41 @@ def test_sums_of_embeddings_before_a_norm_are_no_residual_stream():
     g.replace(start, g.op("Add", start, np.ones((1, 1, 32), np.float32), like=start), users=users)
     g.model.graph.sort()
     assert all(s.why for s in streams(g))
+
+
+def canonicalized(g):
+    canonicalize(g)
+    return g
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder-tied"])
+def test_duals_are_the_projection_that_readers_weights_tell_least_from_none(name):
+    g = canonicalized(MODELS[name]())
+    (stream,) = [s for s in streams(g) if not s.why]
+    outs = {n.output: g.array(n.gain).reshape(-1, 1) for n in stream.norms}
+    read = [x for x in blocks.linears(g, tied=True) if x.source in outs]
+    weights = [(g.array(x.weight).T if x.transposed else g.array(x.weight)) * outs[x.source] for x in read]
+    weights += [np.diag(gain.ravel()) for out, gain in outs.items() if out.is_graph_output()]
+    r = np.concatenate(weights, axis=1).astype(np.float64)
+    q = orthogonal(32, np.random.default_rng(0), 20)
+    dual = np.asarray(duals(g, stream, {read[0].source: q})[read[0].source].numpy())
+    basis = q.numpy()
+    np.testing.assert_allclose(basis.T @ dual, np.eye(20), atol=1e-4)
+    want = np.linalg.lstsq(r.T @ basis, r.T, rcond=None)[0].T
+    np.testing.assert_allclose(dual, want, atol=1e-4 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("basis", ["norm", "shared"])
+def test_what_is_written_along_duals_is_read_as_with_bases_where_nothing_is_cut(basis):
+    g = canonicalized(MODELS["decoder"]())
+    turned = g.clone()
+    (stream,) = streams(turned)
+    rng = np.random.default_rng(0)
+    one = orthogonal(32, rng)
+    bases = {v: one if basis == "shared" else orthogonal(32, rng) for v in {n.input for n in stream.norms}}
+    lead = leaders(stream)
+    written = duals(turned, stream, bases)
+    assert all(np.allclose(written[v].numpy(), q.numpy(), atol=1e-3) for v, q in bases.items())
+    rotate(turned, stream, *({v: of[lead[v]] for v in stream.values} for of in (bases, written)))
+    turned.verify()
+    close(g, turned, 1e-4)

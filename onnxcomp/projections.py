@@ -1,0 +1,63 @@
+"""What a narrower residual stream is to carry, from the weights that read it.
+
+Of a stream `x [.., d]` that is read through `Q [d, d']` (a basis, or the channels kept) only `z = x D` is left. With `R
+[d, N]` all its readers' weights, `D = argmin |R - D Q^T R| = S Q (Q^T S Q)^-1`, `S = R R^T`, lets `z` say to them what
+comes closest to what `x` said, whatever `x` is; and `Q^T D = I`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxcomp import blocks
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.solve import least_squares
+from onnxcomp.readers import numbers
+from onnxcomp.spool import release
+from onnxcomp.structure.rotate import basis
+from onnxcomp.structure.stream import Stream
+
+__all__ = ["dual", "duals", "heard"]
+
+PIECE = 1 << 24  # numbers of a weight that are multiplied at a time
+
+
+def heard(g: Graph, linears: Iterable[blocks.Linear], width: int) -> Float64:
+    """`R R^T [d, d]`, `R [d, N]` being all weights of some linears, times the gains of the norms that they read."""
+    gains = {n.output: g.array(n.gain).reshape(-1, 1) for n in blocks.norms(g)}
+    total = np.zeros((width, width))
+    for x in linears:
+        a = numbers(g, x.weight)
+        assert a is not None
+        weight, step = a.T if x.transposed else a, max(1, PIECE // width)
+        for i in range(0, weight.shape[1], step):
+            rows = weight[:, i : i + step].astype(np.float32) * gains.get(x.source, np.ones(1, np.float32))
+            total += rows @ rows.T
+        release([x.weight.const_value])
+    return total
+
+
+def dual(matrix: Float64, q: Array) -> Float64:
+    """`D [d, d']` for `Q [d, d']`, from `S [d, d]`; directions that nothing hears stay as in `Q`."""
+    inner = matrix @ q
+    return np.ascontiguousarray(least_squares(q.T @ inner, inner.T, start=q.T).weights.T)
+
+
+def duals(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol]) -> dict[ir.Value, ir.TensorProtocol]:
+    """The dual of every basis of a stream, for all that reads its norms: what is read as it is counts as itself."""
+    outputs = {n.output for n in stream.norms}
+    linears = [x for x in blocks.linears(g, tied=True) if x.source in outputs]
+    matrix, nodes = heard(g, linears, stream.width), {x.node for x in linears}
+    for n in stream.norms:
+        if n.output.is_graph_output() or not nodes.issuperset(n.readers):
+            matrix += np.diag(g.array(n.gain).reshape(-1).astype(np.float64) ** 2)
+    made: dict[int, ir.TensorProtocol] = {}
+    for q in bases.values():
+        if id(q) not in made:
+            made[id(q)] = basis(g, dual(matrix, np.asarray(q.numpy(), np.float64)))
+            release([q])
+    return {v: made[id(q)] for v, q in bases.items()}
