@@ -12,6 +12,7 @@ from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.branches import Branch, sums
 from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
+from onnxcomp.logits import fit_logits
 from onnxcomp.pipeline import Env
 from onnxcomp.ports import take_out
 from onnxcomp.repairs import behind, to_stream, unfit
@@ -81,6 +82,8 @@ def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], whole: bool = F
             g.note(x.site, f"not repaired: {why}")
             continue
         to_stream(g, uncut, env, x, str(end.name) if gap is None else _target(g, uncut, gap), DAMP, whole=whole)
+    if whole and gaps:
+        fit_logits(g, env)
 
 
 def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Value]]) -> ir.Value | None:

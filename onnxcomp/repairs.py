@@ -15,6 +15,7 @@ from onnxcomp.counterparts import has, standing
 from onnxcomp.errors import ModelError
 from onnxcomp.feedforward import alone, fit_whole
 from onnxcomp.graph import Graph
+from onnxcomp.logits import fit_logits
 from onnxcomp.maths import Array, Float64, refit
 from onnxcomp.maths.refit import Means
 from onnxcomp.pipeline import Env
@@ -100,6 +101,8 @@ def in_order(
             to_stream(g, uncut, env, site, name, part=left, whole=whole)
         if g.spool is not None:
             forget(g.model)
+    if whole and found:
+        fit_logits(g, env)
 
 
 def to_stream(

@@ -69,6 +69,7 @@ LAYERS = [
         "budgets",
         "convolutions",
         "feedforward",
+        "logits",
         "projections",
         "pruning",
         "readers",

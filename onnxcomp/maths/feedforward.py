@@ -17,6 +17,7 @@ import numpy as np
 
 from onnxcomp.maths import Array
 from onnxcomp.maths.activations import DERIVED
+from onnxcomp.maths.conjugate import Change, solve
 from onnxcomp.maths.solve import damped, invert_lower
 
 __all__ = ["Ffn", "Fitted", "fit"]
@@ -27,8 +28,6 @@ PRODUCTS = 8  # with the Gauss-Newton matrix, each round
 DAMP = 0.1  # of the mean square of what a matrix reads
 CHECKED = 8  # one row of so many is not fitted to
 CHUNK = 1 << 22  # elements of the widest matrix at a time
-
-Change = list[Array]  # of up, gate if there is one, down, in their type: there are several at a time
 
 
 @dataclass(frozen=True)
@@ -123,29 +122,7 @@ def _line(part: Ffn, change: Change, x: Array, y: Array, error: float) -> tuple[
 def _step(part: Ffn, x: Array, y: Array, damp: float) -> Change:
     """The change of all weights that is best to first order, nearly: some products of conjugate gradients."""
     system = _System(part, x, damp)
-    found = [np.zeros_like(w) for w in part.weights]
-    rest = system.gradient(y)
-    along = system.preconditioned(rest)
-    power = _dot(rest, along)
-    for _ in range(PRODUCTS):
-        if power <= 0:
-            break
-        across = system.product(along)
-        by = power / _dot(along, across)
-        for f, r, a, c in zip(found, rest, along, across, strict=True):
-            f += by * a
-            r -= by * c
-        del across
-        ahead = system.preconditioned(rest)
-        last, power = power, _dot(rest, ahead)
-        for a, h in zip(along, ahead, strict=True):
-            a *= power / last
-            a += h
-    return found
-
-
-def _dot(a: Change, b: Change) -> float:
-    return float(sum(np.vdot(i, j) for i, j in zip(a, b, strict=True)))
+    return solve(system.gradient(y), system.product, system.preconditioned, PRODUCTS)
 
 
 class _System:

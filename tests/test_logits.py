@@ -1,0 +1,134 @@
+"""What makes logits, fitted to the original's probabilities: the linear system, and what a fit may do."""
+
+import numpy as np
+import pytest
+import torch
+
+from onnxcomp import blocks, catalog
+from onnxcomp.data import Batch, as_dataset
+from onnxcomp.manager import PassManager
+from onnxcomp.maths import logits
+from onnxcomp.maths.logits import Classes, fit
+from onnxcomp.runtime import Session
+from tests import tiny
+
+RNG = np.random.default_rng
+
+
+def problem(seed=0, rows=400, dtype=np.float64):
+    """Rows of five channels, of which seven more made others; eleven classes behind four channels."""
+    r = RNG(seed)
+    x = r.normal(size=(rows, 12)).astype(dtype)
+    x[:, 5:] *= 0.5
+    there = Classes(r.normal(size=(12, 4)).astype(dtype), r.normal(size=(4, 11)).astype(dtype), np.zeros(11, dtype))
+    start = Classes(there.turn[:5].copy(), there.table, r.normal(size=11).astype(dtype) * 0.1)
+    return start, x[:, :5], there, x
+
+
+def divergence(start, z, there, x):
+    """`KL(p | q)` summed over rows, as a function of the matrix, written with PyTorch."""
+    table, shift, rows = (torch.from_numpy(a) for a in (start.table, start.shift, z))
+    p = torch.log_softmax(torch.from_numpy(there.scores(x)), -1)
+
+    def of(turn):
+        q = torch.log_softmax(rows @ turn @ table + shift, -1)
+        return (p.exp() * (p - q)).sum()
+
+    return of
+
+
+def test_the_way_down_and_the_hessian_are_torchs():
+    start, z, there, x = problem()
+    of, turn = divergence(start, z, there, x), torch.from_numpy(start.turn)
+    system = logits._System(start, there, z, x, 0.0)
+    np.testing.assert_allclose(system.gradient, -torch.func.grad(of)(turn).numpy(), atol=1e-9)
+    change = RNG(1).normal(size=start.turn.shape)
+    want = torch.func.jvp(torch.func.grad(of), (turn,), (torch.from_numpy(change),))[1].numpy()
+    np.testing.assert_allclose(system.product([change])[0], want, atol=1e-8)
+    damped = logits._System(start, there, z, x, 0.1)
+    more = damped.product([change])[0] - want
+    assert np.vdot(change, more) > 0
+    np.testing.assert_allclose(more, 0.1 * np.square(z).sum() / 5 * change @ damped.outer, atol=1e-8)
+
+
+def test_rows_in_pieces_give_the_same(monkeypatch):
+    start, z, there, x = problem()
+    whole = fit(start, z, there, x)
+    monkeypatch.setattr(logits, "CHUNK", 11 * 7)
+    np.testing.assert_allclose(fit(start, z, there, x).turn, whole.turn, atol=1e-9)
+
+
+def test_a_fit_finds_the_least_divergence():
+    start, z, there, x = problem(rows=4000)
+    found = fit(start, z, there, x)
+    seen = np.arange(len(z)) % 8 != 7
+    of = divergence(start, z[seen], there, x[seen])
+    turn = torch.from_numpy(start.turn.copy()).requires_grad_()
+    optimizer = torch.optim.LBFGS([turn], max_iter=300, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = of(turn) / seen.sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    least, begin, ours = (float(of(torch.as_tensor(t).detach())) for t in (turn, start.turn, found.turn))
+    assert least < 0.9 * begin
+    assert ours - least < 0.05 * (begin - least)
+    assert found.after < found.before
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_fit_raises_the_divergence_of_rows_left_out(seed):
+    start, z, there, x = problem(seed, rows=24)  # as many rows as numbers to fit
+    found = fit(start, z, there, x)
+    out = np.arange(len(z)) % 8 == 7
+    of = divergence(start, z[out], there, x[out])
+    before, after = (float(of(torch.from_numpy(t))) for t in (start.turn, found.turn))
+    assert after <= before
+    assert np.isclose(found.before, before / 3)
+    assert np.isclose(found.after, after / 3)
+
+
+def test_what_gives_the_same_is_left_alone():
+    start, _, there, x = problem()
+    assert fit(there, x, there, x).turn is there.turn
+    assert fit(start, x[:0, :5], there, x[:0]).turn is start.turn
+
+
+def kl(g, model, feeds):
+    total = 0.0
+    for f in feeds:
+        there, here = (torch.from_numpy(run(m, f)).double() for m in (g, model))
+        p, q = (torch.log_softmax(x, -1) for x in (there, here))
+        total += float((p.exp() * (p - q)).sum())
+    return total
+
+
+def run(g, feeds):
+    with Session(g) as s:
+        return next(iter(s.run(feeds).values()))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["slice", "prune-ffn", "drop-layers"])
+def test_logits_come_closer_on_other_data(name, tied, tmp_path, monkeypatch):
+    g = tiny.decoder(tied=tied, layers=4)
+    data = as_dataset([Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(40)], g)
+    options = {"ratio": 0.25, "repair": "gauss-newton"} | ({"multiple": 1} if name == "slice" else {})
+    fitted = PassManager([catalog.load(name)(**options)]).run(g, data, data)
+    monkeypatch.setattr(logits, "ROUNDS", 0)
+    plain = PassManager([catalog.load(name)(**options)]).run(g, data, data)
+    held = [tiny.feeds(g, 8, 9, seed=100 + i) for i in range(6)]
+    fits = name == "slice" or not tied
+    said = [n for n in fitted.report.step(name).noted if "probabilities" in n.what]
+    assert len(said) == fits
+    if fits:
+        assert "divergence from them -" in said[0].what
+        assert kl(g, fitted.model, held) < kl(g, plain.model, held)
+    else:
+        assert not any(
+            np.any(fitted.model.array(a.weight) != plain.model.array(b.weight))
+            for a, b in zip(blocks.linears(fitted.model), blocks.linears(plain.model), strict=True)
+        )
