@@ -20,8 +20,9 @@ __all__ = ["fit_logits"]
 ROWS = 1 << 15  # at most, of the calibration data
 MEMORY = 2 << 30  # bytes, where nothing else is said
 HELD = 64  # rows are held so many times less than memory
-WORK = 1 << 34  # multiplications of all rows with the table, at most: a round takes some thirty times that
-FEW = 4  # rows for each channel, or nothing is fitted
+WORK = 1 << 39  # multiplications of all rows with the table, at most: a round takes some thirty times that
+FEW = 8  # rows for each channel, or nothing is fitted
+TABLES = 4  # of classes, in float32, are held at a time
 
 
 def fit_logits(g: Graph, env: Env) -> None:
@@ -46,17 +47,21 @@ def fit_logits(g: Graph, env: Env) -> None:
 def _fit(g: Graph, env: Env, x: Linear, turned: Linear, y: Linear) -> None:
     """Fit `turned`, which is `x` that makes the logits or the linear before it; `y` is the original's `x`."""
     (deep, classes), width = y.sizes, turned.sizes[0]
-    count = min(ROWS, (env.memory or MEMORY) // (HELD * (width + deep)), WORK // (deep * classes))
-    if count < FEW * width:
-        g.note(x.site, f"not fitted to the original's probabilities: too much work for {classes:,} classes")
+    memory, kept = env.memory or MEMORY, "not fitted to the original's probabilities"
+    count = min(ROWS, memory // (HELD * (width + deep)), WORK // (deep * classes))
+    if count < FEW * width or TABLES * 4 * deep * classes > memory:
+        g.note(x.site, f"{kept}: too much work or memory for {classes:,} classes")
         return
-    start, there = _start(g, x, turned), _classes(env.original, y)
     need: Need = paired(turned.source, y.source.name or "", count, other_of="original")
     rows = env.collect(g, [need], env.original)[need].astype(np.float32)
+    if len(rows) < FEW * width:
+        g.note(x.site, f"{kept}: {len(rows):,} rows of calibration data are too few for {width} channels")
+        return
+    start, there = _start(g, x, turned), _classes(env.original, y)
     result = fit(start, rows[:, :width], there, rows[:, width:])
     left = "rows that are left out of the fit"
     if result.turn is start.turn:
-        g.note(x.site, f"not fitted to the original's probabilities: that does not help on {left}")
+        g.note(x.site, f"{kept}: that does not help on {left}")
         return
     new = result.turn @ start.table if turned is x else result.turn
     replace(g, alone(turned), new.astype(g.array(turned.weight).dtype))
@@ -66,11 +71,10 @@ def _fit(g: Graph, env: Env, x: Linear, turned: Linear, y: Linear) -> None:
 
 def _start(g: Graph, x: Linear, turned: Linear) -> Classes:
     """What gives the logits now, with the matrix in it that is to be fitted."""
-    last = _classes(g, x)
     if turned is x:
-        return last
-    first = alone(turned).weight(g).astype(np.float32)
-    return Classes(first, last.turn @ last.table, last.shift + _bias(g, turned) @ last.turn @ last.table)
+        return _classes(g, x)
+    table = alone(x).weight(g).astype(np.float32)
+    return Classes(alone(turned).weight(g).astype(np.float32), table, _bias(g, x) + _bias(g, turned) @ table)
 
 
 def _classes(g: Graph, x: Linear) -> Classes:

@@ -5,12 +5,14 @@ import pytest
 import torch
 
 from onnxcomp import blocks, catalog
+from onnxcomp import logits as fitting
 from onnxcomp.data import Batch, as_dataset
+from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import logits
 from onnxcomp.maths.logits import Classes, fit
 from onnxcomp.runtime import Session
-from tests import tiny
+from tests import tiny, zoo
 
 RNG = np.random.default_rng
 
@@ -132,3 +134,25 @@ def test_logits_come_closer_on_other_data(name, tied, tmp_path, monkeypatch):
             np.any(fitted.model.array(a.weight) != plain.model.array(b.weight))
             for a, b in zip(blocks.linears(fitted.model), blocks.linears(plain.model), strict=True)
         )
+
+
+@pytest.mark.parametrize("name", ["tied", "untied", "gpt2"])
+def test_what_is_fitted_is_what_gives_the_logits(name):
+    """In a model with LayerNorm and a tied table, a shift lies between the fitted matrix and the table."""
+    if name == "gpt2":
+        g = Graph(zoo.load_graph("gpt2.dynamo-sdpa-18"))
+        feeds = [zoo.feeds(zoo.kept()["gpt2.dynamo-sdpa-18"][0], 2, 7)]
+    else:
+        g = tiny.decoder(tied=name == "tied")
+        feeds = [tiny.feeds(g, 2, 7)]
+    passes = [catalog.load("canonicalize")(), catalog.load("slice")(ratio=0.25, multiple=1, repair="none")]
+    model = PassManager(passes).run(g, feeds, feeds).model
+    linears = {x.output.name: x for x in blocks.linears(model, tied=True)}
+    last = next(linears[o.name] for o in model.outputs if o.name in linears)
+    first = next((x for x in linears.values() if x.output is last.source), last)
+    assert (first is last) == (name == "untied")
+    start = fitting._start(model, last, first)
+    with Session(model, taps=[str(first.source.name)]) as s:
+        z = s.run(feeds[0])[str(first.source.name)]
+    rows = z.reshape(-1, z.shape[-1])
+    np.testing.assert_allclose(start.scores(rows).reshape(*z.shape[:-1], -1), run(model, feeds[0]), atol=1e-4)
