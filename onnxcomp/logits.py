@@ -36,8 +36,8 @@ def fit_logits(g: Graph, env: Env) -> None:
     there = {x.output.name: x for x in blocks.linears(env.original, tied=True)}
     for name in (r.name for r in View.of(g).outputs if r.logits):
         x, y = found.get(name), there.get(name)
-        if x is None or y is None or x.quantized or y.quantized:
-            continue
+        if x is None or y is None or x.quantized or y.quantized or x.sizes[1] != y.sizes[1]:
+            continue  # with another vocabulary than the original's there is nothing to compare
         before = next((r for r in found.values() if r.output is x.source), None)
         turned = before if before is not None and len(list(x.source.uses())) == 1 else x
         if len(list(turned.weight.uses())) == 1 and g.is_constant(turned.weight) and not turned.quantized:

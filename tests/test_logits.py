@@ -1,5 +1,7 @@
 """What makes logits, fitted to the original's probabilities: the linear system, and what a fit may do."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -156,3 +158,16 @@ def test_what_is_fitted_is_what_gives_the_logits(name):
         z = s.run(feeds[0])[str(first.source.name)]
     rows = z.reshape(-1, z.shape[-1])
     np.testing.assert_allclose(start.scores(rows).reshape(*z.shape[:-1], -1), run(model, feeds[0]), atol=1e-4)
+
+
+def test_another_vocabulary_is_not_compared():
+    g, original = tiny.decoder(vocabulary=40), tiny.decoder(vocabulary=50)
+    fitting.fit_logits(g, SimpleNamespace(original=original, memory=None))  # collects nothing
+    assert g.edits == 0
+
+
+def test_too_many_classes_for_the_memory_are_named():
+    g = tiny.decoder()
+    fitting.fit_logits(g, SimpleNamespace(original=g.clone(), memory=1 << 14))
+    assert g.edits == 0
+    assert "too much work or memory for 50 classes" in g.noted[0].what
