@@ -44,7 +44,10 @@ class Slice(Pass):
     multiple: Annotated[int, Field(ge=0)] = 0
     """Widths are multiples of this; 0 takes the target's width multiple."""
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
-    """What reads the stream (but for the model's outputs) and what is added to it, fitted to the uncut model."""
+    """What reads the stream and what is added to it, fitted to the uncut model (outputs by `gauss-newton` alone).
+
+    What is written is then projected so that readers' weights hear least of the loss (see `onnxcomp.projections`).
+    """
 
     @property
     def is_identity(self) -> bool:
