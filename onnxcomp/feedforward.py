@@ -66,7 +66,7 @@ def fit_whole(
         return
     _write(g, m, found.part)
     gain = 1 - found.after / found.before
-    g.note(m.site, f"fitted as a whole: squared error behind it -{gain:.0%} on rows that are left out of the fit")
+    g.note(m.site, f"fitted as a whole: squared error behind it -{gain:.1%} on rows that are left out of the fit")
 
 
 def _unfit(g: Graph, m: Mlp) -> str:

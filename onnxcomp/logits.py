@@ -66,7 +66,7 @@ def _fit(g: Graph, env: Env, x: Linear, turned: Linear, y: Linear) -> None:
     new = result.turn @ start.table if turned is x else result.turn
     replace(g, alone(turned), new.astype(g.array(turned.weight).dtype))
     gain = 1 - result.after / result.before
-    g.note(x.site, f"fitted to the original's probabilities: divergence from them -{gain:.0%} on {left}")
+    g.note(x.site, f"fitted to the original's probabilities: divergence from them -{gain:.1%} on {left}")
 
 
 def _start(g: Graph, x: Linear, turned: Linear) -> Classes:
