@@ -28,12 +28,13 @@ def counterpart(g: Graph, original: Graph, v: ir.Value) -> str:
     if v.is_graph_output() or not has(original, name):
         return name
     nodes = {node.name: node for node in original.nodes()}
-    known = [(node, nodes[node.name].inputs[i]) for node, i in v.uses() if node.name in nodes]
-    found = {str(there.name) for _, there in known if there is not None}
+    users = list(v.uses())
+    read = (nodes[node.name].inputs[i] for node, i in users if node.name in nodes and i < len(nodes[node.name].inputs))
+    found = {str(there.name) for there in read if there is not None}
     if len(found) != 1:
         return name
-    if found == {name} and len(list(v.uses())) == 1:
-        return _through(g, original, known[0][0], v)
+    if found == {name} and len(users) == 1:
+        return _through(g, original, users[0][0], v)
     return found.pop()
 
 
@@ -51,7 +52,8 @@ def _through(g: Graph, original: Graph, node: ir.Node, v: ir.Value) -> str:
     name = str(v.name)
     if not node.op_type.endswith("Normalization") and node.op_type != "Reshape":
         return name
-    there = original.value(counterpart(g, original, node.outputs[0])).producer()
+    behind = counterpart(g, original, node.outputs[0])
+    there = original.value(behind).producer() if has(original, behind) else None
     if there is None or there.name == node.name or there.op_type != node.op_type or there.inputs[0] is None:
         return name
     same = node.op_type == "Reshape" or _alike(g, node, original, there)

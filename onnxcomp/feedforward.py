@@ -17,7 +17,7 @@ from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, replace
 from onnxcomp.stats import Need, paired
 
-__all__ = ["alone", "fit_whole"]
+__all__ = ["HELD", "MEMORY", "alone", "fit_whole"]
 
 ROWS = 1 << 16  # at most, of the calibration data
 MEMORY = 2 << 30  # bytes, where nothing else is said

@@ -6,7 +6,7 @@ import numpy as np
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.feedforward import alone
+from onnxcomp.feedforward import HELD, MEMORY, alone
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.maths.logits import Classes, fit
@@ -18,8 +18,6 @@ from onnxcomp.stats import Need, paired
 __all__ = ["fit_logits"]
 
 ROWS = 1 << 15  # at most, of the calibration data
-MEMORY = 2 << 30  # bytes, where nothing else is said
-HELD = 64  # rows are held so many times less than memory
 WORK = 1 << 39  # multiplications of all rows with the table, at most: a round takes some thirty times that
 FEW = 8  # rows for each channel, or nothing is fitted
 TABLES = 4  # of classes, in float32, are held at a time
@@ -60,10 +58,10 @@ def _fit(g: Graph, env: Env, x: Linear, turned: Linear, y: Linear) -> None:
     start, there = _start(g, x, turned), _classes(env.original, y)
     result = fit(start, rows[:, :width], there, rows[:, width:])
     left = "rows that are left out of the fit"
-    if result.turn is start.turn:
+    if result.part is start:
         g.note(x.site, f"{kept}: that does not help on {left}")
         return
-    new = result.turn @ start.table if turned is x else result.turn
+    new = result.part.turn @ start.table if turned is x else result.part.turn
     replace(g, alone(turned), new.astype(g.array(turned.weight).dtype))
     gain = 1 - result.after / result.before
     g.note(x.site, f"fitted to the original's probabilities: divergence from them -{gain:.1%} on {left}")

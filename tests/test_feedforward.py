@@ -13,7 +13,7 @@ from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
-from onnxcomp.maths import feedforward
+from onnxcomp.maths import descent, feedforward
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.feedforward import Ffn, fit
 from onnxcomp.runtime import Session
@@ -69,7 +69,7 @@ def test_activations_and_their_slopes_are_torchs(kind: str) -> None:
 def test_products_and_gradients_are_those_of_torchs_jacobian(kind: str, gated: bool, tail: bool, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     p, x, y = part(rng, kind, gated, tail), rng.normal(size=(23, 5)), rng.normal(size=(23, 4))
-    monkeypatch.setattr(feedforward, "CHUNK", 50)  # several pieces
+    monkeypatch.setattr(descent, "CHUNK", 50)  # several pieces
     f, weights = in_torch(p, x)
     np.testing.assert_allclose(p(x), f(*weights), atol=1e-5)
     jacobian = torch.cat([j.flatten(2) for j in torch.autograd.functional.jacobian(f, weights)], 2).flatten(0, 1)
@@ -97,7 +97,7 @@ def test_a_fit_never_raises_the_error_on_rows_it_saw_or_did_not(seed: int, kind:
     start, x = part(rng, kind, gated, tail), rng.normal(size=(80, 5))
     y = start(x) + rng.normal(size=(80, 4))
     found = fit(start, x, y)
-    out = np.arange(80) % feedforward.CHECKED == feedforward.CHECKED - 1
+    out = np.arange(80) % descent.CHECKED == descent.CHECKED - 1
     errors = [[float(np.square(p(x[rows]) - y[rows]).sum()) for rows in (out, ~out)] for p in (start, found.part)]
     assert (found.part is start) == (found.after == found.before)
     assert errors[1][0] <= errors[0][0]
@@ -126,7 +126,7 @@ def test_weights_before_the_activation_are_found_again_where_down_alone_cannot_m
     y = true(x)
     hidden = start.hidden(x)[0]
     down = np.linalg.lstsq(hidden, y, rcond=None)[0]
-    alone = float(np.square(hidden @ down - y)[feedforward.CHECKED - 1 :: feedforward.CHECKED].sum())
+    alone = float(np.square(hidden @ down - y)[descent.CHECKED - 1 :: descent.CHECKED].sum())
     assert fit(start, x, y, damp=1e-3).after < 0.1 * alone
 
 

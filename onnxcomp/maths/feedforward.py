@@ -17,17 +17,12 @@ import numpy as np
 
 from onnxcomp.maths import Array
 from onnxcomp.maths.activations import DERIVED
-from onnxcomp.maths.conjugate import Change, solve
+from onnxcomp.maths.descent import PRODUCTS, Change, Fitted, descend, pieces, solve
 from onnxcomp.maths.solve import damped, invert_lower
 
-__all__ = ["Ffn", "Fitted", "fit"]
+__all__ = ["Ffn", "fit"]
 
-ROUNDS = 6  # linearisations at most
-ENOUGH = 0.01  # a round that gains less, of the error on rows that were not fitted to, is the last
-PRODUCTS = 8  # with the Gauss-Newton matrix, each round
 DAMP = 0.1  # of the mean square of what a matrix reads
-CHECKED = 8  # one row of so many is not fitted to
-CHUNK = 1 << 22  # elements of the widest matrix at a time
 
 
 @dataclass(frozen=True)
@@ -69,54 +64,21 @@ class Ffn:
         return np.concatenate([self.hidden(a)[0] @ self.down for (a,) in _rows(self, x)])
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The fitted part, and the squared error before and after on the rows that were not fitted to."""
-
-    part: Ffn
-    before: float
-    after: float
-
-
-def fit(start: Ffn, x: Array, y: Array, damp: float = DAMP) -> Fitted:
+def fit(start: Ffn, x: Array, y: Array, damp: float = DAMP) -> Fitted[Ffn]:
     """Weights with which rows `x` `[R, d]` give rows closer to `y` `[R, N]`; `start` where none are found.
 
     Every eighth row is left out of the fit. Law: the squared error falls on the rows fitted to and on those left out,
-    or nothing changes; a step that learns the former by heart is tried again with ten times the damping.
+    or nothing changes.
     """
-    out = np.arange(len(x)) % CHECKED == CHECKED - 1
-    seen, unseen = (x[~out], y[~out]), (x[out], y[out])
-    part, before, error = start, _error(start, *unseen), _error(start, *seen)
-    after = before
-    for _ in range(ROUNDS if len(unseen[0]) and before > 0 else 0):
-        new, less = _line(part, _step(part, *seen, damp), *seen, error)
-        checked = _error(new, *unseen)
-        if less >= error or checked >= after:
-            damp *= 10
-            continue
-        gain, part, error, after = 1 - checked / after, new, less, checked
-        if gain < ENOUGH:
-            break
-    return Fitted(part, before, after)
+    return descend(start, (x, y), _error, lambda part, rows, damp: _step(part, rows[0], rows[1], damp), damp)
 
 
 def _rows(part: Ffn, *arrays: Array) -> Iterator[tuple[Array, ...]]:
-    step = max(1, CHUNK // max(part.down.shape[0], 1))
-    for i in range(0, len(arrays[0]), step):
-        yield tuple(a[i : i + step] for a in arrays)
+    return pieces(part.down.shape[0], *arrays)
 
 
-def _error(part: Ffn, x: Array, y: Array) -> float:
-    return sum(float(np.square(part(a) - b, dtype=np.float64).sum()) for a, b in _rows(part, x, y))
-
-
-def _line(part: Ffn, change: Change, x: Array, y: Array, error: float) -> tuple[Ffn, float]:
-    """The first of the full, half and quarter step that lowers the error, and the error; else the part itself."""
-    for by in (1.0, 0.5, 0.25):
-        new = part.moved(change, by)
-        if (found := _error(new, x, y)) < error:
-            return new, found
-    return part, error
+def _error(part: Ffn, rows: Sequence[Array]) -> float:
+    return sum(float(np.square(part(a) - b, dtype=np.float64).sum()) for a, b in _rows(part, *rows))
 
 
 def _step(part: Ffn, x: Array, y: Array, damp: float) -> Change:

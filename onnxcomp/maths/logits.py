@@ -8,23 +8,18 @@ depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from onnxcomp.maths import Array
-from onnxcomp.maths.conjugate import Change, solve
+from onnxcomp.maths.descent import PRODUCTS, Change, Fitted, descend, pieces, solve
 from onnxcomp.maths.solve import damped, invert_lower
 
-__all__ = ["Classes", "Turned", "fit"]
+__all__ = ["Classes", "fit"]
 
-ROUNDS = 6  # Newton steps at most
-ENOUGH = 0.01  # a round that gains less, of the divergence on rows that were not fitted to, is the last
-PRODUCTS = 8  # with the Hessian, each round
 DAMP = 0.01  # of the mean square of what the matrix reads
-CHECKED = 8  # one row of so many is not fitted to
-CHUNK = 1 << 22  # numbers at a time
 
 
 @dataclass(frozen=True)
@@ -39,54 +34,33 @@ class Classes:
         """Of rows `[R, K]`: `[R, N]`."""
         return z @ self.turn @ self.table + self.shift
 
-
-@dataclass(frozen=True)
-class Turned:
-    """The fitted matrix, and the mean divergence in nats before and after on the rows that were not fitted to."""
-
-    turn: Array
-    before: float
-    after: float
+    def moved(self, change: Sequence[Array], by: float) -> Classes:
+        """The same with `turn` moved by a multiple of a change."""
+        return replace(self, turn=(self.turn + by * change[0]).astype(self.turn.dtype))
 
 
-def fit(start: Classes, z: Array, there: Classes, x: Array, damp: float = DAMP) -> Turned:
+def fit(start: Classes, z: Array, there: Classes, x: Array, damp: float = DAMP) -> Fitted[Classes]:
     """The `turn` with which rows `z` `[R, K]` give the probabilities that rows `x` `[R, D]` give `there`.
 
-    Every eighth row is left out of the fit. Law: the divergence falls on the rows fitted to and on those left out, or
-    nothing changes.
+    Every eighth row is left out of the fit. Law: the mean divergence, in nats, falls on the rows fitted to and on those
+    left out, or nothing changes.
     """
-    out = np.arange(len(z)) % CHECKED == CHECKED - 1
-    seen, unseen = (z[~out], x[~out]), (z[out], x[out])
-    part = start
-    before, error = (_divergence(part, there, *rows) for rows in (unseen, seen))
-    after = before
-    for _ in range(ROUNDS if len(unseen[0]) and before > 0 else 0):
-        system = _System(part, there, *seen, damp)
-        (change,) = solve([system.gradient], system.product, system.preconditioned, PRODUCTS)
-        new, less = _line(part, change, there, *seen, error)
-        checked = _divergence(new, there, *unseen)
-        if less >= error or checked >= after:
-            damp *= 10
-            continue
-        gain, part, error, after = 1 - checked / after, new, less, checked
-        if gain < ENOUGH:
-            break
-    return Turned(part.turn, before, after)
+    return descend(
+        start,
+        (z, x),
+        lambda part, rows: _divergence(part, there, *rows),
+        lambda part, rows, damp: _step(part, there, rows[0], rows[1], damp),
+        damp,
+    )
 
 
-def _line(part: Classes, change: Array, there: Classes, z: Array, x: Array, error: float) -> tuple[Classes, float]:
-    """The first of the full, half and quarter step that lowers the divergence, and that; else the matrix as it is."""
-    for by in (1.0, 0.5, 0.25):
-        new = replace(part, turn=(part.turn + by * change).astype(part.turn.dtype))
-        if (found := _divergence(new, there, z, x)) < error:
-            return new, found
-    return part, error
+def _step(part: Classes, there: Classes, z: Array, x: Array, damp: float) -> Change:
+    system = _System(part, there, z, x, damp)
+    return solve([system.gradient], system.product, system.preconditioned, PRODUCTS)
 
 
 def _rows(part: Classes, *arrays: Array) -> Iterator[tuple[Array, ...]]:
-    step = max(1, CHUNK // max(part.table.shape[1], 1))
-    for i in range(0, len(arrays[0]), step):
-        yield tuple(a[i : i + step] for a in arrays)
+    return pieces(part.table.shape[1], *arrays)
 
 
 def _logs(scores: Array) -> Array:
