@@ -102,9 +102,8 @@ def _integers() -> Check:
         return Check("ok", "int8", f"{named}: integer dot products, int8 is fast and exact")
     if "avx2" in features:
         text = f"{named}, no VNNI: u8 x s8 sums saturate at 16 bits and int8 gains less speed"
-        return Check(
-            "warning", "int8", text, "weights use 7 bits here (target cpu); deploy on a CPU with VNNI if you can"
-        )
+        advice = "target cpu limits pairs of weights here so that sums cannot saturate; a CPU with VNNI is faster"
+        return Check("warning", "int8", text, advice)
     if features:
         return Check(
             "warning", "int8", f"{named}: no integer dot products", "expect smaller files, little speed from int8"

@@ -1,14 +1,17 @@
-"""Which linears of a graph are quantized, and which nodes are integer products: counts without a clock."""
+"""Which linears of a graph are quantized, which nodes are integer products, and which could saturate: no clock."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.maths import Array
+from onnxcomp.maths.saturation import breaks
 
-__all__ = ["dequantized_weights", "integer_products", "quantized_linears"]
+__all__ = ["dequantized_weights", "integer_products", "quantized_linears", "saturating"]
 
 INTEGER_PRODUCTS = {
     "MatMulInteger": "",
@@ -18,6 +21,15 @@ INTEGER_PRODUCTS = {
     "MatMulNBits": CONTRIB,
     "QGemm": CONTRIB,
     "QAttention": CONTRIB,
+}
+# Where integer products with an input of the caller's type have their weight `[K, N]`.
+WEIGHT_AT = {
+    "MatMulInteger": 1,
+    "QLinearMatMul": 3,
+    "MatMulIntegerToFloat": 1,
+    "DynamicQuantizeMatMul": 1,
+    "QGemm": 3,
+    "QAttention": 1,
 }
 BETWEEN = ("Transpose", "Reshape", "Cast", "Identity")
 
@@ -39,6 +51,73 @@ def dequantized_weights(model: ir.Model) -> list[str]:
         for n in _nodes(model)
         if n.op_type == "DequantizeLinear" and n.inputs[0] is not None and _packed(n.inputs[0])
     ]
+
+
+def saturating(model: ir.Model, source: ir.Model | None = None) -> list[str]:
+    """Names of constant s8 weights of products with u8 inputs whose sums can saturate (`maths.saturation`) along K.
+
+    A weight that `source` has already, by name or as the same columns, does not count.
+    """
+    names, columns = _signed(source)
+    found = []
+    for v, codes in _weights(model):
+        broken = _broken(codes)
+        if broken and v.name not in names and not broken <= columns:
+            found.append(str(v.name))
+    return list(dict.fromkeys(found))
+
+
+def _signed(model: ir.Model | None) -> tuple[set[str], set[bytes]]:
+    """Names of all constant s8 matrices, and the columns that can saturate."""
+    if model is None:
+        return set(), set()
+    names = {str(v.name) for n in _nodes(model) for v in n.inputs if _s8(v) and v is not None}
+    return names, {c for _, codes in _weights(model) for c in _broken(codes)}
+
+
+def _broken(codes: Array) -> set[bytes]:
+    """The columns of `[K, N]` that can saturate."""
+    return {c.tobytes() for c in codes[:, breaks(codes)].T}
+
+
+def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Array]]:
+    """Constant s8 weights of products with u8 inputs, with their codes as `[K, N]`."""
+    for node in _nodes(model):
+        at = WEIGHT_AT.get(node.op_type) if INTEGER_PRODUCTS.get(node.op_type) == node.domain else None
+        if at is not None and at < len(node.inputs):
+            x, w = node.inputs[0], node.inputs[at]
+            turned = node.op_type == "QGemm" and node.attributes.get_int("transB", 0) == 1
+        elif _is_quantized_linear(node):
+            (x, _), (w, turned) = (_codes(v) for v in node.inputs[:2])
+            turned ^= node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+        else:
+            continue
+        if w is None or not _s8(w) or x is None or _is_signed(x):
+            continue
+        codes = np.asarray(Graph.tensor(w).numpy())  # type: ignore[union-attr]
+        for matrix in codes.reshape(-1, *codes.shape[-2:]):
+            yield w, matrix.T if turned else matrix
+
+
+def _codes(v: ir.Value | None) -> tuple[ir.Value | None, bool]:
+    """The codes behind a dequantized matrix, and whether they are transposed on the way; None where there are none."""
+    turned = False
+    node = v.producer() if v is not None else None
+    while node is not None and node.op_type in BETWEEN:
+        turned ^= node.op_type == "Transpose"
+        node = node.inputs[0].producer() if node.inputs[0] is not None else None
+    return (node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None), turned
+
+
+def _is_signed(codes: ir.Value) -> bool:
+    """Whether codes of an input are s8, by the zero point they are made with where there is one (files lack types)."""
+    made = codes.producer()
+    zero = made.inputs[2] if made is not None and made.op_type == "QuantizeLinear" and len(made.inputs) > 2 else codes
+    return zero is not None and (zero.dtype or codes.dtype) is ir.DataType.INT8
+
+
+def _s8(v: ir.Value | None) -> bool:
+    return _packed(v) and v is not None and v.dtype is ir.DataType.INT8
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:

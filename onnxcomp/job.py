@@ -18,6 +18,7 @@ from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
+from onnxcomp.integer import saturating
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass, Stage
@@ -25,7 +26,7 @@ from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.smoke import smoke
-from onnxcomp.target import CPU, Target, find
+from onnxcomp.target import CPU, Target, find, resolved
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
@@ -55,6 +56,9 @@ class Job:
     measure: bool = True
     allow_code: bool = False
     choices: Path | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", resolved(self.target))
 
     def hash(self, source: str | None = None) -> str:
         """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
@@ -360,8 +364,21 @@ def _check(job: Job, path: Path, result: Result) -> None:
     refused = [str(v) for v in r.verdicts if not v.passed]
     if r.integer is not None and not r.integer.ok:
         refused.append(f"integer check: {r.integer.detail}")
+    if job.target.quantized.saturates:
+        refused += _saturating(job, path, r)
     if refused:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
+
+
+def _saturating(job: Job, path: Path, r: Report) -> list[str]:
+    """Weights of the written file whose sums can saturate: refused if made here, a warning if the source had them."""
+    model = storage.load(path).model
+    if job.target.provider != CPU.provider or not (broken := saturating(model)):
+        return []
+    made = saturating(model, storage.load(job.model).model)
+    can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"
+    r.warnings += [f"weight '{w}' is int8 in the source already: {can}" for w in broken if w not in made]
+    return [f"weight '{w}': {can}" for w in made]
 
 
 def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placement:

@@ -26,7 +26,7 @@ from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache
 from onnxcomp.storage import load
 from onnxcomp.structure.precision import in_half
-from onnxcomp.target import CPU, Target
+from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants
@@ -88,8 +88,8 @@ class PassManager:
     ) -> None:
         self.dry = dry
         self.passes = tuple(passes)
-        self.target = target
-        self.host, self.host_note = host_of(target)
+        self.target = resolved(target)
+        self.host, self.host_note = host_of(self.target)
         self.gate = gate or Gate()
         self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
         self.allow_unchanged, self.measure = allow_unchanged, measure

@@ -18,7 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.graph import Declined, Graph, Site
 from onnxcomp.stats import Need, Stats
-from onnxcomp.target import Target
+from onnxcomp.target import Target, resolved
 
 if TYPE_CHECKING:
     from onnxcomp.forms import Context, Form, Spot
@@ -94,6 +94,9 @@ class Env:
     measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
     dry: bool = False  # only sizes count: no statistic was collected
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", resolved(self.target))
 
     def evaluate(self, variants: Iterable[Edit], metric: str | None = None, samples: int | None = None) -> list[Score]:
         """Score edits, each on its own copy of the current graph, against the original on calibration data.

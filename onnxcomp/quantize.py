@@ -11,9 +11,9 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
-from onnxcomp.maths import Array, formats
+from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
-from onnxcomp.target import Granularity, Target
+from onnxcomp.target import Granularity, Target, resolved
 
 __all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable", "run_time_product"]
 
@@ -51,11 +51,14 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
 
 
 class WeightCodes:
-    """Integer forms of weights, one per stored tensor, so that layers sharing a weight share its codes too."""
+    """Integer forms of weights, one per stored tensor, so that layers sharing a weight share its codes too.
+
+    Where the target's sums saturate, scales are as large as `maths.saturation` asks for.
+    """
 
     def __init__(self, g: Graph, granularity: Granularity, target: Target) -> None:
         self.g, self.axis = g, 1 if granularity == "channel" else None
-        self.format = FORMATS["int8"].narrowed(7) if target.quantized.reduce_range else FORMATS["int8"]
+        self.saturates = resolved(target).quantized.saturates
         self._made: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
 
     def __call__(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
@@ -66,14 +69,17 @@ class WeightCodes:
         return self._made[key]
 
     def _make(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
-        tensor, axis, fmt = self.g.tensor(linear.weight), self.axis, self.format
+        tensor, axis, fmt = self.g.tensor(linear.weight), self.axis, FORMATS["int8"]
         assert tensor is not None
 
         def weight() -> Array:
             return tensor.numpy().T if linear.transposed else tensor.numpy()
 
-        limit = np.abs(weight()).max(axis=None if axis is None else 0)
-        scale, zero = formats.affine(-limit, limit, fmt, symmetric=True, scale_type=tensor.dtype.numpy())
+        if self.saturates:
+            scale, zero = saturation.scales(weight(), fmt, axis=axis, scale_type=tensor.dtype.numpy())
+        else:
+            limit = np.abs(weight()).max(axis=None if axis is None else 0)
+            scale, zero = formats.affine(-limit, limit, fmt, symmetric=True, scale_type=tensor.dtype.numpy())
 
         def codes() -> Array:
             return formats.quantize(weight(), scale, zero, fmt, axis=axis)

@@ -12,7 +12,19 @@ from typing import Any, Literal
 
 from onnxcomp.errors import TargetError
 
-__all__ = ["CPU", "CPU_ARM64", "CPU_AVX2", "CPU_VNNI", "CUDA", "TARGETS", "TENSORRT", "Target", "cpu_features", "find"]
+__all__ = [
+    "CPU",
+    "CPU_ARM64",
+    "CPU_AVX2",
+    "CPU_VNNI",
+    "CUDA",
+    "TARGETS",
+    "TENSORRT",
+    "Target",
+    "cpu_features",
+    "find",
+    "resolved",
+]
 
 Granularity = Literal["tensor", "channel"]
 
@@ -25,7 +37,7 @@ class Quantized:
     weights: tuple[str, ...] = ("s8",)
     granularity: tuple[Granularity, ...] = ("channel", "tensor")
     zero_points: bool = True
-    reduce_range: bool = False
+    saturates: bool = False  # pairs of u8 x s8 products are added in 16 bits: pairs of weights are limited
     pays: bool = True
 
 
@@ -116,8 +128,8 @@ CPU_VNNI = dataclasses.replace(CPU, name="cpu-vnni", description="x86-64 with AV
 CPU_AVX2 = dataclasses.replace(
     CPU,
     name="cpu-avx2",
-    description="x86-64 with AVX2 and no VNNI: u8 x s8 sums saturate, so weights use 7 bits",
-    quantized=Quantized(reduce_range=True),
+    description="x86-64 with AVX2 and no VNNI: u8 x s8 sums saturate, so pairs of weights are limited",
+    quantized=Quantized(saturates=True),
     gflops={"fp32": 100.0, "int8": 150.0, "int8-dynamic": 140.0},
     here=False,
 )
@@ -173,17 +185,24 @@ def cpu_features() -> frozenset[str]:
 
 
 def resolved(target: Target) -> Target:
-    """`cpu` with the limits of this machine's instruction set; any other target as it is."""
+    """A target that is this machine's CPU with the limits of its instruction set; any other as it is.
+
+    Whoever uses a target resolves it (manager, environment of a pass, job, costs); resolving again changes nothing.
+    """
     features = cpu_features()
-    if target.name == "cpu" and "avx2" in features and "vnni" not in features:
-        return dataclasses.replace(target, quantized=CPU_AVX2.quantized, gflops=CPU_AVX2.gflops)
-    return target
+    if not target.here or target.provider != CPU.provider or "avx2" not in features or "vnni" in features:
+        return target
+    return dataclasses.replace(
+        target,
+        quantized=dataclasses.replace(target.quantized, saturates=True),
+        gflops=CPU_AVX2.gflops if target.gflops == CPU.gflops else target.gflops,
+    )
 
 
 def find(name: str) -> Target:
-    """A built-in target by name, or one read from a YAML file; raises `TargetError`."""
+    """A built-in target by name, or one read from a YAML file, not yet `resolved`; raises `TargetError`."""
     if name in TARGETS:
-        return resolved(TARGETS[name])
+        return TARGETS[name]
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         return _read(path)
@@ -203,6 +222,9 @@ def _read(path: Path) -> Target:
     base = raw.pop("like", None)
     if base is not None and base not in TARGETS:
         raise TargetError(f"{path}: 'like: {base}' names no built-in target; there are {', '.join(TARGETS)}")
+    quantized = raw.get("quantized")
+    if isinstance(quantized, dict) and "reduce_range" in quantized:  # the name of `saturates` before the pair rule
+        raw["quantized"] = {"saturates": quantized.pop("reduce_range"), **quantized}
     known = {"": Target, "quantized": Quantized}
     for part, kind in known.items():
         given = raw.get(part, {}) if part else raw

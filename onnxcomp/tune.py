@@ -17,7 +17,7 @@ from onnxcomp.micro import structure
 from onnxcomp.race import median
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, specs
-from onnxcomp.target import CPU, Target
+from onnxcomp.target import CPU, Target, resolved
 
 __all__ = ["Cost", "costs", "forget", "operations"]
 
@@ -53,6 +53,7 @@ def costs(
     same table value everywhere. Raises the form's own error, naming the form.
     """
     held = _known if known is None else known
+    target = resolved(target)
     keys = {n: _key(g, shapes, target, threads) for n, g in forms.items()}
     todo = {n: g for n, g in forms.items() if keys[n] not in held}
     if todo and not (measure and target.here):

@@ -6,7 +6,7 @@ import pytest
 
 from onnxcomp import target
 from onnxcomp.errors import TargetError
-from onnxcomp.target import CPU, TARGETS, find
+from onnxcomp.target import CPU, CPU_AVX2, TARGETS, find, resolved
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -23,7 +23,9 @@ def test_a_users_target_is_a_built_in_one_with_changes(tmp_path):
     path.write_text("like: cpu\nname: edge\nwidth_multiple: 16\nhere: false\nquantized: {reduce_range: true}\n")
     t = find(str(path))
     assert (t.name, t.providers, t.width_multiple, t.here) == ("edge", CPU.providers, 16, False)
-    assert t.quantized.reduce_range
+    assert t.quantized.saturates  # reduce_range is its older name
+    path.write_text("like: cpu-avx2\nname: edge\nquantized: {saturates: false}\n")
+    assert not find(str(path)).quantized.saturates
     assert t.quantized.weights == ("s8",)
 
 
@@ -50,23 +52,27 @@ def test_an_unknown_target_lists_the_known():
         find("tpu")
 
 
-def test_a_machine_without_vnni_uses_seven_bits(monkeypatch):
+def test_a_machine_without_vnni_saturates(monkeypatch):
+    assert find("cpu") is CPU
     monkeypatch.setattr(target, "cpu_features", lambda: frozenset({"avx2"}))
-    assert find("cpu").quantized.reduce_range
+    found = resolved(CPU)
+    assert (found.quantized.saturates, found.gflops) == (True, CPU_AVX2.gflops)
+    assert resolved(found) == found
     monkeypatch.setattr(target, "cpu_features", lambda: frozenset({"avx2", "vnni"}))
-    assert find("cpu") == CPU
+    assert resolved(CPU) is CPU
 
 
-def test_seven_bit_weights_stay_in_range():
+def test_weights_of_a_target_that_saturates_obey_the_pair_rule():
     import numpy as np
 
     from onnxcomp.manager import PassManager
+    from onnxcomp.maths.saturation import pair_sums
     from onnxcomp.passes.qdq import Qdq
     from tests import tiny
 
     g = tiny.linear(64, 64)
-    aim = dataclasses.replace(CPU, quantized=dataclasses.replace(CPU.quantized, reduce_range=True))
+    aim = dataclasses.replace(CPU, quantized=dataclasses.replace(CPU.quantized, saturates=True))
     done = PassManager([Qdq()], target=aim).run(g, [tiny.feeds(g, seed=i) for i in range(5)]).model
     [codes] = [v for v in done.model.graph.initializers.values() if v.name.endswith("_int8")]
-    assert np.asarray(done.array(codes)).min() >= -64
-    assert 32 < np.asarray(done.array(codes)).max() <= 63
+    assert pair_sums(np.asarray(done.array(codes))).max() in (126, 127, 128)
+    assert np.abs(np.asarray(done.array(codes)).astype(int)).max() > 64

@@ -72,7 +72,7 @@ def test_operations_leave_the_graph_as_it_was() -> None:
 
 
 def test_table_prefers_the_integer_form_and_says_where_it_is_from() -> None:
-    plain, fast = tune.costs({"float": tiny.linear(bias=False), "int8": quantized()}, SHAPE, CPU, measure=False)
+    plain, fast = tune.costs({"float": tiny.linear(bias=False), "int8": quantized()}, SHAPE, CPU_VNNI, measure=False)
     assert (plain.form, fast.form) == ("float", "int8")
     assert plain.seconds == pytest.approx(960 / 230e9)
     assert fast.seconds == pytest.approx(960 / 700e9)

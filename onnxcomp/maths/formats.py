@@ -52,7 +52,7 @@ class Format:
         return int(np.log2(self.high - self.low + 1)) if self.integer else 8
 
     def narrowed(self, bits: int) -> Format:
-        """The same type with fewer bits in use, for instruction sets whose sums of products saturate."""
+        """The same type with fewer bits in use."""
         if not self.integer or bits > self.bits or bits < 2:
             raise DataError(f"{self.name} cannot be used with {bits} bits")
         lost = 2 ** (self.bits - bits)

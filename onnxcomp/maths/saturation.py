@@ -1,0 +1,67 @@
+"""Scales of int8 weights whose products with 8-bit inputs cannot saturate where pairs of them are added in 16 bits.
+
+Without VNNI, x86 multiplies unsigned by signed bytes and adds the products of input channels (0, 1), (2, 3), ... in a
+saturating int16 (`vpmaddubsw`), whatever the number of rows and with the raw input codes, before their zero point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.maths import Array
+from onnxcomp.maths.formats import Format, affine, quantize
+
+__all__ = ["PAIR_LIMIT", "breaks", "pair_sums", "scales"]
+
+PAIR_LIMIT = (
+    128  # largest sum of a pair's weight codes of one sign: 255 * 128 = 32640 < 2**15, 255 * 129 = 32895 is not
+)
+# Two codes are rounded up by 0.5 each at most, so a pair of 127.9 steps stays below 129, and a whole number is <= 128.
+PAIR_STEPS = 127.9
+GROWTH = (
+    1.004  # scales stored in half types may be rounded down, which moves codes up: they grow by this until they obey
+)
+CHUNK = 1 << 20  # elements of a weight that are looked at together, to bound the memory of wide layers
+
+
+def pair_sums(w: Array) -> Array:
+    """Per column of `[K, N]` the largest sum of one sign over rows (0, 1), (2, 3), ...; an odd last row is alone."""
+    wide = w.astype(np.int16 if w.dtype.kind in "iu" else np.float64)
+    starts = np.arange(0, len(wide), 2)
+    both = (np.add.reduceat(np.maximum(sign * wide, 0), starts, axis=0).max(axis=0) for sign in (1, -1))
+    return np.asarray(np.maximum(*both))
+
+
+def breaks(codes: Array) -> Array:
+    """Which columns of int8 codes `[K, N]` have a pair whose products with bytes could saturate: bools `[N]`."""
+    return np.concatenate([pair_sums(codes[:, c]) > PAIR_LIMIT for c in _chunks(codes, np.arange(codes.shape[1]))])
+
+
+def scales(w: Array, fmt: Format, *, axis: int | None, scale_type: Any = np.float32) -> tuple[Array, Array]:
+    """Symmetric scale and zero point of `[K, N]`, per column (`axis=1`, `[N]`) or one, whose codes obey `PAIR_LIMIT`.
+
+    Raises `DataError` for weights that are not finite.
+    """
+    limit = np.concatenate([_limits(w[:, c], fmt) for c in _chunks(w, np.arange(w.shape[1]))])
+    if axis is None:
+        limit = np.full_like(limit, limit.max())
+    todo = np.arange(w.shape[1])
+    while todo.size:  # ends: codes only shrink as scales grow
+        scale, zero = affine(-limit, limit, fmt, symmetric=True, scale_type=scale_type)
+        todo = np.concatenate([c[breaks(quantize(w[:, c], scale[c], zero[c], fmt, axis=1))] for c in _chunks(w, todo)])
+        if todo.size:
+            limit[slice(None) if axis is None else todo] *= GROWTH
+    return (scale[0], zero[0]) if axis is None else (scale, zero)
+
+
+def _limits(w: Array, fmt: Format) -> Array:
+    """Per column the number that gets the largest code: its largest weight, or more where a pair asks for it."""
+    return np.asarray(np.maximum(np.abs(w).max(axis=0).astype(np.float64), pair_sums(w) / PAIR_STEPS * fmt.high))
+
+
+def _chunks(w: Array, columns: Array) -> Iterator[Array]:
+    size = max(1, CHUNK // len(w))
+    return (columns[i : i + size] for i in range(0, len(columns), size))
