@@ -378,7 +378,7 @@ def _saturating(job: Job, path: Path, r: Report) -> list[str]:
     made = saturating(model, storage.load(job.model).model)
     can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"
     r.warnings += [f"weight '{w}' is int8 in the source already: {can}" for w in broken if w not in made]
-    return [f"weight '{w}': {can}" for w in made]
+    return [f"weight '{w}': {can}; a pass that cuts its inputs belongs before the one that quantizes" for w in made]
 
 
 def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placement:
