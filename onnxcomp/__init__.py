@@ -6,6 +6,8 @@ The names below are loaded when they are first used; importing the package loads
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.version import __version__
+
 if TYPE_CHECKING:
     from onnxcomp.benchmark import bench as bench
     from onnxcomp.data import Batch as Batch
@@ -37,8 +39,6 @@ if TYPE_CHECKING:
     from onnxcomp.target import TENSORRT as TENSORRT
     from onnxcomp.target import Target as Target
     from onnxcomp.validation import validate as validate
-
-__version__ = "0.1.0"
 
 _HOME = {
     "bench": "benchmark",

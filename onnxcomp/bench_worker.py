@@ -20,13 +20,13 @@ import numpy as np
 
 from onnxcomp import errors
 from onnxcomp.errors import OnnxcompError, TargetError
+from onnxcomp.machine import peak_mib, status
 from onnxcomp.runtime import Session, check_target, installed_runtimes
 from onnxcomp.target import Quantized, Target
 
 __all__ = ["Child", "Watch", "busy_seconds", "main"]
 
 _STAT = Path("/proc/stat")
-_STATUS = Path("/proc/self/status")
 
 
 class Child:
@@ -126,26 +126,6 @@ class Watch:
         return max(0.0, (self._busy() - busy - (time.process_time() - own)) / elapsed)
 
 
-def _status(field: str) -> int | None:
-    """A number from /proc/self/status, or None."""
-    if not _STATUS.exists():
-        return None
-    for line in _STATUS.read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1])
-    return None
-
-
-def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB."""
-    if (kib := _status("VmHWM")) is not None:
-        return kib / 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
-
-
 def _target(fields: Mapping[str, Any]) -> Target:
     """A target from its fields after a trip through JSON."""
     return Target(**{**fields, "providers": tuple(fields["providers"]), "quantized": Quantized(**fields["quantized"])})
@@ -162,13 +142,13 @@ class _Worker:
         """Make the session, read the inputs, and run once."""
         target = _target(m["target"])
         check_target(target)  # also loads the library, which is no part of loading the model
-        before, base = _status("Threads"), peak_mib()
+        before, base = status("Threads"), peak_mib()
         started = time.perf_counter()
         self.session = Session(Path(m["model"]), target, threads=m["threads"], prepack=True)
         loaded = time.perf_counter()
         if self.session.emulated:
             raise TargetError(f"{m['model']}: computes in bfloat16, for which a CPU has no kernels: nothing to time")
-        after = _status("Threads")
+        after = status("Threads")
         types = {port.name: port.dtype for port in self.session.inputs}
         with np.load(m["feeds"], allow_pickle=False) as archive:
             for name, a in archive.items():  # npz knows no bfloat16 and gives raw bytes

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import math
-import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,11 +19,12 @@ from onnxcomp.bench_worker import Child
 from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
+from onnxcomp.machine import machine
 from onnxcomp.maths import Array, Float64
 from onnxcomp.storage import file_bytes, graphs_of, load
-from onnxcomp.target import CPU, Target, cpu_features
+from onnxcomp.target import CPU, Target
 
-__all__ = ["BenchReport", "Block", "Ratio", "Row", "bench", "machine"]
+__all__ = ["BenchReport", "Block", "Ratio", "Row", "bench"]
 
 DIRTY = 0.15  # cores taken by others above which a block does not count: one taken core of two costs 3x, not 1.5x
 PAUSE = 0.04  # seconds in which the other model's threads come to rest
@@ -161,29 +159,6 @@ class BenchReport:
             "slower": self.slower(),
             "warnings": self.warnings,
         }
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.exists() else ""
-    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": cores,
-        "features": sorted(cpu_features()),
-        "os": f"{platform.system()} {platform.release()}",
-        "python": platform.python_version(),
-        "onnxcomp": _version("onnxcomp"),
-    }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -21,7 +20,6 @@ __all__ = [
     "Linear",
     "Mlp",
     "NormSite",
-    "anatomy",
     "attentions",
     "embeddings",
     "head",
@@ -305,10 +303,3 @@ def _ends(group: Sequence[Attention | Mlp]) -> tuple[set[ir.Value], set[ir.Value
 def _bypasses(norm: NormSite) -> bool:
     """Whether the stream also goes past the norm, unnormalized, into an addition."""
     return any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses())
-
-
-def anatomy(g: Graph) -> dict[str, Any]:
-    """What a canonical model consists of, as JSON; see `structure.anatomy`."""
-    from onnxcomp.structure.anatomy import describe
-
-    return describe(g)

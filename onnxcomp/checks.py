@@ -1,9 +1,8 @@
-"""What makes a graph valid: names, order, schemas, and an interface that stays as the user knows it."""
+"""What makes a graph valid: names, order and schemas."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 
 import onnx
 import onnx_ir as ir
@@ -11,44 +10,7 @@ from onnx_ir.passes.common import _c_api_utils
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["Interface", "interface", "names", "order", "same_interface", "schemas"]
-
-Port = tuple[str, str, tuple[int | str, ...] | None]
-Interface = tuple[tuple[Port, ...], tuple[Port, ...]]
-
-
-def interface(graph: ir.Graph) -> Interface:
-    """Name, element type and axes of every input and output."""
-    return _describe(graph.inputs), _describe(graph.outputs)
-
-
-def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
-    return tuple(
-        (
-            str(v.name),
-            v.dtype.name if v.dtype else "?",
-            None if v.shape is None else tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape),
-        )
-        for v in values
-    )
-
-
-def same_interface(before: Interface, now: Interface) -> None:
-    """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
-    for was, has, what in zip(before, now, ("inputs", "outputs"), strict=True):
-        if not _same(was, has):
-            raise ModelError(f"the model's {what} changed from {was} to {has}")
-
-
-def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
-    if [x[:2] for x in was] != [x[:2] for x in has]:
-        return False
-    for (_, _, a), (_, _, b) in zip(was, has, strict=True):
-        if a is None or b is None:
-            continue
-        if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):
-            return False
-    return True
+__all__ = ["names", "order", "schemas"]
 
 
 def order(graph: ir.Graph) -> None:

@@ -15,6 +15,7 @@ import onnxcomp
 from onnxcomp import failures
 from onnxcomp.console import Output, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.outcome import Result
@@ -60,7 +61,7 @@ Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"onnxcomp {onnxcomp.__version__}")
+        typer.echo(f"onnxcomp {__version__}")
         raise typer.Exit
 
 

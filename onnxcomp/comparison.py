@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.data import load_data
-from onnxcomp.errors import ModelError
 from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
-from onnxcomp.storage import file_bytes, graphs_of, load
+from onnxcomp.storage import file_bytes, load, one_graph
 from onnxcomp.target import find
 from onnxcomp.validation import Validation, validate
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from onnxcomp.data import Dataset
     from onnxcomp.graph import Graph
 
-__all__ = ["Asked", "Compared", "DataChoice", "chosen_graphs", "compare", "one_graph"]
+__all__ = ["Asked", "Compared", "DataChoice", "compare"]
 
 
 @dataclass(frozen=True)
@@ -89,21 +88,3 @@ def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) ->
     v = validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
     sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
-
-
-def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:
-    """The graphs of a model, or only the named one; raises `ModelError`."""
-    found = graphs_of(model)
-    if graph is None:
-        return found
-    if graph not in found:
-        raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(found)}")
-    return {graph: found[graph]}
-
-
-def one_graph(model: Path, graph: str | None) -> Path:
-    """The file of the one graph meant; raises `ModelError` where a folder holds several and none is named."""
-    found = chosen_graphs(model, graph if model.is_dir() else None)
-    if len(found) > 1:
-        raise ModelError(f"{model}: holds {len(found)} graphs ({', '.join(found)}); name one with --graph")
-    return next(iter(found.values()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import checks
+from onnxcomp import interface
 from onnxcomp.errors import ModelError
 from onnxcomp.groups import AttrSlot, Entries, Group, IndexSlot, NormSlot, Slot
 from onnxcomp.maths import Array
@@ -158,4 +158,4 @@ def _interface(g: Graph, group: Group, keep: Array) -> None:
             count = int(Slot("", 0, io.units).kept(keep).sum())
             v.shape = ir.Shape([count if i == io.axis else d for i, d in enumerate(v.shape)])
     if group.io:
-        g.interface = checks.interface(g.model.graph)
+        g.interface = interface.interface(g.model.graph)

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
-from onnxcomp.external import MappedTensor, tensors
+from onnxcomp.external import tensors
+from onnxcomp.mapped import MappedTensor
 from onnxcomp.spool import release
 
 __all__ = ["embedded", "externalize", "measure", "sync"]

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import runtime
-from onnxcomp.benchmark import machine
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
+from onnxcomp.machine import cpu_features, machine
 from onnxcomp.report import versions
-from onnxcomp.target import CPU, CUDA, TENSORRT, Target, cpu_features
+from onnxcomp.target import CPU, CUDA, TENSORRT, Target
 
 __all__ = ["Check", "diagnose"]
 

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from onnxcomp import __version__
 from onnxcomp.errors import ExportError
 from onnxcomp.storage import COMPANIONS, copy_companions
+from onnxcomp.version import __version__
 
 TASKS = {  # task: the class that loads it, its outputs
     "feature-extraction": ("AutoModel", ("last_hidden_state",)),

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import itertools
 import math
-import mmap
 import os
 import stat
-import weakref
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.maths import Array
+from onnxcomp.mapped import PACKED, DataFile, MappedTensor
 
-__all__ = ["DataFile", "MappedTensor", "attach", "check", "locations", "tensors"]
+__all__ = ["attach", "check", "locations", "tensors"]
 
-_CHUNK = 1 << 22
-_PACKED = {2, 4, 6}  # bits per element of types that numpy cannot view in place
 _TYPED = {  # where a tensor's elements may lie when they are not raw bytes, and entries per element
     "float_data": {ir.DataType.FLOAT: 1, ir.DataType.COMPLEX64: 2},
     "double_data": {ir.DataType.DOUBLE: 1, ir.DataType.COMPLEX128: 2},
@@ -30,96 +25,6 @@ _TYPED = {  # where a tensor's elements may lie when they are not raw bytes, and
     "uint64_data": {ir.DataType.UINT32: 1, ir.DataType.UINT64: 1},
     "string_data": {ir.DataType.STRING: 1},
 }
-
-
-class DataFile:
-    """A data file held open and mapped once, however many tensors lie in it; it outlives a rename or removal."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
-        weakref.finalize(self, os.close, self._fd)
-        self.size = os.fstat(self._fd).st_size
-        self.map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) if self.size else None
-
-    def chunks(self, offset: int, length: int) -> Iterator[bytes]:
-        """The bytes of a range in pieces, read without touching the mapping, so that they do not stay resident."""
-        while length > 0:
-            piece = self._read(offset, min(_CHUNK, length))
-            if not piece:
-                raise ModelError(f"{self.path}: the file became shorter while it was read")
-            yield piece
-            offset, length = offset + len(piece), length - len(piece)
-
-    def _read(self, offset: int, length: int) -> bytes:
-        if hasattr(os, "pread"):
-            return os.pread(self._fd, length, offset)
-        return b"" if self.map is None else self.map[offset : offset + length]
-
-
-class MappedTensor(ir.ExternalTensor):
-    """An external tensor whose bytes come from a shared `DataFile`; read-only, read when asked for."""
-
-    __slots__ = ("_shared", "_view")
-
-    def __init__(self, shared: DataFile, tensor: ir.ExternalTensor, base: Path) -> None:
-        super().__init__(
-            tensor.location,
-            tensor.offset or 0,
-            tensor.nbytes,
-            tensor.dtype,
-            shape=ir.Shape(list(tensor.shape)),
-            name=str(tensor.name),
-            doc_string=tensor.doc_string,
-            metadata_props=dict(tensor.metadata_props),
-            base_dir=str(base),
-        )
-        self._shared = shared
-        self._view: Array | None = None
-
-    @property
-    def source(self) -> tuple[int, int, int]:
-        """Identity of the stored bytes: equal for tensors that share them."""
-        return id(self._shared), self.offset or 0, self.nbytes
-
-    @property
-    def mapping(self) -> mmap.mmap | None:
-        """The mapping of the whole data file."""
-        return self._shared.map
-
-    def tobytes(self) -> bytes:
-        """A copy of the stored bytes."""
-        return b"".join(self._shared.chunks(self.offset or 0, self.nbytes))
-
-    def tofile(self, file: Any) -> None:
-        """Copy the stored bytes to a file in bounded pieces."""
-        for piece in self._shared.chunks(self.offset or 0, self.nbytes):
-            file.write(piece)
-
-    def numpy(self) -> Array:
-        """The tensor as a read-only array over the mapping; sub-byte types are unpacked to a copy each time."""
-        if self.dtype.bitwidth in _PACKED:
-            return _unpack(self)
-        if self._view is None:
-            if self._shared.map is None or self.nbytes == 0:
-                return np.empty(self.shape.numpy(), self.dtype.numpy())
-            flat = np.frombuffer(self._shared.map, self.dtype.numpy(), self.size, self.offset or 0)
-            self._view = flat.reshape(self.shape.numpy())
-        return self._view
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        """The numpy protocol over `numpy()`."""
-        return self.numpy() if dtype is None and not copy else np.array(self.numpy(), dtype=dtype)
-
-    def release(self) -> None:
-        """Forget the view; the shared mapping stays until its last tensor is gone."""
-        self._view = None
-
-
-def _unpack(t: MappedTensor) -> Array:
-    proto = onnx.TensorProto(data_type=int(t.dtype), dims=t.shape.numpy(), raw_data=t.tobytes())
-    a: Array = ir.serde.deserialize_tensor(proto).numpy()
-    return a
 
 
 def locations(proto: onnx.ModelProto) -> set[str]:
@@ -232,7 +137,7 @@ def _check_inline(t: onnx.TensorProto, need: int, path: Path) -> None:
     else:
         field, per = next(((f, d[dtype]) for f, d in _TYPED.items() if dtype in d), ("int32_data", 1))
         have = len(getattr(t, field))
-        need = need if dtype == ir.DataType.STRING or dtype.bitwidth in _PACKED else math.prod(t.dims) * per
+        need = need if dtype == ir.DataType.STRING or dtype.bitwidth in PACKED else math.prod(t.dims) * per
     if have != need:
         raise ModelError(
             f"{path}: tensor '{t.name}' holds {have} units of data, its shape and type say {need}; refused"

@@ -24,6 +24,8 @@ from onnxcomp import checks
 from onnxcomp.cutting import cut
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.groups import Group
+from onnxcomp.interface import interface as interface_of
+from onnxcomp.interface import same_interface
 from onnxcomp.maths import Array
 from onnxcomp.spool import as_tensor, forget
 
@@ -72,7 +74,7 @@ class Graph:
         self._read = 0
         self._counter = itertools.count()
         self._names = self._give_names()
-        self.interface = checks.interface(model.graph)
+        self.interface = interface_of(model.graph)
 
     # ---- reading -------------------------------------------------------------------------------------------------
 
@@ -389,7 +391,7 @@ class Graph:
         checks.order(self.model.graph)
         checks.names(self.model.graph)
         if interface:
-            checks.same_interface(self.interface, checks.interface(self.model.graph))
+            same_interface(self.interface, interface_of(self.model.graph))
         checks.schemas(self.model)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,8 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["GONE", "Payload", "gone", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
+__all__ = ["Payload", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
 
-GONE = "onnxcomp.gone"  # metadata: inputs, outputs and open axes of the original that a model no longer has
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
 # Weights from this size on stay in their file: prepacking would copy them to memory.
@@ -38,11 +36,6 @@ class Payload:
     folder: Path | None = None
     shared: dict[str, Array] = field(default_factory=dict)
     files: dict[str, Array] = field(default_factory=dict)
-
-
-def gone(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Inputs, outputs and axes of the original that a model says it no longer has: data and shapes may name them."""
-    return frozenset(json.loads(metadata.get(GONE, "[]")))
 
 
 def payload(model: ir.Model) -> Payload:

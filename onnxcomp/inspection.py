@@ -8,12 +8,12 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
-from onnxcomp.blocks import anatomy, linears
-from onnxcomp.comparison import chosen_graphs
+from onnxcomp.blocks import linears
 from onnxcomp.data import specs
 from onnxcomp.graph import Graph
-from onnxcomp.storage import file_bytes, load
+from onnxcomp.storage import chosen_graphs, file_bytes, load
 from onnxcomp.structure import canonicalize
+from onnxcomp.structure.anatomy import describe as anatomy
 
 __all__ = ["SCHEMA_VERSION", "headline", "inspect", "schema"]
 

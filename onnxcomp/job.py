@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import onnxcomp
 from onnxcomp import axes, benchmark, confirm, runtime, settings, storage, tensorrt, vocabulary
-from onnxcomp.comparison import chosen_graphs
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
@@ -26,7 +24,9 @@ from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.smoke import smoke
+from onnxcomp.storage import chosen_graphs
 from onnxcomp.target import CPU, Target, find, resolved
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.data import Dataset
@@ -63,7 +63,7 @@ class Job:
     def hash(self, source: str | None = None) -> str:
         """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
         parts = {
-            "version": onnxcomp.__version__,
+            "version": __version__,
             "model": source or storage.fingerprint(self.model),
             "recipe": self.recipe.hash(),
             "target": dataclasses.asdict(self.target),
@@ -159,7 +159,7 @@ class Job:
             "target": self.target.name,
             "seed": self.seed,
             "metadata": {
-                "onnxcomp.version": onnxcomp.__version__,
+                "onnxcomp.version": __version__,
                 "onnxcomp.source": source,
                 "onnxcomp.recipe": self.recipe.hash(),
                 "onnxcomp.target": self.target.name,

@@ -13,11 +13,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import axes, masks, micro
-from onnxcomp.benchmark import machine
 from onnxcomp.choices import Choice, Choices, Header
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
 from onnxcomp.graph import Graph
+from onnxcomp.machine import machine
 from onnxcomp.maths import Array
 from onnxcomp.race import Entry, race, unfinished, winner
 from onnxcomp.runtime import Session, installed_runtimes

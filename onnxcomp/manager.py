@@ -12,24 +12,24 @@ from typing import Any
 
 import numpy as np
 
-import onnxcomp
 from onnxcomp import calibrate, lowering, runtime, tune
-from onnxcomp.bench_worker import peak_mib
 from onnxcomp.content import content_hash
 from onnxcomp.data import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.gate import Gate, score_of
 from onnxcomp.graph import Graph, Site
+from onnxcomp.machine import peak_mib
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache
 from onnxcomp.storage import load
-from onnxcomp.structure.precision import in_half
+from onnxcomp.structure.types import in_half
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants
+from onnxcomp.version import __version__
 
 __all__ = ["PassManager", "check_order", "host_of"]
 
@@ -131,7 +131,7 @@ class PassManager:
             return StepCache(None)
         data = [d.fingerprint() if d is not None else "" for d in (calib, evalu)]
         choices = self.choices.json() if self.choices.pinned else self.choices.header.forms
-        settings = (self.target, self.gate, self.on_fail, self.seed, self.measure, self.shapes, onnxcomp.__version__)
+        settings = (self.target, self.gate, self.on_fail, self.seed, self.measure, self.shapes, __version__)
         return StepCache(self.cache, content_hash(original), *data, *settings, choices)
 
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:

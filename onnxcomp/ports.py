@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp import checks
+from onnxcomp import interface
 from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph
-from onnxcomp.handover import GONE, gone
+from onnxcomp.interface import GONE, gone
 from onnxcomp.structure.shapes import Facts
 
 __all__ = ["NONE", "Ports", "ports", "take_out"]
@@ -83,7 +83,7 @@ def take_out(g: Graph, found: Ports) -> None:
         if not v.uses():
             graph.inputs.remove(v)
     g.edits += 1
-    g.interface = checks.interface(graph)
+    g.interface = interface.interface(graph)
     lost = {*gone(g.model.metadata_props), *found.inputs, *found.outputs, *axes - _axes(graph.inputs)}
     g.model.metadata_props[GONE] = json.dumps(sorted(lost))
 

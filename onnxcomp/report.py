@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-import onnxcomp
-from onnxcomp.benchmark import machine
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.machine import machine
 from onnxcomp.report_parts import ChoicePart, Interval, LoweringPart, PlacementPart
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
@@ -262,7 +262,7 @@ def write(report: Report, path: Path) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a result."""
-    found = {"python": platform.python_version(), "onnxcomp": onnxcomp.__version__}
+    found = {"python": platform.python_version(), "onnxcomp": __version__}
     for name in PACKAGES:
         try:
             found.setdefault(name, importlib.metadata.version(name))

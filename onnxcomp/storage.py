@@ -24,11 +24,13 @@ from onnxcomp.graph import Graph
 
 __all__ = [
     "COMPANIONS",
+    "chosen_graphs",
     "copy_companions",
     "file_bytes",
     "fingerprint",
     "graphs_of",
     "load",
+    "one_graph",
     "publish",
     "save",
     "written_bytes",
@@ -362,3 +364,21 @@ def copy_companions(source: Path, out: Path) -> list[Path]:
             os.replace(temporary, goal)
             copies.append(goal)
     return copies
+
+
+def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:
+    """The graphs of a model, or only the named one; raises `ModelError`."""
+    found = graphs_of(model)
+    if graph is None:
+        return found
+    if graph not in found:
+        raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(found)}")
+    return {graph: found[graph]}
+
+
+def one_graph(model: Path, graph: str | None) -> Path:
+    """The file of the one graph meant; raises `ModelError` where a folder holds several and none is named."""
+    found = chosen_graphs(model, graph if model.is_dir() else None)
+    if len(found) > 1:
+        raise ModelError(f"{model}: holds {len(found)} graphs ({', '.join(found)}); name one with --graph")
+    return next(iter(found.values()))

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from onnxcomp.errors import TargetError
+from onnxcomp.machine import cpu_features
 
-__all__ = [
-    "CPU",
-    "CPU_ARM64",
-    "CPU_AVX2",
-    "CPU_VNNI",
-    "CUDA",
-    "TARGETS",
-    "TENSORRT",
-    "Target",
-    "cpu_features",
-    "find",
-    "resolved",
-]
+__all__ = ["CPU", "CPU_ARM64", "CPU_AVX2", "CPU_VNNI", "CUDA", "TARGETS", "TENSORRT", "Target", "find", "resolved"]
 
 Granularity = Literal["tensor", "channel"]
 
@@ -167,21 +154,6 @@ TENSORRT = Target(
     gflops={"fp32": 40000.0, "int8": 400000.0},
 )
 TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORRT)}
-
-
-@cache
-def cpu_features() -> frozenset[str]:
-    """Instruction sets of this machine that matter for int8 (`avx2`, `avx512f`, `vnni`, `dotprod`), where known."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return frozenset({"dotprod"} if platform.machine() in ("arm64", "aarch64") else ())
-    words = set(info.read_text(errors="replace").lower().split())
-    found = words & {"avx2", "avx512f"}
-    if words & {"avx512_vnni", "avx_vnni", "avxvnni"}:
-        found.add("vnni")
-    if "asimddp" in words:
-        found.add("dotprod")
-    return frozenset(found)
 
 
 def resolved(target: Target) -> Target:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from onnxcomp import storage
 from onnxcomp.choices import Choice, Choices
-from onnxcomp.comparison import chosen_graphs
 from onnxcomp.data import Dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.manager import PassManager
 from onnxcomp.outcome import Report
 from onnxcomp.recipe import Recipe
+from onnxcomp.storage import chosen_graphs
 from onnxcomp.target import CPU, Target
 
 __all__ = ["tune"]

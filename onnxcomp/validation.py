@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import handover
+from onnxcomp import interface
 from onnxcomp import metrics as scoring
 from onnxcomp.data import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError
@@ -295,7 +295,7 @@ class Reference:
 
 def _lost(model: Graph | Path) -> frozenset[str]:
     """Inputs and outputs of the original that a candidate says it no longer has."""
-    return handover.gone((model if isinstance(model, Graph) else load(model)).model.metadata_props)
+    return interface.gone((model if isinstance(model, Graph) else load(model)).model.metadata_props)
 
 
 def _words(model: Graph | Path) -> Renumbering | None:

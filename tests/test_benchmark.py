@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import axes, bench_worker, benchmark
+from onnxcomp import axes, bench_worker, benchmark, machine
 from onnxcomp.bench_worker import Child, Watch, busy_seconds
 from onnxcomp.benchmark import BenchReport, Block, Rounds, bench
 from onnxcomp.data import as_dataset
@@ -75,9 +75,9 @@ def test_a_system_that_does_not_tell_is_not_guessed(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_is_read_from_the_system_or_from_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told = bench_worker.peak_mib()
-    monkeypatch.setattr(bench_worker, "_STATUS", tmp_path / "none")
-    assert bench_worker.peak_mib() > 10
+    told = machine.peak_mib()
+    monkeypatch.setattr(machine, "_STATUS", tmp_path / "none")
+    assert machine.peak_mib() > 10
     assert told > 10
 
 
@@ -410,6 +410,6 @@ def test_data_without_an_input_is_refused() -> None:
 
 
 def test_the_machine_is_described() -> None:
-    m = benchmark.machine()
+    m = machine.machine()
     assert {"cpu", "cores", "features", "os", "python", "onnxcomp"} <= set(m)
     assert not math.isnan(m["cores"])

@@ -9,6 +9,7 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.graph import Graph
 from onnxcomp.structure import canonicalize
+from onnxcomp.structure.anatomy import describe
 from tests import tiny, zoo
 
 
@@ -158,7 +159,7 @@ def test_tied_head_is_one_tensor():
 
 def test_anatomy_of_a_decoder_counts_everything_once():
     g = tiny.decoder(layers=2, hidden=32, heads=4, kv_heads=2, ffn=64)
-    facts = blocks.anatomy(g)
+    facts = describe(g)
     assert json.loads(json.dumps(facts)) == facts
     assert (facts["layers"], facts["hidden"], facts["vocabulary"]) == (2, 32, 50)
     assert facts["attention"]["kv_heads"] == 2
@@ -174,7 +175,7 @@ def test_anatomy_of_a_decoder_counts_everything_once():
 def test_anatomy_is_the_same_for_every_export_of_a_model():
     found = []
     for name in ("bert.dynamo-sdpa-18", "bert.dynamo-eager-20", "bert.dynamo-sdpa-23", "bert.transformers-sdpa-18"):
-        facts = blocks.anatomy(exported(name))
+        facts = describe(exported(name))
         parameters = facts.pop("parameters")
         del facts["nodes"], parameters["other"], parameters["total"]
         found.append(facts | parameters)
@@ -184,6 +185,6 @@ def test_anatomy_is_the_same_for_every_export_of_a_model():
 def test_anatomy_says_what_was_not_recognised():
     g = tiny.decoder(spelled="dynamo")
     canonicalize(g, exact_rows=True)
-    facts = blocks.anatomy(g)
+    facts = describe(g)
     assert facts["attention"]["not_recognised"] == 2
     assert [set(x) for x in facts["not_recognised"]] == [{"site", "why"}] * 2

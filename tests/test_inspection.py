@@ -8,10 +8,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, inspection, tables
+from onnxcomp import inspection, tables
 from onnxcomp.graph import Graph
 from onnxcomp.storage import save
 from onnxcomp.structure import canonicalize
+from onnxcomp.structure.anatomy import describe
 from onnxcomp.structure.probe import Mask, name_masks
 from tests import tiny, zoo
 
@@ -19,7 +20,7 @@ from tests import tiny, zoo
 def anatomy(name: str) -> dict:
     g = Graph(zoo.load_graph(name))
     canonicalize(g)
-    return blocks.anatomy(g)
+    return describe(g)
 
 
 def inspected(g: Graph, folder) -> dict:
@@ -123,10 +124,10 @@ def test_a_model_that_is_no_transformer(tmp_path):
 def test_every_softmax_that_stays_is_named_with_its_reason():
     g = tiny.decoder(spelled="dynamo")
     canonicalize(g, exact_rows=True)
-    left = {d["site"]: d["why"] for d in blocks.anatomy(g)["not_recognised"]}
+    left = {d["site"]: d["why"] for d in describe(g)["not_recognised"]}
     assert {str(n.name) for n in g.nodes("Softmax")} <= set(left)
     g.declined.clear()
-    silent = {d["site"]: d["why"] for d in blocks.anatomy(g)["not_recognised"]}
+    silent = {d["site"]: d["why"] for d in describe(g)["not_recognised"]}
     assert {str(n.name) for n in g.nodes("Softmax")} <= set(silent)
     assert all("stayed as it was" in why for why in silent.values())
 

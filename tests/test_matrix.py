@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime")
 
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, checks
+from onnxcomp import blocks, interface
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize
@@ -136,9 +136,9 @@ def test_the_interface_stays_as_declared():
     """The way up to the new operator set infers shapes; symbols that an exporter made up stay symbols."""
     g = matrix.load("bert.legacy-sdpa-14")
     g.model.graph.outputs[0].shape = ir.Shape(["batch", "made_up_1", "made_up_2"])
-    g.interface = checks.interface(g.model.graph)
+    g.interface = interface.interface(g.model.graph)
     canonicalize(g)
-    assert checks.interface(g.model.graph) == g.interface
+    assert interface.interface(g.model.graph) == g.interface
 
 
 # ---- what the zoo declares, against PyTorch --------------------------------------------------------------------------

@@ -8,12 +8,13 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import blocks, storage
+from onnxcomp import storage
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.job import optimize
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize, sites
+from onnxcomp.structure.anatomy import describe
 from onnxcomp.structure.shapes import Facts
 from tests import tiny
 
@@ -77,7 +78,7 @@ def test_what_is_no_transformer_stays_as_it_is(name):
     edits = g.edits
     canonicalize(g)
     assert g.edits == edits
-    assert blocks.anatomy(g)["layers"] == 0
+    assert describe(g)["layers"] == 0
 
 
 def test_old_operator_set_with_constant_nodes():

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import datafile, external, storage
+from onnxcomp import datafile, external, mapped, storage
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.structure.opset import convert
@@ -99,7 +99,7 @@ def test_low_precision_types_survive(
     assert v.dtype == kind
     assert g.model.ir_version == version
     assert np.array_equal(g.array(v).astype(np.float32), a.astype(np.float32))
-    assert isinstance(v.const_value, external.MappedTensor) == (limit == 0)
+    assert isinstance(v.const_value, mapped.MappedTensor) == (limit == 0)
 
 
 @settings(max_examples=25, deadline=None)
@@ -547,7 +547,7 @@ def test_opset_conversion_does_not_read_the_weights(tmp_path: Path) -> None:
     big = [v.const_value for v in new.model.graph.initializers.values() if v.const_value.nbytes > datafile.SMALL]
     assert (g.opset, new.opset) == (18, 23)
     assert big
-    assert all(isinstance(t, external.MappedTensor) for t in big)
+    assert all(isinstance(t, mapped.MappedTensor) for t in big)
     assert convert(new, 18).opset == 23
 
 

@@ -11,9 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import handover, spool, storage
-from onnxcomp.external import MappedTensor
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.mapped import MappedTensor
 from onnxcomp.maths import Array
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.low_rank import LowRank

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
+from onnxcomp.structure.types import from_integers, is_float
 from onnxcomp.structure.uniform import MOVES
 
 __all__ = [
@@ -28,8 +29,6 @@ __all__ = [
     "content",
     "fills",
     "from_fills",
-    "from_integers",
-    "in_half",
     "islands",
     "ports",
     "precise",
@@ -86,15 +85,15 @@ def ports(g: Graph, node: ir.Node, half: ir.DataType) -> Ports | None:
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
         return None
     if node.domain == CONTRIB and node.op_type in CONTRIB_HALF and half is ir.DataType.FLOAT16:
-        return _made(node, [_is_float(v) for v in node.inputs], [_is_float(v) for v in node.outputs])
+        return _made(node, [is_float(v) for v in node.inputs], [is_float(v) for v in node.outputs])
     if node.domain != "" or node.op_type in KEPT or "output_dtype" in node.attributes:
         return None
     known = _variables(node.op_type, g.opset, half.name.lower())
     if known is None:
         return None
     reads, makes, free = known
-    ins = [_is_float(v) and _at(reads, i) in free for i, v in enumerate(node.inputs)]
-    outs = [_is_float(v) and _at(makes, i) in free for i, v in enumerate(node.outputs)]
+    ins = [is_float(v) and _at(reads, i) in free for i, v in enumerate(node.inputs)]
+    outs = [is_float(v) and _at(makes, i) in free for i, v in enumerate(node.outputs)]
     if node.op_type in ("LayerNormalization", "RMSNormalization"):
         outs = outs[:1]  # the others are of the stash type
     return _made(node, ins, outs)
@@ -109,23 +108,13 @@ def _at(names: tuple[str, ...], i: int) -> str:
     return names[min(i, len(names) - 1)] if names else ""
 
 
-def _is_float(v: ir.Value | None) -> bool:
-    return v is not None and v.dtype is FLOAT
-
-
-def in_half(g: Graph) -> bool:
-    """Whether a graph holds weights of a half type."""
-    held = (v.dtype for v in g.model.graph.initializers.values())
-    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in held)
-
-
 def candidates(g: Graph, half: ir.DataType) -> list[Ports]:
     """Ports of every node that could run in half, arithmetic on positions and masks of numbers left out."""
     if any(v.dtype is None for node in g.nodes() for v in node.outputs):
         g.infer_shapes()
     counted, found = from_integers(g), []
     for node in g.nodes():
-        floats = [v for v in node.inputs if _is_float(v) and not g.is_constant(v)]
+        floats = [v for v in node.inputs if is_float(v) and not g.is_constant(v)]
         if any(v in counted for v in node.outputs) or (floats and all(v in counted for v in floats)):
             continue
         p = ports(g, node, half)
@@ -140,7 +129,7 @@ def precise(g: Graph) -> set[ir.Node]:
     stack = [v for node in g.nodes("Sin", "Cos") for v in node.inputs]
     while stack:
         v = stack.pop()
-        node = v.producer() if v is not None and _is_float(v) else None
+        node = v.producer() if v is not None and is_float(v) else None
         if node is not None and node not in found and node.op_type not in HEAVY:
             found.add(node)
             stack.extend(node.inputs)
@@ -165,18 +154,6 @@ def _touches(p: Ports, made: Collection[ir.Value], left: Collection[ir.Node]) ->
     """Whether a node reads what a half node makes, or makes what a half node reads."""
     reads = any(p.node.inputs[i] in made for i in p.inputs)
     return reads or any(u in left for v in p.node.outputs for u, _ in v.uses())
-
-
-def from_integers(g: Graph) -> set[ir.Value]:
-    """Floats made from integers alone (positions, counts, masks of numbers); a lookup in a float table is none."""
-    found: set[ir.Value] = set()
-    for node in g.nodes():
-        computed = [v for v in node.inputs if v is not None and not g.is_constant(v)]
-        floats = [v for v in computed if _is_float(v)]
-        casts = node.op_type == "Cast" and bool(computed) and not floats and computed[0].dtype is not BOOL
-        if casts or node.op_type == "Range" or (floats and all(v in found for v in floats)):
-            found.update(v for v in node.outputs if _is_float(v))
-    return found
 
 
 def fills(g: Graph) -> dict[ir.Value, ir.TensorProtocol]:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 
-__all__ = ["fill_types"]
+__all__ = ["fill_types", "from_integers", "in_half", "is_float"]
 
 BOOLS = """
     And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor
@@ -48,3 +48,25 @@ def _type_of(node: ir.Node) -> ir.DataType | None:
     index = OTHER.get(node.op_type, 0)
     x = node.inputs[index] if index < len(node.inputs) else None
     return x.dtype if x is not None else None
+
+
+def in_half(g: Graph) -> bool:
+    """Whether a graph holds weights of a half type."""
+    held = (v.dtype for v in g.model.graph.initializers.values())
+    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in held)
+
+
+def from_integers(g: Graph) -> set[ir.Value]:
+    """Floats made from integers alone (positions, counts, masks of numbers); a lookup in a float table is none."""
+    found: set[ir.Value] = set()
+    for node in g.nodes():
+        computed = [v for v in node.inputs if v is not None and not g.is_constant(v)]
+        floats = [v for v in computed if is_float(v)]
+        casts = node.op_type == "Cast" and bool(computed) and not floats and computed[0].dtype is not ir.DataType.BOOL
+        if casts or node.op_type == "Range" or (floats and all(v in found for v in floats)):
+            found.update(v for v in node.outputs if is_float(v))
+    return found
+
+
+def is_float(v: ir.Value | None) -> bool:
+    return v is not None and v.dtype is ir.DataType.FLOAT

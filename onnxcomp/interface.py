@@ -1,0 +1,59 @@
+"""The interface of a model as values: its inputs and outputs, and what a pass took away from the original's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+
+import onnx_ir as ir
+
+from onnxcomp.errors import ModelError
+
+__all__ = ["GONE", "Interface", "gone", "interface", "same_interface"]
+
+GONE = "onnxcomp.gone"  # metadata: inputs, outputs and open axes of the original that a model no longer has
+
+
+def gone(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Inputs, outputs and axes of the original that a model says it no longer has: data and shapes may name them."""
+    return frozenset(json.loads(metadata.get(GONE, "[]")))
+
+
+Port = tuple[str, str, tuple[int | str, ...] | None]
+
+
+Interface = tuple[tuple[Port, ...], tuple[Port, ...]]
+
+
+def interface(graph: ir.Graph) -> Interface:
+    """Name, element type and axes of every input and output."""
+    return _describe(graph.inputs), _describe(graph.outputs)
+
+
+def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
+    return tuple(
+        (
+            str(v.name),
+            v.dtype.name if v.dtype else "?",
+            None if v.shape is None else tuple(d if isinstance(d, int) else str(d.value or "?") for d in v.shape),
+        )
+        for v in values
+    )
+
+
+def same_interface(before: Interface, now: Interface) -> None:
+    """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
+    for was, has, what in zip(before, now, ("inputs", "outputs"), strict=True):
+        if not _same(was, has):
+            raise ModelError(f"the model's {what} changed from {was} to {has}")
+
+
+def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
+    if [x[:2] for x in was] != [x[:2] for x in has]:
+        return False
+    for (_, _, a), (_, _, b) in zip(was, has, strict=True):
+        if a is None or b is None:
+            continue
+        if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):
+            return False
+    return True

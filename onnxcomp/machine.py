@@ -1,0 +1,73 @@
+"""This machine: its processor, its memory, and how it is described beside what was measured on it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+__all__ = ["cpu_features", "machine", "peak_mib", "status"]
+
+_STATUS = Path("/proc/self/status")
+
+
+@cache
+def cpu_features() -> frozenset[str]:
+    """Instruction sets of this machine that matter for int8 (`avx2`, `avx512f`, `vnni`, `dotprod`), where known."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return frozenset({"dotprod"} if platform.machine() in ("arm64", "aarch64") else ())
+    words = set(info.read_text(errors="replace").lower().split())
+    found = words & {"avx2", "avx512f"}
+    if words & {"avx512_vnni", "avx_vnni", "avxvnni"}:
+        found.add("vnni")
+    if "asimddp" in words:
+        found.add("dotprod")
+    return frozenset(found)
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text(errors="replace") if info.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "cores": cores,
+        "features": sorted(cpu_features()),
+        "os": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "onnxcomp": _version("onnxcomp"),
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def status(field: str) -> int | None:
+    """A number from /proc/self/status, or None."""
+    if not _STATUS.exists():
+        return None
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    return None
+
+
+def peak_mib() -> float:
+    """Largest resident memory of this process so far, MiB."""
+    if (kib := status("VmHWM")) is not None:
+        return kib / 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
