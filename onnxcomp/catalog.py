@@ -13,13 +13,13 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from onnxcomp import passes
 from onnxcomp.errors import RecipeError, UnknownPass
 from onnxcomp.pipeline import Pass, PassFault, default_of, plain
 
 __all__ = ["GROUP", "Option", "PassInfo", "describe", "load", "names", "nearest", "options_schema"]
 
-GROUP = "onnxcomp.passes"  # entry points of third parties: `name = "module:Class"`
+GROUP = "onnxcomp.passes"  # the package of our passes, and the entry points of others: `name = "module:Class"`
+passes = import_module(GROUP)  # by name: passes stand above this room
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who imports whom, how light importing is, how long things are."""
 
 import ast
+import graphlib
 import importlib
 import subprocess
 import sys
@@ -16,87 +17,173 @@ ROOT = Path(onnxcomp.__file__).parent
 PASSES = Path(importlib.import_module("onnxcomp.passes").__path__[0])
 HEAVY = {"onnx", "onnx_ir", "onnxruntime", "torch", "transformers", "onnxscript", "pydantic", "ml_dtypes", "yaml"}
 
-# Layer by layer, lowest first: a module imports its own layer and those below. A name with a slash is a package.
-LAYERS = [
-    {"__init__", "errors"},
-    {"stats", "groups", "target", "maths/"},
-    {"checks", "content", "cutting", "graph", "storage", "external", "datafile", "handover", "spool"},
-    {
-        "structure/",
-        "blocks",
-        "coupling/",
-        "counterparts",
-        "quantize",
-        "integer",
-        "branches",
-        "ports",
-        "tensorrt",
-        "tokens",
-        "vocabulary",
-        "windows",
-        "forms/",
-        "micro",
-        "choices",
-    },
-    {"runtime", "data", "axes", "samples", "sources", "text", "images"},
-    {
-        "accumulate",
-        "bench_worker",
-        "benchmark",
-        "calibrate",
-        "lowering",
-        "masks",
-        "metrics",
-        "outputs",
-        "placement",
-        "race",
-        "resplit",
-        "rows",
-        "runner",
-        "statcache",
-        "tune",
-        "validation",
-        "variants",
-        "walk",
-    },
-    {
-        "pipeline",
-        "gaps",
-        "gate",
-        "outcome",
-        "manager",
-        "steps",
-        "budgets",
-        "convolutions",
-        "feedforward",
-        "logits",
-        "projections",
-        "pruning",
-        "readers",
-        "repairs",
-        "sensitivity",
-        "sharing",
-        "trial",
-    },
-    {"passes/"},
-    {"catalog", "recipe", "recipes/"},
-    {
-        "report",
-        "report_parts",
-        "settings",
-        "job",
-        "smoke",
-        "confirm",
-        "tuner",
-        "inspection",
-        "comparison",
-        "doctor",
-        "tables",
-    },
-    {"console", "failures", "cli", "__main__"},
-]
-# They stand beside the layers: what they may import of ours.
-APART = {"export": {"errors", "storage", "runtime", "graph", "target", "structure/opset"}}
+# The rooms, lowest first: a room imports only rooms on lines above its own, and inside a room there are no circles.
+ROOMS = """
+errors version machine
+maths target
+graph
+analysis data files
+canonical runtime
+blocks stats validation benchmarking exporter
+coupling lowering
+pipeline reports
+methods engine
+passes
+cli
+__init__ __main__
+"""
+LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room in line.split()}
+# Besides the law of the lines: rooms that a room may not import from.
+CLOSED = {"passes": {"engine", "runtime", "files", "benchmarking"}}
+
+
+# On their way to a room.
+MOVING = {
+    "accumulate": "stats",
+    "axes": "data",
+    "bench_worker": "benchmarking",
+    "benchmark": "benchmarking",
+    "branches": "blocks",
+    "budgets": "methods",
+    "calibrate": "stats",
+    "catalog": "engine",
+    "checks": "graph",
+    "choices": "lowering",
+    "comparison": "cli",
+    "confirm": "engine",
+    "console": "cli",
+    "content": "graph",
+    "convolutions": "methods",
+    "counterparts": "methods",
+    "cutting": "graph",
+    "data": "data",
+    "datafile": "files",
+    "doctor": "cli",
+    "export_checkpoint": "exporter",
+    "export_routes": "exporter",
+    "external": "files",
+    "failures": "cli",
+    "feedforward": "methods",
+    "forms/__init__": "lowering",
+    "forms/attention": "lowering",
+    "forms/form": "lowering",
+    "forms/linear": "lowering",
+    "forms/quantized": "lowering",
+    "forms/residual": "lowering",
+    "forms/siblings": "lowering",
+    "gaps": "methods",
+    "gate": "validation",
+    "graph": "graph",
+    "groups": "graph",
+    "handover": "runtime",
+    "images": "data",
+    "inspection": "cli",
+    "integer": "runtime",
+    "interface": "graph",
+    "job": "engine",
+    "logits": "methods",
+    "lowering": "lowering",
+    "manager": "engine",
+    "mapped": "graph",
+    "masks": "lowering",
+    "maths/align": "maths",
+    "maths/amounts": "maths",
+    "maths/descent": "maths",
+    "maths/feedforward": "maths",
+    "maths/logits": "maths",
+    "maths/refit": "maths",
+    "metrics": "validation",
+    "micro": "graph",
+    "outcome": "reports",
+    "outputs": "validation",
+    "placement": "runtime",
+    "ports": "blocks",
+    "projections": "methods",
+    "pruning": "methods",
+    "quantize": "methods",
+    "race": "lowering",
+    "readers": "methods",
+    "recipe": "engine",
+    "recipes/__init__": "engine",
+    "repairs": "methods",
+    "report": "reports",
+    "report_parts": "reports",
+    "resplit": "validation",
+    "rows": "stats",
+    "runner": "runtime",
+    "runtime": "runtime",
+    "samples": "data",
+    "sensitivity": "methods",
+    "settings": "engine",
+    "sharing": "methods",
+    "smoke": "engine",
+    "sources": "data",
+    "spool": "graph",
+    "statcache": "stats",
+    "steps": "engine",
+    "storage": "files",
+    "structure/__init__": "canonical",
+    "structure/account": "blocks",
+    "structure/activation": "canonical",
+    "structure/anatomy": "blocks",
+    "structure/attention": "canonical",
+    "structure/cache": "canonical",
+    "structure/compact": "methods",
+    "structure/contents": "analysis",
+    "structure/contrib": "canonical",
+    "structure/contrib_attention": "canonical",
+    "structure/contrib_parts": "canonical",
+    "structure/contrib_shapes": "analysis",
+    "structure/conv": "analysis",
+    "structure/core": "canonical",
+    "structure/decompose": "lowering",
+    "structure/dims": "analysis",
+    "structure/einsum": "canonical",
+    "structure/emulate": "runtime",
+    "structure/ends": "blocks",
+    "structure/fold": "canonical",
+    "structure/group_norm": "canonical",
+    "structure/guards": "canonical",
+    "structure/heads": "canonical",
+    "structure/layout": "analysis",
+    "structure/linear": "canonical",
+    "structure/mask": "canonical",
+    "structure/norm": "canonical",
+    "structure/opset": "canonical",
+    "structure/packed": "canonical",
+    "structure/precision": "methods",
+    "structure/probe": "blocks",
+    "structure/projections": "methods",
+    "structure/quantized": "canonical",
+    "structure/ranges": "methods",
+    "structure/retype": "methods",
+    "structure/rotary": "canonical",
+    "structure/rotary_tables": "canonical",
+    "structure/rotate": "methods",
+    "structure/rules": "analysis",
+    "structure/selections": "analysis",
+    "structure/shapes": "analysis",
+    "structure/sites": "canonical",
+    "structure/stream": "blocks",
+    "structure/targets": "canonical",
+    "structure/tidy": "canonical",
+    "structure/turns": "canonical",
+    "structure/types": "analysis",
+    "structure/uniform": "analysis",
+    "structure/views": "blocks",
+    "tables": "reports",
+    "tensorrt": "lowering",
+    "text": "data",
+    "tokens": "methods",
+    "trial": "methods",
+    "tune": "lowering",
+    "tuner": "cli",
+    "validation": "validation",
+    "variants": "validation",
+    "vocabulary": "data",
+    "walk": "runtime",
+    "windows": "methods",
+}
 
 
 def files() -> list[tuple[str, Path]]:
@@ -107,13 +194,11 @@ def files() -> list[tuple[str, Path]]:
     return sorted([*own, *((f"passes/{p.stem}", p) for p in PASSES.glob("*.py"))])
 
 
-def layer(module: str) -> int | None:
-    """Index of the module's layer, None for one that stands apart; a module without a layer fails the test."""
-    if module.startswith(tuple(APART)):
-        return None
-    found = [i for i, names in enumerate(LAYERS) if module in names or module.partition("/")[0] + "/" in names]
-    assert found, f"{module}: add it to LAYERS in {__name__}"
-    return found[0]
+def room(module: str) -> str:
+    """The room of a module: its folder at the top of onnxcomp, or the file itself where it stands there."""
+    name = MOVING.get(module, module).partition("/")[0]
+    assert name in LEVELS, f"{module}: '{name}' is no room; the rooms are listed in {__name__}"
+    return name
 
 
 def is_type_checking(node: ast.AST) -> bool:
@@ -147,63 +232,47 @@ def ours(name: str, known: set[str]) -> str | None:
 MODULES = dict(files())
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_point_downwards(module: str) -> None:
-    own = layer(module)
-    for name in imports(ast.parse(MODULES[module].read_text())):
-        target = ours(name, set(MODULES)) if name.split(".")[0] == "onnxcomp" else None
-        if target is None:
-            continue
-        below = layer(target)
-        if own is None:
-            home = next(a for a in APART if module.startswith(a))
-            assert target.startswith(home) or target in APART[home], f"{module} imports {target}"
-        else:
-            assert below is not None, f"{module} imports {target}, which stands apart"
-            assert below <= own, f"{module} (layer {own}) imports {target} (layer {below})"
+def arrows() -> Iterator[tuple[str, str]]:
+    """Which module imports which other of ours when it runs."""
+    for module, path in MODULES.items():
+        for name in imports(ast.parse(path.read_text())):
+            target = ours(name, set(MODULES)) if name.split(".")[0] == "onnxcomp" else None
+            if target is not None and target != module:
+                yield module, target
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("passes/")])
-def test_a_pass_imports_neither_the_runtime_nor_another_pass(module: str) -> None:
-    allowed = {
-        "trial",
-        "pipeline",
-        "gaps",
-        "pruning",
-        "projections",
-        "repairs",
-        "sharing",
-        "blocks",
-        "branches",
-        "convolutions",
-        "counterparts",
-        "coupling",
-        "quantize",
-        "tokens",
-        "vocabulary",
-        "windows",
-        "graph",
-        "stats",
-        "groups",
-        "target",
-        "errors",
-        "gate",
-    }
-    for name in imports(ast.parse(MODULES[module].read_text())):
-        top = name.split(".")[0]
-        assert top not in ("onnxruntime", "torch", "transformers"), name
-        target = ours(name, set(MODULES)) if top == "onnxcomp" else None
-        assert (
-            target is None or target in allowed or target.startswith(("structure/", "maths/", "forms/", "coupling/"))
-        ), f"{module}: {name}"
+ARROWS = sorted(set(arrows()))
+
+
+def test_imports_point_to_rooms_below() -> None:
+    assert [f"{a} imports {b}" for a, b in ARROWS if room(a) != room(b) and LEVELS[room(b)] >= LEVELS[room(a)]] == []
+
+
+def test_some_rooms_are_closed_to_others() -> None:
+    assert [f"{a} imports {b}" for a, b in ARROWS if room(b) in CLOSED.get(room(a), ())] == []
+    assert [f"{a} imports {b}" for a, b in ARROWS if room(a) == room(b) == "passes"] == [], "a pass imports another"
+
+
+def test_there_are_no_circles_and_few_levels() -> None:
+    modules = graphlib.TopologicalSorter[str]()
+    below: dict[str, set[str]] = {}
+    for a, b in ARROWS:
+        modules.add(a, b)
+        if room(a) != room(b):
+            below.setdefault(room(a), set()).add(room(b))
+    modules.prepare()  # raises CycleError, which names the circle
+    height: dict[str, int] = {}
+    for name in graphlib.TopologicalSorter(below).static_order():
+        height[name] = 1 + max((height[x] for x in below.get(name, ())), default=0)
+    assert max(height.values()) <= 12
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_heavy_libraries_enter_in_one_place(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text())
     top = {name.split(".")[0] for name in imports(tree)}
-    assert "onnxruntime" not in top or module == "runtime", f"{module} imports onnxruntime"
-    if not module.startswith("export"):
+    assert "onnxruntime" not in top or room(module) == "runtime", f"{module} imports onnxruntime"
+    if room(module) != "exporter":
         assert not top & {"torch", "transformers"}, f"{module} imports {top & {'torch', 'transformers'}}"
     at_import = {name.split(".")[0] for node in tree.body if not is_type_checking(node) for name in at_top(node)}
     assert not at_import & {"torch", "transformers", "onnxruntime"}, f"{module}: import it inside the functions"
@@ -222,11 +291,11 @@ def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]
 def test_files_and_functions_stay_small(module: str) -> None:
     text = MODULES[module].read_text()
     lines = text.count("\n")
-    assert lines < 400, f"{module}: {lines} lines"
+    assert lines <= 400, f"{module}: {lines} lines"
     if module.startswith("passes/"):
-        assert lines < 150, f"{module}: {lines} lines; if a pass grows, the engine is missing a verb"
+        assert lines <= 150, f"{module}: {lines} lines; if a pass grows, the engine is missing a verb"
     for f in functions(ast.parse(text)):
-        assert length(f) <= 50, f"{module}.{f.name}: {length(f)} lines"
+        assert length(f) <= 40, f"{module}.{f.name}: {length(f)} lines"
 
 
 def length(f: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
