@@ -10,7 +10,7 @@ import numpy as np
 from onnxcomp.data import Dataset
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.interface import gone
+from onnxcomp.graph.interface import gone
 from onnxcomp.maths import Array
 from onnxcomp.samples import TensorSpec, roles, specs, vocabulary
 from onnxcomp.sources import made_up

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import blocks, micro, trial
+from onnxcomp import blocks, trial
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError, RecipeError
-from onnxcomp.graph import Graph, Site
-from onnxcomp.groups import Group
+from onnxcomp.graph import Graph, Site, extract
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.amounts import Candidate, isotonic, ladder, least_ratio
+from onnxcomp.maths.allocation import Candidate, isotonic, ladder, least_ratio
 
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
@@ -145,7 +145,7 @@ def _sizes(same: Sequence[Linear], group: Group, units: int) -> tuple[int, list[
 
 def _attention(g: Graph, node: ir.Node, env: Env) -> Float64:
     """Seconds of one uncut attention `[shapes]`, as the standard operator."""
-    model = micro.cut(g, [node], [node.outputs[0]])
+    model = extract.cut(g, [node], [node.outputs[0]])
     dims = {str(v.name): _known(g.value(str(v.name)), env) for v in model.inputs}
     site = Site(str(node.name), (str(node.name),), "attention")
     shapes = [{name: d[i] for name, d in dims.items()} for i in range(len(env.shapes))]

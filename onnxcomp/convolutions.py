@@ -18,9 +18,9 @@ from onnxcomp.blocks import Linear
 from onnxcomp.calibrate import MEMORY
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
-from onnxcomp.maths import Array, Float64, refit
-from onnxcomp.maths.refit import Means
+from onnxcomp.graph.groups import Group
+from onnxcomp.maths import Array, Float64, affine
+from onnxcomp.maths.affine import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, Repair, inside, repair
 from onnxcomp.stats import Need, Stats, cross_gram, gram, mean, norm2, var
@@ -306,7 +306,7 @@ def _fit(g: Graph, there: _Uncut, env: Env, reader: Patches) -> None:
         return
     found = [_moments(g, there, env, n) for n in reader.nodes]
     squares, cross, x, y, rows = (sum(part[1:], start=part[0]) for part in zip(*found, strict=True))
-    fitted, new = refit.linear(squares, cross, weight, DAMP, Means(x / rows, y / rows, rows))
+    fitted, new = affine.linear(squares, cross, weight, DAMP, Means(x / rows, y / rows, rows))
     assert new is not None
     reader.put(g, fitted)
     reader.shift(g, new - bias)
@@ -320,7 +320,7 @@ def _moments(g: Graph, there: _Uncut, env: Env, node: ir.Node) -> tuple[Float64,
     stats = env.collect(probed(g, [str(node.outputs[0].name)]), needs.values(), there.of(node))
     got = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
     left = there.left.get(str(node.outputs[0].name), slice(None))
-    rows = refit.count(got["norm"], got["mean"], got["var"]) or 1.0  # patches that are all zero say nothing of it
+    rows = affine.count(got["norm"], got["mean"], got["var"]) or 1.0  # patches that are all zero say nothing of it
     return got["gram"], got["cross"][:, left], rows * got["mean"], rows * got["y"][left], rows
 
 

@@ -13,8 +13,8 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.external import tensors
-from onnxcomp.mapped import MappedTensor
-from onnxcomp.spool import release
+from onnxcomp.graph.mapped import MappedTensor
+from onnxcomp.graph.scratch import release
 
 __all__ = ["embedded", "externalize", "measure", "sync"]
 

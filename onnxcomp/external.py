@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.mapped import PACKED, DataFile, MappedTensor
+from onnxcomp.graph.mapped import PACKED, DataFile, MappedTensor
 
 __all__ = ["attach", "check", "locations", "tensors"]
 

@@ -9,10 +9,10 @@ import numpy as np
 from onnxcomp.blocks import Linear, Mlp
 from onnxcomp.branches import Sums
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Slot
+from onnxcomp.graph.groups import Slot
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.activations import DERIVED
-from onnxcomp.maths.feedforward import Ffn, fit
+from onnxcomp.maths.newton_mlp import Ffn, fit
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, replace
 from onnxcomp.stats import Need, paired

@@ -9,7 +9,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.feedforward import HELD, MEMORY, alone
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.maths.logits import Classes, fit
+from onnxcomp.maths.newton_softmax import Classes, fit
 from onnxcomp.outputs import View
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import replace

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import axes, masks, micro
+from onnxcomp import axes, masks
 from onnxcomp.choices import Choice, Choices, Header
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, extract
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array
 from onnxcomp.race import Entry, race, unfinished, winner
@@ -158,7 +158,7 @@ class Planner:
     # ---- what is equal to the clock ------------------------------------------------------------------------------
 
     def _grouped(self, kind: Kind, spots: Sequence[Spot], rules: str) -> list[_Group]:
-        cuts = [(spot, micro.cut(self.g, spot.nodes, spot.outputs)) for spot in spots]
+        cuts = [(spot, extract.cut(self.g, spot.nodes, spot.outputs)) for spot in spots]
         values = self._inputs(cuts)
         self._run_light(values.values())
         groups: dict[str, _Group] = {}
@@ -168,12 +168,12 @@ class Planner:
             whole = len(known) == len(sizes) and bool(known)
             shown = known if whole else [{str(v.name): () for v in model.inputs}]
             seen = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
-            text = "\n".join([kind.name, rules, seen, *(micro.structure(model, s) for s in shown)])
+            text = "\n".join([kind.name, rules, seen, *(extract.structure(model, s) for s in shown)])
             key = hashlib.sha256(text.encode()).hexdigest()[:24]
             if key in groups:
                 groups[key].spots.append(spot)
                 continue
-            groups[key] = _Group(key, [spot], model, known if whole else [], micro.describe(model, shown[0]))
+            groups[key] = _Group(key, [spot], model, known if whole else [], extract.describe(model, shown[0]))
         return list(groups.values())
 
     def _inputs(self, cuts: Sequence[tuple[Spot, Graph]]) -> dict[str, ir.Value]:
@@ -222,10 +222,10 @@ class Planner:
             return
         self._light = self._light or [{} for _ in self.shapes]
         wanted = [v for v in values if str(v.name) not in self._light[0]]
-        nodes, light = micro.prefix(self.g, wanted)
+        nodes, light = extract.prefix(self.g, wanted)
         if not light:
             return
-        model = micro.cut(self.g, nodes, light)
+        model = extract.cut(self.g, nodes, light)
         try:
             with Session(model, prepack=False) as session:
                 for known, shape in zip(self._light, self.shapes, strict=True):
@@ -307,8 +307,8 @@ def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> 
     shared = [v for v in ctx.once if v.producer() is not None and v.uses()]
     found = [dict(f) for f in feeds]
     if shared:
-        nodes, light = micro.prefix(model, shared)
-        with Session(micro.cut(model, nodes, light), prepack=False) as session:
+        nodes, light = extract.prefix(model, shared)
+        with Session(extract.cut(model, nodes, light), prepack=False) as session:
             for f in found:
                 f |= session.run({p.name: f[p.name] for p in session.inputs})
         for v in shared:

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import calibrate, lowering, runtime, tune
-from onnxcomp.content import content_hash
 from onnxcomp.data import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.gate import Gate, score_of
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.hashing import content_hash
 from onnxcomp.machine import peak_mib
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage

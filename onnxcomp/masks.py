@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import axes, micro
+from onnxcomp import axes
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, extract
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, roles, specs
@@ -33,11 +33,11 @@ def probe(g: Graph, values: Sequence[ir.Value]) -> dict[str, str]:
     Evidence, not proof: the inputs are random, their mask random 0 and 1 with at least one key a row.
     """
     found = dict.fromkeys((str(v.name) for v in values), "other")
-    nodes, light = micro.prefix(g, values)
+    nodes, light = extract.prefix(g, values)
     if not light:
         return found
     constant = {str(v.name) for v in light if not _reads_inputs(g, v)}
-    model = micro.cut(g, nodes, light)
+    model = extract.cut(g, nodes, light)
     try:
         found |= _names(g, model, constant)
     except OnnxcompError:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp import interface
 from onnxcomp.blocks import Attention
-from onnxcomp.graph import Graph
-from onnxcomp.interface import GONE, gone
+from onnxcomp.graph import Graph, interface
+from onnxcomp.graph.interface import GONE, gone
 from onnxcomp.structure.shapes import Facts
 
 __all__ = ["NONE", "Ports", "ports", "take_out"]

@@ -20,9 +20,9 @@ from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64, scores
-from onnxcomp.maths.amounts import Candidate, Normal, choose, normalised
+from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.maths.elimination import elimination
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.readers import Reader, Repair

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
-from onnxcomp.groups import STAYS, Group, Slot
+from onnxcomp.graph.groups import STAYS, Group, Slot
 from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var

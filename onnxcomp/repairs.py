@@ -15,12 +15,12 @@ from onnxcomp.counterparts import has, standing
 from onnxcomp.errors import ModelError
 from onnxcomp.feedforward import alone, fit_whole
 from onnxcomp.graph import Graph
+from onnxcomp.graph.scratch import forget, release
 from onnxcomp.logits import fit_logits
-from onnxcomp.maths import Array, Float64, refit
-from onnxcomp.maths.refit import Means
+from onnxcomp.maths import Array, Float64, affine
+from onnxcomp.maths.affine import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, inside, replace
-from onnxcomp.spool import forget, release
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["DAMP", "Part", "alone", "behind", "in_order", "to_stream", "unfit"]
@@ -173,7 +173,7 @@ def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, dam
     means = None
     if free:
         means = Means(np.asarray(sum(m.x for m in found)) / rows, np.asarray(sum(m.y for m in found)) / rows, rows)
-    fitted, bias = refit.linear(squares, cross, weight, damp, means)
+    fitted, bias = affine.linear(squares, cross, weight, damp, means)
     replace(g, reader, fitted.astype(weight.dtype), bias)
 
 
@@ -205,7 +205,7 @@ def _moments(
         needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
     stats = env.collect(g, needs.values(), against)
     got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
-    rows = refit.count(got["norm"], got["mean"], got["var"])
+    rows = affine.count(got["norm"], got["mean"], got["var"])
     y, cross = (got["y"], got["cross"]) if part is None else (part(got["y"]), part(got["cross"]))
     if len(y) != x.sizes[1]:
         raise ModelError(f"'{target}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")

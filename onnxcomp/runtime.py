@@ -24,9 +24,9 @@ import onnx_ir as ir
 from onnxcomp import storage
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
+from onnxcomp.graph.interface import gone
 from onnxcomp.handover import payload, prepacks, tap, write_optimized
 from onnxcomp.integer import dequantized_weights, integer_products, quantized_linears
-from onnxcomp.interface import gone
 from onnxcomp.maths import Array
 from onnxcomp.structure.emulate import stand_in
 from onnxcomp.target import CPU, CUDA, Target

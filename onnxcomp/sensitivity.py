@@ -9,9 +9,9 @@ import numpy as np
 
 from onnxcomp import readers
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
-from onnxcomp.maths.amounts import Candidate, choose
+from onnxcomp.maths.allocation import Candidate, choose
 from onnxcomp.pipeline import Edit, Env
 from onnxcomp.readers import Reader, Repair
 

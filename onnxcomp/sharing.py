@@ -11,8 +11,8 @@ import onnx_ir as ir
 from onnxcomp import repairs
 from onnxcomp.blocks import Attention, Linear
 from onnxcomp.graph import Graph
-from onnxcomp.maths import Float64, refit
-from onnxcomp.maths.align import rotations, spans
+from onnxcomp.maths import Float64, affine
+from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 from onnxcomp.structure import projections
@@ -103,7 +103,7 @@ def _moments(stats: Stats, x: Linear, centred: bool) -> Float64:
     whole, middle = (np.asarray(stats[make(x.output)], np.float64) for make in (gram, mean))
     if not centred:
         return whole
-    rows = refit.count(stats[norm2(x.output)], middle, stats[var(x.output)])
+    rows = affine.count(stats[norm2(x.output)], middle, stats[var(x.output)])
     return whole - rows * np.outer(middle, middle)
 
 

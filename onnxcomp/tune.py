@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph.extract import structure
 from onnxcomp.maths import Array
-from onnxcomp.micro import structure
 from onnxcomp.race import median
 from onnxcomp.runtime import Session
 from onnxcomp.samples import TensorSpec, specs

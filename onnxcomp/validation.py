@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import interface
 from onnxcomp import metrics as scoring
 from onnxcomp.data import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, interface
 from onnxcomp.maths import Array
 from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.outputs import Reading, View, see

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from onnxcomp.content import content_hash
 from onnxcomp.graph import Graph
-from onnxcomp.spool import forget
+from onnxcomp.graph.hashing import content_hash
+from onnxcomp.graph.scratch import forget
 from onnxcomp.target import Target
 from onnxcomp.validation import Reference, Validation
 from onnxcomp.walk import Cut, Layout, Walk, signature

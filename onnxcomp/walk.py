@@ -19,10 +19,10 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.graph import Graph
+from onnxcomp.graph.scratch import forget
 from onnxcomp.handover import prepacks, tap, whole_caches
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
-from onnxcomp.spool import forget
 from onnxcomp.target import Target
 
 __all__ = ["Cut", "Layout", "Stage", "Walk", "signature", "stretch"]

@@ -13,7 +13,7 @@ from onnxcomp import convolutions
 from onnxcomp.blocks import Linear
 from onnxcomp.convolutions import Patches
 from onnxcomp.graph import Graph, Site
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 from onnxcomp.pipeline import Env
 from onnxcomp.pruning import Place, Width

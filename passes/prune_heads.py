@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxcomp.coupling import Coupling
 from onnxcomp.graph import Graph, Site
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.pruning import Width
 
 __all__ = ["PruneHeads"]

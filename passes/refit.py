@@ -15,8 +15,8 @@ from onnxcomp.branches import joins, sums
 from onnxcomp.counterparts import counterpart, has
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import refit
-from onnxcomp.maths.refit import Means
+from onnxcomp.maths import affine
+from onnxcomp.maths.affine import Means
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
 from onnxcomp.repairs import to_stream, unfit
 from onnxcomp.stats import Need, cross_gram, mean, norm2, var
@@ -100,7 +100,7 @@ class Refit(SequentialPass):
         if here != there:
             return f"'{target}' was {there} wide in the original, and is {here} now"
         means = None if n.bias is None else _means(got, got["mean original"])
-        a, c = refit.scale(got["norm"] ** 2, np.diag(got["cross"]), means)
+        a, c = affine.scale(got["norm"] ** 2, np.diag(got["cross"]), means)
         for held, new in ((n.gain, a), (n.bias, a)):
             if held is not None:
                 old = g.array(held)
@@ -110,4 +110,4 @@ class Refit(SequentialPass):
 
 
 def _means(got: Mapping[str, Any], target: Any) -> Means:
-    return Means(got["mean"], target, refit.count(got["norm"], got["mean"], got["var"]))
+    return Means(got["mean"], target, affine.count(got["norm"], got["mean"], got["var"]))

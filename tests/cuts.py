@@ -4,7 +4,7 @@ import numpy as np
 
 from onnxcomp import coupling
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.runtime import Session
 from onnxcomp.structure.shapes import Facts
 

@@ -12,7 +12,7 @@ from onnxcomp.coupling import Coupling
 from onnxcomp.data import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Slot, layout
+from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
 from onnxcomp.runtime import Session

@@ -13,9 +13,9 @@ from onnxcomp.calibrate import collect
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
-from onnxcomp.maths import descent, feedforward
+from onnxcomp.maths import newton, newton_mlp
 from onnxcomp.maths.activations import DERIVED
-from onnxcomp.maths.feedforward import Ffn, fit
+from onnxcomp.maths.newton_mlp import Ffn, fit
 from onnxcomp.runtime import Session
 from tests import tiny
 
@@ -69,13 +69,13 @@ def test_activations_and_their_slopes_are_torchs(kind: str) -> None:
 def test_products_and_gradients_are_those_of_torchs_jacobian(kind: str, gated: bool, tail: bool, monkeypatch) -> None:
     rng = np.random.default_rng(0)
     p, x, y = part(rng, kind, gated, tail), rng.normal(size=(23, 5)), rng.normal(size=(23, 4))
-    monkeypatch.setattr(descent, "CHUNK", 50)  # several pieces
+    monkeypatch.setattr(newton, "CHUNK", 50)  # several pieces
     f, weights = in_torch(p, x)
     np.testing.assert_allclose(p(x), f(*weights), atol=1e-5)
     jacobian = torch.cat([j.flatten(2) for j in torch.autograd.functional.jacobian(f, weights)], 2).flatten(0, 1)
     change = [rng.normal(size=w.shape) for w in p.weights]
     flat = torch.from_numpy(np.concatenate([c.reshape(-1) for c in change]))
-    system = feedforward._System(p, x, 1e-30)
+    system = newton_mlp._System(p, x, 1e-30)
     for got, want in (
         (system.product(change), jacobian.T @ (jacobian @ flat)),
         (system.gradient(y), jacobian.T @ torch.from_numpy((y - p(x)).reshape(-1))),
@@ -86,7 +86,7 @@ def test_products_and_gradients_are_those_of_torchs_jacobian(kind: str, gated: b
 def test_the_preconditioner_is_the_inverse_for_the_last_matrix_alone() -> None:
     rng = np.random.default_rng(1)
     p, x = part(rng), rng.normal(size=(60, 5))
-    system = feedforward._System(p, x, 0.3)
+    system = newton_mlp._System(p, x, 0.3)
     change = [np.zeros_like(w) for w in p.weights[:-1]] + [rng.normal(size=p.down.shape)]
     np.testing.assert_allclose(system.preconditioned(system.product(change))[-1], change[-1], atol=1e-9)
 
@@ -97,7 +97,7 @@ def test_a_fit_never_raises_the_error_on_rows_it_saw_or_did_not(seed: int, kind:
     start, x = part(rng, kind, gated, tail), rng.normal(size=(80, 5))
     y = start(x) + rng.normal(size=(80, 4))
     found = fit(start, x, y)
-    out = np.arange(80) % descent.CHECKED == descent.CHECKED - 1
+    out = np.arange(80) % newton.CHECKED == newton.CHECKED - 1
     errors = [[float(np.square(p(x[rows]) - y[rows]).sum()) for rows in (out, ~out)] for p in (start, found.part)]
     assert (found.part is start) == (found.after == found.before)
     assert errors[1][0] <= errors[0][0]
@@ -126,7 +126,7 @@ def test_weights_before_the_activation_are_found_again_where_down_alone_cannot_m
     y = true(x)
     hidden = start.hidden(x)[0]
     down = np.linalg.lstsq(hidden, y, rcond=None)[0]
-    alone = float(np.square(hidden @ down - y)[descent.CHECKED - 1 :: descent.CHECKED].sum())
+    alone = float(np.square(hidden @ down - y)[newton.CHECKED - 1 :: newton.CHECKED].sum())
     assert fit(start, x, y, damp=1e-3).after < 0.1 * alone
 
 
@@ -136,7 +136,7 @@ def test_more_damping_moves_less() -> None:
     y = part(rng)(x)
     moves = []
     for damp in (1e-2, 1.0, 1e2, 1e4):
-        change = feedforward._step(start, x, y, damp)
+        change = newton_mlp._step(start, x, y, damp)
         moves.append(sum(float(np.square(c).sum()) for c in change))
     assert moves == sorted(moves, reverse=True)
 

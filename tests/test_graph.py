@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnxcomp import blocks
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.graph import Graph
-from onnxcomp.groups import AttrSlot, Entries, Group, Size, Slot, layout
+from onnxcomp.graph.groups import AttrSlot, Entries, Group, Size, Slot, layout
 from onnxcomp.runtime import Session
 from tests import tiny
 

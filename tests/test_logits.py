@@ -11,9 +11,9 @@ from onnxcomp import logits as fitting
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
-from onnxcomp.maths import descent, logits
-from onnxcomp.maths.descent import Fitted
-from onnxcomp.maths.logits import Classes, fit
+from onnxcomp.maths import newton, newton_softmax
+from onnxcomp.maths.newton import Fitted
+from onnxcomp.maths.newton_softmax import Classes, fit
 from onnxcomp.runtime import Session
 from tests import tiny, zoo
 
@@ -45,12 +45,12 @@ def divergence(start, z, there, x):
 def test_the_way_down_and_the_hessian_are_torchs():
     start, z, there, x = problem()
     of, turn = divergence(start, z, there, x), torch.from_numpy(start.turn)
-    system = logits._System(start, there, z, x, 0.0)
+    system = newton_softmax._System(start, there, z, x, 0.0)
     np.testing.assert_allclose(system.gradient, -torch.func.grad(of)(turn).numpy(), atol=1e-9)
     change = RNG(1).normal(size=start.turn.shape)
     want = torch.func.jvp(torch.func.grad(of), (turn,), (torch.from_numpy(change),))[1].numpy()
     np.testing.assert_allclose(system.product([change])[0], want, atol=1e-8)
-    damped = logits._System(start, there, z, x, 0.1)
+    damped = newton_softmax._System(start, there, z, x, 0.1)
     more = damped.product([change])[0] - want
     assert np.vdot(change, more) > 0
     np.testing.assert_allclose(more, 0.1 * np.square(z).sum() / 5 * change @ damped.outer, atol=1e-8)
@@ -59,7 +59,7 @@ def test_the_way_down_and_the_hessian_are_torchs():
 def test_rows_in_pieces_give_the_same(monkeypatch):
     start, z, there, x = problem()
     whole = fit(start, z, there, x)
-    monkeypatch.setattr(descent, "CHUNK", 11 * 7)
+    monkeypatch.setattr(newton, "CHUNK", 11 * 7)
     np.testing.assert_allclose(fit(start, z, there, x).part.turn, whole.part.turn, atol=1e-9)
 
 

@@ -11,8 +11,9 @@ pytest.importorskip("onnxruntime")
 
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, interface
+from onnxcomp import blocks
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.graph import interface
 from onnxcomp.runtime import Session
 from onnxcomp.structure import canonicalize
 from tests import matrix, zoo

@@ -11,9 +11,9 @@ from onnxcomp import blocks, catalog, sensitivity
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.manager import PassManager
-from onnxcomp.maths.amounts import Candidate
+from onnxcomp.maths.allocation import Candidate
 from onnxcomp.variants import Variants
 from tests import tiny
 

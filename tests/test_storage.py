@@ -18,9 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import datafile, external, mapped, storage
+from onnxcomp import datafile, external, storage
 from onnxcomp.errors import ModelError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, mapped
 from onnxcomp.structure.opset import convert
 from tests import tiny
 

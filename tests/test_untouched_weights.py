@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import handover, spool, storage
-from onnxcomp.graph import Graph
+from onnxcomp import handover, storage
+from onnxcomp.graph import Graph, scratch
+from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.manager import PassManager
-from onnxcomp.mapped import MappedTensor
 from onnxcomp.maths import Array
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.low_rank import LowRank
@@ -72,7 +72,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_untouched_weights_stay_in_the_file_of_the_source(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(spool, "SPOOLED", LARGE)
+    monkeypatch.setattr(scratch, "SPOOLED", LARGE)
     monkeypatch.setattr(handover, "PREPACK_BELOW", 0)  # compared block by block, as a large model is
     monkeypatch.setattr(storage, "INLINE_LIMIT", 0)
     path = tiny.external(tiny.decoder(layers=3, hidden=64, heads=4, ffn=160), tmp_path)

@@ -16,7 +16,7 @@ from onnxcomp.coupling.rules import RULES
 from onnxcomp.coupling.trace import Tracer
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 from onnxcomp.structure.dims import Dim, Shape, Size
 from onnxcomp.structure.shapes import Facts

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Tracer
 from onnxcomp.errors import ModelError
-from onnxcomp.groups import STAYS, AttrSlot, Entries, Group, IndexSlot, IoSlot, NormSlot, Size, Slot
+from onnxcomp.graph.groups import STAYS, AttrSlot, Entries, Group, IndexSlot, IoSlot, NormSlot, Size, Slot
 from onnxcomp.maths import Array
 
 __all__ = ["Blocked", "collect"]

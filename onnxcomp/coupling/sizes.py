@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from onnxcomp.graph import Graph
-from onnxcomp.groups import Group
+from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 
 __all__ = ["macs", "parameters"]

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.groups import STAYS
+from onnxcomp.graph.groups import STAYS
 from onnxcomp.maths import Array
 from onnxcomp.structure.dims import Size
 from onnxcomp.structure.shapes import Facts

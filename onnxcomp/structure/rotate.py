@@ -14,8 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.graph.scratch import as_tensor, release
 from onnxcomp.maths import Array, Float64
-from onnxcomp.spool import as_tensor, release
 from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.stream import SUMS, Stream, carried
 from onnxcomp.structure.views import Index, Linear, NormSite

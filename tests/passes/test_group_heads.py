@@ -12,7 +12,7 @@ from onnxcomp.data import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.job import Job
 from onnxcomp.manager import PassManager
-from onnxcomp.maths.align import rotations, spans
+from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
 from onnxcomp.recipe import Recipe

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from onnxcomp import blocks, catalog
 from onnxcomp.data import Batch, as_dataset
 from onnxcomp.manager import PassManager
-from onnxcomp.maths import refit
-from onnxcomp.maths.refit import Means
+from onnxcomp.maths import affine
+from onnxcomp.maths.affine import Means
 from onnxcomp.passes.low_rank import LowRank
 from onnxcomp.passes.refit import Refit
 from onnxcomp.passes.slice import Slice
@@ -32,14 +32,14 @@ def problem(seed, rows=60, k=7, n=4):
 def test_affine_fit_is_the_textbook_solution():
     x, y, w = problem(0)
     means = Means(x.mean(axis=0), y.mean(axis=0), len(x))
-    found, bias = refit.linear(x.T @ x, x.T @ y, w, 0.0, means)
+    found, bias = affine.linear(x.T @ x, x.T @ y, w, 0.0, means)
     want = np.linalg.lstsq(np.column_stack([x, np.ones(len(x))]), y, rcond=None)[0]
     np.testing.assert_allclose(found, want[:-1], atol=1e-9)
     np.testing.assert_allclose(bias, want[-1], atol=1e-9)
-    plain, none = refit.linear(x.T @ x, x.T @ y, w, 0.0)
+    plain, none = affine.linear(x.T @ x, x.T @ y, w, 0.0)
     np.testing.assert_allclose(plain, np.linalg.lstsq(x, y, rcond=None)[0], atol=1e-9)
     assert none is None
-    assert np.isclose(refit.count(np.linalg.norm(x, axis=0), x.mean(axis=0), x.var(axis=0)), len(x))
+    assert np.isclose(affine.count(np.linalg.norm(x, axis=0), x.mean(axis=0), x.var(axis=0)), len(x))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 20), st.floats(0, 2))
@@ -47,12 +47,12 @@ def test_affine_fit_is_the_textbook_solution():
 def test_no_fit_raises_the_error(seed, rows, damp):
     x, y, w = problem(seed, rows)
     means = Means(x.mean(axis=0), y.mean(axis=0), len(x))
-    found, bias = refit.linear(x.T @ x, x.T @ y, w, damp, means)
+    found, bias = affine.linear(x.T @ x, x.T @ y, w, damp, means)
     plain = ((x @ w + (y - x @ w).mean(axis=0) - y) ** 2).sum()
     assert ((x @ found + bias - y) ** 2).sum() <= plain * (1 + 1e-9) + 1e-9
     v = x[:, :4]
     for m in (None, Means(v.mean(axis=0), y.mean(axis=0), len(x))):
-        a, c = refit.scale((v**2).sum(axis=0), (v * y).sum(axis=0), m)
+        a, c = affine.scale((v**2).sum(axis=0), (v * y).sum(axis=0), m)
         ours, before = ((a * v + c - y) ** 2).sum(axis=0), ((v - y) ** 2).sum(axis=0)
         assert (ours <= before * (1 + 1e-6) + 1e-6).all()
 

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, spool
+from onnxcomp import blocks
 from onnxcomp.data import Batch, as_dataset
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, scratch
 from onnxcomp.manager import PassManager
 from onnxcomp.passes import slice as slice_pass
 from onnxcomp.passes.slice import Slice
@@ -136,7 +136,7 @@ def test_a_stream_that_lies_in_fewer_dimensions_is_cut_without_loss(name, basis)
 
 
 def test_bases_of_a_large_model_lie_in_files_and_change_nothing(monkeypatch):
-    monkeypatch.setattr(spool, "SPOOLED", 1 << 12)
+    monkeypatch.setattr(scratch, "SPOOLED", 1 << 12)
     given = []
     monkeypatch.setattr(slice_pass, "rotate", lambda g, s, *of: given.extend(of) or rotate(g, s, *of))
     g = tiny.decoder(layers=2)

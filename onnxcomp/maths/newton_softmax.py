@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from onnxcomp.maths import Array
-from onnxcomp.maths.descent import PRODUCTS, Change, Fitted, descend, pieces, solve
+from onnxcomp.maths.newton import PRODUCTS, Change, Fitted, descend, pieces, solve
 from onnxcomp.maths.solve import damped, invert_lower
 
 __all__ = ["Classes", "fit"]

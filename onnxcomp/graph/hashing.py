@@ -6,7 +6,7 @@ import hashlib
 
 import onnx_ir as ir
 
-from onnxcomp.graph import Graph
+from onnxcomp.graph.graph import Graph
 
 __all__ = ["content_hash"]
 

@@ -20,14 +20,14 @@ from onnx_ir.passes.common import (
     ShapeInferencePass,
 )
 
-from onnxcomp import checks
-from onnxcomp.cutting import cut
 from onnxcomp.errors import ModelError, NotConstant
-from onnxcomp.groups import Group
-from onnxcomp.interface import interface as interface_of
-from onnxcomp.interface import same_interface
+from onnxcomp.graph import valid
+from onnxcomp.graph.groups import Group
+from onnxcomp.graph.interface import interface as interface_of
+from onnxcomp.graph.interface import same_interface
+from onnxcomp.graph.scratch import as_tensor, forget
+from onnxcomp.graph.take import cut
 from onnxcomp.maths import Array
-from onnxcomp.spool import as_tensor, forget
 
 __all__ = ["Declined", "Graph", "Noted", "Site"]
 
@@ -388,11 +388,11 @@ class Graph:
 
     def verify(self, *, interface: bool = True) -> None:
         """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
-        checks.order(self.model.graph)
-        checks.names(self.model.graph)
+        valid.order(self.model.graph)
+        valid.names(self.model.graph)
         if interface:
             same_interface(self.interface, interface_of(self.model.graph))
-        checks.schemas(self.model)
+        valid.schemas(self.model)
 
 
 def _equal(a: Array, b: Array) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxcomp.graph import Graph
+from onnxcomp.graph.graph import Graph
 
 __all__ = ["cut", "describe", "prefix", "structure"]
 

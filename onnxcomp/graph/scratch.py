@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
-from onnxcomp.mapped import MappedTensor
+from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.maths import Array
 
 __all__ = ["as_tensor", "forget", "release"]

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import interface
 from onnxcomp.errors import ModelError
-from onnxcomp.groups import AttrSlot, Entries, Group, IndexSlot, NormSlot, Slot
+from onnxcomp.graph import interface
+from onnxcomp.graph.groups import AttrSlot, Entries, Group, IndexSlot, NormSlot, Slot
 from onnxcomp.maths import Array
 
 if TYPE_CHECKING:
-    from onnxcomp.graph import Graph
+    from onnxcomp.graph.graph import Graph
 
 __all__ = ["cut"]
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxcomp.maths import Array
 from onnxcomp.maths.activations import DERIVED
-from onnxcomp.maths.descent import PRODUCTS, Change, Fitted, descend, pieces, solve
+from onnxcomp.maths.newton import PRODUCTS, Change, Fitted, descend, pieces, solve
 from onnxcomp.maths.solve import damped, invert_lower
 
 __all__ = ["Ffn", "fit"]
