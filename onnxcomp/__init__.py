@@ -10,9 +10,9 @@ from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import bench as bench
-    from onnxcomp.data import Batch as Batch
-    from onnxcomp.data import Dataset as Dataset
-    from onnxcomp.data import load_data as load_data
+    from onnxcomp.data.datasets import Batch as Batch
+    from onnxcomp.data.datasets import Dataset as Dataset
+    from onnxcomp.data.datasets import load_data as load_data
     from onnxcomp.errors import DataError as DataError
     from onnxcomp.errors import GateFailed as GateFailed
     from onnxcomp.errors import ModelError as ModelError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from onnxcomp.errors import TargetError as TargetError
     from onnxcomp.errors import UnknownPass as UnknownPass
     from onnxcomp.exporter import export as export
+    from onnxcomp.files.storage import load as load
+    from onnxcomp.files.storage import save as save
     from onnxcomp.gate import Gate as Gate
     from onnxcomp.graph import Graph as Graph
     from onnxcomp.job import Job as Job
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
     from onnxcomp.pipeline import Pass as Pass
     from onnxcomp.pipeline import SequentialPass as SequentialPass
     from onnxcomp.recipe import Recipe as Recipe
-    from onnxcomp.storage import load as load
-    from onnxcomp.storage import save as save
     from onnxcomp.target import CPU as CPU
     from onnxcomp.target import CUDA as CUDA
     from onnxcomp.target import TENSORRT as TENSORRT
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 _HOME = {
     "bench": "benchmark",
-    "Batch": "data",
-    "Dataset": "data",
-    "load_data": "data",
+    "Batch": "data.datasets",
+    "Dataset": "data.datasets",
+    "load_data": "data.datasets",
     "DataError": "errors",
     "GateFailed": "errors",
     "ModelError": "errors",
@@ -64,8 +64,8 @@ _HOME = {
     "Result": "outcome",
     "SequentialPass": "pipeline",
     "Recipe": "recipe",
-    "load": "storage",
-    "save": "storage",
+    "load": "files.storage",
+    "save": "files.storage",
     "CPU": "target",
     "CUDA": "target",
     "TENSORRT": "target",

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.axes import default_shapes, feeds_for, label
 from onnxcomp.bench_worker import Child
-from onnxcomp.data import Dataset
+from onnxcomp.data.datasets import Dataset
+from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
+from onnxcomp.files.storage import file_bytes, graphs_of, load
 from onnxcomp.graph import Graph
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array, Float64
-from onnxcomp.storage import file_bytes, graphs_of, load
 from onnxcomp.target import CPU, Target
 
 __all__ = ["BenchReport", "Block", "Ratio", "Row", "bench"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from onnxcomp import statcache
 from onnxcomp.accumulate import BUFFER, Key, accumulator, family, fetched, finish, row_keys
-from onnxcomp.data import Dataset
+from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array

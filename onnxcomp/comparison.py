@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.data import load_data
+from onnxcomp.data.datasets import load_data
+from onnxcomp.files.storage import file_bytes, load, one_graph
 from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
-from onnxcomp.storage import file_bytes, load, one_graph
 from onnxcomp.target import find
 from onnxcomp.validation import Validation, validate
 
 if TYPE_CHECKING:
-    from onnxcomp.data import Dataset
+    from onnxcomp.data.datasets import Dataset
     from onnxcomp.graph import Graph
 
 __all__ = ["Asked", "Compared", "DataChoice", "compare"]

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import axes, benchmark, runtime, storage
+from onnxcomp import benchmark, runtime
 from onnxcomp.benchmark import BenchReport, Rounds
+from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.outcome import Report, Result
 from onnxcomp.target import Target
@@ -55,7 +57,7 @@ def _differs(other: Graph, path: Path, r: Report) -> str:
     if any(s.fidelity == "lossy" and s.changed for s in r.steps):
         return ""
     try:
-        feeds = axes.feeds_for(other, {k: min(n, 16) for k, n in axes.default_shapes(other)[0].items()})
+        feeds = open_axes.feeds_for(other, {k: min(n, 16) for k, n in open_axes.default_shapes(other)[0].items()})
         with runtime.Session(other, prepack=False) as session:
             want = session.run(feeds)
     except OnnxcompError:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import ExportError
-from onnxcomp.storage import COMPANIONS, copy_companions
+from onnxcomp.files.storage import COMPANIONS, copy_companions
 from onnxcomp.version import __version__
 
 TASKS = {  # task: the class that loads it, its outputs

@@ -142,8 +142,8 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
     """Save an exported program with the promised names, axes and opset."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+    from onnxcomp.files.storage import save
     from onnxcomp.graph import Graph
-    from onnxcomp.storage import save
     from onnxcomp.structure.opset import convert
 
     graph = program.graph

@@ -10,7 +10,7 @@ from typing import Any
 from onnxcomp.errors import ExportError
 from onnxcomp.export_checkpoint import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
 from onnxcomp.export_routes import TOLERANCE, Watch, Work, first_that_works
-from onnxcomp.storage import publish
+from onnxcomp.files.storage import publish
 
 __all__ = ["TASKS", "export"]
 

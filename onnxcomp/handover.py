@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import storage
 from onnxcomp.errors import ModelError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 

@@ -9,9 +9,9 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from onnxcomp.blocks import linears
-from onnxcomp.data import specs
+from onnxcomp.data.datasets import specs
+from onnxcomp.files.storage import chosen_graphs, file_bytes, load
 from onnxcomp.graph import Graph
-from onnxcomp.storage import chosen_graphs, file_bytes, load
 from onnxcomp.structure import canonicalize
 from onnxcomp.structure.anatomy import describe as anatomy
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import axes, benchmark, confirm, runtime, settings, storage, tensorrt, vocabulary
+from onnxcomp import benchmark, confirm, runtime, settings, tensorrt
 from onnxcomp.coupling.sizes import macs, parameters
-from onnxcomp.data import as_dataset, load_data
+from onnxcomp.data import open_axes, vocabulary
+from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
+from onnxcomp.files import storage
+from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.integer import saturating
@@ -24,12 +27,11 @@ from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
 from onnxcomp.smoke import smoke
-from onnxcomp.storage import chosen_graphs
 from onnxcomp.target import CPU, Target, find, resolved
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcomp.data import Dataset
+    from onnxcomp.data.datasets import Dataset
 
 __all__ = ["Job", "compress", "compress_each", "optimize"]
 
@@ -387,7 +389,7 @@ def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placeme
         return placement(path, target, None, elsewhere or f"'{target.name}' is another machine")
     g = storage.load(path)
     try:
-        feeds = axes.feeds_for(g, {k: min(n, 8) for k, n in axes.default_shapes(g)[0].items()})
+        feeds = open_axes.feeds_for(g, {k: min(n, 8) for k, n in open_axes.default_shapes(g)[0].items()})
     except DataError as e:
         return placement(path, host, None, str(e))
     return placement(path, host, feeds)

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import axes, masks
+from onnxcomp import masks
 from onnxcomp.choices import Choice, Choices, Header
+from onnxcomp.data import open_axes
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
 from onnxcomp.graph import Graph, extract
@@ -113,7 +114,7 @@ class Planner:
 
     def _choice(self, kind: Kind, group: _Group, names: Sequence[str], first: str) -> Choice:
         sites = tuple(s.name for s in group.spots)
-        shapes = tuple(axes.label(s) for s in self.shapes)
+        shapes = tuple(open_axes.label(s) for s in self.shapes)
         base = Choice(kind.name, group.what, first or group.spots[0].present, first, "", "table", sites, shapes)
         if not first:
             return replace(base, reason=f"'{self.target.name}' has no form for it")
@@ -195,7 +196,7 @@ class Planner:
     def _dims(self, v: ir.Value, i: int) -> tuple[int, ...] | None:
         """Sizes of a value at the i-th asked shape, from what follows from the model's inputs."""
         self._facts = self._facts or Facts(self.g)
-        given = axes.shapes_of(self.g, self.shapes[i])
+        given = open_axes.shapes_of(self.g, self.shapes[i])
         known = {n: given[str(x.name)][axis] for n, (x, axis) in self._facts.roots.items() if str(x.name) in given}
         shape = self._facts.shape(v)
         sizes = [self._number(d, known) for d in shape] if shape is not None else [None]
@@ -229,7 +230,7 @@ class Planner:
         try:
             with Session(model, prepack=False) as session:
                 for known, shape in zip(self._light, self.shapes, strict=True):
-                    feeds = axes.feeds_for(self.g, shape)
+                    feeds = open_axes.feeds_for(self.g, shape)
                     known |= session.run({p.name: feeds[p.name] for p in session.inputs})
         except OnnxcompError:
             return  # the sites that read them are random then, or of unknown size and left to the table
@@ -275,12 +276,12 @@ def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[
     """
     if given:
         for shape in given:
-            axes.shapes_of(g, shape)
+            open_axes.shapes_of(g, shape)
         return tuple(given)
-    found = axes.default_shapes(g)
+    found = open_axes.default_shapes(g)
     try:
         for shape in found:
-            axes.shapes_of(g, shape)
+            open_axes.shapes_of(g, shape)
     except DataError:
         return ()
     return tuple(found)

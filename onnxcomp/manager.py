@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import calibrate, lowering, runtime, tune
-from onnxcomp.data import Dataset, as_dataset, overlap
+from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
+from onnxcomp.files.storage import load
 from onnxcomp.gate import Gate, score_of
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
@@ -23,7 +24,6 @@ from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache
-from onnxcomp.storage import load
 from onnxcomp.structure.types import in_half
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost

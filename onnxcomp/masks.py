@@ -9,12 +9,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import axes
+from onnxcomp.data import open_axes
+from onnxcomp.data.inputs import TensorSpec, roles, specs
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph, extract
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
-from onnxcomp.samples import TensorSpec, roles, specs
 from onnxcomp.structure.probe import name_masks
 
 __all__ = ["name_of", "probe"]
@@ -97,7 +97,7 @@ def _fitting(g: Graph, shape: Mapping[str, int]) -> dict[str, int]:
     """The shape with a size for every open axis; other axes get the sequence's length, plus one where it is a past."""
     sizes = dict(shape)
     names = {d for s in specs(g) for d in s.shape if isinstance(d, str)}
-    known = dict(axes.default_shapes(g)[0])
+    known = dict(open_axes.default_shapes(g)[0])
     picked = {k: n for k, n in sizes.items() if k in known}
     for name in sorted(names):
         if name not in picked and name != "?":
@@ -107,7 +107,7 @@ def _fitting(g: Graph, shape: Mapping[str, int]) -> dict[str, int]:
 
 def _random(g: Graph, shape: Mapping[str, int], seed: int) -> dict[str, Array]:
     rng = np.random.default_rng(seed)
-    feeds = axes.feeds_for(g, shape)
+    feeds = open_axes.feeds_for(g, shape)
     ports: Sequence[TensorSpec] = specs(g)
     mask = roles(ports).get("mask")
     for name, a in feeds.items():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.choices import Choice
+from onnxcomp.files.storage import save
 from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined, Graph, Noted
-from onnxcomp.storage import save
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport

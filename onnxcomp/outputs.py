@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.data.inputs import Batch, roles, specs, vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.metrics import Seen
-from onnxcomp.samples import Batch, roles, specs, vocabulary
 
 __all__ = ["Reading", "View", "see"]
 

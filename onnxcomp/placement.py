@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files.storage import load
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
-from onnxcomp.storage import load
 from onnxcomp.target import Target
 
 __all__ = ["Placement", "placement"]

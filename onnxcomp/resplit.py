@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from onnxcomp import text, vocabulary
+from onnxcomp.data import texts, vocabulary
+from onnxcomp.data.inputs import Batch, specs
+from onnxcomp.data.vocabulary import Renumbering
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
 from onnxcomp.metrics import Metric, Seen, Sums
 from onnxcomp.outputs import View, see
 from onnxcomp.runner import Runner
-from onnxcomp.samples import Batch, specs
-from onnxcomp.vocabulary import Renumbering
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -92,8 +92,8 @@ class Resplit:
     def __init__(self, original: Graph, words: Renumbering, roles: Mapping[str, str]) -> None:
         folder = original.path if original.path is None or original.path.is_dir() else original.path.parent
         self._roles = roles
-        self._old, self._new = (text.tokenizer(x) for x in vocabulary.tokenizers(folder, words))
-        self._limit = text.longest(original, folder)
+        self._old, self._new = (texts.tokenizer(x) for x in vocabulary.tokenizers(folder, words))
+        self._limit = texts.longest(original, folder)
         known = {roles.get(r) for r in MADE}
         others = [s.name for s in specs(original) if s.name not in known or len(s.shape) != 2]
         fixed = [s.name for s in specs(original) if any(isinstance(d, int) and d > 1 for d in s.shape)]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.accumulate import mix
-from onnxcomp.data import roles, specs
+from onnxcomp.data.datasets import roles, specs
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 

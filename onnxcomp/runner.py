@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
-from onnxcomp import storage
+from onnxcomp.data.inputs import Batch
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.handover import prepacks
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
-from onnxcomp.samples import Batch
 from onnxcomp.target import Target
 from onnxcomp.walk import Layout, Stage, Walk
 

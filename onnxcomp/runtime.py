@@ -21,8 +21,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import storage
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import gone
 from onnxcomp.handover import payload, prepacks, tap, write_optimized

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnxcomp import blocks, storage
+from onnxcomp import blocks
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.structure import canonicalize
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import storage
-from onnxcomp.data import load_data
+from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import ModelError, OnnxcompError
+from onnxcomp.files import storage
 from onnxcomp.runner import Runner
 from onnxcomp.target import Target
 

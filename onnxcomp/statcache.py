@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.accumulate import fetched
-from onnxcomp.data import Dataset
+from onnxcomp.data.datasets import Dataset
 from onnxcomp.graph import Graph
 from onnxcomp.stats import Need, Of, Stats
 from onnxcomp.target import Target

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from onnxcomp import storage
 from onnxcomp.errors import ModelError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.outcome import Step
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.data.inputs import TensorSpec, specs
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.graph.extract import structure
 from onnxcomp.maths import Array
 from onnxcomp.race import median
 from onnxcomp.runtime import Session
-from onnxcomp.samples import TensorSpec, specs
 from onnxcomp.target import CPU, Target, resolved
 
 __all__ = ["Cost", "costs", "forget", "operations"]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp import storage
 from onnxcomp.choices import Choice, Choices
-from onnxcomp.data import Dataset, load_data
+from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.errors import RecipeError
+from onnxcomp.files import storage
+from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.manager import PassManager
 from onnxcomp.outcome import Report
 from onnxcomp.recipe import Recipe
-from onnxcomp.storage import chosen_graphs
 from onnxcomp.target import CPU, Target
 
 __all__ = ["tune"]

@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import metrics as scoring
-from onnxcomp.data import Batch, Dataset, as_dataset
+from onnxcomp.data.datasets import Batch, Dataset, as_dataset
+from onnxcomp.data.vocabulary import Renumbering, renumbering
 from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, interface
 from onnxcomp.maths import Array
 from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.outputs import Reading, View, see
 from onnxcomp.resplit import Again, Gone, again
 from onnxcomp.runner import Runner
-from onnxcomp.storage import load
 from onnxcomp.target import CPU, Target
-from onnxcomp.vocabulary import Renumbering, renumbering
 from onnxcomp.walk import Walk
 
 __all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, vocabulary
+from onnxcomp import blocks
 from onnxcomp.blocks import Embedding, Head
+from onnxcomp.data import vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage

@@ -15,10 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import axes, bench_worker, benchmark, machine
+from onnxcomp import bench_worker, benchmark, machine
 from onnxcomp.bench_worker import Child, Watch, busy_seconds
 from onnxcomp.benchmark import BenchReport, Block, Rounds, bench
-from onnxcomp.data import as_dataset
+from onnxcomp.data import open_axes
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.target import CPU, CUDA, TENSORRT
@@ -325,16 +326,16 @@ I64, F32, BOOL = ir.DataType.INT64, ir.DataType.FLOAT, ir.DataType.BOOL
 def test_axes_are_matched_by_name_then_by_what_they_are() -> None:
     g = tiny.encoder(batch="n", sequence="length")
     full = {"input_ids": (4, 9), "attention_mask": (4, 9)}
-    assert axes.shapes_of(g, {"batch": 4, "sequence": 9}) == full
-    assert axes.shapes_of(g, {"n": 4, "length": 9}) == full
-    assert axes.shapes_of(g, {"length": 9}) == {"input_ids": (1, 9), "attention_mask": (1, 9)}
+    assert open_axes.shapes_of(g, {"batch": 4, "sequence": 9}) == full
+    assert open_axes.shapes_of(g, {"n": 4, "length": 9}) == full
+    assert open_axes.shapes_of(g, {"length": 9}) == {"input_ids": (1, 9), "attention_mask": (1, 9)}
 
 
 def test_unnamed_axes_can_be_given_by_input_and_place() -> None:
     g = named(("x", F32, ["batch", None, 8]))
     with pytest.raises(DataError, match=r"axis 'x\.1' of input 'x' is open"):
-        axes.shapes_of(g, {"batch": 2})
-    assert axes.shapes_of(g, {"batch": 2, "x.1": 5}) == {"x": (2, 5, 8)}
+        open_axes.shapes_of(g, {"batch": 2})
+    assert open_axes.shapes_of(g, {"batch": 2, "x.1": 5}) == {"x": (2, 5, 8)}
 
 
 @pytest.mark.parametrize(
@@ -347,31 +348,31 @@ def test_unnamed_axes_can_be_given_by_input_and_place() -> None:
 )
 def test_shapes_that_do_not_fit_are_refused(shape: dict[str, int], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        axes.shapes_of(tiny.encoder(), shape)
+        open_axes.shapes_of(tiny.encoder(), shape)
 
 
 def test_a_fixed_axis_of_another_size_is_refused() -> None:
     g = tiny.encoder(batch=1, sequence=16)
-    assert axes.shapes_of(g, {"batch": 1, "sequence": 16})["input_ids"] == (1, 16)
+    assert open_axes.shapes_of(g, {"batch": 1, "sequence": 16})["input_ids"] == (1, 16)
     with pytest.raises(DataError, match="batch=8 was asked, but input 'input_ids' has a fixed batch of 1"):
-        axes.shapes_of(g, {"batch": 8})
-    assert axes.default_shapes(g) == [{}]
-    assert axes.label({}) == "fixed"
+        open_axes.shapes_of(g, {"batch": 8})
+    assert open_axes.default_shapes(g) == [{}]
+    assert open_axes.label({}) == "fixed"
 
 
 def test_default_shapes_use_the_axes_that_are_open() -> None:
-    assert axes.default_shapes(tiny.encoder()) == [{"batch": 1, "sequence": 128}, {"batch": 8, "sequence": 128}]
-    assert axes.default_shapes(tiny.encoder(batch=2)) == [{"sequence": 128}]
-    assert axes.default_shapes(named(("pixel_values", F32, ["batch", 3, 8, 8]))) == [{"batch": 1}, {"batch": 8}]
+    assert open_axes.default_shapes(tiny.encoder()) == [{"batch": 1, "sequence": 128}, {"batch": 8, "sequence": 128}]
+    assert open_axes.default_shapes(tiny.encoder(batch=2)) == [{"sequence": 128}]
+    assert open_axes.default_shapes(named(("pixel_values", F32, ["batch", 3, 8, 8]))) == [{"batch": 1}, {"batch": 8}]
 
 
 def test_inputs_are_valid_and_the_same_for_every_model() -> None:
     g = tiny.encoder(vocabulary=11)
-    feeds = axes.feeds_for(g, {"batch": 4, "sequence": 64})
+    feeds = open_axes.feeds_for(g, {"batch": 4, "sequence": 64})
     assert feeds["input_ids"].max() <= 10
     assert feeds["input_ids"].min() >= 0
     assert (feeds["attention_mask"] == 1).all()
-    again = axes.feeds_for(tiny.encoder(layers=1, vocabulary=11), {"batch": 4, "sequence": 64})
+    again = open_axes.feeds_for(tiny.encoder(layers=1, vocabulary=11), {"batch": 4, "sequence": 64})
     assert np.array_equal(feeds["input_ids"], again["input_ids"])
 
 
@@ -382,7 +383,7 @@ def test_other_inputs_get_harmless_values() -> None:
         ("flag", BOOL, ["batch"]),
         ("x", ir.DataType.FLOAT16, ["batch", 3]),
     )
-    feeds = axes.feeds_for(g, {"batch": 2, "sequence": 3})
+    feeds = open_axes.feeds_for(g, {"batch": 2, "sequence": 3})
     assert feeds["position_ids"].tolist() == [[0, 1, 2]] * 2
     assert not feeds["token_type_ids"].any()
     assert feeds["flag"].all()
@@ -394,19 +395,19 @@ def test_inputs_from_data_are_cut_and_repeated() -> None:
     g = tiny.encoder()
     ds = as_dataset([tiny.feeds(g, batch=2, sequence=5)], g)
     first = next(iter(ds)).feeds["input_ids"]
-    feeds = axes.feeds_for(g, {"batch": 3, "sequence": 7}, ds)
+    feeds = open_axes.feeds_for(g, {"batch": 3, "sequence": 7}, ds)
     assert feeds["input_ids"].shape == (3, 7)
     assert np.array_equal(feeds["input_ids"][:2, :5], first)
     assert np.array_equal(feeds["input_ids"][2, 5:], first[0, :2])
-    assert axes.feeds_for(g, {"batch": 1, "sequence": 2}, ds)["input_ids"].tolist() == [first[0, :2].tolist()]
+    assert open_axes.feeds_for(g, {"batch": 1, "sequence": 2}, ds)["input_ids"].tolist() == [first[0, :2].tolist()]
 
 
 def test_data_without_an_input_is_refused() -> None:
     ds = as_dataset([{"x": np.ones((1, 2), np.float32)}])
     with pytest.raises(DataError, match="no input 'input_ids'"):
-        axes.feeds_for(tiny.encoder(), {"sequence": 2}, ds)
+        open_axes.feeds_for(tiny.encoder(), {"sequence": 2}, ds)
     with pytest.raises(DataError, match="empty"):
-        axes.feeds_for(tiny.encoder(), {"sequence": 2}, ds.head(0))
+        open_axes.feeds_for(tiny.encoder(), {"sequence": 2}, ds.head(0))
 
 
 def test_the_machine_is_described() -> None:

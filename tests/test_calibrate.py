@@ -13,7 +13,7 @@ import pytest
 
 from onnxcomp import calibrate, stats, walk
 from onnxcomp.calibrate import collect
-from onnxcomp.data import Batch, Dataset, as_dataset
+from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
@@ -355,9 +355,9 @@ PEAK = """
 import sys
 import numpy as np
 from onnxcomp import stats
-from onnxcomp.bench_worker import peak_mib
+from onnxcomp.machine import peak_mib
 from onnxcomp.calibrate import collect
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from tests import tiny
 g = tiny.encoder(hidden=128, ffn=512, heads=4, positions=66)
 names = list(dict.fromkeys(n.inputs[0].name for n in g.nodes("MatMul") if g.is_constant(n.inputs[1])))

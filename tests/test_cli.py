@@ -18,8 +18,9 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import benchmark, cli, console, doctor, job, race, report, runtime, storage, tune
+from onnxcomp import benchmark, cli, console, doctor, job, race, report, runtime, tune
 from onnxcomp.errors import RecipeError, TargetError
+from onnxcomp.files import storage
 from onnxcomp.pipeline import PassFault
 from tests import tiny
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import benchmark, confirm, race, report, storage, tables, tune
+from onnxcomp import benchmark, confirm, race, report, tables, tune
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
+from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager

@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp import catalog, convolutions
 from onnxcomp.convolutions import Patches, probed
 from onnxcomp.coupling import Coupling
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout

@@ -6,7 +6,7 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.branches import sums, whole_layers
 from onnxcomp.counterparts import counterpart, standing
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.gaps import leave_out
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers

@@ -144,7 +144,7 @@ def test_scales_of_a_quantized_weight_follow(scales):
 
 
 def test_the_weights_of_a_model_with_external_data_are_cut_alike(tmp_path):
-    from onnxcomp import storage
+    from onnxcomp.files import storage
 
     g = tiny.decoder()
     loaded = storage.load(tiny.external(g, tmp_path))

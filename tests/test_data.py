@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import sources
-from onnxcomp.data import Batch, Dataset, as_dataset, load_data, overlap, roles, specs
+from onnxcomp.data import arrays
+from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data, overlap, roles, specs
+from onnxcomp.data.inputs import vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.samples import vocabulary
 from tests import tiny
 
 
@@ -141,7 +141,7 @@ def test_python_callers_may_bring_many_things(model: Graph) -> None:
 
 
 def test_an_endless_generator_is_refused_with_advice(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LIMIT", 10_000)
+    monkeypatch.setattr(arrays, "LIMIT", 10_000)
 
     def endless() -> Iterator[dict[str, np.ndarray]]:
         while True:

@@ -7,8 +7,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import catalog, storage
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp import catalog
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.pipeline import Fidelity

@@ -8,7 +8,8 @@ import onnx_ir as ir
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import race, storage
+from onnxcomp import race
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from onnxcomp import storage
-from onnxcomp.data import specs
+from onnxcomp.data.datasets import specs
 from onnxcomp.errors import ExportError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 
 pytestmark = pytest.mark.export

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from onnxcomp import blocks, catalog, stats
 from onnxcomp.calibrate import collect
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_mlp

@@ -9,8 +9,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import inspection, tables
+from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
-from onnxcomp.storage import save
 from onnxcomp.structure import canonicalize
 from onnxcomp.structure.anatomy import describe
 from onnxcomp.structure.probe import Mask, name_masks

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import benchmark, race, storage, tune
+from onnxcomp import benchmark, race, tune
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
+from onnxcomp.files import storage
 from onnxcomp.job import Job, compress_each
 from onnxcomp.recipe import Recipe
 from onnxcomp.target import CPU

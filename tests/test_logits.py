@@ -8,7 +8,7 @@ import torch
 
 from onnxcomp import blocks, catalog
 from onnxcomp import logits as fitting
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_softmax

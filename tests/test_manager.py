@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import DataError, GateFailed, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.manager import PassManager

@@ -8,8 +8,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import storage
 from onnxcomp.errors import ModelError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.job import optimize
 from onnxcomp.runtime import Session

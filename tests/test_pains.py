@@ -10,24 +10,12 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import (
-    benchmark,
-    blocks,
-    catalog,
-    doctor,
-    export_routes,
-    external,
-    report,
-    runtime,
-    storage,
-    target,
-    tensorrt,
-    tune,
-)
+from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, runtime, target, tensorrt, tune
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.calibrate import collect
-from onnxcomp.data import Batch, as_dataset, load_data
+from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
+from onnxcomp.files import external, storage
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.job import compress
@@ -56,9 +44,9 @@ def data(g, shapes=((2, 7),) * 4):
 
 MEMORY = """
     import sys
-    from onnxcomp.bench_worker import peak_mib
+    from onnxcomp.machine import peak_mib
     from onnxcomp.calibrate import collect
-    from onnxcomp.data import load_data
+    from onnxcomp.data.datasets import load_data
     from onnxcomp.stats import histogram
     from onnxcomp import blocks
     from tests import hand, matrix, tiny, zoo

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from onnxcomp import blocks, catalog, coupling, tune
 from onnxcomp.budgets import Clock
 from onnxcomp.coupling.sizes import macs, parameters
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.job import compress_each
@@ -364,7 +364,7 @@ def test_isotonic_times_never_fall_and_are_the_nearest_such(values):
 
 
 def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
-    from onnxcomp import storage
+    from onnxcomp.files import storage
 
     path = tiny.external(tiny.decoder(), tmp_path)
     passes = ["prune-heads: {ratio: 0.5, ranking: layer}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
@@ -394,7 +394,7 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
     ],
 )
 def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
-    from onnxcomp import storage
+    from onnxcomp.files import storage
 
     if inline is not None:
         monkeypatch.setattr(storage, "INLINE_LIMIT", inline)

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 import onnxcomp as oc
-from onnxcomp import recipe, report, storage, tables
+from onnxcomp import recipe, report, tables
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.console import show
-from onnxcomp.data import Batch
+from onnxcomp.data.datasets import Batch
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files import storage
 from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined
 from onnxcomp.metrics import Drift, MetricResult

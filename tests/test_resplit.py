@@ -12,9 +12,11 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
-from onnxcomp import compress, storage, vocabulary
+from onnxcomp import compress
 from onnxcomp.comparison import Asked, DataChoice, compare
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data import vocabulary
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.files import storage
 from onnxcomp.resplit import Gone
 from onnxcomp.runtime import Session
 from onnxcomp.validation import validate

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp import blocks, catalog, sensitivity
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from onnxcomp import settings, storage
+from onnxcomp import settings
+from onnxcomp.files import storage
 from onnxcomp.job import compress_each
 from onnxcomp.settings import Sizes
 from tests import tiny

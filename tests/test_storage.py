@@ -18,8 +18,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import datafile, external, storage
 from onnxcomp.errors import ModelError
+from onnxcomp.files import external, storage
+from onnxcomp.files import weights as datafile
 from onnxcomp.graph import Graph, mapped
 from onnxcomp.structure.opset import convert
 from tests import tiny
@@ -286,7 +287,7 @@ def _type(m: onnx.ModelProto, folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "absolute": (_absolute, "absolute path"),
-    "windows-absolute": (_set("location", "C:\\weights.data"), "absolute path"),
+    "windows-absolute": (_set("location", "C:\\datafile.data"), "absolute path"),
     "escape": (_escape, "leaves the model's folder"),
     "deep-escape": (_set("location", "a/../../x.data"), "leaves the model's folder"),
     "nul": (_set("location", "x\0y"), "names no data file"),
@@ -509,7 +510,7 @@ def test_publish_is_all_or_nothing(tmp_path: Path) -> None:
 def test_companions_travel(tmp_path: Path) -> None:
     source, out = tmp_path / "a", tmp_path / "b"
     storage.save(tiny.mlp(), source)
-    for name in ("tokenizer.json", "config.json", "preprocessor_config.json", "weights.bin", "secret.txt"):
+    for name in ("tokenizer.json", "config.json", "preprocessor_config.json", "datafile.bin", "secret.txt"):
         (source / name).write_text(name)
     out.mkdir()
     storage.copy_companions(source / "model.onnx", out)

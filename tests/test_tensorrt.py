@@ -5,9 +5,10 @@ import onnx_ir as ir
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import blocks, storage, tensorrt
-from onnxcomp.data import load_data
+from onnxcomp import blocks, tensorrt
+from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import TargetError
+from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half

@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import handover, storage
+from onnxcomp import handover
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph, scratch
 from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.manager import PassManager

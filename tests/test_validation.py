@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from onnxcomp import metrics as scoring
-from onnxcomp.data import Batch, Dataset, as_dataset
+from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph

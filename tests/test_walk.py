@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, stats, storage, walk
+from onnxcomp import blocks, stats, walk
 from onnxcomp.calibrate import Collector, collect
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Edit
 from onnxcomp.target import CPU

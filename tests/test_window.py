@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp.blocks import attentions
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from onnxcomp import storage
-from onnxcomp.data import Dataset, load_data
+from onnxcomp.data.datasets import Dataset, load_data
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.structure import canonicalize
 from onnxcomp.validation import Reference

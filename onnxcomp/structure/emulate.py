@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxcomp import storage
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.structure.uniform import MOVES
 

@@ -6,8 +6,8 @@ import logging
 
 from onnx_ir.passes import PassError
 
-from onnxcomp import external
 from onnxcomp.errors import ModelError
+from onnxcomp.files import external
 from onnxcomp.graph import Graph
 
 __all__ = ["convert"]

@@ -3,11 +3,11 @@
 import pytest
 
 from onnxcomp.benchmark import bench
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import TargetError
+from onnxcomp.files.storage import save
 from onnxcomp.job import optimize
 from onnxcomp.runtime import Session, check_target
-from onnxcomp.storage import save
 from onnxcomp.target import CUDA
 from onnxcomp.validation import validate
 from tests import tiny

@@ -4,10 +4,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import axes, blocks, gaps, repairs, storage
+from onnxcomp import blocks, gaps, repairs
 from onnxcomp.branches import branches, sums, whole_layers
-from onnxcomp.data import Batch, as_dataset, load_data
+from onnxcomp.data import open_axes
+from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import DataError, ModelError, RecipeError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
@@ -405,9 +407,9 @@ def test_sizes_of_axes_that_went_with_a_cache_may_still_be_said():
     model = PassManager([DropLayers(ratio=0.5, protect=0)]).run(g, feeds, feeds).model
     lost = {g.value(n).shape[2].value for n in ("past_2", "past_3")}
     assert lost < set(sizes)
-    assert set(axes.shapes_of(model, sizes)) == set(names(model.inputs))
+    assert set(open_axes.shapes_of(model, sizes)) == set(names(model.inputs))
     with pytest.raises(DataError, match="has no axis 'other'"):
-        axes.shapes_of(model, sizes | {"other": 3})
+        open_axes.shapes_of(model, sizes | {"other": 3})
 
 
 def test_a_cache_that_others_read_holds_its_layer():

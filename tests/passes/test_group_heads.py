@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from onnxcomp import blocks, repairs
 from onnxcomp.branches import joins
 from onnxcomp.coupling.sizes import parameters
-from onnxcomp.data import Batch, as_dataset, load_data
+from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.job import Job
 from onnxcomp.manager import PassManager

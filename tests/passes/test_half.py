@@ -10,9 +10,10 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import benchmark, blocks, storage
-from onnxcomp.data import as_dataset, load_data
+from onnxcomp import benchmark, blocks
+from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import TargetError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp import blocks
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import lowrank

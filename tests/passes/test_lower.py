@@ -11,7 +11,7 @@ import pytest
 from onnxcomp import blocks, race, trial, tune
 from onnxcomp.catalog import load
 from onnxcomp.choices import Choices
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager

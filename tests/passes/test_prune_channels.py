@@ -8,7 +8,7 @@ pytest.importorskip("onnxruntime")
 
 from onnxcomp import catalog, coupling
 from onnxcomp.coupling.sizes import macs, parameters
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
@@ -99,7 +99,7 @@ def test_ablation_finds_the_channels_that_change_nothing():
 
 
 def test_a_plan_tells_the_sizes_that_come(tmp_path):
-    from onnxcomp import storage
+    from onnxcomp.files import storage
     from onnxcomp.job import compress_each
 
     path = tiny.external(cnn(), tmp_path)

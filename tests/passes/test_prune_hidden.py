@@ -7,7 +7,7 @@ import pytest
 
 from onnxcomp import blocks, catalog, readers
 from onnxcomp.coupling import Coupling
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes import prune_hidden

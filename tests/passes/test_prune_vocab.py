@@ -14,15 +14,17 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import compress, storage, vocabulary
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp import compress
+from onnxcomp.data import vocabulary
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.data.vocabulary import Renumbering
 from onnxcomp.errors import RecipeError
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.prune_vocab import PruneVocab
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime import Session
-from onnxcomp.vocabulary import Renumbering
 from tests import tiny
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "weights" / "docs_lm"

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.data import as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import TargetError
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp import blocks, catalog
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import affine
 from onnxcomp.maths.affine import Means

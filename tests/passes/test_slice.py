@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph, scratch
 from onnxcomp.manager import PassManager
 from onnxcomp.passes import slice as slice_pass

@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, storage
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp import blocks
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import DataError
+from onnxcomp.files import storage
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, sparse
 from onnxcomp.maths.sparse import Pattern

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp.data import Batch, as_dataset
+from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_tokens import DropTokens

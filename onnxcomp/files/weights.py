@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
-from onnxcomp.external import tensors
+from onnxcomp.files.external import tensors
 from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.graph.scratch import release
 

@@ -14,10 +14,10 @@ from typing import Any, overload
 
 import numpy as np
 
+from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.samples import LABELS, Batch, TensorSpec, roles, specs, vocabulary
 
 __all__ = ["Npz", "Random", "Rows", "from_function", "read_json"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import sources
+from onnxcomp.data import arrays
+from onnxcomp.data.inputs import Batch, Fit, Source, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.samples import Batch, Fit, Source, TensorSpec, roles, specs, vocabulary
 
 __all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs"]
 
@@ -144,7 +144,7 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
         if graph is None:
             raise DataError(f"{x}: reading data needs the model it is for; call load_data(source, graph, folder)")
         return load_data(x, graph, graph.path.parent if graph.path else None, batch=batch)
-    source = sources.Rows.of(x, name or f"{type(x).__name__} of batches")
+    source = arrays.Rows.of(x, name or f"{type(x).__name__} of batches")
     fit = None if graph is None else Fit(specs(graph), vocabulary(graph), source.name)
     fixed = _static_batch(graph)
     return Dataset(source, fixed or max(batch, source.widest), fit, whole=fixed is not None).checked()
@@ -196,16 +196,16 @@ def _open(
     allow_code: bool,
     seed: int,
 ) -> Source:
-    from onnxcomp import images, text
+    from onnxcomp.data import images, texts
 
     path = Path(src)
     if src == "random":
-        return sources.Random(graph, folder, samples or 32, sequence, seed)
+        return arrays.Random(graph, folder, samples or 32, sequence, seed)
     if not path.exists() and ":" in src:
-        return sources.from_function(src, allow_code)
+        return arrays.from_function(src, allow_code)
     if path.is_dir():
         if sorted(path.glob("*.npz")):
-            return sources.Npz(sorted(path.glob("*.npz")), src)
+            return arrays.Npz(sorted(path.glob("*.npz")), src)
         return images.Images(path, graph, folder)
     if not path.exists():
         raise DataError(
@@ -213,7 +213,7 @@ def _open(
             "package.module:function, or the word random"
         )
     if path.suffix == ".npz":
-        return sources.Npz([path], src)
+        return arrays.Npz([path], src)
     if path.suffix in (".jsonl", ".txt"):
-        return text.open_text(path, graph, folder, sequence)
+        return texts.open_text(path, graph, folder, sequence)
     raise DataError(f"{src}: unknown kind of data '{path.suffix}'; use .npz, .jsonl, .txt or a folder of images")

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from onnxcomp.data.arrays import read_json
+from onnxcomp.data.inputs import Batch, TensorSpec, roles, specs
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.samples import Batch, TensorSpec, roles, specs
-from onnxcomp.sources import read_json
 
 __all__ = ["Images"]
 

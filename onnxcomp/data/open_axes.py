@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxcomp.data import Dataset
+from onnxcomp.data.arrays import made_up
+from onnxcomp.data.datasets import Dataset
+from onnxcomp.data.inputs import TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import gone
 from onnxcomp.maths import Array
-from onnxcomp.samples import TensorSpec, roles, specs, vocabulary
-from onnxcomp.sources import made_up
 
 __all__ = ["default_shapes", "feeds_for", "label", "shapes_of"]
 

@@ -18,8 +18,8 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
-from onnxcomp import datafile, external
 from onnxcomp.errors import ModelError
+from onnxcomp.files import external, weights
 from onnxcomp.graph import Graph
 
 __all__ = [
@@ -193,8 +193,8 @@ def written_bytes(graph: Graph, metadata: Mapping[str, str] | None = None) -> in
     """
     model = _prepared(graph, metadata or {})
     if not _is_large(model):
-        return int(ir.to_proto(datafile.embedded(model, None)).ByteSize())
-    return datafile.measure(model) + int(ir.to_proto(model).ByteSize())
+        return int(ir.to_proto(weights.embedded(model, None)).ByteSize())
+    return weights.measure(model) + int(ir.to_proto(model).ByteSize())
 
 
 def _prepared(graph: Graph, metadata: Mapping[str, str]) -> ir.Model:
@@ -215,11 +215,11 @@ def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
     data, done = None, False
     try:
         if _is_large(model):
-            data = datafile.externalize(model, target, temporary.with_suffix(".data.tmp"))
-        proto = ir.to_proto(datafile.embedded(model, data))
+            data = weights.externalize(model, target, temporary.with_suffix(".data.tmp"))
+        proto = ir.to_proto(weights.embedded(model, data))
         with temporary.open("xb") as f:
             f.write(proto.SerializeToString(deterministic=True))
-            datafile.sync(f)
+            weights.sync(f)
         os.replace(temporary, target)
         done = True
     finally:

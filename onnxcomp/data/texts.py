@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from onnxcomp.data.arrays import read_json
+from onnxcomp.data.inputs import Batch, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.samples import Batch, TensorSpec, roles, specs, vocabulary
-from onnxcomp.sources import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
