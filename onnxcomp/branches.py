@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
 from onnxcomp.graph import Graph, Site
 from onnxcomp.ports import NONE, Ports, ports
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index
 
 __all__ = ["Branch", "Sums", "branches", "joins", "sums", "whole_layers"]

@@ -142,9 +142,9 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
     """Save an exported program with the promised names, axes and opset."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
+    from onnxcomp.canonical.opset import convert
     from onnxcomp.files.storage import save
     from onnxcomp.graph import Graph
-    from onnxcomp.structure.opset import convert
 
     graph = program.graph
     keep = [v for v in graph.outputs if v.name in job.outputs]

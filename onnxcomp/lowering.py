@@ -13,6 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import masks
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Size
 from onnxcomp.choices import Choice, Choices, Header
 from onnxcomp.data import open_axes
 from onnxcomp.errors import DataError, OnnxcompError
@@ -22,8 +24,6 @@ from onnxcomp.machine import machine
 from onnxcomp.maths import Array
 from onnxcomp.race import Entry, race, unfinished, winner
 from onnxcomp.runtime import Session, installed_runtimes
-from onnxcomp.structure.dims import Size
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.target import Target
 
 __all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]

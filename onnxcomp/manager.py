@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp import calibrate, lowering, runtime, tune
+from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
@@ -24,7 +25,6 @@ from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache
-from onnxcomp.structure.types import in_half
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost
 from onnxcomp.validation import Reference

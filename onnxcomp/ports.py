@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph, interface
 from onnxcomp.graph.interface import GONE, gone
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["NONE", "Ports", "ports", "take_out"]
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 
 __all__ = ["Sizes", "follow", "rewrite", "sizes", "update"]
 

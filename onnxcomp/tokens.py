@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, layers
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import NORMS, Index
 
 __all__ = ["Place", "Tokens", "places", "removals"]

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Size, add
 from onnxcomp.blocks import Attention
+from onnxcomp.canonical.masks import Masks
+from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Size, add
-from onnxcomp.structure.mask import Masks
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
 
 __all__ = ["WIDTHS", "Bands", "kept_by_width", "widest"]
 

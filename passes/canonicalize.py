@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxcomp import structure
+from onnxcomp import canonical
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
@@ -26,8 +26,8 @@ class Canonicalize(Pass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Everything that is spelled out and could be raised."""
-        return structure.sites(g)
+        return canonical.sites(g)
 
     def run(self, g: Graph, env: Env) -> None:
         """Raise the whole graph; what is not recognised is declined with the reason."""
-        structure.canonicalize(g, exact_rows=self.exact_rows)
+        canonical.canonicalize(g, exact_rows=self.exact_rows)

@@ -11,12 +11,12 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp import branches, catalog, coupling
+from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.pruning import Place, Width
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU
 from tests import cuts, matrix, zoo
 

@@ -3,10 +3,10 @@
 import numpy as np
 
 from onnxcomp import coupling
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.runtime import Session
-from onnxcomp.structure.shapes import Facts
 
 
 def masked(g: Graph, group: Group, gone) -> Graph:

@@ -6,9 +6,9 @@ from collections import Counter
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import tiny
 
 __all__ = ["LOWEST", "RNG", "f32", "graph", "i64", "ops", "raised", "same", "weight"]

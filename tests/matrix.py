@@ -14,10 +14,10 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize, sites
 from tests import zoo
 
 SHAPES = ((2, 12, "right"), (3, 17, "left"), (1, 7, "none"))

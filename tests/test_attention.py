@@ -6,9 +6,9 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import tiny
 from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
 

@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from onnxcomp.structure.anatomy import describe
 from tests import tiny, zoo
 

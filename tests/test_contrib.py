@@ -8,9 +8,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize, sites
 
 RNG = np.random.default_rng(7)
 B, S, N, H = 2, 5, 2, 16

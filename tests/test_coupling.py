@@ -8,9 +8,9 @@ pytest.importorskip("onnxruntime")
 
 
 from onnxcomp import blocks, coupling
+from onnxcomp.canonical import canonicalize
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from tests import cuts, tiny, zoo
 
 

@@ -8,13 +8,13 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import catalog
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.pipeline import Fidelity
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import tiny
 
 ZOO = {

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize, sites
 from tests import matrix, zoo
 
 INTEGERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")

@@ -7,12 +7,12 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import masks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime import Session, integer_check, optimized
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import f32, graph, i64, ops, weight

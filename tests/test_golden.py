@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.recipe import parse_pass
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 

@@ -9,9 +9,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import inspection, tables
+from onnxcomp.canonical import canonicalize
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from onnxcomp.structure.anatomy import describe
 from onnxcomp.structure.probe import Mask, name_masks
 from tests import tiny, zoo

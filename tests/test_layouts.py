@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Dim, Equalities, add, divide, floor, multiply, named, product, subtract
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
-from onnxcomp.structure.dims import Dim, Equalities, add, divide, floor, multiply, named, product, subtract
-from onnxcomp.structure.shapes import Facts
 from tests import tiny
 from tests.hand import RNG, f32, graph, ops, raised, same, weight
 

@@ -3,7 +3,7 @@
 import onnx_ir as ir
 import pytest
 
-from onnxcomp.structure import canonicalize
+from onnxcomp.canonical import canonicalize
 from tests import tiny
 
 LARGE = 1 << 14

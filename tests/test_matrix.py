@@ -12,10 +12,10 @@ pytest.importorskip("onnxruntime")
 from onnx.reference import ReferenceEvaluator
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import interface
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import matrix, zoo
 
 KEPT = zoo.kept()

@@ -5,10 +5,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize, sites
 from tests.hand import RNG, f32, ops
 
 W, BIAS = f32(RNG.standard_normal((8, 6))), f32(RNG.standard_normal(6))

@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, runtime, target, tensorrt, tune
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.calibrate import collect
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
 from onnxcomp.files import external, storage
@@ -28,7 +29,6 @@ from onnxcomp.passes.qdq import Qdq
 from onnxcomp.placement import placement
 from onnxcomp.recipe import Recipe
 from onnxcomp.stats import histogram, minmax
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import hand, matrix, tiny, zoo
 

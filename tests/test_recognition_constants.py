@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp.structure import fold
+from onnxcomp.canonical import fold
 from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
 from tests.test_attention import B, H, N, S, attend, attention_graph, merged, only_attention, qkv, scores
 

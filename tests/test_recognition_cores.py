@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from tests import tiny
 from tests.hand import RNG, f32, graph, i64, ops, raised, same
 from tests.test_attention import B, H, N, S, attend, attention_graph, heads, merged, only_attention, qkv, scores

@@ -14,9 +14,9 @@ pytest.importorskip("onnxruntime")
 import torch
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests import matrix, zoo
 from tests.zoo import EOS, FF, GROUPED, HEADS, LAYERS, SPAN, TEXT, VOCAB, Architecture
 

@@ -15,9 +15,9 @@ import onnx
 import torch
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from tests.matrix import signature
 
 pytestmark = pytest.mark.export

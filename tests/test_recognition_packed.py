@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp import blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from tests.hand import RNG, f32, graph, i64, ops, raised, same, weight
 
 B, S, C, N, H = 2, 5, 16, 4, 4

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onnxcomp.canonical.opset import convert
 from onnxcomp.errors import ModelError
 from onnxcomp.files import external, storage
 from onnxcomp.files import weights as datafile
 from onnxcomp.graph import Graph, mapped
-from onnxcomp.structure.opset import convert
 from tests import tiny
 
 Change = Callable[[onnx.ModelProto, Path], None]

@@ -6,6 +6,7 @@ import pytest
 
 import onnxcomp as oc
 from onnxcomp import blocks, tensorrt
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import TargetError
 from onnxcomp.files import storage
@@ -16,7 +17,6 @@ from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import Session
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import TENSORRT
 from tests import hand, tiny
 

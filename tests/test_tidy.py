@@ -6,8 +6,8 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.analysis.sizes import add, floor, named, subtract
 from onnxcomp.graph import CONTRIB
-from onnxcomp.structure.dims import add, floor, named, subtract
 from tests.hand import RNG, f32, graph, i64, ops, raised, same, weight
 
 

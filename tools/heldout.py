@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.structure import canonicalize
 from onnxcomp.validation import Reference
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Dim, Shape, Size
 from onnxcomp.blocks import Attention, Mlp
 from onnxcomp.coupling.collect import Blocked, collect
 from onnxcomp.coupling.rules import RULES
@@ -18,8 +20,6 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Dim, Shape, Size
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Blocked", "Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.coupling.reshapes import RESHAPE_RULES
 from onnxcomp.coupling.trace import UNKNOWN, Axis, Rule, Tracer, ends
-from onnxcomp.structure.rules import axes_of, axis_of
 
 __all__ = ["LAYOUT_RULES"]
 

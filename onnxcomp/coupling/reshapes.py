@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.content_rules import Content
+from onnxcomp.analysis.sizes import Dim, Size, multiply, product
 from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, ends
 from onnxcomp.maths import Array
-from onnxcomp.structure.contents import Content
-from onnxcomp.structure.dims import Dim, Size, multiply, product
 
 __all__ = ["RESHAPE_RULES"]
 

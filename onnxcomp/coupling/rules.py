@@ -7,10 +7,10 @@ from collections.abc import Iterable
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.coupling.layouts import LAYOUT_RULES
 from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Rule, Tracer, ends
 from onnxcomp.maths import Array
-from onnxcomp.structure.rules import axes_of, axis_of
 
 __all__ = ["RULES"]
 

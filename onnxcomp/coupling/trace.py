@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Size
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import STAYS
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Size
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["FROZEN", "UNKNOWN", "Axis", "Repeats", "Rule", "Tracer", "ends"]
 

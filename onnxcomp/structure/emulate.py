@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.bounds import MOVES
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.structure.uniform import MOVES
 
 __all__ = ["in_float32", "stand_in"]
 

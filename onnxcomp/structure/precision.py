@@ -15,10 +15,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxcomp.analysis.bounds import MOVES
+from onnxcomp.analysis.element_types import from_integers, is_float
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.types import from_integers, is_float
-from onnxcomp.structure.uniform import MOVES
 
 __all__ = [
     "HEAVY",

@@ -12,9 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnxcomp.canonical.masks import BLOCKED
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.mask import BLOCKED
 
 __all__ = ["Mask", "name_masks"]
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import as_tensor, release
 from onnxcomp.maths import Array, Float64
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.stream import SUMS, Stream, carried
 from onnxcomp.structure.views import Index, Linear, NormSite
 

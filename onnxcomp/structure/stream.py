@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.structure.views import Index, NormSite
 
 __all__ = ["Stream", "carried", "leaders", "streams"]

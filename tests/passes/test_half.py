@@ -11,6 +11,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from onnxcomp import benchmark, blocks
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import TargetError
 from onnxcomp.files import storage
@@ -20,7 +21,6 @@ from onnxcomp.passes.half import Half
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime import Session
 from onnxcomp.stats import Stats
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CUDA
 from tests import hand, tiny, zoo
 

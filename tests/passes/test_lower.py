@@ -9,6 +9,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks, race, trial, tune
+from onnxcomp.canonical import canonicalize
 from onnxcomp.catalog import load
 from onnxcomp.choices import Choices
 from onnxcomp.data.datasets import as_dataset
@@ -20,7 +21,6 @@ from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.pipeline import Fidelity
 from onnxcomp.runtime import Session, integer_check
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU, CPU_VNNI, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import ops
@@ -165,7 +165,7 @@ def test_equal_sites_are_measured_once(clock):
 
 def test_a_form_that_is_wrong_is_not_taken(clock, monkeypatch):
     clock({"decomposed": 0.1})
-    monkeypatch.setattr("onnxcomp.structure.decompose.scale_of", lambda node: 3.0)
+    monkeypatch.setattr("onnxcomp.canonical.decompose.scale_of", lambda node: 3.0)
     result = lower(tiny.encoder(), measure=True)
     (choice,) = [c for c in result.report.step("lower").choices if c.kind == "attention"]
     assert choice.form == "Attention"

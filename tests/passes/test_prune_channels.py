@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp import catalog, coupling
+from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.recipe import parse_pass
-from onnxcomp.structure import canonicalize
 from onnxcomp.target import CPU
 from tests import cuts, tiny
 from tests.hand import f32, graph, weight

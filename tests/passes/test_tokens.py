@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_tokens import DropTokens
 from onnxcomp.passes.merge_tokens import MergeTokens
 from onnxcomp.runtime import Session
-from onnxcomp.structure.shapes import Facts
 from onnxcomp.tokens import places, removals
 from tests import tiny
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import constant_target, target_of
+from onnxcomp.analysis.sizes import Dim, Size, parts_of
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Dim, Size, parts_of
-from onnxcomp.structure.layout import constant_target, target_of
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Sizes", "reroot"]
 

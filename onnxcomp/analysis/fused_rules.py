@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from onnxcomp.structure.dims import Shape, Size, divide, multiply
-from onnxcomp.structure.rules import SHAPE_RULES, Rule
+from onnxcomp.analysis.shape_rules import SHAPE_RULES, Rule
+from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 
 if TYPE_CHECKING:
-    from onnxcomp.structure.shapes import Facts
+    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["CONTRIB_RULES"]
 

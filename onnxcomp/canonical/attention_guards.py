@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import trace
 from onnxcomp.graph import Graph
-from onnxcomp.structure.layout import trace
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["lift_guards"]
 

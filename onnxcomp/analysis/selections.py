@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.structure.dims import Shape
-from onnxcomp.structure.rules import axis_of
-from onnxcomp.structure.shapes import Facts
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.shape_rules import axis_of
+from onnxcomp.analysis.sizes import Shape
 
 __all__ = ["Selection", "selections"]
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import reshaped, trace
+from onnxcomp.analysis.shape_rules import axis_of
+from onnxcomp.analysis.sizes import Shape, product
+from onnxcomp.canonical.rotary_pairs import joined
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Shape, product
-from onnxcomp.structure.layout import reshaped, trace
-from onnxcomp.structure.rules import axis_of
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.turns import joined
 
 __all__ = ["Tables"]
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import reshaped, sink
+from onnxcomp.analysis.sizes import Shape
+from onnxcomp.canonical.rotary_pairs import Turn, chosen, turns
+from onnxcomp.canonical.rotary_tables import Tables
+from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Shape
-from onnxcomp.structure.layout import reshaped, sink
-from onnxcomp.structure.rotary_tables import Tables
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
-from onnxcomp.structure.turns import Turn, chosen, turns
 
 __all__ = ["raise_rotary"]
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.graph import Graph
-from onnxcomp.structure.contrib_parts import (
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Shape, multiply
+from onnxcomp.canonical.fused_parts import (
     Fused,
     Mask,
     Parts,
@@ -29,8 +30,7 @@ from onnxcomp.structure.contrib_parts import (
     static,
     unread,
 )
-from onnxcomp.structure.dims import Shape, multiply
-from onnxcomp.structure.shapes import Facts
+from onnxcomp.graph import Graph
 
 __all__ = ["ATTENTION"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["spell_group_norms"]
 

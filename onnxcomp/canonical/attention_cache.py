@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import MOVES, Trace, trace
+from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.graph import Graph
-from onnxcomp.structure.layout import MOVES, Trace, trace
-from onnxcomp.structure.rules import axis_of
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Cache", "Grown", "cache_of", "give_present", "grown"]
 

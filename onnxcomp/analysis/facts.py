@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.bounds import Uniform, uniform, uniform_of
+from onnxcomp.analysis.content_rules import CONTENT_RULES, Content, constant_content, small
+from onnxcomp.analysis.fused_rules import CONTRIB_RULES
+from onnxcomp.analysis.shape_rules import SHAPE_RULES, split_shape
+from onnxcomp.analysis.sizes import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.structure.contents import CONTENT_RULES, Content, constant_content, small
-from onnxcomp.structure.contrib_shapes import CONTRIB_RULES
-from onnxcomp.structure.dims import Dim, Equalities, Shape, Size, divide, named, product
-from onnxcomp.structure.rules import SHAPE_RULES, split_shape
-from onnxcomp.structure.uniform import Uniform, uniform, uniform_of
 
 __all__ = ["Facts"]
 

@@ -9,11 +9,11 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.selections import selections
+from onnxcomp.canonical.shape_targets import CARRIERS
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.selections import selections
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import CARRIERS
 
 __all__ = ["choose_known", "fold_constants", "take_constants"]
 

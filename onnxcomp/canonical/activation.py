@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Float64
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["find_activations", "raise_activations"]
 

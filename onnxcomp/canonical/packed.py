@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import MOVES, Axis, Trace, target_of, trace
+from onnxcomp.analysis.selections import Selection, selections
+from onnxcomp.analysis.sizes import Shape, Size, is_static, product
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Shape, Size, is_static, product
-from onnxcomp.structure.layout import MOVES, Axis, Trace, target_of, trace
-from onnxcomp.structure.selections import Selection, selections
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["split_packed"]
 

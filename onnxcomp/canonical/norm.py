@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.shape_rules import axes_of
+from onnxcomp.analysis.sizes import Size
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Size
-from onnxcomp.structure.rules import axes_of
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["find_norms", "raise_norms"]
 

@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.bounds import FLOATS
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.shape_rules import axes_of
+from onnxcomp.analysis.sizes import Size, add
+from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.dims import Size, add
-from onnxcomp.structure.rules import axes_of
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
-from onnxcomp.structure.uniform import FLOATS
 
 __all__ = ["BLOCKED", "Masks"]
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from onnxcomp.structure.dims import Shape, Size, add, floor
+from onnxcomp.analysis.sizes import Shape, Size, add, floor
 
 if TYPE_CHECKING:
-    from onnxcomp.structure.shapes import Facts
+    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["CONV_RULES"]
 

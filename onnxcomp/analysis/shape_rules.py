@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.structure.conv import CONV_RULES
-from onnxcomp.structure.dims import Dim, Shape, Size, add, divide, multiply, named, product
+from onnxcomp.analysis.conv_rules import CONV_RULES
+from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, named, product
 
 if TYPE_CHECKING:
-    from onnxcomp.structure.shapes import Facts
+    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape", "total_length"]
 

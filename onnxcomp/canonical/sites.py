@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.canonical.activation import find_activations
+from onnxcomp.canonical.fused import is_fused
+from onnxcomp.canonical.norm import find_norms
 from onnxcomp.graph import Graph, Site
-from onnxcomp.structure.activation import find_activations
-from onnxcomp.structure.contrib import is_fused
-from onnxcomp.structure.norm import find_norms
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["sites"]
 

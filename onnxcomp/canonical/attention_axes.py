@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.structure.dims import Shape, Size, divide, multiply
-from onnxcomp.structure.layout import trace
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import trace
+from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
+from onnxcomp.canonical.shape_targets import Sizes
 
 __all__ = ["Four", "Heads", "NotAttention", "heads_of", "regroups"]
 

@@ -11,11 +11,11 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from onnxcomp.structure.dims import Dim, Size, add, divide, floor, multiply, product, subtract
-from onnxcomp.structure.rules import axes_of, axis_of
+from onnxcomp.analysis.shape_rules import axes_of, axis_of
+from onnxcomp.analysis.sizes import Dim, Size, add, divide, floor, multiply, product, subtract
 
 if TYPE_CHECKING:
-    from onnxcomp.structure.shapes import Facts
+    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["CONTENT_RULES", "Content", "constant_content", "small"]
 

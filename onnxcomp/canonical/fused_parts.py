@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Shape, Size, multiply
+from onnxcomp.canonical.masks import BLOCKED
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Shape, Size, multiply
-from onnxcomp.structure.mask import BLOCKED
-from onnxcomp.structure.shapes import Facts
 
 __all__ = [
     "Fused",

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 if TYPE_CHECKING:
-    from onnxcomp.structure.shapes import Facts
+    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["FLOATS", "Uniform", "uniform", "uniform_of"]
 

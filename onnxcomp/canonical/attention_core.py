@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.shape_rules import axis_of
+from onnxcomp.canonical.attention_axes import Heads, NotAttention, heads_of, regroups
+from onnxcomp.canonical.masks import Masks
+from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
-from onnxcomp.structure.heads import Heads, NotAttention, heads_of, regroups
-from onnxcomp.structure.mask import Masks
-from onnxcomp.structure.rules import axis_of
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
 
 __all__ = ["Core", "NotAttention", "find_core", "raise_core"]
 

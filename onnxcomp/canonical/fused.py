@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.canonical.fused_attention import ATTENTION
+from onnxcomp.canonical.fused_parts import Fused, given, unread
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.structure.contrib_attention import ATTENTION
-from onnxcomp.structure.contrib_parts import Fused, given, unread
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["is_fused", "shelter", "unfuse"]
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.sizes import Shape, Size, product
 from onnxcomp.graph import Graph
-from onnxcomp.structure.dims import Shape, Size, product
-from onnxcomp.structure.shapes import Facts
 
 __all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "target_of", "trace"]
 

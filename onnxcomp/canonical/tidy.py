@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.analysis.element_types import from_integers
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.types import from_integers
 
 __all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "settle_arithmetic"]
 

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.layout import MOVES, Sunk, reshaped, sink, trace
+from onnxcomp.analysis.shape_rules import total_length
+from onnxcomp.analysis.sizes import Shape
+from onnxcomp.canonical.attention_cache import Cache, cache_of, give_present
+from onnxcomp.canonical.attention_core import NotAttention, find_core, raise_core
+from onnxcomp.canonical.masks import Masks
+from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
-from onnxcomp.structure.cache import Cache, cache_of, give_present
-from onnxcomp.structure.core import NotAttention, find_core, raise_core
-from onnxcomp.structure.dims import Shape
-from onnxcomp.structure.layout import MOVES, Sunk, reshaped, sink, trace
-from onnxcomp.structure.mask import Masks
-from onnxcomp.structure.rules import total_length
-from onnxcomp.structure.shapes import Facts
-from onnxcomp.structure.targets import Sizes
 
 __all__ = ["raise_attention"]
 
