@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnxcomp.blocks import Linear, Mlp
-from onnxcomp.branches import Sums
+from onnxcomp.blocks.branches import Sums
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot
 from onnxcomp.maths import Array, Float64

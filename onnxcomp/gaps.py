@@ -9,12 +9,12 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.branches import Branch, sums
+from onnxcomp.blocks.branches import Branch, sums
+from onnxcomp.blocks.caches import take_out
 from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.logits import fit_logits
 from onnxcomp.pipeline import Env
-from onnxcomp.ports import take_out
 from onnxcomp.repairs import behind, to_stream, unfit
 
 __all__ = ["Gap", "close", "leave_out"]

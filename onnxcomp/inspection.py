@@ -9,11 +9,11 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from onnxcomp.blocks import linears
+from onnxcomp.blocks.describe import describe as anatomy
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
 from onnxcomp.files.storage import chosen_graphs, file_bytes, load
 from onnxcomp.graph import Graph
-from onnxcomp.structure.anatomy import describe as anatomy
 
 __all__ = ["SCHEMA_VERSION", "headline", "inspect", "schema"]
 

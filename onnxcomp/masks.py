@@ -9,13 +9,13 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.data import open_axes
 from onnxcomp.data.inputs import TensorSpec, roles, specs
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph, extract
 from onnxcomp.maths import Array
 from onnxcomp.runtime import Session
-from onnxcomp.structure.probe import name_masks
 
 __all__ = ["name_of", "probe"]
 

@@ -13,13 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
+from onnxcomp.blocks.stream import Stream
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.readers import numbers
 from onnxcomp.structure.rotate import basis
-from onnxcomp.structure.stream import Stream
 
 __all__ = ["dual", "duals", "heard"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.branches import joins, sums
+from onnxcomp.blocks.branches import joins, sums
 from onnxcomp.counterparts import has, standing
 from onnxcomp.errors import ModelError
 from onnxcomp.feedforward import alone, fit_whole

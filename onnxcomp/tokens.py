@@ -12,10 +12,10 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, layers
+from onnxcomp.blocks.linears import NORMS, Index
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
-from onnxcomp.structure.views import NORMS, Index
 
 __all__ = ["Place", "Tokens", "places", "removals"]
 

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxcomp.branches import Branch, branches, whole_layers
+from onnxcomp.blocks.branches import Branch, branches, whole_layers
 from onnxcomp.gaps import Gap, close, leave_out
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.branches import joins, sums
+from onnxcomp.blocks.branches import joins, sums
 from onnxcomp.counterparts import counterpart, has
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site

@@ -11,6 +11,8 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks, repairs
+from onnxcomp.blocks.linears import NormSite
+from onnxcomp.blocks.stream import Stream, leaders, streams
 from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
@@ -19,8 +21,6 @@ from onnxcomp.projections import duals
 from onnxcomp.repairs import Part
 from onnxcomp.stats import gram
 from onnxcomp.structure.rotate import basis, rotate
-from onnxcomp.structure.stream import Stream, leaders, streams
-from onnxcomp.structure.views import NormSite
 from onnxcomp.target import Target
 
 __all__ = ["Slice"]

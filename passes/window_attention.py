@@ -11,10 +11,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from onnxcomp.blocks import Attention, attentions
+from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.graph import Graph, Site
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import absmax, mean
-from onnxcomp.structure.probe import name_masks
 from onnxcomp.target import Target
 from onnxcomp.windows import WIDTHS, Bands, kept_by_width, widest
 

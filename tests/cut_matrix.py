@@ -10,7 +10,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxcomp import branches, catalog, coupling
+from onnxcomp import catalog, coupling
+from onnxcomp.blocks import branches
 from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import RecipeError

@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
+from onnxcomp.blocks.describe import describe
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.structure.anatomy import describe
 from tests import tiny, zoo
 
 

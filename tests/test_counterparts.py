@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.branches import sums, whole_layers
+from onnxcomp.blocks.branches import sums, whole_layers
 from onnxcomp.counterparts import counterpart, standing
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.gaps import leave_out

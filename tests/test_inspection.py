@@ -9,11 +9,11 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import inspection, tables
+from onnxcomp.blocks.describe import describe
+from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
-from onnxcomp.structure.anatomy import describe
-from onnxcomp.structure.probe import Mask, name_masks
 from tests import tiny, zoo
 
 

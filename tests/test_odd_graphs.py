@@ -9,13 +9,13 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp.analysis.facts import Facts
+from onnxcomp.blocks.describe import describe
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.job import optimize
 from onnxcomp.runtime import Session
-from onnxcomp.structure.anatomy import describe
 from tests import tiny
 
 HEAD = '<ir_version: 8, opset_import: ["":{opset}, "com.microsoft":1]> odd '

@@ -5,6 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp.blocks import attentions
+from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
@@ -12,7 +13,6 @@ from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime import Session
-from onnxcomp.structure.probe import name_masks
 from onnxcomp.windows import WIDTHS, kept_by_width, widest
 from tests import hand, tiny
 

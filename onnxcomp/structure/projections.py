@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.blocks.linears import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.views import Linear
 
 __all__ = ["constants", "joined", "read", "split", "write"]
 

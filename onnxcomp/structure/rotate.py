@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
+from onnxcomp.blocks.linears import Index, Linear, NormSite
+from onnxcomp.blocks.stream import SUMS, Stream, carried
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import as_tensor, release
 from onnxcomp.maths import Array, Float64
-from onnxcomp.structure.stream import SUMS, Stream, carried
-from onnxcomp.structure.views import Index, Linear, NormSite
 
 __all__ = ["basis", "rotate"]
 

@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks, gaps, repairs
-from onnxcomp.branches import branches, sums, whole_layers
+from onnxcomp.blocks.branches import branches, sums, whole_layers
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import DataError, ModelError, RecipeError

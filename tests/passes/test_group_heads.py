@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp import blocks, repairs
-from onnxcomp.branches import joins
+from onnxcomp.blocks.branches import joins
 from onnxcomp.coupling.sizes import parameters
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import RecipeError

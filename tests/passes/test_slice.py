@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
+from onnxcomp.blocks.stream import leaders, streams
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph, scratch
@@ -16,7 +17,6 @@ from onnxcomp.passes.slice import Slice
 from onnxcomp.projections import duals
 from onnxcomp.runtime import Session
 from onnxcomp.structure.rotate import rotate
-from onnxcomp.structure.stream import leaders, streams
 from tests import tiny
 
 MODELS = {

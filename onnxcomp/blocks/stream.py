@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
+from onnxcomp.blocks.linears import Index, NormSite
 from onnxcomp.graph import Graph
-from onnxcomp.structure.views import Index, NormSite
 
 __all__ = ["Stream", "carried", "leaders", "streams"]
 

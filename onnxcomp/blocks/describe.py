@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
+from onnxcomp.blocks.count import macs, parameters
+from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical.sites import sites
 from onnxcomp.graph import Graph
-from onnxcomp.structure.account import macs, parameters
-from onnxcomp.structure.probe import Mask, name_masks
 
 __all__ = ["describe"]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcomp.blocks.linears import PASSED, Index, Linear, stored
 from onnxcomp.graph import Graph
-from onnxcomp.structure.views import PASSED, Index, Linear, stored
 
 __all__ = ["Embedding", "Head", "embeddings", "head"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.blocks.ends import Embedding, Head, embeddings, head
+from onnxcomp.blocks.linears import PASSED, Index, Linear, NormSite, linears, norms, siblings
 from onnxcomp.graph import Graph, Site
-from onnxcomp.structure.ends import Embedding, Head, embeddings, head
-from onnxcomp.structure.views import PASSED, Index, Linear, NormSite, linears, norms, siblings
 
 __all__ = [
     "Attention",

@@ -11,9 +11,9 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
+from onnxcomp.blocks.caches import NONE, Ports, ports
+from onnxcomp.blocks.linears import Index
 from onnxcomp.graph import Graph, Site
-from onnxcomp.ports import NONE, Ports, ports
-from onnxcomp.structure.views import Index
 
 __all__ = ["Branch", "Sums", "branches", "joins", "sums", "whole_layers"]
 
