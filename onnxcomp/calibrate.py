@@ -22,9 +22,9 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.rows import Dims, Samples, dims, mask_name, rows, token_axis
+from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
 from onnxcomp.stats import Need, Of, Stats
 from onnxcomp.target import CPU, Target
-from onnxcomp.walk import Layout, Stage, Walk, signature
 
 __all__ = ["Collector", "collect"]
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import benchmark, runtime
+from onnxcomp import benchmark
 from onnxcomp.benchmark import BenchReport, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.outcome import Report, Result
+from onnxcomp.runtime import sessions
 from onnxcomp.target import Target
 
 __all__ = ["confirm", "pick"]
@@ -58,12 +59,12 @@ def _differs(other: Graph, path: Path, r: Report) -> str:
         return ""
     try:
         feeds = open_axes.feeds_for(other, {k: min(n, 16) for k, n in open_axes.default_shapes(other)[0].items()})
-        with runtime.Session(other, prepack=False) as session:
+        with sessions.Session(other, prepack=False) as session:
             want = session.run(feeds)
     except OnnxcompError:
         return ""  # an open axis of unknown size, or a model that runs at its own sizes only
     try:
-        with runtime.Session(path) as session:
+        with sessions.Session(path) as session:
             got = session.run(feeds)
     except OnnxcompError as e:
         return f"does not run: {e}"
@@ -87,7 +88,7 @@ def _time(source: Path, path: Path, result: Result, target: Target, shapes: Sequ
     better = [shape for shape, x in ratios.items() if x.low > 1]
     shown = [{"shape": shape, **dataclasses.asdict(x)} for shape, x in ratios.items()]
     total = float(np.exp(np.mean([np.log(x.value) for x in ratios.values()])))
-    if worse and total < 1 and runtime.integer_check(other).ok:
+    if worse and total < 1 and sessions.integer_check(other).ok:
         _keep(result, path, f"the lowered model was slower than it at {'; '.join(worse)}", shown)
         result.report.benchmark = pick(found, (0, 2), str(path))
         return

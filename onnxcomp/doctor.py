@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import runtime
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import cpu_features, machine
 from onnxcomp.report import versions
+from onnxcomp.runtime import sessions
 from onnxcomp.target import CPU, CUDA, TENSORRT, Target
 
 __all__ = ["Check", "diagnose"]
@@ -64,7 +64,7 @@ def _python() -> Check:
 
 
 def _runtimes() -> list[Check]:
-    found = runtime.installed_runtimes()
+    found = sessions.installed_runtimes()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         return [Check("broken", "runtime", "ONNX Runtime is not installed", "pip install 'onnxcomp[cpu]'")]
@@ -87,7 +87,7 @@ def _provider(target: Target) -> Check:
     """Whether a model really runs there; only a CPU that does not work is broken."""
     name = f"target {target.name}"
     try:
-        with runtime.Session(probe(), target) as session:
+        with sessions.Session(probe(), target) as session:
             session.run({"x": np.ones(2, np.float32)})
     except TargetError as e:
         return Check("broken" if target is CPU else "info", name, str(e))

@@ -241,7 +241,7 @@ def _image(config: Any) -> tuple[int, int, int]:
 
 def _verify(job: Work, file: Path) -> dict[str, Any]:
     """Largest differences to PyTorch on two shapes with padding, on rows that are not padding; raises `ModelError`."""
-    from onnxcomp.runtime import Session
+    from onnxcomp.runtime.sessions import Session
 
     most = getattr(job.config, "max_position_embeddings", None) or 64
     shapes = [(2, min(9, most)), (3, min(14, most))]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import benchmark, confirm, runtime, settings, tensorrt
+from onnxcomp import benchmark, confirm, settings, tensorrt
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import open_axes, vocabulary
 from onnxcomp.data.datasets import as_dataset, load_data
@@ -19,13 +19,14 @@ from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
-from onnxcomp.integer import saturating
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass, Stage
-from onnxcomp.placement import Placement, placement
 from onnxcomp.recipe import Recipe, with_exact_rows
 from onnxcomp.report import SCHEMA_VERSION, write
+from onnxcomp.runtime import sessions
+from onnxcomp.runtime.integer import saturating
+from onnxcomp.runtime.placement import Placement, placement
 from onnxcomp.smoke import smoke
 from onnxcomp.target import CPU, Target, find, resolved
 from onnxcomp.version import __version__
@@ -355,7 +356,7 @@ def _check(job: Job, path: Path, result: Result) -> None:
     host, elsewhere = host_of(job.target)
     r.warnings += smoke(job.model, path, host)
     if job.target.provider == CPU.provider:
-        r.integer = runtime.integer_check(path, host)
+        r.integer = sessions.integer_check(path, host)
     r.placement = _placed(path, job.target, host, elsewhere)
     if job.measure and job.target.here and not elsewhere:
         r.benchmark = r.benchmark or benchmark.bench([job.model, path], job.target, job.shapes)

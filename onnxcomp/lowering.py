@@ -23,7 +23,7 @@ from onnxcomp.graph import Graph, extract
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array
 from onnxcomp.race import Entry, race, unfinished, winner
-from onnxcomp.runtime import Session, installed_runtimes
+from onnxcomp.runtime.sessions import Session, installed_runtimes
 from onnxcomp.target import Target
 
 __all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]

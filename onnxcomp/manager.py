@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import calibrate, lowering, runtime, tune
+from onnxcomp import calibrate, lowering, tune
 from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
@@ -23,6 +23,7 @@ from onnxcomp.graph.hashing import content_hash
 from onnxcomp.machine import peak_mib
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
+from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats
 from onnxcomp.steps import StepCache
 from onnxcomp.target import CPU, Target, resolved
@@ -369,9 +370,9 @@ class PassManager:
 def host_of(target: Target) -> tuple[Target, str]:
     """Where calibration and comparison run: the target, or the CPU where it is not on this machine, with a note."""
     try:
-        runtime.check_target(target)
+        sessions.check_target(target)
     except TargetError as e:
-        runtime.check_target(CPU)
+        sessions.check_target(CPU)
         return CPU, f"calibrated and compared on this machine's CPU, speed not measured: {e}"
     return target, ""
 

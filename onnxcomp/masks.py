@@ -15,7 +15,7 @@ from onnxcomp.data.inputs import TensorSpec, roles, specs
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph, extract
 from onnxcomp.maths import Array
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 
 __all__ = ["name_of", "probe"]
 

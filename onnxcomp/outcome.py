@@ -13,8 +13,8 @@ from onnxcomp.graph import Declined, Graph, Noted
 
 if TYPE_CHECKING:
     from onnxcomp.benchmark import BenchReport
-    from onnxcomp.placement import Placement
-    from onnxcomp.runtime import IntegerCheck
+    from onnxcomp.runtime.placement import Placement
+    from onnxcomp.runtime.sessions import IntegerCheck
     from onnxcomp.validation import Validation
 
 __all__ = ["Report", "Result", "Step"]

@@ -12,7 +12,7 @@ from onnxcomp.choices import Candidate
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
 __all__ = ["MARGIN", "ROUNDS", "Entry", "median", "race", "unfinished", "winner"]

@@ -17,7 +17,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
 from onnxcomp.metrics import Metric, Seen, Sums
 from onnxcomp.outputs import View, see
-from onnxcomp.runner import Runner
+from onnxcomp.runtime.runner import Runner
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

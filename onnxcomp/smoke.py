@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.files import storage
-from onnxcomp.runner import Runner
+from onnxcomp.runtime.runner import Runner
 from onnxcomp.target import Target
 
 __all__ = ["smoke"]

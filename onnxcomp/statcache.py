@@ -15,9 +15,9 @@ import onnx_ir as ir
 from onnxcomp.accumulate import fetched
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.graph import Graph
+from onnxcomp.runtime.stretches import stretch
 from onnxcomp.stats import Need, Of, Stats
 from onnxcomp.target import Target
-from onnxcomp.walk import stretch
 
 __all__ = ["key", "read", "write"]
 

@@ -16,7 +16,7 @@ from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.graph.extract import structure
 from onnxcomp.maths import Array
 from onnxcomp.race import median
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, Target, resolved
 
 __all__ = ["Cost", "costs", "forget", "operations"]

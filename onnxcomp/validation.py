@@ -25,9 +25,9 @@ from onnxcomp.maths import Array
 from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.outputs import Reading, View, see
 from onnxcomp.resplit import Again, Gone, again
-from onnxcomp.runner import Runner
+from onnxcomp.runtime.runner import Runner
+from onnxcomp.runtime.stretches import Walk
 from onnxcomp.target import CPU, Target
-from onnxcomp.walk import Walk
 
 __all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from onnxcomp.graph import Graph
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.graph.scratch import forget
+from onnxcomp.runtime.stretches import Cut, Layout, Walk, signature
 from onnxcomp.target import Target
 from onnxcomp.validation import Reference, Validation
-from onnxcomp.walk import Cut, Layout, Walk, signature
 
 __all__ = ["Variants"]
 

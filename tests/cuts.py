@@ -6,7 +6,7 @@ from onnxcomp import coupling
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 
 
 def masked(g: Graph, group: Group, gone) -> Graph:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 __all__ = ["LOWEST", "RNG", "f32", "graph", "i64", "ops", "raised", "same", "weight"]

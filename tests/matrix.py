@@ -17,7 +17,7 @@ from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import zoo
 
 SHAPES = ((2, 12, "right"), (3, 17, "left"), (1, 7, "none"))

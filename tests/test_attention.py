@@ -8,7 +8,7 @@ pytest.importorskip("onnxruntime")
 
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
 

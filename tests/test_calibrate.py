@@ -11,12 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import calibrate, stats, walk
+from onnxcomp import calibrate, stats
 from onnxcomp.calibrate import collect
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime import stretches
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import Need, Stats
 from tests import tiny
 
@@ -231,8 +232,8 @@ def test_large_batches_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_only_the_needed_part_of_the_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     g = tiny.encoder(layers=4)
     parts: list[int] = []
-    real = walk.stretch
-    monkeypatch.setattr(walk, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = stretches.stretch
+    monkeypatch.setattr(stretches, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
     nodes, edits = g.model.graph.num_nodes(), g.edits
     found = collect(g, [stats.absmax(inputs(g)[0])], dataset(samples(3)))
     assert max(parts) < nodes / 4

@@ -18,10 +18,11 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import benchmark, cli, console, doctor, job, race, report, runtime, tune
+from onnxcomp import benchmark, cli, console, doctor, job, race, report, tune
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.pipeline import PassFault
+from onnxcomp.runtime import sessions
 from tests import tiny
 
 RECIPE = "passes: [canonicalize, cleanup, {qdq: {min_size: 1}}, lower]\n"
@@ -288,7 +289,7 @@ def test_doctor_finds_this_machine_able(run: Run) -> None:
 def test_doctor_sees_a_broken_runtime(
     run: Run, monkeypatch: pytest.MonkeyPatch, found: dict[str, str], says: str
 ) -> None:
-    monkeypatch.setattr(runtime, "installed_runtimes", lambda: found)
+    monkeypatch.setattr(sessions, "installed_runtimes", lambda: found)
     code, out, _ = run("doctor", "--json")
     assert code == 1
     data = one_object(out)
@@ -300,7 +301,7 @@ def test_doctor_tells_a_cpu_that_does_not_run_from_a_gpu_that_is_not_there(monke
     def refuse(*_: object) -> None:
         raise TargetError("does not run here")
 
-    monkeypatch.setattr(runtime, "Session", refuse)
+    monkeypatch.setattr(sessions, "Session", refuse)
     status = {c["check"]: c["status"] for c in doctor.diagnose()["checks"]}
     assert (status["target cpu"], status["target cuda"]) == ("broken", "info")
 

@@ -17,8 +17,8 @@ from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.placement import placement
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.placement import placement
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import ops

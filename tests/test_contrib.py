@@ -10,7 +10,7 @@ import pytest
 
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 
 RNG = np.random.default_rng(7)
 B, S, N, H = 2, 5, 2, 16

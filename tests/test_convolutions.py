@@ -15,8 +15,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
-from onnxcomp.runtime import Session
-from onnxcomp.walk import stretch
+from onnxcomp.runtime.sessions import Session
+from onnxcomp.runtime.stretches import stretch
 from tests import cuts, tiny
 from tests.hand import f32, graph
 

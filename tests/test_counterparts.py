@@ -13,7 +13,7 @@ from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.prune_ffn import PruneFfn
 from onnxcomp.passes.prune_heads import PruneHeads
 from onnxcomp.passes.refit import Refit
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 

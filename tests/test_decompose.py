@@ -9,7 +9,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.structure.decompose import lower_opset
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
@@ -75,7 +75,7 @@ def test_operator_without_a_spelling_is_named():
 @pytest.mark.parametrize("shape", ["dynamic", "static", "rank-2"])
 def test_standard_form_keeps_integer_products_at_every_rank(shape):
     from onnxcomp.passes.qdq import Qdq
-    from onnxcomp.runtime import integer_check
+    from onnxcomp.runtime.sessions import integer_check
 
     g = {
         "dynamic": tiny.encoder,

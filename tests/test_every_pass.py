@@ -14,7 +14,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.pipeline import Fidelity
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 ZOO = {

@@ -15,7 +15,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.pipeline import Pass
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import LOWEST, f32, graph, i64, ops, weight

@@ -139,7 +139,7 @@ def test_every_export_was_compared_with_pytorch(exported: Callable[[str], Path],
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_the_model_agrees_at_another_shape(exported: Callable[[str], Path], name: str) -> None:
     """Independent of the exporter's own check: one sample, one token, and a longer batch than any traced."""
-    from onnxcomp.runtime import Session
+    from onnxcomp.runtime.sessions import Session
 
     module, folder = make(name), exported(name)
     rng = np.random.default_rng(5)

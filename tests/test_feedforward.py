@@ -16,7 +16,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_mlp
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 TORCH = {

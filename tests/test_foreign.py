@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import matrix, zoo
 
 INTEGERS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "MatMulInteger", "QLinearMatMul")

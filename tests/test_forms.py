@@ -12,7 +12,7 @@ from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.window_attention import WindowAttention
-from onnxcomp.runtime import Session, integer_check, optimized
+from onnxcomp.runtime.sessions import Session, integer_check, optimized
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import f32, graph, i64, ops, weight

@@ -11,7 +11,7 @@ from onnxcomp import blocks
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import AttrSlot, Entries, Group, Size, Slot, layout
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 

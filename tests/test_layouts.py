@@ -14,7 +14,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Dim, Equalities, add, divide, floor, multiply, named, product, subtract
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 from tests.hand import RNG, f32, graph, ops, raised, same, weight
 

@@ -14,7 +14,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_softmax
 from onnxcomp.maths.newton import Fitted
 from onnxcomp.maths.newton_softmax import Classes, fit
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny, zoo
 
 RNG = np.random.default_rng

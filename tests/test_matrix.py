@@ -15,7 +15,7 @@ from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import interface
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import matrix, zoo
 
 KEPT = zoo.kept()

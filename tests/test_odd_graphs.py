@@ -15,7 +15,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.job import optimize
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 HEAD = '<ir_version: 8, opset_import: ["":{opset}, "com.microsoft":1]> odd '

@@ -8,7 +8,7 @@ import pytest
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests.hand import RNG, f32, ops
 
 W, BIAS = f32(RNG.standard_normal((8, 6))), f32(RNG.standard_normal(6))

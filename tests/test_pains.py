@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, runtime, target, tensorrt, tune
+from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, target, tensorrt, tune
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.calibrate import collect
 from onnxcomp.canonical import canonicalize
@@ -26,15 +26,16 @@ from onnxcomp.maths.saturation import breaks
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.placement import placement
 from onnxcomp.recipe import Recipe
+from onnxcomp.runtime import sessions
+from onnxcomp.runtime.placement import placement
 from onnxcomp.stats import histogram, minmax
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import hand, matrix, tiny, zoo
 
 
 def run(g, feeds):
-    with runtime.Session(g) as s:
+    with sessions.Session(g) as s:
         return next(iter(s.run(feeds).values()))
 
 
@@ -203,9 +204,9 @@ def test_row_40_a_broken_export_is_noticed_at_once(tmp_path, monkeypatch):
     )
     torch.manual_seed(0)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "checkpoint")
-    real = runtime.Session.run
+    real = sessions.Session.run
     monkeypatch.setattr(
-        runtime.Session, "run", lambda self, *a, **k: {n: y + 0.5 for n, y in real(self, *a, **k).items()}
+        sessions.Session, "run", lambda self, *a, **k: {n: y + 0.5 for n, y in real(self, *a, **k).items()}
     )
     with pytest.raises(ExportError):
         oc_export.export(tmp_path / "checkpoint", tmp_path / "out")
@@ -227,7 +228,7 @@ def test_row_43_two_runtimes_overwriting_each_other_are_noticed(monkeypatch):
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name)
     )
-    assert set(runtime.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
+    assert set(sessions.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
 
 
 def test_row_44_an_onnx_file_is_pruned_directly(tmp_path):
@@ -563,5 +564,5 @@ def test_row_51_tokens_are_merged_on_a_fixed_schedule_after_export():
     for batch in (1, 3):
         feeds = tiny.feeds(g, batch, 12)
         assert run(merged, feeds).shape == run(g, feeds).shape
-        with runtime.Session(merged, taps=[last]) as s:
+        with sessions.Session(merged, taps=[last]) as s:
             assert s.run(feeds, [last])[last].shape[1] < 12

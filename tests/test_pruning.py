@@ -17,7 +17,7 @@ from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, solve
 from onnxcomp.maths.allocation import Candidate, choose, isotonic
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT
 from tests import cuts, tiny
 

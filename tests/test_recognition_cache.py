@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests.hand import RNG, f32, graph, i64, ops, weight
 
 N, H, C = 4, 4, 16

@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 SIZES = dict(zip("bhijdnqk", (2, 3, 5, 4, 6, 3, 5, 4), strict=True))

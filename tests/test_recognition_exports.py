@@ -16,7 +16,7 @@ import torch
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import matrix, zoo
 from tests.zoo import EOS, FF, GROUPED, HEADS, LAYERS, SPAN, TEXT, VOCAB, Architecture
 

@@ -17,7 +17,7 @@ import torch
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests.matrix import signature
 
 pytestmark = pytest.mark.export

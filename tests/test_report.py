@@ -22,7 +22,7 @@ from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined
 from onnxcomp.metrics import Drift, MetricResult
 from onnxcomp.outcome import Report, Step
-from onnxcomp.runtime import IntegerCheck
+from onnxcomp.runtime.sessions import IntegerCheck
 from onnxcomp.validation import Validation
 from tests import tiny
 

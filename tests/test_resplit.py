@@ -18,7 +18,7 @@ from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
 from onnxcomp.resplit import Gone
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation import validate
 from tests import tiny
 

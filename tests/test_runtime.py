@@ -14,11 +14,11 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import handover, runtime
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import formats
-from onnxcomp.runtime import Session, integer_check
+from onnxcomp.runtime import payload, sessions
+from onnxcomp.runtime.sessions import Session, integer_check
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 
@@ -85,7 +85,7 @@ def test_nothing_is_written_beside_the_model(tmp_path: Path) -> None:
     loaded = Graph(ir.load(path), path)
     with Session(loaded, taps=[str(matmul(g).outputs[0].name)]) as s:
         s.run(tiny.feeds(g))
-    runtime.optimized(path)
+    sessions.optimized(path)
     integer_check(path)
     assert {p: p.read_bytes() for p in tmp_path.iterdir()} == before
 
@@ -113,10 +113,10 @@ def test_a_closed_session_says_so() -> None:
 def test_large_constants_stay_out_of_the_message(tmp_path: Path) -> None:
     g = tiny.linear(256, 128, bias=False)
     path = tiny.external(g, tmp_path)
-    mapped = handover.payload(Graph(ir.load(path)).model)
+    mapped = payload.payload(Graph(ir.load(path)).model)
     assert mapped.folder == tmp_path.resolve()
     assert not mapped.shared
-    held = handover.payload(g.clone().model)
+    held = payload.payload(g.clone().model)
     assert len(held.message) < 2000
     (shared,) = held.shared.values()
     assert shared.ctypes.data == g.array(matmul(g).inputs[1]).ctypes.data
@@ -186,7 +186,7 @@ def test_types_numpy_does_not_know_are_handed_over_as_bytes() -> None:
     y = g.op("MatMul", x, g.op("Cast", g.constant(w, "w"), to=1))
     g = tiny.finish(g, y, "y", ["n", 256])
     feeds = {"x": np.ones((2, 256), np.float32)}
-    assert handover.payload(g.clone().model).files
+    assert payload.payload(g.clone().model).files
     assert np.allclose(run(g, feeds), feeds["x"] @ w.astype(np.float32), atol=1e-3)
 
 
@@ -254,15 +254,15 @@ def test_a_failing_run_names_the_shapes() -> None:
 
 
 def test_the_cpu_target_runs_here() -> None:
-    runtime.check_target(CPU)
-    assert len(runtime.installed_runtimes()) == 1
+    sessions.check_target(CPU)
+    assert len(sessions.installed_runtimes()) == 1
 
 
 @pytest.mark.parametrize(("target", "package"), [(CUDA, "onnxcomp[gpu]"), (TENSORRT, "onnxcomp[tensorrt]")])
 def test_a_build_without_the_provider_is_refused_with_the_package_to_install(
     target: Any, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime._ort(), "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(sessions._ort(), "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(TargetError, match=package.replace("[", r"\[")):
         Session(tiny.mlp(), target)
 
@@ -299,10 +299,10 @@ class Fallback:
 def test_a_silent_fallback_to_the_cpu_is_an_error(
     target: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fake = Fallback(runtime._ort())
-    monkeypatch.setattr(runtime, "_ort", lambda: fake)
+    fake = Fallback(sessions._ort())
+    monkeypatch.setattr(sessions, "_ort", lambda: fake)
     with pytest.raises(TargetError, match="does not run on this machine") as e:
-        runtime.check_target(target)
+        sessions.check_target(target)
     assert "onnxruntime-gpu[cuda,cudnn]" in str(e.value)
     assert ("tensorrt-cu13>=10.13,<11" in str(e.value)) == (target is TENSORRT)
     assert dict(fake.asked)["CUDAExecutionProvider"] == {"use_tf32": "0"}
@@ -311,17 +311,17 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
 
 
 def test_a_provider_that_fails_to_start_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Fallback(runtime._ort(), "CUDA failure 35: CUDA driver version is insufficient")
-    monkeypatch.setattr(runtime, "_ort", lambda: fake)
-    monkeypatch.setattr(runtime, "_missing", lambda provider: [])
+    fake = Fallback(sessions._ort(), "CUDA failure 35: CUDA driver version is insufficient")
+    monkeypatch.setattr(sessions, "_ort", lambda: fake)
+    monkeypatch.setattr(sessions, "_missing", lambda provider: [])
     with pytest.raises(TargetError, match="CUDA failure 35"):
         Session(tiny.mlp(), CUDA)
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(runtime.LIBRARIES, "CUDAExecutionProvider", ("libc.so.6", "libsurely-not-there.so.1"))
-    assert runtime._missing("CUDAExecutionProvider") == ["libsurely-not-there.so.1"]
-    assert "libsurely-not-there.so.1" in str(runtime._not_there(CUDA, ""))
+    monkeypatch.setitem(sessions.LIBRARIES, "CUDAExecutionProvider", ("libc.so.6", "libsurely-not-there.so.1"))
+    assert sessions._missing("CUDAExecutionProvider") == ["libsurely-not-there.so.1"]
+    assert "libsurely-not-there.so.1" in str(sessions._not_there(CUDA, ""))
 
 
 def test_an_old_runtime_is_refused() -> None:
@@ -336,8 +336,8 @@ def test_two_runtimes_at_once_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert runtime.installed_runtimes() == {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
-    runtime._ort.cache_clear()
+    assert sessions.installed_runtimes() == {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    sessions._ort.cache_clear()
     with pytest.raises(TargetError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
         Session(tiny.mlp())
 
@@ -346,7 +346,7 @@ def test_two_runtimes_at_once_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_missing_or_hollow_runtime_is_a_target_error(
     module: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime._ort.cache_clear()
+    sessions._ort.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", module)
     with pytest.raises(TargetError, match=message) as e:
         Session(tiny.mlp())
@@ -359,7 +359,7 @@ def test_a_missing_or_hollow_runtime_is_a_target_error(
 def test_the_optimized_graph_computes_the_same() -> None:
     g = tiny.encoder()
     feeds = tiny.feeds(g)
-    o = runtime.optimized(g)
+    o = sessions.optimized(g)
     assert o.model.graph.num_nodes() < g.model.graph.num_nodes()
     assert np.allclose(run(o, feeds), run(g, feeds), atol=1e-4)
 
@@ -385,8 +385,8 @@ def quantized(g: Graph, bias: str = "keep") -> Graph:
 @pytest.mark.parametrize("rank", [2, 3])
 def test_integer_check_counts_quantized_linears(rank: int) -> None:
     check = integer_check(quantized(tiny.linear(64, 64, bias=False, rank=rank)))
-    assert check == runtime.IntegerCheck(1, 1, 0, True, "")
-    assert integer_check(tiny.linear()) == runtime.IntegerCheck(0, 0, 0, True, "")
+    assert check == sessions.IntegerCheck(1, 1, 0, True, "")
+    assert integer_check(tiny.linear()) == sessions.IntegerCheck(0, 0, 0, True, "")
 
 
 def test_integer_check_sees_the_bias_trap_of_rank_two() -> None:
@@ -411,7 +411,7 @@ def test_integer_check_counts_dynamic_quantization(tmp_path: Path) -> None:
     g.model.graph.sort()
     path = tmp_path / "dynamic.onnx"
     ir.save(g.model, path)
-    assert integer_check(path) == runtime.IntegerCheck(1, 1, 0, True, "")
+    assert integer_check(path) == sessions.IntegerCheck(1, 1, 0, True, "")
 
 
 def test_the_codes_of_the_runtime_are_ours() -> None:
@@ -426,15 +426,15 @@ def test_the_codes_of_the_runtime_are_ours() -> None:
 
 
 def test_only_small_weights_are_prepacked_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxcomp import handover
+    from onnxcomp.runtime import payload
 
     g = tiny.encoder()
     path = tiny.external(g, tmp_path)
-    assert handover.prepacks(g, None)
-    assert handover.prepacks(path, None)
-    monkeypatch.setattr(handover, "PREPACK_BELOW", g.nbytes)
-    assert not handover.prepacks(g, None)
-    assert not handover.prepacks(path, None)
-    assert handover.prepacks(g, True)
+    assert payload.prepacks(g, None)
+    assert payload.prepacks(path, None)
+    monkeypatch.setattr(payload, "PREPACK_BELOW", g.nbytes)
+    assert not payload.prepacks(g, None)
+    assert not payload.prepacks(path, None)
+    assert payload.prepacks(g, True)
     with Session(path) as s:
         assert np.isfinite(s.run(tiny.feeds(g))["last_hidden_state"]).all()

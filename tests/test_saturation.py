@@ -20,7 +20,6 @@ from onnxcomp import pipeline, quantize, storage, target, tune
 from onnxcomp.blocks import linears
 from onnxcomp.errors import DataError, GateFailed
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.integer import saturating
 from onnxcomp.job import Job
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import Array, formats, saturation
@@ -29,7 +28,8 @@ from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.recipe import Recipe
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.integer import saturating
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import Stats
 from tests import tiny
 

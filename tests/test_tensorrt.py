@@ -16,7 +16,7 @@ from onnxcomp.passes.half import Half
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.recipe import Recipe
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import TENSORRT
 from tests import hand, tiny
 

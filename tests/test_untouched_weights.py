@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import handover
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph, scratch
 from onnxcomp.graph.mapped import MappedTensor
@@ -22,6 +21,7 @@ from onnxcomp.passes.prune_ffn import PruneFfn
 from onnxcomp.passes.slice import Slice
 from onnxcomp.passes.sparsify import Sparsify
 from onnxcomp.pipeline import Pass
+from onnxcomp.runtime import payload
 from onnxcomp.target import CPU
 from tests import tiny
 
@@ -74,7 +74,7 @@ def test_untouched_weights_stay_in_the_file_of_the_source(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scratch, "SPOOLED", LARGE)
-    monkeypatch.setattr(handover, "PREPACK_BELOW", 0)  # compared block by block, as a large model is
+    monkeypatch.setattr(payload, "PREPACK_BELOW", 0)  # compared block by block, as a large model is
     monkeypatch.setattr(storage, "INLINE_LIMIT", 0)
     path = tiny.external(tiny.decoder(layers=3, hidden=64, heads=4, ffn=160), tmp_path)
     source = storage.load(path)

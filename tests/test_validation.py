@@ -21,7 +21,7 @@ from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.metrics import DriftSums, Seen
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation import Reference, Validation, validate
 from tests import tiny
 

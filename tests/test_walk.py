@@ -10,16 +10,17 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, stats, walk
+from onnxcomp import blocks, stats
 from onnxcomp.calibrate import Collector, collect
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Edit
+from onnxcomp.runtime import stretches
+from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
 from onnxcomp.target import CPU
 from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants
-from onnxcomp.walk import Layout, Stage, Walk, signature
 from tests import tiny
 
 
@@ -97,8 +98,8 @@ def test_stretch_by_stretch_equals_one_run(build: Any, tmp_path: Path, monkeypat
     needs += [stats.cross_gram(a, b) for a, b in itertools.pairwise(names)]
     whole = collect(changed, needs, data(g), original=g)
     parts: list[int] = []
-    real = walk.stretch
-    monkeypatch.setattr(walk, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = stretches.stretch
+    monkeypatch.setattr(stretches, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
     cut = collect(changed, needs, data(g), original=g, memory=100_000, scratch=tmp_path)
     assert len(parts) > 6
     assert max(parts) < 0.7 * g.model.graph.num_nodes()
@@ -118,8 +119,8 @@ def test_a_sequential_collector_sees_every_edit_and_runs_each_part_once(
     held = data(g)
     collector = Collector(held, CPU, sequential=True)
     ran: list[int] = []
-    real = walk.stretch
-    monkeypatch.setattr(walk, "stretch", lambda *a: ran.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = stretches.stretch
+    monkeypatch.setattr(stretches, "stretch", lambda *a: ran.append((p := real(*a)).model.graph.num_nodes()) or p)
     rng = np.random.default_rng(0)
     for i, name in enumerate([str(x.name) for x in blocks.linears(g)]):
         linear = next(x for x in blocks.linears(g) if x.name == name)
@@ -178,10 +179,10 @@ def test_a_large_model_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatc
     other.put(blocks.linears(other)[4].weight, other.array(blocks.linears(other)[4].weight) * np.float32(0.9))
     want = Reference(g, data(g)).against(other).json()
     made: list[int] = []
-    real = walk.stretch
-    monkeypatch.setattr(walk, "stretch", lambda *a: made.append((p := real(*a)).model.graph.num_nodes()) or p)
-    monkeypatch.setattr("onnxcomp.handover.PREPACK_BELOW", 1)
-    monkeypatch.setattr("onnxcomp.runner.MEMORY", 40_000)
+    real = stretches.stretch
+    monkeypatch.setattr(stretches, "stretch", lambda *a: made.append((p := real(*a)).model.graph.num_nodes()) or p)
+    monkeypatch.setattr("onnxcomp.runtime.sessions.payload.PREPACK_BELOW", 1)
+    monkeypatch.setattr("onnxcomp.runtime.runner.MEMORY", 40_000)
     got = Reference(g, data(g), scratch=tmp_path).against(other).json()
     assert len(made) > 6
     assert max(made) < 0.7 * g.model.graph.num_nodes()
@@ -206,7 +207,7 @@ def test_changed_weights_of_a_large_model_live_in_files(tmp_path: Path) -> None:
     twice = tiny.encoder(hidden=512, ffn=1024, layers=1)
     twice.put(blocks.linears(twice)[-1].weight, twice.array(blocks.linears(twice)[-1].weight) * np.float32(2))
     batch = tiny.feeds(g)
-    from onnxcomp.runtime import Session
+    from onnxcomp.runtime.sessions import Session
 
     saved = storage.load(storage.save(loaded, tmp_path / "out"))
     for model in (loaded, loaded.clone(), saved):

@@ -12,7 +12,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.passes.window_attention import WindowAttention
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.windows import WIDTHS, kept_by_width, widest
 from tests import hand, tiny
 

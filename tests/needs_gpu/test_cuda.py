@@ -7,7 +7,7 @@ from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import TargetError
 from onnxcomp.files.storage import save
 from onnxcomp.job import optimize
-from onnxcomp.runtime import Session, check_target
+from onnxcomp.runtime.sessions import Session, check_target
 from onnxcomp.target import CUDA
 from onnxcomp.validation import validate
 from tests import tiny

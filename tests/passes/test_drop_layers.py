@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation import validate
 from tests import cut_matrix, cuts, matrix, tiny, zoo
 

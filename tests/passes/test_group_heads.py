@@ -16,7 +16,7 @@ from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
 from onnxcomp.recipe import Recipe
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 

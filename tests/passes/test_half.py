@@ -19,7 +19,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import Stats
 from onnxcomp.target import CPU, CUDA
 from tests import hand, tiny, zoo

@@ -12,7 +12,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import lowrank
 from onnxcomp.passes.low_rank import LowRank
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 SHAPES = st.tuples(st.integers(2, 20), st.integers(2, 20))

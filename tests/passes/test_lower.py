@@ -20,7 +20,7 @@ from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.pipeline import Fidelity
-from onnxcomp.runtime import Session, integer_check
+from onnxcomp.runtime.sessions import Session, integer_check
 from onnxcomp.target import CPU, CPU_VNNI, CUDA, TENSORRT
 from tests import tiny
 from tests.hand import ops

@@ -11,7 +11,7 @@ from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes import prune_hidden
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 OPTIONS = {"ratio": 0.25, "multiple_of": 1}

@@ -24,7 +24,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.prune_vocab import PruneVocab
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "weights" / "docs_lm"

@@ -10,7 +10,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.runtime import Session, integer_check
+from onnxcomp.runtime.sessions import Session, integer_check
 from tests import tiny
 
 

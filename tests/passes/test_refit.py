@@ -14,7 +14,7 @@ from onnxcomp.passes.low_rank import LowRank
 from onnxcomp.passes.refit import Refit
 from onnxcomp.passes.slice import Slice
 from onnxcomp.passes.sparsify import Sparsify
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 from tests.passes.cut_repair import CutRepair
 

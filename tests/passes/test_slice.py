@@ -15,7 +15,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.passes import slice as slice_pass
 from onnxcomp.passes.slice import Slice
 from onnxcomp.projections import duals
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.structure.rotate import rotate
 from tests import tiny
 

@@ -13,7 +13,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, sparse
 from onnxcomp.maths.sparse import Pattern
 from onnxcomp.passes.sparsify import Sparsify
-from onnxcomp.runtime import Session, optimized
+from onnxcomp.runtime.sessions import Session, optimized
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 

@@ -16,7 +16,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_tokens import DropTokens
 from onnxcomp.passes.merge_tokens import MergeTokens
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.tokens import places, removals
 from tests import tiny
 

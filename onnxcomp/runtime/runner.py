@@ -9,11 +9,11 @@ from typing import Self
 from onnxcomp.data.inputs import Batch
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.handover import prepacks
 from onnxcomp.maths import Array
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.payload import prepacks
+from onnxcomp.runtime.sessions import Session
+from onnxcomp.runtime.stretches import Layout, Stage, Walk
 from onnxcomp.target import Target
-from onnxcomp.walk import Layout, Stage, Walk
 
 __all__ = ["Runner"]
 

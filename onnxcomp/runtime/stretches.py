@@ -20,9 +20,9 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import forget
-from onnxcomp.handover import prepacks, tap, whole_caches
 from onnxcomp.maths import Array
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.payload import prepacks, tap, whole_caches
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
 __all__ = ["Cut", "Layout", "Stage", "Walk", "signature", "stretch"]

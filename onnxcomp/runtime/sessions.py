@@ -25,10 +25,10 @@ from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import gone
-from onnxcomp.handover import payload, prepacks, tap, write_optimized
-from onnxcomp.integer import dequantized_weights, integer_products, quantized_linears
 from onnxcomp.maths import Array
-from onnxcomp.structure.emulate import stand_in
+from onnxcomp.runtime.bf16_twin import stand_in
+from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
+from onnxcomp.runtime.payload import payload, prepacks, tap, write_optimized
 from onnxcomp.target import CPU, CUDA, Target
 
 __all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "optimized"]

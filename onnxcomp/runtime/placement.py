@@ -13,7 +13,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.maths import Array
-from onnxcomp.runtime import Session
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
 __all__ = ["Placement", "placement"]
