@@ -15,7 +15,6 @@ import onnx_ir as ir
 
 from onnxcomp import repairs
 from onnxcomp.blocks import Linear
-from onnxcomp.calibrate import MEMORY
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
@@ -24,6 +23,7 @@ from onnxcomp.maths.affine import Means
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import Reader, Repair, inside, repair
 from onnxcomp.stats import Need, Stats, cross_gram, gram, mean, norm2, var
+from onnxcomp.stats.calibrate import MEMORY
 
 __all__ = ["Patches", "affordable", "collect", "each_alone", "in_order", "patches_of", "probed"]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import calibrate, lowering, tune
+from onnxcomp import lowering, tune
 from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
@@ -24,7 +24,7 @@ from onnxcomp.machine import peak_mib
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.runtime import sessions
-from onnxcomp.stats import Need, Stats
+from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.steps import StepCache
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost

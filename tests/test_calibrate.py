@@ -11,14 +11,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import calibrate, stats
-from onnxcomp.calibrate import collect
+from onnxcomp import stats
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.runtime import stretches
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.stats import Need, Stats
+from onnxcomp.stats import Need, Stats, calibrate
+from onnxcomp.stats.calibrate import collect
 from tests import tiny
 
 
@@ -357,7 +357,7 @@ import sys
 import numpy as np
 from onnxcomp import stats
 from onnxcomp.machine import peak_mib
-from onnxcomp.calibrate import collect
+from onnxcomp.stats.calibrate import collect
 from onnxcomp.data.datasets import as_dataset
 from tests import tiny
 g = tiny.encoder(hidden=128, ffn=512, heads=4, positions=66)

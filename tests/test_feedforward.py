@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxcomp import blocks, catalog, stats
-from onnxcomp.calibrate import collect
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
@@ -17,6 +16,7 @@ from onnxcomp.maths import newton, newton_mlp
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
 from onnxcomp.runtime.sessions import Session
+from onnxcomp.stats.calibrate import collect
 from tests import tiny
 
 TORCH = {

@@ -39,11 +39,9 @@ CLOSED = {"passes": {"engine", "runtime", "files", "benchmarking"}}
 
 # On their way to a room.
 MOVING = {
-    "accumulate": "stats",
     "bench_worker": "benchmarking",
     "benchmark": "benchmarking",
     "budgets": "methods",
-    "calibrate": "stats",
     "catalog": "engine",
     "choices": "lowering",
     "comparison": "cli",
@@ -85,12 +83,10 @@ MOVING = {
     "report": "reports",
     "report_parts": "reports",
     "resplit": "validation",
-    "rows": "stats",
     "sensitivity": "methods",
     "settings": "engine",
     "sharing": "methods",
     "smoke": "engine",
-    "statcache": "stats",
     "steps": "engine",
     "structure/__init__": "canonical",
     "structure/compact": "methods",

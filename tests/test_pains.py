@@ -12,7 +12,6 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, target, tensorrt, tune
 from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
-from onnxcomp.calibrate import collect
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
@@ -30,6 +29,7 @@ from onnxcomp.recipe import Recipe
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.placement import placement
 from onnxcomp.stats import histogram, minmax
+from onnxcomp.stats.calibrate import collect
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import hand, matrix, tiny, zoo
 
@@ -46,7 +46,7 @@ def data(g, shapes=((2, 7),) * 4):
 MEMORY = """
     import sys
     from onnxcomp.machine import peak_mib
-    from onnxcomp.calibrate import collect
+    from onnxcomp.stats.calibrate import collect
     from onnxcomp.data.datasets import load_data
     from onnxcomp.stats import histogram
     from onnxcomp import blocks

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxcomp import stats
-from onnxcomp.accumulate import BUFFER, PAIRS, accumulator, family, finish
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.rows import Samples, mask_name, rows, token_axis
 from onnxcomp.stats import Need, Stat, Stats
+from onnxcomp.stats.accumulators import BUFFER, PAIRS, accumulator, family, finish
+from onnxcomp.stats.rows import Samples, mask_name, rows, token_axis
 from tests import tiny
 
 NEEDS = [

@@ -11,13 +11,13 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks, stats
-from onnxcomp.calibrate import Collector, collect
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Edit
 from onnxcomp.runtime import stretches
 from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
+from onnxcomp.stats.calibrate import Collector, collect
 from onnxcomp.target import CPU
 from onnxcomp.validation import Reference
 from onnxcomp.variants import Variants

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.accumulate import fetched
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.graph import Graph
 from onnxcomp.runtime.stretches import stretch
 from onnxcomp.stats import Need, Of, Stats
+from onnxcomp.stats.accumulators import fetched
 from onnxcomp.target import Target
 
 __all__ = ["key", "read", "write"]

@@ -15,15 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import statcache
-from onnxcomp.accumulate import BUFFER, Key, accumulator, family, fetched, finish, row_keys
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.rows import Dims, Samples, dims, mask_name, rows, token_axis
 from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
-from onnxcomp.stats import Need, Of, Stats
+from onnxcomp.stats import Need, Of, Stats, disk_cache
+from onnxcomp.stats.accumulators import BUFFER, Key, accumulator, family, fetched, finish, row_keys
+from onnxcomp.stats.rows import Dims, Samples, dims, mask_name, rows, token_axis
 from onnxcomp.target import CPU, Target
 
 __all__ = ["Collector", "collect"]
@@ -56,12 +55,12 @@ def collect(
         return Stats()
     collector = Collector(data, target, original=original, memory=memory, scratch=scratch)
     graphs = collector.graphs(graph, asked)
-    path = None if cache is None else cache / f"{statcache.key(graphs, asked, data, target)}.npz"
-    if path is not None and (found := statcache.read(path, asked)) is not None:
+    path = None if cache is None else cache / f"{disk_cache.key(graphs, asked, data, target)}.npz"
+    if path is not None and (found := disk_cache.read(path, asked)) is not None:
         return found
     stats = collector.collect(graph, asked, watch)
     if path is not None:
-        statcache.write(path, asked, stats)
+        disk_cache.write(path, asked, stats)
     return stats
 
 

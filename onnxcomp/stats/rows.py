@@ -9,10 +9,10 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.accumulate import mix
 from onnxcomp.data.datasets import roles, specs
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
+from onnxcomp.stats.accumulators import mix
 
 __all__ = ["Samples", "dims", "mask_name", "rows", "token_axis"]
 
