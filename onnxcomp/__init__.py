@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcomp.benchmark import bench as bench
+    from onnxcomp.benchmarking.benchmark import bench as bench
     from onnxcomp.data.datasets import Batch as Batch
     from onnxcomp.data.datasets import Dataset as Dataset
     from onnxcomp.data.datasets import load_data as load_data
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from onnxcomp.exporter import export as export
     from onnxcomp.files.storage import load as load
     from onnxcomp.files.storage import save as save
-    from onnxcomp.gate import Gate as Gate
     from onnxcomp.graph import Graph as Graph
     from onnxcomp.job import Job as Job
     from onnxcomp.job import compress as compress
@@ -38,10 +37,11 @@ if TYPE_CHECKING:
     from onnxcomp.target import CUDA as CUDA
     from onnxcomp.target import TENSORRT as TENSORRT
     from onnxcomp.target import Target as Target
-    from onnxcomp.validation import validate as validate
+    from onnxcomp.validation.compare import validate as validate
+    from onnxcomp.validation.gates import Gate as Gate
 
 _HOME = {
-    "bench": "benchmark",
+    "bench": "benchmarking.benchmark",
     "Batch": "data.datasets",
     "Dataset": "data.datasets",
     "load_data": "data.datasets",
@@ -53,7 +53,7 @@ _HOME = {
     "TargetError": "errors",
     "UnknownPass": "errors",
     "export": "exporter",
-    "Gate": "gate",
+    "Gate": "validation.gates",
     "Graph": "graph",
     "Job": "job",
     "compress": "job",
@@ -70,7 +70,7 @@ _HOME = {
     "CUDA": "target",
     "TENSORRT": "target",
     "Target": "target",
-    "validate": "validation",
+    "validate": "validation.compare",
 }
 __all__ = [*_HOME, "__version__"]
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.data.datasets import load_data
 from onnxcomp.files.storage import file_bytes, load, one_graph
-from onnxcomp.gate import Gate, Verdict
 from onnxcomp.report import finite, quality
 from onnxcomp.target import find
-from onnxcomp.validation import Validation, validate
+from onnxcomp.validation.compare import Validation, validate
+from onnxcomp.validation.gates import Gate, Verdict
 
 if TYPE_CHECKING:
     from onnxcomp.data.datasets import Dataset

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import benchmark
-from onnxcomp.benchmark import BenchReport, Rounds
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.benchmarking.benchmark import BenchReport, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import benchmark, confirm, settings, tensorrt
+from onnxcomp import confirm, settings, tensorrt
+from onnxcomp.benchmarking import benchmark
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import open_axes, vocabulary
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
-from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
@@ -29,6 +29,7 @@ from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.placement import Placement, placement
 from onnxcomp.smoke import smoke
 from onnxcomp.target import CPU, Target, find, resolved
+from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from onnxcomp.feedforward import HELD, MEMORY, alone
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.maths.newton_softmax import Classes, fit
-from onnxcomp.outputs import View
 from onnxcomp.pipeline import Env
 from onnxcomp.readers import replace
 from onnxcomp.stats import Need, paired
+from onnxcomp.validation.outputs import View
 
 __all__ = ["fit_logits"]
 

@@ -17,7 +17,6 @@ from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
-from onnxcomp.gate import Gate, score_of
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.machine import peak_mib
@@ -28,8 +27,9 @@ from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.steps import StepCache
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.tune import Cost
-from onnxcomp.validation import Reference
-from onnxcomp.variants import Variants
+from onnxcomp.validation.compare import Reference
+from onnxcomp.validation.gates import Gate, score_of
+from onnxcomp.validation.variants import Variants
 from onnxcomp.version import __version__
 
 __all__ = ["PassManager", "check_order", "host_of"]

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.choices import Choice
 from onnxcomp.files.storage import save
-from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined, Graph, Noted
+from onnxcomp.validation.gates import Verdict
 
 if TYPE_CHECKING:
-    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.runtime.placement import Placement
     from onnxcomp.runtime.sessions import IntegerCheck
-    from onnxcomp.validation import Validation
+    from onnxcomp.validation.compare import Validation
 
 __all__ = ["Report", "Result", "Step"]
 

@@ -21,8 +21,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from onnxcomp.catalog import load, names, nearest, options_schema
 from onnxcomp.errors import RecipeError
-from onnxcomp.gate import Gate
 from onnxcomp.pipeline import Pass, plain
+from onnxcomp.validation.gates import Gate
 
 __all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema", "with_exact_rows"]
 

@@ -22,9 +22,9 @@ from onnxcomp.report_parts import ChoicePart, Interval, LoweringPart, PlacementP
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.outcome import Report, Step
-    from onnxcomp.validation import Validation
+    from onnxcomp.validation.compare import Validation
 
 __all__ = [
     "SCHEMA_VERSION",

@@ -11,12 +11,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from onnxcomp.benchmark import BenchReport
+    from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.catalog import PassInfo
     from onnxcomp.choices import Choice
-    from onnxcomp.gate import Verdict
     from onnxcomp.outcome import Report, Step
-    from onnxcomp.validation import Validation
+    from onnxcomp.validation.compare import Validation
+    from onnxcomp.validation.gates import Verdict
 
 __all__ = [
     "anatomy",

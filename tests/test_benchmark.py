@@ -15,9 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import bench_worker, benchmark, machine
-from onnxcomp.bench_worker import Child, Watch, busy_seconds
-from onnxcomp.benchmark import BenchReport, Block, Rounds, bench
+from onnxcomp import machine
+from onnxcomp.benchmarking import benchmark, worker
+from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, bench
+from onnxcomp.benchmarking.worker import Child, Watch, busy_seconds
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
@@ -59,8 +60,8 @@ def test_foreign_use_is_busy_time_minus_our_own(monkeypatch: pytest.MonkeyPatch)
     clock = iter([10.0, 11.0])
     own = iter([5.0, 6.25])
     busy = iter([100.0, 102.0])
-    monkeypatch.setattr(bench_worker.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(bench_worker.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(worker.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(worker.time, "process_time", lambda: next(own))
     monkeypatch.setattr(Watch, "_busy", lambda _: next(busy))
     watch = Watch()
     watch._known = True
@@ -68,7 +69,7 @@ def test_foreign_use_is_busy_time_minus_our_own(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_system_that_does_not_tell_is_not_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(bench_worker, "_STAT", tmp_path / "none")
+    monkeypatch.setattr(worker, "_STAT", tmp_path / "none")
     assert Watch().foreign() is None
     told = list(benchmark._warnings(rounds((1, 1), foreign=(None,)), "batch=1"))
     assert len(told) == 1
@@ -200,7 +201,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
         made.append(real(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(bench_worker.subprocess, "Popen", keep)
+    monkeypatch.setattr(worker.subprocess, "Popen", keep)
     return made
 
 
@@ -304,7 +305,7 @@ def test_the_worker_speaks_lines(tmp_path: Path) -> None:
     run = {"do": "run", "warmup": 1, "count": 3}
     lines = [run, {**load, "threads": 1}, run, {**load, "threads": 1, "model": str(tmp_path / "none.onnx")}]
     out = io.StringIO()
-    bench_worker.serve(io.StringIO("".join(json.dumps(x) + "\n" for x in lines)), out)
+    worker.serve(io.StringIO("".join(json.dumps(x) + "\n" for x in lines)), out)
     early, loaded, ran, lost = (json.loads(x) for x in out.getvalue().splitlines())
     assert early["error"] == "OnnxcompError"
     assert loaded["provider"] == "CPUExecutionProvider"

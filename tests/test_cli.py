@@ -18,7 +18,8 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import benchmark, cli, console, doctor, job, race, report, tune
+from onnxcomp import cli, console, doctor, job, race, report, tune
+from onnxcomp.benchmarking import benchmark
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.pipeline import PassFault

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import benchmark, confirm, race, report, tables, tune
-from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
+from onnxcomp import confirm, race, report, tables, tune
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph

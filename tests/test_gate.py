@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onnxcomp.errors import RecipeError
-from onnxcomp.gate import NAMES, Condition, Gate
+from onnxcomp.validation.gates import NAMES, Condition, Gate
 
 
 @given(

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import benchmark, race, tune
+from onnxcomp import race, tune
+from onnxcomp.benchmarking import benchmark
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.job import Job, compress_each

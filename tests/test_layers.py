@@ -39,8 +39,6 @@ CLOSED = {"passes": {"engine", "runtime", "files", "benchmarking"}}
 
 # On their way to a room.
 MOVING = {
-    "bench_worker": "benchmarking",
-    "benchmark": "benchmarking",
     "budgets": "methods",
     "catalog": "engine",
     "choices": "lowering",
@@ -62,16 +60,13 @@ MOVING = {
     "forms/residual": "lowering",
     "forms/siblings": "lowering",
     "gaps": "methods",
-    "gate": "validation",
     "inspection": "cli",
     "job": "engine",
     "logits": "methods",
     "lowering": "lowering",
     "manager": "engine",
     "masks": "lowering",
-    "metrics": "validation",
     "outcome": "reports",
-    "outputs": "validation",
     "projections": "methods",
     "pruning": "methods",
     "quantize": "methods",
@@ -82,7 +77,6 @@ MOVING = {
     "repairs": "methods",
     "report": "reports",
     "report_parts": "reports",
-    "resplit": "validation",
     "sensitivity": "methods",
     "settings": "engine",
     "sharing": "methods",
@@ -102,8 +96,7 @@ MOVING = {
     "trial": "methods",
     "tune": "lowering",
     "tuner": "cli",
-    "validation": "validation",
-    "variants": "validation",
+    "validation/__init__": "validation",
     "windows": "methods",
 }
 

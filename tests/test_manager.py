@@ -9,13 +9,13 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import DataError, GateFailed, RecipeError
-from onnxcomp.gate import Gate
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.pipeline import Fidelity, Pass, PassFault, SequentialPass, Site, Stage
 from onnxcomp.stats import mean
+from onnxcomp.validation.gates import Gate
 from tests import tiny
 from tests.passes.cut_repair import CutRepair
 from tests.passes.gptq_linear import GptqLinear
@@ -213,7 +213,7 @@ def test_head_ablation_silences_the_least_important_head():
     for head in range(blocks.attentions(g)[0].heads):
         variant = g.clone()
         silence(0, head)(variant)
-        from onnxcomp.validation import validate
+        from onnxcomp.validation.compare import validate
 
         assert best <= validate(g, variant, calibration).values()["rel-l2"] * (1 + 1e-5)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from onnxcomp.outputs import View
+from onnxcomp.validation.outputs import View
 
 
 def test_a_mask_over_the_cache_says_what_of_the_new_tokens_is_real():

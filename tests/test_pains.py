@@ -10,13 +10,13 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import benchmark, blocks, catalog, doctor, export_routes, report, target, tensorrt, tune
-from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
+from onnxcomp import blocks, catalog, doctor, export_routes, report, target, tensorrt, tune
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
 from onnxcomp.files import external, storage
-from onnxcomp.gate import Gate
 from onnxcomp.graph import Graph
 from onnxcomp.job import compress
 from onnxcomp.manager import PassManager
@@ -31,6 +31,7 @@ from onnxcomp.runtime.placement import placement
 from onnxcomp.stats import histogram, minmax
 from onnxcomp.stats.calibrate import collect
 from onnxcomp.target import CPU, CUDA, TENSORRT
+from onnxcomp.validation.gates import Gate
 from tests import hand, matrix, tiny, zoo
 
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from onnxcomp import catalog, recipe
 from onnxcomp.errors import RecipeError, UnknownPass
-from onnxcomp.gate import Gate
 from onnxcomp.pipeline import Pass
 from onnxcomp.recipe import Recipe, RecipeData, parse_pass
+from onnxcomp.validation.gates import Gate
 
 
 def values(shape: dict[str, Any]) -> st.SearchStrategy[Any]:

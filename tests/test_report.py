@@ -13,17 +13,17 @@ from rich.console import Console
 
 import onnxcomp as oc
 from onnxcomp import recipe, report, tables
-from onnxcomp.benchmark import BenchReport, Block, Rounds, Row
+from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.console import show
 from onnxcomp.data.datasets import Batch
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
-from onnxcomp.gate import Verdict
 from onnxcomp.graph import Declined
-from onnxcomp.metrics import Drift, MetricResult
 from onnxcomp.outcome import Report, Step
 from onnxcomp.runtime.sessions import IntegerCheck
-from onnxcomp.validation import Validation
+from onnxcomp.validation.compare import Validation
+from onnxcomp.validation.gates import Verdict
+from onnxcomp.validation.metrics import Drift, MetricResult
 from tests import tiny
 
 SCHEMA = report.schema()

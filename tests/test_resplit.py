@@ -17,9 +17,9 @@ from onnxcomp.comparison import Asked, DataChoice, compare
 from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
-from onnxcomp.resplit import Gone
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.validation import validate
+from onnxcomp.validation.compare import validate
+from onnxcomp.validation.retokenize import Gone
 from tests import tiny
 
 TOKENIZER = Path(__file__).parents[1] / "models" / "weights" / "docs_lm" / "tokenizer.json"

@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.manager import PassManager
 from onnxcomp.maths.allocation import Candidate
-from onnxcomp.variants import Variants
+from onnxcomp.validation.variants import Variants
 from tests import tiny
 
 QUIET = 1e-3  # what the quiet layer's outputs are multiplied with, and its inputs' weights divided by

@@ -19,8 +19,8 @@ from onnxcomp.runtime import stretches
 from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
 from onnxcomp.stats.calibrate import Collector, collect
 from onnxcomp.target import CPU
-from onnxcomp.validation import Reference
-from onnxcomp.variants import Variants
+from onnxcomp.validation.compare import Reference
+from onnxcomp.validation.variants import Variants
 from tests import tiny
 
 

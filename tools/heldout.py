@@ -13,7 +13,7 @@ from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.validation import Reference
+from onnxcomp.validation.compare import Reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "models" / "data"

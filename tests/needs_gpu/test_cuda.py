@@ -2,14 +2,14 @@
 
 import pytest
 
-from onnxcomp.benchmark import bench
+from onnxcomp.benchmarking.benchmark import bench
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import TargetError
 from onnxcomp.files.storage import save
 from onnxcomp.job import optimize
 from onnxcomp.runtime.sessions import Session, check_target
 from onnxcomp.target import CUDA
-from onnxcomp.validation import validate
+from onnxcomp.validation.compare import validate
 from tests import tiny
 
 try:

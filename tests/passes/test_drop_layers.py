@@ -15,7 +15,7 @@ from onnxcomp.manager import PassManager
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.validation import validate
+from onnxcomp.validation.compare import validate
 from tests import cut_matrix, cuts, matrix, tiny, zoo
 
 LAYERS = 5

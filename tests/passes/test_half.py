@@ -10,7 +10,8 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import benchmark, blocks
+from onnxcomp import blocks
+from onnxcomp.benchmarking import benchmark
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import TargetError

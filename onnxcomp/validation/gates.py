@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from onnxcomp.errors import OnnxcompError, RecipeError
 
 if TYPE_CHECKING:
-    from onnxcomp.validation import Validation
+    from onnxcomp.validation.compare import Validation
 
 __all__ = ["Condition", "Gate", "Verdict", "score_of"]
 

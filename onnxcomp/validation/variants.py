@@ -10,7 +10,7 @@ from onnxcomp.graph.hashing import content_hash
 from onnxcomp.graph.scratch import forget
 from onnxcomp.runtime.stretches import Cut, Layout, Walk, signature
 from onnxcomp.target import Target
-from onnxcomp.validation import Reference, Validation
+from onnxcomp.validation.compare import Reference, Validation
 
 __all__ = ["Variants"]
 

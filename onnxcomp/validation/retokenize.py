@@ -15,9 +15,9 @@ from onnxcomp.data.vocabulary import Renumbering
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
-from onnxcomp.metrics import Metric, Seen, Sums
-from onnxcomp.outputs import View, see
 from onnxcomp.runtime.runner import Runner
+from onnxcomp.validation.metrics import Metric, Seen, Sums
+from onnxcomp.validation.outputs import View, see
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import metrics as scoring
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.data.vocabulary import Renumbering, renumbering
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, interface
 from onnxcomp.maths import Array
-from onnxcomp.metrics import Drift, DriftSums, Metric, MetricResult, Sums
-from onnxcomp.outputs import Reading, View, see
-from onnxcomp.resplit import Again, Gone, again
 from onnxcomp.runtime.runner import Runner
 from onnxcomp.runtime.stretches import Walk
 from onnxcomp.target import CPU, Target
+from onnxcomp.validation import metrics as scoring
+from onnxcomp.validation.metrics import Drift, DriftSums, Metric, MetricResult, Sums
+from onnxcomp.validation.outputs import Reading, View, see
+from onnxcomp.validation.retokenize import Again, Gone, again
 
 __all__ = ["Drift", "MetricResult", "Reference", "Validation", "validate"]
 

@@ -38,7 +38,7 @@ class Child:
         home = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
         self.process = subprocess.Popen(
-            command or [sys.executable, "-P", "-m", "onnxcomp.bench_worker"],
+            command or [sys.executable, "-P", "-m", "onnxcomp.benchmarking.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

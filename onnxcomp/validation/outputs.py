@@ -14,7 +14,7 @@ from onnxcomp.data.inputs import Batch, roles, specs, vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.metrics import Seen
+from onnxcomp.validation.metrics import Seen
 
 __all__ = ["Reading", "View", "see"]
 

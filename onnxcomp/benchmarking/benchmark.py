@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.bench_worker import Child
+from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
