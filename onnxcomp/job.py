@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import confirm, settings, tensorrt
+from onnxcomp import confirm, settings
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import open_axes, vocabulary
@@ -19,6 +19,7 @@ from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import tensorrt
 from onnxcomp.manager import PassManager, host_of
 from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass, Stage

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp import lowering, tune
 from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
+from onnxcomp.lowering import costs
+from onnxcomp.lowering.costs import Cost
+from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
 from onnxcomp.machine import peak_mib
 from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
@@ -26,7 +28,6 @@ from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.steps import StepCache
 from onnxcomp.target import CPU, Target, resolved
-from onnxcomp.tune import Cost
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
 from onnxcomp.validation.variants import Variants
@@ -55,7 +56,7 @@ class _Walk:
     scratch: Path
     report: Report
     steps: StepCache
-    planner: lowering.Planner | None = None
+    planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class PassManager:
         self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
         self.allow_unchanged, self.measure = allow_unchanged, measure
         self.shapes, self.allow_code = tuple(shapes), allow_code
-        self.choices = lowering.known_choices(target, choices, cache)
+        self.choices = known_choices(target, choices, cache)
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail
@@ -258,27 +259,27 @@ class PassManager:
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             dry=self.dry and walk.calibration is None,
-            shapes=lowering.asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
+            shapes=asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
 
     def _costs(
         self, walk: _Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
     ) -> list[Cost]:
         began, now = time.perf_counter(), measured and not self.choices.pinned
-        found = tune.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
+        found = costs.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
         walk.costing += time.perf_counter() - began
         return found
 
-    def _plan(self, walk: _Walk, work: Graph, measured: bool) -> lowering.Planner:
+    def _plan(self, walk: _Walk, work: Graph, measured: bool) -> Planner:
         """The planner of the step under way; what it had to leave to the table for want of sizes is a note."""
         if walk.planner is None:
             shapes: Sequence[Mapping[str, int]] = ()
             if measured or self.choices.sites:
-                shapes = lowering.asked_shapes(work, self.shapes)
+                shapes = asked_shapes(work, self.shapes)
                 if not shapes:
                     note = "forms were taken from the table: say the size of every open axis with --shape to measure"
                     walk.report.warnings.append(note)
-            walk.planner = lowering.Planner(work, self.target, shapes, self.choices, measure=measured)
+            walk.planner = Planner(work, self.target, shapes, self.choices, measure=measured)
         return walk.planner
 
     def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.choices import Choice
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Declined, Graph, Noted
+from onnxcomp.lowering.choices import Choice
 from onnxcomp.validation.gates import Verdict
 
 if TYPE_CHECKING:

@@ -21,9 +21,9 @@ from onnxcomp.stats import Need, Stats
 from onnxcomp.target import Target, resolved
 
 if TYPE_CHECKING:
-    from onnxcomp.forms import Context, Form, Spot
-    from onnxcomp.lowering import Planner
-    from onnxcomp.tune import Cost
+    from onnxcomp.lowering.costs import Cost
+    from onnxcomp.lowering.forms import Context, Form, Spot
+    from onnxcomp.lowering.planner import Planner
 
 __all__ = [
     "Declined",

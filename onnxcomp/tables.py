@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.catalog import PassInfo
-    from onnxcomp.choices import Choice
+    from onnxcomp.lowering.choices import Choice
     from onnxcomp.outcome import Report, Step
     from onnxcomp.validation.compare import Validation
     from onnxcomp.validation.gates import Verdict

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxcomp import quantize
 from onnxcomp.blocks import Linear
-from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import Graph
+from onnxcomp.lowering.forms import KINDS, Context, default, legal
 from onnxcomp.target import Target
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from onnxcomp.choices import Choice, Choices
 from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
+from onnxcomp.lowering.choices import Choice, Choices
 from onnxcomp.manager import PassManager
 from onnxcomp.outcome import Report
 from onnxcomp.recipe import Recipe

@@ -6,10 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from onnxcomp.forms import KINDS, Context, Spot, default, legal
 from onnxcomp.graph import Graph, Site
+from onnxcomp.lowering import older_opsets
+from onnxcomp.lowering.forms import KINDS, Context, Spot, default, legal
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.structure import decompose
 from onnxcomp.target import Target
 
 __all__ = ["Lower"]
@@ -45,7 +45,7 @@ class Lower(Pass):
         """Sites that do not stand in the form of the target's table, and operators that are too new for it."""
         spots = [spot for kind in KINDS.values() for spot in kind.find(g) if self._first(g, target, spot)]
         names = {spot.name for spot in spots}
-        newer = [s for s in decompose.newer_sites(g, target.max_opset) if s.name not in names]
+        newer = [s for s in older_opsets.newer_sites(g, target.max_opset) if s.name not in names]
         return [*(spot.site for spot in spots), *newer]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -63,7 +63,7 @@ class Lower(Pass):
             g.model.graph.sort()
             g.sweep()  # what was replaced is no site of the kinds that follow
         if g.opset > env.target.max_opset:
-            decompose.lower_opset(g, env.target.max_opset, exact_rows=self.exact_rows)
+            older_opsets.lower_opset(g, env.target.max_opset, exact_rows=self.exact_rows)
 
     def _first(self, g: Graph, target: Target, spot: Spot) -> bool:
         """Whether the table asks for another form than the present one."""

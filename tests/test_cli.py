@@ -18,10 +18,11 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import cli, console, doctor, job, race, report, tune
+from onnxcomp import cli, console, doctor, job, report
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
+from onnxcomp.lowering import costs, race
 from onnxcomp.pipeline import PassFault
 from onnxcomp.runtime import sessions
 from tests import tiny
@@ -111,7 +112,7 @@ def test_compress_writes_a_model_and_a_report(run: Run, place: Path, tmp_path: P
 def test_compress_as_json(run: Run, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "bench", functools.partial(benchmark.bench, runs=1, window=0.01))
     monkeypatch.setattr(race, "ROUNDS", 3)
-    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
     shape = ("--shape", "batch=1,sequence=4", "--shape", "batch=2,sequence=4")
     code, out, err = run(*compress(place, tmp_path / "out", "--json", "--eval", place / "data.npz", *shape))
     assert (code, err) == (0, "")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import confirm, race, report, tables, tune
+from onnxcomp import confirm, report, tables
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.job import compress_each
+from onnxcomp.lowering import costs, race
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
@@ -189,7 +190,7 @@ def test_tune_writes_a_file_that_optimize_reads(source, monkeypatch, capsys):
 
 def test_tune_measures_what_a_quantizing_preset_leaves(source, monkeypatch):
     no_races(monkeypatch)
-    monkeypatch.setattr(tune, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))
+    monkeypatch.setattr(costs, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))
     path = source.parent / "choices.json"
     assert main(["tune", str(source), "-o", str(path), "--preset", "int8", "--shape", "batch=1,sequence=16"]) == 0
     kinds = {c["kind"] for c in json.loads(path.read_text())["sites"].values()}
@@ -207,14 +208,14 @@ def test_a_plan_times_nothing(source, monkeypatch):
         raise AssertionError("the clock was asked")
 
     monkeypatch.setattr(race, "_lap", never)
-    monkeypatch.setattr(tune, "_time", never)
+    monkeypatch.setattr(costs, "_time", never)
     assert main(["compress", str(source), "--plan", "--preset", "optimize", "-q"]) == 0
 
 
 def test_quantized_models_are_compared_too(source, monkeypatch):
     no_races(monkeypatch)
     monkeypatch.setattr(benchmark, "bench", bench({"unlowered": 2.0}))
-    monkeypatch.setattr(tune, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))
+    monkeypatch.setattr(costs, "_time", lambda forms, *_: dict.fromkeys(forms, 1e-3))
     out = source.parent / "int8"
     oc.compress(source, out, passes=["canonicalize", Qdq(min_size=1), "lower"], calibration="random", samples=8)
     found = json.loads((out / "source.report.json").read_text())

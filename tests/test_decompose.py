@@ -7,10 +7,10 @@ import pytest
 
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
+from onnxcomp.lowering.older_opsets import lower_opset
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.structure.decompose import lower_opset
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 from tests.hand import graph

@@ -8,9 +8,9 @@ import onnx_ir as ir
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import race
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import race
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower

@@ -6,10 +6,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import masks
 from onnxcomp.canonical import canonicalize
-from onnxcomp.forms import KINDS, Context, default, legal
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering import mask_kinds
+from onnxcomp.lowering.forms import KINDS, Context, default, legal
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime.sessions import Session, integer_check, optimized
@@ -443,7 +443,7 @@ def test_joined_weights_are_read_only_when_they_are_needed():
 
 def probed(g: Graph) -> set[str]:
     values = [n.inputs[3] for n in g.nodes("Attention")]
-    return set(masks.probe(g, list(dict.fromkeys(values))).values())
+    return set(mask_kinds.probe(g, list(dict.fromkeys(values))).values())
 
 
 def test_masks_are_named_by_what_they_do():
@@ -475,20 +475,20 @@ def test_masks_of_an_export_are_named_alike(build):
 
 def test_names_of_mask_samples():
     tri = [np.tri(n, dtype=bool)[None, None] for n in (4, 6)]
-    assert masks.name_of(tri, fixed=True) == "causal"
-    assert masks.name_of(tri, fixed=False) == "causal+"
+    assert mask_kinds.name_of(tri, fixed=True) == "causal"
+    assert mask_kinds.name_of(tri, fixed=False) == "causal+"
     band = [np.tril(np.triu(np.ones((n, n), bool), -2))[None, None] for n in (4, 6)]
-    assert masks.name_of(band, fixed=True) == "causal+"
+    assert mask_kinds.name_of(band, fixed=True) == "causal+"
     later = [np.tri(2, 6, 4, dtype=bool)[None, None]]
-    assert masks.name_of(later, fixed=True) == "causal"
-    assert masks.name_of([np.tri(2, 6, dtype=bool)], fixed=True) == "causal+"
-    assert masks.name_of([np.ones((1, 1, 3, 3), bool)], fixed=True) == "all"
-    assert masks.name_of([np.ones((1, 1, 3, 3), bool)], fixed=False) == "other"
-    assert masks.name_of([np.eye(3, dtype=bool)[::-1]], fixed=True) == "other"
-    assert masks.name_of([f32(np.where(np.tri(4), 0, -math.inf))], fixed=True) == "causal"
-    assert masks.name_of([f32(np.where(np.tri(4), 0.5, -math.inf))], fixed=True) == "causal+"
-    assert masks.name_of([f32(np.full((4, 4), 0.5))], fixed=True) == "other"
-    assert masks.name_of([np.array([[True, False, True]]), np.ones((1, 3), bool)], fixed=False) == "padding"
+    assert mask_kinds.name_of(later, fixed=True) == "causal"
+    assert mask_kinds.name_of([np.tri(2, 6, dtype=bool)], fixed=True) == "causal+"
+    assert mask_kinds.name_of([np.ones((1, 1, 3, 3), bool)], fixed=True) == "all"
+    assert mask_kinds.name_of([np.ones((1, 1, 3, 3), bool)], fixed=False) == "other"
+    assert mask_kinds.name_of([np.eye(3, dtype=bool)[::-1]], fixed=True) == "other"
+    assert mask_kinds.name_of([f32(np.where(np.tri(4), 0, -math.inf))], fixed=True) == "causal"
+    assert mask_kinds.name_of([f32(np.where(np.tri(4), 0.5, -math.inf))], fixed=True) == "causal+"
+    assert mask_kinds.name_of([f32(np.full((4, 4), 0.5))], fixed=True) == "other"
+    assert mask_kinds.name_of([np.array([[True, False, True]]), np.ones((1, 3), bool)], fixed=False) == "padding"
 
 
 def test_spots_do_not_overlap_in_a_model():

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import race, tune
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.job import Job, compress_each
+from onnxcomp.lowering import costs, race
 from onnxcomp.recipe import Recipe
 from onnxcomp.target import CPU
 from tests import tiny
@@ -79,7 +79,7 @@ def test_size_gate_is_judged_on_the_written_file(source, batches, tmp_path):
 def test_latency_gate_is_measured_and_the_report_has_the_rows(source, batches, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "bench", functools.partial(benchmark.bench, runs=1, window=0.01))
     monkeypatch.setattr(race, "ROUNDS", 3)
-    monkeypatch.setattr(tune, "ROUNDS", 1)
+    monkeypatch.setattr(costs, "ROUNDS", 1)
     result = oc.compress(
         source,
         tmp_path / "out",

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, catalog, doctor, export_routes, report, target, tensorrt, tune
+from onnxcomp import blocks, catalog, doctor, export_routes, report, target
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.canonical import canonicalize
@@ -19,6 +19,7 @@ from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
 from onnxcomp.files import external, storage
 from onnxcomp.graph import Graph
 from onnxcomp.job import compress
+from onnxcomp.lowering import costs, tensorrt
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
 from onnxcomp.maths.saturation import breaks
@@ -492,7 +493,7 @@ def test_row_28_attention_stays_float_where_only_the_feed_forward_part_gets_fast
         wide = {n: 64 in (shapes["x"][-1], *(v.shape[-1] for v in m.outputs)) for n, m in forms.items()}
         return {n: 1e-3 if n == "float" else 0.5e-3 if wide[n] else 2e-3 for n in forms}
 
-    monkeypatch.setattr(tune, "_time", fake)
+    monkeypatch.setattr(costs, "_time", fake)
     sizes = [{"batch": 2, "sequence": 8}]
     made = PassManager([Qdq(min_size=1)], shapes=sizes, measure=True).run(g, data(g))
     integers = {x.name for x in blocks.linears(made.model) if x.quantized}

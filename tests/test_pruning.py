@@ -7,13 +7,14 @@ pytest.importorskip("onnxruntime")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, catalog, coupling, tune
+from onnxcomp import blocks, catalog, coupling
 from onnxcomp.budgets import Clock
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.job import compress_each
+from onnxcomp.lowering import costs
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, solve
 from onnxcomp.maths.allocation import Candidate, choose, isotonic
@@ -258,11 +259,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     def fake(forms, shapes, target, threads):
         asked.append(set(forms))
         return {
-            n: CALL if n in ("call", "attention") else CALL + FIXED + RATE * sum(tune.operations(g, shapes).values())
+            n: CALL if n in ("call", "attention") else CALL + FIXED + RATE * sum(costs.operations(g, shapes).values())
             for n, g in forms.items()
         }
 
-    monkeypatch.setattr(tune, "_time", fake)
+    monkeypatch.setattr(costs, "_time", fake)
     return asked
 
 
@@ -303,7 +304,7 @@ def test_what_the_cut_leaves_as_wide_still_takes_its_time(clock):
 
 
 def test_attention_takes_time_in_proportion_to_its_heads(monkeypatch):
-    monkeypatch.setattr(tune, "_time", lambda forms, *_: {n: 0.0 if n == "call" else 1e-3 for n in forms})
+    monkeypatch.setattr(costs, "_time", lambda forms, *_: {n: 0.0 if n == "call" else 1e-3 for n in forms})
     g = tiny.decoder(layers=1, heads=8, kv_heads=8)
     result = timed(g, "prune-heads", latency=0.76)  # (2 + n / 8) ms of 3 ms: linears gain nothing
     assert [a.heads for a in blocks.attentions(result.model)] == [2]

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxcomp as oc
-from onnxcomp import pipeline, quantize, storage, target, tune
+from onnxcomp import pipeline, quantize, storage, target
 from onnxcomp.blocks import linears
 from onnxcomp.errors import DataError, GateFailed
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.job import Job
+from onnxcomp.lowering import costs
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
@@ -210,7 +211,7 @@ def test_jobs_costs_and_keys_tell_the_kinds_of_machine_apart(monkeypatch: pytest
         job = Job(path, Recipe.preset("int8"), oc.CPU)
         assert job.target == target.resolved(target.resolved(oc.CPU)) == job.manager().target
         hashes.add(job.hash())
-        [cost] = tune.costs({"a": tiny.linear()}, {"x": (2, 5, 8)}, oc.CPU, measure=False)
+        [cost] = costs.costs({"a": tiny.linear()}, {"x": (2, 5, 8)}, oc.CPU, measure=False)
         seconds.add(cost.seconds)
     assert len(hashes) == len(seconds) == 2
 

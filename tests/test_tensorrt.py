@@ -5,12 +5,13 @@ import onnx_ir as ir
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import blocks, tensorrt
+from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import TargetError
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB
+from onnxcomp.lowering import tensorrt
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half
 from onnxcomp.passes.lower import Lower

@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import tune
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering import costs
 from onnxcomp.target import CPU, CPU_VNNI
 from tests import tiny
 
@@ -43,22 +43,22 @@ def dynamic() -> Graph:
 
 
 def test_operations_of_a_linear_are_two_per_multiply_add() -> None:
-    assert tune.operations(tiny.linear(), SHAPE) == {"fp32": 2 * 10 * 8 * 6}
+    assert costs.operations(tiny.linear(), SHAPE) == {"fp32": 2 * 10 * 8 * 6}
 
 
 def test_quantized_products_are_counted_as_integer_ones() -> None:
-    assert tune.operations(quantized(), SHAPE) == {"int8": 2 * 10 * 8 * 6}
+    assert costs.operations(quantized(), SHAPE) == {"int8": 2 * 10 * 8 * 6}
 
 
 def test_shapes_go_on_behind_operators_that_onnx_does_not_know() -> None:
-    found = tune.operations(dynamic(), SHAPE)
+    found = costs.operations(dynamic(), SHAPE)
     assert found == {"int8-dynamic": 2 * 10 * 8 * 6, "fp32": 2 * 10 * 6 * 6}
 
 
 def test_attention_counts_both_products() -> None:
     g = tiny.decoder(layers=1, hidden=32, heads=4, kv_heads=2, ffn=64, vocabulary=50)
     b, s, h = 2, 7, 32
-    found = tune.operations(g, {"input_ids": (b, s), "attention_mask": (b, s)})
+    found = costs.operations(g, {"input_ids": (b, s), "attention_mask": (b, s)})
     linears = h * h * 2 + h * 16 * 2 + 3 * h * 64 + h * 50
     assert found["fp32"] == 2 * b * s * linears + 2 * 2 * b * s * s * h
 
@@ -66,13 +66,13 @@ def test_attention_counts_both_products() -> None:
 def test_operations_leave_the_graph_as_it_was() -> None:
     g = tiny.linear()
     before = g.inputs[0].shape
-    tune.operations(g, SHAPE)
+    costs.operations(g, SHAPE)
     assert g.inputs[0].shape == before
     assert g.edits == 0
 
 
 def test_table_prefers_the_integer_form_and_says_where_it_is_from() -> None:
-    plain, fast = tune.costs({"float": tiny.linear(bias=False), "int8": quantized()}, SHAPE, CPU_VNNI, measure=False)
+    plain, fast = costs.costs({"float": tiny.linear(bias=False), "int8": quantized()}, SHAPE, CPU_VNNI, measure=False)
     assert (plain.form, fast.form) == ("float", "int8")
     assert plain.seconds == pytest.approx(960 / 230e9)
     assert fast.seconds == pytest.approx(960 / 700e9)
@@ -83,40 +83,40 @@ def test_table_prefers_the_integer_form_and_says_where_it_is_from() -> None:
 
 def test_table_without_a_rate_gives_no_seconds() -> None:
     target = dataclasses.replace(CPU, gflops={"int8": 1.0})
-    assert tune.costs({"a": tiny.linear()}, SHAPE, target, measure=False)[0].seconds is None
+    assert costs.costs({"a": tiny.linear()}, SHAPE, target, measure=False)[0].seconds is None
 
 
 def test_a_target_that_is_elsewhere_is_never_timed_here() -> None:
-    assert tune.costs({"a": tiny.linear()}, SHAPE, CPU_VNNI)[0].source == "table"
+    assert costs.costs({"a": tiny.linear()}, SHAPE, CPU_VNNI)[0].source == "table"
 
 
 def test_measured_forms_take_turns_and_are_remembered_by_structure(monkeypatch: pytest.MonkeyPatch) -> None:
-    tune.forget()
+    costs.forget()
     order: list[int] = []
 
     def fake(g: Graph, *_: object) -> float:
         order.append(g.nbytes)
         return g.nbytes * 1e-6
 
-    monkeypatch.setattr(tune, "_median", fake)
+    monkeypatch.setattr(costs, "_median", fake)
     a, b = tiny.linear(bias=False), tiny.linear(bias=True)
-    found = tune.costs({"a": a, "b": b}, SHAPE)
+    found = costs.costs({"a": a, "b": b}, SHAPE)
     assert [c.seconds for c in found] == [a.nbytes * 1e-6, b.nbytes * 1e-6]
     assert [c.source for c in found] == ["measured", "measured"]
     assert order == [a.nbytes, b.nbytes, b.nbytes, a.nbytes, a.nbytes, b.nbytes, b.nbytes, a.nbytes, a.nbytes, b.nbytes]
-    again = tune.costs({"same": tiny.linear(bias=False, seed=7)}, SHAPE)
+    again = costs.costs({"same": tiny.linear(bias=False, seed=7)}, SHAPE)
     assert len(order) == 10
     assert again[0].seconds == found[0].seconds
-    tune.costs({"longer": a}, {"x": (2, 6, 8)})
+    costs.costs({"longer": a}, {"x": (2, 6, 8)})
     assert len(order) == 15
-    tune.forget()
+    costs.forget()
 
 
 def test_a_real_measurement_gives_seconds() -> None:
-    tune.forget()
-    found = tune.costs({"float": tiny.linear(), "int8": quantized()}, SHAPE)
+    costs.forget()
+    found = costs.costs({"float": tiny.linear(), "int8": quantized()}, SHAPE)
     assert all(c.seconds is not None and c.seconds > 0 for c in found)
-    tune.forget()
+    costs.forget()
 
 
 def test_a_form_that_fails_is_named() -> None:
@@ -124,15 +124,15 @@ def test_a_form_that_fails_is_named() -> None:
     product = next(g.nodes("MatMul"))
     g.set_input(product, 1, g.constant(np.ones((9, 6), np.float32)))
     with pytest.raises(ModelError, match="form 'broken'"):
-        tune.costs({"broken": g}, SHAPE)
+        costs.costs({"broken": g}, SHAPE)
 
 
 def test_an_open_input_without_a_shape_is_named() -> None:
     with pytest.raises(DataError, match="'x'"):
-        tune.costs({"a": tiny.linear()}, {}, measure=False)
+        costs.costs({"a": tiny.linear()}, {}, measure=False)
 
 
 def test_fixed_inputs_need_no_shape() -> None:
     g = tiny.linear()
     g.inputs[0].shape = ir.Shape([2, 5, 8])
-    assert tune.operations(g, {}) == {"fp32": 960}
+    assert costs.operations(g, {}) == {"fp32": 960}

@@ -8,13 +8,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, race, trial, tune
+from onnxcomp import blocks, trial
 from onnxcomp.canonical import canonicalize
 from onnxcomp.catalog import load
-from onnxcomp.choices import Choices
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import costs, race
+from onnxcomp.lowering.choices import Choices
 from onnxcomp.manager import PassManager
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
@@ -82,7 +83,7 @@ def test_without_measuring_two_runs_give_the_same_bytes(build, monkeypatch):
         raise AssertionError("the clock was asked")
 
     monkeypatch.setattr(race, "_lap", never)
-    monkeypatch.setattr(tune, "_time", never)
+    monkeypatch.setattr(costs, "_time", never)
     first, second = (lower(build()) for _ in range(2))
     assert content(first.model) == content(second.model)
     assert {c.source for c in first.report.step("lower").choices} == {"table"}
@@ -319,7 +320,7 @@ def costed(monkeypatch: pytest.MonkeyPatch, seconds) -> list[Sequence[int]]:
         asked.extend([tuple(shapes["x"])] if forms else [])
         return {n: seconds(n, sum(v.shape[-1] for v in g.outputs)) for n, g in forms.items()}
 
-    monkeypatch.setattr(tune, "_time", fake)
+    monkeypatch.setattr(costs, "_time", fake)
     return asked
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxcomp.forms.form import Context, Form, Kind, Spot
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
 
 __all__ = ["RESIDUAL"]
 

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp.errors import OnnxcompError, RecipeError
-from onnxcomp.forms import FORMS_VERSION
+from onnxcomp.lowering.forms import FORMS_VERSION
 
 __all__ = ["Candidate", "Choice", "Choices", "Header"]
 

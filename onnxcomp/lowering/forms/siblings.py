@@ -10,11 +10,11 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.forms.attention import float_mask, heads_of
-from onnxcomp.forms.form import Context, Form, Kind, Spot
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering.forms.attention import float_mask, heads_of
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
+from onnxcomp.lowering.older_opsets import scale_of, spell_attention, unspeakable
 from onnxcomp.maths import Array
-from onnxcomp.structure.decompose import scale_of, spell_attention, unspeakable
 
 __all__ = ["PROJECTIONS", "SIBLINGS", "join"]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from onnxcomp.forms.attention import ATTENTION
-from onnxcomp.forms.form import FORMS_VERSION, Context, Form, Kind, Spot
-from onnxcomp.forms.linear import ACTIVATION, LINEAR, SILU, TIED
-from onnxcomp.forms.quantized import DYNAMIC, QUANTIZED
-from onnxcomp.forms.residual import RESIDUAL
-from onnxcomp.forms.siblings import PROJECTIONS, SIBLINGS
+from onnxcomp.lowering.forms.attention import ATTENTION
+from onnxcomp.lowering.forms.form import FORMS_VERSION, Context, Form, Kind, Spot
+from onnxcomp.lowering.forms.linear import ACTIVATION, LINEAR, SILU, TIED
+from onnxcomp.lowering.forms.quantized import DYNAMIC, QUANTIZED
+from onnxcomp.lowering.forms.residual import RESIDUAL
+from onnxcomp.lowering.forms.siblings import PROJECTIONS, SIBLINGS
 
 __all__ = ["FORMS_VERSION", "KINDS", "Context", "Form", "Kind", "Spot", "default", "legal"]
 

@@ -6,8 +6,8 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.forms.form import Context, Form, Kind, Spot, ints
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot, ints
 
 __all__ = ["ACTIVATION", "LINEAR", "SILU", "TIED"]
 

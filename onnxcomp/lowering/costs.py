@@ -14,8 +14,8 @@ from onnxcomp.data.inputs import TensorSpec, specs
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.graph.extract import structure
+from onnxcomp.lowering.race import median
 from onnxcomp.maths import Array
-from onnxcomp.race import median
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, Target, resolved
 

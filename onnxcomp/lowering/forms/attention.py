@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.forms.form import Context, Form, Kind, Spot, ints
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.structure.decompose import scale_of, spell_attention, unspeakable
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot, ints
+from onnxcomp.lowering.older_opsets import scale_of, spell_attention, unspeakable
 
 __all__ = ["ATTENTION", "float_mask", "heads_of", "padding_row"]
 

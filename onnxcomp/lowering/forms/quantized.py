@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.forms.form import Context, Form, Kind, Spot
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
 
 __all__ = ["DYNAMIC", "QUANTIZED"]
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from onnxcomp.choices import Candidate
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
+from onnxcomp.lowering.choices import Candidate
 from onnxcomp.maths import Array
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target

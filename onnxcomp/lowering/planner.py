@@ -12,17 +12,17 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import masks
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Size
-from onnxcomp.choices import Choice, Choices, Header
 from onnxcomp.data import open_axes
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.forms import KINDS, Context, Form, Kind, Spot, default, legal
 from onnxcomp.graph import Graph, extract
+from onnxcomp.lowering import mask_kinds
+from onnxcomp.lowering.choices import Choice, Choices, Header
+from onnxcomp.lowering.forms import KINDS, Context, Form, Kind, Spot, default, legal
+from onnxcomp.lowering.race import Entry, race, unfinished, winner
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array
-from onnxcomp.race import Entry, race, unfinished, winner
 from onnxcomp.runtime.sessions import Session, installed_runtimes
 from onnxcomp.target import Target
 
@@ -90,7 +90,7 @@ class Planner:
         read = [n.inputs[3] for s in spots for n in s.nodes if n.op_type == "Attention" and len(n.inputs) > 3]
         new = [v for v in dict.fromkeys(read) if v is not None and str(v.name) not in self._masks]
         if new:
-            self._masks |= masks.probe(self.g, new)
+            self._masks |= mask_kinds.probe(self.g, new)
         if self._context is None:
             self._context = Context(self.g, self.target, self._masks, exact_rows=self.exact_rows)
         return self._context
