@@ -10,8 +10,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from onnxcomp.blocks.branches import Branch, branches, whole_layers
-from onnxcomp.gaps import Gap, close, leave_out
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.repair.dropped_layers import Gap, close, leave_out
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, cosine
 from onnxcomp.target import Target

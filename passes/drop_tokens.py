@@ -11,9 +11,9 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.tokens import Place, Tokens, places
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
-from onnxcomp.tokens import Place, Tokens, places
 
 __all__ = ["DropTokens"]
 

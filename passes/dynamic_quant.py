@@ -9,10 +9,11 @@ from typing import Annotated, ClassVar
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, quantize, trial
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.quantize import linears, payoff
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Granularity, Target
 
@@ -47,17 +48,17 @@ class DynamicQuant(Pass):
             raise TargetError(
                 f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target"
             )
-        return [linear.site for linear in quantize.quantizable(g)]
+        return [linear.site for linear in linears.quantizable(g)]
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears; siblings share one run-time range."""
-        codes = quantize.WeightCodes(g, self.weights, env.target)
-        for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
+        codes = linears.WeightCodes(g, self.weights, env.target)
+        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size)):
             source = group[0].source
             if source.dtype is not ir.DataType.FLOAT:
                 why = "dynamic quantization takes float32 inputs only"
             else:
-                why = trial.loses(group, env, dynamic=True)
+                why = payoff.loses(group, env, dynamic=True)
             if why:
                 for linear in group:
                     g.decline(linear.site, why)
@@ -67,9 +68,9 @@ class DynamicQuant(Pass):
             for linear in group:
                 self._replace(g, linear, x, codes)
 
-    def _replace(self, g: Graph, linear: Linear, x: ir.Node, codes: quantize.WeightCodes) -> None:
+    def _replace(self, g: Graph, linear: Linear, x: ir.Node, codes: linears.WeightCodes) -> None:
         weight, scale = codes(linear)
-        y = quantize.run_time_product(g, x, weight, scale, linear.name, linear.node.outputs[0])
+        y = linears.run_time_product(g, x, weight, scale, linear.name, linear.node.outputs[0])
         if linear.node.op_type == "Gemm" and linear.bias is not None:
             y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=linear.output)
         g.replace(linear.node.outputs[0], y)

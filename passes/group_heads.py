@@ -8,11 +8,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxcomp import sharing
 from onnxcomp.blocks import Attention, Linear, attentions
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods import shared_heads
+from onnxcomp.methods.shared_heads import Shared
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.sharing import Shared
 from onnxcomp.stats import Need, gram
 from onnxcomp.target import Target
 
@@ -64,7 +64,7 @@ class GroupHeads(Pass):
         if self.is_identity:
             return
         found = [a for a in attentions(g) if a.kv_heads > 1 and not self._blocked(g, a)]
-        asked = (sharing.needs(a) if self._spans else (gram(x.source) for x in (a.k, a.v)) for a in found)
+        asked = (shared_heads.needs(a) if self._spans else (gram(x.source) for x in (a.k, a.v)) for a in found)
         yield from dict.fromkeys(n for each in asked for n in each)
 
     def run(self, g: Graph, env: Env) -> None:
@@ -79,7 +79,7 @@ class GroupHeads(Pass):
                 cut.append(a.o)
         g.forget_shapes()
         if self.repair != "none" and not env.dry:
-            sharing.repair(g, uncut, env, cut, self.repair == "gauss-newton")
+            shared_heads.repair(g, uncut, env, cut, self.repair == "gauss-newton")
 
     def _blocked(self, g: Graph, a: Attention) -> str:
         if a.kv_heads % self.share:
@@ -88,7 +88,7 @@ class GroupHeads(Pass):
             return "its keys and values are inputs or outputs of the model"
         if any(x.quantized or len(x.weight.uses()) > 1 for x in a.linears):
             return "a weight is quantized or shared with another layer"
-        if a.node.inputs[2] is not a.v.output or sharing.key_path(a) is None or a.inner_norms:
+        if a.node.inputs[2] is not a.v.output or shared_heads.key_path(a) is None or a.inner_norms:
             return "keys or values are moved between their projection and the attention"
         return ""
 
@@ -98,12 +98,12 @@ class GroupHeads(Pass):
         if max(keys.lost, values.lost) > self.max_loss:
             g.decline(a.site, f"the mean would lose {keys.lost:.1%} of its keys and {values.lost:.1%} of its values")
             return False
-        sharing.share(g, a, keys, values, self.share)
+        shared_heads.share(g, a, keys, values, self.share)
         return True
 
     def _shared(self, g: Graph, a: Attention, x: Linear, env: Env) -> Shared:
         if env.dry:
-            return sharing.plain(a, x)
+            return shared_heads.plain(a, x)
         if self._spans:
-            return sharing.spanned(g, a, x, self.share, env.stats)
-        return sharing.turned(g, a, x, self.share, env.stats, self.align)
+            return shared_heads.spanned(g, a, x, self.share, env.stats)
+        return shared_heads.turned(g, a, x, self.share, env.stats, self.align)

@@ -12,10 +12,10 @@ from pydantic import Field
 
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.half import candidates, convert, ranges
+from onnxcomp.methods.half.candidates import Ports
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need
-from onnxcomp.structure import precision, ranges, retype
-from onnxcomp.structure.precision import Ports
 from onnxcomp.target import Target
 
 __all__ = ["Half"]
@@ -66,18 +66,18 @@ class Half(Pass):
         """
         if self.dtype == "bf16" and target.provider.startswith("CPU"):
             raise TargetError(f"half: '{target.name}' does not run bf16; use --target cuda or tensorrt")
-        return [_site(p) for p in precision.candidates(g, TYPES[self.dtype]) if p.outputs]
+        return [_site(p) for p in candidates.candidates(g, TYPES[self.dtype]) if p.outputs]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The largest magnitude of every value that would become half (fp16)."""
         if self.dtype == "fp16" and not self.is_identity:
-            found, masks = precision.candidates(g, TYPES[self.dtype]), precision.from_fills(g, precision.fills(g))
+            found, masks = candidates.candidates(g, TYPES[self.dtype]), candidates.from_fills(g, candidates.fills(g))
             yield from dict.fromkeys(need for p in found for need in ranges.needs(g, p, masks))
 
     def run(self, g: Graph, env: Env) -> None:
         """Choose the nodes that can be half, say why the others cannot, convert."""
         half = TYPES[self.dtype]
-        found, angles = precision.candidates(g, half), precision.precise(g)
+        found, angles = candidates.candidates(g, half), candidates.precise(g)
         chosen, checked = [], ranges.Ranges(g, env.stats, self.headroom, half)
         for p in found:
             pattern = next((s for s in self.skip if fnmatchcase(str(p.node.name), s)), None)
@@ -87,11 +87,11 @@ class Half(Pass):
                 g.decline(_site(p), why)
             else:
                 chosen.append(p)
-        alone = precision.islands(chosen)
+        alone = candidates.islands(chosen)
         for p in chosen:
             if p.node in alone:
                 g.decline(_site(p), "reads and makes float32 values only: Casts around it would gain nothing")
-        retype.convert(g, [p for p in chosen if p.node not in alone], half)
+        convert.convert(g, [p for p in chosen if p.node not in alone], half)
 
 
 def _site(p: Ports) -> Site:

@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import onnx_ir as ir
 
-from onnxcomp import convolutions
 from onnxcomp.blocks import Linear
-from onnxcomp.convolutions import Patches
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
+from onnxcomp.methods.repair import convolutions
+from onnxcomp.methods.repair.convolutions import Patches
+from onnxcomp.methods.width.base import Place, Width
 from onnxcomp.pipeline import Env
-from onnxcomp.pruning import Place, Width
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
 
 if TYPE_CHECKING:
-    from onnxcomp.readers import Reader
+    from onnxcomp.methods.repair.readers import Reader
 
 __all__ = ["PruneChannels"]
 

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
-from onnxcomp.pruning import Width
+from onnxcomp.methods.width.base import Width
 
 __all__ = ["PruneFfn"]
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcomp.coupling import Coupling
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.groups import Group
-from onnxcomp.pruning import Width
+from onnxcomp.methods.width.base import Width
 
 __all__ = ["PruneHeads"]
 

@@ -9,13 +9,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import blocks, repairs
+from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
+from onnxcomp.methods.repair import sequential
+from onnxcomp.methods.repair.sequential import Part
+from onnxcomp.methods.repair.stream_projection import dual, heard
+from onnxcomp.methods.width.base import Place, Width
 from onnxcomp.pipeline import Env
-from onnxcomp.projections import dual, heard
-from onnxcomp.pruning import Place, Width
-from onnxcomp.repairs import Part
 
 __all__ = ["PruneHidden"]
 
@@ -48,7 +49,7 @@ class PruneHidden(Width):
             for s in place.group.computed:
                 streams[s.value] = Part(s.value, target if s.units == whole else np.flatnonzero(s.kept(keep)))
         readers = [r for p, _ in cut for r in p.readers]
-        repairs.in_order(g, uncut, env, readers, streams, self.repair == "gauss-newton")
+        sequential.in_order(g, uncut, env, readers, streams, self.repair == "gauss-newton")
 
 
 def _target(uncut: Graph, place: Place, keep: Array) -> Array:

@@ -10,11 +10,12 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, quantize, trial
+from onnxcomp import blocks
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import formats
 from onnxcomp.maths.clipping import clip_range
+from onnxcomp.methods.quantize import linears, payoff
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, histogram
 from onnxcomp.target import Granularity, Target
@@ -58,26 +59,26 @@ class Qdq(Pass):
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight; raises `TargetError` where the options are not legal on the target."""
         self._legal(target)
-        return [linear.site for linear in quantize.quantizable(g)]
+        return [linear.site for linear in linears.quantizable(g)]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
-        found = quantize.chosen(g.clone(), self.skip, self.min_size)
+        found = linears.chosen(g.clone(), self.skip, self.min_size)
         yield from dict.fromkeys(histogram(linear.source) for linear in found)
         if self.outputs:
             yield from dict.fromkeys(histogram(linear.output) for linear in found)
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears; siblings share one pair."""
-        codes = quantize.WeightCodes(g, self.weights, env.target)
-        for group in blocks.siblings(quantize.chosen(g, self.skip, self.min_size)):
-            if why := trial.loses(group, env):
+        codes = linears.WeightCodes(g, self.weights, env.target)
+        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size)):
+            if why := payoff.loses(group, env):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
             x = self._pair(g, group[0].source, env.stats, env.target)
             for linear in group:
-                quantize.product(g, linear, x, quantize.integer_weight(codes, linear))
+                linears.product(g, linear, x, linears.integer_weight(codes, linear))
                 if self.outputs:
                     users = linear.users
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)

@@ -12,13 +12,13 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.blocks.branches import joins, sums
-from onnxcomp.counterparts import counterpart, has
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import affine
 from onnxcomp.maths.affine import Means
+from onnxcomp.methods.repair.correspondence import counterpart, has
+from onnxcomp.methods.repair.sequential import to_stream, unfit
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
-from onnxcomp.repairs import to_stream, unfit
 from onnxcomp.stats import Need, cross_gram, mean, norm2, var
 from onnxcomp.target import Target
 

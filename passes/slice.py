@@ -10,17 +10,18 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, repairs
+from onnxcomp import blocks
 from onnxcomp.blocks.linears import NormSite
 from onnxcomp.blocks.stream import Stream, leaders, streams
-from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
+from onnxcomp.methods.repair import sequential
+from onnxcomp.methods.repair.correspondence import has
+from onnxcomp.methods.repair.sequential import Part
+from onnxcomp.methods.repair.stream_projection import duals
+from onnxcomp.methods.rotate_stream import basis, rotate
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.projections import duals
-from onnxcomp.repairs import Part
 from onnxcomp.stats import gram
-from onnxcomp.structure.rotate import basis, rotate
 from onnxcomp.target import Target
 
 __all__ = ["Slice"]
@@ -91,8 +92,8 @@ class Slice(Pass):
         g.sweep()  # the uncut stream's sums still read what is added now
         if self._repairs(env) and cut:
             held = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
-            found = [x for x in held if has(uncut, str(x.output.name)) and not repairs.unfit(g, x)]
-            repairs.in_order(g, uncut, env, map(repairs.alone, found), cut, self.repair == "gauss-newton")
+            found = [x for x in held if has(uncut, str(x.output.name)) and not sequential.unfit(g, x)]
+            sequential.in_order(g, uncut, env, map(sequential.alone, found), cut, self.repair == "gauss-newton")
 
     def _repairs(self, env: Env) -> bool:
         return self.repair != "none" and not env.dry

@@ -15,9 +15,9 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import sparse
 from onnxcomp.maths.sparse import Pattern
+from onnxcomp.methods.sparse_storage import compact
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
 from onnxcomp.stats import Need, gram, norm2
-from onnxcomp.structure.compact import compact
 from onnxcomp.target import Target
 
 __all__ = ["Sparsify"]

@@ -13,10 +13,10 @@ from pydantic import Field
 from onnxcomp.blocks import Attention, attentions
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.windows import WIDTHS, Bands, kept_by_width, widest
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import absmax, mean
 from onnxcomp.target import Target
-from onnxcomp.windows import WIDTHS, Bands, kept_by_width, widest
 
 __all__ = ["WindowAttention"]
 

@@ -17,7 +17,7 @@ from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
-from onnxcomp.pruning import Place, Width
+from onnxcomp.methods.width.base import Place, Width
 from onnxcomp.target import CPU
 from tests import cuts, matrix, zoo
 

@@ -6,8 +6,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import catalog, convolutions
-from onnxcomp.convolutions import Patches, probed
+from onnxcomp import catalog
 from onnxcomp.coupling import Coupling
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.errors import RecipeError
@@ -15,6 +14,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.job import compress_each
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.repair import convolutions
+from onnxcomp.methods.repair.convolutions import Patches, probed
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.runtime.stretches import stretch
 from tests import cuts, tiny

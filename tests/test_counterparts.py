@@ -5,10 +5,10 @@ import pytest
 
 from onnxcomp import blocks
 from onnxcomp.blocks.branches import sums, whole_layers
-from onnxcomp.counterparts import counterpart, standing
 from onnxcomp.data.datasets import Batch, as_dataset
-from onnxcomp.gaps import leave_out
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.repair.correspondence import counterpart, standing
+from onnxcomp.methods.repair.dropped_layers import leave_out
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.prune_ffn import PruneFfn
 from onnxcomp.passes.prune_heads import PruneHeads

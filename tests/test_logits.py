@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from onnxcomp import blocks, catalog
-from onnxcomp import logits as fitting
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_softmax
 from onnxcomp.maths.newton import Fitted
 from onnxcomp.maths.newton_softmax import Classes, fit
+from onnxcomp.methods.repair import output_head as fitting
 from onnxcomp.runtime.sessions import Session
 from tests import tiny, zoo
 

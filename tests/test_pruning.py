@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp import blocks, catalog, coupling
-from onnxcomp.budgets import Clock
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import RecipeError
@@ -18,6 +17,7 @@ from onnxcomp.lowering import costs
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, solve
 from onnxcomp.maths.allocation import Candidate, choose, isotonic
+from onnxcomp.methods.width.budgets import Clock
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT
 from tests import cuts, tiny

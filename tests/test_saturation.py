@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxcomp as oc
-from onnxcomp import pipeline, quantize, storage, target
+from onnxcomp import pipeline, storage, target
 from onnxcomp.blocks import linears
 from onnxcomp.errors import DataError, GateFailed
 from onnxcomp.graph import CONTRIB, Graph
@@ -25,6 +25,7 @@ from onnxcomp.lowering import costs
 from onnxcomp.manager import PassManager
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
+from onnxcomp.methods.quantize import linears as quantize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq

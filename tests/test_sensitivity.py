@@ -7,13 +7,14 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import blocks, catalog, sensitivity
+from onnxcomp import blocks, catalog
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.manager import PassManager
 from onnxcomp.maths.allocation import Candidate
+from onnxcomp.methods.width import trial_cuts
 from onnxcomp.validation.variants import Variants
 from tests import tiny
 
@@ -93,11 +94,11 @@ def test_the_scores_of_the_silenced_half_sum_to_the_measured_loss():
     env = SimpleNamespace(evaluate=evaluate)
     found = [Candidate(np.array([4.0, 1.0, 3.0, 2.0])), Candidate(np.arange(6.0)), Candidate(np.ones(4), floor=4)]
     parts = [(Group(4, ()), ())] * 3
-    scaled = sensitivity.scaled(None, parts, found, env, "kl", "none")
+    scaled = trial_cuts.scaled(None, parts, found, env, "kl", "none")
     assert [np.sort(c.scores)[: c.units // 2].sum() for c in scaled[:2]] == pytest.approx(losses)
     assert [list(np.argsort(c.scores)) for c in scaled] == [list(np.argsort(c.scores)) for c in found]
-    assert asked == [(2, "kl", sensitivity.SAMPLES)]  # the third layer gives nothing, so it is not tried
-    assert sensitivity.scaled(None, parts[:1], found[:1], env, "kl", "none") == found[:1]
+    assert asked == [(2, "kl", trial_cuts.SAMPLES)]  # the third layer gives nothing, so it is not tried
+    assert trial_cuts.scaled(None, parts[:1], found[:1], env, "kl", "none") == found[:1]
     assert len(asked) == 1
 
 
@@ -112,7 +113,7 @@ def test_no_more_samples_are_run_than_asked_for():
     g = tiny.encoder(layers=2)
     many = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(40)], g)
     Counting([catalog.load("prune-ffn")(ratio=0.5)]).run(g, many)
-    assert sensitivity.SAMPLES in seen
+    assert trial_cuts.SAMPLES in seen
 
 
 def test_trials_are_remembered_by_their_content(tmp_path, monkeypatch):

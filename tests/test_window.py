@@ -9,11 +9,11 @@ from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.windows import WIDTHS, kept_by_width, widest
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.windows import WIDTHS, kept_by_width, widest
 from tests import hand, tiny
 
 HEADS, WIDTH = 2, 4  # of the model written by hand

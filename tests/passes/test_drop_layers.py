@@ -4,7 +4,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, gaps, repairs
+from onnxcomp import blocks
 from onnxcomp.blocks.branches import branches, sums, whole_layers
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
@@ -12,6 +12,7 @@ from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.repair import dropped_layers, sequential
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session
@@ -211,8 +212,8 @@ def test_no_fit_raises_the_error_at_its_place():
     calibration = [tiny.feeds(g, 2, 7, seed=i) for i in range(4)]  # fewer rows than hidden units
     seen = []
     uncut, work = g.clone(), g.clone()
-    gone = gaps.leave_out(work, whole_layers(work)[2])
-    gone = gaps.leave_out(work, whole_layers(work)[2], gone)
+    gone = dropped_layers.leave_out(work, whole_layers(work)[2])
+    gone = dropped_layers.leave_out(work, whole_layers(work)[2], gone)
     assert [(x.entry, x.exit) for x in gone] == [(whole_layers(g)[2].entry.name, whole_layers(g)[3].exit.name)]
 
     def fitted(g_, uncut_, env, x, target, damp, whole):
@@ -224,7 +225,7 @@ def test_no_fit_raises_the_error_at_its_place():
             return sum(float(np.sum((a - y) ** 2)) for a, y in zip(made, wanted, strict=True))
 
         before = off()
-        repairs.to_stream(g_, uncut_, env, x, target, damp, whole=whole)
+        sequential.to_stream(g_, uncut_, env, x, target, damp, whole=whole)
         seen.append((before, off()))
 
     class Spy(DropLayers):
@@ -234,10 +235,10 @@ def test_no_fit_raises_the_error_at_its_place():
             return []
 
         def run(self, g, env):
-            gaps.close(work, uncut, env, gone)
+            dropped_layers.close(work, uncut, env, gone)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gaps, "to_stream", fitted)
+        patch.setattr(dropped_layers, "to_stream", fitted)
         PassManager([Spy()], allow_unchanged=True).run(g, calibration, calibration)
     assert len(seen) == 1 + 2
     assert all(after <= before * (1 + 1e-6) for before, after in seen)
@@ -251,7 +252,9 @@ def test_order_of_leaving_out_does_not_matter_to_the_gaps():
         work, made = g.clone(), []
         names = [b.name.split(" (")[0] for b in whole_layers(g)]
         for i in order:
-            made = gaps.leave_out(work, next(b for b in whole_layers(work) if b.name.startswith(names[i])), made)
+            made = dropped_layers.leave_out(
+                work, next(b for b in whole_layers(work) if b.name.startswith(names[i])), made
+            )
         assert len(made) == 1
         found[order] = (made[0].entry, made[0].exit, made[0].read)
     assert len(set(found.values())) == 1
@@ -276,7 +279,7 @@ def test_a_first_layer_has_nothing_before_it():
         g.put(x.bias, 0.01 * g.array(x.bias))
     model, step = dropped(g, ratio=0.2, protect=0)
     assert stay.name not in {d.site for d in step.declined}
-    assert f"the gap is not repaired: {gaps.NOTHING}" in {n.what for n in step.noted if n.site == stay.name}
+    assert f"the gap is not repaired: {dropped_layers.NOTHING}" in {n.what for n in step.noted if n.site == stay.name}
     plain, _ = dropped(g, ratio=0.2, protect=0, repair="none")
     assert error(g, model, [b.feeds for b in data(g)]) < error(g, plain, [b.feeds for b in data(g)])
 
@@ -289,7 +292,7 @@ def test_a_stream_that_is_an_output_as_well_stays_what_it_is():
     g.model.graph.outputs.append(entry)
     g = Graph(g.model)
     model, step = dropped(g, ratio=0.2)
-    assert f"the gap is not repaired: {gaps.READ}" in {n.what for n in step.noted}
+    assert f"the gap is not repaired: {dropped_layers.READ}" in {n.what for n in step.noted}
     feeds = held(g)[0]
     np.testing.assert_allclose(run(model, feeds, entry.name)[0], run(g, feeds, entry.name)[0], rtol=1e-5, atol=1e-6)
 
@@ -493,4 +496,4 @@ def test_repair_reaches_what_is_added_to_the_stream(name, part):
     assert gain >= REACHED[name, part]
     if not REACHED[name, part]:
         noted = results["least-squares"].report.step("drop-layers").noted
-        assert f"the gap is not repaired: {gaps.NOTHING}" in {n.what for n in noted}
+        assert f"the gap is not repaired: {dropped_layers.NOTHING}" in {n.what for n in noted}

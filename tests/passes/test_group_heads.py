@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, repairs
+from onnxcomp import blocks
 from onnxcomp.blocks.branches import joins
 from onnxcomp.coupling.sizes import parameters
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
@@ -13,6 +13,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.job import Job
 from onnxcomp.manager import PassManager
 from onnxcomp.maths.procrustes import rotations, spans
+from onnxcomp.methods.repair import sequential
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
 from onnxcomp.recipe import Recipe
@@ -253,7 +254,7 @@ def test_repair_lowers_the_divergence_of_a_language_model():
 @pytest.mark.parametrize("kind", BUILDS)
 def test_no_output_projection_ends_further_from_the_stream_for_being_fitted(kind, monkeypatch):
     g = BUILDS[kind]()
-    fit, seen = repairs._fit, []
+    fit, seen = sequential._fit, []
 
     def watched(work, uncut, env, reader):
         out = next(iter(reader.linears)).output
@@ -263,7 +264,7 @@ def test_no_output_projection_ends_further_from_the_stream_for_being_fitted(kind
         fit(work, uncut, env, reader)
         seen.append((before, far(g, work, name)))
 
-    monkeypatch.setattr(repairs, "_fit", watched)
+    monkeypatch.setattr(sequential, "_fit", watched)
     held_out(g, "least-squares")
     assert len(seen) == len(blocks.attentions(g))
     assert all(after <= before * (1 + 1e-5) for before, after in seen)

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import blocks, trial
+from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.catalog import load
 from onnxcomp.data.datasets import as_dataset
@@ -17,6 +17,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.lowering import costs, race
 from onnxcomp.lowering.choices import Choices
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.quantize import payoff
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
@@ -364,7 +365,7 @@ def test_integer_trials_run_as_integers_and_are_one_model_per_group(dynamic):
     g = tiny.encoder()
     canonicalize(g)
     group = blocks.siblings(blocks.linears(g))[0]
-    made = trial.models(group, CPU, dynamic=dynamic)
+    made = payoff.models(group, CPU, dynamic=dynamic)
     assert [v.name for v in made["int8"].outputs] == [v.name for v in made["float"].outputs] == ["y0", "y1", "y2"]
     check = integer_check(made["int8"])
     assert (check.quantized_linears, check.ok) == (3, True)

@@ -12,11 +12,11 @@ from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph, scratch
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.repair.stream_projection import duals
+from onnxcomp.methods.rotate_stream import rotate
 from onnxcomp.passes import slice as slice_pass
 from onnxcomp.passes.slice import Slice
-from onnxcomp.projections import duals
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.structure.rotate import rotate
 from tests import tiny
 
 MODELS = {

@@ -14,10 +14,10 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.graph import Graph
 from onnxcomp.manager import PassManager
+from onnxcomp.methods.tokens import places, removals
 from onnxcomp.passes.drop_tokens import DropTokens
 from onnxcomp.passes.merge_tokens import MergeTokens
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.tokens import places, removals
 from tests import tiny
 
 

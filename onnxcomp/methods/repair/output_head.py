@@ -6,12 +6,12 @@ import numpy as np
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.feedforward import HELD, MEMORY, alone
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.maths.newton_softmax import Classes, fit
+from onnxcomp.methods.repair.mlp_gauss_newton import HELD, MEMORY, alone
+from onnxcomp.methods.repair.readers import replace
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import replace
 from onnxcomp.stats import Need, paired
 from onnxcomp.validation.outputs import View
 

@@ -18,8 +18,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.solve import least_squares
-from onnxcomp.readers import numbers
-from onnxcomp.structure.rotate import basis
+from onnxcomp.methods.repair.readers import numbers
+from onnxcomp.methods.rotate_stream import basis
 
 __all__ = ["dual", "duals", "heard"]
 

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from onnxcomp import readers
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 from onnxcomp.maths.allocation import Candidate, choose
+from onnxcomp.methods.repair import readers
+from onnxcomp.methods.repair.readers import Reader, Repair
 from onnxcomp.pipeline import Edit, Env
-from onnxcomp.readers import Reader, Repair
 
 __all__ = ["SAMPLES", "scaled"]
 

@@ -11,11 +11,11 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
 from onnxcomp.blocks.branches import Branch, sums
 from onnxcomp.blocks.caches import take_out
-from onnxcomp.counterparts import has
 from onnxcomp.graph import Graph, Site
-from onnxcomp.logits import fit_logits
+from onnxcomp.methods.repair.correspondence import has
+from onnxcomp.methods.repair.output_head import fit_logits
+from onnxcomp.methods.repair.sequential import behind, to_stream, unfit
 from onnxcomp.pipeline import Env
-from onnxcomp.repairs import behind, to_stream, unfit
 
 __all__ = ["Gap", "close", "leave_out"]
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import blocks, trial
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site, extract
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, isotonic, ladder, least_ratio
+from onnxcomp.methods.quantize import payoff
 
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
@@ -124,7 +125,7 @@ def _products(same: Sequence[Linear], group: Group, widths: Sequence[int], env: 
         if x.quantized or x.source.dtype is not ir.DataType.FLOAT:
             raise ModelError(f"linear '{x.name}' is not in float32, and only such are timed (prune before that)")
     sizes = {f"x{n}": _sizes(same, group, n) for n in widths}
-    forms = {name: trial.products(*size, name) for name, size in sizes.items()}
+    forms = {name: payoff.products(*size, name) for name, size in sizes.items()}
     rows = []
     for dims in _known(same[0].source, env):
         shapes = {name: (1, math.prod(dims[:-1]), fan_in) for name, (fan_in, _) in sizes.items()}
@@ -160,7 +161,7 @@ def _known(v: ir.Value, env: Env) -> list[tuple[int, ...]]:
 
 def _seconds(site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], env: Env) -> list[float]:
     """Measured seconds of each form without those of calling the runtime, which a whole model pays once."""
-    call = trial.products(1, [(1, False)], "x0")
+    call = payoff.products(1, [(1, False)], "x0")
     first, *found = env.cost(site, {"call": call, **forms}, {"x0": (1, 1, 1), **shapes})
     measured = [c.seconds for c in (first, *found) if c.source != "table" and c.seconds is not None]
     if len(measured) <= len(found):

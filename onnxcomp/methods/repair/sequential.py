@@ -11,16 +11,16 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks.branches import joins, sums
-from onnxcomp.counterparts import has, standing
 from onnxcomp.errors import ModelError
-from onnxcomp.feedforward import alone, fit_whole
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import forget, release
-from onnxcomp.logits import fit_logits
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
+from onnxcomp.methods.repair.correspondence import has, standing
+from onnxcomp.methods.repair.mlp_gauss_newton import alone, fit_whole
+from onnxcomp.methods.repair.output_head import fit_logits
+from onnxcomp.methods.repair.readers import Reader, inside, replace
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import Reader, inside, replace
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["DAMP", "Part", "alone", "behind", "in_order", "to_stream", "unfit"]

@@ -13,9 +13,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from onnxcomp import blocks, budgets, readers, repairs, sensitivity
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
-from onnxcomp.budgets import Budget, Clock
 from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import ModelError, RecipeError
@@ -24,8 +23,12 @@ from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64, scores
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.maths.elimination import elimination
+from onnxcomp.methods.repair import readers
+from onnxcomp.methods.repair import sequential as repairs
+from onnxcomp.methods.repair.readers import Reader, Repair
+from onnxcomp.methods.width import budgets, trial_cuts
+from onnxcomp.methods.width.budgets import Budget, Clock
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
-from onnxcomp.readers import Reader, Repair
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 from onnxcomp.target import Target
 
@@ -178,7 +181,7 @@ class Width(Pass):
         candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
         if self._ranked == "sensitivity":
             parts = [(p.group, p.readers) for p in places]
-            candidates = sensitivity.scaled(g, parts, candidates, env, self.metric, self.repair)
+            candidates = trial_cuts.scaled(g, parts, candidates, env, self.metric, self.repair)
         clock = self._clock(g, places, candidates, env)
         keeps = self._amounts(g, places, candidates, clock)
         uncut = g.clone()

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.methods.half.candidates import Ports, constant_trouble
 from onnxcomp.stats import Need, Stats, absmax
-from onnxcomp.structure.precision import Ports, constant_trouble
 
 __all__ = ["Ranges", "needs"]
 

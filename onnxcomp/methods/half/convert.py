@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.structure.precision import Ports, clipped, content, fills
+from onnxcomp.methods.half.candidates import Ports, clipped, content, fills
 
 __all__ = ["convert"]
 

@@ -13,8 +13,8 @@ from onnxcomp.graph.groups import Slot
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
+from onnxcomp.methods.repair.readers import Reader, replace
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import Reader, replace
 from onnxcomp.stats import Need, paired
 
 __all__ = ["HELD", "MEMORY", "alone", "fit_whole"]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import quantize
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.lowering.forms import KINDS, Context, default, legal
+from onnxcomp.methods.quantize import linears
 from onnxcomp.target import Target
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _product(g: Graph, source: ir.Value, fan_in: int, like: ir.Value, kind: str)
     if kind == "dynamic":
         quantizer = source.producer()
         assert quantizer is not None
-        return quantize.run_time_product(g, quantizer, codes, g.constant(scale, "scale"), str(like.name), like)
+        return linears.run_time_product(g, quantizer, codes, g.constant(scale, "scale"), str(like.name), like)
     w = g.op("DequantizeLinear", codes, scale, axis=1)
     w.type, w.shape = like.type, ir.Shape([fan_in, width])
     return g.op("MatMul", source, w, like=like)

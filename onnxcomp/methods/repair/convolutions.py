@@ -13,15 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import repairs
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
+from onnxcomp.methods.repair import sequential
+from onnxcomp.methods.repair.readers import Reader, Repair, inside, repair
 from onnxcomp.pipeline import Env
-from onnxcomp.readers import Reader, Repair, inside, repair
 from onnxcomp.stats import Need, Stats, cross_gram, gram, mean, norm2, var
 from onnxcomp.stats.calibrate import MEMORY
 
@@ -284,7 +284,7 @@ def in_order(g: Graph, uncut: Graph, env: Env, cut: Cut) -> None:
         if isinstance(reader, Patches):
             _fit(g, there, env, reader)
         else:
-            repairs.in_order(g, uncut, env, [reader])
+            sequential.in_order(g, uncut, env, [reader])
 
 
 def _left(cut: Cut) -> dict[str, Array]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp import repairs
 from onnxcomp.blocks import Attention, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Float64, affine
 from onnxcomp.maths.procrustes import rotations, spans
+from onnxcomp.methods import head_matrices
+from onnxcomp.methods.repair import sequential
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
-from onnxcomp.structure import projections
 
 __all__ = ["Shared", "key_path", "needs", "plain", "repair", "share", "spanned", "turned"]
 
@@ -55,7 +55,7 @@ def turned(g: Graph, a: Attention, x: Linear, count: int, stats: Stats, align: b
     """Keys or values rotated onto each other, `count` neighbours at a time, or left as they are for the plain mean."""
     turns, lost, whole = [], 0.0, 0.0
     inputs = np.asarray(stats[gram(x.source)])
-    every = projections.split(projections.read(g, x), a.kv_heads)
+    every = head_matrices.split(head_matrices.read(g, x), a.kv_heads)
     for i in range(0, a.kv_heads, count):
         heads = every[i : i + count]
         width = heads.shape[-1]
@@ -110,7 +110,7 @@ def _moments(stats: Stats, x: Linear, centred: bool) -> Float64:
 def _reads(g: Graph, a: Attention, x: Linear, stats: Stats) -> Float64:
     """Moments `[kv_heads, D, D]` of what each key or value head is multiplied with."""
     if x is a.v:
-        rows = projections.read(g, a.o).reshape(a.kv_heads, a.heads // a.kv_heads, -1, a.o.sizes[1])
+        rows = head_matrices.read(g, a.o).reshape(a.kv_heads, a.heads // a.kv_heads, -1, a.o.sizes[1])
         return np.asarray(np.einsum("hrdn,hren->hde", rows, rows, optimize=True))
     every = np.asarray(stats[gram(a.q.output)], np.float64).reshape(a.heads, a.head_dim, a.heads, a.head_dim)
     own = np.stack([every[h, :, h] for h in range(a.heads)])
@@ -127,17 +127,17 @@ def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> N
     """Give an attention the mapped heads' means, and its queries and output projection what maps back."""
     groups, repeat = a.kv_heads // count, a.heads // a.kv_heads
     for x, to in ((a.k, keys), (a.v, values)):
-        for value, user in projections.constants(x):
-            old = projections.split(projections.read(g, x, value), a.kv_heads) @ to.into
+        for value, user in head_matrices.constants(x):
+            old = head_matrices.split(head_matrices.read(g, x, value), a.kv_heads) @ to.into
             together = old.reshape(groups, count, *old.shape[1:]).mean(1)
-            projections.write(g, x, value, user, projections.joined(together))
+            head_matrices.write(g, x, value, user, head_matrices.joined(together))
     back_q, back_o = (np.repeat(t.back, repeat, axis=0) for t in (keys, values))
-    for value, user in projections.constants(a.q):
-        heads = projections.split(projections.read(g, a.q, value), a.heads)
-        projections.write(g, a.q, value, user, projections.joined(heads @ back_q))
-    o = projections.read(g, a.o)
+    for value, user in head_matrices.constants(a.q):
+        heads = head_matrices.split(head_matrices.read(g, a.q, value), a.heads)
+        head_matrices.write(g, a.q, value, user, head_matrices.joined(heads @ back_q))
+    o = head_matrices.read(g, a.o)
     rows = o.reshape(a.heads, -1, o.shape[1])
-    projections.write(g, a.o, a.o.weight, a.o.node, (back_o.transpose(0, 2, 1) @ rows).reshape(o.shape))
+    head_matrices.write(g, a.o, a.o.weight, a.o.node, (back_o.transpose(0, 2, 1) @ rows).reshape(o.shape))
     g.set_attr(a.node, kv_num_heads=groups)
     for node in key_path(a) or ():
         g.set_attr(node, num_heads=groups)
@@ -145,7 +145,7 @@ def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> N
 
 def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], whole: bool = False) -> None:
     """Fit output projections to the uncut residual stream, as `repairs.in_order` does readers of a cut axis."""
-    repairs.in_order(g, uncut, env, [repairs.alone(x) for x in outputs], whole=whole)
+    sequential.in_order(g, uncut, env, [sequential.alone(x) for x in outputs], whole=whole)
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:

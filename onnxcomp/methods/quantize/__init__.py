@@ -1,0 +1,1 @@
+"""Quantized linears as graph edits, and whether they pay."""

@@ -1,0 +1,1 @@
+"""Closed-form and iterative repair of what is left after a cut."""

@@ -1,0 +1,1 @@
+"""Pruning of heads, channels and widths: scores, amounts, cut."""
