@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from onnxcomp.data.datasets import Batch as Batch
     from onnxcomp.data.datasets import Dataset as Dataset
     from onnxcomp.data.datasets import load_data as load_data
+    from onnxcomp.engine.job import Job as Job
+    from onnxcomp.engine.job import compress as compress
+    from onnxcomp.engine.job import optimize as optimize
+    from onnxcomp.engine.manager import PassManager as PassManager
+    from onnxcomp.engine.recipe import Recipe as Recipe
     from onnxcomp.errors import DataError as DataError
     from onnxcomp.errors import GateFailed as GateFailed
     from onnxcomp.errors import ModelError as ModelError
@@ -24,15 +29,10 @@ if TYPE_CHECKING:
     from onnxcomp.files.storage import load as load
     from onnxcomp.files.storage import save as save
     from onnxcomp.graph import Graph as Graph
-    from onnxcomp.job import Job as Job
-    from onnxcomp.job import compress as compress
-    from onnxcomp.job import optimize as optimize
-    from onnxcomp.manager import PassManager as PassManager
-    from onnxcomp.outcome import Report as Report
-    from onnxcomp.outcome import Result as Result
     from onnxcomp.pipeline import Pass as Pass
     from onnxcomp.pipeline import SequentialPass as SequentialPass
-    from onnxcomp.recipe import Recipe as Recipe
+    from onnxcomp.reports.outcome import Report as Report
+    from onnxcomp.reports.outcome import Result as Result
     from onnxcomp.target import CPU as CPU
     from onnxcomp.target import CUDA as CUDA
     from onnxcomp.target import TENSORRT as TENSORRT
@@ -55,15 +55,15 @@ _HOME = {
     "export": "exporter",
     "Gate": "validation.gates",
     "Graph": "graph",
-    "Job": "job",
-    "compress": "job",
-    "optimize": "job",
+    "Job": "engine.job",
+    "compress": "engine.job",
+    "optimize": "engine.job",
     "Pass": "pipeline",
-    "PassManager": "manager",
-    "Report": "outcome",
-    "Result": "outcome",
+    "PassManager": "engine.manager",
+    "Report": "reports.outcome",
+    "Result": "reports.outcome",
     "SequentialPass": "pipeline",
-    "Recipe": "recipe",
+    "Recipe": "engine.recipe",
     "load": "files.storage",
     "save": "files.storage",
     "CPU": "target",

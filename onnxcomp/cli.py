@@ -18,7 +18,7 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcomp.outcome import Result
+    from onnxcomp.reports.outcome import Result
 
 __all__ = ["app", "main"]
 
@@ -115,7 +115,8 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Say what a model is: layers, heads, masks, parameters by part, and what was not recognised and why."""
-    from onnxcomp import inspection, tables
+    from onnxcomp import inspection
+    from onnxcomp.reports import tables
 
     output = Output(json, quiet, verbose)
     found = inspection.inspect(model, graph, exact_rows=exact_rows)
@@ -198,7 +199,9 @@ def compress(
 
 
 def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> None:
-    from onnxcomp import job, report, tables
+    from onnxcomp.engine import job
+    from onnxcomp.reports import json_report as report
+    from onnxcomp.reports import tables
 
     with output.progress() as watch:
         results = job.compress_each(model, out, watch=watch, **options)
@@ -241,7 +244,8 @@ def validate(
     verbose: Verbose = False,
 ) -> None:
     """Compare a model with its original on data: drift and task metrics with intervals."""
-    from onnxcomp import comparison, tables
+    from onnxcomp import comparison
+    from onnxcomp.reports import tables
 
     output = Output(json, quiet, verbose)
     data = comparison.DataChoice(evaluation, samples, batch or 8, sequence, seed, allow_code)
@@ -266,7 +270,8 @@ def bench(
     verbose: Verbose = False,
 ) -> None:
     """Time models against each other, each in its own process, interleaved."""
-    from onnxcomp import report, tables
+    from onnxcomp.reports import json_report as report
+    from onnxcomp.reports import tables
     from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
@@ -292,7 +297,8 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Measure the equivalent forms of each site on this machine; optimize and compress take the file as --choices."""
-    from onnxcomp import report, tables
+    from onnxcomp.reports import json_report as report
+    from onnxcomp.reports import tables
     from onnxcomp.target import find
     from onnxcomp.tuner import tune as measure
 
@@ -314,7 +320,8 @@ def passes(
     """List the passes there are, or explain one."""
     import dataclasses
 
-    from onnxcomp import catalog, tables
+    from onnxcomp.engine import catalog
+    from onnxcomp.reports import tables
 
     output = Output(json, quiet, verbose)
     if name is None:
@@ -330,7 +337,9 @@ def passes(
 @app.command()
 def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print the JSON schemas of recipes, of report.json and of what `inspect --json` prints."""
-    from onnxcomp import inspection, recipe, report
+    from onnxcomp import inspection
+    from onnxcomp.engine import recipe
+    from onnxcomp.reports import json_report as report
 
     whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspection.schema()}
     Output(json=True).show(whole, "")
@@ -339,8 +348,8 @@ def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
 @app.command()
 def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Check this machine and installation; exit code 1 if something is broken."""
-    from onnxcomp import tables
     from onnxcomp.doctor import diagnose
+    from onnxcomp.reports import tables
 
     found = diagnose()
     broken = [c["check"] for c in found["checks"] if c["status"] == "broken"]

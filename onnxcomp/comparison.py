@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.data.datasets import load_data
 from onnxcomp.files.storage import file_bytes, load, one_graph
-from onnxcomp.report import finite, quality
+from onnxcomp.reports.json_report import finite, quality
 from onnxcomp.target import find
 from onnxcomp.validation.compare import Validation, validate
 from onnxcomp.validation.gates import Gate, Verdict

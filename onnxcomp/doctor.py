@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import cpu_features, machine
-from onnxcomp.report import versions
+from onnxcomp.reports.json_report import versions
 from onnxcomp.runtime import sessions
 from onnxcomp.target import CPU, CUDA, TENSORRT, Target
 

@@ -39,14 +39,14 @@ def explain(e: OnnxcompError, *, json: bool, verbose: bool) -> int:
 
 def _refusal(e: GateFailed) -> tuple[Any, str]:
     """The report as JSON, and what was measured with the recipe's advice as text."""
-    from onnxcomp.outcome import Report
+    from onnxcomp.reports.outcome import Report
 
     if not isinstance(e.report, Report):
         return None, ""
     from rich.console import Console
 
-    from onnxcomp.report import to_json
-    from onnxcomp.tables import report_tables
+    from onnxcomp.reports.json_report import to_json
+    from onnxcomp.reports.tables import report_tables
 
     text = io.StringIO()
     console = Console(file=text, width=WIDE, highlight=False)

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxcomp.data.datasets import Dataset, load_data
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.lowering.choices import Choice, Choices
-from onnxcomp.manager import PassManager
-from onnxcomp.outcome import Report
-from onnxcomp.recipe import Recipe
+from onnxcomp.reports.outcome import Report
 from onnxcomp.target import CPU, Target
 
 __all__ = ["tune"]

@@ -10,13 +10,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxcomp import catalog, coupling
+from onnxcomp import coupling
 from onnxcomp.blocks import branches
 from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.width.base import Place, Width
 from onnxcomp.target import CPU
 from tests import cuts, matrix, zoo

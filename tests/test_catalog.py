@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import Field
 
-from onnxcomp import catalog
+from onnxcomp.engine import catalog
 from onnxcomp.errors import RecipeError, UnknownPass
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Env, Fidelity, Pass, PassFault, Stage

@@ -18,12 +18,14 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import cli, console, doctor, job, report
+from onnxcomp import cli, console, doctor
 from onnxcomp.benchmarking import benchmark
+from onnxcomp.engine import job
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
 from onnxcomp.pipeline import PassFault
+from onnxcomp.reports import json_report
 from onnxcomp.runtime import sessions
 from tests import tiny
 
@@ -117,7 +119,7 @@ def test_compress_as_json(run: Run, place: Path, tmp_path: Path, monkeypatch: py
     code, out, err = run(*compress(place, tmp_path / "out", "--json", "--eval", place / "data.npz", *shape))
     assert (code, err) == (0, "")
     found = one_object(out)
-    jsonschema.validate(found["graphs"]["model"], report.schema())
+    jsonschema.validate(found["graphs"]["model"], json_report.schema())
     assert [s["name"] for s in found["graphs"]["model"]["steps"]] == ["canonicalize", "cleanup", "qdq", "lower"]
     ratios = found["graphs"]["model"]["benchmark"]["ratios"]
     assert {r["shape"] for r in ratios} == {"batch=1,sequence=4", "batch=2,sequence=4"}
@@ -480,11 +482,11 @@ def test_a_gate_refuses_with_numbers_and_advice(run: Run, place: Path, tmp_path:
     assert "What to try:\ntry something gentler" in err
     assert "Nothing was written." in err
     assert [p.name for p in tmp_path.iterdir()] == ["why.json"]
-    jsonschema.validate(json.loads((tmp_path / "why.json").read_text()), report.schema())
+    jsonschema.validate(json.loads((tmp_path / "why.json").read_text()), json_report.schema())
     code, out, _ = run(*args, "--json")
     found = one_object(out)
     assert (code, found["error"]["type"], found["error"]["exit_code"]) == (3, "GateFailed", 3)
-    jsonschema.validate(found["report"], report.schema())
+    jsonschema.validate(found["report"], json_report.schema())
     assert found["report"]["verdicts"][0]["passed"] is False
 
 
@@ -515,7 +517,7 @@ def test_a_fault_of_a_pass_is_a_fault_of_ours(
 # ---- as a process ----------------------------------------------------------------------------------------------------
 
 MAIN = "import sys; from onnxcomp.cli import main; sys.exit(main())"
-CRASH = "import onnxcomp.catalog as c\ndef names(): raise ZeroDivisionError('oops')\nc.names = names\n" + MAIN
+CRASH = "import onnxcomp.engine.catalog as c\ndef names(): raise ZeroDivisionError('oops')\nc.names = names\n" + MAIN
 
 
 def process(code: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -540,7 +542,7 @@ def test_what_nobody_expected_is_a_fault_of_ours() -> None:
 def test_an_interrupt_ends_with_130_and_leaves_nothing(place: Path, tmp_path: Path) -> None:
     started = tmp_path / "started"
     wait = (
-        "import onnxcomp.manager as m, time, pathlib\n"
+        "import onnxcomp.engine.manager as m, time, pathlib\n"
         f"def run(*a): pathlib.Path({str(started)!r}).touch(); time.sleep(60)\n"
         f"m.PassManager.run = run\n{MAIN}"
     )

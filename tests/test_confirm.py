@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 import onnxcomp as oc
-from onnxcomp import confirm, report, tables
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
+from onnxcomp.engine import confirm
+from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.job import compress_each
 from onnxcomp.lowering import costs, race
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
+from onnxcomp.reports import json_report, tables
 from onnxcomp.runtime.placement import placement
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, CUDA, TENSORRT
@@ -90,7 +91,7 @@ def test_a_slower_lowered_model_gives_way_to_the_unlowered_one(source, monkeypat
 def test_a_result_slower_than_the_source_is_said_first(source, monkeypatch):
     _, result = optimized(source, monkeypatch, {"unlowered": 5.0})
     result.report.benchmark = bench({"a": 1.0, "b": 2.0})(["a.onnx", "b.onnx"], CPU)
-    assert report.headline(result.report).startswith("slower than the original: 0.50x")
+    assert json_report.headline(result.report).startswith("slower than the original: 0.50x")
 
 
 def test_a_lowered_model_with_other_outputs_is_undone_without_a_clock(source, monkeypatch):
@@ -129,7 +130,7 @@ def test_pick_keeps_the_ratio_of_the_models_that_stay():
 
 def test_the_report_lists_candidates_and_reasons(source):
     (result,) = compress_each(source, source.parent / "out", preset="optimize", measure=False).values()
-    found = report.to_json(result.report)
+    found = json_report.to_json(result.report)
     (step,) = [s for s in found["steps"] if s["name"] == "lower"]
     kinds = {c["kind"] for c in step["choices"]}
     assert {"attention", "residual", "linear", "activation"} <= kinds

@@ -6,14 +6,14 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import catalog
 from onnxcomp.coupling import Coupling
 from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
-from onnxcomp.job import compress_each
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.repair import convolutions
 from onnxcomp.methods.repair.convolutions import Patches, probed
 from onnxcomp.runtime.sessions import Session

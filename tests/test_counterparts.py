@@ -6,7 +6,7 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.blocks.branches import sums, whole_layers
 from onnxcomp.data.datasets import Batch, as_dataset
-from onnxcomp.manager import PassManager
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.methods.repair.correspondence import counterpart, standing
 from onnxcomp.methods.repair.dropped_layers import leave_out
 from onnxcomp.passes.drop_layers import DropLayers

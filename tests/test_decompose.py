@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.lowering.older_opsets import lower_opset
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT

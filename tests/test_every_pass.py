@@ -7,12 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import catalog
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.pipeline import Fidelity
 from onnxcomp.runtime.sessions import Session
 from tests import tiny

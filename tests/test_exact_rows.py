@@ -8,10 +8,10 @@ import onnx_ir as ir
 import pytest
 
 import onnxcomp as oc
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import race
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.pipeline import Pass

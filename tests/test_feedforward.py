@@ -8,10 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, catalog, stats
+from onnxcomp import blocks, stats
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_mlp
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit

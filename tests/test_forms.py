@@ -7,10 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp.canonical import canonicalize
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering import mask_kinds
 from onnxcomp.lowering.forms import KINDS, Context, default, legal
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime.sessions import Session, integer_check, optimized
 from onnxcomp.target import CPU, CUDA, TENSORRT

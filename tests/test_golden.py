@@ -8,9 +8,9 @@ import pytest
 
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import parse_pass
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
-from onnxcomp.recipe import parse_pass
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 

@@ -8,12 +8,13 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import inspection, tables
+from onnxcomp import inspection
 from onnxcomp.blocks.describe import describe
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
+from onnxcomp.reports import tables
 from tests import tiny, zoo
 
 

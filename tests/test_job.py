@@ -9,11 +9,11 @@ import pytest
 
 import onnxcomp as oc
 from onnxcomp.benchmarking import benchmark
+from onnxcomp.engine.job import Job, compress_each
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage
-from onnxcomp.job import Job, compress_each
 from onnxcomp.lowering import costs, race
-from onnxcomp.recipe import Recipe
 from onnxcomp.target import CPU
 from tests import tiny
 
@@ -189,7 +189,7 @@ def test_older_opset_on_request(source, tmp_path):
 
 
 def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_path):
-    from onnxcomp.smoke import smoke
+    from onnxcomp.engine.smoke import smoke
 
     g = storage.load(source)
     last = g.outputs[0].producer()

@@ -39,26 +39,13 @@ CLOSED = {"passes": {"engine", "runtime", "files", "benchmarking"}}
 
 # On their way to a room.
 MOVING = {
-    "catalog": "engine",
     "comparison": "cli",
-    "confirm": "engine",
     "console": "cli",
     "doctor": "cli",
     "export_checkpoint": "exporter",
     "export_routes": "exporter",
     "failures": "cli",
     "inspection": "cli",
-    "job": "engine",
-    "manager": "engine",
-    "outcome": "reports",
-    "recipe": "engine",
-    "recipes/__init__": "engine",
-    "report": "reports",
-    "report_parts": "reports",
-    "settings": "engine",
-    "smoke": "engine",
-    "steps": "engine",
-    "tables": "reports",
     "tuner": "cli",
     "validation/__init__": "validation",
 }
@@ -206,7 +193,7 @@ def test_help_is_light() -> None:
 
 
 def test_core_does_not_need_torch() -> None:
-    code = "import onnxcomp.job, onnxcomp.recipe, onnxcomp.doctor; onnxcomp.catalog.load('qdq')"
+    code = "import onnxcomp.engine.job, onnxcomp.engine.recipe, onnxcomp.doctor; onnxcomp.engine.catalog.load('qdq')"
     assert not loaded_by(code) & {"torch", "transformers"}
 
 

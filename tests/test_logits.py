@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from onnxcomp import blocks, catalog
+from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import newton, newton_softmax
 from onnxcomp.maths.newton import Fitted
 from onnxcomp.maths.newton_softmax import Classes, fit

@@ -8,8 +8,8 @@ import pytest
 
 from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError, GateFailed, RecipeError
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq

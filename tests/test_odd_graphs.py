@@ -11,10 +11,10 @@ pytest.importorskip("onnxruntime")
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.describe import describe
 from onnxcomp.canonical import canonicalize, sites
+from onnxcomp.engine.job import optimize
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.job import optimize
 from onnxcomp.runtime.sessions import Session
 from tests import tiny
 

@@ -10,23 +10,25 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, catalog, doctor, export_routes, report, target
+from onnxcomp import blocks, doctor, export_routes, target
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
+from onnxcomp.engine import catalog
+from onnxcomp.engine.job import compress
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
 from onnxcomp.files import external, storage
 from onnxcomp.graph import Graph
-from onnxcomp.job import compress
 from onnxcomp.lowering import costs, tensorrt
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import formats
 from onnxcomp.maths.saturation import breaks
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.recipe import Recipe
+from onnxcomp.reports import json_report
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.placement import placement
 from onnxcomp.stats import histogram, minmax
@@ -404,7 +406,7 @@ def test_row_7_a_slower_int8_model_is_said_first_and_a_gate_refuses_it(tmp_path,
     made = {"passes": ["qdq"], "calibration": batches, "shapes": [{"batch": 1, "sequence": 8}]}
     result = compress(tmp_path / "source.onnx", tmp_path / "out", **made)
     assert result.report.step("qdq").changed > 0
-    assert report.headline(result.report).startswith("slower than the original: 0.50x")
+    assert json_report.headline(result.report).startswith("slower than the original: 0.50x")
     with pytest.raises(GateFailed, match=r"latency<=1x"):
         compress(tmp_path / "source.onnx", tmp_path / "refused", **made, gates=["latency<=1x"])
     assert not (tmp_path / "refused").exists()

@@ -7,14 +7,15 @@ pytest.importorskip("onnxruntime")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, catalog, coupling
+from onnxcomp import blocks, coupling
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.job import compress_each
 from onnxcomp.lowering import costs
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, solve
 from onnxcomp.maths.allocation import Candidate, choose, isotonic
 from onnxcomp.methods.width.budgets import Clock

@@ -11,13 +11,13 @@ pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.export
 
 from models import vit_digits  # noqa: E402
-from onnxcomp import catalog  # noqa: E402
 from onnxcomp.canonical import canonicalize  # noqa: E402
 from onnxcomp.coupling import Coupling  # noqa: E402
 from onnxcomp.coupling.sizes import parameters  # noqa: E402
 from onnxcomp.data.datasets import as_dataset  # noqa: E402
+from onnxcomp.engine import catalog  # noqa: E402
+from onnxcomp.engine.manager import PassManager  # noqa: E402
 from onnxcomp.files import storage  # noqa: E402
-from onnxcomp.manager import PassManager  # noqa: E402
 from onnxcomp.stats import calibrate  # noqa: E402
 from onnxcomp.target import CPU  # noqa: E402
 from tests import cut_matrix, cuts  # noqa: E402

@@ -43,7 +43,7 @@ def test_blocks_run_in_order(tmp_path):
 
 
 def test_recipe_block_is_a_recipe():
-    from onnxcomp.recipe import Recipe
+    from onnxcomp.engine.recipe import Recipe
 
     [text] = [t for language, t in blocks() if language == "yaml"]
     recipe = Recipe.from_yaml(text)

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import catalog, recipe
+from onnxcomp.engine import catalog, recipe
+from onnxcomp.engine.recipe import Recipe, RecipeData, parse_pass
 from onnxcomp.errors import RecipeError, UnknownPass
 from onnxcomp.pipeline import Pass
-from onnxcomp.recipe import Recipe, RecipeData, parse_pass
 from onnxcomp.validation.gates import Gate
 
 

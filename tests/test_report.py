@@ -12,21 +12,22 @@ import pytest
 from rich.console import Console
 
 import onnxcomp as oc
-from onnxcomp import recipe, report, tables
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.console import show
 from onnxcomp.data.datasets import Batch
+from onnxcomp.engine import recipe
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.graph import Declined
-from onnxcomp.outcome import Report, Step
+from onnxcomp.reports import json_report, tables
+from onnxcomp.reports.outcome import Report, Step
 from onnxcomp.runtime.sessions import IntegerCheck
 from onnxcomp.validation.compare import Validation
 from onnxcomp.validation.gates import Verdict
 from onnxcomp.validation.metrics import Drift, MetricResult
 from tests import tiny
 
-SCHEMA = report.schema()
+SCHEMA = json_report.schema()
 
 
 def valid(data: Any) -> Any:
@@ -77,13 +78,13 @@ def full() -> Report:
 
 
 def test_an_empty_report_is_valid() -> None:
-    data = valid(report.to_json(Report()))
+    data = valid(json_report.to_json(Report()))
     assert data["summary"] == "nothing was measured"
-    assert data["schema_version"] == report.SCHEMA_VERSION
+    assert data["schema_version"] == json_report.SCHEMA_VERSION
 
 
 def test_a_full_report_is_valid() -> None:
-    data = valid(report.to_json(full()))
+    data = valid(json_report.to_json(full()))
     assert data["steps"][0]["declined"][0] == {"site": "head", "why": "too small"}
     assert data["verdicts"][1] == {"gate": "kl<=1", "value": None, "passed": False}
     assert data["validation"]["metrics"]["accuracy"]["high"] is None
@@ -99,41 +100,41 @@ def test_what_is_not_finite_becomes_null() -> None:
     r = full()
     r.validation, r.verdicts = validation(math.inf), [Verdict("sqnr>=30", math.nan, False)]
     r.steps[0].seconds = np.float32(1.5)  # type: ignore[assignment]
-    data = valid(report.to_json(r))
+    data = valid(json_report.to_json(r))
     assert data["validation"]["values"]["sqnr"] is None
     assert data["verdicts"][0]["value"] is None
     assert data["steps"][0]["seconds"] == 1.5
-    assert report.finite({1: (np.int64(3), -math.inf, Path("x"), None, True)}) == {"1": [3, None, "x", None, True]}
+    assert json_report.finite({1: (np.int64(3), -math.inf, Path("x"), None, True)}) == {"1": [3, None, "x", None, True]}
 
 
 @pytest.mark.parametrize("change", [{"extra": 1}, {"schema_version": 2}, {"steps": [{}]}, {"size": {"original": 1}}])
 def test_the_schema_refuses_anything_else(change: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(json.loads(json.dumps({**report.to_json(Report()), **change})), SCHEMA)
+        jsonschema.validate(json.loads(json.dumps({**json_report.to_json(Report()), **change})), SCHEMA)
 
 
 def test_slower_is_the_first_line_whatever_the_gates() -> None:
     r = full()
     r.verdicts = [Verdict("sqnr>=3", 20.0, True)]
-    assert report.headline(r).startswith("0.25x the size, 2.00x the speed")
+    assert json_report.headline(r).startswith("0.25x the size, 2.00x the speed")
     r.benchmark = bench(0.8)
-    assert report.headline(r).startswith("slower than the original: 0.80x")
+    assert json_report.headline(r).startswith("slower than the original: 0.80x")
     # An interval that reaches 1 proves nothing.
     r.benchmark = bench(0.99, spread=0.3)
     assert r.benchmark.ratio(1, "batch=1").high > 1
-    assert not report.headline(r).startswith("slower")
+    assert not json_report.headline(r).startswith("slower")
 
 
 def test_the_headline_says_when_outputs_are_equal_or_broken() -> None:
-    assert "equal outputs" in report.headline(Report(validation=validation(math.inf)))
-    assert "not finite" in report.headline(Report(validation=validation(finite=False)))
-    assert "accuracy 0.9 > 0.88" in report.headline(Report(validation=validation()))
+    assert "equal outputs" in json_report.headline(Report(validation=validation(math.inf)))
+    assert "not finite" in json_report.headline(Report(validation=validation(finite=False)))
+    assert "accuracy 0.9 > 0.88" in json_report.headline(Report(validation=validation()))
 
 
 def test_a_benchmark_s_headline_names_models() -> None:
-    assert report.speed_headline(bench(2.0)).startswith("/data/stage/a.onnx: 2.00x the speed")
-    assert "slower than /data/a.onnx: 0.50x" in report.speed_headline(bench(0.5))
+    assert json_report.speed_headline(bench(2.0)).startswith("/data/stage/a.onnx: 2.00x the speed")
+    assert "slower than /data/a.onnx: 0.50x" in json_report.speed_headline(bench(0.5))
 
 
 def test_tables_hold_what_was_done_declined_and_measured() -> None:
@@ -177,12 +178,12 @@ def test_a_step_says_what_became_of_it(change: dict[str, Any], says: str) -> Non
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
-    path = report.write(full(), tmp_path / "deep" / "report.json")
+    path = json_report.write(full(), tmp_path / "deep" / "report.json")
     valid(json.loads(path.read_text()))
     assert [p.name for p in path.parent.iterdir()] == ["report.json"]
     (tmp_path / "file").write_text("")
     with pytest.raises(OnnxcompError, match="cannot write the report"):
-        report.write(full(), tmp_path / "file" / "report.json")
+        json_report.write(full(), tmp_path / "file" / "report.json")
 
 
 def test_a_real_report_is_valid(tmp_path: Path) -> None:

@@ -18,18 +18,18 @@ from hypothesis import strategies as st
 import onnxcomp as oc
 from onnxcomp import pipeline, storage, target
 from onnxcomp.blocks import linears
+from onnxcomp.engine.job import Job
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import DataError, GateFailed
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.job import Job
 from onnxcomp.lowering import costs
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.quantize import linears as quantize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.recipe import Recipe
 from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import Stats

@@ -7,12 +7,13 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import blocks, catalog
+from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
-from onnxcomp.manager import PassManager
 from onnxcomp.maths.allocation import Candidate
 from onnxcomp.methods.width import trial_cuts
 from onnxcomp.validation.variants import Variants

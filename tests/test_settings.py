@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from onnxcomp import settings
+from onnxcomp.engine import config_file
+from onnxcomp.engine.config_file import Sizes
+from onnxcomp.engine.job import compress_each
 from onnxcomp.files import storage
-from onnxcomp.job import compress_each
-from onnxcomp.settings import Sizes
 from tests import tiny
 
 CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -31,9 +31,9 @@ def compressed(folder: Path, out: Path, *passes: object) -> tuple[dict, list[str
 def test_sizes_of_a_lowered_model_are_those_of_the_canonical_one(tmp_path):
     g = tiny.decoder(layers=3, heads=4, kv_heads=2, ffn=64)
     (lowered,) = compress_each(model(tmp_path / "m"), None, passes=["canonicalize", "lower"], measure=False).values()
-    assert settings.sizes(lowered.model) == settings.sizes(g)
-    assert settings.sizes(g).layers == (3,)
-    assert (settings.sizes(g).heads, settings.sizes(g).kv_heads, settings.sizes(g).ffn) == ((4,), (2,), (64,))
+    assert config_file.sizes(lowered.model) == config_file.sizes(g)
+    assert config_file.sizes(g).layers == (3,)
+    assert (config_file.sizes(g).heads, config_file.sizes(g).kv_heads, config_file.sizes(g).ffn) == ((4,), (2,), (64,))
 
 
 def test_the_configuration_follows_uniform_cuts(tmp_path):
@@ -41,7 +41,7 @@ def test_the_configuration_follows_uniform_cuts(tmp_path):
         model(tmp_path / "m"), tmp_path / "out", {"prune-heads": PRUNED}, {"prune-ffn": PRUNED | {"multiple_of": 1}}
     )
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (2, 2, 32)
-    assert config["head_dim"] == settings.sizes(storage.load(tmp_path / "out")).head_dim[0]
+    assert config["head_dim"] == config_file.sizes(storage.load(tmp_path / "out")).head_dim[0]
     assert "num_attention_heads 4 > 2" in notes[0]
     assert json.loads((tmp_path / "m" / "config.json").read_text()) == CONFIG
 
@@ -60,7 +60,7 @@ def test_what_differs_between_layers_is_left_and_told():
     before = Sizes((2,), (8,), (8,), (4,), (64,), (32,))
     after = Sizes((2,), (5, 7), (5, 7), (4,), (48,), (32,))
     config = {"n_head": 8, "intermediate_size": 64, "hidden_size": 32}
-    entries, notes = settings.update(config, before, after)
+    entries, notes = config_file.update(config, before, after)
     assert entries == {"intermediate_size": 48}
     assert notes == ["config.json still says n_head: 8, but the layers have 5 to 7"]
 
@@ -68,22 +68,22 @@ def test_what_differs_between_layers_is_left_and_told():
 def test_shared_key_and_value_heads_are_named_where_they_were_not():
     before = Sizes((2,), (8,), (8,), (4,), (64,), (32,))
     after = Sizes((2,), (8,), (2,), (4,), (64,), (32,))
-    assert settings.update({"num_attention_heads": 8}, before, after) == ({"num_key_value_heads": 2}, [])
+    assert config_file.update({"num_attention_heads": 8}, before, after) == ({"num_key_value_heads": 2}, [])
 
 
 def test_other_numbers_of_the_same_value_stay():
     before = Sizes((4,), (4,), (4,), (8,), (64,), (32,))
     after = Sizes((4,), (2,), (2,), (8,), (64,), (32,))
     config = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_labels": 4, "bos_token_id": 4, "head_dim": 8}
-    assert settings.update(config, before, after)[0] == {"num_attention_heads": 2}
+    assert config_file.update(config, before, after)[0] == {"num_attention_heads": 2}
 
 
 @pytest.mark.parametrize("config", ["[]", "{", ""])
 def test_a_configuration_that_cannot_be_read_is_left_alone(tmp_path, config):
     folder = model(tmp_path)
     (folder / "config.json").write_text(config)
-    assert settings.follow(folder / "model.onnx", tiny.decoder(layers=2)) == ({}, [])
-    settings.rewrite(folder, {"n_head": 2})
+    assert config_file.follow(folder / "model.onnx", tiny.decoder(layers=2)) == ({}, [])
+    config_file.rewrite(folder, {"n_head": 2})
     assert (folder / "config.json").read_text() == config
 
 

@@ -65,7 +65,7 @@ def test_a_machine_without_vnni_saturates(monkeypatch):
 def test_weights_of_a_target_that_saturates_obey_the_pair_rule():
     import numpy as np
 
-    from onnxcomp.manager import PassManager
+    from onnxcomp.engine.manager import PassManager
     from onnxcomp.maths.saturation import pair_sums
     from onnxcomp.passes.qdq import Qdq
     from tests import tiny

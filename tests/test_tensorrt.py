@@ -8,15 +8,15 @@ import onnxcomp as oc
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import load_data
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import TargetError
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB
 from onnxcomp.lowering import tensorrt
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
-from onnxcomp.recipe import Recipe
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import TENSORRT
 from tests import hand, tiny

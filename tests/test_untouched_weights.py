@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph, scratch
 from onnxcomp.graph.mapped import MappedTensor
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import Array
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.low_rank import LowRank

@@ -7,8 +7,8 @@ import pytest
 from onnxcomp.blocks import attentions
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.windows import WIDTHS, kept_by_width, widest
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq

@@ -4,9 +4,9 @@ import pytest
 
 from onnxcomp.benchmarking.benchmark import bench
 from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine.job import optimize
 from onnxcomp.errors import TargetError
 from onnxcomp.files.storage import save
-from onnxcomp.job import optimize
 from onnxcomp.runtime.sessions import Session, check_target
 from onnxcomp.target import CUDA
 from onnxcomp.validation.compare import validate

@@ -8,10 +8,10 @@ from onnxcomp import blocks
 from onnxcomp.blocks.branches import branches, sums, whole_layers
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.repair import dropped_layers, sequential
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.qdq import Qdq

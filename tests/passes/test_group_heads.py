@@ -9,14 +9,14 @@ from onnxcomp import blocks
 from onnxcomp.blocks.branches import joins
 from onnxcomp.coupling.sizes import parameters
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
+from onnxcomp.engine.job import Job
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import RecipeError
-from onnxcomp.job import Job
-from onnxcomp.manager import PassManager
 from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.methods.repair import sequential
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
-from onnxcomp.recipe import Recipe
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny

@@ -14,10 +14,10 @@ from onnxcomp import blocks
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import TargetError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.half import Half
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import lowrank
 from onnxcomp.passes.low_rank import LowRank
 from onnxcomp.runtime.sessions import Session

@@ -10,13 +10,13 @@ import pytest
 
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
-from onnxcomp.catalog import load
 from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine.catalog import load
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import costs, race
 from onnxcomp.lowering.choices import Choices
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.quantize import payoff
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower

@@ -6,14 +6,15 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from onnxcomp import catalog, coupling
+from onnxcomp import coupling
 from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import parse_pass
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
-from onnxcomp.recipe import parse_pass
 from onnxcomp.target import CPU
 from tests import cuts, tiny
 from tests.hand import f32, graph, weight
@@ -99,8 +100,8 @@ def test_ablation_finds_the_channels_that_change_nothing():
 
 
 def test_a_plan_tells_the_sizes_that_come(tmp_path):
+    from onnxcomp.engine.job import compress_each
     from onnxcomp.files import storage
-    from onnxcomp.job import compress_each
 
     path = tiny.external(cnn(), tmp_path)
     spec = "prune-channels: {parameters: 0.5, multiple_of: 1, score: magnitude, repair: none}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxcomp import blocks, catalog
+from onnxcomp import blocks
 from onnxcomp.coupling import Coupling
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.repair import readers
 from onnxcomp.passes import prune_hidden
 from onnxcomp.runtime.sessions import Session

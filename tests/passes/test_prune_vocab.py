@@ -18,10 +18,10 @@ from onnxcomp import compress
 from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.data.vocabulary import Renumbering
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.prune_vocab import PruneVocab
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session

@@ -6,8 +6,8 @@ import pytest
 
 from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import TargetError
-from onnxcomp.manager import PassManager
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session, integer_check

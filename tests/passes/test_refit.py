@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxcomp import blocks, catalog
+from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
-from onnxcomp.manager import PassManager
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.maths import affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.passes.low_rank import LowRank

@@ -10,8 +10,8 @@ from onnxcomp import blocks
 from onnxcomp.blocks.stream import leaders, streams
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph, scratch
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.repair.stream_projection import duals
 from onnxcomp.methods.rotate_stream import rotate
 from onnxcomp.passes import slice as slice_pass

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
-from onnxcomp.manager import PassManager
 from onnxcomp.maths import scores, sparse
 from onnxcomp.maths.sparse import Pattern
 from onnxcomp.passes.sparsify import Sparsify

@@ -12,8 +12,8 @@ pytest.importorskip("onnxruntime")
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.manager import PassManager
 from onnxcomp.methods.tokens import places, removals
 from onnxcomp.passes.drop_tokens import DropTokens
 from onnxcomp.passes.merge_tokens import MergeTokens

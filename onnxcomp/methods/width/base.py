@@ -24,7 +24,7 @@ from onnxcomp.maths import Array, Float64, scores
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.maths.elimination import elimination
 from onnxcomp.methods.repair import readers
-from onnxcomp.methods.repair import sequential as repairs
+from onnxcomp.methods.repair.sequential import in_order
 from onnxcomp.methods.repair.readers import Reader, Repair
 from onnxcomp.methods.width import budgets, trial_cuts
 from onnxcomp.methods.width.budgets import Budget, Clock
@@ -194,7 +194,7 @@ class Width(Pass):
     def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Repair the readers of what was cut, one after another where that is asked for."""
         if self._in_order:
-            repairs.in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
+            in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be fitted; raises `ModelError` where that cannot be as asked."""

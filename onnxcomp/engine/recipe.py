@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from onnxcomp.catalog import load, names, nearest, options_schema
+from onnxcomp.engine.catalog import load, names, nearest, options_schema
 from onnxcomp.errors import RecipeError
 from onnxcomp.pipeline import Pass, plain
 from onnxcomp.validation.gates import Gate
@@ -119,7 +119,7 @@ class Recipe:
         """One of the recipes that come with onnxcomp; raises `RecipeError` with the nearest name."""
         if name not in presets():
             raise RecipeError(f"unknown preset '{name}'{nearest(name, presets())}")
-        file = importlib.resources.files("onnxcomp.recipes") / f"{name}.yaml"
+        file = importlib.resources.files("onnxcomp.engine.recipes") / f"{name}.yaml"
         return cls._from(read_yaml(file.read_text(encoding="utf-8"), f"preset {name}"), name)
 
     def plain(self) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class Recipe:
 
 def presets() -> list[str]:
     """Names of the recipes that come with onnxcomp."""
-    folder = importlib.resources.files("onnxcomp.recipes")
+    folder = importlib.resources.files("onnxcomp.engine.recipes")
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 

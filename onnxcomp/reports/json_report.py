@@ -18,12 +18,12 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.machine import machine
-from onnxcomp.report_parts import ChoicePart, Interval, LoweringPart, PlacementPart
+from onnxcomp.reports.schema import ChoicePart, Interval, LoweringPart, PlacementPart
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
-    from onnxcomp.outcome import Report, Step
+    from onnxcomp.reports.outcome import Report, Step
     from onnxcomp.validation.compare import Validation
 
 __all__ = [

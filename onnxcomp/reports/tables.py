@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnxcomp.benchmarking.benchmark import BenchReport
-    from onnxcomp.catalog import PassInfo
+    from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
-    from onnxcomp.outcome import Report, Step
+    from onnxcomp.reports.outcome import Report, Step
     from onnxcomp.validation.compare import Validation
     from onnxcomp.validation.gates import Verdict
 

@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp import confirm, settings
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data import open_axes, vocabulary
 from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.engine import config_file, confirm
+from onnxcomp.engine.manager import PassManager, host_of
+from onnxcomp.engine.recipe import Recipe, with_exact_rows
+from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
-from onnxcomp.manager import PassManager, host_of
-from onnxcomp.outcome import Report, Result
 from onnxcomp.pipeline import Pass, Stage
-from onnxcomp.recipe import Recipe, with_exact_rows
-from onnxcomp.report import SCHEMA_VERSION, write
+from onnxcomp.reports.json_report import SCHEMA_VERSION, write
+from onnxcomp.reports.outcome import Report, Result
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.placement import Placement, placement
-from onnxcomp.smoke import smoke
 from onnxcomp.target import CPU, Target, find, resolved
 from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
@@ -253,7 +253,7 @@ def _aim(target: str | Target, opset: int | None) -> Target:
 
 
 def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iterable[Pass | str] | None) -> Recipe:
-    from onnxcomp.recipe import parse_pass
+    from onnxcomp.engine.recipe import parse_pass
 
     given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x]
     if len(given) != 1:
@@ -294,7 +294,7 @@ def _publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
-                    settings.rewrite(staging, result.config)
+                    config_file.rewrite(staging, result.config)
             _renumber(jobs, results, staging, whole=whole)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
@@ -338,7 +338,7 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes
     if any(p.stage in CUTTING and not p.is_identity for p in job.recipe.passes):
-        result.config, notes = settings.follow(job.model, result.unlowered or result.model)
+        result.config, notes = config_file.follow(job.model, result.unlowered or result.model)
         result.report.warnings += notes
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
     timed = job.measure and job.target.here and not host_of(job.target)[1]

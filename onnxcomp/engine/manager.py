@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
+from onnxcomp.engine.resume import StepCache
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
@@ -22,11 +23,10 @@ from onnxcomp.lowering import costs
 from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
 from onnxcomp.machine import peak_mib
-from onnxcomp.outcome import Report, Result, Step
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
+from onnxcomp.reports.outcome import Report, Result, Step
 from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
-from onnxcomp.steps import StepCache
 from onnxcomp.target import CPU, Target, resolved
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of

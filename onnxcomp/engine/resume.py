@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.outcome import Step
+from onnxcomp.reports.outcome import Step
 
 __all__ = ["StepCache"]
 

@@ -16,7 +16,7 @@ from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.outcome import Report, Result
+from onnxcomp.reports.outcome import Report, Result
 from onnxcomp.runtime import sessions
 from onnxcomp.target import Target
 

@@ -1,0 +1,1 @@
+"""What came of a job: the report as values, as versioned JSON, and as tables."""
