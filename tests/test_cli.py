@@ -18,8 +18,9 @@ import onnx
 import pytest
 
 import onnxcomp
-from onnxcomp import cli, console, doctor
+from onnxcomp import cli
 from onnxcomp.benchmarking import benchmark
+from onnxcomp.cli import console, doctor
 from onnxcomp.engine import job
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
@@ -186,12 +187,12 @@ def test_inspect_says_what_it_is(run: Run, place: Path) -> None:
 
 
 def test_inspect_shows_what_was_not_recognised(run: Run, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxcomp import inspection
+    from onnxcomp.cli import inspect_model
 
     def decline(g: Any, *, exact_rows: bool) -> None:
         g.decline("softmax_3", "attention: the mask depends on the scores")
 
-    monkeypatch.setattr(inspection, "canonicalize", decline)
+    monkeypatch.setattr(inspect_model, "canonicalize", decline)
     _, out, _ = run("inspect", place / "model")
     assert "1 places not recognised" in out
     assert "the mask depends on the scores" in out

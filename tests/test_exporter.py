@@ -20,8 +20,8 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
-from onnxcomp.export_routes import TOLERANCE, first_that_works  # noqa: E402
 from onnxcomp.exporter import TASKS, export  # noqa: E402
+from onnxcomp.exporter.routes import TOLERANCE, first_that_works  # noqa: E402
 
 TEXT = {
     "hidden_size": 16,
@@ -189,9 +189,9 @@ def test_opset_23_is_reached_even_where_torch_writes_a_graph_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch's own opset-23 Llama does not run at more than one sample; it is exported lower and converted."""
-    from onnxcomp import export_routes
+    from onnxcomp.exporter import routes
 
-    monkeypatch.delitem(export_routes.ROUTES, "torch.onnx.export")
+    monkeypatch.delitem(routes.ROUTES, "torch.onnx.export")
     out = export(make("llama"), tmp_path / "out", opset=23)
     found = record(out)
     assert storage.load(out).opset == found["opset"] == 23
@@ -274,12 +274,12 @@ def test_an_unreachable_hub_is_one_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_all_causes_are_in_the_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row 41 of pains.md: routes are tried in order; where none works, each says why."""
-    from onnxcomp import export_routes
+    from onnxcomp.exporter import routes
 
     def fail(job: Any, opset: int) -> Any:
         raise RuntimeError(f"broken at {opset}")
 
-    monkeypatch.setattr(export_routes, "ROUTES", {"one": fail, "two": fail})
+    monkeypatch.setattr(routes, "ROUTES", {"one": fail, "two": fail})
     why = refused(make("bert"), tmp_path / "out")
     assert why.startswith("BertModel could not be exported as feature-extraction")
     assert [why.count(x) for x in ("one (sdpa, opset 18): broken at 18", "two (eager, opset 18): broken at 18")] == [
@@ -289,12 +289,12 @@ def test_all_causes_are_in_the_one_error(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_next_route_is_taken_and_the_failure_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxcomp import export_routes
+    from onnxcomp.exporter import routes
 
     def fail(job: Any, opset: int) -> Any:
         raise ValueError("an upgrade broke it")
 
-    monkeypatch.setitem(export_routes.ROUTES, "transformers.exporters", fail)
+    monkeypatch.setitem(routes.ROUTES, "transformers.exporters", fail)
     found = record(export(make("vit"), tmp_path / "out"))
     assert found["route"] == "torch.onnx.export"
     assert [a["error"] for a in found["failed"]] == ["an upgrade broke it"]
@@ -302,9 +302,9 @@ def test_the_next_route_is_taken_and_the_failure_recorded(tmp_path: Path, monkey
 
 
 def test_an_export_that_computes_something_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onnxcomp import export_routes
+    from onnxcomp.exporter import routes
 
-    real = export_routes._through_torch
+    real = routes._through_torch
 
     def wrong(job: Any, opset: int) -> Any:
         program = real(job, opset)
@@ -315,7 +315,7 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path: Path, monke
                 v.const_value = ir.tensor(v.const_value.numpy() * 1.01, name=v.name)
         return program
 
-    monkeypatch.setattr(export_routes, "ROUTES", {"torch.onnx.export": wrong})
+    monkeypatch.setattr(routes, "ROUTES", {"torch.onnx.export": wrong})
     assert "output 'logits' differs from PyTorch by" in refused(make("vit"), tmp_path / "out")
 
 

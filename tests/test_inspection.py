@@ -8,10 +8,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxcomp import inspection
 from onnxcomp.blocks.describe import describe
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical import canonicalize
+from onnxcomp.cli import inspect_model
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
 from onnxcomp.reports import tables
@@ -26,8 +26,8 @@ def anatomy(name: str) -> dict:
 
 def inspected(g: Graph, folder) -> dict:
     save(g, folder / "model")
-    found = inspection.inspect(folder / "model")
-    jsonschema.validate(found, inspection.schema())
+    found = inspect_model.inspect(folder / "model")
+    jsonschema.validate(found, inspect_model.schema())
     assert json.loads(json.dumps(found)) == found
     return found["graphs"]["model"]
 

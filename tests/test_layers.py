@@ -37,20 +37,6 @@ LEVELS = {room: level for level, line in enumerate(ROOMS.split("\n")) for room i
 CLOSED = {"passes": {"engine", "runtime", "files", "benchmarking"}}
 
 
-# On their way to a room.
-MOVING = {
-    "comparison": "cli",
-    "console": "cli",
-    "doctor": "cli",
-    "export_checkpoint": "exporter",
-    "export_routes": "exporter",
-    "failures": "cli",
-    "inspection": "cli",
-    "tuner": "cli",
-    "validation/__init__": "validation",
-}
-
-
 def files() -> list[tuple[str, Path]]:
     """Module names inside onnxcomp, with their files."""
     own = [
@@ -61,7 +47,7 @@ def files() -> list[tuple[str, Path]]:
 
 def room(module: str) -> str:
     """The room of a module: its folder at the top of onnxcomp, or the file itself where it stands there."""
-    name = MOVING.get(module, module).partition("/")[0]
+    name = module.partition("/")[0]
     assert name in LEVELS, f"{module}: '{name}' is no room; the rooms are listed in {__name__}"
     return name
 
@@ -193,7 +179,9 @@ def test_help_is_light() -> None:
 
 
 def test_core_does_not_need_torch() -> None:
-    code = "import onnxcomp.engine.job, onnxcomp.engine.recipe, onnxcomp.doctor; onnxcomp.engine.catalog.load('qdq')"
+    code = (
+        "import onnxcomp.engine.job, onnxcomp.engine.recipe, onnxcomp.cli.doctor; onnxcomp.engine.catalog.load('qdq')"
+    )
     assert not loaded_by(code) & {"torch", "transformers"}
 
 

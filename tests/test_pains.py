@@ -10,16 +10,18 @@ import onnx_ir as ir
 import pytest
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp import blocks, doctor, export_routes, target
+from onnxcomp import blocks, target
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.canonical import canonicalize
+from onnxcomp.cli import doctor
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.engine import catalog
 from onnxcomp.engine.job import compress
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError
+from onnxcomp.exporter import routes
 from onnxcomp.files import external, storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import costs, tensorrt
@@ -192,10 +194,10 @@ def test_row_40_a_broken_export_is_noticed_at_once(tmp_path, monkeypatch):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     oc_export = pytest.importorskip("onnxcomp.exporter")
-    from onnxcomp import export_routes
+    from onnxcomp.exporter import routes
 
     one = "torch.onnx.export"  # the others are tried in the same way, and take as long
-    monkeypatch.setattr(export_routes, "ROUTES", {one: export_routes.ROUTES[one]})
+    monkeypatch.setattr(routes, "ROUTES", {one: routes.ROUTES[one]})
     config = transformers.ViTConfig(
         hidden_size=16,
         num_hidden_layers=1,
@@ -544,18 +546,18 @@ def test_row_41_exporters_and_attentions_are_tried_in_order_and_the_one_that_wor
             raise KeyError("sdpa_mask")
         return "program"
 
-    monkeypatch.setattr(export_routes, "ROUTES", {"first": broken, "second": second})
-    monkeypatch.setattr(export_routes, "_write", lambda job, program, opset, staging: None)
-    monkeypatch.setattr(export_routes, "_verify", lambda job, file: {"outputs": {}})
-    job = export_routes.Work(Model(), "feature-extraction", "fp32", 20, {}, ("input_ids",))
-    found = export_routes.first_that_works(job, tmp_path, lambda line: None)
+    monkeypatch.setattr(routes, "ROUTES", {"first": broken, "second": second})
+    monkeypatch.setattr(routes, "_write", lambda job, program, opset, staging: None)
+    monkeypatch.setattr(routes, "_verify", lambda job, file: {"outputs": {}})
+    job = routes.Work(Model(), "feature-extraction", "fp32", 20, {}, ("input_ids",))
+    found = routes.first_that_works(job, tmp_path, lambda line: None)
     assert (found["route"], found["attention"]) == ("second", "eager")
     tried = [(a["route"], a["attention"]) for a in job.attempts]
     assert tried == [("first", "sdpa"), ("second", "sdpa"), ("first", "eager")]
     assert "a minor upgrade broke it" in job.attempts[0]["error"]
-    monkeypatch.setattr(export_routes, "ROUTES", {"first": broken})
+    monkeypatch.setattr(routes, "ROUTES", {"first": broken})
     with pytest.raises(ExportError, match=r"first .sdpa.* a minor upgrade broke it; first .eager"):
-        export_routes.first_that_works(job, tmp_path, lambda line: None)
+        routes.first_that_works(job, tmp_path, lambda line: None)
 
 
 def test_row_51_tokens_are_merged_on_a_fixed_schedule_after_export():

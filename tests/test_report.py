@@ -13,7 +13,7 @@ from rich.console import Console
 
 import onnxcomp as oc
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
-from onnxcomp.console import show
+from onnxcomp.cli.console import show
 from onnxcomp.data.datasets import Batch
 from onnxcomp.engine import recipe
 from onnxcomp.errors import OnnxcompError

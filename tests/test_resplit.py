@@ -13,7 +13,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
 from onnxcomp import compress
-from onnxcomp.comparison import Asked, DataChoice, compare
+from onnxcomp.cli.validate_models import Asked, DataChoice, compare
 from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage

@@ -24,8 +24,8 @@ from onnxcomp.maths import Array, Float64, scores
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.maths.elimination import elimination
 from onnxcomp.methods.repair import readers
-from onnxcomp.methods.repair.sequential import in_order
 from onnxcomp.methods.repair.readers import Reader, Repair
+from onnxcomp.methods.repair.sequential import in_order
 from onnxcomp.methods.width import budgets, trial_cuts
 from onnxcomp.methods.width.budgets import Budget, Clock
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage

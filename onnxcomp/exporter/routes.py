@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.errors import ExportError, ModelError
-from onnxcomp.export_checkpoint import TASKS, one_line, versions
+from onnxcomp.exporter.checkpoints import TASKS, one_line, versions
 
 DIRECT_OPSET = 20  # torch's own graphs above it (RotaryEmbedding-23) do not run at more than one sample
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # largest difference, relative to the largest output

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import onnxcomp
-from onnxcomp import failures
-from onnxcomp.console import Output, parse_memory, parse_shape
+from onnxcomp.cli import failures
+from onnxcomp.cli.console import Output, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
 
@@ -115,13 +115,13 @@ def inspect(
     verbose: Verbose = False,
 ) -> None:
     """Say what a model is: layers, heads, masks, parameters by part, and what was not recognised and why."""
-    from onnxcomp import inspection
+    from onnxcomp.cli import inspect_model
     from onnxcomp.reports import tables
 
     output = Output(json, quiet, verbose)
-    found = inspection.inspect(model, graph, exact_rows=exact_rows)
+    found = inspect_model.inspect(model, graph, exact_rows=exact_rows)
     shown = [t for facts in found["graphs"].values() for t in tables.anatomy(facts, verbose=verbose)]
-    output.show(found, inspection.headline(found), *shown)
+    output.show(found, inspect_model.headline(found), *shown)
 
 
 @app.command()
@@ -244,13 +244,13 @@ def validate(
     verbose: Verbose = False,
 ) -> None:
     """Compare a model with its original on data: drift and task metrics with intervals."""
-    from onnxcomp import comparison
+    from onnxcomp.cli import validate_models
     from onnxcomp.reports import tables
 
     output = Output(json, quiet, verbose)
-    data = comparison.DataChoice(evaluation, samples, batch or 8, sequence, seed, allow_code)
-    asked = comparison.Asked(tuple(metric or ()), tuple(gate or ()), target, graph)
-    result = comparison.compare(reference, candidate, data, asked)
+    data = validate_models.DataChoice(evaluation, samples, batch or 8, sequence, seed, allow_code)
+    asked = validate_models.Asked(tuple(metric or ()), tuple(gate or ()), target, graph)
+    result = validate_models.compare(reference, candidate, data, asked)
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
     output.show(result.json(), result.headline(), *shown)
     if result.refused:
@@ -297,10 +297,10 @@ def tune(
     verbose: Verbose = False,
 ) -> None:
     """Measure the equivalent forms of each site on this machine; optimize and compress take the file as --choices."""
+    from onnxcomp.cli.tune_model import tune as measure
     from onnxcomp.reports import json_report as report
     from onnxcomp.reports import tables
     from onnxcomp.target import find
-    from onnxcomp.tuner import tune as measure
 
     output = Output(json, quiet, verbose)
     shapes = [parse_shape(s) for s in shape or ()]
@@ -337,18 +337,18 @@ def passes(
 @app.command()
 def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print the JSON schemas of recipes, of report.json and of what `inspect --json` prints."""
-    from onnxcomp import inspection
+    from onnxcomp.cli import inspect_model
     from onnxcomp.engine import recipe
     from onnxcomp.reports import json_report as report
 
-    whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspection.schema()}
+    whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspect_model.schema()}
     Output(json=True).show(whole, "")
 
 
 @app.command()
 def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Check this machine and installation; exit code 1 if something is broken."""
-    from onnxcomp.doctor import diagnose
+    from onnxcomp.cli.doctor import diagnose
     from onnxcomp.reports import tables
 
     found = diagnose()

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import ExportError
-from onnxcomp.export_checkpoint import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
-from onnxcomp.export_routes import TOLERANCE, Watch, Work, first_that_works
+from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
+from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_that_works
 from onnxcomp.files.storage import publish
 
 __all__ = ["TASKS", "export"]

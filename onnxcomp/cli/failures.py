@@ -8,7 +8,7 @@ import traceback
 from types import TracebackType
 from typing import Any
 
-from onnxcomp.console import WIDE, Output, show
+from onnxcomp.cli.console import WIDE, Output, show
 from onnxcomp.errors import GateFailed, OnnxcompError
 
 __all__ = ["FAULT", "REFUSED", "USAGE", "as_json", "crash", "explain"]
