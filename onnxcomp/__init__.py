@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from onnxcomp.data.datasets import Batch as Batch
     from onnxcomp.data.datasets import Dataset as Dataset
     from onnxcomp.data.datasets import load_data as load_data
+    from onnxcomp.engine.compress import compress as compress
+    from onnxcomp.engine.compress import optimize as optimize
     from onnxcomp.engine.job import Job as Job
-    from onnxcomp.engine.job import compress as compress
-    from onnxcomp.engine.job import optimize as optimize
     from onnxcomp.engine.manager import PassManager as PassManager
     from onnxcomp.engine.recipe import Recipe as Recipe
     from onnxcomp.errors import DataError as DataError
@@ -56,8 +56,8 @@ _HOME = {
     "Gate": "validation.gates",
     "Graph": "graph",
     "Job": "engine.job",
-    "compress": "engine.job",
-    "optimize": "engine.job",
+    "compress": "engine.compress",
+    "optimize": "engine.compress",
     "Pass": "pipeline",
     "PassManager": "engine.manager",
     "Report": "reports.outcome",

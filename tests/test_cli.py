@@ -21,7 +21,7 @@ import onnxcomp
 from onnxcomp import cli
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.cli import console, doctor
-from onnxcomp.engine import job
+from onnxcomp.engine import compress
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
@@ -505,7 +505,7 @@ def test_a_fault_of_a_pass_is_a_fault_of_ours(
     def broken(*_: object, **__: object) -> None:
         raise PassFault("pass 'x' left a broken graph")
 
-    monkeypatch.setattr(job, "compress_each", broken)
+    monkeypatch.setattr(compress, "compress_each", broken)
     code, out, err = run("optimize", place / "model", "-o", tmp_path / "out")
     assert (code, out) == (1, "")
     assert "fault of ours" in err

@@ -12,7 +12,7 @@ from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
 from onnxcomp.engine import confirm
-from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph

@@ -9,7 +9,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp.coupling import Coupling
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine import catalog
-from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph

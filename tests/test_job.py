@@ -9,7 +9,8 @@ import pytest
 
 import onnxcomp as oc
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.engine.job import Job, compress_each
+from onnxcomp.engine.compress import compress_each
+from onnxcomp.engine.job import Job
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage

@@ -11,7 +11,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.describe import describe
 from onnxcomp.canonical import canonicalize, sites
-from onnxcomp.engine.job import optimize
+from onnxcomp.engine.compress import optimize
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph

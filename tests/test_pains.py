@@ -17,7 +17,7 @@ from onnxcomp.canonical import canonicalize
 from onnxcomp.cli import doctor
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.engine import catalog
-from onnxcomp.engine.job import compress
+from onnxcomp.engine.compress import compress
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import ExportError, GateFailed, RecipeError, TargetError

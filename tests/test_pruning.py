@@ -11,7 +11,7 @@ from onnxcomp import blocks, coupling
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.engine import catalog
-from onnxcomp.engine.job import compress_each
+from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from onnxcomp.engine import config_file
+from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.config_file import Sizes
-from onnxcomp.engine.job import compress_each
 from onnxcomp.files import storage
 from tests import tiny
 

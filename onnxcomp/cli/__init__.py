@@ -199,12 +199,12 @@ def compress(
 
 
 def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> None:
-    from onnxcomp.engine import job
+    from onnxcomp.engine.compress import compress_each
     from onnxcomp.reports import json_report as report
     from onnxcomp.reports import tables
 
     with output.progress() as watch:
-        results = job.compress_each(model, out, watch=watch, **options)
+        results = compress_each(model, out, watch=watch, **options)
     graphs = {name: report.to_json(r.report) for name, r in results.items()}
     lines, shown = [], []
     for name, result in results.items():

@@ -4,7 +4,7 @@ import pytest
 
 from onnxcomp.benchmarking.benchmark import bench
 from onnxcomp.data.datasets import as_dataset
-from onnxcomp.engine.job import optimize
+from onnxcomp.engine.compress import optimize
 from onnxcomp.errors import TargetError
 from onnxcomp.files.storage import save
 from onnxcomp.runtime.sessions import Session, check_target

@@ -100,7 +100,7 @@ def test_ablation_finds_the_channels_that_change_nothing():
 
 
 def test_a_plan_tells_the_sizes_that_come(tmp_path):
-    from onnxcomp.engine.job import compress_each
+    from onnxcomp.engine.compress import compress_each
     from onnxcomp.files import storage
 
     path = tiny.external(cnn(), tmp_path)

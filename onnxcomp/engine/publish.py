@@ -1,0 +1,146 @@
+"""A job's results on disk: staged, judged as written, then moved into place all at once or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.data import open_axes, vocabulary
+from onnxcomp.engine import config_file, confirm
+from onnxcomp.engine.job import Job, Watch
+from onnxcomp.engine.manager import host_of
+from onnxcomp.engine.smoke import smoke
+from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
+from onnxcomp.files import storage
+from onnxcomp.pipeline import Stage
+from onnxcomp.reports.json_report import write
+from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.runtime import sessions
+from onnxcomp.runtime.integer import saturating
+from onnxcomp.runtime.placement import Placement, placement
+from onnxcomp.target import CPU, Target
+from onnxcomp.validation.gates import Gate
+
+__all__ = ["publish"]
+
+CUTTING = (Stage.DEPTH, Stage.WIDTH, Stage.ATTENTION)  # passes after which a configuration may name other sizes
+
+
+def publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch: Watch | None) -> dict[str, Result]:
+    """Run all jobs into a staging folder, judge the written files, then move everything into place at once."""
+    folder, file_name = (out.parent, out.name) if out.suffix == ".onnx" else (out, None)
+    if file_name and len(jobs) > 1:
+        raise ModelError(f"{out}: several graphs need a folder as output, not a file")
+    results = {}
+    try:
+        with storage.publish(folder) as staging:
+            for name, job in jobs.items():
+                results[name] = _stage(job, staging, _file_name(job, folder, file_name), watch)
+            source = next(iter(jobs.values())).model.parent
+            whole = file_name is None and not (folder.exists() and folder.samefile(source))
+            if whole:
+                storage.copy_companions(source, staging)
+                for result in results.values():
+                    config_file.rewrite(staging, result.config)
+            _renumber(jobs, results, staging, whole=whole)
+    except GateFailed as e:
+        if report_file is not None and isinstance(e.report, Report):
+            write(e.report, report_file)
+        raise
+    if report_file is not None:
+        write(next(iter(results.values())).report, report_file)
+    return results
+
+
+def _renumber(jobs: Mapping[str, Job], results: Mapping[str, Result], staging: Path, *, whole: bool) -> None:
+    """Write tokenizer files to match a reduced vocabulary; refuse where they would belong to another model as well."""
+    words = [w for r in results.values() if (w := vocabulary.renumbering(r.model)) is not None]
+    if not words:
+        return
+    if not whole or len(jobs) > 1:
+        raise RecipeError(
+            "prune-vocab renumbers the tokens, so the result needs a tokenizer of its own: "
+            "compress one graph (--graph NAME) into a new folder"
+        )
+    vocabulary.rewrite(staging, words[0])
+
+
+def _file_name(job: Job, folder: Path, asked: str | None) -> str:
+    """The source's file name, or one with the recipe's name where that would overwrite the source."""
+    name = asked or job.model.name
+    if folder.exists() and folder.samefile(job.model.parent) and name == job.model.name:
+        if asked:
+            raise ModelError(f"{job.model}: is the source model and is never overwritten; choose another output")
+        return f"{job.model.stem}-{job.recipe.name}.onnx"
+    return name
+
+
+def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
+    result = job.run(watch)
+    words = vocabulary.renumbering(result.model)
+    if words is not None:
+        result.report.warnings.append(
+            f"{len(words.kept)} of {words.size} tokens are left and have new ids: use the tokenizer beside the result"
+        )
+    if result.report.validation is not None:
+        result.report.warnings += result.report.validation.notes
+    if any(p.stage in CUTTING and not p.is_identity for p in job.recipe.passes):
+        result.config, notes = config_file.follow(job.model, result.unlowered or result.model)
+        result.report.warnings += notes
+    path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
+    timed = job.measure and job.target.here and not host_of(job.target)[1]
+    confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)
+    _check(job, path, result)
+    stem = Path(name).stem
+    write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
+    return result
+
+
+def _check(job: Job, path: Path, result: Result) -> None:
+    """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
+    r = result.report
+    r.info["size"] = {"original": storage.file_bytes(job.model), "result": storage.file_bytes(path)}
+    values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
+    gate = Gate(job.recipe.gates)
+    host, elsewhere = host_of(job.target)
+    r.warnings += smoke(job.model, path, host)
+    if job.target.provider == CPU.provider:
+        r.integer = sessions.integer_check(path, host)
+    r.placement = _placed(path, job.target, host, elsewhere)
+    if job.measure and job.target.here and not elsewhere:
+        r.benchmark = r.benchmark or benchmark.bench([job.model, path], job.target, job.shapes)
+        values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
+    elif gate.wants_latency:
+        raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
+    r.verdicts += gate.judge(values, files=True)
+    refused = [str(v) for v in r.verdicts if not v.passed]
+    if r.integer is not None and not r.integer.ok:
+        refused.append(f"integer check: {r.integer.detail}")
+    if job.target.quantized.saturates:
+        refused += _saturating(job, path, r)
+    if refused:
+        raise GateFailed("the result was refused: " + "; ".join(refused), r)
+
+
+def _saturating(job: Job, path: Path, r: Report) -> list[str]:
+    """Weights of the written file whose sums can saturate: refused if made here, a warning if the source had them."""
+    model = storage.load(path).model
+    if job.target.provider != CPU.provider or not (broken := saturating(model)):
+        return []
+    made = saturating(model, storage.load(job.model).model)
+    can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"
+    r.warnings += [f"weight '{w}' is int8 in the source already: {can}" for w in broken if w not in made]
+    return [f"weight '{w}': {can}; a pass that cuts its inputs belongs before the one that quantizes" for w in made]
+
+
+def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placement:
+    """Who runs what, at a small size; a target that is not here is only looked up."""
+    if elsewhere or not target.here:
+        return placement(path, target, None, elsewhere or f"'{target.name}' is another machine")
+    g = storage.load(path)
+    try:
+        feeds = open_axes.feeds_for(g, {k: min(n, 8) for k, n in open_axes.default_shapes(g)[0].items()})
+    except DataError as e:
+        return placement(path, host, None, str(e))
+    return placement(path, host, feeds)
