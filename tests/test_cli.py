@@ -20,8 +20,8 @@ import pytest
 import onnxcomp
 from onnxcomp import cli
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.cli import console, doctor
-from onnxcomp.engine import compress
+from onnxcomp.cli import console, diagnosis
+from onnxcomp.engine import compress as compressing
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
@@ -307,7 +307,7 @@ def test_doctor_tells_a_cpu_that_does_not_run_from_a_gpu_that_is_not_there(monke
         raise TargetError("does not run here")
 
     monkeypatch.setattr(sessions, "Session", refuse)
-    status = {c["check"]: c["status"] for c in doctor.diagnose()["checks"]}
+    status = {c["check"]: c["status"] for c in diagnosis.diagnose()["checks"]}
     assert (status["target cpu"], status["target cuda"]) == ("broken", "info")
 
 
@@ -324,23 +324,23 @@ def test_doctor_tells_a_cpu_that_does_not_run_from_a_gpu_that_is_not_there(monke
 def test_doctor_explains_the_instruction_set(
     monkeypatch: pytest.MonkeyPatch, features: set[str], status: str, says: str
 ) -> None:
-    monkeypatch.setattr(doctor, "cpu_features", lambda: frozenset(features))
-    check = doctor._integers()
+    monkeypatch.setattr(diagnosis, "cpu_features", lambda: frozenset(features))
+    check = diagnosis._integers()
     assert check.status == status
     assert says in check.detail
 
 
 def test_doctor_names_missing_extras_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = doctor._extra("gadget", ("json", "no_such_module"), "gadgets")
+    missing = diagnosis._extra("gadget", ("json", "no_such_module"), "gadgets")
     assert (missing.status, missing.detail, missing.advice) == (
         "info",
         "no_such_module missing, needed for gadgets",
         "pip install 'onnxcomp[gadget]'",
     )
-    monkeypatch.setattr(doctor, "memory", lambda: (8 << 30, 1 << 30))
-    assert doctor._memory().status == "warning"
-    monkeypatch.setattr(doctor, "memory", lambda: (None, None))
-    assert doctor._memory().status == "info"
+    monkeypatch.setattr(diagnosis, "memory", lambda: (8 << 30, 1 << 30))
+    assert diagnosis._memory().status == "warning"
+    monkeypatch.setattr(diagnosis, "memory", lambda: (None, None))
+    assert diagnosis._memory().status == "info"
 
 
 # ---- what does not work ----------------------------------------------------------------------------------------------
@@ -505,7 +505,7 @@ def test_a_fault_of_a_pass_is_a_fault_of_ours(
     def broken(*_: object, **__: object) -> None:
         raise PassFault("pass 'x' left a broken graph")
 
-    monkeypatch.setattr(compress, "compress_each", broken)
+    monkeypatch.setattr(compressing, "compress_each", broken)
     code, out, err = run("optimize", place / "model", "-o", tmp_path / "out")
     assert (code, out) == (1, "")
     assert "fault of ours" in err

@@ -14,7 +14,7 @@ from onnxcomp import blocks, target
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.canonical import canonicalize
-from onnxcomp.cli import doctor
+from onnxcomp.cli import diagnosis
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.engine import catalog
 from onnxcomp.engine.compress import compress
@@ -423,7 +423,7 @@ def test_row_7_a_slower_int8_model_is_said_first_and_a_gate_refuses_it(tmp_path,
     ],
 )
 def test_row_8_the_instruction_set_decides_the_codes_and_doctor_says_why(monkeypatch, features, limited, said):
-    for module in (target, doctor):
+    for module in (target, diagnosis):
         monkeypatch.setattr(module, "cpu_features", lambda: frozenset(features))
     g = tiny.mlp(hidden=32, ffn=64)
     made = PassManager([Qdq()], target=target.find("cpu")).run(g, data(g)).model
@@ -431,7 +431,7 @@ def test_row_8_the_instruction_set_decides_the_codes_and_doctor_says_why(monkeyp
     assert {n.inputs[2].dtype for n in made.nodes("QuantizeLinear")} == {ir.DataType.UINT8}
     assert all(np.abs(c.astype(int)).max() > 64 for c in codes)  # eight bits on every kind
     assert {bool(breaks(c).any()) for c in codes} == {not limited}
-    [check] = [c for c in doctor.diagnose()["checks"] if c["check"] == "int8"]
+    [check] = [c for c in diagnosis.diagnose()["checks"] if c["check"] == "int8"]
     assert said in check["detail"]
     assert ("limits pairs of weights" in check["advice"]) is limited
     with pytest.raises(TargetError, match=r"'s8' are not legal on 'cpu' .*; use u8"):

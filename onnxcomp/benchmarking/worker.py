@@ -35,7 +35,7 @@ class Child:
     def __init__(self, name: str, command: Sequence[str] = ()) -> None:
         self._name = name
         self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
-        home = str(Path(__file__).resolve().parent.parent)
+        home = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
         self.process = subprocess.Popen(
             command or [sys.executable, "-P", "-m", "onnxcomp.benchmarking.worker"],

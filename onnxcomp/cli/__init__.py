@@ -348,7 +348,7 @@ def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
 @app.command()
 def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Check this machine and installation; exit code 1 if something is broken."""
-    from onnxcomp.cli.doctor import diagnose
+    from onnxcomp.cli.diagnosis import diagnose
     from onnxcomp.reports import tables
 
     found = diagnose()
