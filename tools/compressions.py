@@ -67,7 +67,7 @@ RECIPES = {
         "prune-channels: {score: flap, repair: bias}",
     ),
 }
-Found = dict[str, str]  # what was written, or "refused", and its hash or text
+Found = dict[str, str]  # what was written, or "refused" (on purpose) or "broken", and its hash or text
 
 
 def drive(model: Path, data: Path, cases: list[str], work: Path) -> None:
@@ -86,7 +86,8 @@ def drive(model: Path, data: Path, cases: list[str], work: Path) -> None:
             oc.compress(model, out, **asked(case), **given, seed=0, measure=False)
             result = written(out)
         except Exception as e:  # noqa: BLE001  whatever a revision raises is its result
-            result = {"refused": f"{type(e).__name__}: {e}".replace(str(work), "").replace(str(model.parent), "")}
+            text = f"{type(e).__name__}: {e}".replace(str(work), "").replace(str(model.parent), "")
+            result = {"refused" if isinstance(e, oc.OnnxcompError) else "broken": text}
         found[case] = result
         print(f"{time.perf_counter() - began:6.1f} s  {model.parent.name}  {case}", file=sys.stderr, flush=True)
     print(json.dumps(found))
