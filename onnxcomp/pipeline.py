@@ -123,7 +123,7 @@ class Env:
     def choose(
         self, kind: str, *, standard: bool = False, approximate: bool = False, exact_rows: bool = False
     ) -> tuple[Context, list[tuple[Spot, Form | None, str]]]:
-        """The form of every site of a kind (`onnxcomp.forms`) with the reason, measured on the target or its table's.
+        """The form of every site of a kind (`lowering.forms`) with the reason, measured on the target or off its table.
 
         `standard` takes no operators of the runtime's own; `approximate` allows forms with slightly other results;
         `exact_rows` none that change what rows without a visible key give.

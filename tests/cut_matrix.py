@@ -108,7 +108,7 @@ def compared(mask: Graph, result: Graph, data: Feeds) -> Any:
 
 KINDS: dict[str, Callable[[zoo.Architecture, Graph], Cut]] = {"heads": heads, "channels": channels, "layers": layers}
 
-# A cache with fewer heads is another interface: tests/test_coupling_rules.py compares one with a cache cut alike.
+# A cache with fewer heads is another interface: tests/coupling/test_rules.py compares one with a cache cut alike.
 OTHERWISE = {("gpt2-cache", "heads")}
 
 

@@ -220,7 +220,7 @@ def test_row_40_a_broken_export_is_noticed_at_once(tmp_path, monkeypatch):
 
 
 def test_row_42_quickstart_is_small_and_offline():
-    from tests.test_readme import blocks
+    from tests.test_pages import blocks
 
     commands = "\n".join(text for language, text in blocks() if language == "bash")
     assert "models/weights/docs_lm" in commands

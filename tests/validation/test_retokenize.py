@@ -22,7 +22,7 @@ from onnxcomp.validation.compare import validate
 from onnxcomp.validation.retokenize import Gone
 from tests import tiny
 
-TOKENIZER = Path(__file__).parents[1] / "models" / "weights" / "docs_lm" / "tokenizer.json"
+TOKENIZER = Path(__file__).parents[2] / "models" / "weights" / "docs_lm" / "tokenizer.json"
 CORPUS = ["Return the sum of a list of numbers.", "Open a file for reading, and close the file."]
 KNOWN = ["Return the list of numbers.", "close the file for reading"]
 OTHERS = ["Raise an exception when the connection is closed.", "Return a dictionary, the default module"]

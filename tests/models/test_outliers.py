@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 pytestmark = pytest.mark.export
-DATA = Path(__file__).parents[1] / "models" / "data" / "vit_digits"
+DATA = Path(__file__).parents[2] / "models" / "data" / "vit_digits"
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from models import outliers
 
     folder = tmp_path_factory.mktemp("planted")
-    outliers.plant(Path(__file__).parents[1] / "models" / "weights" / "vit_digits", folder / "checkpoint")
+    outliers.plant(Path(__file__).parents[2] / "models" / "weights" / "vit_digits", folder / "checkpoint")
     return oc.export(folder / "checkpoint", folder / "model")
 
 

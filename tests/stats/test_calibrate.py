@@ -375,7 +375,7 @@ def test_memory_does_not_grow_with_the_data() -> None:
     """Pains rows 1 and 3: percentile calibration of a few samples took hundreds of gigabytes."""
 
     def peak(batches: int) -> int:
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         done = subprocess.run([sys.executable, "-c", PEAK, str(batches)], cwd=root, capture_output=True, check=True)
         return int(done.stdout)
 

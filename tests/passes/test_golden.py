@@ -1,4 +1,4 @@
-"""What each rewrite looks like, as text; `UPDATE_GOLDEN=1 pytest tests/test_golden.py` writes the files anew."""
+"""What each rewrite looks like, as text; `UPDATE_GOLDEN=1 pytest tests/passes/test_golden.py` writes the files anew."""
 
 import os
 from pathlib import Path
@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = {
     "canonicalize-encoder": (lambda: tiny.encoder(layers=1, spelled="dynamo"), ["canonicalize"], CPU),
     "canonicalize-decoder": (lambda: tiny.decoder(layers=1, spelled="dynamo"), ["canonicalize"], CPU),

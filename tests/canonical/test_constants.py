@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp.canonical import fold
+from tests.canonical.test_attention import B, H, N, S, attend, attention_graph, merged, only_attention, qkv, scores
 from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
-from tests.test_attention import B, H, N, S, attend, attention_graph, merged, only_attention, qkv, scores
 
 
 def test_a_resized_position_bias_is_computed_once():

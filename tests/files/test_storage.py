@@ -459,7 +459,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model(tmp_path: Path, step: int) -> N
         from pathlib import Path
         import numpy as np
         from onnxcomp import storage
-        from tests.test_storage import holding
+        from tests.files.test_storage import holding
         storage.INLINE_LIMIT = 0
         out, step = Path(sys.argv[1]), int(sys.argv[2])
         storage.save(holding(np.zeros(5000, np.float32)), out)
@@ -474,7 +474,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model(tmp_path: Path, step: int) -> N
         os.replace, os.fsync, Path.unlink = counted(os.replace), counted(os.fsync), counted(Path.unlink)
         storage.save(holding(np.ones(5000, np.float32)), out)
     """)
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(step)], cwd=Path(__file__).parent.parent)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(step)], cwd=Path(__file__).parents[2])
     assert done.returncode == -signal.SIGKILL
     g = storage.load(tmp_path)
     (v,) = g.model.graph.initializers.values()

@@ -9,8 +9,20 @@ pytest.importorskip("onnxruntime")
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from tests import tiny
+from tests.canonical.test_attention import (
+    B,
+    H,
+    N,
+    S,
+    attend,
+    attention_graph,
+    heads,
+    merged,
+    only_attention,
+    qkv,
+    scores,
+)
 from tests.hand import RNG, f32, graph, i64, ops, raised, same
-from tests.test_attention import B, H, N, S, attend, attention_graph, heads, merged, only_attention, qkv, scores
 
 
 def bias(*shape: int) -> np.ndarray:
