@@ -1,4 +1,4 @@
-"""What measuring commands share: the reference models with their data, held out and drawn, and the README's tables."""
+"""What measuring commands share: the reference models with their data, held out and drawn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from onnxcomp.validation.compare import Reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "models" / "data"
-README = ROOT / "README.md"
 METRIC = {"vit_digits": "accuracy", "docs_lm": "perplexity"}
 SHOWN = {"vit_digits": ("accuracy-drop", "kl"), "docs_lm": ("perplexity-rise", "kl")}
 DRAWN = {"vit_digits": 256, "docs_lm": 128}  # training images, windows of training text, for each seed
@@ -56,10 +55,3 @@ def _drawn(name: str, seed: int, model: Graph, work: Path, count: int | None) ->
     path = work / f"calibration-{seed}.npz"
     np.savez(path, **{k: a[chosen] for k, a in arrays.items()})
     return load_data(path, model, None, batch=32)
-
-
-def write_readme(name: str, text: str) -> None:
-    """Put a table between its markers."""
-    whole, begin = README.read_text(), f"<!-- {name} -->"
-    before, after = whole.index(begin) + len(begin), whole.index(f"<!-- /{name} -->")
-    README.write_text(f"{whole[:before]}\n{text}\n{whole[after:]}")

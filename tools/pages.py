@@ -1,0 +1,23 @@
+"""The pages that measuring commands write their tables into, between `<!-- name -->` and `<!-- /name -->`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = {
+    "cnn": "passes/README.md",
+    "coverage": "onnxcomp/README.md",
+    "curves": "passes/README.md",
+    "cuts": "passes/README.md",
+    "interactions": "passes/README.md",
+}
+
+
+def write_table(name: str, text: str, root: Path = ROOT) -> None:
+    """Replace the table of that name on its page; `ValueError` where the page has lost a marker."""
+    page = root / PAGES[name]
+    whole, begin = page.read_text("utf-8"), f"<!-- {name} -->"
+    before = whole.index(begin) + len(begin)
+    after = whole.index(f"<!-- /{name} -->", before)
+    page.write_text(f"{whole[:before]}\n{text}\n{whole[after:]}", "utf-8")
