@@ -167,7 +167,7 @@ def test_equal_sites_are_measured_once(clock):
 
 def test_a_form_that_is_wrong_is_not_taken(clock, monkeypatch):
     clock({"decomposed": 0.1})
-    monkeypatch.setattr("onnxcomp.canonical.decompose.scale_of", lambda node: 3.0)
+    monkeypatch.setattr("onnxcomp.lowering.older_opsets.scale_of", lambda node: 3.0)
     result = lower(tiny.encoder(), measure=True)
     (choice,) = [c for c in result.report.step("lower").choices if c.kind == "attention"]
     assert choice.form == "Attention"
