@@ -11,7 +11,7 @@ from pydantic import Field
 from onnxcomp.blocks import Attention, Linear, attentions
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods import shared_heads
-from onnxcomp.methods.shared_heads import Shared
+from onnxcomp.methods.shared_heads import Alignment
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, gram
 from onnxcomp.target import Target
@@ -21,13 +21,14 @@ __all__ = ["GroupHeads"]
 
 @dataclass(frozen=True)
 class GroupHeads(Pass):
-    """Replace the keys and values of neighbouring heads by a mean, after bringing the heads onto each other.
+    """Replace the key and value heads of each group by their mean, after aligning the heads.
 
     Means of key and value heads are Ainslie et al., GQA, 2023 (arXiv 2305.13245, section 2.1). Before the mean, each
-    head is mapped towards the others (`maths.align`), values freely, keys as their rotary embedding allows; queries and
-    the output projection map back. Without repair the maps are rotations; with it they span what the heads hold by
-    a singular value decomposition (Yu et al., 2024, arXiv 2406.07056) that counts what queries and the output
-    projection read, and then the output projections are fitted. Law: no fit raises its attention's squared error.
+    head is mapped towards the others (`maths.procrustes`), values freely, keys as their rotary embedding allows;
+    queries and the output projection apply the inverse maps. Without repair the maps are rotations. With repair they
+    are low-rank factors of the heads by a singular value decomposition (Yu et al., 2024, arXiv 2406.07056), weighted by
+    the queries and the output projection, and the output projections are then refitted. Law: no fit raises its
+    attention's squared error.
     """
 
     stage: ClassVar[Stage] = Stage.ATTENTION
@@ -36,11 +37,11 @@ class GroupHeads(Pass):
     share: Annotated[int, Field(ge=1)] = 2
     """How many key and value heads become one; 1 changes nothing."""
     align: bool = True
-    """Bring heads onto each other before the mean."""
+    """Align the heads before the mean."""
     max_loss: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """An attention whose keys or values lose more than this share of their energy on calibration data stays."""
+    """An attention whose keys or values would lose more than this share of their energy on calibration data is kept."""
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
-    """What makes up for it: heads that span the old ones, and output projections fitted in order; or nothing."""
+    """How it is compensated: low-rank factors in place of rotations, then refitted output projections; or not."""
 
     @property
     def is_identity(self) -> bool:
@@ -48,11 +49,11 @@ class GroupHeads(Pass):
         return self.share == 1
 
     @property
-    def _spans(self) -> bool:
+    def _factorizes(self) -> bool:
         return self.align and self.repair != "none"
 
     def planning(self) -> Pass | None:
-        """Sizes depend on data only where an attention may stay for what it would lose."""
+        """Sizes depend on data only where `max_loss` may keep an attention as it is."""
         return self if self.is_identity or self.max_loss == 1 else None
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
@@ -60,28 +61,36 @@ class GroupHeads(Pass):
         return [a.site for a in attentions(g) if a.kv_heads > 1]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
-        """Moments of keys, values and queries, or of what keys and values are made from."""
+        """Moments of keys, values and queries, or of the inputs of the key and value projections."""
         if self.is_identity:
             return
-        found = [a for a in attentions(g) if a.kv_heads > 1 and not self._blocked(g, a)]
-        asked = (shared_heads.needs(a) if self._spans else (gram(x.source) for x in (a.k, a.v)) for a in found)
-        yield from dict.fromkeys(n for each in asked for n in each)
+        eligible = [a for a in attentions(g) if a.kv_heads > 1 and not self._refusal(g, a)]
+        needs = (shared_heads.needs(a) if self._factorizes else (gram(x.source) for x in (a.k, a.v)) for a in eligible)
+        yield from dict.fromkeys(n for each in needs for n in each)
 
     def run(self, g: Graph, env: Env) -> None:
-        """Group the heads of each attention."""
+        """Align and average the heads of each attention, then refit the output projections of those that changed."""
         if self.is_identity:
             return
-        uncut, cut = g.clone(), []
+        uncut, changed = g.clone(), []
         for a in [a for a in attentions(g) if a.kv_heads > 1]:
-            if why := self._blocked(g, a):
+            if why := self._refusal(g, a):
                 g.decline(a.site, why)
-            elif self._group(g, a, env):
-                cut.append(a.o)
+                continue
+            keys, values = (self._alignment(g, a, x, env) for x in (a.k, a.v))
+            if max(keys.loss, values.loss) > self.max_loss:
+                g.decline(
+                    a.site, f"the mean would lose {keys.loss:.1%} of its keys and {values.loss:.1%} of its values"
+                )
+                continue
+            shared_heads.average(g, a, keys, values, self.share)
+            changed.append(a.o)
         g.forget_shapes()
         if self.repair != "none" and not env.dry:
-            shared_heads.repair(g, uncut, env, cut, self.repair == "gauss-newton")
+            shared_heads.repair(g, uncut, env, changed, self.repair == "gauss-newton")
 
-    def _blocked(self, g: Graph, a: Attention) -> str:
+    def _refusal(self, g: Graph, a: Attention) -> str:
+        """Why an attention keeps its heads, empty if they can be grouped."""
         if a.kv_heads % self.share:
             return f"its {a.kv_heads} key and value heads do not divide into groups of {self.share}"
         if a.past is not None or len(a.node.outputs) > 1:
@@ -92,18 +101,10 @@ class GroupHeads(Pass):
             return "keys or values are moved between their projection and the attention"
         return ""
 
-    def _group(self, g: Graph, a: Attention, env: Env) -> bool:
-        """Share the heads of one attention, unless that loses too much."""
-        keys, values = (self._shared(g, a, x, env) for x in (a.k, a.v))
-        if max(keys.lost, values.lost) > self.max_loss:
-            g.decline(a.site, f"the mean would lose {keys.lost:.1%} of its keys and {values.lost:.1%} of its values")
-            return False
-        shared_heads.share(g, a, keys, values, self.share)
-        return True
-
-    def _shared(self, g: Graph, a: Attention, x: Linear, env: Env) -> Shared:
-        if env.dry:
-            return shared_heads.plain(a, x)
-        if self._spans:
-            return shared_heads.spanned(g, a, x, self.share, env.stats)
-        return shared_heads.turned(g, a, x, self.share, env.stats, self.align)
+    def _alignment(self, g: Graph, a: Attention, x: Linear, env: Env) -> Alignment:
+        """How the heads of one key or value projection are mapped before their mean."""
+        if env.dry or not self.align:
+            return shared_heads.unaligned(g, a, x, self.share, None if env.dry else env.stats)
+        if self._factorizes:
+            return shared_heads.factorized(g, a, x, self.share, env.stats)
+        return shared_heads.rotated(g, a, x, self.share, env.stats)

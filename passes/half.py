@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import onnx_ir as ir
@@ -14,6 +13,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.half import candidates, convert, ranges
 from onnxcomp.methods.half.candidates import Ports
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
@@ -80,7 +80,7 @@ class Half(Pass):
         found, angles = candidates.candidates(g, half), candidates.precise(g)
         chosen, checked = [], ranges.Ranges(g, env.stats, self.headroom, half)
         for p in found:
-            pattern = next((s for s in self.skip if fnmatchcase(str(p.node.name), s)), None)
+            pattern = skipped(self.skip, str(p.node.name))
             why = f"skipped by the pattern '{pattern}'" if pattern else ""
             why = why or ("feeds a sine or cosine: angles need float32" if p.node in angles else checked.trouble(p))
             if why:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -16,6 +15,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array, Float64, lowrank
 from onnxcomp.maths.lowrank import Factors
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, gram, norm2
 from onnxcomp.target import Target
@@ -92,8 +92,7 @@ class LowRank(Pass):
         nodes = {x.node for x in blocks.linears(g)}
         for x in blocks.linears(g):
             k, n = x.sizes
-            names = (x.name, str(x.weight.name))
-            hit = next((p for p in self.skip if any(fnmatchcase(name, p) for name in names)), None)
+            hit = skipped(self.skip, x.name, str(x.weight.name))
             if x.quantized:
                 continue
             if hit is not None:

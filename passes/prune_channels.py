@@ -1,4 +1,4 @@
-"""Narrower convolutions: channels that the others can replace go, with all that makes and reads them."""
+"""Prune convolutions: remove output channels, with everything that produces or consumes them."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ __all__ = ["PruneChannels"]
 
 @dataclass(frozen=True)
 class PruneChannels(Width):
-    """Cut output channels of every convolution, and with them norms, depthwise convolutions, and all that reads them.
+    """Remove output channels of every convolution, with the norms, depthwise convolutions and consumers behind them.
 
-    A residual couples every convolution that adds to it; a grouped convolution gives whole groups. A convolution is
-    linear in its patches, so that it is repaired as a linear is, on their moments; norms behind it stay as they are.
+    A residual couples every convolution that adds to it; a grouped convolution loses whole groups. A convolution is
+    linear in its patches, so it is repaired as a linear is, from their moments; norms behind it are not refitted.
     """
 
     unit: ClassVar[str] = "channels"
     axis: ClassVar[int] = 1
 
     ranking: Literal["sensitivity", "global", "layer"] | None = None
-    """What loses the model least (a trial cut each), what scores least over all layers, or the same share of each.
+    """Lowest loss of the model (one trial cut a layer), lowest score over all layers, or the same share of each.
 
     By default sensitivity for energy, and else layer: other scores do not say what the last channels of a layer cost.
     """
     repair: Literal["least-squares", "bias", "none"] = "least-squares"
-    """What makes up for the cut: kernels that stay, fitted to the uncut convolution; its mean output; or nothing."""
+    """How the cut is compensated: remaining kernels refitted to the uncut output, its mean in the bias, or not."""
     latency: None = None
     """No budget here: only linears and attentions are timed; say macs instead."""
 
@@ -54,34 +54,34 @@ class PruneChannels(Width):
         return super()._ranked
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
-        """What every convolution makes, in graph order."""
+        """The output of every convolution, in graph order."""
         for node in g.nodes("Conv", "ConvTranspose"):
             yield Site(str(node.name), (str(node.name),), "convolution"), node.outputs[0]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
-        """None of the graph as it is: patches are asked for when it runs."""
+        """None before the run: patches exist only in a probed copy of the graph."""
         return ()
 
     def run(self, g: Graph, env: Env) -> None:
-        """Collect what score and repair ask, of patches as well; then as every width pass."""
-        asked = list(super().needs(g, env.target))
-        if asked:
-            stats = convolutions.collect(g, env, asked, self.name if self.score == "energy" else "")
+        """Collect the statistics for score and repair, of patches too; then run as every width pass."""
+        needs = list(super().needs(g, env.target))
+        if needs:
+            stats = convolutions.collect(g, env, needs, self.name if self.score == "energy" else "")
             env = dataclasses.replace(env, stats=stats)
         super().run(g, env)
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
-        found = super()._readers(g, group, linears)
-        return (*convolutions.patches_of(g, group), *found) if self._measures else found
+        consumers = super()._readers(g, group, linears)
+        return (*convolutions.patches_of(g, group), *consumers) if self._measures else consumers
 
-    def _cut(self, g: Graph, place: Place, keep: Array, env: Env, said: str) -> None:
+    def _take(self, g: Graph, place: Place, keep: Array, env: Env, predicted: str) -> None:
         linears = tuple(r for r in place.readers if not isinstance(r, Patches))
-        super()._cut(g, dataclasses.replace(place, readers=linears), keep, env, said)
+        super()._take(g, dataclasses.replace(place, readers=linears), keep, env, predicted)
 
-    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
-        """Repair the convolutions when all is cut: a bias that is made before would not be cut with the rest."""
-        found = [(p.group, keep, p.readers) for p, keep in cut]
+    def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Repair the convolutions after every cut: a bias added before would keep its full length."""
+        groups = [(p.group, keep, p.readers) for p, keep in cut]
         if self._in_order:
-            convolutions.in_order(g, uncut, env, found)
+            convolutions.in_order(g, uncut, env, groups)
         elif self.repair != "none":
-            convolutions.each_alone(g, uncut, env, found, self.repair)
+            convolutions.each_alone(g, uncut, env, groups, self.repair)

@@ -1,4 +1,4 @@
-"""Narrower feed-forward parts: the channels between up and down that matter least go."""
+"""Prune feed-forward parts: remove the hidden channels of lowest score."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ __all__ = ["PruneFfn"]
 
 @dataclass(frozen=True)
 class PruneFfn(Width):
-    """Cut channels of every feed-forward part, gated or not: columns of up and gate, rows of down."""
+    """Remove hidden channels of every feed-forward part, gated or not: columns of up and gate, rows of down.
+
+    How units are scored, chosen, removed and repaired is `methods.width`; this pass names the axis.
+    """
 
     unit: ClassVar[str] = "channels"
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
-        """What the down projection of every feed-forward part reads."""
+        """The input `[.., K]` of every down projection, `K` hidden channels."""
         return [(mlp.site, mlp.down.input) for mlp in blocks.mlps(g)]

@@ -1,4 +1,4 @@
-"""Fewer attention heads: those that the others can replace go, with their part of every projection."""
+"""Prune attention heads: remove the heads of lowest score, with their part of every projection."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ __all__ = ["PruneHeads"]
 
 @dataclass(frozen=True)
 class PruneHeads(Width):
-    """Cut heads of every attention: columns of q, k and v, rows of the output projection, head counts, caches."""
+    """Remove heads of every attention: columns of q, k and v, rows of the output projection, head counts, caches."""
 
     unit: ClassVar[str] = "heads"
     aligned: ClassVar[bool] = False
 
     heads: Literal["query", "groups"] = "query"
-    """Where key-value heads are shared: query heads, as many of each, or key-value heads with all their query heads."""
+    """Grouped queries: remove query heads, equally many of each group, or key-value heads with all their queries."""
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """Every attention in the canonical form."""
         for node in g.nodes("Attention"):
             if node.domain == "":
-                around = (u for v in node.inputs[:3] if v is not None for u in _made(v))
-                after = (u for u, _ in node.outputs[0].uses())
-                names = dict.fromkeys(str(n.name) for n in (node, *around, *after))
+                producers = (n for v in node.inputs[:3] if v is not None and (n := v.producer()) is not None)
+                consumers = (u for u, _ in node.outputs[0].uses())
+                names = dict.fromkeys(str(n.name) for n in (node, *producers, *consumers))
                 yield Site(str(node.name), tuple(names), "attention"), node.outputs[0]
 
     def group(self, c: Coupling, start: ir.Value) -> Group:
@@ -40,8 +40,3 @@ class PruneHeads(Width):
         node = start.producer()
         assert node is not None
         return c.heads(node, whole=self.heads == "groups", io=True)
-
-
-def _made(v: ir.Value) -> list[ir.Node]:
-    node = v.producer()
-    return [node] if node is not None else []

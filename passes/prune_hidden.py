@@ -1,4 +1,4 @@
-"""A narrower residual stream: channels that no reader needs go from every weight that writes or reads them."""
+"""Prune the residual stream: remove its channels of lowest score from every weight that writes or reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
 from onnxcomp.methods.repair import sequential
 from onnxcomp.methods.repair.sequential import Part
-from onnxcomp.methods.repair.stream_projection import dual, heard
+from onnxcomp.methods.repair.stream_projection import dual, readers_moment
 from onnxcomp.methods.width.base import Place, Width
 from onnxcomp.pipeline import Env
 
@@ -23,37 +23,37 @@ __all__ = ["PruneHidden"]
 
 @dataclass(frozen=True)
 class PruneHidden(Width):
-    """Cut channels of the residual stream; RMSNorm keeps its statistics exactly, LayerNorm cannot and is declined.
+    """Remove channels of the residual stream; RMSNorm keeps its statistics exactly, LayerNorm cannot and is declined.
 
-    The mean of squares is taken over fewer channels, so gains grow by `sqrt(d / d')` and epsilons by `d / d'`. Repair
-    fits what reads the stream, and what is added to it: the channels kept are to say to all readers' weights what the
-    uncut stream said.
+    The mean of squares is taken over `d'` instead of `d` channels, so gains grow by `sqrt(d / d')` and epsilons by
+    `d / d'`. Repair refits the consumers of the stream, and the linears that add to it towards an oblique projection
+    of the uncut stream: the one for which the consumers' weights lose least (`repair.stream_projection`).
     """
 
     unit: ClassVar[str] = "channels"
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
-        """What every attention and feed-forward part adds to the stream, in graph order."""
+        """The output that every attention and feed-forward part adds to the stream, in graph order."""
         parts = [a.o for a in blocks.attentions(g)] + [m.down for m in blocks.mlps(g)]
         order = {node: i for i, node in enumerate(g.nodes())}
         for x in sorted(parts, key=lambda x: order[x.node]):
             yield x.site, x.output
 
-    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
-        """Repair readers and writers of the stream, one after another where that is asked for."""
+    def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Sequential repair of the consumers of the stream and of the linears that add to it, where asked for."""
         if not self._in_order:
             return
-        streams: dict[str, Part] = {}
+        targets: dict[str, Part] = {}
         for place, keep in cut:
-            target, whole = _target(uncut, place, keep), tuple(range(place.group.units))
-            for s in place.group.computed:
-                streams[s.value] = Part(s.value, target if s.units == whole else np.flatnonzero(s.kept(keep)))
+            projection, stream = _projection(uncut, place, keep), tuple(range(place.group.units))
+            for s in place.group.computed:  # a value that is no full stream, such as a gate, keeps its own channels
+                targets[s.value] = Part(s.value, projection if s.units == stream else np.flatnonzero(s.kept(keep)))
         readers = [r for p, _ in cut for r in p.readers]
-        sequential.in_order(g, uncut, env, readers, streams, self.repair == "gauss-newton")
+        sequential.in_order(g, uncut, env, readers, targets, self.repair == "gauss-newton")
 
 
-def _target(uncut: Graph, place: Place, keep: Array) -> Array:
-    """What of the stream the channels kept are to carry: `[d, d']`."""
-    linears, whole = {x.name: x for x in blocks.linears(uncut, tied=True)}, tuple(range(place.group.units))
-    read = [linears[x.name] for r in place.readers if r.slot.units == whole for x in r.linears]
-    return dual(heard(uncut, read, len(whole)), np.eye(len(whole))[:, keep])
+def _projection(uncut: Graph, place: Place, keep: Array) -> Array:
+    """The oblique projection `[d, d']` of the uncut stream onto the kept channels."""
+    linears, stream = {x.name: x for x in blocks.linears(uncut, tied=True)}, tuple(range(place.group.units))
+    consumers = [linears[x.name] for r in place.readers if r.slot.units == stream for x in r.linears]
+    return dual(readers_moment(uncut, consumers, len(stream)), np.eye(len(stream))[:, keep])

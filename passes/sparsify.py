@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import sparse
 from onnxcomp.maths.sparse import Pattern
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.methods.sparse_storage import compact
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
 from onnxcomp.stats import Need, gram, norm2
@@ -129,8 +129,7 @@ class Sparsify(SequentialPass):
     def _refusal(self, g: Graph, x: Linear) -> str:
         """Why a linear stays as it is, empty if it does not."""
         pattern, (k, n) = Pattern.parse(self.pattern), x.sizes
-        hit = next((p for p in self.skip if any(fnmatchcase(s, p) for s in (x.name, str(x.weight.name)))), None)
-        if hit is not None:
+        if (hit := skipped(self.skip, x.name, str(x.weight.name))) is not None:
             return f"skipped by the pattern '{hit}'"
         if k * n < self.min_size:
             return f"its {k}x{n} weight is smaller than min_size={self.min_size}"

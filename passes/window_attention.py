@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -13,6 +12,7 @@ from pydantic import Field
 from onnxcomp.blocks import Attention, attentions
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.methods.windows import WIDTHS, Bands, kept_by_width, widest
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import absmax, mean
@@ -93,7 +93,7 @@ class WindowAttention(Pass):
         g.forget_shapes()
 
     def _all(self, g: Graph) -> list[Attention]:
-        return [a for a in attentions(g) if not any(fnmatch(a.name, pattern) for pattern in self.skip)]
+        return [a for a in attentions(g) if skipped(self.skip, a.name) is None]
 
     def _blocked(self, a: Attention) -> str:
         if a.is_cross:

@@ -1,4 +1,7 @@
-"""Weights and biases of linears as float64 matrices, whole or head by head, read and written for one user."""
+"""Weights and biases of linears as float64 matrices, all heads together or head by head, read and written for one user.
+
+Shapes: a weight is `[K, N]`, `N = heads D`, a bias `[1, N]`; by heads they are `[heads, K, D]` and `[heads, 1, D]`.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from onnxcomp.blocks.linears import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["constants", "joined", "read", "split", "write"]
+__all__ = ["constants", "merge", "read", "split", "write"]
 
 
 def constants(x: Linear) -> list[tuple[ir.Value, ir.Node]]:
-    """Weight and bias with the node that reads each."""
+    """Weight and bias, each with its consumer."""
     bias = [] if x.bias is None else [(x.bias, x.add or x.node)]
     return [(x.weight, x.node), *bias]
 
@@ -26,9 +29,9 @@ def read(g: Graph, x: Linear, value: ir.Value | None = None) -> Array:
 
 
 def write(g: Graph, x: Linear, v: ir.Value, user: ir.Node, a: Array) -> None:
-    """Give a weight or bias, as `read` shows it, a new content in its own type, for one user."""
-    held = a.reshape(-1) if v is x.bias else a.T if x.transposed else a
-    g.put(v, np.ascontiguousarray(held).astype(g.array(v).dtype), users=[user])
+    """Store a weight `[K, N]` or bias `[1, N]`, converted to its stored layout and type, for one user."""
+    stored = a.reshape(-1) if v is x.bias else a.T if x.transposed else a
+    g.put(v, np.ascontiguousarray(stored).astype(g.array(v).dtype), users=[user])
 
 
 def split(a: Array, heads: int) -> Array:
@@ -36,6 +39,6 @@ def split(a: Array, heads: int) -> Array:
     return a.reshape(a.shape[0], heads, -1).transpose(1, 0, 2)
 
 
-def joined(blocks: Array) -> Array:
+def merge(blocks: Array) -> Array:
     """`[heads, K, D]` as `[K, heads D]`."""
     return blocks.transpose(1, 0, 2).reshape(blocks.shape[1], -1)

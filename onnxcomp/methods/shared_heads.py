@@ -1,8 +1,13 @@
-"""Key and value heads that several query heads come to share: how each is mapped there, and what maps back."""
+"""Grouped-query attention from multi-head attention: alignments of key and value heads, their mean, and repair.
+
+Shapes: `H` key or value heads of `D` channels each, made by a projection `[K, H D]` with heads `[H, K, D]`; `count`
+neighbouring heads form a group. An alignment maps head `x_h` `[R, D]` to `x_h A_h` before the mean of the group, and
+what is multiplied with the head takes `B_h`, so that `mean_h(x_h A_h) B_h^T` replaces `x_h`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,126 +22,144 @@ from onnxcomp.methods.repair import sequential
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 
-__all__ = ["Shared", "key_path", "needs", "plain", "repair", "share", "spanned", "turned"]
+__all__ = ["Alignment", "average", "factorized", "key_path", "needs", "repair", "rotated", "unaligned"]
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Heads become the mean of `x_h into_h`; what multiplies them takes `back_h`; both `[heads, D, D]`.
+class Alignment:
+    """The maps `A` (`into`) and `B` (`back`) of all heads, both `[H, D, D]`.
 
-    `lost` is the share of their energy on calibration data that the mean does not give back.
+    `loss` is the share of the heads' energy on calibration data that the mean does not give back.
     """
 
     into: Float64
     back: Float64
-    lost: float = 0.0
+    loss: float = 0.0
 
 
 def key_path(a: Attention) -> list[ir.Node] | None:
-    """Nodes between the key projection and the attention; None where they are more than rotation."""
-    found, v = [], a.node.inputs[1]
+    """Nodes between the key projection and the attention; None where they are more than rotary embeddings."""
+    path, v = [], a.node.inputs[1]
     while v is not None and v is not a.k.output:
         node = v.producer()
         if node is None or node.op_type != "RotaryEmbedding" or len(v.uses()) > 1:
             return None
-        found.append(node)
+        path.append(node)
         v = node.inputs[0]
-    return found
+    return path
 
 
-def plain(a: Attention, x: Linear) -> Shared:
-    """Heads as they are, for the plain mean."""
-    width = x.sizes[1] // a.kv_heads
-    same = np.broadcast_to(np.eye(width), (a.kv_heads, width, width))
-    return Shared(same, same)
+def unaligned(g: Graph, a: Attention, x: Linear, count: int, stats: Stats | None) -> Alignment:
+    """Identity maps for the plain mean of `count` neighbours; its loss is 0 where there are no statistics."""
+    if stats is None:
+        identity = _identities(a.kv_heads, x.sizes[1] // a.kv_heads)
+        return Alignment(identity, identity)
+    return _orthogonal(g, a, x, count, stats, lambda heads, _: _identities(len(heads), heads.shape[-1]))
 
 
-def turned(g: Graph, a: Attention, x: Linear, count: int, stats: Stats, align: bool) -> Shared:
-    """Keys or values rotated onto each other, `count` neighbours at a time, or left as they are for the plain mean."""
-    turns, lost, whole = [], 0.0, 0.0
+def _identities(count: int, width: int) -> Float64:
+    return np.broadcast_to(np.eye(width), (count, width, width))
+
+
+def rotated(g: Graph, a: Attention, x: Linear, count: int, stats: Stats) -> Alignment:
+    """Rotations that bring `count` neighbouring key or value heads closest to their mean (`procrustes.rotations`)."""
+
+    def maps(heads: Float64, inputs: Float64) -> Float64:
+        return rotations(heads, inputs, *_planes(a, x, heads.shape[-1]))
+
+    return _orthogonal(g, a, x, count, stats, maps)
+
+
+def _orthogonal(
+    g: Graph, a: Attention, x: Linear, count: int, stats: Stats, maps: Callable[[Float64, Float64], Float64]
+) -> Alignment:
+    """An alignment, with its loss, by orthogonal `maps(heads [count, K, D], inputs [K, K])` of each group of heads."""
     inputs = np.asarray(stats[gram(x.source)])
-    every = head_matrices.split(head_matrices.read(g, x), a.kv_heads)
-    for i in range(0, a.kv_heads, count):
-        heads = every[i : i + count]
-        width = heads.shape[-1]
-        own = rotations(heads, inputs, *_planes(a, x, width)) if align else plain(a, x).into[i : i + count]
-        turns.append(own)
-        off = heads @ turns[-1]
-        whole += float(np.einsum("hkd,kl,hld->", off, inputs, off, optimize=True))
-        off = off - off.mean(0)
-        lost += float(np.einsum("hkd,kl,hld->", off, inputs, off, optimize=True))
-    found = np.concatenate(turns)
-    return Shared(found, found, lost / whole if whole else 0.0)
+    every = head_matrices.split(head_matrices.read(g, x), a.kv_heads)  # [H, K, D]
+    into, lost, total = list[Float64](), 0.0, 0.0
+    for first in range(0, a.kv_heads, count):
+        heads = every[first : first + count]
+        into.append(maps(heads, inputs))
+        aligned = heads @ into[-1]
+        total += _squares(aligned, inputs)
+        lost += _squares(aligned - aligned.mean(0), inputs)
+    joined = np.concatenate(into)
+    return Alignment(joined, joined, lost / total if total else 0.0)
+
+
+def _squares(heads: Float64, inputs: Float64) -> float:
+    """Sum of the squared outputs of heads `[count, K, D]` over inputs of the Gram matrix `[K, K]`."""
+    return float(np.einsum("hkd,kl,hld->", heads, inputs, heads, optimize=True))
 
 
 def needs(a: Attention) -> Iterable[Need]:
-    """What `spanned` reads."""
+    """The statistics that `factorized` uses."""
     yield gram(a.q.output)
     yield from (make(x.output) for x in (a.k, a.v) for make in (gram, mean, var, norm2))
 
 
-def spanned(g: Graph, a: Attention, x: Linear, count: int, stats: Stats) -> Shared:
-    """Keys or values that span what `count` neighbours hold, weighed by how queries or the output projection read it.
+def factorized(g: Graph, a: Attention, x: Linear, count: int, stats: Stats) -> Alignment:
+    """Low-rank factors of `count` neighbouring heads, weighted by how queries or the output projection use them.
 
-    What all keys have in common moves no softmax, and what all values have in common goes into the bias of the output
-    projection where there is one: there only deviations from the mean count.
+    A part that all keys share moves no softmax, and the mean of the values goes into the bias of the output projection
+    where there is one: there only deviations from the mean count.
     """
     centred = a.o.bias is not None if x is a.v else not key_path(a)
-    inner, reads = _moments(stats, x, centred), _reads(g, a, x, stats)
-    width = reads.shape[-1]
+    moments, uses = _moments(stats, x, centred), _uses(g, a, x, stats)  # [H D, H D], [H, D, D]
+    width = uses.shape[-1]
     into, back = list[Float64](), list[Float64]()
-    lost = whole = 0.0
-    for i in range(0, a.kv_heads, count):
-        at = slice(i * width, (i + count) * width)
-        own, read = inner[at, at], reads[i : i + count]
-        one, two = spans(own, read, *_planes(a, x, width))
-        off = np.eye(count * width) - one.reshape(-1, width) @ two.reshape(-1, width).T / count
-        lost += _energy(off.T @ own @ off, read)
-        whole += _energy(own, read)
+    lost = total = 0.0
+    for first in range(0, a.kv_heads, count):
+        at = slice(first * width, (first + count) * width)
+        of_group, used = moments[at, at], uses[first : first + count]  # [count D, count D], [count, D, D]
+        one, two = spans(of_group, used, *_planes(a, x, width))
+        error = np.eye(count * width) - one.reshape(-1, width) @ two.reshape(-1, width).T / count
+        lost += _energy(error.T @ of_group @ error, used)
+        total += _energy(of_group, used)
         into.append(one)
         back.append(two)
-    return Shared(np.concatenate(into), np.concatenate(back), lost / whole if whole else 0.0)
+    return Alignment(np.concatenate(into), np.concatenate(back), lost / total if total else 0.0)
 
 
 def _moments(stats: Stats, x: Linear, centred: bool) -> Float64:
-    """Gram matrix of a projection's output, or of its deviations from the mean."""
-    whole, middle = (np.asarray(stats[make(x.output)], np.float64) for make in (gram, mean))
+    """Gram matrix `[H D, H D]` of a projection's output, or of its deviations from the mean."""
+    moments, means = (np.asarray(stats[make(x.output)], np.float64) for make in (gram, mean))
     if not centred:
-        return whole
-    rows = affine.count(stats[norm2(x.output)], middle, stats[var(x.output)])
-    return whole - rows * np.outer(middle, middle)
+        return moments
+    rows = affine.count(stats[norm2(x.output)], means, stats[var(x.output)])
+    return moments - rows * np.outer(means, means)
 
 
-def _reads(g: Graph, a: Attention, x: Linear, stats: Stats) -> Float64:
-    """Moments `[kv_heads, D, D]` of what each key or value head is multiplied with."""
+def _uses(g: Graph, a: Attention, x: Linear, stats: Stats) -> Float64:
+    """Moments `[H, D, D]` of what each key or value head is multiplied with, summed over the query heads on it."""
     if x is a.v:
         rows = head_matrices.read(g, a.o).reshape(a.kv_heads, a.heads // a.kv_heads, -1, a.o.sizes[1])
         return np.asarray(np.einsum("hrdn,hren->hde", rows, rows, optimize=True))
-    every = np.asarray(stats[gram(a.q.output)], np.float64).reshape(a.heads, a.head_dim, a.heads, a.head_dim)
-    own = np.stack([every[h, :, h] for h in range(a.heads)])
-    return np.asarray(own.reshape(a.kv_heads, -1, a.head_dim, a.head_dim).sum(1))
+    queries = np.asarray(stats[gram(a.q.output)], np.float64).reshape(a.heads, a.head_dim, a.heads, a.head_dim)
+    of_heads = np.stack([queries[h, :, h] for h in range(a.heads)])  # the diagonal blocks: [heads, D, D]
+    return np.asarray(of_heads.reshape(a.kv_heads, -1, a.head_dim, a.head_dim).sum(1))
 
 
-def _energy(inner: Float64, reads: Float64) -> float:
-    """What moments of heads side by side `[H D, H D]` amount to where each head is read `[H, D, D]`."""
-    each = inner.reshape(*reads.shape[:2], *reads.shape[:2])
-    return float(sum(np.sum(each[h, :, h] * r) for h, r in enumerate(reads)))
+def _energy(moments: Float64, uses: Float64) -> float:
+    """Squared norm of the products of heads, moments `[H D, H D]`, with what uses them, moments `[H, D, D]`."""
+    blocks = moments.reshape(*uses.shape[:2], *uses.shape[:2])  # [H, D, H, D]
+    return float(sum(np.sum(blocks[h, :, h] * u) for h, u in enumerate(uses)))
 
 
-def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> None:
-    """Give an attention the mapped heads' means, and its queries and output projection what maps back."""
+def average(g: Graph, a: Attention, keys: Alignment, values: Alignment, count: int) -> None:
+    """Replace the key and value heads of each group by their aligned mean; queries and output projection map back."""
     groups, repeat = a.kv_heads // count, a.heads // a.kv_heads
     for x, to in ((a.k, keys), (a.v, values)):
         for value, user in head_matrices.constants(x):
-            old = head_matrices.split(head_matrices.read(g, x, value), a.kv_heads) @ to.into
-            together = old.reshape(groups, count, *old.shape[1:]).mean(1)
-            head_matrices.write(g, x, value, user, head_matrices.joined(together))
-    back_q, back_o = (np.repeat(t.back, repeat, axis=0) for t in (keys, values))
+            heads = head_matrices.split(head_matrices.read(g, x, value), a.kv_heads) @ to.into  # [H, K, D]
+            means = heads.reshape(groups, count, *heads.shape[1:]).mean(1)  # [groups, K, D]
+            head_matrices.write(g, x, value, user, head_matrices.merge(means))
+    back_q, back_o = (np.repeat(t.back, repeat, axis=0) for t in (keys, values))  # [heads, D, D], of query heads
     for value, user in head_matrices.constants(a.q):
         heads = head_matrices.split(head_matrices.read(g, a.q, value), a.heads)
-        head_matrices.write(g, a.q, value, user, head_matrices.joined(heads @ back_q))
+        head_matrices.write(g, a.q, value, user, head_matrices.merge(heads @ back_q))
     o = head_matrices.read(g, a.o)
-    rows = o.reshape(a.heads, -1, o.shape[1])
+    rows = o.reshape(a.heads, -1, o.shape[1])  # [heads, D, N]
     head_matrices.write(g, a.o, a.o.weight, a.o.node, (back_o.transpose(0, 2, 1) @ rows).reshape(o.shape))
     g.set_attr(a.node, kv_num_heads=groups)
     for node in key_path(a) or ():
@@ -144,16 +167,16 @@ def share(g: Graph, a: Attention, keys: Shared, values: Shared, count: int) -> N
 
 
 def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], whole: bool = False) -> None:
-    """Fit output projections to the uncut residual stream, as `repairs.in_order` does readers of a cut axis."""
+    """Refit output projections to the uncut residual stream, by sequential repair (`repair.sequential`)."""
     sequential.in_order(g, uncut, env, [sequential.alone(x) for x in outputs], whole=whole)
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Pairs of key channels that a rotary embedding turns together, and the channels it leaves alone."""
+    """Pairs of key channels that a rotary embedding rotates together, and the channels that it does not rotate."""
     path = key_path(a) if x is a.k else None
     if not path:
         return [], list(range(width))
-    turned = path[0].attributes.get_int("rotary_embedding_dim", 0) or width
+    rotary = path[0].attributes.get_int("rotary_embedding_dim", 0) or width
     if path[0].attributes.get_int("interleaved", 0):
-        return [(i, i + 1) for i in range(0, turned, 2)], list(range(turned, width))
-    return [(i, i + turned // 2) for i in range(turned // 2)], list(range(turned, width))
+        return [(i, i + 1) for i in range(0, rotary, 2)], list(range(rotary, width))
+    return [(i, i + rotary // 2) for i in range(rotary // 2)], list(range(rotary, width))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatchcase
 
 import numpy as np
 import onnx_ir as ir
@@ -13,6 +12,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.target import Granularity, Target, resolved
 
 __all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable", "run_time_product"]
@@ -32,9 +32,7 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
     """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name."""
     patterns, kept, used = tuple(skip), [], set()
     for linear in quantizable(g):
-        hit = next(
-            (p for p in patterns if any(fnmatchcase(n, p) for n in (linear.name, str(linear.weight.name)))), None
-        )
+        hit = skipped(patterns, linear.name, str(linear.weight.name))
         k, n = linear.sizes
         if hit is not None:
             used.add(hit)

@@ -12,12 +12,12 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
-from onnxcomp.graph.groups import STAYS, Group, Slot
+from onnxcomp.graph.groups import Group, Slot
 from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
-__all__ = ["Reader", "Repair", "inside", "magnitude", "numbers", "readers_of", "repair", "replace", "silence"]
+__all__ = ["Reader", "Repair", "inside", "numbers", "readers_of", "repair", "replace", "silence"]
 
 Repair = Literal["gauss-newton", "least-squares", "bias", "none"]
 
@@ -123,19 +123,6 @@ def silence(g: Graph, group: Group, units: Array) -> None:
         a = g.array(v).copy()
         a[tuple([slice(None)] * slot.axis + [slot.positions(units)])] = 0
         g.put(v, a)
-
-
-def magnitude(g: Graph, group: Group) -> Float64:
-    """L2 norm of all weights that read or write a unit: `[units]` (Torch-Pruning's group norm)."""
-    total = np.zeros(group.units)
-    for slot in group.slots:
-        a = numbers(g, g.value(slot.value)) if slot.reads or slot.writes else None
-        if a is None:
-            continue
-        squares = np.square(a.astype(np.float64)).sum(axis=tuple(i for i in range(a.ndim) if i != slot.axis))
-        units = np.asarray(slot.units)
-        total += np.bincount(units[units != STAYS], squares[units != STAYS], group.units)
-    return np.asarray(np.sqrt(total))
 
 
 def numbers(g: Graph, v: ir.Value) -> Array | None:

@@ -1,4 +1,7 @@
-"""What the passes that cut widths share: scores of units, amounts, repair, cut; a pass names the groups."""
+"""What the passes that cut widths share: score units, choose how many stay, remove the rest, repair what reads them.
+
+A pass names the groups; how units are scored is in `scores`, how many go in `budgets`, repairs are in `methods.repair`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import abc
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -17,32 +19,27 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import macs, parameters
-from onnxcomp.errors import ModelError, RecipeError
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.groups import Group
-from onnxcomp.maths import Array, Float64, scores
+from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
-from onnxcomp.maths.elimination import elimination
 from onnxcomp.methods.repair import readers
 from onnxcomp.methods.repair.readers import Reader, Repair
 from onnxcomp.methods.repair.sequential import in_order
-from onnxcomp.methods.width import budgets, trial_cuts
+from onnxcomp.methods.skip_patterns import skipped
+from onnxcomp.methods.width import budgets, scores, trial_cuts
 from onnxcomp.methods.width.budgets import Budget, Clock
-from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
-from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.stats import Need, gram, mean, var
 from onnxcomp.target import Target
 
 __all__ = ["Place", "Score", "Width"]
 
 Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
-NORMAL: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
-MOST_VARIANTS = 2048
-ASKED: dict[str, list[Callable[[str], Need]]] = {
-    "wanda": [norm2],
-    "flap": [var, mean],
-    "energy": [gram],
-    "magnitude": [],
-    "ablation": [],
+# How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
+NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
+REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "gauss-newton": [gram, mean, var],
     "least-squares": [gram, mean, var],
     "bias": [mean],
@@ -83,16 +80,16 @@ class Width(Pass):
     By default sensitivity where score or repair ask for data anyway and no weight is quantized, and else layer.
     """
     score: Score = "energy"
-    """How much a unit matters: its weights, |W||X|, its fluctuation, its output that others cannot make, its loss."""
+    """How much a unit matters: weight norm, |W||X|, fluctuation, output error after a refit, loss of the model."""
     repair: Repair = "least-squares"
-    """What makes up for the cut: the weights that stay, fitted to the uncut layer; its mean output; or nothing.
+    """How the cut is compensated: remaining weights refitted to the uncut layer, its mean output in the bias, not.
 
-    `gauss-newton` fits all that is added to the residual stream behind the cut, and feed-forward parts as a whole.
+    `gauss-newton` refits every linear that adds to the residual stream after the cut, and whole feed-forward parts.
     """
     sequential: bool = True
-    """Fit layer after layer on what the cut model gives it, towards the uncut residual stream; else each alone.
+    """Refit each layer on the inputs that the repaired layers before it produce; else on the uncut model's inputs.
 
-    Only least squares has the choice: Gauss-Newton steps always go in order.
+    Only least squares has the choice: Gauss-Newton steps are always sequential.
     """
     multiple_of: Annotated[int, Field(ge=0)] = 0
     """Widths become multiples of this; 0 takes what the target runs well (for heads: any count)."""
@@ -103,13 +100,13 @@ class Width(Pass):
     metric: str | None = None
     """Gate name that ablation and sensitivity measure; by default kl for logits, else rel-l2."""
     skip: tuple[str, ...] = ()
-    """Patterns of node names that stay whole."""
+    """Patterns of node names that are not cut."""
 
     @property
     def is_identity(self) -> bool:
         """Whether nothing is to be cut."""
-        asked = [b for b in (self.parameters, self.macs, self.latency) if b is not None]
-        return all(b == 1 for b in asked) if asked else self.ratio == 0
+        budgets_given = [b for b in (self.parameters, self.macs, self.latency) if b is not None]
+        return all(b == 1 for b in budgets_given) if budgets_given else self.ratio == 0
 
     @property
     def wants_data(self) -> bool:
@@ -122,14 +119,14 @@ class Width(Pass):
 
     @property
     def _ranked(self) -> Literal["sensitivity", "global", "layer"]:
-        """The ranking that is asked for, or fits what else is."""
+        """The ranking asked for, by default the one that fits the other options."""
         if self.uniform:
             return "layer"
         return self.ranking or ("sensitivity" if self._measures else "layer")
 
     @property
     def _by_clock(self) -> float | None:
-        """The share of time that is asked for, where it is less than all."""
+        """The latency budget, None where there is none or it allows all."""
         return None if self.latency == 1 else self.latency
 
     @property
@@ -137,7 +134,7 @@ class Width(Pass):
         return self.repair == "gauss-newton" or (self.sequential and self.repair == "least-squares")
 
     def planning(self) -> Width:
-        """The same sizes in all without data: units are ranked by magnitude, nothing is repaired.
+        """The pass for a dry run, with the same total size: units ranked by magnitude, without data and repair.
 
         Raises `RecipeError` for a latency budget: a dry run has no clock.
         """
@@ -159,49 +156,39 @@ class Width(Pass):
         return [site for site, _ in self.starts(g)]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
-        """What score and repair ask of the inputs of the linears that read the axis."""
+        """The statistics for score and repair, of the inputs of every linear that reads the axis."""
         if self.is_identity or not self.wants_data:
             return
-        alone = not self._in_order or self._ranked == "sensitivity"
-        asked = [*ASKED[self.score], *(ASKED[self.repair] if alone else ())]
+        uses_uncut_inputs = not self._in_order or self._ranked == "sensitivity"
+        kinds = [*scores.NEEDS[self.score], *(REPAIR_NEEDS[self.repair] if uses_uncut_inputs else ())]
         sources = (s for p in self.places(Coupling(g.clone())) for r in p.readers for s in r.sources)
-        yield from dict.fromkeys(need(s) for s in sources for need in asked)
+        yield from dict.fromkeys(need(s) for s in sources for need in kinds)
 
     def run(self, g: Graph, env: Env) -> None:
-        """Score, choose, repair, cut, and prove the shapes."""
+        """Score the units, choose which stay, take the others out, and repair what reads the axis."""
         if self.is_identity:
             return
         if self.ranking is None and any(x.quantized for x in blocks.linears(g, tied=True)):
-            dataclasses.replace(self, ranking="layer").run(g, env)  # codes are not silenced for a trial
+            dataclasses.replace(self, ranking="layer").run(g, env)  # a trial cut cannot zero quantized weights
             return
         coupling = Coupling(g)
         places = self.places(coupling)
         if not places:
             return
-        candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
-        if self._ranked == "sensitivity":
-            parts = [(p.group, p.readers) for p in places]
-            candidates = trial_cuts.scaled(g, parts, candidates, env, self.metric, self.repair)
+        candidates = self._score(g, places, env)
         clock = self._clock(g, places, candidates, env)
         keeps = self._amounts(g, places, candidates, clock)
         uncut = g.clone()
         for i, (place, keep) in enumerate(zip(places, keeps, strict=True)):
-            self._cut(g, place, keep, env, clock.told(keeps, i) if clock else "")
+            self._take(g, place, keep, env, clock.told(keeps, i) if clock else "")
         prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
-        cut = [(p, keep) for p, keep in zip(places, keeps, strict=True) if len(keep) < p.group.units]
-        self._after(g, uncut, env, cut)
+        self._repair(g, uncut, env, [(p, k) for p, k in zip(places, keeps, strict=True) if len(k) < p.group.units])
 
-    def _after(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
-        """Repair the readers of what was cut, one after another where that is asked for."""
-        if self._in_order:
-            in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
+    def _take(self, g: Graph, place: Place, keep: Array, env: Env, predicted: str) -> None:
+        """Take the units outside `keep` out of one group and note it, or decline its sites where all stay.
 
-    def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
-        """What reads the axis of a group and can be fitted; raises `ModelError` where that cannot be as asked."""
-        return readers.readers_of(group, linears)
-
-    def _cut(self, g: Graph, place: Place, keep: Array, env: Env, said: str) -> None:
-        """Cut one group, with its readers repaired where each is for itself; or decline its sites."""
+        A repair that is not sequential comes first: it needs the weights of the units that go.
+        """
         if len(keep) == place.group.units:
             for site in place.sites:
                 g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
@@ -211,47 +198,55 @@ class Width(Pass):
                 readers.repair(g, reader, keep, env.stats, self.repair)
         g.take(place.group, keep)
         for site in place.sites:
-            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}" + (f", {said}" if said else ""))
+            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}" + (f", {predicted}" if predicted else ""))
+
+    def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
+        """Sequential repair: refit the readers of what was cut, one after another, where that is asked for."""
+        if self._in_order:
+            in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
+
+    def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
+        """What reads the axis of a group and can be refitted; raises `ModelError` where that cannot be as asked."""
+        return readers.readers_of(group, linears)
 
     # ---- what is cut ---------------------------------------------------------------------------------------------
 
     def places(self, c: Coupling) -> list[Place]:
-        """The groups with their sites, each group once; what cannot be cut is declined with what blocked it."""
-        found: list[Place] = []
+        """The groups with their sites, each group once; what cannot be cut is declined with the reason."""
+        places: list[Place] = []
         blocked: list[Blocked] = []
         linears = blocks.linears(c.g, tied=True)
         for site, start in self.starts(c.g):
             at = (str(start.name), self.axis if self.axis >= 0 else (c.facts.rank(start) or 0) - 1)
-            if (i := next((i for i, p in enumerate(found) if p.group.holds(*at)), None)) is not None:
-                found[i] = dataclasses.replace(found[i], sites=(*found[i].sites, site))
+            if (i := next((i for i, p in enumerate(places) if p.group.holds(*at)), None)) is not None:
+                places[i] = dataclasses.replace(places[i], sites=(*places[i].sites, site))
                 continue
             try:
                 if (same := next((b for b in blocked if at in b.reached), None)) is not None:
                     raise same
-                found.append(self._place(c, site, start, linears))
+                places.append(self._place(c, site, start, linears))
             except Blocked as e:
                 blocked.append(e)
                 c.g.decline(site, str(e))
             except ModelError as e:
                 c.g.decline(site, str(e))
-        return found
+        return places
 
     def _place(self, c: Coupling, site: Site, start: ir.Value, linears: Sequence[Linear]) -> Place:
-        names = (site.name, *site.nodes)
-        if (hit := next((p for p in self.skip if any(fnmatchcase(n, p) for n in names)), None)) is not None:
-            raise ModelError(f"skipped by the pattern '{hit}'")
+        if (pattern := skipped(self.skip, site.name, *site.nodes)) is not None:
+            raise ModelError(f"skipped by the pattern '{pattern}'")
         group = self.group(c, start)
-        read = self._readers(c.g, group, linears)
-        held = next((r.quantized for r in read if r.quantized), None)
-        tried = self.score == "ablation" or self.ranking == "sensitivity"
-        if held is not None and (self.repair in ("gauss-newton", "least-squares") or tried):
+        consumers = self._readers(c.g, group, linears)
+        quantized = next((r.quantized for r in consumers if r.quantized), None)
+        zeroes_weights = self.score == "ablation" or self.ranking == "sensitivity"
+        if quantized is not None and (self.repair in ("gauss-newton", "least-squares") or zeroes_weights):
             raise ModelError(
-                f"linear '{held.name}' is quantized, and this needs float weights: cut the model before quantizing it, "
-                "or say repair: bias or none, no ablation, and no ranking by sensitivity"
+                f"linear '{quantized.name}' is quantized, and this needs float weights: cut the model before "
+                "quantizing it, or say repair: bias or none, no ablation, and no ranking by sensitivity"
             )
-        if not read and (self.repair != "none" or self.score not in ("magnitude", "ablation")):
+        if not consumers and (self.repair != "none" or self.score not in ("magnitude", "ablation")):
             raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
-        return Place((site,), group, read)
+        return Place((site,), group, consumers)
 
     def _why(self, place: Place, target: Target) -> str:
         step = self._multiple(target)
@@ -262,68 +257,58 @@ class Width(Pass):
     def _multiple(self, target: Target) -> int:
         return self.multiple_of or (target.width_multiple if self.aligned else 1)
 
-    # ---- how much ------------------------------------------------------------------------------------------------
+    # ---- score and amount ----------------------------------------------------------------------------------------
+
+    def _score(self, g: Graph, places: Sequence[Place], env: Env) -> list[Candidate]:
+        """The groups with the score of every unit, in units of the model's loss where trial cuts rank the layers."""
+        candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
+        if self._ranked != "sensitivity":
+            return candidates
+        return trial_cuts.scaled(g, [(p.group, p.readers) for p in places], candidates, env, self.metric, self.repair)
+
+    def _scores(self, g: Graph, place: Place, env: Env) -> Float64:
+        """How much each unit of one group matters: `[units]`; of several consumers each counts the same."""
+        if self.score == "magnitude":
+            return scores.magnitude(g, place.group)
+        if self.score == "ablation":
+            return scores.ablation(place.group, env, self.metric, self.name)
+        score = scores.SCORES[self.score]
+        parts = [score(r.weight(g), r, env.stats, place.group.units) for r in place.readers]
+        return parts[0] if len(parts) == 1 else np.asarray(sum(normalised(s, "l2") for s in parts))
 
     def _candidates(
-        self, g: Graph, places: Sequence[Place], found: Sequence[Float64], target: Target
+        self, g: Graph, places: Sequence[Place], unit_scores: Sequence[Float64], target: Target
     ) -> list[Candidate]:
-        """The groups with their scores, what a unit costs, and which counts are allowed."""
+        """The groups with their scores, the parameters that one unit costs, and which counts are allowed."""
         groups = [p.group for p in places]
-        whole = parameters(g)
-        costs = [max(1, whole - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
-        how = NORMAL.get(self.score, "l2") if self._ranked == "global" else "none"
+        total = parameters(g)
+        costs = [max(1, total - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
+        how = NORMALIZED.get(self.score, "l2") if self._ranked == "global" else "none"
         return [
             Candidate(normalised(s, how), cost, x.parts, self._multiple(target), self.floor)
-            for s, x, cost in zip(found, groups, costs, strict=True)
+            for s, x, cost in zip(unit_scores, groups, costs, strict=True)
         ]
 
-    def _clock(self, g: Graph, places: Sequence[Place], found: Sequence[Candidate], env: Env) -> Clock | None:
+    def _clock(self, g: Graph, places: Sequence[Place], candidates: Sequence[Candidate], env: Env) -> Clock | None:
+        """Measured times of every group, None without a latency budget."""
         if self._by_clock is None:
             return None
-        return budgets.timed(self.name, self._by_clock, g, [p.group for p in places], found, env)
+        return budgets.timed(self.name, self._by_clock, g, [p.group for p in places], candidates, env)
 
     def _amounts(
-        self, g: Graph, places: Sequence[Place], found: Sequence[Candidate], clock: Clock | None = None
+        self, g: Graph, places: Sequence[Place], candidates: Sequence[Candidate], clock: Clock | None = None
     ) -> list[Array]:
-        """The units that stay in each group: by ratio, or by the budget that takes most."""
+        """The units that stay in each group: by ratio, or by the budget that removes most."""
         groups = [p.group for p in places]
-        asked = [("parameters", self.parameters, parameters), ("macs", self.macs, macs)]
-        given = [budgets.counted(name, b, g, groups, count) for name, b, count in asked if b is not None]
+        options = [("parameters", self.parameters, parameters), ("macs", self.macs, macs)]
+        given = [budgets.counted(name, b, g, groups, count) for name, b, count in options if b is not None]
         if clock is not None and self.latency is not None:
             given.append(Budget("latency", self.latency, clock.share))
         if not given:
-            return self._choose(found, self.ratio)
-        return self._choose(found, budgets.ratio(self.name, self.unit, given, lambda r: self._choose(found, r)))
+            return self._choose(candidates, self.ratio)
+        return self._choose(
+            candidates, budgets.ratio(self.name, self.unit, given, lambda r: self._choose(candidates, r))
+        )
 
     def _choose(self, candidates: Sequence[Candidate], ratio: float) -> list[Array]:
         return choose(candidates, ratio, "layer" if self._ranked == "layer" else "global", self.uniform)
-
-    # ---- what matters --------------------------------------------------------------------------------------------
-
-    def _scores(self, g: Graph, place: Place, env: Env) -> Float64:
-        """How much each unit matters: `[units]`; several readers count the same."""
-        count = place.group.units
-        if self.score == "magnitude":
-            return readers.magnitude(g, place.group)
-        if self.score == "ablation":
-            if count > MOST_VARIANTS:
-                raise RecipeError(
-                    f"{self.name}: score ablation would run the model {count} times for one layer; use energy"
-                )
-            edits = [_silence(place.group, u) for u in range(count)]
-            return np.array([s.value for s in env.evaluate(edits, self.metric)])
-        found = [self._of_reader(g, r, env.stats, count) for r in place.readers]
-        return found[0] if len(found) == 1 else np.asarray(sum(normalised(s, "l2") for s in found))
-
-    def _of_reader(self, g: Graph, reader: Reader, stats: Stats, count: int) -> Float64:
-        weight, units = reader.weight(g), reader.units
-        if self.score == "wanda":
-            return scores.per_unit(scores.wanda(weight, reader.norm2(stats)).sum(axis=1), units, count)
-        if self.score == "flap":
-            return scores.per_unit(scores.flap(reader.var(stats), weight), units, count, mean=True)
-        return elimination(reader.gram(stats), weight, units, count)
-
-
-def _silence(group: Group, unit: int) -> Edit:
-    """An edit that zeroes what reads one unit."""
-    return lambda g: readers.silence(g, group, np.array([unit]))
