@@ -12,7 +12,7 @@ from pydantic import Field
 from onnxcomp.blocks.branches import Branch, branches, whole_layers
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.layer_choice import Choice, similarity, stable_name
-from onnxcomp.methods.repair.dropped_layers import Gap, close, leave_out
+from onnxcomp.methods.repair.dropped_layers import Gap, leave_out, refit_around_gaps
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats
 from onnxcomp.target import Target
@@ -66,7 +66,7 @@ class DropLayers(Pass):
         choice.scores = self._scores(g, env, choice.candidates, env.stats)
         gaps = self._drop(g, env, int(self.ratio * len(every)), choice)
         if self.repair != "none" and not env.dry:
-            close(g, uncut, env, gaps, self.repair == "gauss-newton")
+            refit_around_gaps(g, uncut, env, gaps, self.repair == "gauss-newton")
         self._decline(g, every, choice)
 
     def _drop(self, g: Graph, env: Env, count: int, choice: Choice) -> list[Gap]:

@@ -82,6 +82,6 @@ class PruneChannels(Width):
         """Repair the convolutions after every cut: a bias added before would keep its full length."""
         groups = [(p.group, keep, p.readers) for p, keep in cut]
         if self._in_order:
-            convolutions.in_order(g, uncut, env, groups)
+            convolutions.refit_in_order(g, uncut, env, groups)
         elif self.repair != "none":
-            convolutions.each_alone(g, uncut, env, groups, self.repair)
+            convolutions.refit_each(g, uncut, env, groups, self.repair)

@@ -17,7 +17,7 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair.correspondence import counterpart, has
-from onnxcomp.methods.repair.sequential import to_stream, unfit
+from onnxcomp.methods.repair.sequential import refit_to_stream, unfit_reason
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
 from onnxcomp.stats import Need, cross_gram, mean, norm2, var
 from onnxcomp.target import Target
@@ -75,10 +75,10 @@ class Refit(SequentialPass):
         target = counterpart(g, env.original, found.end)
         if not has(env.original, target):
             return f"the original has no value '{target}' to fit to"
-        if why := unfit(g, x):
+        if why := unfit_reason(g, x):
             return why
         try:
-            to_stream(g, env.original, env, x, target, self.damp)
+            refit_to_stream(g, env.original, env, x, target, self.damp)
         except ModelError as e:
             return str(e)
         return ""

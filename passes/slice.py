@@ -117,8 +117,10 @@ class Slice(Pass):
     def _repair(self, g: Graph, uncut: Graph, env: Env, targets: dict[str, Part], readers: set[ir.Node]) -> None:
         """Refit, one after another, the linears that read the stream and those that add to it."""
         linears = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
-        fitted = [x for x in linears if has(uncut, str(x.output.name)) and not sequential.unfit(g, x)]
-        sequential.in_order(g, uncut, env, map(sequential.alone, fitted), targets, self.repair == "gauss-newton")
+        fitted = [x for x in linears if has(uncut, str(x.output.name)) and not sequential.unfit_reason(g, x)]
+        sequential.refit_in_order(
+            g, uncut, env, map(sequential.reader_of, fitted), targets, self.repair == "gauss-newton"
+        )
 
     def _repairs(self, env: Env) -> bool:
         return self.repair != "none" and not env.dry

@@ -166,9 +166,9 @@ def average(g: Graph, a: Attention, keys: Alignment, values: Alignment, count: i
         g.set_attr(node, num_heads=groups)
 
 
-def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], whole: bool = False) -> None:
+def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], gauss_newton: bool = False) -> None:
     """Refit output projections to the uncut residual stream, by sequential repair (`repair.sequential`)."""
-    sequential.in_order(g, uncut, env, [sequential.alone(x) for x in outputs], whole=whole)
+    sequential.refit_in_order(g, uncut, env, [sequential.reader_of(x) for x in outputs], gauss_newton=gauss_newton)
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:

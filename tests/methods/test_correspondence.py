@@ -7,7 +7,7 @@ from onnxcomp import blocks
 from onnxcomp.blocks.branches import sums, whole_layers
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.engine.manager import PassManager
-from onnxcomp.methods.repair.correspondence import counterpart, standing
+from onnxcomp.methods.repair.correspondence import counterpart, reference_value
 from onnxcomp.methods.repair.dropped_layers import leave_out
 from onnxcomp.passes.drop_layers import DropLayers
 from onnxcomp.passes.prune_ffn import PruneFfn
@@ -48,7 +48,7 @@ def test_the_sum_before_a_gap_stands_for_that_behind_it(layers, behind):
     for i, v in enumerate(left):
         want = was[behind] if i == before else g.value(v.name)
         assert counterpart(cut, g, v) == want.name
-        assert standing(g, cut, v) == (g, want.name)
+        assert reference_value(g, cut, v) == (g, want.name)
 
 
 def test_a_sum_is_compared_behind_a_norm_only_where_that_is_the_same():
@@ -76,7 +76,7 @@ def test_readers_that_do_not_agree_leave_a_value_to_stand_for_itself():
 def test_another_width_is_compared_with_the_model_before_the_cut():
     g, wide = tiny.encoder(layers=2, norm="pre", hidden=16), tiny.encoder(layers=2, norm="pre", hidden=32)
     for v in ends(g):
-        assert standing(wide, g, v) == (g, v.name)
+        assert reference_value(wide, g, v) == (g, v.name)
 
 
 def still(g):

@@ -216,7 +216,7 @@ def test_no_fit_raises_the_error_at_its_place():
     gone = dropped_layers.leave_out(work, whole_layers(work)[2], gone)
     assert [(x.entry, x.exit) for x in gone] == [(whole_layers(g)[2].entry.name, whole_layers(g)[3].exit.name)]
 
-    def fitted(g_, uncut_, env, x, target, damp, whole):
+    def fitted(g_, uncut_, env, x, target, damp, gauss_newton):
         end = sums(x).end
         wanted = [run(uncut, f, target)[0] for f in calibration]
 
@@ -225,7 +225,7 @@ def test_no_fit_raises_the_error_at_its_place():
             return sum(float(np.sum((a - y) ** 2)) for a, y in zip(made, wanted, strict=True))
 
         before = off()
-        sequential.to_stream(g_, uncut_, env, x, target, damp, whole=whole)
+        sequential.refit_to_stream(g_, uncut_, env, x, target, damp, gauss_newton=gauss_newton)
         seen.append((before, off()))
 
     class Spy(DropLayers):
@@ -235,10 +235,10 @@ def test_no_fit_raises_the_error_at_its_place():
             return []
 
         def run(self, g, env):
-            dropped_layers.close(work, uncut, env, gone)
+            dropped_layers.refit_around_gaps(work, uncut, env, gone)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dropped_layers, "to_stream", fitted)
+        patch.setattr(dropped_layers, "refit_to_stream", fitted)
         PassManager([Spy()], allow_unchanged=True).run(g, calibration, calibration)
     assert len(seen) == 1 + 2
     assert all(after <= before * (1 + 1e-6) for before, after in seen)

@@ -1,4 +1,4 @@
-"""Values of an uncut model that those of a cut one stand for."""
+"""Which value of the original a value of the cut graph corresponds to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 
-__all__ = ["counterpart", "has", "standing"]
+__all__ = ["counterpart", "has", "reference_value"]
 
 
 def has(g: Graph, name: str) -> bool:
@@ -19,10 +19,10 @@ def has(g: Graph, name: str) -> bool:
 
 
 def counterpart(g: Graph, original: Graph, v: ir.Value) -> str:
-    """The name of what all that reads a value reads in the original: behind a gap, where layers were left out after it.
+    """The name of the original's value that the consumers of `v` read there: behind a gap where layers were dropped.
 
-    A norm or reshape that alone reads it, and is what the original has behind the gap, is looked through. The value's
-    own name where its readers do not agree, or are new.
+    Looks through a norm or reshape that is the only consumer and is the same as the one behind the gap in the original.
+    The value's own name where its consumers do not agree, or are new.
     """
     name = str(v.name)
     if v.is_graph_output() or not has(original, name):
@@ -30,16 +30,16 @@ def counterpart(g: Graph, original: Graph, v: ir.Value) -> str:
     nodes = {node.name: node for node in original.nodes()}
     users = list(v.uses())
     read = (nodes[node.name].inputs[i] for node, i in users if node.name in nodes and i < len(nodes[node.name].inputs))
-    found = {str(there.name) for there in read if there is not None}
-    if len(found) != 1:
+    names = {str(there.name) for there in read if there is not None}
+    if len(names) != 1:
         return name
-    if found == {name} and len(users) == 1:
+    if names == {name} and len(users) == 1:
         return _through(g, original, users[0][0], v)
-    return found.pop()
+    return names.pop()
 
 
-def standing(original: Graph, uncut: Graph, v: ir.Value) -> tuple[Graph, str]:
-    """Where a value of a graph is to be compared: its counterpart in the original if that is as wide, else itself."""
+def reference_value(original: Graph, uncut: Graph, v: ir.Value) -> tuple[Graph, str]:
+    """The graph and name to compare a value with: its counterpart in the original if that is as wide, else itself."""
     name = counterpart(uncut, original, v)
     there = original.value(name) if has(original, name) else None
     if there is None or there.shape is None or v.shape is None or len(there.shape) != len(v.shape):
@@ -48,7 +48,7 @@ def standing(original: Graph, uncut: Graph, v: ir.Value) -> tuple[Graph, str]:
 
 
 def _through(g: Graph, original: Graph, node: ir.Node, v: ir.Value) -> str:
-    """The counterpart of what one norm or reshape alone reads, by that of what it gives."""
+    """The counterpart of the input of one norm or reshape, found from the counterpart of its output."""
     name = str(v.name)
     if not node.op_type.endswith("Normalization") and node.op_type != "Reshape":
         return name
@@ -56,12 +56,12 @@ def _through(g: Graph, original: Graph, node: ir.Node, v: ir.Value) -> str:
     there = original.value(behind).producer() if has(original, behind) else None
     if there is None or there.name == node.name or there.op_type != node.op_type or there.inputs[0] is None:
         return name
-    same = node.op_type == "Reshape" or _alike(g, node, original, there)
+    same = node.op_type == "Reshape" or _equal_parameters(g, node, original, there)
     return str(there.inputs[0].name) if same else name
 
 
-def _alike(g: Graph, node: ir.Node, original: Graph, there: ir.Node) -> bool:
-    """Whether two norms do the same to what they read."""
+def _equal_parameters(g: Graph, node: ir.Node, original: Graph, there: ir.Node) -> bool:
+    """Whether two norms have equal parameters."""
     pairs = list(zip(node.inputs[1:], there.inputs[1:], strict=False))
     if len(node.inputs) != len(there.inputs) or any((a is None) != (b is None) for a, b in pairs):
         return False

@@ -1,4 +1,4 @@
-"""Gaps that left-out branches leave in the residual stream, and the linears around them that make up for it."""
+"""Gaps that dropped branches leave in the residual stream, and the refit of the linears around them."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ from onnxcomp.blocks.caches import take_out
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
-from onnxcomp.methods.repair.sequential import behind, to_stream, unfit
+from onnxcomp.methods.repair.sequential import downstream, refit_to_stream, unfit_reason
 from onnxcomp.pipeline import Env
 
-__all__ = ["Gap", "close", "leave_out"]
+__all__ = ["Gap", "leave_out", "refit_around_gaps"]
 
-DAMP = 0.03  # of the inputs' mean square: a layer is more than a cut, and is not to be learnt by heart
+# Pull of a refitted weight towards the weight as it is, relative to the mean of the inputs' squares. Thirty times that
+# of other repairs: the change that replaces whole layers is large, and would overfit the calibration data.
+GAP_DAMP = 0.03
 READ = "what comes before it is read elsewhere as well"
 NOTHING = "no linear before it is added to the stream as it is"
 
 
 @dataclass(frozen=True)
 class Gap:
-    """One place where branches were left out: the stream there, and the one behind them in the uncut model.
+    """One place where branches were dropped: the stream there, and the stream after them in the uncut model.
 
-    `read` says that others than the branches read the stream there, which then must stay what it is.
+    `read` says that others than the branches consume the stream there, so it must not change.
     """
 
     entry: str
@@ -38,56 +40,61 @@ class Gap:
 
 
 def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
-    """Hand the stream past a branch, and take its caches off the interface; the gaps there are now.
-
-    Gaps of neighbours become one.
-    """
+    """Skip a branch and remove its caches from the interface; all gaps, those of neighbours joined into one."""
     assert b.entry is not None
     assert b.exit is not None
-    before, behind = str(b.entry.name), str(b.exit.name)
+    before, downstream = str(b.entry.name), str(b.exit.name)
     public, users = b.entry.is_graph_output(), set(b.entry.uses())
     g.replace(b.exit, b.entry)
-    for found in b.ports:
-        take_out(g, found)
+    for port in b.ports:
+        take_out(g, port)
     g.note(b.site, ", ".join(["left out", *(f"with {p}" for p in b.ports if str(p))]))
-    g.sweep()  # what is dead must not be seen as a part of a layer in the next round
+    g.sweep()  # dead nodes must not be recognised as part of a layer in the next round
     read = public or not users.isdisjoint(b.entry.uses())
     known = {x.entry: x for x in gaps}
-    parts = [x for x in (known.pop(before, None), known.pop(behind, None)) if x is not None]
-    after = next((x.exit for x in parts if x.entry == behind), behind)
+    parts = [x for x in (known.pop(before, None), known.pop(downstream, None)) if x is not None]
+    after = next((x.exit for x in parts if x.entry == downstream), downstream)
     sites = (*(s for x in parts for s in x.sites), b.site)
     return [*known.values(), Gap(str(b.entry.name), after, sites, read or any(x.read for x in parts))]
 
 
-def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], whole: bool = False) -> None:
-    """Fit the linears that write to the stream before and behind gaps, in topological order, each on the graph by then.
+def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], gauss_newton: bool = False) -> None:
+    """Refit the linears that write to the stream before and after gaps, in order, each on the graph repaired so far.
 
-    Right before a gap the target is the stream behind it in the uncut model, so that the linear takes over what it can
-    of the branches (LLM-Streamline, arXiv 2403.19135; ReplaceMe, arXiv 2505.02819, here in place of weights that are
-    there); further on it is the uncut stream at the same place. Law: no place's squared error on the calibration data
-    grows. Where nothing can be fitted, a note says why.
+    Right before a gap the target is the uncut stream after it, so that the linear replaces what it can of the branches
+    (LLM-Streamline, arXiv 2403.19135; ReplaceMe, arXiv 2505.02819, here by changing weights that exist); further on it
+    is the uncut stream at the same place. Law: no squared error on the calibration data grows. A note says where
+    nothing can be refitted, and why.
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    found = ((x, sums(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
-    writers = [(x, found.end) for x, found in found if found is not None]
-    gaps = [gap for gap in gaps if has(g, gap.entry)]  # what was only there for a branch is gone with it
+    joined = ((x, sums(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
+    writers = [(x, into.end) for x, into in joined if into is not None]
+    gaps = [gap for gap in gaps if has(g, gap.entry)]  # a value that only a branch used was removed with it
     ends = {end: gap for gap in gaps if (end := _end(g, uncut, gap, writers)) is not None}
-    after = behind(g.value(gap.entry) for gap in gaps)
+    after = downstream(g.value(gap.entry) for gap in gaps)
     for x, end in writers:
         gap = ends.get(end)
         if gap is None and (x.source not in after or not has(uncut, str(end.name))):
             continue
-        if why := unfit(g, x):
+        if why := unfit_reason(g, x):
             g.note(x.site, f"not repaired: {why}")
             continue
-        to_stream(g, uncut, env, x, str(end.name) if gap is None else _target(g, uncut, gap), DAMP, whole=whole)
-    if whole and gaps:
+        refit_to_stream(
+            g,
+            uncut,
+            env,
+            x,
+            str(end.name) if gap is None else _target(g, uncut, gap),
+            GAP_DAMP,
+            gauss_newton=gauss_newton,
+        )
+    if gauss_newton and gaps:
         fit_logits(g, env)
 
 
 def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Value]]) -> ir.Value | None:
-    """The sum before a gap that linears can bring to the stream behind it; None, with a note, where there is none."""
+    """The sum before a gap that linears can fit to the stream after it; None, with a note, where there is none."""
     end, _ = _ends(g, uncut, gap)
     why = READ if gap.read else "" if any(e is end for _, e in writers) else NOTHING
     for site in gap.sites if why else ():
@@ -96,7 +103,7 @@ def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Va
 
 
 def _ends(g: Graph, uncut: Graph, gap: Gap) -> tuple[ir.Value, ir.Value]:
-    """The sums before a gap and, in the uncut model, behind it: before norms, or before lists of tokens get a shape."""
+    """The sums before a gap and, in the uncut model, after it: before norms, or before a reshape of lists of tokens."""
     if (norms := _norms(g, uncut, gap)) is not None:
         return norms[0].input, norms[1].input
     here, there = g.value(gap.entry), uncut.value(gap.exit)
@@ -107,7 +114,7 @@ def _ends(g: Graph, uncut: Graph, gap: Gap) -> tuple[ir.Value, ir.Value]:
 
 
 def _target(g: Graph, uncut: Graph, gap: Gap) -> str:
-    """The value of the uncut model for the sum before a gap; a norm behind that takes over what the one there did."""
+    """The uncut target of the sum before a gap; a norm after that sum gets the parameters of that after the gap."""
     target = str(_ends(g, uncut, gap)[1].name)
     if (norms := _norms(g, uncut, gap)) is not None:
         here, there = norms
@@ -119,7 +126,7 @@ def _target(g: Graph, uncut: Graph, gap: Gap) -> str:
 
 
 def _norms(g: Graph, uncut: Graph, gap: Gap) -> tuple[NormSite, NormSite] | None:
-    """The norms that make the stream before and behind a gap, in models that normalize after adding."""
+    """The norms that produce the stream before and after a gap, in post-norm models."""
     here = next((n for n in blocks.norms(g) if n.output.name == gap.entry), None)
     there = next((n for n in blocks.norms(uncut) if n.output.name == gap.exit), None)
     same = here and there and (here.kind, here.bias is None) == (there.kind, there.bias is None)

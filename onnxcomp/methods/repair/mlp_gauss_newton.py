@@ -1,4 +1,4 @@
-"""Feed-forward parts whose weights are all fitted together, so that the residual stream comes closer to a target."""
+"""Gauss-Newton fit of all weights of a feed-forward part, so that the residual stream comes closer to a target."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from onnxcomp.methods.repair.readers import Reader, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired
 
-__all__ = ["HELD", "MEMORY", "alone", "fit_whole"]
+__all__ = ["HELD", "MEMORY", "fit_mlp", "reader_of"]
 
-ROWS = 1 << 16  # at most, of the calibration data
-MEMORY = 2 << 30  # bytes, where nothing else is said
-HELD = 64  # rows are held so many times less than memory: in two samples that grow, as pairs, and split
+ROWS = 1 << 16  # calibration rows at most: time of a round grows with them, the gain from more rows falls
+LEAST_ROWS = 64  # even where memory is said to be less
+MEMORY = 2 << 30  # bytes, where no budget is given
+HELD = 64  # bytes of memory for each element of a row: two float64 samples while they grow, as pairs, and split
 
 
-def alone(x: Linear) -> Reader:
-    """One linear as the reader of its own weight, whatever is cut."""
+def reader_of(x: Linear) -> Reader:
+    """One linear as the reader of its own weight, with no axis that is cut."""
     return Reader(Slot(str(x.weight.name), int(x.transposed), ()), (x,))
 
 
-def fit_whole(
+def fit_mlp(
     g: Graph,
     against: Graph,
     target: str,
@@ -38,39 +39,39 @@ def fit_whole(
     to: Sums,
     part: Callable[[Float64], Float64] | None = None,
 ) -> None:
-    """Fit all weights and biases of a feed-forward part to what is left of a value of the graph `against`, and say so.
+    """Fit all weights and biases of a feed-forward part to a stream of the graph `against`, and note the gain.
 
-    `to` is how its down projection is added to the stream, which the target (or a `part` of its statistics) is for.
-    Law: on calibration rows that were not fitted to, the stream's squared error falls, or nothing changes.
+    `to` is how its down projection is added to the stream; `part` maps the target's rows to those of a narrower stream.
+    Law: on calibration rows that were held out of the fit, the stream's squared error falls, or nothing changes.
     """
     if why := _unfit(g, m):
         g.note(m.site, f"only its down projection is fitted: {why}")
         return
     d, n = m.up.sizes[0], m.down.sizes[1]
     source, end = m.up.source, to.end
-    count = max(64, min(ROWS, (env.memory or MEMORY) // (HELD * (d + n))))
+    count = max(LEAST_ROWS, min(ROWS, (env.memory or MEMORY) // (HELD * (d + n))))
     here: Need = paired(source, end, count)
     there: Need = paired(source, target, count, other_of="original")
     stats = env.collect(g, [here, there], against)
     x = np.asarray(stats[here][:, :d], np.float32)
     wanted = np.asarray(stats[there][:, d:], np.float64)
-    gap = (wanted if part is None else part(wanted)) - stats[here][:, d:]
+    missing = (wanted if part is None else part(wanted)) - stats[here][:, d:]  # [rows, n], of the stream
     if to.scale is not None:
-        gap /= g.array(to.scale).reshape(-1)
+        missing /= g.array(to.scale).reshape(-1)
     if m.up.bias is not None:
         x = np.concatenate([x, np.ones((len(x), 1), np.float32)], axis=1)
     start = _read(g, m)
-    found = fit(start, x, (start(x) + gap).astype(np.float32))
-    if found.part is start:
+    fitted = fit(start, x, (start(x) + missing).astype(np.float32))
+    if fitted.part is start:
         g.note(m.site, "only its down projection is fitted: more does not help on rows that are left out of the fit")
         return
-    _write(g, m, found.part)
-    gain = 1 - found.after / found.before
+    _write(g, m, fitted.part)
+    gain = 1 - fitted.after / fitted.before
     g.note(m.site, f"fitted as a whole: squared error behind it -{gain:.1%} on rows that are left out of the fit")
 
 
 def _unfit(g: Graph, m: Mlp) -> str:
-    """Why a part whose down projection can be fitted cannot be fitted whole, empty if it can."""
+    """Why only the down projection of a part can be fitted, empty if all its weights can."""
     if m.activation not in DERIVED:
         return f"the derivative of its activation '{m.activation}' is not known"
     inner = [x for x in m.linears if x is not m.down]
@@ -93,7 +94,7 @@ def _read(g: Graph, m: Mlp) -> Ffn:
 
 def _affine(g: Graph, x: Linear) -> Array:
     """Weight `[K, N]` with the bias as a last row where there is one."""
-    weight = alone(x).weight(g)
+    weight = reader_of(x).weight(g)
     rows = [weight] if x.bias is None else [weight, g.array(x.bias).reshape(1, -1)]
     return np.concatenate(rows).astype(np.float32)
 
@@ -103,4 +104,4 @@ def _write(g: Graph, m: Mlp, part: Ffn) -> None:
         if x is not None and w is not None:
             free = x.bias is not None
             dtype = g.array(x.weight).dtype
-            replace(g, alone(x), (w[:-1] if free else w).astype(dtype), w[-1].astype(np.float64) if free else None)
+            replace(g, reader_of(x), (w[:-1] if free else w).astype(dtype), w[-1].astype(np.float64) if free else None)

@@ -1,4 +1,7 @@
-"""Linears that read the axis of a group: their statistics, and the closed-form repair of their weights."""
+"""Readers of a group's axis: the linears whose in-channels it is, their statistics, and closed-form repair.
+
+Layout: `y = x W + b`, `x [R, K]`, `W [K, N]`, `b [N]`; the axis of the group is `K`, each unit has some in-channels.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +49,7 @@ class Reader:
         return a.T if self.linears[0].transposed else a
 
     def kept(self, keep: Array) -> Array:
-        """Which in-channels stay with some units: bool `[K]`."""
+        """Which in-channels belong to the kept units: bool `[K]`."""
         return self.slot.kept(keep)
 
     def bias(self, g: Graph) -> Float64 | None:
@@ -55,7 +58,7 @@ class Reader:
         return None if len(biases) > 1 or None in biases else g.array(biases.pop()).reshape(-1).astype(np.float64)
 
     def way(self, how: Repair, stats: Stats) -> Repair:
-        """How it can be repaired with what was collected."""
+        """The repair that is possible with the statistics that were collected."""
         return how
 
     def put(self, g: Graph, weight: Array) -> None:
@@ -63,7 +66,7 @@ class Reader:
         replace(g, self, weight)
 
     def shift(self, g: Graph, by: Float64) -> None:
-        """Add `[N]` to the bias of all its linears, made where there is none."""
+        """Add `[N]` to the bias of all its linears, creating one where there is none."""
         for linear in self.linears:
             _shift(g, linear, by)
 
@@ -79,7 +82,7 @@ class Reader:
     def gram(self, stats: Stats) -> Float64:
         """`X^T X` over all inputs: `[K, K]`."""
         first, *rest = (np.asarray(stats[gram(s)], np.float64) for s in self.sources)
-        return np.asarray(sum(rest, first))  # a single one stays in its file
+        return np.asarray(sum(rest, first))  # a single one stays mapped from its file
 
     def norm2(self, stats: Stats) -> Float64:
         """Euclidean norm of every in-channel over all inputs: `[K]`."""
@@ -102,22 +105,22 @@ class Reader:
 
 def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
     """The linears behind the group's reading constants."""
-    found = []
+    readers = list[Reader]()
     for slot in group.readers:
-        own = [x for x in linears if x.weight.name == slot.value and slot.axis == int(x.transposed)]
-        if own:
-            found.append(Reader(slot, tuple(own)))
-    return tuple(found)
+        users = [x for x in linears if x.weight.name == slot.value and slot.axis == int(x.transposed)]
+        if users:
+            readers.append(Reader(slot, tuple(users)))
+    return tuple(readers)
 
 
 def inside(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
-    """The same readers in a copy of their graph, those of tied tables left out."""
+    """The same readers in a copy of their graph, without those of tied tables."""
     linears = {x.name: x for x in blocks.linears(g, tied=True)}
     return [r.inside(g, linears) for r in readers if not r.slot.writes]
 
 
 def silence(g: Graph, group: Group, units: Array) -> None:
-    """Zero what reads some units of a group, so that it says what cutting them would."""
+    """Zero the weights that read some units of a group, which has the effect of removing them."""
     for slot in group.readers:
         v = g.value(slot.value)
         a = g.array(v).copy()
@@ -126,7 +129,7 @@ def silence(g: Graph, group: Group, units: Array) -> None:
 
 
 def numbers(g: Graph, v: ir.Value) -> Array | None:
-    """A constant as the numbers it stands for, codes dequantized; None for the scales of codes, and for integers."""
+    """A constant as floats, dequantized where it is quantized; None for scales of codes, and for integers."""
     for node, index in v.uses():
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             return None if index else _dequantized(g, node)
@@ -142,18 +145,19 @@ def _dequantized(g: Graph, node: ir.Node) -> Array:
 
 
 def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> None:
-    """Make the kept in-channels do what the cut ones did on the calibration data, as far as they can, or nothing.
+    """Compensate the removed in-channels of one reader, from statistics of its uncut inputs.
 
-    `bias`: the mean output of what is cut goes into the bias (FLAP, eq. 7), made where there is none. `least-squares`:
-    the kept rows, and the bias if there is one, minimise the squared error of the layer's output.
+    `bias`: the mean output of the removed in-channels, `E[x_removed] W_removed`, is added to the bias, created where
+    there is none (FLAP, arXiv 2312.11983, eq. 7). `least-squares`: the kept rows, and the bias if there is one,
+    minimise the squared error of the layer's output.
     """
-    stays = reader.kept(keep)
-    kept, gone = np.flatnonzero(stays), np.flatnonzero(~stays)
+    is_kept = reader.kept(keep)
+    kept, removed = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
     if how == "none" or reader.slot.writes:
-        return  # a tied table's rows are also what is looked up
+        return  # a tied table is also looked up by token ids, which a refit would change
     weight, means = reader.weight(g), reader.mean(stats)
     if reader.way(how, stats) == "bias":
-        reader.shift(g, means[gone] @ weight[gone].astype(np.float64))
+        reader.shift(g, means[removed] @ weight[removed].astype(np.float64))
         return
     bias = reader.bias(g)
     matrix = reader.gram(stats)
@@ -168,7 +172,7 @@ def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> 
 
 
 def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None) -> None:
-    """Give the linears of a reader another weight `[K, N]`, and bias `[N]` where one is given and they have one."""
+    """Store a weight `[K, N]` for the linears of a reader, and a bias `[N]` where one is given and they have one."""
     g.put(reader.linears[0].weight, np.ascontiguousarray(weight.T) if reader.linears[0].transposed else weight)
     for linear in reader.linears:
         if bias is not None and linear.bias is not None:

@@ -1,4 +1,8 @@
-"""Repair of cut layers one after another: each is fitted as the cut and repaired ones before it leave its inputs."""
+"""Sequential repair: each layer is refitted on the inputs that the repaired layers before it produce.
+
+Layout: a linear is `y = x W + b`, `W [K, N]`; statistics are sums over the calibration rows of `x [R, K]` and of its
+target `[R, N]`.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +20,23 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import forget, release
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
-from onnxcomp.methods.repair.correspondence import has, standing
-from onnxcomp.methods.repair.mlp_gauss_newton import alone, fit_whole
+from onnxcomp.methods.repair.correspondence import has, reference_value
+from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp, reader_of
 from onnxcomp.methods.repair.output_head import fit_logits
 from onnxcomp.methods.repair.readers import Reader, inside, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "Part", "alone", "behind", "in_order", "to_stream", "unfit"]
+__all__ = ["DAMP", "Part", "downstream", "reader_of", "refit_in_order", "refit_to_stream", "unfit_reason"]
 
-DAMP = 1e-3  # pull towards the weights as they are: calibration data is finite, and its errors are not those of others
+# Pull of a refitted weight towards the weights as they are, relative to the mean of the inputs' squares. More damping
+# follows the calibration data less: it is finite, and the errors of the layers before are those on this data only.
+DAMP = 1e-3
 
 
 @dataclass(frozen=True)
 class _Moments:
-    """Sums over the rows of one layer's calls: `gram` `[K, K]`, `cross` with the target `[K, N]`, sums of both."""
+    """Sums over the rows of one call of a layer: `x^T x` `[K, K]`, `x^T y` `[K, N]`, and of `x` `[K]` and `y` `[N]`."""
 
     gram: Float64
     cross: Float64
@@ -41,9 +47,9 @@ class _Moments:
 
 @dataclass(frozen=True)
 class Part:
-    """What is left of a value `[..., d]` of the uncut model: positions `[d']`, or a product with a matrix `[d, d']`.
+    """What represents a value `[..., d]` of the uncut model after the cut: channels `[d']`, or a projection `[d, d']`.
 
-    With `centred` the mean over the `d` channels is taken off first.
+    With `centred` the mean over the `d` channels is subtracted first.
     """
 
     name: str
@@ -51,61 +57,61 @@ class Part:
     centred: bool = False
 
     def __call__(self, a: Float64) -> Float64:
-        """The same of statistics `[..., d]`: `[..., d']`."""
+        """Statistics `[..., d]` of the uncut value as those of the cut one: `[..., d']`."""
         if isinstance(self.of, np.ndarray):
             return a[..., self.of] if self.of.ndim == 1 else np.asarray(a @ self.of)
         basis = np.asarray(self.of.numpy(), np.float64)
-        found = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
-        release([self.of])  # there is one for every norm
-        return found
+        projected = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
+        release([self.of])  # a basis for every norm: together they may not fit into memory
+        return projected
 
 
-def in_order(
+def refit_in_order(
     g: Graph,
     uncut: Graph,
     env: Env,
     readers: Iterable[Reader],
     streams: Mapping[str, Part] | None = None,
-    whole: bool = False,
+    gauss_newton: bool = False,
 ) -> None:
-    """Fit the weights and biases of the readers of cut axes, in topological order, each on the graph as it is by then.
+    """Refit the weights and biases of the readers of cut axes, in topological order, each on the graph repaired so far.
 
-    `streams` are sums that were cut themselves, by name, with what is left there of the uncut model's: the linears that
-    are added to them are fitted to that. With `whole` all linears behind a cut that are added to the stream are fitted,
-    and feed-forward parts whole.
+    `streams` are residual sums that were cut themselves, by name, with the part of the uncut sum that each represents:
+    the linears added to them are refitted to that. With `gauss_newton` every linear downstream of a cut that is added
+    to the stream is refitted, and feed-forward parts with all their weights.
 
-    The target of a linear that is added to the residual stream is the stream behind it in the uncut model less what
-    the stream carries now, so that it makes up for errors before it too; of others, what they gave uncut. Uncut is the
-    original where it has these values in the same widths, else the graph before the cut. Law: no layer's squared
-    error on the calibration data is larger than without repair, as its inputs are then.
+    A linear that is added to the residual stream has as its target the uncut stream after it less what the stream
+    carries now, so that it compensates earlier errors too; any other linear its own uncut output. Uncut is the original
+    where it has these values in the same widths, else the graph before the cut. Law: no layer's squared error on the
+    calibration data is larger than without repair, given the same inputs.
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    held = inside(g, readers)
-    changed = behind(o for r in held for x in r.linears for o in x.node.outputs) if whole else set()
-    parts: dict[blocks.Linear, Part | str] = {}
+    here = inside(g, readers)
+    changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if gauss_newton else set()
+    targets: dict[blocks.Linear, tuple[str, Part | None]] = {}  # of linears that are added to the stream
     for x in blocks.linears(g):
-        end = "" if (to := sums(x)) is None else str(to.end.name)
-        if end in (streams or {}) and not unfit(g, x):
-            parts[x] = (streams or {})[end]
-        elif end and x.output in changed and has(uncut, end) and not unfit(g, x):
-            parts[x] = end
-    found: list[tuple[int, Reader | blocks.Linear]] = [(order[x.node], x) for x in parts]
-    found += [(min(order[x.node] for x in r.linears), r) for r in held if r.linears[0] not in parts]
-    for _, site in sorted(found, key=lambda f: f[0]):
-        if isinstance(site, Reader):
-            _fit(g, uncut, env, site)
+        end = "" if (joined := sums(x)) is None else str(joined.end.name)
+        if end in (streams or {}) and not unfit_reason(g, x):
+            part = (streams or {})[end]
+            targets[x] = part.name, part
+        elif end and x.output in changed and has(uncut, end) and not unfit_reason(g, x):
+            targets[x] = end, None
+    steps: list[tuple[int, Reader | blocks.Linear]] = [(order[x.node], x) for x in targets]
+    steps += [(min(order[x.node] for x in r.linears), r) for r in here if r.linears[0] not in targets]
+    for _, step in sorted(steps, key=lambda s: s[0]):
+        if isinstance(step, Reader):
+            _fit(g, uncut, env, step)
         else:
-            part = parts[site]
-            name, left = (part, None) if isinstance(part, str) else (part.name, part)
-            to_stream(g, uncut, env, site, name, part=left, whole=whole)
+            name, represented = targets[step]
+            refit_to_stream(g, uncut, env, step, name, part=represented, gauss_newton=gauss_newton)
         if g.spool is not None:
             forget(g.model)
-    if whole and found:
+    if gauss_newton and steps:
         fit_logits(g, env)
 
 
-def to_stream(
+def refit_to_stream(
     g: Graph,
     uncut: Graph,
     env: Env,
@@ -113,72 +119,73 @@ def to_stream(
     target: str,
     damp: float = DAMP,
     part: Part | None = None,
-    whole: bool = False,
+    gauss_newton: bool = False,
 ) -> None:
-    """Fit a linear that is added to the residual stream, so that this comes closest to a value of the uncut model.
+    """Refit a linear that is added to the residual stream, so that the stream comes closest to an uncut `target`.
 
-    Only a `part` of that value counts, by default all of it. With `whole` the feed-forward part that ends in the linear
-    is fitted as well, all weights together. Law: the squared error of the stream on the calibration data does not grow.
+    Only a `part` of that value counts, by default all of it. With `gauss_newton` the feed-forward part that ends in the
+    linear is then fitted too, all its weights together. Law: the squared error of the stream on the calibration data
+    does not grow.
     """
-    found = sums(x)
-    assert found is not None
+    joined = sums(x)
+    assert joined is not None
     free = x.bias is not None
-    moments = _moments(g, uncut, env, x, free, (uncut.value(target), found.others), part)
-    if found.scale is not None:
-        factors = g.array(found.scale).reshape(-1).astype(np.float64)
+    moments = _moments(g, uncut, env, x, free, (uncut.value(target), joined.others), part)
+    if joined.scale is not None:
+        factors = g.array(joined.scale).reshape(-1).astype(np.float64)
         moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
-    _settle(g, alone(x), [moments], free, damp)
-    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node), None) if whole else None
+    _solve(g, reader_of(x), [moments], free, damp)
+    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node), None) if gauss_newton else None
     if mlp is not None:
-        fit_whole(g, *standing(env.original, uncut, uncut.value(target)), env, mlp, found, part)
+        fit_mlp(g, *reference_value(env.original, uncut, uncut.value(target)), env, mlp, joined, part)
 
 
-def unfit(g: Graph, x: blocks.Linear) -> str:
-    """Why a linear that is added to the stream cannot be fitted for itself, empty if it can."""
+def unfit_reason(g: Graph, x: blocks.Linear) -> str:
+    """Why a linear that is added to the stream cannot be refitted on its own, empty if it can."""
     if x.quantized:
         return "its weights are quantized"
     if len(list(x.weight.uses())) > 1:
         return "its weights are shared, so they cannot be fitted for one place"
-    found = sums(x)
-    factors = np.ones(1) if found is None or found.scale is None else g.array(found.scale)
+    joined = sums(x)
+    factors = np.ones(1) if joined is None or joined.scale is None else g.array(joined.scale)
     if factors.size not in (1, x.sizes[1]) or not factors.all():
         return "what it gives is scaled by zeros, or not channel by channel"
     return "" if g.is_constant(x.weight) else "its weights are computed"
 
 
-def behind(starts: Iterable[ir.Value]) -> set[ir.Value]:
-    """All that is computed from some values, and these."""
-    found, pending = set[ir.Value](), list(starts)
+def downstream(starts: Iterable[ir.Value]) -> set[ir.Value]:
+    """All values that are computed from some, and these."""
+    reached, pending = set[ir.Value](), list(starts)
     while pending:
         v = pending.pop()
-        if v not in found:
-            found.add(v)
+        if v not in reached:
+            reached.add(v)
             pending += [o for u, _ in v.uses() for o in u.outputs]
-    return found
+    return reached
 
 
 def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:
-    """Fit one weight; biases with it where its layers have the same."""
+    """Refit one weight to the uncut outputs of its linears, with the bias where they have the same one."""
     biases = {x.bias for x in reader.linears}
     free = len(biases) == 1 and None not in biases
-    _settle(g, reader, [_moments(g, uncut, env, x, free, _place(x)) for x in reader.linears], free, DAMP)
+    _solve(g, reader, [_moments(g, uncut, env, x, free, _place(x)) for x in reader.linears], free, DAMP)
 
 
-def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, damp: float) -> None:
-    """Give a weight, and where it is free the bias, what fits the sum of all calls best."""
+def _solve(g: Graph, reader: Reader, calls: Sequence[_Moments], free: bool, damp: float) -> None:
+    """Store the weight, and with `free` the bias, of least squared error over all calls of a layer."""
     weight = reader.weight(g)
-    first, *rest = found  # a single one is not copied
+    first, *rest = calls  # the statistics of a single call are not copied
     squares, cross = (np.asarray(sum((getattr(m, k) for m in rest), getattr(first, k))) for k in ("gram", "cross"))
-    rows = sum(m.rows for m in found)
+    rows = sum(m.rows for m in calls)
     means = None
     if free:
-        means = Means(np.asarray(sum(m.x for m in found)) / rows, np.asarray(sum(m.y for m in found)) / rows, rows)
+        means = Means(np.asarray(sum(m.x for m in calls)) / rows, np.asarray(sum(m.y for m in calls)) / rows, rows)
     fitted, bias = affine.linear(squares, cross, weight, damp, means)
     replace(g, reader, fitted.astype(weight.dtype), bias)
 
 
 def _place(x: blocks.Linear) -> tuple[ir.Value, tuple[ir.Value, ...]]:
-    """The value behind a linear that is compared, and what else is added to it there."""
+    """The value after a linear that is compared, and what else is added there."""
     add = joins(x)
     return (x.output, ()) if add is None else (add.outputs[0], tuple(v for v in add.inputs if v and v is not x.output))
 
@@ -192,26 +199,28 @@ def _moments(
     place: tuple[ir.Value, tuple[ir.Value, ...]],
     part: Part | None = None,
 ) -> _Moments:
-    """What one call of a layer says of a target or a `part` of it; a bias that is not fitted is taken off the target.
+    """The moments of one call of a layer with its target, or a `part` of it, less what else is added there.
+
+    Without `free` the bias is kept, so it is subtracted from the target too.
 
     Raises `ModelError` where the target has another width.
     """
     out, carried = place
     source = x.source
-    against, target = standing(env.original, uncut, uncut.value(str(out.name)))
+    against, target = reference_value(env.original, uncut, uncut.value(str(out.name)))
     needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, target, other_of="original")}
     needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(target, of="original")}
     for i, v in enumerate(carried):
         needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
     stats = env.collect(g, needs.values(), against)
-    got: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
-    rows = affine.count(got["norm"], got["mean"], got["var"])
-    y, cross = (got["y"], got["cross"]) if part is None else (part(got["y"]), part(got["cross"]))
+    values: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
+    rows = affine.count(values["norm"], values["mean"], values["var"])
+    y, cross = (values["y"], values["cross"]) if part is None else (part(values["y"]), part(values["cross"]))
     if len(y) != x.sizes[1]:
         raise ModelError(f"'{target}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
     for i in range(len(carried)):
-        y, cross = y - got[f"less y {i}"], cross - got[f"less {i}"]
+        y, cross = y - values[f"less y {i}"], cross - values[f"less {i}"]
     if not free and x.bias is not None:
         bias = g.array(x.bias).reshape(-1).astype(np.float64)
-        y, cross = y - bias, cross - rows * np.outer(got["mean"], np.broadcast_to(bias, y.shape))
-    return _Moments(got["gram"], cross, rows * got["mean"], rows * y, rows)
+        y, cross = y - bias, cross - rows * np.outer(values["mean"], np.broadcast_to(bias, y.shape))
+    return _Moments(values["gram"], cross, rows * values["mean"], rows * y, rows)

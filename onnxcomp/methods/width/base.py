@@ -26,7 +26,7 @@ from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.methods.repair import readers
 from onnxcomp.methods.repair.readers import Reader, Repair
-from onnxcomp.methods.repair.sequential import in_order
+from onnxcomp.methods.repair.sequential import refit_in_order
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.methods.width import budgets, scores, trial_cuts
 from onnxcomp.methods.width.budgets import Budget, Clock
@@ -203,7 +203,9 @@ class Width(Pass):
     def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Sequential repair: refit the readers of what was cut, one after another, where that is asked for."""
         if self._in_order:
-            in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], whole=self.repair == "gauss-newton")
+            refit_in_order(
+                g, uncut, env, [r for p, _ in cut for r in p.readers], gauss_newton=self.repair == "gauss-newton"
+            )
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be refitted; raises `ModelError` where that cannot be as asked."""
