@@ -1,4 +1,8 @@
-"""Sliding windows on attention: masks that hide keys far away, and how much attention they would leave out."""
+"""Sliding windows on attention: masks that hide distant keys, and how much attention a window keeps.
+
+Shapes: `[b, heads, s, t]` attention of `s` queries over `t` keys; masks are bool and broadcast to it, true where a key
+may be read. Queries are the last `s` of the `t` positions, behind `t - s` cached ones.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from onnxcomp.graph import Graph
 
 __all__ = ["WIDTHS", "Bands", "kept_by_width", "widest"]
 
-# Widths that are measured: half an octave apart, so that a layer's choice is at most that much too wide.
+# Widths that are measured, 1 to 4096: half an octave apart, so that a layer's window is at most 41 % wider than needed.
 WIDTHS = tuple(sorted({round(2 ** (i / 2)) for i in range(25)}))
 SOFTMAXED = 3  # qk_matmul_output_mode of ONNX's Attention
 
@@ -27,17 +31,17 @@ class Bands:
     def __init__(self, g: Graph) -> None:
         self.g, self.f = g, Facts(g)
         self.masks, self.sizes = Masks(g, self.f), Sizes(g, self.f)
-        self._places: dict[tuple[object, object], tuple[ir.Value, ir.Value]] = {}
+        self._positions: dict[tuple[object, object], tuple[ir.Value, ir.Value]] = {}
         self._bands: dict[tuple[ir.Value, int, int], ir.Value] = {}
 
     def keys(self, a: Attention) -> int | None:
-        """How many keys an attention sees, where that is a fixed number."""
+        """The number of keys of an attention, None where it depends on the input."""
         past, new = self._lengths(a)
         total = add(past, new)
         return total if isinstance(total, int) else None
 
     def narrow(self, a: Attention, width: int, sinks: int) -> None:
-        """Hide the keys `width` or more places away from their query, besides what is hidden already."""
+        """Hide the keys `width` or more positions away from their query, besides those that are hidden already."""
         band, mask = self._band(a, width, sinks), a.mask
         if mask is None:
             narrowed = band
@@ -55,35 +59,35 @@ class Bands:
         return 0 if a.past is None else past[2] if past is not None else self.f.fresh(a.past[0], 2), new
 
     def _band(self, a: Attention, width: int, sinks: int) -> ir.Value:
-        """Bool `[s, t]`: near keys; the first `sinks` tokens are seen by all, and see all their mask allows."""
-        g, (own, among) = self.g, self._placed(a)
-        key = (among, width, sinks)
+        """Bool `[s, t]`: near keys; the first `sinks` tokens are keys of all queries, and have all keys as queries."""
+        g, (queries, keys) = self.g, self._positions_of(a)
+        key = (keys, width, sinks)
         if key not in self._bands:
-            band = g.op("Less", g.op("Abs", g.op("Sub", own, among)), np.array(width, np.int64))
-            for place in (own, among) if sinks else ():
-                band = g.op("Or", band, g.op("Less", place, np.array(sinks, np.int64)))
+            band = g.op("Less", g.op("Abs", g.op("Sub", queries, keys)), np.array(width, np.int64))
+            for position in (queries, keys) if sinks else ():
+                band = g.op("Or", band, g.op("Less", position, np.array(sinks, np.int64)))
             self._bands[key] = band
         return self._bands[key]
 
-    def _placed(self, a: Attention) -> tuple[ir.Value, ir.Value]:
-        """Places of the queries, int64 `[s, 1]`, and of the keys, `[1, t]`; queries come behind what is cached."""
+    def _positions_of(self, a: Attention) -> tuple[ir.Value, ir.Value]:
+        """Positions of the queries, int64 `[s, 1]`, and of the keys, `[1, t]`; queries come after the cached keys."""
         past, new = self._lengths(a)
         key = (past if self.sizes.possible([past]) else a.past, new if self.sizes.possible([new]) else a.node)
-        if key not in self._places:
+        if key not in self._positions:
             q = a.node.inputs[0]
             assert q is not None
             count = self._count(q, 1, new)
             g, zero, one = self.g, np.array(0, np.int64), np.array(1, np.int64)
-            own = among = g.op("Range", zero, count, one)
+            queries = keys = g.op("Range", zero, count, one)
             if a.past is not None:
-                before = self._count(a.past[0], 2, past)
-                own, among = g.op("Add", own, before), g.op("Range", zero, g.op("Add", before, count), one)
+                cached = self._count(a.past[0], 2, past)
+                queries, keys = g.op("Add", queries, cached), g.op("Range", zero, g.op("Add", cached, count), one)
             column, row = (np.array([axis], np.int64) for axis in (1, 0))
-            self._places[key] = g.op("Unsqueeze", own, column), g.op("Unsqueeze", among, row)
-        return self._places[key]
+            self._positions[key] = g.op("Unsqueeze", queries, column), g.op("Unsqueeze", keys, row)
+        return self._positions[key]
 
     def _count(self, v: ir.Value, axis: int, size: Size) -> ir.Value:
-        """The length of an axis, read off the graph inputs where that can be."""
+        """The length of an axis as an int64 scalar, computed from the graph inputs where that is possible."""
         if self.sizes.possible([size]):
             return self.sizes.scalar(size)
         return self.g.op("Squeeze", self.g.op("Shape", v, start=axis, end=axis + 1), np.array([0], np.int64))
@@ -92,12 +96,12 @@ class Bands:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def kept_by_width(g: Graph, found: Sequence[Attention], sinks: int) -> list[ir.Value]:
-    """Values `[b, s, len(WIDTHS) + 1]`, one an attention: attention kept by each width, and the number of keys.
+def kept_by_width(g: Graph, attentions: Sequence[Attention], sinks: int) -> list[ir.Value]:
+    """Values `[b, s, W + 1]`, one an attention: attention kept by each of `W` widths, and the number of keys `t`.
 
-    Kept is the sum of softmax probabilities inside the window, averaged over heads. Edits the graph, a copy for that.
+    Kept is the sum of softmax probabilities inside the window, averaged over heads. Edits the graph: pass a copy.
     """
-    return [_kept(g, a, sinks) for a in found]
+    return [_kept(g, a, sinks) for a in attentions]
 
 
 def widest(kept: Sequence[float], mass: float, longest: int) -> int | None:
@@ -106,19 +110,20 @@ def widest(kept: Sequence[float], mass: float, longest: int) -> int | None:
 
 
 def _kept(g: Graph, a: Attention, sinks: int) -> ir.Value:
-    probabilities = g.op("ReduceMean", _softmaxed(g, a), np.array([1], np.int64), keepdims=0)
+    probabilities = g.op("ReduceMean", _softmaxed(g, a), np.array([1], np.int64), keepdims=0)  # [b, s, t]
     queries, keys = (g.op("Shape", probabilities, start=i, end=i + 1) for i in (1, 2))
     zero, one = np.array(0, np.int64), np.array(1, np.int64)
     total = g.op("Squeeze", keys, np.array([0], np.int64))
-    among = g.op("Range", zero, total, one)
-    own = g.op("Range", g.op("Sub", total, g.op("Squeeze", queries, np.array([0], np.int64))), total, one)
-    row, column = (g.op("Unsqueeze", v, np.array(i, np.int64)) for v, i in ((among, [0, 2]), (own, [1, 2])))
-    inside = g.op("Less", g.op("Abs", g.op("Sub", column, row)), np.array(WIDTHS, np.int64))
-    for place in (column, row) if sinks else ():
-        inside = g.op("Or", inside, g.op("Less", place, np.array(sinks, np.int64)))
+    of_keys = g.op("Range", zero, total, one)
+    of_queries = g.op("Range", g.op("Sub", total, g.op("Squeeze", queries, np.array([0], np.int64))), total, one)
+    row, column = (g.op("Unsqueeze", v, np.array(i, np.int64)) for v, i in ((of_keys, [0, 2]), (of_queries, [1, 2])))
+    inside = g.op("Less", g.op("Abs", g.op("Sub", column, row)), np.array(WIDTHS, np.int64))  # [s, t, W]
+    for position in (column, row) if sinks else ():
+        inside = g.op("Or", inside, g.op("Less", position, np.array(sinks, np.int64)))
     number = (a.node.outputs[0].dtype or ir.DataType.FLOAT).value
-    by_query = g.op("Transpose", probabilities, perm=[1, 0, 2])
-    kept = g.op("Transpose", g.op("MatMul", by_query, g.op("Cast", inside, to=number)), perm=[1, 0, 2])
+    by_query = g.op("Transpose", probabilities, perm=[1, 0, 2])  # [s, b, t]
+    by_width = g.op("MatMul", by_query, g.op("Cast", inside, to=number))  # [s, b, W]
+    kept = g.op("Transpose", by_width, perm=[1, 0, 2])
     sizes = g.op("Concat", g.op("Shape", kept, start=0, end=2), np.array([1], np.int64), axis=0)
     length = g.op("Expand", g.op("Cast", total, to=number), sizes)
     return g.op("Concat", kept, length, axis=2, name="kept")

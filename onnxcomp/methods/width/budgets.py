@@ -1,4 +1,4 @@
-"""How much a width pass cuts for a budget: parameters and multiplications are counted, latency is timed."""
+"""How much a width pass cuts for a budget: parameters and multiplications are counted, latency is measured."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ if TYPE_CHECKING:
 __all__ = ["Budget", "Clock", "Keeps", "counted", "no_clock", "ratio", "timed"]
 
 Keeps = Sequence[Array]
-DISPATCH = 1e-7  # seconds that even the smallest node takes
+LEAST_SECONDS = 1e-7  # of a form: dispatch of a node takes as much, and less is noise of the subtraction below
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The share that may stay, under the name of its option; `left` is the share that units which stay leave."""
+    """The share that may remain, under the name of its option; `remaining` is the share that given kept units leave."""
 
     name: str
     share: float
-    left: Callable[[Keeps], float]
+    remaining: Callable[[Keeps], float]
 
 
 def counted(name: str, share: float, g: Graph, groups: Sequence[Group], count: Callable[..., int]) -> Budget:
     """A budget of what `count(g, cuts)` counts (`coupling.sizes`)."""
-    whole = count(g)
-    return Budget(name, share, lambda keeps: count(g, zip(groups, keeps, strict=True)) / whole)
+    total = count(g)
+    return Budget(name, share, lambda keeps: count(g, zip(groups, keeps, strict=True)) / total)
 
 
 def ratio(owner: str, unit: str, budgets: Sequence[Budget], choose: Callable[[float], Keeps]) -> float:
-    """The smallest ratio that keeps every budget; raises `RecipeError` where none does."""
+    """The smallest ratio that meets every budget; raises `RecipeError` where none does."""
     return max((_ratio(owner, unit, b, choose) for b in budgets), default=0.0)
 
 
 def _ratio(owner: str, unit: str, budget: Budget, choose: Callable[[float], Keeps]) -> float:
-    least = least_ratio(lambda r: budget.left(choose(r)) <= budget.share)
+    least = least_ratio(lambda r: budget.remaining(choose(r)) <= budget.share)
     if least is None:
         raise RecipeError(
             f"{owner}: {budget.name}={budget.share:g} cannot be reached: with all {unit} cut that may go, "
-            f"{budget.left(choose(1 - 1e-6)):.0%} stay; ask for more, or let another pass cut as well"
+            f"{budget.remaining(choose(1 - 1e-6)):.0%} stay; ask for more, or let another pass cut as well"
         )
     return least
 
@@ -73,23 +73,25 @@ class Clock:
         return np.array([np.interp(units, self.widths[i], row) for row in self.seconds[i]])
 
     def share(self, keeps: Keeps, of: int | None = None) -> float:
-        """Share of the time that stays, of all groups or of one; every asked shape counts the same."""
+        """Share of the time that remains, of all groups or of one; every asked shape counts the same."""
         every = range(len(keeps)) if of is None else [of]
         after = sum(self.at(i, len(keeps[i])) for i in every)
         return float(np.mean(after / sum(row[:, -1] for row in (self.seconds[i] for i in every))))
 
-    def told(self, keeps: Keeps, i: int) -> str:
-        """What is predicted of one group, for its note."""
+    def describe(self, keeps: Keeps, i: int) -> str:
+        """The prediction for one group, for its note."""
         return f"predicted {self.share(keeps, i):.0%} of its time ({self.share(keeps):.0%} of all sites)"
 
 
 def no_clock(owner: str, share: float, why: str) -> RecipeError:
-    """The refusal of a latency budget that cannot be timed."""
+    """The refusal of a latency budget that cannot be measured."""
     return RecipeError(f"{owner}: latency={share:g} needs the clock, but {why}; say macs={share:g} instead")
 
 
-def timed(owner: str, share: float, g: Graph, groups: Sequence[Group], found: Sequence[Candidate], env: Env) -> Clock:
-    """Time what each group cuts at a few widths, as micro-models of its linears and attention.
+def timed(
+    owner: str, share: float, g: Graph, groups: Sequence[Group], candidates: Sequence[Candidate], env: Env
+) -> Clock:
+    """Measure the time of each group at a few widths, as micro-models of its linears and attention.
 
     Groups of equal sizes are timed once. Raises `RecipeError` where nothing is measured, or a size is not known.
     """
@@ -97,7 +99,7 @@ def timed(owner: str, share: float, g: Graph, groups: Sequence[Group], found: Se
         raise no_clock(owner, share, "this run measures nothing (--no-measure, or the target is not on this machine)")
     if not env.shapes:
         raise no_clock(owner, share, "a size of an input is open: give every open axis with --shape")
-    linears, widths = blocks.linears(g, tied=True), [ladder(c) for c in found]
+    linears, widths = blocks.linears(g, tied=True), [ladder(c) for c in candidates]
     try:
         seconds = [_curves(g, x, w, linears, env) for x, w in zip(groups, widths, strict=True)]
     except ModelError as e:
@@ -160,10 +162,10 @@ def _known(v: ir.Value, env: Env) -> list[tuple[int, ...]]:
 
 
 def _seconds(site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], env: Env) -> list[float]:
-    """Measured seconds of each form without those of calling the runtime, which a whole model pays once."""
+    """Measured seconds of each form less those of calling the runtime, which a model pays once for all its nodes."""
     call = payoff.products(1, [(1, False)], "x0")
-    first, *found = env.cost(site, {"call": call, **forms}, {"x0": (1, 1, 1), **shapes})
-    measured = [c.seconds for c in (first, *found) if c.source != "table" and c.seconds is not None]
-    if len(measured) <= len(found):
+    empty, *others = env.cost(site, {"call": call, **forms}, {"x0": (1, 1, 1), **shapes})
+    measured = [c.seconds for c in (empty, *others) if c.source != "table" and c.seconds is not None]
+    if len(measured) <= len(others):
         raise ModelError("a --choices file is used, and it holds no times for these sizes")
-    return [max(seconds - measured[0], DISPATCH) for seconds in measured[1:]]
+    return [max(seconds - measured[0], LEAST_SECONDS) for seconds in measured[1:]]

@@ -1,4 +1,4 @@
-"""Scores that compare layers: each layer's scaled to what cutting half of it costs the whole model."""
+"""Scores comparable between layers: each layer's scaled to the loss of the model when half of the layer is cut."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ from onnxcomp.pipeline import Edit, Env
 
 __all__ = ["SAMPLES", "scaled"]
 
-TRIAL = 0.5  # share of a layer that is silenced to see what it costs
-SAMPLES = 64  # of the calibration data: layers differ by far more than samples do
-LEAST = 1e-12  # a loss that counts as none, so that the order within a layer is kept
+TRIAL_SHARE = 0.5  # share of a layer's units in its trial cut: less is lost in noise, more says little of usual ratios
+SAMPLES = 64  # calibration samples of a trial cut: losses of layers differ by far more than those of samples
+LEAST_LOSS = 1e-12  # in place of a loss of zero, which would make all units of a layer equal and lose their order
 
 Part = tuple[Group, tuple[Reader, ...]]
 
 
 def scaled(
-    g: Graph, parts: Sequence[Part], found: Sequence[Candidate], env: Env, metric: str | None, how: Repair
+    g: Graph, parts: Sequence[Part], candidates: Sequence[Candidate], env: Env, metric: str | None, how: Repair
 ) -> list[Candidate]:
-    """The candidates with scores in units of the model's loss, one run of what follows each layer on few samples.
+    """The candidates with scores in units of the model's loss, by one trial cut of each layer on few samples.
 
-    The lower half of each layer's units is silenced, the rest repaired as it will be, each layer alone, and its scores
-    are scaled so that those of the silenced units sum to that loss.
+    The lower half of a layer's units is zeroed and its readers repaired, one layer at a time; its scores are scaled so
+    that those of the zeroed units sum to the loss.
     """
-    if len(found) < 2:
-        return list(found)
-    gone = [np.setdiff1d(np.arange(c.units), k) for c, k in zip(found, choose(found, TRIAL), strict=True)]
-    tried = [i for i, units in enumerate(gone) if units.size]
-    edits = [_without(parts[i], gone[i], env, how) for i in tried]
+    if len(candidates) < 2:
+        return list(candidates)
+    removed = [
+        np.setdiff1d(np.arange(c.units), k) for c, k in zip(candidates, choose(candidates, TRIAL_SHARE), strict=True)
+    ]
+    tried = [i for i, units in enumerate(removed) if units.size]
+    edits = [_without(parts[i], removed[i], env, how) for i in tried]
     losses = {i: s.value for i, s in zip(tried, env.evaluate(edits, metric, SAMPLES), strict=True)}
-    scales = {i: max(loss, LEAST) / max(float(found[i].scores[gone[i]].sum()), LEAST) for i, loss in losses.items()}
-    return [dataclasses.replace(c, scores=c.scores * scales.get(i, 1.0)) for i, c in enumerate(found)]
+    scales = {
+        i: max(loss, LEAST_LOSS) / max(float(candidates[i].scores[removed[i]].sum()), LEAST_LOSS)
+        for i, loss in losses.items()
+    }
+    return [dataclasses.replace(c, scores=c.scores * scales.get(i, 1.0)) for i, c in enumerate(candidates)]
 
 
-def _without(part: Part, gone: Array, env: Env, how: Repair) -> Edit:
-    """An edit that silences some units of a group, with its readers repaired each for itself."""
-    group, read = part
+def _without(part: Part, removed: Array, env: Env, how: Repair) -> Edit:
+    """An edit that zeroes some units of a group, with each of its readers repaired on its own."""
+    group, consumers = part
 
     def edit(g: Graph) -> None:
-        kept = np.setdiff1d(np.arange(group.units), gone)
-        for reader in readers.inside(g, read):
+        kept = np.setdiff1d(np.arange(group.units), removed)
+        for reader in readers.inside(g, consumers):
             readers.repair(g, reader, kept, env.stats, how)
-        readers.silence(g, group, gone)
+        readers.silence(g, group, removed)
 
     return edit
