@@ -1,4 +1,4 @@
-"""Drop the tokens the first one attends to least, in a few layers; what they held is kept in one token."""
+"""Drop the tokens that the first one attends to least, in a few layers, and fuse them into one token."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp.graph import Graph, Site
-from onnxcomp.methods.tokens import Place, Tokens, places
+from onnxcomp.methods.tokens import PADDING_BIAS, Place, Tokens, places
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
 
 __all__ = ["DropTokens"]
+
+FIRST_TOKEN = 2.0  # attention that the first token is given: above all probabilities, so that it is always kept
+LEAST_ATTENTION = 1e-6  # weight of a dropped token: where all weights underflow the fused token is still their mean
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class DropTokens(Pass):
 
     Attention is that of the first query, averaged over heads; the fused token is the attention-weighted mean of the
     dropped ones (Liang et al., EViT, 2022, arXiv 2202.07800, eq. 5, with the weights normalised since nothing is
-    trained here). Padding is dropped first. Where all tokens are read after the last layer, a dropped one gets the
+    trained here). Padding is dropped first. Where all tokens are used after the last layer, a dropped one gets the
     value of the fused one, so outputs keep their axes.
     """
 
@@ -43,22 +46,21 @@ class DropTokens(Pass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """The layers that are to drop tokens."""
-        found, blocked = places(g)
-        return [p.site for p in self._chosen(found)] + [site for site, _ in blocked]
+        eligible, blocked = places(g)
+        return [p.site for p in self._chosen(eligible)] + [site for site, _ in blocked]
 
     def run(self, g: Graph, env: Env) -> None:
-        """Insert the drops; layers behind the first one mask what is only padding."""
-        found, blocked = places(g)
+        """Insert the drops; layers after the first one mask tokens that are only padding."""
+        eligible, blocked = places(g)
         for site, why in blocked:
             g.decline(site, why)
-        if not found or self.is_identity:
+        if not eligible or self.is_identity:
             return
-        tokens, chosen = Tokens(g, found[0]), self._chosen(found)
-        if (
-            tokens.length is None and tokens.weight is None
-        ):  # a short sequence may drop nothing: its fused token is void
-            tokens.weight = tokens.cast(tokens.like_tokens(found[0].x, 1))
-        for place in found:
+        tokens, chosen = Tokens(g, eligible[0]), self._chosen(eligible)
+        if tokens.length is None and tokens.weight is None:
+            # A short sequence may drop nothing: the weight of its fused token is then zero, as of padding.
+            tokens.weight = tokens.cast(tokens.like_tokens(eligible[0].x, 1))
+        for place in eligible:
             if tokens.where is not None:
                 g.set_input(place.attention.node, 3, tokens.bias() if tokens.weight is not None else None)
             if place not in chosen:
@@ -67,50 +69,53 @@ class DropTokens(Pass):
                 g.decline(place.site, "too few tokens are left to drop any")
             else:
                 self._drop(g, tokens, place)
-        tokens.restore(found[-1])
+        tokens.restore(eligible[-1])
         g.forget_shapes()
 
-    def _chosen(self, found: list[Place]) -> list[Place]:
-        count = min(self.drops, max(1, len(found) - 1))
-        return [found[len(found) * (i + 1) // (count + 1)] for i in range(count)] if found else []
+    def _chosen(self, eligible: list[Place]) -> list[Place]:
+        """The layers that drop tokens, evenly spread."""
+        count, layers = min(self.drops, max(1, len(eligible) - 1)), len(eligible)
+        return [eligible[layers * (i + 1) // (count + 1)] for i in range(count)] if eligible else []
 
     def _kept(self, length: int) -> int:
         """Tokens kept, the first one among them."""
         return int(np.ceil(self.keep * (length - 1))) + 1
 
     def _drop(self, g: Graph, tokens: Tokens, place: Place) -> None:
+        """Keep the `k` most attended of `t` tokens at one place, and fuse the others into token `k`."""
         readers, x, one = place.readers, place.x, np.array(1, np.int64)
-        attended = _first_row(g, tokens, place)
+        attended = _first_row(g, tokens, place)  # [b, t]
         if tokens.length is not None:
             kept = g.constant(np.array([self._kept(tokens.length)], np.int64), "kept")
             tokens.length = self._kept(tokens.length) + 1
         else:
             kept = tokens.share(x, self.keep, up=True)
-        rest = g.op("Pad", tokens.cut(attended, 1), np.array([0, 1, 0, 0], np.int64), tokens.number(2.0))
+        rest = g.op("Pad", tokens.cut(attended, 1), np.array([0, 1, 0, 0], np.int64), tokens.number(FIRST_TOKEN))
         best = g.op("TopK", rest, kept, axis=1, outputs=2).producer()
         assert best is not None
-        index = best.outputs[1]
+        index = best.outputs[1]  # [b, k], positions of the kept tokens
         ones = g.op("Add", g.op("Sub", index, index), one)
-        stays = g.op("ScatterElements", tokens.like_tokens(x, 0), index, ones, axis=1)
-        staying = g.op("Cast", stays, to=ir.DataType.BOOL.value)
-        place_of = g.op("Sub", g.op("CumSum", stays, one), one)
-        onto = g.op("Where", staying, place_of, kept)
-        by = g.op("Where", staying, tokens.number(1), g.op("Max", attended, tokens.number(1e-6)))
+        kept_or_not = g.op("ScatterElements", tokens.like_tokens(x, 0), index, ones, axis=1)  # [b, t], 1 or 0
+        is_kept = g.op("Cast", kept_or_not, to=ir.DataType.BOOL.value)
+        new = g.op("Sub", g.op("CumSum", kept_or_not, one), one)  # [b, t], new positions of kept tokens
+        onto = g.op("Where", is_kept, new, kept)  # [b, t], the others are moved to position k
+        by = g.op("Where", is_kept, tokens.number(1), g.op("Max", attended, tokens.number(LEAST_ATTENTION)))
         matrix = tokens.move(x, onto, g.op("Add", kept, np.array([1], np.int64)), by, readers)
         if tokens.weight is not None:
             tokens.weight = g.op("Min", tokens.mass(matrix, tokens.weight), tokens.number(1))
 
 
 def _first_row(g: Graph, tokens: Tokens, place: Place) -> ir.Value:
-    """Attention of the first token, averaged over heads, `[b, t]`; heads that share a key are rows of one product."""
+    """Attention of the first token, averaged over heads: `[b, t]`."""
     a, (q, k) = place.attention, place.attention.node.inputs[:2]
     assert q is not None
     assert k is not None
+    # [b, kv, r, D], r query heads on each of kv key heads
     first = g.op("Reshape", tokens.cut(q, 0, 1), np.array([0, a.kv_heads, -1, a.head_dim], np.int64))
-    keys = g.op("Transpose", tokens.heads(k, a.kv_heads, a.head_dim), perm=[0, 2, 3, 1])
+    keys = g.op("Transpose", tokens.heads(k, a.kv_heads, a.head_dim), perm=[0, 2, 3, 1])  # [b, kv, D, t]
     scale = a.node.attributes.get_float("scale", a.head_dim**-0.5)
     score = g.op("Mul", g.op("MatMul", first, keys), tokens.number(scale))
     if tokens.weight is not None:
-        floor = g.op("Max", g.op("Log", tokens.weight), tokens.number(-3e4))
+        floor = g.op("Max", g.op("Log", tokens.weight), tokens.number(PADDING_BIAS))
         score = g.op("Add", score, g.op("Unsqueeze", floor, np.array([1, 2], np.int64)))
     return g.op("ReduceMean", g.op("Softmax", score, axis=-1), np.array([1, 2], np.int64), keepdims=0)

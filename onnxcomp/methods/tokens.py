@@ -1,4 +1,7 @@
-"""Fewer tokens from one layer on: where they can go, the map from old to new positions, and the way back."""
+"""Token reduction: where tokens can be removed, the map from old to new positions, and the restored sequence.
+
+Shapes: `[b, t, c]` is the stream of `t` tokens at one place, `t0` of them at the first layer, `t'` behind a removal.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +20,21 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
 
-__all__ = ["Place", "Tokens", "places", "removals"]
+__all__ = ["PADDING_BIAS", "Place", "Tokens", "places", "removals"]
 
-UNSEEN = "the attention mask depends on the query (causal, window or position bias), so tokens cannot move"
+QUERY_MASK = "the attention mask depends on the query (causal, window or position bias), so tokens cannot move"
+MOST_STEPS = (
+    12  # from an attention to the MLP of its layer: projection, bias, scale, residual, norm, reshapes; more is slow
+)
+PADDING_BIAS = -3e4  # in place of log 0: below every score, and finite in half types, whose range ends at 65504
+LEAST_MASS = (
+    1e-4  # in place of the mass of a token that is all padding, which its sum is divided by; normal in half types
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Between a layer's attention and its MLP: the stream `x` `[b, t, c]`, which both the MLP and the residual read."""
+    """Between a layer's attention and its MLP: the stream `x` `[b, t, c]`, consumed by the MLP and the residual."""
 
     layer: Layer
     x: ir.Value
@@ -38,37 +48,37 @@ class Place:
 
     @property
     def site(self) -> Site:
-        """The attention and the node behind which tokens go."""
-        made = self.x.producer()
-        assert made is not None
-        return Site(self.attention.name, (self.attention.name, str(made.name)), "layer")
+        """The attention and the node after which tokens are removed."""
+        producer = self.x.producer()
+        assert producer is not None
+        return Site(self.attention.name, (self.attention.name, str(producer.name)), "layer")
 
     @property
     def readers(self) -> list[ir.Node]:
-        """What reads the stream here."""
+        """The consumers of the stream here."""
         return [u for u, _ in self.x.uses()]
 
 
 class Blocked(Exception):
-    """Why tokens cannot go at a layer; caught where the site is declined."""
+    """Why tokens cannot be removed at a layer; caught where the site is declined."""
 
 
 def places(g: Graph) -> tuple[list[Place], list[tuple[Site, str]]]:
     """Layers where tokens can be removed, and the others with the reason; none if one of them blocks the rest."""
     f, index = Facts(g), Index.of(g)
-    found: list[Place] = []
+    places: list[Place] = []
     for layer in layers(g):
         try:
-            found.append(_place(g, f, index, layer))
+            places.append(_place(g, f, index, layer))
         except Blocked as why:
             return [], [(a.site, f"layer {layer.index}: {why}") for x in layers(g) for a in x.attentions]
     try:
-        _only_layers_between(g, found)
-        if found:
-            padding(g, f, found[0].attention.node)
+        _only_layers_between(g, places)
+        if places:
+            padding(g, f, places[0].attention.node)
     except Blocked as why:
-        return [], [(p.site, str(why)) for p in found]
-    return found, []
+        return [], [(p.site, str(why)) for p in places]
+    return places, []
 
 
 def _place(g: Graph, f: Facts, index: Index, layer: Layer) -> Place:
@@ -89,17 +99,17 @@ def _place(g: Graph, f: Facts, index: Index, layer: Layer) -> Place:
     return Place(layer, x, shape[1] if isinstance(shape[1], int) else None)
 
 
-def _comes_from(v: ir.Value, node: ir.Node, depth: int = 12) -> bool:
+def _comes_from(v: ir.Value, node: ir.Node, depth: int = MOST_STEPS) -> bool:
     """Whether a value is computed from a node's output within a few steps."""
-    made = v.producer()
-    if made is None or depth == 0:
+    producer = v.producer()
+    if producer is None or depth == 0:
         return False
-    return made is node or any(x is not None and _comes_from(x, node, depth - 1) for x in made.inputs)
+    return producer is node or any(x is not None and _comes_from(x, node, depth - 1) for x in producer.inputs)
 
 
-def _only_layers_between(g: Graph, found: list[Place]) -> None:
-    """Refuse when the stream of an inner layer is read by anything but the layers themselves."""
-    for here, after in itertools.pairwise(found):
+def _only_layers_between(g: Graph, places: list[Place]) -> None:
+    """Refuse when the stream of an inner layer has consumers besides the layers themselves."""
+    for here, after in itertools.pairwise(places):
         ahead = _downstream(here.x, stop={after.x})
         outside = [v for v in ahead if v.is_graph_output()]
         if outside:
@@ -112,15 +122,15 @@ def _only_layers_between(g: Graph, found: list[Place]) -> None:
 
 def _downstream(x: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
     """Values computed from `x`, not past the ones in `stop`."""
-    seen: set[ir.Value] = set()
-    todo = [x]
-    while todo:
-        v = todo.pop()
-        if v in seen or v in stop:
+    reached: set[ir.Value] = set()
+    pending = [x]
+    while pending:
+        v = pending.pop()
+        if v in reached or v in stop:
             continue
-        seen.add(v)
-        todo += [out for user, _ in v.uses() for out in user.outputs]
-    return seen
+        reached.add(v)
+        pending += [out for user, _ in v.uses() for out in user.outputs]
+    return reached
 
 
 def padding(g: Graph, f: Facts, attention: ir.Node) -> list[ir.Value]:
@@ -131,20 +141,20 @@ def padding(g: Graph, f: Facts, attention: ir.Node) -> list[ir.Value]:
     """
     mask = attention.inputs[3] if len(attention.inputs) > 3 else None
     if mask is not None and mask.dtype is not ir.DataType.BOOL:
-        raise Blocked(UNSEEN)
-    found = []
+        raise Blocked(QUERY_MASK)
+    of_keys = list[ir.Value]()
     for v in _conjuncts(mask) if mask is not None else ():
         known = f.shape(v)
-        shape = (1, 1, 1, 1, *(known or ()))[-4:]
+        shape = (1, 1, 1, 1, *(known or ()))[-4:]  # of four axes, [b, heads, s, t]
         if known is None or v.dtype not in (ir.DataType.BOOL, None) or (shape[3] != 1 and shape[1:3] != (1, 1)):
-            raise Blocked(UNSEEN)
+            raise Blocked(QUERY_MASK)
         if shape[3] != 1:
-            found.append(v)
-    return found
+            of_keys.append(v)
+    return of_keys
 
 
 def _conjuncts(v: ir.Value) -> list[ir.Value]:
-    """The values whose logical and, broadcast, is the mask."""
+    """The values whose broadcast logical conjunction is the mask."""
     node = v.producer()
     if node is None or node.op_type not in ("And", "Expand", "Identity"):
         return [v]
@@ -153,9 +163,10 @@ def _conjuncts(v: ir.Value) -> list[ir.Value]:
 
 
 class Tokens:
-    """The sequence as it shrinks: `weight` `[b, t]` (old tokens per token, 0 = padding), `where` `[b, t0]` each went.
+    """The sequence as it shrinks: `weight` `[b, t]`, `where` `[b, t0]` and the fixed number of tokens, if there is one.
 
-    `weight` is None while every token counts the same.
+    `weight` is how many original tokens each token stands for, 0 for padding, None while every token counts the same;
+    `where` is the position `[0, t)` that each original token was moved to, None before the first removal.
     """
 
     def __init__(self, g: Graph, first: Place) -> None:
@@ -170,7 +181,7 @@ class Tokens:
             self.weight = self.cast(g.op("Squeeze", both, np.array([1, 2], np.int64)))
         self.padded = bool(real)
 
-    # ---- small words ---------------------------------------------------------------------------------------------
+    # ---- graph fragments -----------------------------------------------------------------------------------------
 
     def cast(self, v: ir.Value) -> ir.Value:
         """A value in the stream's element type."""
@@ -209,34 +220,35 @@ class Tokens:
         part_of = self.g.op("Mul", length, np.array(part, np.float32))
         return self.g.op("Cast", self.g.op("Ceil" if up else "Floor", part_of), to=ir.DataType.INT64.value)
 
-    def left(self, x: ir.Value, gone: ir.Value) -> ir.Value:
-        """Number of tokens of `x` after `gone` of them went, int64 `[1]`."""
+    def remaining(self, x: ir.Value, removed: ir.Value) -> ir.Value:
+        """Number of tokens of `x` after `removed` of them, int64 `[1]`."""
         if self.length is not None:
-            self.length -= int(self.g.array(gone).item())
+            self.length -= int(self.g.array(removed).item())
             return self.g.constant(np.array([self.length], np.int64), "tokens_left")
-        return self.g.op("Sub", self.g.op("Shape", x, start=1, end=2), gone)
+        return self.g.op("Sub", self.g.op("Shape", x, start=1, end=2), removed)
 
     def move(
-        self, x: ir.Value, onto: ir.Value, left: ir.Value, by: ir.Value | None, readers: Collection[ir.Node]
+        self, x: ir.Value, onto: ir.Value, count: ir.Value, by: ir.Value | None, readers: Collection[ir.Node]
     ) -> ir.Value:
-        """Feed the readers of `x` from new tokens: means, weighted by `by` `[b, t]`, of the old ones that went there.
+        """Feed the readers of `x` from `count` `[1]` new tokens: means, weighted by `by` `[b, t]`, of those moved.
 
-        `onto` `[b, t]` holds new positions below `left` `[1]`. Returns the assignment `[b, left, t]`.
+        `onto` `[b, t]` holds the new position of each token, below `count`. Returns the assignment `[b, t', t]`, one
+        where a token was moved to a new one and else zero.
         """
         g = self.g
-        new = g.op("Range", np.array(0, np.int64), self.squeeze(left, 0), np.array(1, np.int64))
-        rows = g.op("Unsqueeze", new, np.array([0, 2], np.int64))
-        matrix = self.cast(g.op("Equal", self.unsqueeze(onto, 1), rows))
-        weights = None if by is None else self.unsqueeze(by, 2)
-        total = g.op("MatMul", matrix, x if weights is None else g.op("Mul", x, weights))
-        mass = self.mass(matrix, by)
-        mean = g.op("Div", total, g.op("Max", self.unsqueeze(mass, 2), self.number(1e-4)), name="fewer_tokens")
+        new = g.op("Range", np.array(0, np.int64), self.squeeze(count, 0), np.array(1, np.int64))  # [t']
+        rows = g.op("Unsqueeze", new, np.array([0, 2], np.int64))  # [1, t', 1]
+        matrix = self.cast(g.op("Equal", self.unsqueeze(onto, 1), rows))  # [b, t', t]
+        weights = None if by is None else self.unsqueeze(by, 2)  # [b, t, 1]
+        total = g.op("MatMul", matrix, x if weights is None else g.op("Mul", x, weights))  # [b, t', c]
+        mass = self.mass(matrix, by)  # [b, t']
+        mean = g.op("Div", total, g.op("Max", self.unsqueeze(mass, 2), self.number(LEAST_MASS)), name="fewer_tokens")
         g.replace(x, mean, users=readers)
         self.where = onto if self.where is None else g.op("GatherElements", onto, self.where, axis=1)
         return matrix
 
     def mass(self, matrix: ir.Value, by: ir.Value | None) -> ir.Value:
-        """Sum of the weights that went to each new token, `[b, t']`."""
+        """Sum of the weights moved to each new token, `[b, t']`."""
         if by is None:
             return self.g.op("ReduceSum", matrix, np.array([2], np.int64), keepdims=0)
         return self.squeeze(self.g.op("MatMul", matrix, self.unsqueeze(by, 2)), 2)
@@ -244,19 +256,19 @@ class Tokens:
     def bias(self) -> ir.Value:
         """Log of the weights, as attention bias `[b, 1, t, t]`; padding is far below every score, in half types too."""
         assert self.weight is not None
-        log = self.g.op("Max", self.g.op("Log", self.weight), self.number(-3e4))
+        log = self.g.op("Max", self.g.op("Log", self.weight), self.number(PADDING_BIAS))
         flat = self.g.op("Unsqueeze", log, np.array([1, 2], np.int64))
         length, one = self.g.op("Shape", self.weight, start=1, end=2), np.array([1], np.int64)
         return self.g.op("Expand", flat, self.g.op("Concat", one, one, length, one, axis=0))
 
-    # ---- the way back --------------------------------------------------------------------------------------------
+    # ---- restoring -----------------------------------------------------------------------------------------------
 
     def restore(self, last: Place) -> None:
-        """Give readers behind the last layer every token back, unless all they read is the first one."""
+        """Restore the original `t0` tokens for consumers after the last layer, unless these use the first one only."""
         end = _exit(last)
         users = [u for u, _ in end.uses()]
-        alone = bool(users) and not end.is_graph_output()
-        if self.where is None or (alone and all(self._first_only(u, end) for u in users)):
+        internal = bool(users) and not end.is_graph_output()
+        if self.where is None or (internal and all(self._first_only(u, end) for u in users)):
             return
         shape = self.f.shape(last.x)
         assert shape is not None
@@ -269,7 +281,7 @@ class Tokens:
         self.g.set_input(gather, 0, end)
 
     def _first_only(self, user: ir.Node, v: ir.Value) -> bool:
-        """Whether a reader, past norms, takes nothing but token 0."""
+        """Whether a consumer, past norms, uses nothing but token 0."""
         if user.op_type in NORMS and user.inputs[0] is v:
             out = user.outputs[0]
             return not out.is_graph_output() and all(self._first_only(u, out) for u, _ in out.uses())
@@ -281,7 +293,7 @@ class Tokens:
 
 
 def _exit(place: Place) -> ir.Value:
-    """The stream behind a layer: its MLP's residual sum, normalized where the norm comes last."""
+    """The stream after a layer: its MLP's residual sum, normalized in post-norm layers."""
     mlp = place.layer.mlp
     assert mlp is not None
     v = mlp.down.output
@@ -297,17 +309,17 @@ def _exit(place: Place) -> ir.Value:
     return users[0].outputs[0] if post else v
 
 
-def removals(found: list[Place], ratio: float) -> list[int | float]:
-    """Tokens to take at each place so that a share `ratio` is gone at the end: numbers, or shares of an open length."""
-    count = len(found)
-    if not found or not ratio:
+def removals(places: list[Place], ratio: float) -> list[int | float]:
+    """Tokens to remove at each place for a share `ratio` in all: numbers, or shares of a length that is open."""
+    count = len(places)
+    if not places or not ratio:
         return [0] * count
-    if found[0].length is None:
+    if places[0].length is None:
         return [min(0.5, 1 - (1 - ratio) ** (1 / count))] * count
     plan: list[int | float] = []
-    length = found[0].length
+    length = places[0].length
     for i in range(count):
-        wanted = int(ratio * found[0].length * (i + 1) / count + 1e-9) - (found[0].length - length)
+        wanted = int(ratio * places[0].length * (i + 1) / count + 1e-9) - (places[0].length - length)
         plan.append(max(0, min(wanted, (length - 1) // 2)))
         length -= int(plan[-1])
     return plan
