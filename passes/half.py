@@ -25,7 +25,7 @@ TYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
 @dataclass(frozen=True)
 class Half(Pass):
-    """Store weights and compute in a half type; what would leave its range stays float32 between Casts, by name.
+    """Store weights and compute in a half type; nodes that would leave its range stay float32 between Casts, by name.
 
     Inputs and outputs keep their types. Positions, angles and counts, which half types cannot hold, stay float32; norms
     and softmax keep float32 inside (`stash_type`, `softmax_precision`); infinite fills of masks become finite.
@@ -60,7 +60,7 @@ class Half(Pass):
             )
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every node that makes float32 and could make half; those that only read it (comparisons) follow.
+        """Every node that produces float32 and could produce half; those that only consume it (comparisons) follow.
 
         Raises `TargetError` for bf16 on a CPU, which has no kernels for it.
         """
@@ -71,15 +71,16 @@ class Half(Pass):
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The largest magnitude of every value that would become half (fp16)."""
         if self.dtype == "fp16" and not self.is_identity:
-            found, masks = candidates.candidates(g, TYPES[self.dtype]), candidates.from_fills(g, candidates.fills(g))
-            yield from dict.fromkeys(need for p in found for need in ranges.needs(g, p, masks))
+            eligible = candidates.candidates(g, TYPES[self.dtype])
+            masks = candidates.from_fills(g, candidates.fills(g))
+            yield from dict.fromkeys(need for p in eligible for need in ranges.needs(g, p, masks))
 
     def run(self, g: Graph, env: Env) -> None:
         """Choose the nodes that can be half, say why the others cannot, convert."""
         half = TYPES[self.dtype]
-        found, angles = candidates.candidates(g, half), candidates.precise(g)
+        eligible, angles = candidates.candidates(g, half), candidates.precise(g)
         chosen, checked = [], ranges.Ranges(g, env.stats, self.headroom, half)
-        for p in found:
+        for p in eligible:
             pattern = skipped(self.skip, str(p.node.name))
             why = f"skipped by the pattern '{pattern}'" if pattern else ""
             why = why or ("feeds a sine or cosine: angles need float32" if p.node in angles else checked.trouble(p))
@@ -87,11 +88,11 @@ class Half(Pass):
                 g.decline(_site(p), why)
             else:
                 chosen.append(p)
-        alone = candidates.islands(chosen)
+        isolated = candidates.islands(chosen)
         for p in chosen:
-            if p.node in alone:
+            if p.node in isolated:
                 g.decline(_site(p), "reads and makes float32 values only: Casts around it would gain nothing")
-        convert.convert(g, [p for p in chosen if p.node not in alone], half)
+        convert.convert(g, [p for p in chosen if p.node not in isolated], half)
 
 
 def _site(p: Ports) -> Site:

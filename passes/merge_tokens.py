@@ -17,9 +17,7 @@ from onnxcomp.target import Target
 
 __all__ = ["MergeTokens"]
 
-LEAST_NORM = (
-    1e-4  # of a mean key, which is divided by it: keeps a zero key finite, and is a normal number in half types
-)
+LEAST_NORM = 1e-4  # in place of the norm of a zero key, a divisor; a normal number in half types
 # Offsets of cosines, which lie in [-1, 1]: exact in half types, each beyond all sums of the smaller ones.
 PADDED_TARGET = 64  # less for a pair whose odd token is padding: a real token is matched with a real one
 PADDED_SOURCE = 256  # more for a pair whose even token is padding: padding is merged before real tokens

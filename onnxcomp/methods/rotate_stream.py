@@ -1,9 +1,9 @@
-"""Another basis for a residual stream: writers, readers and skips are rewritten, so that fewer coordinates remain.
+"""Another basis for a residual stream, with fewer coordinates: its writers, readers and skips are rewritten.
 
-With orthogonal `Q` (`[d, d']`, columns orthonormal) the stream carries `z = x Q`. RMSNorm without gain commutes with
-`Q`; LayerNorm is one behind `I - 11^T / d`, which is folded into the writers (SliceGPT, arXiv 2401.15024).
+With orthonormal columns `Q [d, d']` the stream carries `z = x Q`. An RMSNorm without gain commutes with a square `Q`; a
+LayerNorm is one after `I - 11^T / d`, which is folded into the writers (SliceGPT, arXiv 2401.15024, section 3).
 
-What is written may be projected along other directions than what is read, by a dual `D` with `Q^T D = I`: `z = x D`.
+Writes may be projected along other directions than reads, by a dual `D [d, d']` with `Q^T D = I`: `z = x D`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from onnxcomp.maths import Array, Float64
 
 __all__ = ["basis", "rotate"]
 
-PIECE = 1 << 22  # elements converted to float64 at a time
+PIECE = 1 << 22  # elements converted to float64 at a time, 32 MiB: bounds memory, not the result
 
 
 def basis(g: Graph, q: Float64) -> ir.TensorProtocol:
@@ -36,12 +36,11 @@ def rotate(
     bases: Mapping[ir.Value, ir.TensorProtocol],
     duals: Mapping[ir.Value, ir.TensorProtocol] | None = None,
 ) -> dict[str, ir.Value]:
-    """Carry every value of a stream in its `basis`; what carries each now, by the name of the old one.
+    """Express every value of a stream in its basis; the new values by the names of the old ones.
 
-    Where two bases differ a skip is multiplied by `Q^T D'`. `duals` are the bases themselves where none are given.
-
-    Exact (to rounding) where the bases are square; otherwise what lies outside them is lost. Values whose basis is one
-    object share it. No more than two bases are in memory at once.
+    A skip between two different bases is multiplied by `Q^T D'`. `duals` are the bases themselves where none are given.
+    Exact (to rounding) where the bases are square; otherwise the components outside them are lost. Values with the same
+    basis object share it. No more than two bases are in memory at once.
     """
     rotation = _Rotation(g, stream, bases, duals or bases)
     rotation.run()
@@ -60,12 +59,12 @@ class _Rotation:
         self.g, self.stream, self.bases, self.duals = g, stream, bases, duals
         self.index, self.facts = Index.of(g), Facts(g)
         self.others = {v: stream.others(v) for v in stream.values}
-        self.own = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
+        self.members = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
         self.made: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
         for v in self.stream.values:
-            self.made[v] = self._remade(v)
+            self.made[v] = self._carry(v)
         for norm in self.stream.norms:
             self._norm(norm)
         for v, users in self.others.items():
@@ -74,15 +73,15 @@ class _Rotation:
                 self.g.replace(v, back, users=None if v.is_graph_output() else users)
 
     def _basis(self, v: ir.Value) -> Float64:
-        """The basis of a value; what was read of others need not stay in memory."""
+        """The basis `Q [d, d']` in which a value is read."""
         return self._of(self.bases, v)
 
     def _dual(self, v: ir.Value) -> Float64:
-        """What is written to a value is multiplied by."""
+        """The dual `D [d, d']` by which writes to a value are multiplied."""
         return self._of(self.duals, v)
 
     def _of(self, held: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
-        release([*self.bases.values(), *self.duals.values()])
+        release([*self.bases.values(), *self.duals.values()])  # those loaded before need not stay in memory
         return np.asarray(held[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
@@ -91,39 +90,39 @@ class _Rotation:
 
     # ---- the stream itself ---------------------------------------------------------------------------------------
 
-    def _remade(self, v: ir.Value) -> ir.Value:
-        """The value in its basis: a sum of parts in that basis, a move, or a start."""
+    def _carry(self, v: ir.Value) -> ir.Value:
+        """The value in its basis: a sum of terms in that basis, a move of one, or the start of the stream."""
         node, inputs = v.producer(), carried(v, self.index, self.facts)
         if node is None or not inputs:
             return self._written(v, v)
         if node.op_type in SUMS:
-            return self.g.op(node.op_type, *(self._part(x, v) for x in inputs), name=f"{node.name}_sliced")
+            return self.g.op(node.op_type, *(self._term(x, v) for x in inputs), name=f"{node.name}_sliced")
         attributes = {name: a.value for name, a in node.attributes.items()}
         moved = self.g.op(
             node.op_type, self.made[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
         )
-        return self._turned(moved, inputs[0], v)
+        return self._rebased(moved, inputs[0], v)
 
-    def _part(self, x: ir.Value, v: ir.Value) -> ir.Value:
-        return self._turned(self.made[x], x, v) if x in self.made else self._written(x, v)
+    def _term(self, x: ir.Value, v: ir.Value) -> ir.Value:
+        return self._rebased(self.made[x], x, v) if x in self.made else self._written(x, v)
 
-    def _turned(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
-        """A value in the basis of `x`, moved to that of `v`."""
+    def _rebased(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
+        """A value in the basis of `x`, converted to that of `v`."""
         if self.bases[x] is self.bases[v]:
             return y
         return self.g.op("MatMul", y, self._matrix(self._basis(x).T @ self._dual(v), v), name=f"{v.name}_skip")
 
     def _written(self, x: ir.Value, v: ir.Value) -> ir.Value:
-        """What a writer adds to the stream, in the basis of `v`: folded into its weights where they are its own."""
+        """The output of a writer in the basis of `v`: folded into its weights where nothing else uses them."""
         q = self._dual(v)
         if self.stream.kind == "layer":
             q = q - q.mean(axis=0)  # (I - 11^T / d) D
         if self.g.is_constant(x):
             return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
         readers = {u for u, _ in x.uses()}
-        is_own = not x.is_graph_output() and not self.others.get(x) and readers <= self.own
+        is_internal = not x.is_graph_output() and not self.others.get(x) and readers <= self.members
         linear = self.index.made.get(x)
-        if is_own and (x is v or len(readers) == 1):
+        if is_internal and (x is v or len(readers) == 1):
             if linear is not None and _is_free(linear):
                 self._put(linear.weight, q, 0 if linear.transposed else 1)
                 if linear.bias is not None:
@@ -135,7 +134,7 @@ class _Rotation:
         return self.g.op("MatMul", x, self._matrix(q, x), name=f"{x.name}_sliced")
 
     def _table(self, x: ir.Value) -> ir.Value | None:
-        """The embedding table `[rows, d]` that nothing but this value is looked up in."""
+        """The embedding table `[rows, d]` that only this value is looked up in."""
         node = x.producer()
         table = node.inputs[0] if node is not None and node.op_type == "Gather" else None
         if node is None or table is None or not self.g.is_constant(table) or len(list(table.uses())) != 1:
@@ -150,7 +149,7 @@ class _Rotation:
     # ---- norms ---------------------------------------------------------------------------------------------------
 
     def _norm(self, norm: NormSite) -> None:
-        """A norm without gain over the coordinates that remain, still dividing by the whole width."""
+        """An RMSNorm over the `d'` coordinates that divides by the full width `d`; its gain is folded into readers."""
         q = self._basis(norm.input)
         d, kept = q.shape
         epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
@@ -160,42 +159,44 @@ class _Rotation:
         )
         gain = self.g.array(norm.gain).astype(np.float64).reshape(-1)
         shift = None if norm.bias is None else self.g.array(norm.bias).astype(np.float64).reshape(-1)
-        r = q.T * gain
-        left = []
+        restore = q.T * gain  # [d', d]
+        unfolded = []
         for node in norm.readers:
             linear = next((x for x in self.index.read.get(norm.output, []) if x.node is node), None)
-            if linear is None or not self._read(linear, new, r, shift):
-                left.append(node)
-        if left or norm.output.is_graph_output():
-            back = self.g.op("MatMul", new, self._matrix(r, norm.gain), name=f"{norm.name}_restored", like=norm.output)
+            if linear is None or not self._let_read(linear, new, restore, shift):
+                unfolded.append(node)
+        if unfolded or norm.output.is_graph_output():
+            back = self.g.op(
+                "MatMul", new, self._matrix(restore, norm.gain), name=f"{norm.name}_restored", like=norm.output
+            )
             if shift is not None:
                 back = self.g.op("Add", back, self._matrix(shift, norm.gain), like=norm.output)
-            self.g.replace(norm.output, back, users=None if norm.output.is_graph_output() else left)
+            self.g.replace(norm.output, back, users=None if norm.output.is_graph_output() else unfolded)
 
-    def _read(self, x: Linear, new: ir.Value, r: Float64, shift: Float64 | None) -> bool:
-        """Let a linear read the coordinates that remain; False where its weights are not its own."""
+    def _let_read(self, x: Linear, new: ir.Value, r: Float64, shift: Float64 | None) -> bool:
+        """Fold `r [d', d]` into a linear that then reads the `d'` coordinates; False where its weights are shared."""
         grows = shift is not None and x.bias is None
         if not _is_free(x) or (grows and (x.output.is_graph_output() or x.node.op_type == "Gemm")):
             return False
         weight = self.g.array(x.weight)
         w = weight.T if x.transposed else weight
         if shift is not None:
-            more = product(w.T, shift[:, None])[:, 0]
+            added = product(w.T, shift[:, None])[:, 0]  # [N], the norm's bias through the weight
             if x.bias is None:
                 users = list(x.users)
-                y = self.g.op("Add", x.output, more, name=f"{x.name}_bias", like=x.output)
+                y = self.g.op("Add", x.output, added, name=f"{x.name}_bias", like=x.output)
                 self.g.replace(x.output, y, users=users)
             else:
-                self.g.put(x.bias, self.g.array(x.bias) + more)
+                self.g.put(x.bias, self.g.array(x.bias) + added)
         self.g.put(x.weight, product(w.T, r.T) if x.transposed else np.ascontiguousarray(product(w.T, r.T).T))
         self.g.set_input(x.node, 0, new)
         return True
 
 
 def _is_free(x: Linear) -> bool:
-    """Whether a linear's constants are float and read by nothing else."""
-    held = [v for v in (x.weight, x.bias) if v is not None]
-    return not x.quantized and all(len({u for u, _ in v.uses()}) == 1 and not v.is_graph_output() for v in held)
+    """Whether a linear's constants are floats that nothing else uses."""
+    constants = [v for v in (x.weight, x.bias) if v is not None]
+    return not x.quantized and all(len({u for u, _ in v.uses()}) == 1 and not v.is_graph_output() for v in constants)
 
 
 def product(a: Array, q: Array) -> Array:

@@ -1,4 +1,4 @@
-"""Weights full of zeros stored as a bit mask and the values between: standard operators that a runtime folds at load.
+"""Sparse weights stored as a bit mask and the non-zero values: standard operators that a runtime folds when it loads.
 
 A sparse initializer would be ONNX's own way. ONNX Runtime loads one, but it takes 12 bytes for every value that is not
 zero (8 of them its position), so that it gains nothing below two thirds of zeros, and onnx-ir drops it when it reads.
@@ -15,11 +15,11 @@ from onnxcomp.graph import Graph
 
 __all__ = ["compact"]
 
-WORTH = 0.9  # share of a weight's bytes that the compact form must stay under
+WORTH = 0.9  # share of the dense bytes that the compact form must stay below: its dozen operators cost time at load
 
 
 def compact(g: Graph, weights: Iterable[ir.Value]) -> None:
-    """Store the constants that have enough zeros as bits and values, for all their readers."""
+    """Store the constants that have enough zeros as bits and values, for all their users."""
     for v in dict.fromkeys(weights):
         a = g.array(v)
         if v.is_initializer() and a.size // 8 + np.count_nonzero(a) * a.itemsize < WORTH * a.nbytes:
@@ -34,13 +34,13 @@ def _pack(g: Graph, v: ir.Value) -> None:
     packed = np.packbits(bits, bitorder="little")
     values = g.constant(np.concatenate([flat[bits], flat[:1]]), f"{stem}_values")  # never empty
     spread = g.op("BitwiseAnd", packed[:, None], (1 << np.arange(8)).astype(np.uint8)[None], name=f"{stem}_bits")
-    every = g.op("Reshape", g.op("Cast", spread, to=ir.DataType.BOOL.value), np.array([-1], np.int64))
-    real = every
+    padded = g.op("Reshape", g.op("Cast", spread, to=ir.DataType.BOOL.value), np.array([-1], np.int64))
+    mask = padded  # [size], true where a weight is not zero
     if flat.size % 8:
         zero, size = np.array([0], np.int64), np.array([flat.size], np.int64)
-        real = g.op("Slice", every, zero, size)
-    number = g.op("CumSum", g.op("Cast", real, to=ir.DataType.INT32.value), np.array(0, np.int64))
-    place = g.op("Max", g.op("Sub", number, np.array(1, np.int32)), np.array(0, np.int32))
-    found = g.op("Where", real, g.op("Gather", values, place), np.zeros((), a.dtype))
-    new = g.op("Reshape", found, np.array(a.shape, np.int64), name=f"{stem}_weight", like=v)
+        mask = g.op("Slice", padded, zero, size)
+    count = g.op("CumSum", g.op("Cast", mask, to=ir.DataType.INT32.value), np.array(0, np.int64))
+    index = g.op("Max", g.op("Sub", count, np.array(1, np.int32)), np.array(0, np.int32))  # [size], into values
+    dense = g.op("Where", mask, g.op("Gather", values, index), np.zeros((), a.dtype))
+    new = g.op("Reshape", dense, np.array(a.shape, np.int64), name=f"{stem}_weight", like=v)
     g.replace(v, new, users=[u for u, _ in v.uses()])

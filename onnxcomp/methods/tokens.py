@@ -23,13 +23,11 @@ from onnxcomp.maths import Array
 __all__ = ["PADDING_BIAS", "Place", "Tokens", "places", "removals"]
 
 QUERY_MASK = "the attention mask depends on the query (causal, window or position bias), so tokens cannot move"
-MOST_STEPS = (
-    12  # from an attention to the MLP of its layer: projection, bias, scale, residual, norm, reshapes; more is slow
-)
+# Nodes from an attention to the MLP of its layer: projection, bias, scale, residual, norm and reshapes are fewer; the
+# search doubles with each sum.
+MOST_STEPS = 12
 PADDING_BIAS = -3e4  # in place of log 0: below every score, and finite in half types, whose range ends at 65504
-LEAST_MASS = (
-    1e-4  # in place of the mass of a token that is all padding, which its sum is divided by; normal in half types
-)
+LEAST_MASS = 1e-4  # in place of the zero mass of a token that is all padding, a divisor; a normal number in half types
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Which parts of a graph can run in a half type, and the edit that makes them: one Cast per value at most each way.
+"""Which nodes of a graph can run in a half type, and which constants and masks stand in the way.
 
 A node's ports are its float32 inputs and outputs whose type ONNX lets follow the half type. Arithmetic on positions and
 masks (floats made from integers) is no port: it is cheap, and half types cannot count beyond 2048 (fp16) or 256 (bf16).
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FLOAT, BOOL = ir.DataType.FLOAT, ir.DataType.BOOL
-# Operators whose half kernels are missing, or which exist to be precise; the rest is decided by ONNX's schemas.
+# Operators without half kernels, or whose results must be precise; for the others ONNX's schemas decide.
 KEPT = {
     *("Sin", "Cos", "Range", "CumSum", "NonMaxSuppression", "RoiAlign", "Resize", "Upsample", "TopK", "Multinomial"),
     *("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "EyeLike", "Det"),
@@ -45,10 +45,10 @@ CONTRIB_HALF = {
     *("MultiHeadAttention", "GroupQueryAttention", "Attention", "RotaryEmbedding", "SkipLayerNormalization"),
     *("SkipSimplifiedLayerNormalization", "BiasGelu", "FastGelu", "QuickGelu", "FusedMatMul"),
 }
-INFINITE = 1e8  # constants from this size on stand for infinity in masks
+INFINITE = 1e8  # constants from this size on stand for infinity in masks: no weight or activation is that large
 FILL = {ir.DataType.FLOAT16: 3e4, ir.DataType.BFLOAT16: 3e38}  # what replaces them; sums of several stay finite
 SOFT = {*MOVES, "Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Concat", "Cast", "CastLike", "Trilu", "Clip", "Pad"}
-CHUNK = 1 << 22  # elements of a weight looked at together
+CHUNK = 1 << 22  # elements of a weight examined at a time: bounds memory, not the result
 HEAVY = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", *CONTRIB_HALF}
 
 
@@ -64,8 +64,8 @@ class Ports:
     def values(self) -> list[ir.Value]:
         """The values at the ports, inputs first."""
         node = self.node
-        found = [*(node.inputs[i] for i in self.inputs), *(node.outputs[i] for i in self.outputs)]
-        return list(dict.fromkeys(v for v in found if v is not None))
+        values = [*(node.inputs[i] for i in self.inputs), *(node.outputs[i] for i in self.outputs)]
+        return list(dict.fromkeys(v for v in values if v is not None))
 
 
 @cache
@@ -81,7 +81,7 @@ def _variables(op: str, version: int, half: str) -> tuple[tuple[str, ...], tuple
 
 
 def ports(g: Graph, node: ir.Node, half: ir.DataType) -> Ports | None:
-    """The ports of a node, None where it makes or reads no float32 that could be half."""
+    """The ports of a node, None where no float32 input or output of it could be half."""
     if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
         return None
     if node.domain == CONTRIB and node.op_type in CONTRIB_HALF and half is ir.DataType.FLOAT16:
@@ -112,66 +112,66 @@ def candidates(g: Graph, half: ir.DataType) -> list[Ports]:
     """Ports of every node that could run in half, arithmetic on positions and masks of numbers left out."""
     if any(v.dtype is None for node in g.nodes() for v in node.outputs):
         g.infer_shapes()
-    counted, found = from_integers(g), []
+    counted, eligible = from_integers(g), list[Ports]()
     for node in g.nodes():
         floats = [v for v in node.inputs if is_float(v) and not g.is_constant(v)]
         if any(v in counted for v in node.outputs) or (floats and all(v in counted for v in floats)):
             continue
         p = ports(g, node, half)
         if p is not None and node.op_type != "Constant":
-            found.append(p)
-    return found
+            eligible.append(p)
+    return eligible
 
 
 def precise(g: Graph) -> set[ir.Node]:
-    """Nodes whose result goes into a sine or cosine without a product with weights between: angles need float32."""
-    found: set[ir.Node] = set()
+    """Nodes that compute the angle of a sine or cosine, back to the products with weights: angles need float32."""
+    of_angles: set[ir.Node] = set()
     stack = [v for node in g.nodes("Sin", "Cos") for v in node.inputs]
     while stack:
         v = stack.pop()
         node = v.producer() if v is not None and is_float(v) else None
-        if node is not None and node not in found and node.op_type not in HEAVY:
-            found.add(node)
+        if node is not None and node not in of_angles and node.op_type not in HEAVY:
+            of_angles.add(node)
             stack.extend(node.inputs)
-    return found
+    return of_angles
 
 
 def islands(chosen: Collection[Ports]) -> set[ir.Node]:
-    """Light nodes that only float32 nodes feed and read: running them in half would cost Casts and gain nothing."""
-    left = {p.node: p for p in chosen}
-    gone: set[ir.Node] = set()
+    """Light nodes whose producers and consumers all stay float32: half would cost Casts and gain nothing."""
+    kept = {p.node: p for p in chosen}
+    removed: set[ir.Node] = set()
     while True:
-        made = {p.node.outputs[i] for p in left.values() for i in p.outputs}
-        alone = [p.node for p in left.values() if p.node.op_type not in HEAVY and not _touches(p, made, left)]
-        if not alone:
-            return gone
-        for node in alone:
-            gone.add(node)
-            del left[node]
+        produced = {p.node.outputs[i] for p in kept.values() for i in p.outputs}
+        isolated = [p.node for p in kept.values() if p.node.op_type not in HEAVY and not _touches(p, produced, kept)]
+        if not isolated:
+            return removed
+        for node in isolated:
+            removed.add(node)
+            del kept[node]
 
 
-def _touches(p: Ports, made: Collection[ir.Value], left: Collection[ir.Node]) -> bool:
-    """Whether a node reads what a half node makes, or makes what a half node reads."""
-    reads = any(p.node.inputs[i] in made for i in p.inputs)
-    return reads or any(u in left for v in p.node.outputs for u, _ in v.uses())
+def _touches(p: Ports, produced: Collection[ir.Value], nodes: Collection[ir.Node]) -> bool:
+    """Whether a half node produces an input of a node or consumes one of its outputs."""
+    consumes = any(p.node.inputs[i] in produced for i in p.inputs)
+    return consumes or any(u in nodes for v in p.node.outputs for u, _ in v.uses())
 
 
 def fills(g: Graph) -> dict[ir.Value, ir.TensorProtocol]:
     """Float32 constants that stand for infinity in masks: some of their elements are beyond any real weight."""
-    seen = {v: g.tensor(v) for node in g.nodes(*SOFT) for v in node.inputs if v is not None}
-    seen |= {node.outputs[0]: content(node) for node in g.nodes("ConstantOfShape")}
-    return {v: t for v, t in seen.items() if t is not None and t.dtype is FLOAT and _peak(t) >= INFINITE}
+    constants = {v: g.tensor(v) for node in g.nodes(*SOFT) for v in node.inputs if v is not None}
+    constants |= {node.outputs[0]: content(node) for node in g.nodes("ConstantOfShape")}
+    return {v: t for v, t in constants.items() if t is not None and t.dtype is FLOAT and _peak(t) >= INFINITE}
 
 
 def content(node: ir.Node) -> ir.TensorProtocol | None:
-    """What ConstantOfShape repeats."""
+    """The value that a ConstantOfShape repeats, None for other nodes."""
     value = node.attributes.get("value")
     return value.as_tensor() if node.op_type == "ConstantOfShape" and value is not None else None
 
 
-def from_fills(g: Graph, found: Collection[ir.Value]) -> set[ir.Value]:
-    """Values that carry stand-ins for infinity on to a softmax; their size says nothing."""
-    marked = set(found)
+def from_fills(g: Graph, constants: Collection[ir.Value]) -> set[ir.Value]:
+    """Values computed from stand-ins for infinity on the way to a softmax; their magnitude says nothing."""
+    marked = set(constants)
     for node in g.nodes():
         if node.op_type in SOFT and any(v in marked for v in node.inputs):
             marked.update(node.outputs)

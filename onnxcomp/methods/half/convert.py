@@ -13,11 +13,11 @@ from onnxcomp.methods.half.candidates import Ports, clipped, content, fills
 __all__ = ["convert"]
 
 FLOAT = ir.DataType.FLOAT
-LAZY_BYTES = 1 << 20  # constants from this size on are converted when they are written or run
+LAZY_BYTES = 1 << 20  # constants in a file from this size on are converted when they are written or run: saves memory
 
 
 def convert(g: Graph, chosen: Iterable[Ports], half: ir.DataType) -> None:
-    """Run the chosen nodes in the half type; values that cross to others get one shared Cast, inputs and outputs too.
+    """Run the chosen nodes in the half type; values used by other nodes too get one shared Cast, as inputs and outputs.
 
     Stand-ins for infinity become finite in the half type everywhere, so that a mask stays finite on the way.
     """
@@ -34,7 +34,7 @@ def convert(g: Graph, chosen: Iterable[Ports], half: ir.DataType) -> None:
 
 
 class _Conversion:
-    """The state of one `convert`: the half and float32 twins of values."""
+    """The state of one `convert`: the half and float32 copies of values."""
 
     def __init__(self, g: Graph, chosen: dict[ir.Node, Ports], half: ir.DataType) -> None:
         self.g, self.chosen, self.half = g, chosen, half
@@ -48,7 +48,7 @@ class _Conversion:
                 if x is not None and x not in self.made:
                     self.g.set_input(p.node, i, self._down(x))
         for v in self.made:
-            self._leave(v)
+            self._connect(v)
         for p in self.chosen.values():
             for i in p.outputs:
                 self._retype(p.node.outputs[i])
@@ -60,7 +60,7 @@ class _Conversion:
                 self.g.replace(node.outputs[0], x)
 
     def _down(self, x: ir.Value) -> ir.Value:
-        """The half twin of a float32 value: a converted constant or a Cast, straight from the whole numbers behind."""
+        """The half copy of a float32 value: a converted constant or a Cast, of the integers behind if it has some."""
         if x not in self.down:
             t = self.g.tensor(x)
             if t is not None:
@@ -68,8 +68,8 @@ class _Conversion:
             else:
                 node = x.producer()
                 raw = node.inputs[0] if node is not None and node.op_type == "Cast" else None
-                whole = raw is not None and raw.dtype is not None and not raw.dtype.is_floating_point()
-                source = raw if raw is not None and whole else x
+                integer = raw is not None and raw.dtype is not None and not raw.dtype.is_floating_point()
+                source = raw if raw is not None and integer else x
                 self.down[x] = self._cast(source, self.half, x)
         return self.down[x]
 
@@ -78,8 +78,8 @@ class _Conversion:
         out.type, out.shape = ir.TensorType(to), like.shape
         return out
 
-    def _leave(self, v: ir.Value) -> None:
-        """Give every consumer of a value that becomes half what it reads: the value, or its float32 twin."""
+    def _connect(self, v: ir.Value) -> None:
+        """Connect every consumer of a value that becomes half to the value, or to its float32 copy."""
         ours = [(u, i) for u, i in v.uses() if u in self.chosen and i in self.chosen[u].inputs]
         others = [u for u, i in v.uses() if (u, i) not in ours and not _any_type(u, i)]
         if not others and not v.is_graph_output():
@@ -94,8 +94,8 @@ class _Conversion:
         v.type = ir.TensorType(self.half)
         if node.op_type == "Cast":
             self.g.set_attr(node, to=self.half.value)
-        elif (held := content(node)) is not None:
-            self.g.set_attr(node, value=ir.tensor(_cast_array(held.numpy(), self.half)))
+        elif (repeated := content(node)) is not None:
+            self.g.set_attr(node, value=ir.tensor(_cast_array(repeated.numpy(), self.half)))
         self.g.edits += 1
         self.g.touched.add(str(node.name))
 

@@ -1,4 +1,4 @@
-"""Whether the values of a node fit a half type: what to measure, and what its ranges say."""
+"""Whether the values of a node fit a half type: the statistics needed, and the verdict on its ranges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Ranges", "needs"]
 
 
 def needs(g: Graph, p: Ports, masks: Collection[ir.Value]) -> Iterator[Need]:
-    """The largest magnitudes that `Ranges` reads for a node; `masks` are values whose size says nothing."""
+    """The largest magnitudes that `Ranges` reads for a node; `masks` are values whose magnitude says nothing."""
     for v in p.values:
         empty = v.shape is not None and 0 in v.shape.dims
         if not g.is_constant(v) and v not in masks and not empty:
@@ -42,10 +42,10 @@ class Ranges:
     def _of(self, v: ir.Value) -> str:
         if v not in self._known:
             t = self.g.tensor(v)
-            self._known[v] = self._seen(v) if t is None else constant_trouble(t, self.half)
+            self._known[v] = self._measured(v) if t is None else constant_trouble(t, self.half)
         return self._known[v]
 
-    def _seen(self, v: ir.Value) -> str:
+    def _measured(self, v: ir.Value) -> str:
         need = absmax(v)
         if need not in self.asked:
             return ""

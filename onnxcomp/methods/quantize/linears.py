@@ -1,4 +1,4 @@
-"""Quantized linears as graph edits, shared by every quantizer: what is eligible, integer weights, products."""
+"""Quantized linears as graph edits, shared by every quantizer: eligible linears, integer weights, products."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from onnxcomp.target import Granularity, Target, resolved
 
 __all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable", "run_time_product"]
 
-LAZY_BYTES = (
-    16 << 20
-)  # weights from this size on, when they lie in a file, become codes only when they are written or run
+# Weights from this size on that lie in a file become codes only when they are written or run: small ones are cheap to
+# hold, and a large model must not have all its codes in memory.
+LAZY_BYTES = 16 << 20
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 def quantizable(g: Graph) -> list[Linear]:
-    """Linears whose weight is stored in a float type, a head that shares the embedding's table among them."""
+    """Linears whose weight is stored in a float type, with the output head that shares the embedding table."""
     return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
 
 
@@ -82,11 +82,11 @@ class WeightCodes:
         def codes() -> Array:
             return formats.quantize(weight(), scale, zero, fmt, axis=axis)
 
-        held: Array | ir.LazyTensor = (
+        stored: Array | ir.LazyTensor = (
             codes() if tensor.nbytes < LAZY_BYTES or isinstance(tensor, ir.Tensor) else _lazy(codes, linear.sizes)
         )
         stem = str(linear.weight.name)
-        return self.g.constant(held, f"{stem}_int8"), self.g.constant(scale, f"{stem}_scale")
+        return self.g.constant(stored, f"{stem}_int8"), self.g.constant(scale, f"{stem}_scale")
 
 
 def _lazy(codes: Callable[[], Array], shape: tuple[int, int]) -> ir.LazyTensor:
@@ -107,7 +107,7 @@ def integer_weight(codes: WeightCodes, linear: Linear) -> ir.Value:
 
 
 def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
-    """Make a linear read `x @ w`, `w` being `[K, N]`; a Gemm becomes MatMul and Add, which keep integer products."""
+    """Make a linear compute `x @ w`, `w [K, N]`; a Gemm becomes MatMul and Add, for which integer kernels exist."""
     if linear.node.op_type == "MatMul":
         g.set_input(linear.node, 0, x)
         g.set_input(linear.node, 1, w)

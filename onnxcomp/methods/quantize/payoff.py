@@ -1,4 +1,4 @@
-"""Whether quantizing pays: linears of one input as two small models, float and on integers, to be timed."""
+"""Whether quantizing saves time: linears of one input as two small models, float and integer, to be measured."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["SLOWER", "TICK", "loses", "models", "products"]
 
-SLOWER = 1.05  # a group is left in float where integers take longer by this factor,
-TICK = 20e-6  # and by more than the noise of one session call, seconds
+# A group is kept in float where integers take longer by this factor, above the noise of repeated measurements, and by
+# more seconds than the noise of one call of a session.
+SLOWER = 1.05
+TICK = 20e-6
 
 
 def loses(group: list[Linear], env: Env, *, dynamic: bool = False) -> str:
     """Why the linears of one input stay float: integers are slower at the asked shapes, where that is measured.
 
-    Empty where they pay or nothing is known; `dynamic` takes the input's range at run time.
+    Empty where they are not slower or nothing is known; `dynamic` takes the input's range at run time.
     """
     shapes = env.dims(group[0].source) if env.measures and group[0].source.dtype is ir.DataType.FLOAT else []
     forms = models(group, env.target, dynamic=dynamic) if shapes else {}
@@ -45,9 +47,9 @@ def loses(group: list[Linear], env: Env, *, dynamic: bool = False) -> str:
 
 
 def models(group: Sequence[Linear], target: Target, *, dynamic: bool = False) -> dict[str, Graph]:
-    """`float` and `int8`: the linears behind an input `x` `[batch, rows, K]`, integers in the form of the table.
+    """`float` and `int8`: the linears on an input `x` `[batch, rows, K]`, integers in the form of the target's table.
 
-    Weights are made up, when they are run: the time of a dense product does not depend on them.
+    Weights are constants created when a model runs: the time of a dense product does not depend on them.
     """
     fan_in, outs = group[0].sizes[0], [(x.sizes[1], x.bias is not None) for x in group]
     kind = "dynamic" if dynamic else "quantized"
@@ -55,14 +57,14 @@ def models(group: Sequence[Linear], target: Target, *, dynamic: bool = False) ->
 
 
 def products(fan_in: int, outs: Sequence[tuple[int, bool]], source: str = "x") -> Graph:
-    """Float linears behind an input `[batch, rows, fan_in]`, by their fan-out and whether they have a bias."""
+    """Float linears on an input `[batch, rows, fan_in]`, by their fan-out and whether they have a bias."""
     return Graph(_model(fan_in, outs, "", source).model)
 
 
 def _quantized(fan_in: int, outs: Sequence[tuple[int, bool]], target: Target, kind: str) -> Graph:
-    done = Graph(_model(fan_in, outs, kind).model)
-    _in_form(done, target, kind)
-    return done
+    g = Graph(_model(fan_in, outs, kind).model)
+    _in_form(g, target, kind)
+    return g
 
 
 def _model(fan_in: int, outs: Sequence[tuple[int, bool]], kind: str, source: str = "x") -> Graph:
@@ -83,7 +85,7 @@ def _model(fan_in: int, outs: Sequence[tuple[int, bool]], kind: str, source: str
 
 
 def _codes(g: Graph, x: ir.Value, kind: str) -> ir.Value:
-    """What the products read: `x`, `x` through a Q/DQ pair, or its codes of a run-time range."""
+    """The input of the products: `x`, `x` through a Q/DQ pair, or its codes of a run-time range."""
     if not kind:
         return x
     if kind == "dynamic":
