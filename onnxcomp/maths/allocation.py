@@ -1,4 +1,4 @@
-"""How many units go where: from scores to the units that stay, by layer or over the whole model."""
+"""Allocation of a cut: from scores to the units that are kept, by layer or over the whole model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import numpy as np
 
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["Candidate", "Normal", "choose", "isotonic", "ladder", "least_ratio", "normalised"]
+__all__ = ["LARGEST_RATIO", "Candidate", "Normal", "choose", "isotonic", "ladder", "least_ratio", "normalised"]
 
 Normal = Literal["none", "l2", "standard"]
+BISECTIONS = 24  # of a ratio, to 6e-8: finer than one unit of any layer
+LARGEST_RATIO = 1.0 - 1e-6  # all but the fewest units of every group; 1 itself is no ratio
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One group to cut: scores of its units (high stays), what one of them costs, and what its count must obey.
+    """One group to cut: scores of its units (the highest are kept), the cost of one, and constraints on the count.
 
-    `parts` is the part of each unit where every part must keep as many, `multiple` the steps of the count, `floor` the
-    fewest that stay.
+    `parts` is the part of each unit where all parts must keep equally many, `multiple` the steps of the count, `floor`
+    the fewest that are kept.
     """
 
     scores: Float64
@@ -54,7 +56,7 @@ def choose(
     ranking: Literal["layer", "global"] = "layer",
     uniform: bool = False,
 ) -> list[Array]:
-    """Units that stay in each group (ascending) when `ratio` of them go: of each group, or of the cost of all.
+    """Kept units of each group (ascending) when a share `ratio` is removed: of each group, or of the cost of all.
 
     With `uniform` all groups of as many units keep equally many.
     """
@@ -69,36 +71,36 @@ def choose(
 
 
 def _ranked(candidates: Sequence[Candidate], ratio: float) -> list[float]:
-    """How many units of each group stay when the lowest of all go until `ratio` of the cost has gone.
+    """How many units of each group are kept when the lowest of all are removed until `ratio` of the cost is.
 
-    Units go in the steps their count may take, so that rounding afterwards takes no more.
+    Units are removed in the steps that their count may take, so that rounding afterwards removes no more.
     """
     steps = [(score, i, size) for i, c in enumerate(candidates) for score, size in _steps(c)]
-    left = [c.units for c in candidates]
+    kept = [c.units for c in candidates]
     budget = ratio * sum(c.cost * c.units for c in candidates)
     for _, i, size in sorted(steps, key=lambda s: s[0]):
         if budget < candidates[i].cost * size / 2:
             break
-        left[i] -= size
+        kept[i] -= size
         budget -= candidates[i].cost * size
-    return [float(n) for n in left]
+    return [float(n) for n in kept]
 
 
 def _steps(c: Candidate) -> list[tuple[float, int]]:
-    """Mean score and number of the units that go in each step of the count, from the lowest."""
+    """Mean score and number of the units that are removed in each step of the count, from the lowest."""
     parts = np.asarray(c.parts or (0,) * c.units)
     order = np.stack([np.sort(c.scores[parts == p]) for p in np.unique(parts)])
     step, lowest = _least(c)
-    found, left = [], c.units
-    while left - (size := left % step or step) >= lowest:
-        first = (c.units - left) // len(order)
-        found.append((float(order[:, first : first + size // len(order)].mean()), size))
-        left -= size
-    return found
+    steps, kept = [], c.units
+    while kept - (size := kept % step or step) >= lowest:
+        first = (c.units - kept) // len(order)
+        steps.append((float(order[:, first : first + size // len(order)].mean()), size))
+        kept -= size
+    return steps
 
 
 def _least(c: Candidate) -> tuple[int, int]:
-    """The steps of a count, and the fewest units that may stay."""
+    """The steps of a count, and the fewest units that may be kept."""
     step = lcm(max(1, c.multiple), len(set(c.parts)) or 1)
     return step, -(-max(c.floor, 1) // step) * step
 
@@ -113,7 +115,7 @@ def _rounded(c: Candidate, count: float) -> int:
 
 
 def ladder(c: Candidate, shares: Sequence[float] = (0.0, 0.5, 0.75, 1.0)) -> list[int]:
-    """Allowed counts near these shares of the units, ascending, from the fewest that may stay to all."""
+    """Allowed counts near these shares of the units, ascending, from the fewest that may be kept to all."""
     return sorted({_rounded(c, c.units * s) for s in shares})
 
 
@@ -123,16 +125,16 @@ def _best(c: Candidate, count: int) -> Array:
         return np.sort(np.argsort(-c.scores, kind="stable")[:count])
     parts, kept = np.asarray(c.parts), []
     for p in sorted(set(c.parts)):
-        own = np.flatnonzero(parts == p)
-        kept.append(own[np.argsort(-c.scores[own], kind="stable")[: count // len(set(c.parts))]])
+        members = np.flatnonzero(parts == p)
+        kept.append(members[np.argsort(-c.scores[members], kind="stable")[: count // len(set(c.parts))]])
     return np.sort(np.concatenate(kept))
 
 
-def least_ratio(fits: Callable[[float], bool], steps: int = 24) -> float | None:
+def least_ratio(fits: Callable[[float], bool], steps: int = BISECTIONS) -> float | None:
     """The smallest ratio in `[0, 1)` for which `fits` holds, by bisection; None where none does."""
     if fits(0.0):
         return 0.0
-    low, high = 0.0, 1.0 - 1e-6
+    low, high = 0.0, LARGEST_RATIO
     if not fits(high):
         return None
     for _ in range(steps):
@@ -142,7 +144,7 @@ def least_ratio(fits: Callable[[float], bool], steps: int = 24) -> float | None:
 
 
 def isotonic(values: Array) -> Float64:
-    """The nearest sequence (least squares) that never falls: neighbours that do are pooled (Ayer 1955)."""
+    """The nearest sequence (least squares) that never falls, by pooling adjacent violators (Ayer et al., 1955)."""
     pools: list[tuple[float, int]] = []
     for x in np.asarray(values, np.float64):
         mean, count = float(x), 1

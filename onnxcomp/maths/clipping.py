@@ -15,7 +15,14 @@ __all__ = ["Clip", "bin_edges", "clip_range"]
 
 Clip = Literal["minmax", "percentile", "entropy", "mse"]
 FINITE = 0x7F80  # bins of finite values of one sign
-KL_BINS, KL_STEP = 2048, 16
+KL_BINS = 2048  # even bins of the divergence, as in TensorRT's calibration
+KL_STEP = 16  # bins between two thresholds that are tried: a range is then at most 0.8 % of the largest too wide
+# Grid of the mean squared error: ranges from everything down to 2 %, then around the best one ever closer.
+SHRINK = np.geomspace(1.0, 0.02, 64)
+NEARER = (0.8, 0.3, 0.1, 0.02)  # half widths of the later grids, relative to the best range
+GRID = 24  # ranges in each of them
+MOST_BINS = 4096  # of a histogram in that search: more cost time, and no step of 8 bits resolves them
+LEAST_DIVISOR = 1e-9  # in place of a quantized probability of zero in a divergence
 
 
 @cache
@@ -35,7 +42,7 @@ def bin_edges() -> tuple[Float64, Float64]:
 
 @dataclass(frozen=True)
 class _Bins:
-    """The bins that hold something, ascending: edges, middles and counts."""
+    """The bins that are not empty, ascending: edges, middles and counts."""
 
     low: Float64
     high: Float64
@@ -65,11 +72,11 @@ def _bins(histogram: Array) -> _Bins:
     if counts.sum() != histogram.sum():
         raise DataError("the histogram holds NaN or infinity")
     low, high = bin_edges()
-    held = np.flatnonzero(counts)
-    low, high = low[held], high[held]
+    filled = np.flatnonzero(counts)
+    low, high = low[filled], high[filled]
     # The bins next to zero hold zero itself and numbers that no scale can tell from it.
     tiny = np.maximum(abs(low), abs(high)) < float(np.finfo(np.float32).tiny)
-    return _Bins(np.where(tiny, 0.0, low), np.where(tiny, 0.0, high), counts[held].astype(np.float64))
+    return _Bins(np.where(tiny, 0.0, low), np.where(tiny, 0.0, high), counts[filled].astype(np.float64))
 
 
 def clip_range(
@@ -147,10 +154,9 @@ def _mse(b: _Bins, low: float, high: float, bits: int, symmetric: bool) -> tuple
     b = _thinned(b)
     if symmetric:
         low, high = -max(-low, high), max(-low, high)
-    factors = np.geomspace(1.0, 0.02, 64)
-    low, high = _best(b, low * factors, high * factors, bits)
-    for width in (0.8, 0.3, 0.1, 0.02):
-        near = np.concatenate([[1.0], np.linspace(1 - width, 1 + width, 24)])
+    low, high = _best(b, low * SHRINK, high * SHRINK, bits)
+    for width in NEARER:
+        near = np.concatenate([[1.0], np.linspace(1 - width, 1 + width, GRID)])
         if symmetric:
             low, high = _best(b, low * near, high * near, bits)
             continue
@@ -160,7 +166,7 @@ def _mse(b: _Bins, low: float, high: float, bits: int, symmetric: bool) -> tuple
     return low, high
 
 
-def _thinned(b: _Bins, most: int = 4096) -> _Bins:
+def _thinned(b: _Bins, most: int = MOST_BINS) -> _Bins:
     """At most `most` bins: the finest, nearest to zero, are joined, since no step resolves them."""
     if len(b.count) <= most:
         return b
@@ -207,4 +213,4 @@ def _divergence(counts: Float64, n: int, levels: int) -> float:
         return float("inf")
     p, q = p / p.sum(), q / q.sum()
     some = p > 0
-    return float((p[some] * np.log(p[some] / np.maximum(q[some], 1e-9))).sum())
+    return float((p[some] * np.log(p[some] / np.maximum(q[some], LEAST_DIVISOR))).sum())

@@ -1,7 +1,7 @@
-"""Backward elimination: in-channels, or groups of them, go one by one, and least squares makes up for each.
+"""Backward elimination of units (groups of in-channels) one by one, the others refitted by least squares each time.
 
-With `P = G^-1` and weights `W [K, N]` of what is left, unit `u` costs `tr(W_u^T P_uu^-1 W_u)`; when it goes, `W` and
-`P` lose what it explains (optimal brain surgeon, Hassibi and Stork 1993, for groups; SparseGPT's update of rows).
+With `P = G^-1 [K, K]` and the refitted weights `W [K, N]`, removing unit `u` adds the error `tr(W_u^T P_uu^-1 W_u)`;
+then `W -= P_:u P_uu^-1 W_u` and `P -= P_:u P_uu^-1 P_u:` (optimal brain surgeon, Hassibi and Stork, 1993, for groups).
 """
 
 from __future__ import annotations
@@ -9,89 +9,93 @@ from __future__ import annotations
 import numpy as np
 
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.solve import damped, invert_lower
+from onnxcomp.maths.solve import SINGULAR_DAMP, damped, invert_lower
 
 __all__ = ["elimination"]
 
-AT_ONCE = 32  # 1 / the largest share of the channels that goes between two updates of the rest
-NEAR = 4  # times as many are candidates
-PIECE = 512  # rows updated at a time, so that no second matrix of that size is needed
+# A round removes at most 1 / 32 of the units between two updates of all others: fewer cost time, more lose the exact
+# order. They are chosen among four times as many candidates, which are updated after each.
+ROUND_SHARE = 32
+CANDIDATES = 4
+PIECE = 512  # rows updated at a time, so that no second matrix of that size is in memory
 
 
-def elimination(gram: Array, weights: Array, units: Array, count: int, damp: float = 1e-6) -> Float64:
-    """Squared error that each unit adds as they go, the cheapest next, and what is left makes up for it: `[count]`.
+def elimination(gram: Array, weights: Array, units: Array, count: int, damp: float = SINGULAR_DAMP) -> Float64:
+    """Squared error that each unit adds when units are removed, the cheapest next, the rest refitted: `[count]`.
 
-    `units` is the unit of every in-channel, -1 for those that stay. Never falls in the order in which units go, so that
-    of two which replace each other one stays. Units go in rounds: the next ones are chosen one by one
-    among the cheapest until these cost more than the others did; then the rest is updated. The order is that of one by
-    one but where a unit's cost falls as others go, which is rare.
+    `units` `[K]` is the unit of every in-channel, -1 for those that are kept. Errors never fall in the order of
+    removal, so that of two units which replace each other one is kept. Units are removed in rounds: one by one among
+    the cheapest until these cost more than any other did at the start of the round; then all others are updated. The
+    order is that of one by one except where a unit's cost falls when others are removed, which is rare.
     """
     u = np.asarray(units, np.int64)
     w, p = np.array(weights, np.float64), _inverse(damped(np.asarray(gram, np.float64), damp)[1])
     added, most = np.zeros(count), 0.0
-    while (left := np.unique(u[u >= 0])).size:
-        costs = _costs(p, w, u, left)
+    while (remaining := np.unique(u[u >= 0])).size:
+        costs = _costs(p, w, u, remaining)
         order = np.argsort(costs, kind="stable")
-        number = max(1, left.size // AT_ONCE)
-        near, far = left[order[: NEAR * number]], order[NEAR * number :]
+        number = max(1, remaining.size // ROUND_SHARE)
+        near, far = remaining[order[: CANDIDATES * number]], order[CANDIDATES * number :]
         bound = float(costs[far[0]]) if far.size else np.inf
         rows = np.flatnonzero(np.isin(u, near))
-        gone = _cheapest(p[np.ix_(rows, rows)], w[rows], u[rows], number, bound)
-        for unit, loss in gone:
+        removed = _cheapest(p[np.ix_(rows, rows)], w[rows], u[rows], number, bound)
+        for unit, loss in removed:
             added[unit] = most = max(most, loss)
-        out = np.isin(u, [unit for unit, _ in gone])
-        _take_out(p, w, np.flatnonzero(out))
-        stays = np.flatnonzero(~out)
-        u, w, p = u[stays], w[stays], _shrunk(p, stays)
+        is_removed = np.isin(u, [unit for unit, _ in removed])
+        _eliminate(p, w, np.flatnonzero(is_removed))
+        kept = np.flatnonzero(~is_removed)
+        u, w, p = u[kept], w[kept], _compacted(p, kept)
     return added
 
 
-def _costs(p: Float64, w: Float64, u: Array, left: Array) -> Float64:
-    """The squared error that each of the units adds if it goes next; units of equally many channels at a time."""
+def _costs(p: Float64, w: Float64, u: Array, remaining: Array) -> Float64:
+    """The squared error that removing each of the units next would add; units of equally many channels at a time."""
     order = np.argsort(u, kind="stable")
-    starts, ends = (np.searchsorted(u[order], left, side) for side in ("left", "right"))
-    sizes, found = ends - starts, np.zeros(len(left))
+    starts, ends = (np.searchsorted(u[order], remaining, side) for side in ("left", "right"))
+    sizes, costs = ends - starts, np.zeros(len(remaining))
     for size in np.unique(sizes):
         alike = np.flatnonzero(sizes == size)
-        own = order[starts[alike][:, None] + np.arange(size)]
-        part = w[own]
+        channels = order[starts[alike][:, None] + np.arange(size)]  # [units, size]
+        part = w[channels]  # [units, size, N]
         solved = (
-            part / np.diag(p)[own][..., None] if size == 1 else np.linalg.solve(p[own[:, :, None], own[:, None]], part)
+            part / np.diag(p)[channels][..., None]
+            if size == 1
+            else np.linalg.solve(p[channels[:, :, None], channels[:, None]], part)
         )
-        found[alike] = np.einsum("ukn,ukn->u", part, solved)
-    return found
+        costs[alike] = np.einsum("ukn,ukn->u", part, solved)
+    return costs
 
 
 def _cheapest(p: Float64, w: Float64, u: Array, number: int, bound: float) -> list[tuple[int, float]]:
-    """The next units to go with what each costs: at least one, then those that cost no more than any other can."""
-    left, found = np.unique(u), list[tuple[int, float]]()
-    while len(found) < number:
-        costs = _costs(p, w, u, left)
+    """The next units to remove with their costs: at least one, then those that cost no more than `bound`."""
+    remaining, chosen = np.unique(u), list[tuple[int, float]]()
+    while len(chosen) < number:
+        costs = _costs(p, w, u, remaining)
         at = int(np.argmin(costs))
-        if found and costs[at] > bound:
+        if chosen and costs[at] > bound:
             break
-        found.append((int(left[at]), float(costs[at])))
-        _take_out(p, w, np.flatnonzero(u == left[at]))
-        left = np.delete(left, at)
-    return found
+        chosen.append((int(remaining[at]), float(costs[at])))
+        _eliminate(p, w, np.flatnonzero(u == remaining[at]))
+        remaining = np.delete(remaining, at)
+    return chosen
 
 
-def _take_out(p: Float64, w: Float64, own: Array) -> None:
-    """Update what is left for channels that go: their weights fall on the others, and their rows become zero."""
-    share = np.linalg.solve(p[np.ix_(own, own)], p[own])
-    columns, lost = p[:, own], w[own]
+def _eliminate(p: Float64, w: Float64, channels: Array) -> None:
+    """Remove channels: the other weights are refitted in place, the rows of the removed ones become zero."""
+    share = np.linalg.solve(p[np.ix_(channels, channels)], p[channels])
+    columns, lost = p[:, channels], w[channels]
     for start in range(0, len(p), PIECE):
         at = slice(start, start + PIECE)
         w[at] -= share[:, at].T @ lost
         p[at] -= columns[at] @ share
 
 
-def _shrunk(p: Float64, stays: Array) -> Float64:
-    """Some rows and columns, moved to the front of the same memory."""
-    n = len(stays)
+def _compacted(p: Float64, kept: Array) -> Float64:
+    """The kept rows and columns, moved to the front of the same memory."""
+    n = len(kept)
     flat = p.reshape(-1)
-    for to, row in enumerate(stays):  # ascending, so that nothing is overwritten before it is read
-        flat[to * n : (to + 1) * n] = p[row, stays]
+    for to, row in enumerate(kept):  # ascending, so that nothing is overwritten before it is read
+        flat[to * n : (to + 1) * n] = p[row, kept]
     return flat[: n * n].reshape(n, n)
 
 

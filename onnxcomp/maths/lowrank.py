@@ -19,10 +19,15 @@ from onnxcomp.maths.solve import damped, least_squares
 
 __all__ = ["Factors", "blank", "break_even", "factor", "refit", "share"]
 
-CHUNK = 1 << 22  # elements of a weight converted to float64 at a time
-# Above the float32 noise of a Gram matrix, relative to the mean of its diagonal: what the data never shows is then kept
-# by the size of the weights instead of by noise, and the Cholesky factorisation succeeds at once.
-DAMP = 1e-5
+CHUNK = 1 << 22  # elements of a weight converted to float64 at a time, 32 MiB: bounds memory, not the result
+# Damping of a Gram matrix, relative to the mean of its diagonal, above its float32 noise: directions that the data
+# never shows are then kept by the size of the weights instead of by noise, and the Cholesky factorisation succeeds at
+# once.
+GRAM_DAMP = 1e-5
+REFIT_DAMP = 1e-9  # only against a singular matrix: the factor is refitted to the metric it was chosen in
+LEAST_DIAGONAL = (
+    1e-12  # share of the largest entry of a diagonal metric in place of smaller ones, whose root is a divisor
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ def blank(k: int, n: int, rank: int) -> Factors:
     return Factors(np.zeros((k, rank)), np.zeros((rank, n)), np.arange(min(k, n), 0.0, -1.0))
 
 
-def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = DAMP) -> Factors:
+def factor(weights: Array, rank: int, metric: Array | None = None, damp: float = GRAM_DAMP) -> Factors:
     """The best factors of a weight `[K, N]` up to a rank, in the metric `G`: `[K, K]`, its diagonal `[K]`, or identity.
 
     Decomposes `W^T G W`, or `S^T W W^T S` where that is smaller. Raises `DataError` where the metric does not fit.
@@ -67,7 +72,7 @@ def factor(weights: Array, rank: int, metric: Array | None = None, damp: float =
     r = min(rank, k, n)
     if k >= n:  # needs no root of the metric
         wide = w.astype(np.float64)
-        values, basis = _falling(wide.T @ _seen(metric, wide, damp))
+        values, basis = _falling(wide.T @ _weighted(metric, wide, damp))
         return Factors(wide @ basis[:, :r], np.ascontiguousarray(basis[:, :r].T), values)
     s = _root(metric, damp)
     inner = _times(None if s is None else s.T, _outer(w))
@@ -77,12 +82,12 @@ def factor(weights: Array, rank: int, metric: Array | None = None, damp: float =
     return Factors(left, _chunked(w, _times(s, u)), values)
 
 
-def _seen(metric: Array | None, w: Float64, damp: float) -> Float64:
-    """`G W`, a whole Gram matrix damped as in `_root`."""
-    seen = _times(metric, w)
+def _weighted(metric: Array | None, w: Float64, damp: float) -> Float64:
+    """`G W`, a full Gram matrix damped as in `_root`."""
+    product = _times(metric, w)
     if metric is not None and metric.ndim == 2:
-        seen += damp * float(np.diag(metric).mean()) * w
-    return seen
+        product += damp * float(np.diag(metric).mean()) * w
+    return product
 
 
 def _falling(matrix: Float64) -> tuple[Float64, Float64]:
@@ -97,7 +102,7 @@ def _root(metric: Array | None, damp: float) -> Float64 | None:
         return None
     g = np.asarray(metric, np.float64)
     if g.ndim == 1:
-        return np.asarray(np.sqrt(np.maximum(g, max(1e-12 * float(g.max(initial=0)), 1e-300))))
+        return np.asarray(np.sqrt(np.maximum(g, max(LEAST_DIAGONAL * float(g.max(initial=0)), 1e-300))))
     return damped((g + g.T) / 2, damp)[1]
 
 
@@ -125,13 +130,13 @@ def _chunked(w: Array, x: Float64) -> Float64:
 
 
 def refit(gram: Array, weights: Array, left: Array, right: Array) -> Float64:
-    """The second factor that fits the data best behind a given first one, `(A^T G A)^-1 A^T G W`.
+    """The second factor that fits the data best after a given first one, `(A^T G A)^-1 A^T G W`.
 
     Law: the error on the calibration data is not larger than that of `A` and `right`.
     """
     a = np.asarray(left, np.float64)
-    seen = np.asarray(gram, np.float64) @ a
-    return least_squares(a.T @ seen, _chunked(np.asarray(weights), seen), damp=1e-9, start=right).weights
+    weighted = np.asarray(gram, np.float64) @ a
+    return least_squares(a.T @ weighted, _chunked(np.asarray(weights), weighted), damp=REFIT_DAMP, start=right).weights
 
 
 def share(
@@ -142,35 +147,35 @@ def share(
     how: Literal["energy", "uniform"] = "energy",
     margin: float = 1.0,
 ) -> list[int]:
-    """Ranks that leave `1 - ratio` of all weights; 0 where a matrix stays whole because its rank would not pay.
+    """Ranks that keep `1 - ratio` of all weights; 0 where a matrix is not factored since its rank would save nothing.
 
     `uniform` gives every matrix the same share; `energy` spends weights where they keep most of a matrix's output
-    energy, relative to the whole of it. Ranks are multiples of `multiple` and stay under `margin` times break-even.
+    energy, relative to all of it. Ranks are multiples of `multiple` and stay under `margin` times break-even.
     """
     limits = [margin * break_even(k, n) for k, n in sizes]
     if how == "uniform":
         asked = [int((1 - ratio) * break_even(k, n)) // multiple * multiple or multiple for k, n in sizes]
         return [r if r < limit else 0 for r, limit in zip(asked, limits, strict=True)]
     gains = [_gains(np.asarray(e), size, multiple) for e, size in zip(energies, sizes, strict=True)]
-    whole: set[int] = set()
+    unfactored: set[int] = set()
     total = sum(k * n for k, n in sizes)
     while True:
-        left = [i for i in range(len(sizes)) if i not in whole]
-        budget = (1 - ratio) * total - sum(sizes[i][0] * sizes[i][1] for i in whole)
-        ranks = _spend([gains[i] for i in left], [sizes[i] for i in left], budget, multiple)
-        over = {i for i, r in zip(left, ranks, strict=True) if r >= limits[i]}
+        factored = [i for i in range(len(sizes)) if i not in unfactored]
+        budget = (1 - ratio) * total - sum(sizes[i][0] * sizes[i][1] for i in unfactored)
+        ranks = _spend([gains[i] for i in factored], [sizes[i] for i in factored], budget, multiple)
+        over = {i for i, r in zip(factored, ranks, strict=True) if r >= limits[i]}
         if not over:
-            found = dict(zip(left, ranks, strict=True))
-            return [found.get(i, 0) for i in range(len(sizes))]
-        whole |= over
+            chosen = dict(zip(factored, ranks, strict=True))
+            return [chosen.get(i, 0) for i in range(len(sizes))]
+        unfactored |= over
 
 
 def _gains(energies: Array, size: tuple[int, int], multiple: int) -> Float64:
     """What each next `multiple` of rank keeps of a matrix's energy, per weight it costs; the first one is given."""
-    whole, end = float(energies.sum()) or 1.0, min(size)
+    total, end = float(energies.sum()) or 1.0, min(size)
     starts = np.arange(multiple, end, multiple)
     kept = np.add.reduceat(energies[:end], starts) if len(starts) else np.zeros(0)
-    return np.asarray(kept / whole / sum(size), np.float64)
+    return np.asarray(kept / total / sum(size), np.float64)
 
 
 def _spend(gains: Sequence[Float64], sizes: Sequence[tuple[int, int]], budget: float, multiple: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Damped Newton and Gauss-Newton steps over several matrices at once, checked on rows that are not fitted to."""
+"""Damped Newton and Gauss-Newton steps over several matrices at once, validated on rows held out of the fit."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import numpy as np
 
 from onnxcomp.maths import Array
 
-__all__ = ["CHECKED", "PRODUCTS", "Change", "Fitted", "descend", "pieces", "solve"]
+__all__ = ["HELD_OUT", "PRODUCTS", "Change", "Fitted", "descend", "pieces", "solve"]
 
-ROUNDS = 6  # linearisations at most
-ENOUGH = 0.01  # a round that gains less, of the error on rows that were not fitted to, is the last
-PRODUCTS = 8  # with the system's matrix, each round
-CHECKED = 8  # one row of so many is not fitted to
-CHUNK = 1 << 22  # elements of the widest matrix at a time
+ROUNDS = 6  # linearisations at most: each costs a pass over the rows for every product
+LEAST_GAIN = 0.01  # a round that lowers the error on held-out rows by a smaller share is the last one
+PRODUCTS = 8  # of conjugate gradients in a round: the preconditioner makes few enough, and a step is validated anyway
+HELD_OUT = 8  # one row of so many is held out: enough to notice overfitting, few enough not to miss them in the fit
+MORE_DAMPING = 10  # times the damping after a step that overfits
+LINE = (1.0, 0.5, 0.25)  # shares of a step that are tried: the first that lowers the error is taken
+CHUNK = 1 << 22  # elements of the widest matrix at a time, 16 MiB of float32: bounds memory, not the result
 
 Change = list[Array]  # of every matrix, in its type: there are several at a time
 
@@ -34,7 +36,7 @@ P = TypeVar("P", bound=Part)
 
 @dataclass(frozen=True)
 class Fitted(Generic[P]):
-    """The fitted part, and the error before and after on the rows that were not fitted to."""
+    """The fitted part, and the error before and after on the held-out rows."""
 
     part: P
     before: float
@@ -48,23 +50,23 @@ def descend(
     step: Callable[[P, Sequence[Array], float], Change],
     damp: float,
 ) -> Fitted[P]:
-    """Take steps from `start` on arrays of `rows` that belong together, every eighth left out.
+    """Take steps from `start` on arrays of `rows` that belong together, every eighth row held out.
 
-    `step` gives a change for some rows and a damping. Law: the error falls on the rows fitted to and on those left out,
-    or nothing changes; a step that learns the former by heart is tried again with ten times the damping.
+    `step` gives a change for some rows and a damping. Law: the error falls on the fitted and on the held-out rows, or
+    nothing changes; a step that overfits is tried again with ten times the damping.
     """
-    out = np.arange(len(rows[0])) % CHECKED == CHECKED - 1
-    seen, unseen = [a[~out] for a in rows], [a[out] for a in rows]
-    part, before, least = start, error(start, unseen), error(start, seen)
+    is_held_out = np.arange(len(rows[0])) % HELD_OUT == HELD_OUT - 1
+    fitted, held_out = [a[~is_held_out] for a in rows], [a[is_held_out] for a in rows]
+    part, before, least = start, error(start, held_out), error(start, fitted)
     after = before
-    for _ in range(ROUNDS if len(unseen[0]) and before > 0 else 0):
-        new, less = _line(part, step(part, seen, damp), seen, error, least)
-        checked = error(new, unseen)
-        if less >= least or checked >= after:
-            damp *= 10
+    for _ in range(ROUNDS if len(held_out[0]) and before > 0 else 0):
+        new, less = _line(part, step(part, fitted, damp), fitted, error, least)
+        validated = error(new, held_out)
+        if less >= least or validated >= after:
+            damp *= MORE_DAMPING
             continue
-        gain, part, least, after = 1 - checked / after, new, less, checked
-        if gain < ENOUGH:
+        gain, part, least, after = 1 - validated / after, new, less, validated
+        if gain < LEAST_GAIN:
             break
     return Fitted(part, before, after)
 
@@ -73,10 +75,10 @@ def _line(
     part: P, change: Change, rows: Sequence[Array], error: Callable[[P, Sequence[Array]], float], least: float
 ) -> tuple[P, float]:
     """The first of the full, half and quarter step that lowers the error, and the error; else the part itself."""
-    for by in (1.0, 0.5, 0.25):
+    for by in LINE:
         new = part.moved(change, by)
-        if (found := error(new, rows)) < least:
-            return new, found
+        if (lower := error(new, rows)) < least:
+            return new, lower
     return part, least
 
 
@@ -90,11 +92,12 @@ def pieces(width: int, *arrays: Array) -> Iterator[tuple[Array, ...]]:
 def solve(
     rest: Change, product: Callable[[Change], Change], preconditioned: Callable[[Change], Change], products: int
 ) -> Change:
-    """Nearly what a positive matrix makes `rest` of, after so many products with it; `rest` is used up.
+    """Approximate solution of `A x = rest` by preconditioned conjugate gradients, `A` positive definite.
 
-    (Hestenes and Stiefel, 1952; with a preconditioner, an easier matrix near its inverse.)
+    Takes so many `products` with `A` (Hestenes and Stiefel, 1952); `preconditioned` applies an easier matrix near the
+    inverse of `A`; `rest`, the residual, is overwritten.
     """
-    found = [np.zeros_like(r) for r in rest]
+    solution = [np.zeros_like(r) for r in rest]
     along = preconditioned(rest)
     power = _dot(rest, along)
     for _ in range(products):
@@ -102,7 +105,7 @@ def solve(
             break
         across = product(along)
         by = power / _dot(along, across)
-        for f, r, a, c in zip(found, rest, along, across, strict=True):
+        for f, r, a, c in zip(solution, rest, along, across, strict=True):
             f += by * a
             r -= by * c
         del across
@@ -111,7 +114,7 @@ def solve(
         for a, h in zip(along, ahead, strict=True):
             a *= power / last
             a += h
-    return found
+    return solution
 
 
 def _dot(a: Sequence[Array], b: Sequence[Array]) -> float:

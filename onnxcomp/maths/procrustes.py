@@ -1,4 +1,4 @@
-"""Bases of several heads that share one: turned onto each other for their average, or spanned in the least squares."""
+"""Alignment of several heads that are replaced by one: rotations (Procrustes), or weighted low-rank factors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ __all__ = ["rotations", "spans"]
 
 Number = npt.NDArray[np.inexact]
 
-ROUNDS = 8
-EMPTY = 1e-12  # directions with less than this share of the largest moment are not there
+ROUNDS = 8  # of alternating mean and rotations: none raises the distance to the mean, each costs one SVD a head
+EMPTY = 1e-12  # share of the largest eigenvalue below which a direction counts as absent: float64 noise of the moments
+TINY = 1e-300  # in place of zero where all eigenvalues are zero
 
 
 def rotations(
@@ -23,15 +24,15 @@ def rotations(
     """Rotations `[H, D, D]` that bring the outputs of `heads` `[H, K, D]` closest to their common mean.
 
     Generalized orthogonal Procrustes (Gower, 1975) in the metric of the input's Gram matrix `[K, K]`: columns in `free`
-    turn together, each pair of `pairs` turns in its own plane (all that commutes with a rotary embedding).
+    rotate together, each pair of `pairs` in its own plane (all that commutes with a rotary embedding).
     """
     count, _, width = heads.shape
-    found = np.broadcast_to(np.eye(width), (count, width, width)).copy()
+    turns = np.broadcast_to(np.eye(width), (count, width, width)).copy()
     for _ in range(ROUNDS):
-        mean = np.mean(heads @ found, axis=0)
+        mean = np.mean(heads @ turns, axis=0)
         for h in range(count):
-            found[h] = _onto(heads[h].T @ gram @ mean, pairs, list(free))
-    return found
+            turns[h] = _onto(heads[h].T @ gram @ mean, pairs, list(free))
+    return turns
 
 
 def _onto(cross: Float64, pairs: Sequence[tuple[int, int]], free: list[int]) -> Float64:
@@ -77,9 +78,9 @@ def _span(moments: Number, reads: Float64) -> tuple[Number, Number]:
     """The maps where all columns mix freely, real or complex: best approximation of lower rank in both metrics."""
     count, width = reads.shape[:2]
     values, basis = np.linalg.eigh(moments)
-    there = values > EMPTY * max(float(values.max(initial=0)), 1e-300)
-    root = (basis * np.sqrt(np.where(there, values, 0))) @ basis.conj().T
-    inverse = (basis * np.where(there, 1 / np.sqrt(np.where(there, values, 1)), 0)) @ basis.conj().T
+    present = values > EMPTY * max(float(values.max(initial=0)), TINY)
+    root = (basis * np.sqrt(np.where(present, values, 0))) @ basis.conj().T
+    inverse = (basis * np.where(present, 1 / np.sqrt(np.where(present, values, 1)), 0)) @ basis.conj().T
     sides = root.reshape(count * width, count, width)
     weighed = np.einsum("ahd,hde,bhe->ab", sides, reads, sides.conj(), optimize=True)
     best = np.linalg.eigh(weighed)[1][:, ::-1][:, :width]

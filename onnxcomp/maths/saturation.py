@@ -16,15 +16,13 @@ from onnxcomp.maths.formats import Format, affine, quantize
 
 __all__ = ["PAIR_LIMIT", "breaks", "pair_sums", "scales"]
 
-PAIR_LIMIT = (
-    128  # largest sum of a pair's weight codes of one sign: 255 * 128 = 32640 < 2**15, 255 * 129 = 32895 is not
-)
+# Largest sum of a pair's weight codes of one sign: 255 * 128 = 32640 < 2**15, 255 * 129 = 32895 is not.
+PAIR_LIMIT = 128
 # Two codes are rounded up by 0.5 each at most, so a pair of 127.9 steps stays below 129, and a whole number is <= 128.
 PAIR_STEPS = 127.9
-GROWTH = (
-    1.004  # scales stored in half types may be rounded down, which moves codes up: they grow by this until they obey
-)
-CHUNK = 1 << 20  # elements of a weight that are looked at together, to bound the memory of wide layers
+# Scales stored in half types may be rounded down, which moves codes up: they grow by this until no pair saturates.
+GROWTH = 1.004
+CHUNK = 1 << 20  # elements of a weight that are examined at a time, to bound the memory of wide layers
 
 
 def pair_sums(w: Array) -> Array:
@@ -48,17 +46,19 @@ def scales(w: Array, fmt: Format, *, axis: int | None, scale_type: Any = np.floa
     limit = np.concatenate([_limits(w[:, c], fmt) for c in _chunks(w, np.arange(w.shape[1]))])
     if axis is None:
         limit = np.full_like(limit, limit.max())
-    todo = np.arange(w.shape[1])
-    while todo.size:  # ends: codes only shrink as scales grow
+    pending = np.arange(w.shape[1])
+    while pending.size:  # ends: codes only shrink as scales grow
         scale, zero = affine(-limit, limit, fmt, symmetric=True, scale_type=scale_type)
-        todo = np.concatenate([c[breaks(quantize(w[:, c], scale[c], zero[c], fmt, axis=1))] for c in _chunks(w, todo)])
-        if todo.size:
-            limit[slice(None) if axis is None else todo] *= GROWTH
+        pending = np.concatenate(
+            [c[breaks(quantize(w[:, c], scale[c], zero[c], fmt, axis=1))] for c in _chunks(w, pending)]
+        )
+        if pending.size:
+            limit[slice(None) if axis is None else pending] *= GROWTH
     return (scale[0], zero[0]) if axis is None else (scale, zero)
 
 
 def _limits(w: Array, fmt: Format) -> Array:
-    """Per column the number that gets the largest code: its largest weight, or more where a pair asks for it."""
+    """Per column the number that gets the largest code: its largest weight, or more where a pair needs it."""
     return np.asarray(np.maximum(np.abs(w).max(axis=0).astype(np.float64), pair_sums(w) / PAIR_STEPS * fmt.high))
 
 

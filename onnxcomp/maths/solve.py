@@ -15,6 +15,7 @@ from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 
 __all__ = [
+    "SINGULAR_DAMP",
     "Gptq",
     "Solution",
     "damped",
@@ -27,8 +28,12 @@ __all__ = [
     "repair_affine",
 ]
 
-DAMP_LIMIT = 1e6
-LAZY = 128  # in-channels between two updates of the rest of the matrix
+# Damping of a Gram matrix, relative to the mean of its diagonal: the solvers' own is only against singular matrices.
+SINGULAR_DAMP = 1e-6
+GPTQ_DAMP = 0.01  # of the GPTQ paper: spreads errors less over in-channels that the calibration data hardly shows
+FIRST_DAMP = 1e-10  # where none was asked for and the factorisation fails; then tenfold
+DAMP_LIMIT = 1e6  # a matrix that is not positive even then is no Gram matrix
+LAZY = 128  # in-channels between two updates of all later ones, as a matrix product ("lazy batch", GPTQ, section 3)
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,8 @@ def _finite(gram: Array) -> Float64:
 def damped(gram: Float64, damp: float, own: bool = False) -> tuple[Float64, Float64, float]:
     """The Gram matrix with `damp * mean(diag)` on its diagonal, its lower Cholesky factor, and the damp that worked.
 
-    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity. One that is
-    the caller's `own` is changed in place.
+    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity. With `own`
+    the matrix is overwritten.
     """
     level = float(np.diag(gram).mean()) if gram.size else 0.0
     if level <= 0:
@@ -87,11 +92,11 @@ def damped(gram: Float64, damp: float, own: bool = False) -> tuple[Float64, Floa
         try:
             return h, np.asarray(np.linalg.cholesky(h), np.float64), damp
         except np.linalg.LinAlgError:
-            damp = max(damp * 10, 1e-10)
+            damp = max(damp * 10, FIRST_DAMP)
     raise DataError(f"the Gram matrix is not positive even with a damping of {damp:g} times its diagonal")
 
 
-def least_squares(gram: Array, cross: Array, damp: float = 1e-6, start: Array | None = None) -> Solution:
+def least_squares(gram: Array, cross: Array, damp: float = SINGULAR_DAMP, start: Array | None = None) -> Solution:
     """Weights that minimise `||X W - Y||^2 + damp * mean(diag G) * ||W - start||^2`, `G = X^T X`, `C = X^T Y`.
 
     Law: the error on the calibration data is not larger than that of `start` (zero by default), whatever the damping.
@@ -119,8 +124,8 @@ def _solved(g: Float64, more: float, b: Float64) -> Float64:
         diagonal[:] = before
 
 
-def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solution:
-    """Weights of the kept in-channels `[len(keep), N]` that make up for the ones cut, `G_kk^-1 G_k: W` when undamped.
+def repair(gram: Array, weights: Array, keep: Array, damp: float = SINGULAR_DAMP) -> Solution:
+    """Weights of the kept in-channels `[len(keep), N]` that compensate the removed, `G_kk^-1 G_k: W` when undamped.
 
     Law: the error on the calibration data is not larger than that of cutting alone.
     """
@@ -134,17 +139,17 @@ def repair(gram: Array, weights: Array, keep: Array, damp: float = 1e-6) -> Solu
 
 
 def repair_affine(
-    gram: Array, mean: Array, rows: float, weights: Array, bias: Array, keep: Array, damp: float = 1e-6
+    gram: Array, mean: Array, rows: float, weights: Array, bias: Array, keep: Array, damp: float = SINGULAR_DAMP
 ) -> tuple[Float64, Float64]:
-    """`repair` of `y = x W + b` with the bias among the kept: weights `[len(keep), N]` and bias `[N]`.
+    """`repair` of `y = x W + b` with the bias among the kept in-channels: weights `[len(keep), N]` and bias `[N]`.
 
     The bias is the weight of a channel that is always one; `mean` `[K]` and the number of `rows` give its products.
     """
     g, m = np.asarray(gram, np.float64), np.asarray(mean, np.float64)
     k = len(g)
-    whole = np.block([[g, rows * m[:, None]], [rows * m[None, :], np.full((1, 1), rows)]])
+    extended = np.block([[g, rows * m[:, None]], [rows * m[None, :], np.full((1, 1), rows)]])
     both = np.vstack([np.asarray(weights, np.float64), np.asarray(bias, np.float64).reshape(1, -1)])
-    solved = repair(whole, both, np.append(np.asarray(keep, np.int64), k), damp).weights
+    solved = repair(extended, both, np.append(np.asarray(keep, np.int64), k), damp).weights
     return solved[:-1], solved[-1]
 
 
@@ -156,10 +161,10 @@ def gptq(
     block: int = 0,
     symmetric: bool = True,
     mse: bool = True,
-    damp: float = 0.01,
+    damp: float = GPTQ_DAMP,
     act_order: bool = True,
 ) -> Gptq:
-    """Round in-channels one by one, each error spread over the ones still to come (GPTQ, arXiv 2210.17323).
+    """Round in-channels one by one, each error spread over the later ones (GPTQ, arXiv 2210.17323).
 
     Scales come first, per out-channel or per `block` in-channels of one ("static groups", so that any order keeps the
     codes where they belong). Law: no out-channel's error on the calibration data is larger than by rounding to nearest.

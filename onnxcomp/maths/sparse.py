@@ -1,4 +1,4 @@
-"""Which weights to zero, and how the ones that stay make up for it.
+"""Sparsity: which weights become zero, and how the others are refitted.
 
 Layout of ONNX's MatMul: `y = x W`, `W [K, N]`; a mask `[K, N]` is true where a weight stays. N:M patterns and blocks
 run along `K`, the axis that is summed over, as sparse tensor cores want it.
@@ -22,12 +22,14 @@ __all__ = ["Pattern", "Sparse", "compensate", "mask", "order", "sparsegpt", "zer
 
 Mask = NDArray[np.bool_]
 Choose = Callable[[Float64, Float64, int], Mask]  # weights of a span, their diagonal of U, where the span starts
-LAZY = 128  # in-channels between two updates of the rest, and the span in which SparseGPT shares out its zeros
+LAZY = 128  # in-channels between two updates of all later ones, and the span in which SparseGPT chooses its zeros
+SWEEP_DAMP = 0.01  # of a Gram matrix, relative to the mean of its diagonal, as in the SparseGPT and GPTQ papers
+ROUNDING = 1e-6  # relative gain of a swap below which it is float32 noise
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Where zeros may lie: anywhere, `n` of every `m` in-channels staying, or in whole blocks of `rows x columns`."""
+    """Where zeros may be: anywhere, all but `n` of every `m` in-channels, or in whole blocks of `n x m`."""
 
     kind: str
     n: int = 0
@@ -78,7 +80,7 @@ def _tiles(a: Array, rows: int, columns: int) -> Array:
 
 
 def mask(scores: Array, pattern: Pattern, ratio: float, *, per_output: bool = False) -> Mask:
-    """The weights of highest score that the pattern lets stay: exactly `ratio` of them go, rounded to whole ones.
+    """The weights of highest score that the pattern keeps: exactly a share `ratio` is removed, rounded to whole ones.
 
     `per_output` compares only within an out-channel (Wanda); ties go to the first.
     """
@@ -98,32 +100,32 @@ def mask(scores: Array, pattern: Pattern, ratio: float, *, per_output: bool = Fa
 
 def _highest(s: Float64, count: int, axis: int) -> Mask:
     """True at the `count` largest along an axis."""
-    places = np.argsort(-s, axis=axis, kind="stable")
+    order = np.argsort(-s, axis=axis, kind="stable")
     chosen = np.zeros(s.shape, bool)
-    np.put_along_axis(chosen, np.take(places, np.arange(count), axis=axis), True, axis=axis)
+    np.put_along_axis(chosen, np.take(order, np.arange(count), axis=axis), True, axis=axis)
     return chosen
 
 
-def zeroed(weights: Array, pattern: Pattern, ratio: float, method: str, seen: Array | None, repair: bool) -> Float64:
-    """Weights with zeros by `magnitude`, `wanda` or `sparsegpt`; `seen` is the Gram matrix or, for wanda, the norms.
+def zeroed(weights: Array, pattern: Pattern, ratio: float, method: str, inputs: Array | None, repair: bool) -> Float64:
+    """Weights with zeros by `magnitude`, `wanda` or `sparsegpt`; `inputs` is the Gram matrix or, for wanda, norms.
 
-    With `repair` (which needs the Gram matrix) the ones that stay make up for them.
+    With `repair` (which needs the Gram matrix) the other weights are refitted.
     """
     w = np.asarray(weights, np.float64)
     if method == "magnitude":
         keep = mask(np.abs(w), pattern, ratio)
-    elif seen is None:
+    elif inputs is None:
         raise DataError(f"'{method}' needs statistics of the inputs")
     elif method == "sparsegpt":
-        return sparsegpt(seen, w, pattern, ratio).weights
+        return sparsegpt(inputs, w, pattern, ratio).weights
     else:
-        norm = seen if seen.ndim == 1 else np.sqrt(np.diag(seen))
+        norm = inputs if inputs.ndim == 1 else np.sqrt(np.diag(inputs))
         keep = mask(wanda(w, norm), pattern, ratio, per_output=True)
-    return compensate(seen, w, keep).weights if repair and seen is not None else w * keep
+    return compensate(inputs, w, keep).weights if repair and inputs is not None else w * keep
 
 
-def compensate(gram: Array, weights: Array, keep: Mask, damp: float = 0.01) -> Sparse:
-    """Weights with the given zeros, the others adapted in-channel by in-channel (the sweep of SparseGPT).
+def compensate(gram: Array, weights: Array, keep: Mask, damp: float = SWEEP_DAMP) -> Sparse:
+    """Weights with the given zeros, the others refitted in-channel by in-channel (the sweep of SparseGPT).
 
     Law: no out-channel's error on the calibration data is larger than by zeroing alone.
     """
@@ -132,8 +134,8 @@ def compensate(gram: Array, weights: Array, keep: Mask, damp: float = 0.01) -> S
     return _better(np.asarray(gram), w, swept * keep, w * keep)
 
 
-def sparsegpt(gram: Array, weights: Array, pattern: Pattern, ratio: float, damp: float = 0.01) -> Sparse:
-    """Zeros chosen and made up for in one sweep (SparseGPT, arXiv 2301.00774) by `W_kn^2 / U_kk^2`.
+def sparsegpt(gram: Array, weights: Array, pattern: Pattern, ratio: float, damp: float = SWEEP_DAMP) -> Sparse:
+    """Zeros chosen by `W_kn^2 / U_kk^2` and compensated in one sweep (SparseGPT, Frantar 2023, arXiv 2301.00774).
 
     Law: the error on the calibration data is not larger than that of zeroing the smallest weights.
     """
@@ -148,7 +150,7 @@ def sparsegpt(gram: Array, weights: Array, pattern: Pattern, ratio: float, damp:
     lost = float(error(gram, ours - w).sum())
     if lost <= plain:
         return Sparse(ours, lost, plain)
-    return compensate(gram, w, keep, damp)  # few in-channels: what is chosen early cannot know what the last ones need
+    return compensate(gram, w, keep, damp)  # few in-channels: early choices cannot know the last ones
 
 
 def _span(pattern: Pattern) -> int:
@@ -164,9 +166,9 @@ def _better(gram: Array, w: Float64, ours: Float64, plain: Float64) -> Sparse:
 
 
 def _sweep(gram: Array, w: Float64, damp: float, choose: Choose, span: int = LAZY, step: int = 0) -> Float64:
-    """Visit in-channels in order; what a zero costs is spread over the ones still to come.
+    """Visit in-channels in order; the error of each zero is spread over the later ones.
 
-    What stays is chosen `step` in-channels at a time, as they are by then, or for a whole span at once.
+    Zeros are chosen `step` in-channels at a time, on the weights updated so far, or for a whole span at once.
     """
     g = np.asarray(gram, np.float64)
     dead = np.diag(g) <= 0
@@ -212,7 +214,7 @@ def order(scores: Array, pattern: Pattern, rounds: int, rng: np.random.Generator
         rows = np.arange(len(pairs))
         first[rows, at], second[rows, to] = groups[b, to], groups[a, at]
         new = np.stack([kept(first), kept(second)])
-        pays = new.sum(axis=0) > (held[a] + held[b]) * (1 + 1e-6)
+        pays = new.sum(axis=0) > (held[a] + held[b]) * (1 + ROUNDING)
         groups[a[pays]], groups[b[pays]] = first[pays], second[pays]
         held[a[pays]], held[b[pays]] = new[0, pays], new[1, pays]
     return groups.reshape(-1)

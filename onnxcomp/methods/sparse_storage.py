@@ -15,7 +15,7 @@ from onnxcomp.graph import Graph
 
 __all__ = ["compact"]
 
-WORTH = 0.9  # share of the dense bytes that the compact form must stay below: its dozen operators cost time at load
+WORTH = 0.9  # share of the dense bytes that the compact form must stay below: a smaller gain is not worth its operators
 
 
 def compact(g: Graph, weights: Iterable[ir.Value]) -> None:

@@ -98,7 +98,7 @@ def test_a_fit_never_raises_the_error_on_rows_it_saw_or_did_not(seed: int, kind:
     start, x = part(rng, kind, gated, tail), rng.normal(size=(80, 5))
     y = start(x) + rng.normal(size=(80, 4))
     found = fit(start, x, y)
-    out = np.arange(80) % newton.CHECKED == newton.CHECKED - 1
+    out = np.arange(80) % newton.HELD_OUT == newton.HELD_OUT - 1
     errors = [[float(np.square(p(x[rows]) - y[rows]).sum()) for rows in (out, ~out)] for p in (start, found.part)]
     assert (found.part is start) == (found.after == found.before)
     assert errors[1][0] <= errors[0][0]
@@ -127,7 +127,7 @@ def test_weights_before_the_activation_are_found_again_where_down_alone_cannot_m
     y = true(x)
     hidden = start.hidden(x)[0]
     down = np.linalg.lstsq(hidden, y, rcond=None)[0]
-    alone = float(np.square(hidden @ down - y)[newton.CHECKED - 1 :: newton.CHECKED].sum())
+    alone = float(np.square(hidden @ down - y)[newton.HELD_OUT - 1 :: newton.HELD_OUT].sum())
     assert fit(start, x, y, damp=1e-3).after < 0.1 * alone
 
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SLOWER", "TICK", "loses", "models", "products"]
 
-# A group is kept in float where integers take longer by this factor, above the noise of repeated measurements, and by
-# more seconds than the noise of one call of a session.
+# A group is kept in float where integers take longer by this factor, and by more seconds than the noise of one session
+# call: small differences must not decide, since they change from run to run.
 SLOWER = 1.05
 TICK = 20e-6
 

@@ -19,7 +19,7 @@ from onnxcomp.stats import Need, paired
 
 __all__ = ["HELD", "MEMORY", "fit_mlp", "reader_of"]
 
-ROWS = 1 << 16  # calibration rows at most: time of a round grows with them, the gain from more rows falls
+ROWS = 1 << 16  # calibration rows at most: the time of a round grows with them
 LEAST_ROWS = 64  # even where memory is said to be less
 MEMORY = 2 << 30  # bytes, where no budget is given
 HELD = 64  # bytes of memory for each element of a row: two float64 samples while they grow, as pairs, and split

@@ -17,7 +17,7 @@ from onnxcomp.validation.outputs import View
 
 __all__ = ["fit_logits"]
 
-ROWS = 1 << 15  # calibration rows at most: time grows with them, the gain from more rows falls
+ROWS = 1 << 15  # calibration rows at most: the time of a round grows with them
 WORK = 1 << 39  # multiplications of all rows with the table at most: a Newton round takes some thirty times that
 ROWS_PER_CHANNEL = 8  # at least: with fewer the matrix overfits the calibration data
 TABLES = 4  # copies of the table of classes, in float32, that are in memory at a time

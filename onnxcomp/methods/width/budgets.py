@@ -16,7 +16,7 @@ from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site, extract
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.allocation import Candidate, isotonic, ladder, least_ratio
+from onnxcomp.maths.allocation import LARGEST_RATIO, Candidate, isotonic, ladder, least_ratio
 from onnxcomp.methods.quantize import payoff
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _ratio(owner: str, unit: str, budget: Budget, choose: Callable[[float], Keep
     if least is None:
         raise RecipeError(
             f"{owner}: {budget.name}={budget.share:g} cannot be reached: with all {unit} cut that may go, "
-            f"{budget.remaining(choose(1 - 1e-6)):.0%} stay; ask for more, or let another pass cut as well"
+            f"{budget.remaining(choose(LARGEST_RATIO)):.0%} stay; ask for more, or let another pass cut as well"
         )
     return least
 

@@ -22,7 +22,7 @@ from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 
 __all__ = ["NEEDS", "SCORES", "ablation", "energy", "flap", "magnitude", "wanda"]
 
-MOST_VARIANTS = 2048  # runs of the model for one group: ablation costs one for each unit, which is minutes for heads
+MOST_VARIANTS = 2048  # units of one group at most for ablation, which runs the model once for each
 
 
 def magnitude(g: Graph, group: Group) -> Float64:
