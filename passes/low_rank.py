@@ -1,4 +1,4 @@
-"""Low rank: a linear becomes two thin ones, chosen so that the calibration data notices least."""
+"""Low rank: a linear becomes two thin ones, with the least error on the calibration data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (SVD-LLM, ASVD or plain SVD)."""
+    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (SVD-LLM, ASVD or plain SVD).
+
+    SVD-LLM is Wang et al., 2024 (arXiv 2403.07378), ASVD Yuan et al., 2023 (arXiv 2312.05821); see `maths.lowrank`.
+    """
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -46,11 +49,11 @@ class LowRank(Pass):
     multiple: Annotated[int, Field(ge=0)] = 0
     """Ranks are multiples of this; 0 takes the target's width multiple."""
     margin: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Largest rank as a share of the break-even K N / (K + N); above it a linear stays whole."""
+    """Largest rank as a share of the break-even K N / (K + N); above it a linear is not factored."""
     skip: tuple[str, ...] = ()
-    """Patterns of node or weight names that stay whole."""
+    """Patterns of node or weight names that are not factored."""
     min_size: Annotated[int, Field(ge=0)] = 65536
-    """Weights with fewer elements stay whole."""
+    """Weights with fewer elements are not factored."""
 
     @property
     def is_identity(self) -> bool:
@@ -69,18 +72,18 @@ class LowRank(Pass):
         return dict.fromkeys(norm2(x.source) for x in chosen) if self.method == "asvd" else ()
 
     def run(self, g: Graph, env: Env) -> None:
-        """Decompose every weight, share the ranks out, cut."""
+        """Factor every weight, allocate the ranks, and replace the linears."""
         groups = [] if self.is_identity else self._groups(g)
         if not groups:
             return
         multiple = self.multiple or env.target.width_multiple
-        found = [self._factors(g, group, env, i) for i, group in enumerate(groups)]
+        spectra = [self._factors(g, group, env, i) for i, group in enumerate(groups)]
         sizes = [group[0].sizes for group in groups]
-        ranks = lowrank.share(found, sizes, self.ratio, multiple, self.allocation, self.margin)
+        ranks = lowrank.share(spectra, sizes, self.ratio, multiple, self.allocation, self.margin)
         for i, (group, rank, (k, n)) in enumerate(zip(groups, ranks, sizes, strict=True)):
             if rank:
                 left, right = (np.load(_file(env, i, s), mmap_mode="r", allow_pickle=False) for s in SIDES)
-                self._cut(g, group, Factors(left, right, found[i]), rank, env)
+                self._replace(g, group, Factors(left, right, spectra[i]), rank, env)
                 continue
             most = f"{self.margin * lowrank.break_even(k, n):.0f}, where {k}x{n} stops paying (margin {self.margin})"
             for x in group:
@@ -105,9 +108,9 @@ class LowRank(Pass):
                 groups.setdefault((str(x.weight.name), x.transposed), []).append(x)
         return list(groups.values())
 
-    def _metric(self, group: Sequence[Linear], env: Env, whole: bool) -> Array | None:
-        """`G` as the method sees it, or the whole Gram matrix: `[K, K]`, `[K]` or None."""
-        if self.method == "svd-llm" or whole:
+    def _metric(self, group: Sequence[Linear], env: Env, full: bool) -> Array | None:
+        """The metric of the method, or with `full` the Gram matrix: `[K, K]`, its diagonal `[K]` or None."""
+        if self.method == "svd-llm" or full:
             first, *rest = (env.stats[gram(x.source)] for x in group)
             return np.asarray(sum(rest, first))
         if self.method == "svd":
@@ -117,7 +120,7 @@ class LowRank(Pass):
         return np.asarray(sum(env.stats[norm2(x.source)] ** 2 for x in group)) ** self.alpha
 
     def _factors(self, g: Graph, group: Sequence[Linear], env: Env, number: int) -> Float64:
-        """The spectrum; all factors up to break-even wait in scratch files."""
+        """The squared singular values; all factors up to break-even are written to scratch files."""
         x, (k, n) = group[0], group[0].sizes
         weight, most = g.array(x.weight), int(self.margin * lowrank.break_even(k, n)) + 1
         if env.dry:
@@ -128,12 +131,13 @@ class LowRank(Pass):
             np.save(_file(env, number, side), a.astype(np.float32), allow_pickle=False)
         return f.energies
 
-    def _cut(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
+    def _replace(self, g: Graph, group: Sequence[Linear], factors: Factors, rank: int, env: Env) -> None:
+        """Replace the linears of one weight by two each, the second factor refitted where that is asked for."""
         x, weight = group[0], g.array(group[0].weight)
         left, right = factors.cut(rank)
         if self.repair and self.method != "svd-llm" and not env.dry:
-            seen = np.asarray(self._metric(group, env, True))
-            right = lowrank.refit(seen, weight.T if x.transposed else weight, left, right)
+            inputs = np.asarray(self._metric(group, env, True))
+            right = lowrank.refit(inputs, weight.T if x.transposed else weight, left, right)
         a = g.constant(left.astype(weight.dtype), f"{x.weight.name}_left")
         b = g.constant(right.astype(weight.dtype), f"{x.weight.name}_right")
         for y in group:

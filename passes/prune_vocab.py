@@ -24,12 +24,12 @@ __all__ = ["PruneVocab"]
 
 @dataclass(frozen=True)
 class PruneVocab(Pass):
-    """Cut tokens that the calibration texts do not use from the embedding, the head and the tokenizer files.
+    """Remove tokens that the calibration texts do not use from the embedding, the head and the tokenizer files.
 
-    Special tokens, single characters and what byte-pair merges need stay, so the corpus is split into the same tokens
-    as before; other texts fall apart into smaller ones. Token ids change: the tokenizer written beside the result
-    belongs to it. For comparison, data of original ids is renumbered, and texts with tokens that are gone are split
-    again; perplexity stays per original token.
+    Special tokens, single characters and the parts of byte-pair merges are kept, so the corpus is split into the same
+    tokens as before; other texts into smaller ones. Token ids change: use the tokenizer written beside the result. For
+    comparison, data of original ids is renumbered, and texts with removed tokens are re-tokenized; perplexity stays per
+    original token.
     """
 
     stage: ClassVar[Stage] = Stage.CORRECT

@@ -25,7 +25,7 @@ __all__ = ["Qdq"]
 
 @dataclass(frozen=True)
 class Qdq(Pass):
-    """Put one QuantizeLinear, DequantizeLinear pair on each distinct input of the linears and int8 weights behind them.
+    """Put a QuantizeLinear, DequantizeLinear pair on each distinct input of the linears, and int8 weights in them.
 
     `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Outputs,
     attention products and norms stay float: quantizing them costs accuracy and gains no speed.
@@ -63,10 +63,10 @@ class Qdq(Pass):
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
-        found = linears.chosen(g.clone(), self.skip, self.min_size)
-        yield from dict.fromkeys(histogram(linear.source) for linear in found)
+        eligible = linears.chosen(g.clone(), self.skip, self.min_size)
+        yield from dict.fromkeys(histogram(linear.source) for linear in eligible)
         if self.outputs:
-            yield from dict.fromkeys(histogram(linear.output) for linear in found)
+            yield from dict.fromkeys(histogram(linear.output) for linear in eligible)
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears; siblings share one pair."""

@@ -1,4 +1,4 @@
-"""Refit: layers that write to the residual stream, and norms, are fitted to what the original gave there."""
+"""Refit: layers that write to the residual stream, and norms, are fitted to the original's values there."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ __all__ = ["Refit"]
 
 @dataclass(frozen=True)
 class Refit(SequentialPass):
-    """Re-fit what is left after cuts to the original, in closed form, layer after layer on the model as it is by then.
+    """Refit a cut model to the original in closed form, layer after layer, each on the model refitted so far.
 
-    A layer's target is the original's residual stream behind it (where layers after it were left out, behind those)
-    less what the stream carries already, so that it makes up for the errors before it as well.
+    A layer's target is the original's residual stream after it (where layers after it were dropped, after those) less
+    what the stream carries already, so that it compensates the errors before it as well.
     """
 
     stage: ClassVar[Stage] = Stage.REFIT
@@ -70,9 +70,9 @@ class Refit(SequentialPass):
 
     def _linear(self, g: Graph, x: Linear, env: Env) -> str:
         """Fit a linear; why not, empty if it was."""
-        found = sums(x)
-        assert found is not None
-        target = counterpart(g, env.original, found.end)
+        joined = sums(x)
+        assert joined is not None
+        target = counterpart(g, env.original, joined.end)
         if not has(env.original, target):
             return f"the original has no value '{target}' to fit to"
         if why := unfit_reason(g, x):

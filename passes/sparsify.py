@@ -1,4 +1,4 @@
-"""Sparsity: weights become zero, the rest makes up for them; shapes stay."""
+"""Sparsify: weights become zero, the others are refitted; shapes do not change."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from onnxcomp.target import Target
 
 __all__ = ["Sparsify"]
 
-ROUNDS = 64  # of swaps in a channel permutation
+ROUNDS = 64  # of swaps in a channel permutation: more keep more of the weights and cost time
 
 
 @dataclass(frozen=True)
 class Sparsify(SequentialPass):
-    """Zero weights: anywhere, N of every M in-channels staying, or in blocks (magnitude, Wanda, SparseGPT).
+    """Zero weights: anywhere, all but N of every M in-channels, or in blocks.
 
+    Wanda is Sun et al., 2023 (arXiv 2306.11695), SparseGPT Frantar and Alistarh, 2023 (arXiv 2301.00774).
     No kernel of ONNX Runtime skips zeros; TensorRT uses 2:4 in fp16, bf16 and int8. The report says so.
     """
 
@@ -42,7 +43,7 @@ class Sparsify(SequentialPass):
     method: Literal["magnitude", "wanda", "sparsegpt"] = "sparsegpt"
     """What decides: the weight's size, its size times its input's norm, or what the output loses."""
     repair: bool = True
-    """The weights that stay make up for the zeros on the data (sparsegpt always does)."""
+    """Refit the other weights on the data to compensate the zeros (sparsegpt always does)."""
     permute: bool = False
     """Order feed-forward channels so that an N:M pattern keeps more."""
     compact: bool = False
@@ -104,19 +105,19 @@ class Sparsify(SequentialPass):
                 g.decline(site, why)
             return
         stored = g.array(x.weight)
-        seen = next((env.stats[n] for n in self.site_needs(g, site, env.target)), None)
+        inputs = next((env.stats[n] for n in self.site_needs(g, site, env.target)), None)
         weight = stored.T if x.transposed else stored
         pattern = Pattern.parse(self.pattern)
-        new = sparse.zeroed(weight, pattern, self.ratio, self.method, seen, self.repair).astype(stored.dtype)
+        new = sparse.zeroed(weight, pattern, self.ratio, self.method, inputs, self.repair).astype(stored.dtype)
         g.put(x.weight, np.ascontiguousarray(new.T) if x.transposed else new)
 
     def _permute(self, g: Graph, env: Env) -> None:
-        """Reorder the channels between up and down, which changes nothing but what lies together."""
+        """Reorder the hidden channels of feed-forward parts, which changes no output, only the groups of the pattern."""
         pattern = Pattern.parse(self.pattern)
         for mlp in blocks.mlps(g):
-            held = [v for x in mlp.linears for v in (x.weight, x.bias) if v is not None]
-            if any(len(list(v.uses())) > 1 for v in held) or pattern.refuses(*mlp.down.sizes):
-                continue  # read elsewhere too: the pattern takes the channels as they lie
+            constants = [v for x in mlp.linears for v in (x.weight, x.bias) if v is not None]
+            if any(len(list(v.uses())) > 1 for v in constants) or pattern.refuses(*mlp.down.sizes):
+                continue  # used elsewhere too: the channels keep their order
             down = mlp.down
             weight = np.abs(g.array(down.weight))
             new = sparse.order(weight.T if down.transposed else weight, pattern, ROUNDS, env.rng)

@@ -1,4 +1,4 @@
-"""Let every token see only its neighbours: sliding windows, each layer as wide as its attention asks for."""
+"""Sliding-window attention: every token attends to near ones only, in each layer as far as its attention needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["WindowAttention"]
 
 @dataclass(frozen=True)
 class WindowAttention(Pass):
-    """Hide keys that are `width` or more places away from their query, in the mask, whatever it hides already.
+    """Hide keys that are `width` or more positions away from their query, in addition to those the mask hides already.
 
     Sliding windows are Beltagy et al., Longformer, 2020 (arXiv 2004.05150, section 3.1); sinks are Xiao et al.,
     StreamingLLM, 2023 (arXiv 2309.17453). Without a width each layer gets the smallest one that keeps the share `mass`
@@ -40,11 +40,11 @@ class WindowAttention(Pass):
     sinks: Annotated[int, Field(ge=0)] = 0
     """First tokens that every token sees; in encoders they also see every token, as a class token must."""
     skip: tuple[str, ...] = ()
-    """Attentions to leave alone: names, or patterns with `*`."""
+    """Patterns of the names of attentions that are not changed."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether all attention is to be kept."""
+        """Whether all attention is kept."""
         return self.width == 0 and self.mass == 1
 
     @property
@@ -71,7 +71,7 @@ class WindowAttention(Pass):
         if self.is_identity:
             return
         bands, every = Bands(g), self._all(g)
-        seen = name_masks(g, [a.mask for a in every])
+        masks = name_masks(g, [a.mask for a in every])
         free: list[Attention] = []
         for a in every:
             if why := self._blocked(a):
@@ -80,7 +80,7 @@ class WindowAttention(Pass):
                 free.append(a)
         widths = {a.name: self.width for a in free} if self.width else self._measured(g, env, free)
         for a in free:
-            width, keys, now = widths[a.name], bands.keys(a), _width_of(seen[a.mask].name)
+            width, keys, now = widths[a.name], bands.keys(a), _width_of(masks[a.mask].name)
             if width == 0:
                 g.decline(a.site, f"no window shorter than its sequences keeps {self.mass:.4g} of its attention")
             elif keys is not None and width >= keys:
@@ -102,10 +102,10 @@ class WindowAttention(Pass):
             return "it counts its keys at run time"
         return ""
 
-    def _measured(self, g: Graph, env: Env, found: list[Attention]) -> dict[str, int]:
-        """By name of the attention its width, 0 where all keys are needed."""
+    def _measured(self, g: Graph, env: Env, chosen: list[Attention]) -> dict[str, int]:
+        """The width of each attention by its name, 0 where all keys are needed."""
         copy = g.clone()
-        names = {a.name for a in found}
+        names = {a.name for a in chosen}
         copies = [a for a in attentions(copy) if a.name in names]
         values = kept_by_width(copy, copies, self.sinks)
         copy.model.graph.sort()
@@ -120,5 +120,5 @@ class WindowAttention(Pass):
 
 def _width_of(mask: str) -> int | None:
     """The window in the name of a mask: `causal window 8`, `window 3` (to each side) and `padding` behind them."""
-    found = re.match(r"(causal )?window (\d+)", mask)
-    return None if found is None else int(found[2]) + (found[1] is None)
+    parts = re.match(r"(causal )?window (\d+)", mask)
+    return None if parts is None else int(parts[2]) + (parts[1] is None)

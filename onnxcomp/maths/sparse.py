@@ -40,10 +40,10 @@ class Pattern:
         """Read `unstructured`, `2:4` or `block 16x1`; raises `DataError`."""
         if text == "unstructured":
             return cls(text)
-        if (found := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(found[1]) < int(found[2]) <= LAZY:
-            return cls("n:m", int(found[1]), int(found[2]))
-        if (found := re.fullmatch(r"block (\d+)x(\d+)", text)) and int(found[1]) * int(found[2]) > 1:
-            return cls("block", int(found[1]), int(found[2]))
+        if (sizes := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(sizes[1]) < int(sizes[2]) <= LAZY:
+            return cls("n:m", int(sizes[1]), int(sizes[2]))
+        if (sizes := re.fullmatch(r"block (\d+)x(\d+)", text)) and int(sizes[1]) * int(sizes[2]) > 1:
+            return cls("block", int(sizes[1]), int(sizes[2]))
         raise DataError(
             f"'{text}' is no sparsity pattern: say unstructured, N:M such as 2:4, or block RxC such as block 16x1"
         )

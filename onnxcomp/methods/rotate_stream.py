@@ -45,7 +45,7 @@ def rotate(
     rotation = _Rotation(g, stream, bases, duals or bases)
     rotation.run()
     g.forget_shapes()
-    return {str(old.name): new for old, new in rotation.made.items()}
+    return {str(old.name): new for old, new in rotation.new.items()}
 
 
 class _Rotation:
@@ -60,16 +60,16 @@ class _Rotation:
         self.index, self.facts = Index.of(g), Facts(g)
         self.others = {v: stream.others(v) for v in stream.values}
         self.members = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
-        self.made: dict[ir.Value, ir.Value] = {}
+        self.new: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
         for v in self.stream.values:
-            self.made[v] = self._carry(v)
+            self.new[v] = self._carry(v)
         for norm in self.stream.norms:
             self._norm(norm)
         for v, users in self.others.items():
             if users or v.is_graph_output():
-                back = self.g.op("MatMul", self.made[v], self._matrix(self._basis(v).T, v), like=v)
+                back = self.g.op("MatMul", self.new[v], self._matrix(self._basis(v).T, v), like=v)
                 self.g.replace(v, back, users=None if v.is_graph_output() else users)
 
     def _basis(self, v: ir.Value) -> Float64:
@@ -98,13 +98,11 @@ class _Rotation:
         if node.op_type in SUMS:
             return self.g.op(node.op_type, *(self._term(x, v) for x in inputs), name=f"{node.name}_sliced")
         attributes = {name: a.value for name, a in node.attributes.items()}
-        moved = self.g.op(
-            node.op_type, self.made[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
-        )
+        moved = self.g.op(node.op_type, self.new[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes)
         return self._rebased(moved, inputs[0], v)
 
     def _term(self, x: ir.Value, v: ir.Value) -> ir.Value:
-        return self._rebased(self.made[x], x, v) if x in self.made else self._written(x, v)
+        return self._rebased(self.new[x], x, v) if x in self.new else self._written(x, v)
 
     def _rebased(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
         """A value in the basis of `x`, converted to that of `v`."""
@@ -155,7 +153,7 @@ class _Rotation:
         epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
         level = self._matrix(np.full(kept, np.sqrt(d / kept)), norm.gain)
         new = self.g.op(
-            "RMSNormalization", self.made[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
+            "RMSNormalization", self.new[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
         )
         gain = self.g.array(norm.gain).astype(np.float64).reshape(-1)
         shift = None if norm.bias is None else self.g.array(norm.bias).astype(np.float64).reshape(-1)

@@ -38,16 +38,16 @@ class _Conversion:
 
     def __init__(self, g: Graph, chosen: dict[ir.Node, Ports], half: ir.DataType) -> None:
         self.g, self.chosen, self.half = g, chosen, half
-        self.made = {p.node.outputs[i] for p in chosen.values() for i in p.outputs}
+        self.produced = {p.node.outputs[i] for p in chosen.values() for i in p.outputs}
         self.down: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
         for p in self.chosen.values():
             for i in p.inputs:
                 x = p.node.inputs[i]
-                if x is not None and x not in self.made:
+                if x is not None and x not in self.produced:
                     self.g.set_input(p.node, i, self._down(x))
-        for v in self.made:
+        for v in self.produced:
             self._connect(v)
         for p in self.chosen.values():
             for i in p.outputs:

@@ -117,7 +117,7 @@ def patches_of(g: Graph, group: Group) -> tuple[Patches, ...]:
 
     Grouped and depthwise ones have none: their channels read only their own group, so others cannot compensate.
     """
-    found = list[Patches]()
+    patches = list[Patches]()
     convolutions = [n for n in g.nodes(*OPS) if n.domain == "" and n.attributes.get_int("group", 1) == 1]
     for slot in group.readers:
         users = [
@@ -131,8 +131,8 @@ def patches_of(g: Graph, group: Group) -> tuple[Patches, ...]:
                 "float numbers: cut the model before quantizing it, or say score: magnitude and repair: none"
             )
         if users:
-            found.append(Patches(slot, (), tuple(users)))
-    return tuple(found)
+            patches.append(Patches(slot, (), tuple(users)))
+    return tuple(patches)
 
 
 def _constants(v: ir.Value | None) -> tuple[str, ...]:
