@@ -27,10 +27,7 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (SVD-LLM, ASVD or plain SVD).
-
-    SVD-LLM is Wang et al., 2024 (arXiv 2403.07378), ASVD Yuan et al., 2023 (arXiv 2312.05821); see `maths.lowrank`.
-    """
+    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (papers and formulas: `maths.lowrank`)."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -92,8 +89,9 @@ class LowRank(Pass):
     def _groups(self, g: Graph) -> list[list[Linear]]:
         """Linears by weight, the ones that share one together; those not eligible are declined."""
         groups: dict[tuple[str, bool], list[Linear]] = {}
-        nodes = {x.node for x in blocks.linears(g)}
-        for x in blocks.linears(g):
+        linears = blocks.linears(g)
+        nodes = {x.node for x in linears}
+        for x in linears:
             k, n = x.sizes
             hit = skipped(self.skip, x.name, str(x.weight.name))
             if x.quantized:

@@ -112,7 +112,7 @@ class Sparsify(SequentialPass):
         g.put(x.weight, np.ascontiguousarray(new.T) if x.transposed else new)
 
     def _permute(self, g: Graph, env: Env) -> None:
-        """Reorder the hidden channels of feed-forward parts, which changes no output, only the groups of the pattern."""
+        """Reorder the hidden channels of feed-forward parts, which changes only the groups of the pattern."""
         pattern = Pattern.parse(self.pattern)
         for mlp in blocks.mlps(g):
             constants = [v for x in mlp.linears for v in (x.weight, x.bias) if v is not None]
