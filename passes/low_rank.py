@@ -27,7 +27,7 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (papers and formulas: `maths.lowrank`)."""
+    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (formulas: `maths.lowrank`)."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
