@@ -63,7 +63,7 @@ class WindowAttention(Pass):
         )
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every attention that is not left out."""
+        """Every attention that is not skipped."""
         return [a.site for a in self._all(g)]
 
     def run(self, g: Graph, env: Env) -> None:

@@ -157,7 +157,7 @@ CUTS = {
     "prune-hidden": {"ratio": 0.25, "multiple_of": 8},
     "slice": {"ratio": 0.25, "multiple": 8},
 }
-NOT_MORE = "only its down projection is fitted: more does not help on rows that are left out of the fit"
+NOT_MORE = "only its down projection is fitted: more does not help on held-out rows"
 LIMITS = {"biases, norms behind": {"prune-hidden", "slice"}, "biases, norms before": {"prune-hidden"}}
 
 
@@ -186,7 +186,7 @@ def test_whole_parts_bring_held_out_outputs_closer_than_least_squares(model: str
     assert after < before
     assert [n.op_type for n in fitted.nodes()] == [n.op_type for n in plain.nodes()]
     assert fitted.nbytes == plain.nbytes
-    told = [s for s in said if s.startswith(("fitted as a whole: squared error behind it -", NOT_MORE))]
+    told = [s for s in said if s.startswith(("all its weights fitted: squared error of the stream -", NOT_MORE))]
     assert told
     assert name in ("prune-heads", "group-heads") or any(s != NOT_MORE for s in told)
 

@@ -313,8 +313,8 @@ def test_a_dry_run_has_the_sizes_of_a_real_one(name):
     real, step = dropped(g, ratio=0.4)
     assert planned.model.nbytes == real.nbytes
     assert planned.model.model.graph.num_nodes() == real.model.graph.num_nodes()
-    assert [n.what for n in planned.report.step("drop-layers").noted] == ["left out"] * 2
-    assert [n.what for n in step.noted] == ["left out"] * 2
+    assert [n.what for n in planned.report.step("drop-layers").noted] == ["dropped"] * 2
+    assert [n.what for n in step.noted] == ["dropped"] * 2
 
 
 # ---- caches ----------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def test_caches_go_with_their_layer(name, least, part):
     assert names(model.outputs) == [n for n in names(g.outputs) if n not in ports[1]]
     for v in (*model.inputs, *model.outputs):
         assert v.shape == g.value(v.name).shape
-    said = f"left out, with inputs past_{first}, past_{first + 1} and outputs present_{first}, present_{first + 1}"
+    said = f"dropped, with inputs past_{first}, past_{first + 1} and outputs present_{first}, present_{first + 1}"
     assert [(n.site, n.what) for n in step.noted] == [(gone.name, said)]
     mask = cut_matrix.handed_on(g, {gone.exit.name: gone.entry.name}, set(names(model.outputs)))
     cuts.assert_same(mask, model, *feeds)
@@ -383,7 +383,7 @@ def test_a_plan_without_data_takes_caches_out_as_well():
     real = PassManager([DropLayers(ratio=0.5, protect=0)]).run(g, feeds, feeds)
     assert len(planned.model.inputs) == len(real.model.inputs) == len(g.inputs) - 2
     assert planned.model.nbytes == real.model.nbytes
-    assert "left out, with inputs" in planned.report.step("drop-layers").noted[0].what
+    assert "dropped, with inputs" in planned.report.step("drop-layers").noted[0].what
 
 
 def test_a_file_without_some_caches_is_compared_with_the_original_on_its_data(tmp_path):

@@ -109,7 +109,7 @@ def _at(names: tuple[str, ...], i: int) -> str:
 
 
 def candidates(g: Graph, half: ir.DataType) -> list[Ports]:
-    """Ports of every node that could run in half, arithmetic on positions and masks of numbers left out."""
+    """Ports of every node that could run in half, without arithmetic on positions and masks of numbers."""
     if any(v.dtype is None for node in g.nodes() for v in node.outputs):
         g.infer_shapes()
     counted, eligible = from_integers(g), list[Ports]()

@@ -1,1 +1,1 @@
-"""Closed-form and iterative repair of what is left after a cut."""
+"""Closed-form and iterative repair after a cut."""

@@ -48,7 +48,7 @@ def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
     g.replace(b.exit, b.entry)
     for port in b.ports:
         take_out(g, port)
-    g.note(b.site, ", ".join(["left out", *(f"with {p}" for p in b.ports if str(p))]))
+    g.note(b.site, ", ".join(["dropped", *(f"with {p}" for p in b.ports if str(p))]))
     g.sweep()  # dead nodes must not be recognised as part of a layer in the next round
     read = public or not users.isdisjoint(b.entry.uses())
     known = {x.entry: x for x in gaps}

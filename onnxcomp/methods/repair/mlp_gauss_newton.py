@@ -63,11 +63,11 @@ def fit_mlp(
     start = _read(g, m)
     fitted = fit(start, x, (start(x) + missing).astype(np.float32))
     if fitted.part is start:
-        g.note(m.site, "only its down projection is fitted: more does not help on rows that are left out of the fit")
+        g.note(m.site, "only its down projection is fitted: more does not help on held-out rows")
         return
     _write(g, m, fitted.part)
     gain = 1 - fitted.after / fitted.before
-    g.note(m.site, f"fitted as a whole: squared error behind it -{gain:.1%} on rows that are left out of the fit")
+    g.note(m.site, f"all its weights fitted: squared error of the stream -{gain:.1%} on held-out rows")
 
 
 def _unfit(g: Graph, m: Mlp) -> str:

@@ -57,14 +57,14 @@ def _fit(g: Graph, env: Env, x: Linear, fitted: Linear, y: Linear) -> None:
         return
     start, there = _start(g, x, fitted), _classes(env.original, y)
     result = fit(start, rows[:, :width], there, rows[:, width:])
-    left = "rows that are left out of the fit"
+    held_out = "held-out rows"
     if result.part is start:
-        g.note(x.site, f"{kept}: that does not help on {left}")
+        g.note(x.site, f"{kept}: that does not help on {held_out}")
         return
     new = result.part.turn @ start.table if fitted is x else result.part.turn
     replace(g, reader_of(fitted), new.astype(g.array(fitted.weight).dtype))
     gain = 1 - result.after / result.before
-    g.note(x.site, f"fitted to the original's probabilities: divergence from them -{gain:.1%} on {left}")
+    g.note(x.site, f"fitted to the original's probabilities: divergence from them -{gain:.1%} on {held_out}")
 
 
 def _start(g: Graph, x: Linear, fitted: Linear) -> Classes:

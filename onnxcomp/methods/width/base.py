@@ -1,6 +1,7 @@
 """What the passes that cut widths share: score units, choose how many stay, remove the rest, repair what reads them.
 
-A pass names the groups; how units are scored is in `scores`, how many go in `budgets`, repairs are in `methods.repair`.
+A pass names the groups; how units are scored is in `scores`, how many are removed in `budgets`, repairs are in
+`methods.repair`.
 """
 
 from __future__ import annotations
@@ -187,7 +188,7 @@ class Width(Pass):
     def _take(self, g: Graph, place: Place, keep: Array, env: Env, predicted: str) -> None:
         """Take the units outside `keep` out of one group and note it, or decline its sites where all stay.
 
-        A repair that is not sequential comes first: it needs the weights of the units that go.
+        A repair that is not sequential comes first: it needs the weights of the removed units.
         """
         if len(keep) == place.group.units:
             for site in place.sites:
