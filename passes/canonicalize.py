@@ -22,10 +22,10 @@ class Canonicalize(Pass):
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
 
     exact_rows: bool = False
-    """Leave an attention spelled out where rows that see no key would change (by default they are undefined)."""
+    """Keep the exporter's result for queries whose mask hides every key (by default it is undefined)."""
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Everything that is spelled out and could be raised."""
+        """Every subgraph that could be raised to a standard operator."""
         return canonical.sites(g)
 
     def run(self, g: Graph, env: Env) -> None:

@@ -1,4 +1,4 @@
-"""Remove what nobody reads and what is there twice."""
+"""Remove unused nodes, duplicates and identities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Cleanup"]
 
 @dataclass(frozen=True)
 class Cleanup(Pass):
-    """Drop dead nodes, identities, repeated subexpressions, equal constants stored twice and unused operator sets."""
+    """Remove dead nodes, identities, common subexpressions, constants stored twice and unused operator sets."""
 
     stage: ClassVar[Stage] = Stage.CANONICALIZE
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT

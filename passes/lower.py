@@ -1,4 +1,4 @@
-"""Give each site the form the target runs fastest, measured or from its table; equal outputs to float noise."""
+"""Give each site the form that the target runs fastest, measured or by its table; outputs equal to float rounding."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Lower(Pass):
     """Allow forms with slightly other results (GELU by tanh); the pass is then judged by gates like a lossy one."""
 
     exact_rows: bool = False
-    """Take only forms that leave attention rows without a visible key as they are (see canonicalize)."""
+    """Take only forms that keep the result of queries whose mask hides every key (see canonicalize)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class Lower(Pass):
         return [*(spot.site for spot in spots), *newer]
 
     def run(self, g: Graph, env: Env) -> None:
-        """Rewrite site by site, wide ones first; one that stays in a form other than the table's is declined."""
+        """Rewrite site by site, wide ones first; one that keeps another form than the table's is declined."""
         for kind in KINDS:
             ctx, picked = env.choose(
                 kind, standard=self.standard, approximate=self.approximate, exact_rows=self.exact_rows
@@ -61,7 +61,7 @@ class Lower(Pass):
                 if other and g.edits == edits:
                     g.decline(spot.site, f"stays {spot.present}: {why}")
             g.model.graph.sort()
-            g.sweep()  # what was replaced is no site of the kinds that follow
+            g.sweep()  # replaced nodes must not be sites of the later kinds
         if g.opset > env.target.max_opset:
             older_opsets.lower_opset(g, env.target.max_opset, exact_rows=self.exact_rows)
 

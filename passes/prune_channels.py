@@ -40,7 +40,8 @@ class PruneChannels(Width):
     ranking: Literal["sensitivity", "global", "layer"] | None = None
     """Lowest loss of the model (one trial cut a layer), lowest score over all layers, or the same share of each.
 
-    By default sensitivity for energy, and else layer: other scores do not say what the last channels of a layer cost.
+    By default sensitivity for energy, and else layer: other scores do not measure what the last channels of a layer
+    cost.
     """
     repair: Literal["least-squares", "bias", "none"] = "least-squares"
     """How the cut is compensated: remaining kernels refitted to the uncut output, its mean in the bias, or not."""

@@ -47,7 +47,7 @@ class Sparsify(SequentialPass):
     permute: bool = False
     """Order feed-forward channels so that an N:M pattern keeps more."""
     compact: bool = False
-    """Store mask and values instead of zeros; quantizing afterwards no longer sees these weights."""
+    """Store mask and values instead of zeros; quantizing afterwards does not find these weights."""
     head: bool = False
     """Also the product that makes the model's output."""
     skip: tuple[str, ...] = ()

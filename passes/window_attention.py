@@ -34,11 +34,11 @@ class WindowAttention(Pass):
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
 
     width: Annotated[int, Field(ge=0)] = 0
-    """Keys seen to each side, the token itself among them (a causal model has one side); 0 lets `mass` decide."""
+    """Keys to each side, the token itself included (a causal model has one side); 0 lets `mass` decide."""
     mass: Annotated[float, Field(gt=0, le=1)] = 0.99
     """Share of attention, averaged over heads and queries, that a layer's window keeps; 1 changes nothing."""
     sinks: Annotated[int, Field(ge=0)] = 0
-    """First tokens that every token sees; in encoders they also see every token, as a class token must."""
+    """First tokens that every query attends to; in encoders they also attend to every token, as a class token must."""
     skip: tuple[str, ...] = ()
     """Patterns of the names of attentions that are not changed."""
 

@@ -2,7 +2,7 @@
 
 One row: `y = h down`, `h = act(x up)`, or `h = act(x gate) * (x up)` where there is a gate; with `tail` the last row of
 `down` is a bias. To first order in all weights together `y` is linear in their change, so each step is one
-least-squares problem. It is solved by conjugate gradients, which see the Gauss-Newton matrix only through products with
+least-squares problem. It is solved by conjugate gradients, which use the Gauss-Newton matrix only in products with
 it and so never hold it (Martens, Deep learning via Hessian-free optimization, 2010). The preconditioner takes the
 inputs of a matrix and its outputs apart (as Martens and Grosse, K-FAC, 2015, arXiv 1503.05671, section 3), which makes
 a few products enough.

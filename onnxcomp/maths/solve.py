@@ -1,4 +1,4 @@
-"""Solvers that see the data only through Gram matrices: least squares, repair after a cut, GPTQ.
+"""Solvers that use the data only through Gram matrices: least squares, repair after a cut, GPTQ.
 
 Layout of ONNX's MatMul: `y = x W`, `x` in R^K, `W [K, N]`; a row of `W` is an in-channel. `G = X^T X` over the
 calibration rows, so the squared error of weights `V` in place of `W` is `tr((V - W)^T G (V - W))`.

@@ -132,7 +132,7 @@ def _downstream(x: ir.Value, stop: set[ir.Value]) -> set[ir.Value]:
 
 
 def padding(g: Graph, f: Facts, attention: ir.Node) -> list[ir.Value]:
-    """The parts of an attention's mask that tell which keys are real, bool `[b or 1, 1, 1, t]`; none without a mask.
+    """The parts of an attention's mask that mark the real keys, bool `[b or 1, 1, 1, t]`; none without a mask.
 
     Parts that depend on the query alone only empty whole rows, which are undefined by the canonical form's contract.
     Raises `Blocked` where the mask relates queries to keys.

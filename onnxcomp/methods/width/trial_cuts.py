@@ -17,7 +17,7 @@ from onnxcomp.pipeline import Edit, Env
 
 __all__ = ["SAMPLES", "scaled"]
 
-TRIAL_SHARE = 0.5  # share of a layer's units in its trial cut: less is lost in noise, more says little of usual ratios
+TRIAL_SHARE = 0.5  # share of a layer's units in its trial cut: far from none and all, near ratios that are asked for
 SAMPLES = 64  # calibration samples of a trial cut: losses of layers differ by far more than those of samples
 LEAST_LOSS = 1e-12  # in place of a loss of zero, which would make all units of a layer equal and lose their order
 
