@@ -32,6 +32,10 @@ __all__ = [
 ]
 
 
+# Shares of a range that are tried for the least squared error: 1 to 0.4, as in scale searches of low-bit quantizers.
+SHRINK = np.arange(1.0, 0.39, -0.02)
+
+
 @dataclass(frozen=True)
 class Format:
     """A code type: its numpy type and the smallest and largest code."""
@@ -192,7 +196,7 @@ def fit(
     low, high = _reduce(np.minimum, w, axis, block), _reduce(np.maximum, w, axis, block)
     best: Array | None = None
     shrink = np.ones(low.shape)
-    for factor in np.arange(1.0, 0.39, -0.02) if mse else (1.0,):
+    for factor in SHRINK if mse else (1.0,):
         scale, zero = affine(low * factor, high * factor, f, symmetric=symmetric, scale_type=scale_type)
         codes = quantize(w, scale, zero, f, axis=axis, block=block)
         if not mse:
