@@ -25,6 +25,7 @@ __all__ = ["Ffn", "fit"]
 # Damping of each weight, relative to the mean square of the inputs of its matrix. More takes smaller steps, less
 # overfits: it is raised tenfold where a step does not lower the error on held-out rows.
 WEIGHT_DAMP = 0.1
+DEAD = 1e-30  # in place of the squared gradient of a channel that is never active, a divisor
 
 
 @dataclass(frozen=True)
@@ -108,13 +109,14 @@ class _System:
                 total += np.square(slope).sum(axis=0, dtype=np.float64)
         reach = np.square(self._read, dtype=np.float64).sum(axis=1)
         dtype = part.down.dtype
-        behind = (np.maximum(s / max(len(x), 1) * reach, 1e-30) for s in squares)
-        self.behind = [b.astype(dtype) for b in behind]  # per column of up and gate
+        # Mean square of the gradient of each column of up and gate, `[K]` each.
+        means = (np.maximum(s / max(len(x), 1) * reach, DEAD) for s in squares)
+        self.gradients = [m.astype(dtype) for m in means]
         del h, slopes
         self.damps, self.factors = list[float](), list[Array]()
         for m in (inner, outer):
             level = float(np.diag(m).mean())
-            _, lower, used = damped(m, damp, own=True)
+            _, lower, used = damped(m, damp, overwrite=True)
             self.damps.append(used * level)
             self.factors.append(invert_lower(lower).astype(dtype))
 
@@ -142,17 +144,17 @@ class _System:
         return total
 
     def _back(self, total: Change, x: Array, h: Array, slopes: Sequence[Array], e: Array) -> None:
-        behind = e @ self._read.T
+        gradient = e @ self._read.T  # [rows, K]
         for t, s in zip(total, slopes, strict=False):
-            t += x.T @ (s * behind)
+            t += x.T @ (s * gradient)
         total[-1] += h.T @ e
 
     def _damped(self, change: Change) -> Change:
         inner, outer = self.damps
-        return [*(inner * b * c for b, c in zip(self.behind, change, strict=False)), outer * change[-1]]
+        return [*(inner * b * c for b, c in zip(self.gradients, change, strict=False)), outer * change[-1]]
 
     def preconditioned(self, change: Change) -> Change:
         """Approximately the inverse times a change: exact for each matrix if inputs and gradients were independent."""
         inner, outer = self.factors
-        ahead = [inner.T @ (inner @ c) / b for b, c in zip(self.behind, change, strict=False)]
+        ahead = [inner.T @ (inner @ c) / b for b, c in zip(self.gradients, change, strict=False)]
         return [*ahead, outer.T @ (outer @ change[-1])]

@@ -77,16 +77,16 @@ def _finite(gram: Array) -> Float64:
     return g
 
 
-def damped(gram: Float64, damp: float, own: bool = False) -> tuple[Float64, Float64, float]:
+def damped(gram: Float64, damp: float, overwrite: bool = False) -> tuple[Float64, Float64, float]:
     """The Gram matrix with `damp * mean(diag)` on its diagonal, its lower Cholesky factor, and the damp that worked.
 
-    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity. With `own`
-    the matrix is overwritten.
+    The damp is raised tenfold until the factorisation succeeds; an all-zero matrix becomes the identity. With
+    `overwrite` the matrix is overwritten.
     """
     level = float(np.diag(gram).mean()) if gram.size else 0.0
     if level <= 0:
         return np.eye(len(gram)), np.eye(len(gram)), damp
-    h, diagonal = gram if own else gram.copy(), np.diag(gram).copy()
+    h, diagonal = gram if overwrite else gram.copy(), np.diag(gram).copy()
     while damp < DAMP_LIMIT:
         h.reshape(-1)[:: len(h) + 1] = diagonal + damp * level
         try:
@@ -108,7 +108,7 @@ def least_squares(gram: Array, cross: Array, damp: float = SINGULAR_DAMP, start:
     level = float(np.diag(g).mean()) if g.size else 0.0
     if level > 0 and damp > len(g) ** 2 * np.finfo(np.float64).eps:  # positive for sure, so nothing is to be tried
         return Solution(w0 + _solved(g, damp * level, rest), damp)
-    h, _, damp = damped(_checked(g), damp, own=True)
+    h, _, damp = damped(_checked(g), damp, overwrite=True)
     return Solution(w0 + np.linalg.solve(h, rest), damp)
 
 

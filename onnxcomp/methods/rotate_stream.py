@@ -80,9 +80,9 @@ class _Rotation:
         """The dual `D [d, d']` by which writes to a value are multiplied."""
         return self._of(self.duals, v)
 
-    def _of(self, held: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
+    def _of(self, bases: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
         release([*self.bases.values(), *self.duals.values()])  # those loaded before need not stay in memory
-        return np.asarray(held[v].numpy(), np.float64)
+        return np.asarray(bases[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
         dtype = like.dtype.numpy() if like.dtype is not None else np.dtype(np.float32)

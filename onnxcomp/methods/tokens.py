@@ -1,6 +1,6 @@
 """Token reduction: where tokens can be removed, the map from old to new positions, and the restored sequence.
 
-Shapes: `[b, t, c]` is the stream of `t` tokens at one place, `t0` of them at the first layer, `t'` behind a removal.
+Shapes: `[b, t, c]` is the stream of `t` tokens at one place, `t0` of them at the first layer, `t'` after a removal.
 """
 
 from __future__ import annotations

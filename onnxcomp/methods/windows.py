@@ -1,7 +1,7 @@
 """Sliding windows on attention: masks that hide distant keys, and how much attention a window keeps.
 
 Shapes: `[b, heads, s, t]` attention of `s` queries over `t` keys; masks are bool and broadcast to it, true where a key
-may be read. Queries are the last `s` of the `t` positions, behind `t - s` cached ones.
+may be read. Queries are the last `s` of the `t` positions, after `t - s` cached ones.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Patches(Reader):
 
 
 def patches_of(g: Graph, group: Group) -> tuple[Patches, ...]:
-    """The convolutions behind the group's reading constants; raises `ModelError` for one in a low-precision type.
+    """The convolutions that use the group's reading kernels; raises `ModelError` for one in a low-precision type.
 
     Grouped and depthwise ones have none: their channels read only their own group, so others cannot compensate.
     """

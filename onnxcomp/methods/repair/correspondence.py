@@ -52,8 +52,8 @@ def _through(g: Graph, original: Graph, node: ir.Node, v: ir.Value) -> str:
     name = str(v.name)
     if not node.op_type.endswith("Normalization") and node.op_type != "Reshape":
         return name
-    behind = counterpart(g, original, node.outputs[0])
-    there = original.value(behind).producer() if has(original, behind) else None
+    output = counterpart(g, original, node.outputs[0])
+    there = original.value(output).producer() if has(original, output) else None
     if there is None or there.name == node.name or there.op_type != node.op_type or there.inputs[0] is None:
         return name
     same = node.op_type == "Reshape" or _equal_parameters(g, node, original, there)

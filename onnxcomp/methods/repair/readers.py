@@ -104,7 +104,7 @@ class Reader:
 
 
 def readers_of(group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
-    """The linears behind the group's reading constants."""
+    """The linears that use the group's reading weights, by weight."""
     readers = list[Reader]()
     for slot in group.readers:
         users = [x for x in linears if x.weight.name == slot.value and slot.axis == int(x.transposed)]

@@ -70,9 +70,9 @@ class Width(Pass):
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the units to cut; 0 without a budget changes nothing."""
     parameters: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the parameters that the pass finds stays, instead of a ratio."""
+    """Cut until at most this share of the parameters that the pass finds remains, instead of a ratio."""
     macs: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the multiplications with weights that it finds, per token, stays."""
+    """Cut until at most this share of the multiplications with weights that it finds, per token, remains."""
     latency: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cut until what is cut (its linears, its attention) takes at most this share of its time, measured here."""
     ranking: Literal["sensitivity", "global", "layer"] | None = None
