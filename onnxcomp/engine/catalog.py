@@ -160,7 +160,7 @@ def _from_entry_point(point: EntryPoint) -> type[Pass]:
         why = described(e)
         raise PassFault(f"{_owner(point)}: the pass '{point.name}' cannot be imported from {point.value}: {why}") from e
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise PassFault(f"{_owner(point)}: {point.value} is not a subclass of onnxcomp.Pass")
+        raise PassFault(f"{_owner(point)}: the pass '{point.name}', {point.value}, is not a subclass of onnxcomp.Pass")
     if cls.name != point.name:
         raise PassFault(
             f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal"

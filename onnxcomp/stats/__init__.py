@@ -10,7 +10,7 @@ from onnxcomp.stats.kinds.histograms import histogram
 from onnxcomp.stats.kinds.integer_counts import counts
 from onnxcomp.stats.kinds.moments import mean, norm2, var
 from onnxcomp.stats.kinds.row_samples import paired, sample
-from onnxcomp.stats.statistic import Accumulator, Need, Of, Per, Stat, Statistic, Stats
+from onnxcomp.stats.statistic import Accumulator, Need, Of, Per, Stat, Statistic, Stats, finite, name_of, no_rows
 
 __all__ = [
     "Accumulator",
@@ -24,10 +24,13 @@ __all__ = [
     "cosine",
     "counts",
     "cross_gram",
+    "finite",
     "gram",
     "histogram",
     "mean",
     "minmax",
+    "name_of",
+    "no_rows",
     "norm2",
     "paired",
     "sample",
