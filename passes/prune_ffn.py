@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -23,6 +23,7 @@ class PruneFfn(Width):
     """
 
     unit: ClassVar[str] = "channels"
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "multiple_of": 1}
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """The input `[.., K]` of every down projection, `K` hidden channels."""

@@ -64,7 +64,7 @@ def compress_each(
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's; `plan` writes nothing;
     `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote;
-    `exact_rows` is an option of canonicalize and lower.
+    `exact_rows` sets that option of the passes that have it.
     """
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen

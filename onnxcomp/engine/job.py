@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.errors import GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
+from onnxcomp.pipeline import Pass
 from onnxcomp.reports.json_report import SCHEMA_VERSION
 from onnxcomp.reports.outcome import Report, Result
 from onnxcomp.target import Target, resolved
@@ -123,7 +125,7 @@ class Job:
 
         `info["plan"]` has parameters, multiplications per token and the files' bytes, and what data is needed for.
         """
-        passes = [p.planning() for p in self.recipe.passes]
+        passes = [_planning(p) for p in self.recipe.passes]
         unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
         with_data = bool(unplanned) and self.calibration is not None
         made = [q or p for p, q in zip(self.recipe.passes, passes, strict=True) if q is not None or with_data]
@@ -163,4 +165,6 @@ class Job:
         }
 
 
-# ---- publishing ------------------------------------------------------------------------------------------------------
+def _planning(p: Pass) -> Pass | None:
+    with blaming(p):
+        return p.planning()

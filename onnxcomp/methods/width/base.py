@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -63,6 +63,8 @@ class Width(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_sizes: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
     unit: ClassVar[str] = "units"
     aligned: ClassVar[bool] = True
     axis: ClassVar[int] = -1
