@@ -18,7 +18,8 @@ from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
-from onnxcomp.files.storage import file_bytes, graphs_of, load
+from onnxcomp.files.storage import graphs_of, read
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array, Float64
@@ -174,16 +175,19 @@ class _Contestant:
     size: int
 
 
-def _contestant(path: Path) -> _Contestant:
+def _contestant(model: str | Path | Stored) -> _Contestant:
+    path = Path(model)
+    if isinstance(model, Stored):
+        return _Contestant(str(path), model.path, model.graph, model.nbytes)
     graphs = graphs_of(path)
     if len(graphs) > 1:
         raise ModelError(f"{path} holds {len(graphs)} graphs ({', '.join(graphs)}); name the .onnx file to benchmark")
-    file = next(iter(graphs.values()))
-    return _Contestant(str(path), file, load(file), file_bytes(file))
+    found = read(path)
+    return _Contestant(str(path), found.path, found.graph, found.nbytes)
 
 
 def bench(
-    models: Sequence[str | Path],
+    models: Sequence[str | Path | Stored],
     target: Target = CPU,
     shapes: Sequence[Mapping[str, int]] = (),
     *,
@@ -201,7 +205,7 @@ def bench(
     """
     if not models:
         raise ModelError("there is no model to benchmark")
-    contestants = [_contestant(Path(m)) for m in models]
+    contestants = [_contestant(m) for m in models]
     wanted = [dict(s) for s in shapes] or default_shapes(contestants[0].graph)
     report = BenchReport(machine=machine(), models=[c.name for c in contestants])
     run = _Run(report, contestants, target, _Plan(runs, threads, window), data)

@@ -58,14 +58,18 @@ class Dataset:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._rows, self._groups())
+
+    def _groups(self) -> Iterator[list[int]]:
+        """The indices of each batch."""
         group: list[int] = []
         for i in self.indices:
             if group and (len(group) == self.batch or self._source.key(i) != self._source.key(group[0])):
-                yield self._rows(group)
+                yield group
                 group = []
             group.append(i)
         if group:
-            yield self._rows(group)
+            yield group
 
     def _rows(self, indices: Sequence[int]) -> Batch:
         batch = self._source.rows(indices)
@@ -88,6 +92,15 @@ class Dataset:
     def head(self, n: int) -> Dataset:
         """The first `n` samples."""
         return self._with(self.indices[:n])
+
+    def leading(self, n: int) -> tuple[Dataset, int]:
+        """The first batches, whole, that hold at most `n` samples together, but at least one; and their number."""
+        total, count = 0, 0
+        for group in self._groups():
+            if count and total + len(group) > n:
+                break
+            total, count = total + len(group), count + 1
+        return self.head(total), count
 
     def spread(self, n: int) -> Dataset:
         """At most `n` samples, evenly spaced, so that sorted data stays represented."""

@@ -26,6 +26,7 @@ from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.data.datasets import Dataset
+    from onnxcomp.files.stored import Stored
 
 __all__ = ["Job"]
 
@@ -104,17 +105,20 @@ class Job:
             dry=dry,
         )
 
-    def run(self, watch: Watch | None = None) -> Result:
-        """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured."""
-        graph = storage.load(self.model)
-        calibration, evaluation = (self.dataset(x, graph) for x in (self.calibration, self.evaluation))
+    def run(self, watch: Watch | None = None, source: Stored | None = None) -> Result:
+        """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured.
+
+        `source` is the model where the caller has parsed it already.
+        """
+        source = source or storage.read(self.model)
+        calibration, evaluation = (self.dataset(x, source.graph) for x in (self.calibration, self.evaluation))
         try:
-            result = self.manager(watch).run(graph, calibration, evaluation)
+            result = self.manager(watch).run(source.graph, calibration, evaluation)
         except GateFailed as e:
             if isinstance(e.report, Report):
-                self._describe(e.report)
+                self._describe(e.report, source)
             raise
-        self._describe(result.report)
+        self._describe(result.report, source)
         result.report.warnings += tensorrt.require(result.model, self.target)
         return result
 
@@ -130,24 +134,24 @@ class Job:
         recipe = dataclasses.replace(self.recipe, passes=tuple(made), gates=())
         data = self.calibration if with_data else None
         dry = dataclasses.replace(self, recipe=recipe, calibration=data, evaluation=None, measure=False)
-        graph = storage.load(self.model)
+        source = storage.read(self.model)
+        graph = source.graph
         result = dry.manager(watch, dry=True).run(graph, dry.dataset(data, graph), ())
-        self._describe(result.report)
+        self._describe(result.report, source)
         info = result.report.info
         info["plan"] = {
             "parameters": [parameters(g) for g in (graph, result.model)],
             "macs": [macs(g) for g in (graph, result.model)],
-            "bytes": [storage.file_bytes(self.model), storage.written_bytes(result.model, info["metadata"])],
+            "bytes": [source.nbytes, storage.written_bytes(result.model, info["metadata"])],
             "needs_data": [] if with_data else unplanned,
         }
         return result
 
-    def _describe(self, report: Report) -> None:
-        source = storage.fingerprint(self.model)
+    def _describe(self, report: Report, source: Stored) -> None:
         report.info |= {
             "source": str(self.model),
-            "source_hash": source,
-            "job_hash": self.hash(source),
+            "source_hash": source.fingerprint,
+            "job_hash": self.hash(source.fingerprint),
             "recipe": self.recipe.to_yaml(),
             "recipe_name": self.recipe.name,
             "advice": self.recipe.advice,
@@ -155,12 +159,9 @@ class Job:
             "seed": self.seed,
             "metadata": {
                 "onnxcomp.version": __version__,
-                "onnxcomp.source": source,
+                "onnxcomp.source": source.fingerprint,
                 "onnxcomp.recipe": self.recipe.hash(),
                 "onnxcomp.target": self.target.name,
                 "onnxcomp.schema": str(SCHEMA_VERSION),
             },
         }
-
-
-# ---- publishing ------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ EXACT_FLOOR_DB = 80.0
 # quantization itself moves them; what must stay is the distance to the original.
 LOST_DB = 1.0
 HALF_LOST_DB = 6.0  # in half types every other order of operations rounds anew, as much as the conversion itself did
-EXACT_SAMPLES = 16  # evaluation samples an exact pass is checked on; lossy passes and the result are compared on all
+EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
 
 @dataclass
@@ -59,6 +59,7 @@ class _Walk:
     planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
+    few: Reference | None = None  # the answers that exact passes are compared with
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
@@ -123,7 +124,7 @@ class PassManager:
                     self.watch(p.name, i, len(self.passes))
                 self._resume_or_step(walk, p)
             self._finish(walk)
-        return Result(walk.graph, report, walk.unlowered)
+        return Result(walk.graph, report, walk.unlowered, walk.exact)
 
     def _reference(self, model: Graph, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
@@ -232,8 +233,7 @@ class PassManager:
     def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
         """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
-        data = walk.reference.data.head(EXACT_SAMPLES)
-        few = self._reference(walk.original, data, (), walk.scratch / f"few-{len(walk.report.steps)}")
+        few = walk.few = walk.few or walk.reference.head(EXACT_SAMPLES)
         validation = few.against(work)
         step.drift = validation.json()
         floor = EXACT_FLOOR_DB

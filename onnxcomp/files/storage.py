@@ -20,6 +20,7 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import external, weights
+from onnxcomp.files.stored import Stored, digest
 from onnxcomp.graph import Graph
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "load",
     "one_graph",
     "publish",
+    "read",
     "save",
     "written_bytes",
 ]
@@ -97,12 +99,17 @@ def load(path: str | Path) -> Graph:
 
     Local functions are inlined. Raises `ModelError` for anything unsafe, damaged or ambiguous.
     """
+    return read(path).graph
+
+
+def read(path: str | Path) -> Stored:
+    """A model as `load` gives it, with what its files tell; the one parse of a model that a job hands on."""
     found = graphs_of(path)
     if len(found) > 1:
         raise ModelError(f"{path}: holds several graphs ({', '.join(found)}); name one of the files")
     (file,) = found.values()
     proto = _read(file)
-    external.check(proto, file)
+    files = _files(proto, file)
     try:
         model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as e:
@@ -114,7 +121,13 @@ def load(path: str | Path) -> Graph:
         except (ir.passes.PassError, ValueError, KeyError) as e:
             raise ModelError(f"{file}: its local functions cannot be inlined: {_first_line(e)}") from e
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-    return Graph(model, file)
+    return Stored(file, Graph(model, file), files)
+
+
+def _files(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
+    """A model file and those of its external data, which are checked."""
+    external.check(proto, path)
+    return (path, *(path.parent / x for x in sorted(external.locations(proto))))
 
 
 def _first_line(e: BaseException) -> str:
@@ -141,16 +154,12 @@ def _read(path: Path) -> onnx.ModelProto:
 
 def fingerprint(path: str | Path) -> str:
     """SHA-256 (hex) of a model's files, external data included; the same for equal content wherever it lies."""
-    digest = hashlib.sha256()
+    whole = hashlib.sha256()
     for name, file in graphs_of(path).items():
         if Path(path).is_dir():
-            digest.update(name.encode() + b"\0")
-        proto = _read(file)
-        external.check(proto, file)
-        for part in (file, *(file.parent / x for x in sorted(external.locations(proto)))):
-            with part.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+            whole.update(name.encode() + b"\0")
+        whole.update(digest(_files(_read(file), file)))
+    return whole.hexdigest()
 
 
 def file_bytes(path: Path) -> int:

@@ -71,12 +71,14 @@ class Report:
 class Result:
     """The compressed model with its report, and what it was before lowering, where that changed it.
 
-    `config` are the entries of a configuration beside the model that the result has otherwise, such as head counts.
+    `exact` is the original as the exact passes before any lossy one left it. `config` are the entries of a
+    configuration beside the model that the result has otherwise, such as head counts.
     """
 
     model: Graph
     report: Report
     unlowered: Graph | None = None
+    exact: Graph | None = None
     config: dict[str, int] = field(default_factory=dict)
 
     def save(self, out: str | Path) -> Path:

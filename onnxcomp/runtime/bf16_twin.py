@@ -5,24 +5,22 @@ For checking numbers on a CPU, never for timing: the twin is slower than the gra
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from onnxcomp.analysis.bounds import MOVES
-from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.runtime.payload import Model, graph_of
 
 __all__ = ["in_float32", "stand_in"]
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
 
-def stand_in(model: Graph | Path | str, provider: str, *, files: bool = False) -> Graph | None:
+def stand_in(model: Model, provider: str, *, files: bool = False) -> Graph | None:
     """The float32 twin of a graph (with `files`, of a file) that needs one to run on this provider, or None."""
     if provider != "CPUExecutionProvider" or isinstance(model, Graph) == files:
         return None
-    return in_float32(model if isinstance(model, Graph) else storage.load(model))
+    return in_float32(graph_of(model))
 
 
 def in_float32(g: Graph) -> Graph | None:

@@ -13,10 +13,11 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Payload", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
+__all__ = ["Model", "Payload", "graph_of", "payload", "prepacks", "tap", "whole_caches", "write_optimized"]
 
 # Constants from this size on are handed to the runtime where they lie; smaller ones travel inside the message.
 INLINE_BYTES = 16384
@@ -26,6 +27,16 @@ PREPACK_BELOW = 1 << 30
 SHAREABLE = {np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)} | {
     np.dtype(t) for t in ("float16", "float32", "float64", "bool")
 }
+
+# In memory; a file that was parsed, which the runtime loads itself; a file or folder that was not.
+Model = Graph | Stored | Path | str
+
+
+def graph_of(model: Model) -> Graph:
+    """The graph of a model; only what was not parsed yet is."""
+    if isinstance(model, Graph):
+        return model
+    return model.graph if isinstance(model, Stored) else storage.load(model)
 
 
 @dataclass
@@ -103,12 +114,14 @@ def whole_caches(model: ir.Model) -> None:
                 v.name = v.name or f"{node.name}_present_{i}"
 
 
-def prepacks(model: Graph | Path | str, asked: bool | None) -> bool:
+def prepacks(model: Model, asked: bool | None) -> bool:
     """Whether weights are copied into the layout of the kernels; by default only while they are small."""
     if asked is not None:
         return asked
     if isinstance(model, Graph):
         return model.nbytes < PREPACK_BELOW and model.spool is None  # the rest of a large model stays in files as well
+    if isinstance(model, Stored):
+        return model.nbytes < PREPACK_BELOW
     return sum(map(storage.file_bytes, storage.graphs_of(model).values())) < PREPACK_BELOW
 
 

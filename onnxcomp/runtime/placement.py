@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.files.storage import load
-from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph import CONTRIB
 from onnxcomp.maths import Array
+from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
@@ -43,12 +43,12 @@ class Placement:
         return not self.elsewhere
 
 
-def placement(model: Path | Graph, target: Target, feeds: Mapping[str, Array] | None, why: str = "") -> Placement:
+def placement(model: Model, target: Target, feeds: Mapping[str, Array] | None, why: str = "") -> Placement:
     """Run once with the profiler and read who ran what; without feeds only what the target's tables say is checked.
 
     `why` says why nothing can be run.
     """
-    g = model if isinstance(model, Graph) else load(model)
+    g = graph_of(model)
     if feeds is None:
         own = {n.op_type for n in g.nodes() if n.domain == CONTRIB and n.op_type not in target.contrib}
         lost = own | {n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks}

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Self
 
 from onnxcomp.data.inputs import Batch
-from onnxcomp.files import storage
-from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.runtime.payload import prepacks
+from onnxcomp.runtime.payload import Model, graph_of, prepacks
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.runtime.stretches import Layout, Stage, Walk
 from onnxcomp.target import Target
@@ -28,9 +26,7 @@ class Runner:
     runs from where that stands, on the very batches it has walked; the walk itself stays there.
     """
 
-    def __init__(
-        self, model: Graph | str | Path, target: Target, *, scratch: Path | None = None, walk: Walk | None = None
-    ) -> None:
+    def __init__(self, model: Model, target: Target, *, scratch: Path | None = None, walk: Walk | None = None) -> None:
         self.session: Session | None = None
         self._walk = walk
         if walk is None and prepacks(model, None):
@@ -38,7 +34,7 @@ class Runner:
             self.inputs = {p.name for p in self.session.inputs}
             self.outputs = self.session.outputs
             return
-        self._graph = model if isinstance(model, Graph) else storage.load(model)
+        self._graph = graph_of(model)
         self._layout, self._target, self._scratch = Layout(self._graph), target, scratch
         self.inputs = {str(v.name) for v in self._graph.inputs}
         self.outputs = [str(v.name) for v in self._graph.outputs]

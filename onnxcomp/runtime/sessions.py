@@ -22,13 +22,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
-from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import gone
 from onnxcomp.maths import Array
 from onnxcomp.runtime.bf16_twin import stand_in
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
-from onnxcomp.runtime.payload import payload, prepacks, tap, write_optimized
+from onnxcomp.runtime.payload import Model, graph_of, payload, prepacks, tap, write_optimized
 from onnxcomp.target import CPU, CUDA, Target
 
 __all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "optimized"]
@@ -201,7 +200,7 @@ class Session:
 
     def __init__(
         self,
-        model: Graph | Path | str,
+        model: Model,
         target: Target = CPU,
         *,
         threads: int = 0,
@@ -245,13 +244,13 @@ class Session:
         self._optional = {i.name for i in self._session.get_overridable_initializers()}
         self._gone = gone(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
 
-    def _source(self, ort: Any, model: Graph | Path | str, taps: Sequence[str], options: Any) -> bytes | str:
+    def _source(self, ort: Any, model: Model, taps: Sequence[str], options: Any) -> bytes | str:
         """What the runtime loads: a file as it is, or a message with its large constants left where they lie."""
         if not isinstance(model, Graph):
             path = Path(model)
             if not taps and path.is_file():
                 return str(path)
-            model = storage.load(path)
+            model = graph_of(model)
         model.model.graph.sort()  # nodes that a pass has just added stand at the end; order has no meaning
         copy = model.model.clone()
         self._echo = tap(copy, taps)
@@ -366,7 +365,7 @@ def _port(i: Any) -> Port:
 
 
 @contextlib.contextmanager
-def _rewritten(model: Graph | Path | str, target: Target) -> Iterator[ir.Model]:
+def _rewritten(model: Model, target: Target) -> Iterator[ir.Model]:
     """The graph after the runtime's optimizers; its weights are readable only inside the `with`."""
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         path = Path(folder) / "optimized.onnx"
@@ -374,19 +373,18 @@ def _rewritten(model: Graph | Path | str, target: Target) -> Iterator[ir.Model]:
         yield ir.load(path)
 
 
-def optimized(model: Graph | Path | str, target: Target = CPU) -> Graph:
+def optimized(model: Model, target: Target = CPU) -> Graph:
     """The graph as the runtime rewrites it for this target, weights in memory."""
     with _rewritten(model, target) as rewritten:
         return Graph(ir.external_data.load_to_model(rewritten))
 
 
-def integer_check(model: Graph | Path | str, target: Target = CPU) -> IntegerCheck:
+def integer_check(model: Model, target: Target = CPU) -> IntegerCheck:
     """Compare the quantized linears of a model with the integer products of the graph that the runtime makes of it.
 
     Counts are exact and need no clock; attention products of two activations count on neither side.
     """
-    if not isinstance(model, Graph):
-        model = storage.load(Path(model))
+    model = graph_of(model)
     asked = quantized_linears(model.model)
     if asked == 0:
         return IntegerCheck(0, 0, 0, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import math
@@ -95,6 +96,7 @@ class _Kept:
         self._scratch = scratch
         self._batches: list[dict[str, Array | Path]] = []
         self._bytes = 0
+        self._whole: _Kept | None = None  # whose files these are
 
     def append(self, outputs: Mapping[str, Array]) -> None:
         size = sum(a.size * 4 for a in outputs.values())
@@ -129,6 +131,12 @@ class _Kept:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def head(self, count: int) -> _Kept:
+        """Those of the first batches; they stay on disk as long as these here."""
+        few = copy.copy(self)
+        few._batches, few._whole = self._batches[:count], self
+        return few
+
 
 def _digest(feeds: Mapping[str, Array]) -> bytes:
     h = hashlib.blake2b(digest_size=16)
@@ -160,12 +168,12 @@ class Reference:
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
         self._graph, self._kept, self._scratch = graph, _Kept(scratch), scratch
         self._seen: list[bytes] = []
+        self._fitting: list[Metric] = []
         self._types: dict[str, str] = {}
         self.samples = 0
         self._sums = self._run(model if isinstance(model, Graph) else Path(model))
 
     def _run(self, model: Graph | Path) -> Sums:
-        primary = self.view.outputs[0]
         names = [r.name for r in self.view.outputs]
         sums = Sums(self.metrics)
         with Runner(model, self.target, scratch=self._scratch) as session:
@@ -173,21 +181,39 @@ class Reference:
             for batch, out in session.each(self.data, names):
                 if not self._seen:
                     self._types = {k: a.dtype.name for k, a in out.items()}
-                    self.metrics += [m for m in self._guess(session, batch, out) if m not in self.metrics]
+                    self._fitting = self._guess(session, batch, out)
+                    self.metrics += [m for m in self._fitting if m not in self.metrics]
                     sums = Sums(self.metrics)
                 answers = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
-                for seen in see(primary, self.view, batch, answers, answers):
-                    if np.isnan(seen.rows).any():
-                        raise ModelError(
-                            f"the original gives NaN in '{primary.name}', so nothing can be compared with it"
-                        )
-                    sums.update(seen)
+                self._sum(sums, batch, answers)
                 self._kept.append(answers)
                 self._seen.append(_digest(batch.feeds))
                 self.samples += next(iter(batch.feeds.values())).shape[0]
         if not self._seen:
             raise DataError(f"the evaluation data '{self.data.name}' is empty")
         return sums
+
+    def _sum(self, sums: Sums, batch: Batch, answers: Mapping[str, Array]) -> None:
+        """Add the original's own answers to a batch to the sums of the metrics."""
+        primary = self.view.outputs[0]
+        for seen in see(primary, self.view, batch, answers, answers):
+            if np.isnan(seen.rows).any():
+                raise ModelError(f"the original gives NaN in '{primary.name}', so nothing can be compared with it")
+            sums.update(seen)
+
+    def head(self, n: int) -> Reference:
+        """The answers to the first `n` samples, with the metric that fits the data; the original is not run again.
+
+        Only whole batches are taken, but at least one: an answer may depend on the other samples of its batch.
+        """
+        few = copy.copy(self)
+        few.data, count = self.data.leading(n)
+        few._kept, few._seen, few.metrics = self._kept.head(count), self._seen[:count], list(self._fitting)
+        few._sums, few.samples = Sums(few.metrics), 0
+        for i, batch in enumerate(few.data):
+            few._sum(few._sums, batch, few._kept[i])
+            few.samples += next(iter(batch.feeds.values())).shape[0]
+        return few
 
     def _guess(self, session: Runner, batch: Batch, out: Mapping[str, Array]) -> list[Metric]:
         """The task metric that fits: accuracy where labels fit, perplexity where no answer depends on later tokens."""
