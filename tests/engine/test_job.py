@@ -197,9 +197,9 @@ def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_
     x = last.inputs[0]
     g.set_input(last, 0, g.op("Log", g.op("Neg", g.op("Abs", x, like=x), like=x), like=x))
     g.model.graph.sort()
-    bad = storage.save(g, tmp_path / "bad")
+    bad = storage.read(storage.save(g, tmp_path / "bad"))
     with pytest.raises(ModelError, match="not finite"):
-        smoke(source / "model.onnx", bad, CPU)
+        smoke(storage.read(source), bad, CPU)
     [first, second] = smoke(bad, bad, CPU)
     assert "the original fails" in first
     assert "'batch': 3" in second
