@@ -171,8 +171,13 @@ def resolved(target: Target) -> Target:
     )
 
 
-def find(name: str) -> Target:
-    """A built-in target by name, or one read from a YAML file, not yet `resolved`; raises `TargetError`."""
+def find(name: str | Target) -> Target:
+    """A built-in target by name, or one read from a YAML file, not yet `resolved`; raises `TargetError`.
+
+    A target itself is returned as it is.
+    """
+    if isinstance(name, Target):
+        return name
     if name in TARGETS:
         return TARGETS[name]
     path = Path(name)

@@ -23,7 +23,7 @@ from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array, Float64
-from onnxcomp.target import CPU, Target
+from onnxcomp.target import CPU, Target, find
 
 __all__ = ["BenchReport", "Block", "Ratio", "Row", "bench"]
 
@@ -188,7 +188,7 @@ def _contestant(model: str | Path | Stored) -> _Contestant:
 
 def bench(
     models: Sequence[str | Path | Stored],
-    target: Target = CPU,
+    target: str | Target = CPU,
     shapes: Sequence[Mapping[str, int]] = (),
     *,
     runs: int = 30,
@@ -208,7 +208,7 @@ def bench(
     contestants = [_contestant(m) for m in models]
     wanted = [dict(s) for s in shapes] or default_shapes(contestants[0].graph)
     report = BenchReport(machine=machine(), models=[c.name for c in contestants])
-    run = _Run(report, contestants, target, _Plan(runs, threads, window), data)
+    run = _Run(report, contestants, find(target), _Plan(runs, threads, window), data)
     for shape in wanted:  # a shape that does not fit is said before minutes are spent on the others
         run.inputs(shape)
     for i, shape in enumerate(wanted):

@@ -38,7 +38,9 @@ Target = Annotated[
 ]
 Source = "an .npz, .jsonl or .txt file, a folder of images or .npz files, package.module:function, or random"
 Calibration = Annotated[str | None, typer.Option(metavar="SRC", help=f"Data for statistics: {Source}.")]
-Evaluation = Annotated[str | None, typer.Option("--eval", metavar="SRC", help="Data to judge on, of the same kinds.")]
+Evaluation = Annotated[
+    str | None, typer.Option("--evaluation", "--eval", metavar="SRC", help="Data to judge on, of the same kinds.")
+]
 Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
 Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
@@ -143,10 +145,11 @@ def optimize(
 ) -> None:
     """Make a model faster without changing what it computes; needs no data."""
     shapes = [parse_shape(s) for s in shape or ()]
-    options = {"shapes": shapes, "opset": opset, "graph": graph, "measure": not no_measure, "report": report}
-    options["exact_rows"] = exact_rows
-    options |= {"choices": choices, "cache": cache}
-    _compress(Output(json, quiet, verbose), model, out, preset="optimize", target=target, **options)
+    _compress(
+        Output(json, quiet, verbose), model, out,
+        preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph, measure=not no_measure,
+        report=report, exact_rows=exact_rows, choices=choices, cache=cache,
+    )  # fmt: skip
 
 
 @app.command()
@@ -229,7 +232,9 @@ def _planned(result: Result) -> str:
 def validate(
     reference: Model,
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
-    evaluation: Annotated[str, typer.Option("--eval", metavar="SRC", help=f"Data to judge on: {Source}.")],
+    evaluation: Annotated[
+        str, typer.Option("--evaluation", "--eval", metavar="SRC", help=f"Data to judge on: {Source}.")
+    ],
     metric: Annotated[list[str] | None, typer.Option(help="agreement, accuracy, f1, perplexity, ...")] = None,
     gate: Gates = None,
     target: Target = "cpu",
@@ -245,12 +250,18 @@ def validate(
 ) -> None:
     """Compare a model with its original on data: drift and task metrics with intervals."""
     from onnxcomp.cli import validate_models
+    from onnxcomp.engine.settings import Settings
     from onnxcomp.reports import tables
+    from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
-    data = validate_models.DataChoice(evaluation, samples, batch or 8, sequence, seed, allow_code)
-    asked = validate_models.Asked(tuple(metric or ()), tuple(gate or ()), target, graph)
-    result = validate_models.compare(reference, candidate, data, asked)
+    settings = Settings(
+        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence, seed=seed,
+        allow_code=allow_code,
+    )  # fmt: skip
+    result = validate_models.compare(
+        reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
+    )
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
     output.show(result.json(), result.headline(), *shown)
     if result.refused:

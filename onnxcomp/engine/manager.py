@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.engine.resume import StepCache
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
@@ -27,7 +29,7 @@ from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.reports.outcome import Report, Result, Step
 from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
-from onnxcomp.target import CPU, Target, resolved
+from onnxcomp.target import CPU, Target
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
 from onnxcomp.validation.variants import Variants
@@ -67,37 +69,32 @@ class PassManager:
     """Runs passes in order on a copy of a model and says what each of them did.
 
     Raises `RecipeError` for a wrong order, `DataError` where a pass needs data and there is none, `GateFailed` when the
-    result is refused (with `on_fail="rollback"` a refused lossy pass is undone instead).
+    result is refused (with `on_fail="rollback"` a refused lossy pass is undone instead). `options` are fields of
+    `Settings`, such as `target`; without settings nothing is timed.
     """
 
     def __init__(
         self,
         passes: Iterable[Pass],
+        settings: Settings | None = None,
         *,
-        target: Target = CPU,
         gate: Gate | None = None,
-        memory: int | None = None,
-        cache: Path | None = None,
-        watch: Callable[[str, int, int], None] | None = None,
         on_fail: str = "raise",
-        seed: int = 0,
         any_order: bool = False,
         allow_unchanged: bool = False,
-        measure: bool = False,
-        shapes: Sequence[dict[str, int]] = (),
-        allow_code: bool = False,
-        choices: Path | None = None,
+        watch: Callable[[str, int, int], None] | None = None,
         dry: bool = False,
+        **options: Any,
     ) -> None:
-        self.dry = dry
+        s = dataclasses.replace(settings or Settings(measure=False), **options)
+        self.dry, self.watch = dry, watch
         self.passes = tuple(passes)
-        self.target = resolved(target)
+        self.target, self.seed, self.measure, self.shapes = s.target, s.seed, s.measure, s.shapes
+        self.memory, self.cache, self.allow_code = s.memory, s.cache, s.allow_code
         self.host, self.host_note = host_of(self.target)
         self.gate = gate or Gate()
-        self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
-        self.allow_unchanged, self.measure = allow_unchanged, measure
-        self.shapes, self.allow_code = tuple(shapes), allow_code
-        self.choices = known_choices(target, choices, cache)
+        self.allow_unchanged = allow_unchanged
+        self.choices = known_choices(self.target, s.choices, s.cache)
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail

@@ -93,8 +93,9 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
         result.report.warnings += notes
     result.exact = None  # not needed any more, and it can hold a second copy of every weight
     path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
-    timed = job.measure and job.target.here and not host_of(job.target)[1]
-    written = confirm.confirm(source, storage.read(path), result, job.target, job.shapes, measure=timed)
+    settings = job.settings
+    timed = settings.measure and settings.target.here and not host_of(settings.target)[1]
+    written = confirm.confirm(source, storage.read(path), result, settings.target, settings.shapes, measure=timed)
     _check(job, source, written, result)
     stem = Path(name).stem
     write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
@@ -103,17 +104,17 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
 
 def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
-    r = result.report
+    r, target = result.report, job.settings.target
     r.info["size"] = {"original": source.nbytes, "result": written.nbytes}
     values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
     gate = Gate(job.recipe.gates)
-    host, elsewhere = host_of(job.target)
+    host, elsewhere = host_of(target)
     r.warnings += smoke(source, written, host)
-    if job.target.provider == CPU.provider:
+    if target.provider == CPU.provider:
         r.integer = sessions.integer_check(written, host)
-    r.placement = _placed(written, job.target, host, elsewhere)
-    if job.measure and job.target.here and not elsewhere:
-        r.benchmark = r.benchmark or benchmark.bench([source, written], job.target, job.shapes)
+    r.placement = _placed(written, target, host, elsewhere)
+    if job.settings.measure and target.here and not elsewhere:
+        r.benchmark = r.benchmark or benchmark.bench([source, written], target, job.settings.shapes)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     elif gate.wants_latency:
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
@@ -121,16 +122,16 @@ def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
     refused = [str(v) for v in r.verdicts if not v.passed]
     if r.integer is not None and not r.integer.ok:
         refused.append(f"integer check: {r.integer.detail}")
-    if job.target.quantized.saturates:
-        refused += _saturating(job, source, written, r)
+    if target.quantized.saturates and target.provider == CPU.provider:
+        refused += _saturating(source, written, r)
     if refused:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
 
 
-def _saturating(job: Job, source: Stored, written: Stored, r: Report) -> list[str]:
+def _saturating(source: Stored, written: Stored, r: Report) -> list[str]:
     """Weights of the written file whose sums can saturate: refused if made here, a warning if the source had them."""
     model = written.graph.model
-    if job.target.provider != CPU.provider or not (broken := saturating(model)):
+    if not (broken := saturating(model)):
         return []
     made = saturating(model, source.graph.model)
     can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"

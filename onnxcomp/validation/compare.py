@@ -16,15 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.data.datasets import Batch, Dataset, as_dataset
+from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
 from onnxcomp.data.vocabulary import Renumbering, renumbering
 from onnxcomp.errors import DataError, ModelError
-from onnxcomp.files.storage import load
+from onnxcomp.files.storage import read
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph, interface
 from onnxcomp.maths import Array
+from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.runner import Runner
 from onnxcomp.runtime.stretches import Walk
-from onnxcomp.target import CPU, Target
+from onnxcomp.target import CPU, Target, find
 from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.metrics import Drift, DriftSums, Metric, MetricResult, Sums
 from onnxcomp.validation.outputs import Reading, View, see
@@ -155,7 +157,7 @@ class Reference:
 
     def __init__(
         self,
-        model: Graph | str | Path,
+        model: Model,
         data: Dataset | Iterable[Any] | str | Path,
         target: Target = CPU,
         *,
@@ -163,7 +165,8 @@ class Reference:
         scratch: Path | None = None,
         allow_code: bool = False,
     ) -> None:
-        graph = model if isinstance(model, Graph) else load(model)
+        model = _parsed(model)
+        graph = graph_of(model)
         self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
         self._graph, self._kept, self._scratch = graph, _Kept(scratch), scratch
@@ -171,9 +174,9 @@ class Reference:
         self._fitting: list[Metric] = []
         self._types: dict[str, str] = {}
         self.samples = 0
-        self._sums = self._run(model if isinstance(model, Graph) else Path(model))
+        self._sums = self._run(model)
 
-    def _run(self, model: Graph | Path) -> Sums:
+    def _run(self, model: Graph | Stored) -> Sums:
         names = [r.name for r in self.view.outputs]
         sums = Sums(self.metrics)
         with Runner(model, self.target, scratch=self._scratch) as session:
@@ -240,14 +243,15 @@ class Reference:
         moved = np.abs(again.astype(np.float32) - scores.astype(np.float32))[before].max(initial=0)
         return bool(before.any() and moved < 1e-4 * np.abs(scores[before]).max(initial=0))
 
-    def against(self, candidate: Graph | str | Path, walk: Walk | None = None) -> Validation:
+    def against(self, candidate: Model, walk: Walk | None = None) -> Validation:
         """Run a candidate on the same batches; raises `ModelError` where its interface differs from the original's.
 
         Inputs and outputs that it says it no longer has are neither fed nor compared.
         With a `walk` over these batches it runs from where that stands.
         """
-        model = candidate if isinstance(candidate, Graph) else Path(candidate)
-        words, lost = _words(model), _lost(model) - {self.view.outputs[0].name}
+        model = _parsed(candidate)
+        graph = graph_of(model)
+        words, lost = renumbering(graph), interface.gone(graph.model.metadata_props) - {self.view.outputs[0].name}
         readings = [r for r in self.view.outputs if r.name not in lost]
         names, drifts = [r.name for r in readings], {r.name: _drift(r, self.view) for r in readings}
         sums, count = Sums(self.metrics), 0
@@ -318,16 +322,6 @@ class Reference:
                 )
 
 
-def _lost(model: Graph | Path) -> frozenset[str]:
-    """Inputs and outputs of the original that a candidate says it no longer has."""
-    return interface.gone((model if isinstance(model, Graph) else load(model)).model.metadata_props)
-
-
-def _words(model: Graph | Path) -> Renumbering | None:
-    """The reduced vocabulary of a candidate, so that data and original can be read in its terms."""
-    return renumbering(model if isinstance(model, Graph) else load(model))
-
-
 @dataclass(frozen=True)
 class _Renumbered:
     """The same batches in the token ids of a reduced vocabulary."""
@@ -347,15 +341,33 @@ def _drift(reading: Reading, view: View) -> DriftSums:
 
 
 def validate(
-    reference: Graph | str | Path,
-    candidate: Graph | str | Path,
-    data: Dataset | Iterable[Any] | str | Path,
-    target: Target = CPU,
+    reference: Model,
+    candidate: Model,
+    evaluation: Dataset | Iterable[Any] | str | Path,
+    target: str | Target = CPU,
     metrics: Sequence[str] = (),
     *,
-    scratch: Path | None = None,
+    samples: int | None = None,
+    batch: int = 8,
+    sequence: int | None = None,
+    seed: int = 0,
     allow_code: bool = False,
+    scratch: Path | None = None,
 ) -> Validation:
-    """Compare two models on a dataset (or on batches, or a data file); one session is alive at a time."""
-    original = Reference(reference, data, target, metrics=metrics, scratch=scratch, allow_code=allow_code)
+    """Compare two models on a dataset, on batches, or on a data source as text; one session is alive at a time.
+
+    `samples`, `batch`, `sequence` and `seed` are for a source. Options are called as on the command line; what its
+    `--gate` does is `Gate([...]).judge(validation.values())`.
+    """
+    first, data = _parsed(reference), evaluation
+    if isinstance(data, (str, Path)):
+        graph = graph_of(first)
+        folder = graph.path.parent if graph.path else None
+        sizes: dict[str, Any] = {"batch": batch, "samples": samples, "sequence": sequence, "seed": seed}
+        data = load_data(data, graph, folder, **sizes, allow_code=allow_code)
+    original = Reference(first, data, find(target), metrics=metrics, scratch=scratch, allow_code=allow_code)
     return original.against(candidate)
+
+
+def _parsed(model: Model) -> Graph | Stored:
+    return model if isinstance(model, (Graph, Stored)) else read(model)

@@ -12,6 +12,7 @@ from onnxcomp.benchmarking import benchmark
 from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.job import Job
 from onnxcomp.engine.recipe import Recipe
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
@@ -162,12 +163,12 @@ def test_cached_steps_are_taken_up_where_the_recipe_differs(source, batches, tmp
 
 
 def test_job_hash_follows_everything_that_decides(source):
-    job = Job(source / "model.onnx", Recipe.preset("int8"), CPU)
-    same = Job(source / "model.onnx", Recipe.preset("int8"), CPU)
+    job = Job(source / "model.onnx", Recipe.preset("int8"))
+    same = Job(source / "model.onnx", Recipe.preset("int8"))
     others = [
-        Job(source / "model.onnx", Recipe.preset("int8-dynamic"), CPU),
-        Job(source / "model.onnx", Recipe.preset("int8"), CPU, seed=1),
-        Job(source / "model.onnx", Recipe.preset("int8"), CPU, samples=3),
+        Job(source / "model.onnx", Recipe.preset("int8-dynamic")),
+        Job(source / "model.onnx", Recipe.preset("int8"), Settings(seed=1)),
+        Job(source / "model.onnx", Recipe.preset("int8"), Settings(samples=3)),
     ]
     assert job.hash() == same.hash()
     assert len({j.hash() for j in (job, *others)}) == 4

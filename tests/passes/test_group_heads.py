@@ -18,7 +18,7 @@ from onnxcomp.methods.repair import sequential
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.target import CPU, TENSORRT
+from onnxcomp.target import TENSORRT
 from tests import tiny
 
 
@@ -284,7 +284,7 @@ def test_a_dry_run_needs_no_data_unless_an_attention_may_stay(tmp_path):
     tiny.external(tiny.encoder(heads=4), tmp_path)
     sizes = []
     for recipe in ({}, {"repair": "none"}):
-        result = Job(tmp_path / "model.onnx", Recipe((GroupHeads(**recipe),)), CPU).plan()
+        result = Job(tmp_path / "model.onnx", Recipe((GroupHeads(**recipe),))).plan()
         assert result.report.info["plan"]["needs_data"] == []
         sizes.append(result.report.info["plan"]["parameters"])
     g = tiny.encoder(heads=4)

@@ -13,9 +13,10 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
 from onnxcomp import compress
-from onnxcomp.cli.validate_models import Asked, DataChoice, compare
+from onnxcomp.cli.validate_models import compare
 from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation.compare import validate
@@ -89,7 +90,7 @@ def test_perplexity_is_of_texts_split_again_per_original_token(models, tmp_path,
         ids = np.array([[1] * (width - len(x)) + x for x in old])
         source = tmp_path / "held.npz"
         np.savez(source, input_ids=ids, attention_mask=np.array([[0] * (width - len(x)) + [1] * len(x) for x in old]))
-    done = compare(whole, small, DataChoice(str(source)), Asked(gates=("perplexity-rise<=1e9",)))
+    done = compare(whole, small, Settings(evaluation=str(source)), gates=["perplexity-rise<=1e9"])
     found = done.validation.metrics["perplexity"]
     np.testing.assert_allclose([found.reference, found.candidate], want, rtol=1e-4)
     assert "texts of 2 samples were split again for perplexity, which counts the original's tokens" in done.headline()
@@ -122,7 +123,7 @@ def test_where_no_row_agrees_drift_reads_the_unknown_token(models):
 
 
 def test_what_is_all_known_needs_no_words(models, tmp_path):
-    done = compare(*models, DataChoice(str(jsonl(tmp_path / "known.jsonl", KNOWN))), Asked())
+    done = compare(*models, Settings(evaluation=str(jsonl(tmp_path / "known.jsonl", KNOWN))))
     assert done.validation.notes == ()
     assert done.validation.values()["sqnr"] > 120
 
@@ -159,7 +160,7 @@ def test_texts_longer_than_the_model_takes_are_not_split_again(models, tmp_path)
     short = tmp_path / "short"
     shutil.copytree(whole, short)
     (short / "config.json").write_text(json.dumps({"max_position_embeddings": len(split(whole, OTHERS[0]))}))
-    done = compare(short, small, DataChoice(str(jsonl(tmp_path / "held.jsonl", OTHERS[:1]))), Asked())
+    done = compare(short, small, Settings(evaluation=str(jsonl(tmp_path / "held.jsonl", OTHERS[:1]))))
     assert "too long" in done.validation.notes[0]
 
 
@@ -174,7 +175,7 @@ def test_accuracy_is_of_texts_split_again(tmp_path):
             answers.append(
                 int(next(iter(s.run({"input_ids": ids, "attention_mask": np.ones_like(ids)}).values())).argmax())
             )
-    done = compare(folder, small, DataChoice(str(jsonl(tmp_path / "held.jsonl", texts, answers))), Asked())
+    done = compare(folder, small, Settings(evaluation=str(jsonl(tmp_path / "held.jsonl", texts, answers))))
     assert done.validation.metrics["accuracy"].candidate == 1
     assert "split again for accuracy" in done.validation.notes[0]
     assert done.validation.drift.rows == 4  # an encoder's answer agrees where the whole text does
