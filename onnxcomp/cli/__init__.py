@@ -220,12 +220,15 @@ def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> 
 
 def _planned(result: Result) -> str:
     """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
-    steps, told = result.report.steps, result.report.info["plan"]
-    before, after = told["bytes"]
+    steps, told = result.report.steps, result.report.plan
+    assert told is not None, "only a dry run is told of"
+    before, after = told.nbytes
     changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
-    counts = [f"{k} {told[k][0] / 1e6:.2f} > {told[k][1] / 1e6:.2f} M" for k in ("parameters", "macs")]
+    counts = [
+        f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", told.parameters), ("macs", told.macs))
+    ]
     line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
-    return line + (f"; not planned without data: {', '.join(told['needs_data'])}" if told["needs_data"] else "")
+    return line + (f"; not planned without data: {', '.join(told.needs_data)}" if told.needs_data else "")
 
 
 @app.command()

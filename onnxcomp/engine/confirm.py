@@ -6,18 +6,17 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.benchmarking.benchmark import BenchReport, Rounds
+from onnxcomp.benchmarking.benchmark import BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
-from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.reports.outcome import Lowering, Report, Result
 from onnxcomp.runtime import sessions
 from onnxcomp.target import Target
 
@@ -40,7 +39,7 @@ def confirm(
     if other is None or not any(s.name == "lower" and s.edits for s in r.steps):
         return written
     if why := _illegal(other, target):
-        r.info["lowering"] = _said("lowered", f"not compared with the unlowered model: {why}")
+        r.lowering = Lowering("lowered", f"not compared with the unlowered model: {why}")
         return written
     if why := _differs(other, written, r):
         return _keep(result, written.path, f"the lowered model {why}")
@@ -89,30 +88,25 @@ def _time(
     ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
     worse = [shape for shape, x in ratios.items() if x.high < 1]
     better = [shape for shape, x in ratios.items() if x.low > 1]
-    shown = [{"shape": shape, **dataclasses.asdict(x)} for shape, x in ratios.items()]
     total = float(np.exp(np.mean([np.log(x.value) for x in ratios.values()])))
     if worse and total < 1 and sessions.integer_check(other).ok:
         result.report.benchmark = pick(found, (0, 2), str(written))
-        return _keep(result, written.path, f"the lowered model was slower than it at {'; '.join(worse)}", shown)
+        return _keep(result, written.path, f"the lowered model was slower than it at {'; '.join(worse)}", ratios)
     why = f"faster than the unlowered model at {'; '.join(better)}" if better else "level with the unlowered model"
     why += f", slower at {'; '.join(worse)}" if worse else ""
-    result.report.info["lowering"] = _said("lowered", why, shown)
+    result.report.lowering = Lowering("lowered", why, ratios)
     result.report.benchmark = pick(found, (0, 1), str(written))
     return written
 
 
-def _keep(result: Result, path: Path, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> Stored:
+def _keep(result: Result, path: Path, why: str, ratios: Mapping[str, Ratio] | None = None) -> Stored:
     """Write the unlowered model in the result's place and say so."""
     assert result.unlowered is not None
-    storage.save(result.unlowered, path, metadata=result.report.info.get("metadata", {}))
+    storage.save(result.unlowered, path, metadata=result.report.metadata)
     result.model = result.unlowered
-    result.report.info["lowering"] = _said("unlowered", why, ratios)
+    result.report.lowering = Lowering("unlowered", why, ratios or {})
     result.report.warnings.append(f"lowering was undone: {why}")
     return storage.read(path)
-
-
-def _said(kept: str, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    return {"kept": kept, "why": why, "ratios": [dict(x) for x in ratios]}
 
 
 def pick(b: BenchReport, kept: Sequence[int], name: str) -> BenchReport:

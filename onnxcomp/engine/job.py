@@ -18,8 +18,7 @@ from onnxcomp.errors import GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
-from onnxcomp.reports.json_report import SCHEMA_VERSION
-from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.reports.outcome import Origin, Plan, Report, Result
 from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
 
@@ -91,7 +90,7 @@ class Job:
     def plan(self, watch: Watch | None = None) -> Result:
         """A dry run in memory: sizes as they will be, nothing measured, judged or written; data where sizes need it.
 
-        `info["plan"]` has parameters, multiplications per token and the files' bytes, and what data is needed for.
+        The report's `plan` tells them, and what data is needed for.
         """
         passes = [p.planning() for p in self.recipe.passes]
         unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
@@ -105,30 +104,24 @@ class Job:
         graph = source.graph
         result = dry.manager(watch, dry=True).run(graph, *dry._data(graph))
         self._describe(result.report, source)
-        info = result.report.info
-        info["plan"] = {
-            "parameters": [parameters(g) for g in (graph, result.model)],
-            "macs": [macs(g) for g in (graph, result.model)],
-            "bytes": [source.nbytes, storage.written_bytes(result.model, info["metadata"])],
-            "needs_data": [] if with_data else unplanned,
-        }
+        report = result.report
+        report.plan = Plan(
+            (parameters(graph), parameters(result.model)),
+            (macs(graph), macs(result.model)),
+            (source.nbytes, storage.written_bytes(result.model, report.metadata)),
+            () if with_data else tuple(unplanned),
+        )
         return result
 
     def _describe(self, report: Report, source: Stored) -> None:
-        report.info |= {
-            "source": str(self.model),
-            "source_hash": source.fingerprint,
-            "job_hash": self.hash(source.fingerprint),
-            "recipe": self.recipe.to_yaml(),
-            "recipe_name": self.recipe.name,
-            "advice": self.recipe.advice,
-            "target": self.settings.target.name,
-            "seed": self.settings.seed,
-            "metadata": {
-                "onnxcomp.version": __version__,
-                "onnxcomp.source": source.fingerprint,
-                "onnxcomp.recipe": self.recipe.hash(),
-                "onnxcomp.target": self.settings.target.name,
-                "onnxcomp.schema": str(SCHEMA_VERSION),
-            },
-        }
+        report.origin = Origin(
+            source=str(self.model),
+            source_hash=source.fingerprint,
+            job_hash=self.hash(source.fingerprint),
+            recipe=self.recipe.to_yaml(),
+            recipe_name=self.recipe.name,
+            recipe_hash=self.recipe.hash(),
+            advice=self.recipe.advice,
+            target=self.settings.target.name,
+            seed=self.settings.seed,
+        )

@@ -26,7 +26,7 @@ from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
 from onnxcomp.machine import peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
-from onnxcomp.reports.outcome import Report, Result, Step
+from onnxcomp.reports.outcome import DataUsed, Report, Result, Step
 from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.target import CPU, Target
@@ -105,7 +105,7 @@ class PassManager:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
-        report = Report(warnings=notes, info={"calibration": _described(calib), "evaluation": _described(evalu)})
+        report = Report(warnings=notes, calibration=_described(calib), evaluation=_described(evalu))
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
             scratch = Path(folder)
             reference = None
@@ -389,5 +389,5 @@ def _given(data: Any) -> bool:
     return data is not None and not (isinstance(data, (tuple, list)) and not data)
 
 
-def _described(data: Dataset | None) -> dict[str, Any] | None:
-    return None if data is None else {"name": data.name, "samples": len(data)}
+def _described(data: Dataset | None) -> DataUsed | None:
+    return None if data is None else DataUsed(data.name, len(data))

@@ -16,7 +16,7 @@ from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
 from onnxcomp.pipeline import Stage
 from onnxcomp.reports.json_report import write
-from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.reports.outcome import Report, Result, Size
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.placement import Placement, placement
@@ -92,7 +92,7 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
         result.config, notes = config_file.follow(job.model.parent, original, cut)
         result.report.warnings += notes
     result.exact = None  # not needed any more, and it can hold a second copy of every weight
-    path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
+    path = storage.save(result.model, staging, metadata=result.report.metadata, name=name)
     settings = job.settings
     timed = settings.measure and settings.target.here and not host_of(settings.target)[1]
     written = confirm.confirm(source, storage.read(path), result, settings.target, settings.shapes, measure=timed)
@@ -105,8 +105,8 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
 def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r, target = result.report, job.settings.target
-    r.info["size"] = {"original": source.nbytes, "result": written.nbytes}
-    values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
+    r.size = Size(source.nbytes, written.nbytes)
+    values = {"size": r.size.ratio}
     gate = Gate(job.recipe.gates)
     host, elsewhere = host_of(target)
     r.warnings += smoke(source, written, host)

@@ -225,6 +225,6 @@ def test_a_plan_needs_no_data_and_tells_the_widths(tmp_path):
     g = cnn()
     path = tiny.external(g, tmp_path)
     (planned,) = compress_each(path, None, passes=[{"prune-channels": OPTIONS}], plan=True).values()
-    assert planned.report.info["plan"]["parameters"][1] == sum(
+    assert planned.report.plan.parameters[1] == sum(
         v.const_value.size for v in run(g).model.model.graph.initializers.values() if v.name != "sizes"
     )

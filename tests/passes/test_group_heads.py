@@ -285,10 +285,10 @@ def test_a_dry_run_needs_no_data_unless_an_attention_may_stay(tmp_path):
     sizes = []
     for recipe in ({}, {"repair": "none"}):
         result = Job(tmp_path / "model.onnx", Recipe((GroupHeads(**recipe),))).plan()
-        assert result.report.info["plan"]["needs_data"] == []
-        sizes.append(result.report.info["plan"]["parameters"])
+        assert result.report.plan.needs_data == ()
+        sizes.append(result.report.plan.parameters)
     g = tiny.encoder(heads=4)
-    assert sizes == [[parameters(g), parameters(grouped(g).model)]] * 2
+    assert sizes == [(parameters(g), parameters(grouped(g).model))] * 2
     assert GroupHeads(max_loss=0.5).planning() is None
 
 
