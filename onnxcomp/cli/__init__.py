@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +13,7 @@ import typer
 
 import onnxcomp
 from onnxcomp.cli import failures
-from onnxcomp.cli.console import Output, parse_memory, parse_shape
+from onnxcomp.cli.console import Output, Watch, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
 
@@ -144,12 +144,14 @@ def optimize(
     verbose: Verbose = False,
 ) -> None:
     """Make a model faster without changing what it computes; needs no data."""
+    from onnxcomp.engine.compress import compress_each
+
     shapes = [parse_shape(s) for s in shape or ()]
-    _compress(
-        Output(json, quiet, verbose), model, out,
-        preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph, measure=not no_measure,
-        report=report, exact_rows=exact_rows, choices=choices, cache=cache,
+    run = functools.partial(
+        compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
+        measure=not no_measure, report=report, exact_rows=exact_rows, choices=choices, cache=cache,
     )  # fmt: skip
+    _compress(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
 @app.command()
@@ -188,26 +190,30 @@ def compress(
     verbose: Verbose = False,
 ) -> None:
     """Compress a model, judge it on held-out data, measure it; a result that a gate refuses is not written."""
+    from onnxcomp.engine.compress import compress_each
+
     if out is None and not plan:
         raise typer.BadParameter("say where to write the result with -o, or use --plan", param_hint="-o")
-    _compress(
-        Output(json, quiet, verbose), model, None if plan else out,
+    out = None if plan else out
+    rule: Any = on_fail  # typer before 0.19 knows no Literal; the recipe refuses other words
+    run = functools.partial(
+        compress_each, model, out,
         preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration, evaluation=evaluation,
-        samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=on_fail,
+        samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=rule,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
-        exact_rows=exact_rows,
-        choices=choices,
+        exact_rows=exact_rows, choices=choices,
     )  # fmt: skip
+    _compress(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
-def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> None:
-    from onnxcomp.engine.compress import compress_each
+def _compress(output: Output, out: Path | None, run: Callable[[Watch | None], dict[str, Result]]) -> None:
+    """Run a compression with a progress bar and say what came of it."""
     from onnxcomp.reports import json_report as report
     from onnxcomp.reports import tables
 
     with output.progress() as watch:
-        results = compress_each(model, out, watch=watch, **options)
+        results = run(watch)
     graphs = {name: report.to_json(r.report) for name, r in results.items()}
     lines, shown = [], []
     for name, result in results.items():
