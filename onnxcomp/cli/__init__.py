@@ -5,20 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import onnxcomp
 from onnxcomp.cli import failures
-from onnxcomp.cli.console import Output, Watch, parse_memory, parse_shape
+from onnxcomp.cli.console import Output, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
-
-if TYPE_CHECKING:
-    from onnxcomp.reports.outcome import Result
 
 __all__ = ["app", "main"]
 
@@ -144,6 +141,7 @@ def optimize(
     verbose: Verbose = False,
 ) -> None:
     """Make a model faster without changing what it computes; needs no data."""
+    from onnxcomp.cli.compress_model import show
     from onnxcomp.engine.compress import compress_each
 
     shapes = [parse_shape(s) for s in shape or ()]
@@ -151,7 +149,7 @@ def optimize(
         compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
         measure=not no_measure, report=report, exact_rows=exact_rows, choices=choices, cache=cache,
     )  # fmt: skip
-    _compress(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
+    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
 @app.command()
@@ -190,6 +188,7 @@ def compress(
     verbose: Verbose = False,
 ) -> None:
     """Compress a model, judge it on held-out data, measure it; a result that a gate refuses is not written."""
+    from onnxcomp.cli.compress_model import show
     from onnxcomp.engine.compress import compress_each
 
     if out is None and not plan:
@@ -204,37 +203,7 @@ def compress(
         plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
         exact_rows=exact_rows, choices=choices,
     )  # fmt: skip
-    _compress(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
-
-
-def _compress(output: Output, out: Path | None, run: Callable[[Watch | None], dict[str, Result]]) -> None:
-    """Run a compression with a progress bar and say what came of it."""
-    from onnxcomp.reports import json_report as report
-    from onnxcomp.reports import tables
-
-    with output.progress() as watch:
-        results = run(watch)
-    graphs = {name: report.to_json(r.report) for name, r in results.items()}
-    lines, shown = [], []
-    for name, result in results.items():
-        line = report.headline(result.report) if out else _planned(result)
-        lines.append(line if len(results) == 1 else f"{name}: {line}")
-        shown += tables.report_tables(result.report, verbose=output.verbose)
-    shown.append(f"written to {out}" if out else "nothing was written (--plan)")
-    output.show({"out": str(out) if out else None, "graphs": graphs}, "\n".join(lines), *shown)
-
-
-def _planned(result: Result) -> str:
-    """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
-    steps, told = result.report.steps, result.report.plan
-    assert told is not None, "only a dry run is told of"
-    before, after = told.nbytes
-    changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
-    counts = [
-        f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", told.parameters), ("macs", told.macs))
-    ]
-    line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
-    return line + (f"; not planned without data: {', '.join(told.needs_data)}" if told.needs_data else "")
+    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
 @app.command()
