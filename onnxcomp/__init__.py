@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
+    from onnxcomp import stats as stats
     from onnxcomp.benchmarking.benchmark import bench as bench
+    from onnxcomp.blocks import Linear as Linear
     from onnxcomp.data.datasets import Batch as Batch
     from onnxcomp.data.datasets import Dataset as Dataset
     from onnxcomp.data.datasets import load_data as load_data
@@ -30,10 +32,21 @@ if TYPE_CHECKING:
     from onnxcomp.files.storage import load as load
     from onnxcomp.files.storage import save as save
     from onnxcomp.graph import Graph as Graph
+    from onnxcomp.graph import Site as Site
+    from onnxcomp.graph.groups import Group as Group
+    from onnxcomp.pipeline import Companions as Companions
+    from onnxcomp.pipeline import Env as Env
+    from onnxcomp.pipeline import Fidelity as Fidelity
     from onnxcomp.pipeline import Pass as Pass
+    from onnxcomp.pipeline import PassFault as PassFault
+    from onnxcomp.pipeline import Score as Score
     from onnxcomp.pipeline import SequentialPass as SequentialPass
+    from onnxcomp.pipeline import Stage as Stage
     from onnxcomp.reports.outcome import Report as Report
     from onnxcomp.reports.outcome import Result as Result
+    from onnxcomp.stats import Need as Need
+    from onnxcomp.stats import Statistic as Statistic
+    from onnxcomp.stats import Stats as Stats
     from onnxcomp.target import CPU as CPU
     from onnxcomp.target import CUDA as CUDA
     from onnxcomp.target import TENSORRT as TENSORRT
@@ -73,6 +86,20 @@ _HOME = {
     "TENSORRT": "target",
     "Target": "target",
     "validate": "validation.compare",
+    # for those who write passes; what they may ask for by name are the functions of `onnxcomp.stats`
+    "Companions": "pipeline",
+    "Env": "pipeline",
+    "Fidelity": "pipeline",
+    "Group": "graph.groups",
+    "Linear": "blocks",
+    "Need": "stats",
+    "PassFault": "pipeline",
+    "Score": "pipeline",
+    "Site": "graph",
+    "Stage": "pipeline",
+    "Statistic": "stats",
+    "Stats": "stats",
+    "stats": "stats",
 }
 __all__ = [*_HOME, "__version__"]
 
@@ -82,7 +109,7 @@ def __getattr__(name: str) -> Any:
     if home is None:
         raise AttributeError(f"module 'onnxcomp' has no attribute '{name}'")
     module = import_module(f"onnxcomp.{home}")
-    value = getattr(module, name)
+    value = module if name == home else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,4 @@
-"""What a pass is, what it may ask of the world, and the manager that runs, checks and gates passes."""
+"""What a pass is, what it declares for the engine and the laws, and what it may ask of the world."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxcomp.lowering.planner import Planner
 
 __all__ = [
+    "Companions",
     "Declined",
     "Edit",
     "Env",
@@ -141,14 +142,44 @@ class Env:
 
 
 @dataclass(frozen=True)
+class Companions:
+    """What a result needs of the files beside it: `why` they must be its own, a `note` for the report, the rewriting.
+
+    `rewrite` edits them in a folder where they are copies of the original's.
+    """
+
+    why: str
+    note: str
+    rewrite: Callable[[Path], object]
+
+
+@dataclass(frozen=True)
 class Pass(abc.ABC):
-    """One method: a frozen dataclass whose fields are its options; `Env` is all it may ask."""
+    """One method: a frozen dataclass whose fields are its options; `Env` is all it may ask.
+
+    All that the engine, the reports and the laws of every pass need to know of it is declared here, by class variables
+    with defaults that suit most passes and by methods, so that a new pass is one file.
+    """
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
     fidelity: ClassVar[Fidelity]
     changes_interface: ClassVar[bool] = False
-    plans: ClassVar[bool] = False  # sizes do not depend on the data: a dry run (`env.dry`) has no statistics
+    """Inputs or outputs may have other names, types or axes afterwards."""
+    changes_sizes: ClassVar[bool] = False
+    """Counts of layers or heads, or widths, may be others afterwards: the model's configuration follows them."""
+    plans: ClassVar[bool] = False
+    """Sizes do not depend on the data: a dry run (`env.dry`) has no statistics."""
+    rounding_db: ClassVar[float] = 1.0
+    """What exact passes behind this one may lose, decibels: float noise moves values over its rounding edges."""
+
+    identity: ClassVar[Mapping[str, Any]] = {}
+    """Options at which a lossy pass changes nothing."""
+    example: ClassVar[Mapping[str, Any]] = {}
+    """Options at which it changes little of a model of a few dozen channels, so that the laws have something to see."""
+    example_error: ClassVar[float] = 0.2
+    """Relative error of outputs up to which that goes in a model of random weights, which has nothing to spare."""
+
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -190,11 +221,15 @@ class Pass(abc.ABC):
     @property
     def is_identity(self) -> bool:
         """Whether the options say that nothing is to change; such a pass makes zero edits."""
-        return False
+        return bool(self.identity) and all(getattr(self, k) == v for k, v in self.identity.items())
 
     def advice(self, target: Target) -> Iterable[str]:
         """What a user of these options should know about this target; goes into the report's warnings."""
         return ()
+
+    def companions(self, result: Graph) -> Companions | None:
+        """What the files beside a result (tokenizer, configuration) must say otherwise; None where they fit as is."""
+        return None
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,8 @@ class DropLayers(Pass):
 
     stage: ClassVar[Stage] = Stage.DEPTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_sizes: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
     plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
@@ -44,11 +46,6 @@ class DropLayers(Pass):
     """What makes up for them: the linears that write to the stream from there on, fitted to the uncut one; nothing."""
     protect: Annotated[int, Field(ge=0)] = 1
     """Layers at each end that always stay."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing is to go."""
-        return self.ratio == 0
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every layer, attention or MLP."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -30,16 +30,13 @@ class DropTokens(Pass):
 
     stage: ClassVar[Stage] = Stage.TOKENS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"keep": 1.0}
+    example: ClassVar[Mapping[str, Any]] = {"keep": 0.99}
 
     keep: Annotated[float, Field(gt=0, le=1)] = 0.7
     """Share of the tokens kept at each drop."""
     drops: Annotated[int, Field(ge=1)] = 3
     """Number of layers that drop, spread evenly over the model, never the first one of several."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every token is kept."""
-        return self.keep == 1
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """The layers that are to drop tokens."""

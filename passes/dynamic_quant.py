@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import onnx_ir as ir
 from pydantic import Field
@@ -29,6 +29,8 @@ class DynamicQuant(Pass):
 
     stage: ClassVar[Stage] = Stage.ACTIVATIONS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
+    example: ClassVar[Mapping[str, Any]] = {"min_size": 1}
 
     weights: Granularity = "channel"
     """One weight scale per output channel, or one per tensor."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class GroupHeads(Pass):
 
     stage: ClassVar[Stage] = Stage.ATTENTION
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_sizes: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"share": 1}
+    example_error: ClassVar[float] = 0.6
 
     share: Annotated[int, Field(ge=1)] = 2
     """How many key and value heads become one; 1 changes nothing."""
@@ -41,11 +44,6 @@ class GroupHeads(Pass):
     """An attention whose keys or values lose more than this share of their energy on calibration data stays."""
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
     """What makes up for it: heads that span the old ones, and output projections fitted in order; or nothing."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether every head keeps its own keys and values."""
-        return self.share == 1
 
     @property
     def _spans(self) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import onnx_ir as ir
 from pydantic import Field
@@ -33,6 +33,8 @@ class Half(Pass):
 
     stage: ClassVar[Stage] = Stage.ACTIVATIONS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
+    rounding_db: ClassVar[float] = 6.0  # every other order of operations rounds anew, as much as converting did
 
     dtype: Literal["fp16", "bf16"] = "fp16"
     """The half type; bf16 has the range of float32, 8 bits of precision, and needs no calibration data."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -31,6 +31,9 @@ class LowRank(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "multiple": 1, "margin": 1.0, "ratio": 0.05}
+    example_error: ClassVar[float] = 0.9
     plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -51,11 +54,6 @@ class LowRank(Pass):
     """Patterns of node or weight names that stay whole."""
     min_size: Annotated[int, Field(ge=0)] = 65536
     """Weights with fewer elements stay whole."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing is to be saved."""
-        return self.ratio == 0
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight."""

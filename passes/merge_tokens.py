@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -32,16 +32,13 @@ class MergeTokens(Pass):
 
     stage: ClassVar[Stage] = Stage.TOKENS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.05}
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of the tokens that are gone after the last layer, taken evenly from all layers."""
     proportional: bool = True
     """Count a merged token as often as the tokens it stands for when later layers attend to it."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether no token is to go."""
-        return self.ratio == 0
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every layer of one attention and one MLP."""

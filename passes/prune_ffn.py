@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import onnx_ir as ir
 
@@ -20,6 +20,7 @@ class PruneFfn(Width):
     """Cut channels of every feed-forward part, gated or not: columns of up and gate, rows of down."""
 
     unit: ClassVar[str] = "channels"
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.05, "multiple_of": 1}
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """What the down projection of every feed-forward part reads."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import onnx_ir as ir
 
@@ -22,6 +22,8 @@ class PruneHeads(Width):
 
     unit: ClassVar[str] = "heads"
     aligned: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {"floor": 3}
+    example_error: ClassVar[float] = 0.9
 
     heads: Literal["query", "groups"] = "query"
     """Where key-value heads are shared: query heads, as many of each, or key-value heads with all their query heads."""

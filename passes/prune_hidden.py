@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -31,6 +31,8 @@ class PruneHidden(Width):
     """
 
     unit: ClassVar[str] = "channels"
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.04, "multiple_of": 1}
+    example_error: ClassVar[float] = 0.3
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """What every attention and feed-forward part adds to the stream, in graph order."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,7 @@ from onnxcomp.blocks import Embedding, Head
 from onnxcomp.data import vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
+from onnxcomp.pipeline import Companions, Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, counts
 from onnxcomp.target import Target
 
@@ -35,16 +36,23 @@ class PruneVocab(Pass):
     stage: ClassVar[Stage] = Stage.CORRECT
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     changes_interface: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"min_count": 0}
 
     min_count: Annotated[int, Field(ge=0)] = 1
     """Occurrences in the calibration texts from which a token is kept; 0 keeps all."""
     multiple_of: Annotated[int, Field(ge=1)] = 8
     """The number of tokens kept is rounded up to a multiple."""
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether every token is kept."""
-        return self.min_count == 0
+    def companions(self, result: Graph) -> Companions | None:
+        """A tokenizer of its own, with the new ids."""
+        words = vocabulary.renumbering(result)
+        if words is None:
+            return None
+        note = (
+            f"{len(words.kept)} of {words.size} tokens are left and have new ids: use the tokenizer beside the result"
+        )
+        why = f"{self.name} renumbers the tokens, so the result needs a tokenizer of its own"
+        return Companions(why, note, functools.partial(vocabulary.rewrite, words=words))
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """The table that is read by token ids."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -33,6 +33,8 @@ class Qdq(Pass):
 
     stage: ClassVar[Stage] = Stage.ACTIVATIONS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
+    example: ClassVar[Mapping[str, Any]] = {"min_size": 1}
 
     clip: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
     """How the range of an input follows from its histogram."""

@@ -35,6 +35,7 @@ class Refit(SequentialPass):
 
     stage: ClassVar[Stage] = Stage.REFIT
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"outputs": False, "norms": False}
 
     outputs: bool = True
     """Fit the linears that write to the residual stream, with their biases, by least squares."""
@@ -42,11 +43,6 @@ class Refit(SequentialPass):
     """Fit the gain (and bias) of every norm, channel by channel."""
     damp: Annotated[float, Field(ge=0)] = 0.01
     """Pull towards the weights as they are, relative to the mean of the inputs' squares."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing is to be fitted."""
-        return not self.outputs and not self.norms
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Linears that are added to the stream, and norms."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -36,6 +36,10 @@ class Slice(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_sizes: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    example: ClassVar[Mapping[str, Any]] = {"ratio": 0.04, "multiple": 1}
+    example_error: ClassVar[float] = 0.5
     plans: ClassVar[bool] = True
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.2
@@ -49,11 +53,6 @@ class Slice(Pass):
 
     What is written is then projected so that readers' weights hear least of the loss (see `onnxcomp.projections`).
     """
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether nothing is cut."""
-        return self.ratio == 0
 
     @property
     def wants_data(self) -> bool:

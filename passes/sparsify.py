@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -34,6 +34,8 @@ class Sparsify(SequentialPass):
 
     stage: ClassVar[Stage] = Stage.SPARSIFY
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
+    example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "ratio": 0.1, "head": True}
 
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Share of zeros; 0 changes nothing. An N:M pattern decides its own share."""
@@ -53,11 +55,6 @@ class Sparsify(SequentialPass):
     """Patterns of node or weight names that stay dense."""
     min_size: Annotated[int, Field(ge=0)] = 1024
     """Weights with fewer elements stay dense."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether no zeros are asked for."""
-        return self.ratio == 0
 
     @property
     def wants_data(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -32,6 +32,9 @@ class WindowAttention(Pass):
 
     stage: ClassVar[Stage] = Stage.ATTENTION
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    identity: ClassVar[Mapping[str, Any]] = {"width": 0, "mass": 1.0}
+    example: ClassVar[Mapping[str, Any]] = {"mass": 0.9}
+    example_error: ClassVar[float] = 0.6
 
     width: Annotated[int, Field(ge=0)] = 0
     """Keys seen to each side, the token itself among them (a causal model has one side); 0 lets `mass` decide."""
@@ -41,11 +44,6 @@ class WindowAttention(Pass):
     """First tokens that every token sees; in encoders they also see every token, as a class token must."""
     skip: tuple[str, ...] = ()
     """Attentions to leave alone: names, or patterns with `*`."""
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether all attention is to be kept."""
-        return self.width == 0 and self.mass == 1
 
     @property
     def wants_data(self) -> bool:

@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -207,3 +208,32 @@ def test_every_package_is_installed() -> None:
     listed = tomllib.loads((project / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     folders = {p.parent.relative_to(project).as_posix() for p in (project / "onnxcomp").rglob("__init__.py")}
     assert {p.replace(".", "/") for p in listed} == folders | {"onnxcomp/passes"}
+
+
+# ---- the engine knows no pass ----------------------------------------------------------------------------------------
+
+ENGINE = {"pipeline", "engine", "validation", "reports", "lowering", "stats", "benchmarking", "runtime"}
+NAMES = sorted(
+    m.removeprefix("passes/").replace("_", "-") for m in MODULES if m.startswith("passes/") and "__" not in m
+)
+SPELLED = re.compile(rf"(?<![\w.-])({'|'.join(NAMES)})(?![\w(-])")  # as a word, not as a part of another or a call
+
+
+def docstrings(tree: ast.AST) -> set[ast.AST]:
+    """Strings that stand alone: documentation of modules, classes, functions and fields."""
+    return {n.value for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) in ENGINE])
+def test_the_engine_knows_no_pass(module: str) -> None:
+    classes = {importlib.import_module(f"onnxcomp.passes.{n.replace('-', '_')}").__all__[0] for n in NAMES}
+    tree = ast.parse(MODULES[module].read_text())
+    known, skipped = [], docstrings(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in skipped:
+            known += [f"line {node.lineno}: {name!r} in a string" for name in SPELLED.findall(node.value)]
+        if isinstance(node, (ast.Name, ast.Attribute)):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            known += [f"line {node.lineno}: {name}"] if name in classes else []
+    known += [f"imports {name}" for name in imports(tree) if name.startswith("onnxcomp.passes.")]
+    assert known == []

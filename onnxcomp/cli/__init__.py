@@ -314,22 +314,32 @@ def passes(
 
     output = Output(json, quiet, verbose)
     if name is None:
-        found = [catalog.describe(n) for n in catalog.names()]
-        names = "\n".join(catalog.names()) if quiet else ""
-        output.show({"passes": [dataclasses.asdict(i) for i in found]}, names, tables.pass_table(found))
+        known = catalog.listing()
+        found = [catalog.describe(n) for n in known.passes]
+        names = "\n".join(known.passes) if quiet else ""
+        facts = {"passes": [dataclasses.asdict(i) for i in found], "left_out": known.problems}
+        output.show(facts, names, tables.pass_table(found))
+        _left_out(known.problems)
         return
     info = catalog.describe(name)
-    facts = f"{info.name}: stage {info.stage}, {info.fidelity}, from {info.origin}"
-    output.show(dataclasses.asdict(info), facts, f"\n{info.doc}\n", tables.option_table(info))
+    line = f"{info.name}: stage {info.stage}, {info.fidelity}, from {info.origin}"
+    output.show(dataclasses.asdict(info), line, f"\n{info.doc}\n", tables.option_table(info))
+
+
+def _left_out(problems: Sequence[str]) -> None:
+    """Warn of passes that were left out of what is shown."""
+    for problem in problems:
+        sys.stderr.write(f"warning: {problem}; it is left out\n")
 
 
 @app.command()
 def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
     """Print the JSON schemas of recipes, of report.json and of what `inspect --json` prints."""
     from onnxcomp.cli import inspect_model
-    from onnxcomp.engine import recipe
+    from onnxcomp.engine import catalog, recipe
     from onnxcomp.reports import json_report as report
 
+    _left_out(catalog.listing().problems)
     whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspect_model.schema()}
     Output(json=True).show(whole, "")
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.engine import catalog
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import cpu_features, machine
@@ -49,6 +50,7 @@ def diagnose() -> dict[str, Any]:
         _threads(),
         _memory(),
     ]
+    found += _passes()
     found += [_extra(name, modules, what) for name, (modules, what) in EXTRAS.items()]
     return {
         "ok": all(c.status != "broken" for c in found),
@@ -140,6 +142,14 @@ def memory() -> tuple[int | None, int | None]:
     if limit is not None and limit < total:
         total, free = limit, min(free, limit - (used or 0))
     return total, free
+
+
+def _passes() -> list[Check]:
+    """The passes there are, and packages whose passes cannot be used."""
+    known = catalog.listing()
+    advice = "update or uninstall the package that provides it; the others work"
+    broken = [Check("warning", "passes", problem, advice) for problem in known.problems]
+    return [Check("ok", "passes", f"{len(known.passes)} passes"), *broken]
 
 
 def _number(path: Path) -> int | None:

@@ -13,10 +13,22 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from onnxcomp.errors import RecipeError, UnknownPass
+from onnxcomp.engine.blame import described
+from onnxcomp.errors import OnnxcompError, RecipeError, UnknownPass
 from onnxcomp.pipeline import Pass, PassFault, default_of, plain
 
-__all__ = ["GROUP", "Option", "PassInfo", "describe", "load", "names", "nearest", "options_schema"]
+__all__ = [
+    "GROUP",
+    "Listing",
+    "Option",
+    "PassInfo",
+    "describe",
+    "listing",
+    "load",
+    "names",
+    "nearest",
+    "options_schema",
+]
 
 GROUP = "onnxcomp.passes"  # the package of our passes, and the entry points of others: `name = "module:Class"`
 passes = import_module(GROUP)  # by name: passes stand above this room
@@ -46,25 +58,53 @@ class PassInfo:
     origin: str = "onnxcomp"
 
 
+@dataclass(frozen=True)
+class Listing:
+    """All passes that load, by name, and what is wrong with those that were left out."""
+
+    passes: dict[str, type[Pass]]
+    problems: list[str]
+
+
 def names() -> list[str]:
-    """Names of all passes, sorted; raises `RecipeError` where a third party takes a name that exists."""
-    return sorted([*_built_in(), *_third_party()])
+    """Names of all passes, sorted, without importing any; names that two packages claim are left out."""
+    return sorted({*_built_in(), *_third_party()[0]})
 
 
 def load(name: str) -> type[Pass]:
-    """The class of one pass, importing only its module; raises `UnknownPass` with the nearest name."""
+    """The class of one pass, importing only its module.
+
+    Raises `UnknownPass` with the nearest name, `PassFault` for one that is broken, `RecipeError` where two packages
+    provide one of that name.
+    """
     if name in _built_in():
         return _only_pass(f"{passes.__name__}.{name.replace('-', '_')}")
-    others = _third_party()
+    others, clashes = _third_party()
+    if name in clashes:
+        raise RecipeError(clashes[name])
     if name not in others:
         raise UnknownPass(f"unknown pass '{name}'{nearest(name, names())}")
     return _from_entry_point(others[name])
 
 
+def listing() -> Listing:
+    """Load every pass; one that is broken is a line in `problems`, so that no package can spoil the rest."""
+    found, problems = dict[str, type[Pass]](), list(_third_party()[1].values())
+    for name in names():
+        try:
+            cls = load(name)
+            options_schema(cls)
+        except Exception as e:  # noqa: BLE001 - whatever a stranger's package raises
+            problems.append(str(e) if isinstance(e, OnnxcompError) else f"the pass '{name}' is broken: {described(e)}")
+        else:
+            found[name] = cls
+    return Listing(found, problems)
+
+
 def describe(name: str) -> PassInfo:
     """Stage, fidelity, documentation and options of one pass; raises `UnknownPass`."""
     cls = load(name)
-    origin = "onnxcomp" if name in _built_in() else _owner(_third_party()[name])
+    origin = "onnxcomp" if name in _built_in() else _owner(_third_party()[0][name])
     return PassInfo(name, cls.stage.name.lower(), cls.fidelity.value, inspect.getdoc(cls) or "", _options(cls), origin)
 
 
@@ -96,19 +136,17 @@ def _built_in() -> set[str]:
     return {n.replace("_", "-") for n in found if not n.startswith("_")}
 
 
-def _third_party() -> dict[str, EntryPoint]:
-    """Entry points by pass name; a clash is refused, since a recipe must mean the same thing everywhere."""
-    found: dict[str, EntryPoint] = {}
+def _third_party() -> tuple[dict[str, EntryPoint], dict[str, str]]:
+    """Entry points by pass name, and why others are left out: a recipe must mean the same thing everywhere."""
+    found, clashes = dict[str, EntryPoint](), dict[str, str]()
     built_in = _built_in()
     for point in entry_points(group=GROUP):
-        if point.name in built_in:
-            raise RecipeError(
-                f"{_owner(point)} provides a pass '{point.name}', a name onnxcomp has itself; uninstall it"
-            )
-        first = found.setdefault(point.name, point)
-        if first.value != point.value:
-            raise RecipeError(f"{_owner(first)} and {_owner(point)} both provide a pass '{point.name}'; uninstall one")
-    return found
+        name, first = point.name, found.setdefault(point.name, point)
+        if name in built_in:
+            clashes[name] = f"{_owner(point)} provides a pass '{name}', a name onnxcomp has itself; uninstall it"
+        elif first.value != point.value:
+            clashes[name] = f"{_owner(first)} and {_owner(point)} both provide a pass '{name}'; uninstall one"
+    return {name: point for name, point in found.items() if name not in clashes}, clashes
 
 
 def _owner(point: EntryPoint) -> str:
@@ -118,10 +156,11 @@ def _owner(point: EntryPoint) -> str:
 def _from_entry_point(point: EntryPoint) -> type[Pass]:
     try:
         cls: object = point.load()
-    except (ImportError, AttributeError) as e:
-        raise PassFault(f"{_owner(point)}: the pass '{point.name}' cannot be imported from {point.value}: {e}") from e
+    except Exception as e:  # importing runs a stranger's code
+        why = described(e)
+        raise PassFault(f"{_owner(point)}: the pass '{point.name}' cannot be imported from {point.value}: {why}") from e
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
-        raise PassFault(f"{_owner(point)}: {point.value} is not a subclass of onnxcomp.Pass")
+        raise PassFault(f"{_owner(point)}: the pass '{point.name}', {point.value}, is not a subclass of onnxcomp.Pass")
     if cls.name != point.name:
         raise PassFault(
             f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal"
@@ -130,7 +169,10 @@ def _from_entry_point(point: EntryPoint) -> type[Pass]:
 
 
 def _only_pass(module_name: str) -> type[Pass]:
-    module = import_module(module_name)
+    try:
+        module = import_module(module_name)
+    except Exception as e:  # the file may be the user's
+        raise PassFault(f"{module_name} cannot be imported: {described(e)}") from e
     found = [
         x
         for x in vars(module).values()

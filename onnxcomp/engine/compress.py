@@ -102,7 +102,8 @@ def compress_each(
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
-    `choices` is a file that `tune` wrote; `exact_rows` is an option of canonicalize and lower; `memory` is in bytes.
+    `choices` is a file that `tune` wrote; `exact_rows` sets that option of the passes that have it; `memory` is in
+    bytes.
     """
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxcomp.coupling.sizes import macs, parameters
+from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
@@ -18,6 +19,7 @@ from onnxcomp.errors import GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
+from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Origin, Plan, Report, Result
 from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
@@ -92,7 +94,7 @@ class Job:
 
         The report's `plan` tells them, and what data is needed for.
         """
-        passes = [p.planning() for p in self.recipe.passes]
+        passes = [_planning(p) for p in self.recipe.passes]
         unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
         with_data = bool(unplanned) and self.settings.calibration is not None
         made = [q or p for p, q in zip(self.recipe.passes, passes, strict=True) if q is not None or with_data]
@@ -125,3 +127,8 @@ class Job:
             target=self.settings.target.name,
             seed=self.settings.seed,
         )
+
+
+def _planning(p: Pass) -> Pass | None:
+    with blaming(p):
+        return p.planning()

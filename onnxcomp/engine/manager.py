@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.analysis.element_types import in_half
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
+from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.exactness import floor_db
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
@@ -37,12 +38,6 @@ from onnxcomp.version import __version__
 
 __all__ = ["PassManager", "check_order", "host_of"]
 
-# An exact pass may only add float noise: 80 dB is a relative error of 1e-4, far above fp32 noise, far below a change.
-EXACT_FLOOR_DB = 80.0
-# Behind quantizers float noise moves values over rounding edges, layer by layer, until outputs differ by as much as
-# quantization itself moves them; what must stay is the distance to the original.
-LOST_DB = 1.0
-HALF_LOST_DB = 6.0  # in half types every other order of operations rounds anew, as much as the conversion itself did
 EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
 
@@ -119,7 +114,8 @@ class PassManager:
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
-                self._resume_or_step(walk, p)
+                with blaming(p):
+                    self._resume_or_step(walk, p)
             self._finish(walk)
         return Result(walk.graph, report, walk.unlowered, walk.exact)
 
@@ -147,7 +143,8 @@ class PassManager:
             walk.report.validation = None  # stale: the last step's comparison is made again at the end
         if p.fidelity is Fidelity.EXACT and walk.exact is before:
             walk.exact = walk.graph
-        if p.stage is Stage.LOWER and walk.unlowered is None and walk.graph is not before:
+        lowered = p.stage is Stage.LOWER and walk.report.steps[-1].edits
+        if lowered and walk.unlowered is None and walk.graph is not before:
             walk.unlowered = before
 
     # ---- one pass ------------------------------------------------------------------------------------------------
@@ -233,9 +230,8 @@ class PassManager:
         few = walk.few = walk.few or walk.reference.head(EXACT_SAMPLES)
         validation = few.against(work)
         step.drift = validation.json()
-        floor = EXACT_FLOOR_DB
-        if any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
-            floor = few.against(before).values()["sqnr"] - (HALF_LOST_DB if in_half(work) else LOST_DB)
+        done = zip(self.passes, walk.report.steps, strict=False)
+        floor = floor_db(walk.original, done, lambda: few.against(before).values()["sqnr"])
         sqnr = validation.values()["sqnr"]
         return "" if sqnr >= floor else f"left them {sqnr:.1f} dB from the original, {floor:.1f} dB was the floor"
 

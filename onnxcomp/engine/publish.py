@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.data import open_axes, vocabulary
+from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
+from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.manager import host_of
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
-from onnxcomp.pipeline import Stage
+from onnxcomp.pipeline import Companions
 from onnxcomp.reports.json_report import write
 from onnxcomp.reports.outcome import Report, Result, Size
 from onnxcomp.runtime import sessions
@@ -24,8 +25,6 @@ from onnxcomp.target import CPU, Target
 from onnxcomp.validation.gates import Gate
 
 __all__ = ["publish"]
-
-CUTTING = (Stage.DEPTH, Stage.WIDTH, Stage.ATTENTION)  # passes after which a configuration may name other sizes
 
 
 def publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch: Watch | None) -> dict[str, Result]:
@@ -44,7 +43,7 @@ def publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch:
                 storage.copy_companions(source, staging)
                 for result in results.values():
                     config_file.rewrite(staging, result.config)
-            _renumber(jobs, results, staging, whole=whole)
+            _rewrite_companions(jobs, results, staging, whole=whole)
     except GateFailed as e:
         if report_file is not None and isinstance(e.report, Report):
             write(e.report, report_file)
@@ -54,17 +53,22 @@ def publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch:
     return results
 
 
-def _renumber(jobs: Mapping[str, Job], results: Mapping[str, Result], staging: Path, *, whole: bool) -> None:
-    """Write tokenizer files to match a reduced vocabulary; refuse where they would belong to another model as well."""
-    words = [w for r in results.values() if (w := vocabulary.renumbering(r.model)) is not None]
-    if not words:
-        return
-    if not whole or len(jobs) > 1:
-        raise RecipeError(
-            "prune-vocab renumbers the tokens, so the result needs a tokenizer of its own: "
-            "compress one graph (--graph NAME) into a new folder"
-        )
-    vocabulary.rewrite(staging, words[0])
+def _rewrite_companions(jobs: Mapping[str, Job], results: Mapping[str, Result], staging: Path, *, whole: bool) -> None:
+    """Make the files beside a result say what it needs; refuse where they would belong to another model as well."""
+    needed = [c for name, job in jobs.items() for c in _companions(job, results[name])]
+    if needed and (not whole or len(jobs) > 1):
+        raise RecipeError(f"{needed[0].why}: compress one graph (--graph NAME) into a new folder")
+    for c in needed:
+        c.rewrite(staging)
+
+
+def _companions(job: Job, result: Result) -> list[Companions]:
+    """What the passes of a job need of the files beside its result, once for each kind of pass."""
+    found = []
+    for p in {p.name: p for p in job.recipe.passes}.values():
+        with blaming(p):
+            found.append(p.companions(result.model))
+    return [c for c in found if c is not None]
 
 
 def _file_name(job: Job, folder: Path, asked: str | None) -> str:
@@ -80,14 +84,10 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
 def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     source = storage.read(job.model)
     result = job.run(watch, source)
-    words = vocabulary.renumbering(result.model)
-    if words is not None:
-        result.report.warnings.append(
-            f"{len(words.kept)} of {words.size} tokens are left and have new ids: use the tokenizer beside the result"
-        )
+    result.report.warnings += [c.note for c in _companions(job, result) if c.note]
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes
-    if any(p.stage in CUTTING and not p.is_identity for p in job.recipe.passes):
+    if any(p.changes_sizes and not p.is_identity for p in job.recipe.passes):
         original, cut = result.exact or source.graph, result.unlowered or result.model
         result.config, notes = config_file.follow(job.model.parent, original, cut)
         result.report.warnings += notes

@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from onnxcomp.engine.catalog import load, names, nearest, options_schema
+from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.catalog import listing, load, nearest, options_schema
 from onnxcomp.errors import RecipeError
 from onnxcomp.pipeline import Pass, plain
 from onnxcomp.validation.gates import Gate
@@ -178,15 +179,16 @@ def parse_pass(entry: str | Mapping[str, Any] | Pass) -> Pass:
     for f in known.values():
         if f.name not in options and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise RecipeError(f"{name}: option '{f.name}' must be given; see `onnxcomp passes {name}`")
-    return cls(**options)
+    with blaming(cls):
+        return cls(**options)
 
 
 def schema() -> dict[str, Any]:
     """JSON schema of a recipe file, with the options of every pass there is."""
     defs: dict[str, Any] = {}
     entries: list[dict[str, Any]] = []
-    for name in names():
-        options = options_schema(load(name))
+    for name, cls in listing().passes.items():
+        options = options_schema(cls)
         defs |= options.pop("$defs", {})
         if not options.get("required"):
             entries.append({"const": name, "description": options.get("description", "")})
@@ -254,7 +256,7 @@ _Dumper.add_representer(
 
 def _passes(entries: Any) -> tuple[Pass, ...]:
     if not isinstance(entries, (list, tuple)):
-        raise RecipeError("recipe: 'passes' must be a list, such as [canonicalize, qdq, lower]")
+        raise RecipeError("recipe: 'passes' must be a list, such as [first-pass, 'second-pass: {option: value}']")
     if not entries:
         raise RecipeError("recipe: a recipe needs at least one pass; `onnxcomp passes` lists them")
     return tuple(parse_pass(p) for p in entries)
@@ -286,14 +288,13 @@ def _too_new(version: int) -> str:
 
 
 def with_exact_rows(recipe: Recipe) -> Recipe:
-    """The recipe with that option set on the passes that have it; raises `RecipeError` without canonicalize."""
-    if not any(p.name == "canonicalize" for p in recipe.passes):
-        raise RecipeError(
-            "--exact-rows is an option of canonicalize, which this recipe does not run; add it or leave it"
-        )
-
-    def exact(p: Pass) -> Pass:
-        own = any(f.name == "exact_rows" for f in dataclasses.fields(p))
-        return dataclasses.replace(p, **{"exact_rows": True}) if own else p
-
-    return dataclasses.replace(recipe, passes=tuple(map(exact, recipe.passes)))
+    """The recipe with that option set on the passes that have it; raises `RecipeError` where none has."""
+    option = "exact_rows"
+    having = [any(f.name == option for f in dataclasses.fields(p)) for p in recipe.passes]
+    if not any(having):
+        known = [n for n, cls in listing().passes.items() if any(f.name == option for f in dataclasses.fields(cls))]
+        raise RecipeError(f"--exact-rows is an option of {' and '.join(known)}, which this recipe does not run")
+    passes = (
+        dataclasses.replace(p, **{option: True}) if has else p for p, has in zip(recipe.passes, having, strict=True)
+    )
+    return dataclasses.replace(recipe, passes=tuple(passes))

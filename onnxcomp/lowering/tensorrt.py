@@ -77,7 +77,8 @@ def _standard(g: Graph, target: Target) -> Found:
 def _opset(g: Graph, target: Target) -> Found:
     """The operator set is one the oldest supported parser reads."""
     if g.opset > target.max_opset:
-        yield "the model", f"opset {g.opset} is newer than {target.max_opset}; add the pass 'lower'"
+        why = f"opset {g.opset} is newer than {target.max_opset}; end the recipe with a pass of the last stage"
+        yield "the model", why
 
 
 def _typed(g: Graph, target: Target) -> Found:

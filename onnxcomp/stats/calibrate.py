@@ -20,9 +20,10 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
-from onnxcomp.stats import Need, Of, Stats, disk_cache
-from onnxcomp.stats.accumulators import BUFFER, Key, accumulator, family, fetched, finish, row_keys
+from onnxcomp.stats import disk_cache
+from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Dims, Samples, dims, mask_name, rows, token_axis
+from onnxcomp.stats.statistic import Key, Need, Of, Statistic, Stats, accumulator, family, fetched, statistic
 from onnxcomp.target import CPU, Target
 
 __all__ = ["Collector", "collect"]
@@ -163,11 +164,12 @@ class Collector:
     @staticmethod
     def _finished(need: Need, result: Array | Path) -> Array | Path:
         """The statistic; one that fills a file and is what its accumulator holds stays there until it is read."""
+        kind = statistic(need.stat)
         if not isinstance(result, Path):
-            return finish(need.stat, result)
-        if family(need.stat) == need.stat:
+            return kind.finish(need.stat, result)
+        if kind.finish.__func__ is Statistic.finish.__func__:  # type: ignore[attr-defined]
             return result
-        return finish(need.stat, np.load(result, mmap_mode="r", allow_pickle=False))
+        return kind.finish(need.stat, np.load(result, mmap_mode="r", allow_pickle=False))
 
     @staticmethod
     def _mark(graphs: Mapping[Of, Graph], need: Need) -> tuple[Any, ...]:
@@ -248,12 +250,8 @@ class Collector:
 
     def _state(self, need: Need) -> int:
         """Bytes an accumulator holds, from the recorded width of its values."""
-        if need.stat.kind == "histogram":
-            return 8 << 16
         widths = [s[-1] if (s := self.shapes[k]) and isinstance(s[-1], int) else WIDTH for k in fetched(need)]
-        if need.stat.kind in ("gram", "cross_gram"):
-            return int(widths[0] * widths[-1] * 8 + sum(widths) * BUFFER * 4)
-        return int((sum(widths) if need.stat.kind == "paired" else widths[0]) * 4 * max(need.stat.n, 6))
+        return statistic(need.stat).nbytes(need.stat, widths)
 
     def _stage(
         self,
@@ -340,7 +338,7 @@ class Collector:
             for n in needs:
                 if n.stat.per == "channel" and self.widths.setdefault(n, xs[0].shape[1]) != xs[0].shape[1]:
                     raise DataError("its last axis differs between batches, so it has no channels to collect per")
-                if n.stat.kind in ("sample", "paired"):
+                if statistic(n.stat).draws:
                     drawn = samples.keys(len(xs[0]), axis)
                     accumulators[n].update(
                         np.hstack(xs) if len(xs) == 2 else xs[0], row_keys(xs[0]) if drawn is None else drawn

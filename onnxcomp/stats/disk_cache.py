@@ -15,8 +15,7 @@ import onnx_ir as ir
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.graph import Graph
 from onnxcomp.runtime.stretches import stretch
-from onnxcomp.stats import Need, Of, Stats
-from onnxcomp.stats.accumulators import fetched
+from onnxcomp.stats.statistic import Need, Of, Stats, fetched, statistic
 from onnxcomp.target import Target
 
 __all__ = ["key", "read", "write"]
@@ -46,6 +45,7 @@ def key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset, target
     """The name of an entry."""
     wanted = [k for n in asked for k in fetched(n)]
     parts = [VERSION, target.name, data.fingerprint(), *map(repr, asked)]
+    parts += [f"{n.stat.kind} {v}" for n in asked if (v := statistic(n.stat).version) > 1]
     for of, graph in graphs.items():
         names = list(dict.fromkeys(name for o, name in wanted if o == of))
         parts.append(f"{of} {_fingerprint(graph, names) if names else '-'}")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp.data.datasets import roles, specs
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.stats.accumulators import mix
+from onnxcomp.stats.row_keys import mix
 
 __all__ = ["Samples", "dims", "mask_name", "rows", "token_axis"]
 

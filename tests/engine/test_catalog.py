@@ -1,6 +1,7 @@
 """The catalogue: names without imports, one module per load, third parties, documentation of options."""
 
 import importlib.metadata
+import json
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import pytest
 from pydantic import Field
 
+from onnxcomp.cli import main
 from onnxcomp.engine import catalog
 from onnxcomp.errors import RecipeError, UnknownPass
 from onnxcomp.graph import Graph
@@ -126,7 +128,6 @@ def test_a_third_party_adds_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("points", "error", "says"),
     [
-        ([("qdq", "x:Y")], RecipeError, "'somebody-else' provides a pass 'qdq', a name onnxcomp has"),
         ([("new", "x:Y"), ("new", "z:Y")], RecipeError, "both provide a pass 'new'"),
         ([("new", "no_such_module:Y")], PassFault, "cannot be imported"),
         ([("new", f"{__name__}:nothing")], PassFault, "cannot be imported"),
@@ -140,6 +141,40 @@ def test_a_third_party_s_mistakes_name_it(
     install(monkeypatch, *points)
     with pytest.raises(error, match=says):
         catalog.load("new")
+
+
+BROKEN = [
+    ("new", "no_such_module:Y"),
+    ("qdq", "x:Y"),
+    ("twice", f"{__name__}:Sample"),
+    ("twice", f"{__name__}:Dist"),
+    ("other", f"{__name__}:Dist"),
+    ("wrong", f"{__name__}:Sample"),
+]
+
+
+def test_a_broken_package_is_named_and_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, *BROKEN, ("sample", f"{__name__}:Sample"))
+    found = catalog.listing()
+    assert {*found.passes} == {*catalog._built_in(), "sample"}
+    assert len(found.problems) == 5
+    for name, _ in BROKEN:
+        (said,) = (p for p in found.problems if f"'{name}'" in p)
+        assert "the package 'somebody-else'" in said
+    assert catalog.load("qdq").__module__ == "onnxcomp.passes.qdq"
+
+
+@pytest.mark.parametrize("command", ["passes", "schema", "doctor"])
+def test_commands_work_beside_a_broken_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    install(monkeypatch, *BROKEN)
+    assert main([command, "--json"]) == 0
+    out, err = capsys.readouterr()
+    shown = json.loads(out)
+    said = [c["detail"] for c in shown["checks"]] if command == "doctor" else err.splitlines()
+    assert sum("the package 'somebody-else'" in line for line in said) == 5
+    assert command != "passes" or len(shown["left_out"]) == 5
 
 
 def test_a_file_defines_exactly_one_pass() -> None:

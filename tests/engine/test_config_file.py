@@ -73,6 +73,17 @@ def test_fewer_layers(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
 
 
+def test_factors_of_a_low_rank_are_no_sizes(tmp_path):
+    low_rank = {"low-rank": {"ratio": 0.4, "min_size": 1, "multiple": 1, "margin": 1}}
+    (result,) = compress_each(
+        model(tmp_path / "m"), tmp_path / "out", passes=["canonicalize", low_rank], calibration="random", samples=8,
+        measure=False,
+    ).values()  # fmt: skip
+    assert result.report.step("low-rank").changed
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
+    assert not any("config.json" in w for w in result.report.warnings)
+
+
 def test_what_differs_between_layers_is_left_and_told():
     before = Sizes((2,), (8,), (8,), (4,), (64,), (32,))
     after = Sizes((2,), (5, 7), (5, 7), (4,), (48,), (32,))

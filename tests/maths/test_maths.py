@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import clipping, formats, scores, solve
-from onnxcomp.stats.accumulators import Histogram
+from onnxcomp.stats.kinds.histograms import Histogram
 
 INTEGERS = ["int8", "uint8", "int4", "uint4", "int2", "uint2"]
 finite = st.floats(-1e4, 1e4, width=32)

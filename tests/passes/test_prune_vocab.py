@@ -88,6 +88,15 @@ def test_the_written_files_agree_with_the_model(folder, tmp_path_factory):
     assert (folder / "config.json").read_text().startswith('{"vocab_size": 50')
 
 
+def test_a_tokenizer_is_renumbered_once(folder, tmp_path_factory):
+    g, outs = storage.load(folder), [tmp_path_factory.mktemp("out") / "small" for _ in range(2)]
+    data = {"calibration": [Batch(feeds(g))] * 2, "measure": False}
+    compress(folder, outs[0], passes=["prune-vocab: {multiple_of: 1}"], **data)
+    compress(outs[0], outs[1], passes=["cleanup"], measure=False)
+    first, second = ((out / "tokenizer.json").read_text() for out in outs)
+    assert first == second != (folder / "tokenizer.json").read_text()
+
+
 def test_a_single_file_has_no_place_for_the_tokenizer(folder, tmp_path):
     g = storage.load(folder)
     with pytest.raises(RecipeError, match="tokenizer of its own"):

@@ -11,30 +11,19 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxcomp import stats
+from onnxcomp.engine import catalog
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.stats import Need, Stat, Stats
-from onnxcomp.stats.accumulators import BUFFER, PAIRS, accumulator, family, finish
+from onnxcomp.stats import Stat, Statistic, Stats
+from onnxcomp.stats.kinds.grams import BUFFER
+from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Samples, mask_name, rows, token_axis
+from onnxcomp.stats.statistic import family, kinds, statistic
 from tests import tiny
 
-NEEDS = [
-    stats.absmax("v"),
-    stats.absmax("v", "channel"),
-    stats.minmax("v"),
-    stats.minmax("v", "channel"),
-    stats.mean("v"),
-    stats.mean("v", "tensor"),
-    stats.var("v"),
-    stats.var("v", "tensor"),
-    stats.norm2("v"),
-    stats.norm2("v", "tensor"),
-    stats.gram("v"),
-    stats.cross_gram("v", "w"),
-    stats.histogram("v"),
-    stats.cosine("v", "w"),
-    stats.sample("v", 5),
-]
-EXACT = ("absmax", "minmax", "histogram", "sample")
+for name in catalog.names():  # a pass may bring a statistic of its own
+    catalog.load(name)
+STATS = [stat for kind in kinds().values() for stat in kind.examples()]
+FLOATS = [stat for stat in STATS if not statistic(stat).integers]
 matrices = hnp.arrays(
     np.float32,
     st.tuples(st.integers(1, 40), st.integers(1, 6)),
@@ -46,8 +35,24 @@ def second(x: np.ndarray) -> np.ndarray:
     return np.roll(x, 1, axis=1) * np.float32(0.5) + 1
 
 
+def values(stat: Stat, x: np.ndarray) -> np.ndarray:
+    """Values that the statistic can be of."""
+    return np.abs(x).astype(np.int64) % stat.n if statistic(stat).integers else x
+
+
+def empty(stat: Stat) -> Any:
+    return statistic(stat).accumulator(family(stat))
+
+
+def finish(stat: Stat, acc: Any) -> np.ndarray:
+    return statistic(stat).finish(stat, acc.result())
+
+
 def feed(acc: Any, stat: Stat, x: np.ndarray) -> Any:
-    acc.update(x, second(x) if stat.kind in PAIRS else None)
+    if statistic(stat).draws:
+        acc.update(np.hstack([x, second(x)]) if statistic(stat).pairs else x, row_keys(x))
+    else:
+        acc.update(values(stat, x), second(x) if statistic(stat).pairs else None)
     return acc
 
 
@@ -76,42 +81,56 @@ def direct(stat: Stat, x32: np.ndarray) -> np.ndarray:
             norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
             both = (np.abs(x).max(axis=1) == 0) & (np.abs(y).max(axis=1) == 0)
             return np.where(both, 1.0, (x * y).sum(axis=1) / np.where(norms > 0, norms, 1)).mean()
+        case "counts":
+            return np.bincount(values(stat, x32).reshape(-1), minlength=stat.n)
         case _:
             raise AssertionError(stat.kind)
 
 
-@pytest.mark.parametrize("need", NEEDS, ids=lambda n: f"{n.stat.kind}-{n.stat.per}")
+def name_of(stat: Stat) -> str:
+    return f"{stat.kind}-{stat.per}"
+
+
+@pytest.mark.parametrize("stat", STATS, ids=name_of)
 @given(x=matrices, data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_any_split_in_any_order_gives_the_same(need: Need, x: np.ndarray, data: st.DataObject) -> None:
+def test_any_split_in_any_order_gives_the_same(stat: Stat, x: np.ndarray, data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(x)), max_size=4)))
     order = data.draw(st.permutations(range(len(cuts) + 1)))
     parts = [np.split(x, cuts)[i] for i in order]
-    stat = need.stat
-    whole = finish(stat, feed(accumulator(family(stat)), stat, x).result())
-    merged = accumulator(family(stat))
+    whole = finish(stat, feed(empty(stat), stat, x))
+    merged, streamed = empty(stat), empty(stat)
     for p in parts:
-        merged.merge(feed(accumulator(family(stat)), stat, p))
-    streamed = accumulator(family(stat))
-    for p in parts:
+        merged.merge(feed(empty(stat), stat, p))
         feed(streamed, stat, p)
-    for other in (finish(stat, merged.result()), finish(stat, streamed.result())):
+    for other in (finish(stat, merged), finish(stat, streamed)):
         assert other.shape == whole.shape
-        if stat.kind in EXACT:
+        if statistic(stat).exact:
             assert np.array_equal(other, whole)
         else:
-            scale = float(np.abs(x).max()) ** (2 if stat.kind in ("var", "gram", "cross_gram") else 1) * len(x) + 1
-            assert np.allclose(other, whole, rtol=1e-6, atol=(1e-6 if "gram" in stat.kind else 1e-12) * scale)
+            scale = float(np.abs(x).max()) ** statistic(stat).degree * len(x) + 1
+            assert np.allclose(other, whole, rtol=1e-6, atol=statistic(stat).noise * scale)
 
 
-@pytest.mark.parametrize(
-    "need", [n for n in NEEDS if n.stat.kind != "sample"], ids=lambda n: f"{n.stat.kind}-{n.stat.per}"
-)
+@pytest.mark.parametrize("stat", STATS, ids=name_of)
+def test_accumulators_hold_no_more_than_they_say(stat: Stat) -> None:
+    kind = statistic(stat)
+    widths = [64, 64] if kind.pairs else [64]
+    acc = feed(empty(stat), stat, np.abs(np.random.default_rng(0).standard_normal((200, 64))).astype(np.float32))
+    held = sum(x.nbytes for x in vars(acc).values() if isinstance(x, np.ndarray))
+    held += sum(x.nbytes for xs in vars(acc).values() if isinstance(xs, list) for x in xs)
+    keys = 8 * stat.n if kind.draws else 0  # of at most n rows, next to nothing beside the rows
+    assert held <= kind.nbytes(stat, widths) + keys
+
+
+OWN = [s for s in STATS if statistic(s).__module__.startswith("onnxcomp.stats") and not statistic(s).draws]
+
+
+@pytest.mark.parametrize("stat", OWN, ids=name_of)
 @given(x=matrices)
 @settings(max_examples=40, deadline=None)
-def test_results_are_the_definitions(need: Need, x: np.ndarray) -> None:
-    stat = need.stat
-    found = finish(stat, feed(accumulator(family(stat)), stat, x).result())
+def test_results_are_the_definitions(stat: Stat, x: np.ndarray) -> None:
+    found = finish(stat, feed(empty(stat), stat, x))
     wanted = direct(stat, x)
     assert found.shape == np.shape(wanted)
     assert np.allclose(
@@ -119,10 +138,19 @@ def test_results_are_the_definitions(need: Need, x: np.ndarray) -> None:
     )
 
 
+def test_a_kind_has_one_class_and_must_be_known() -> None:
+    with pytest.raises(OnnxcompError, match=r"there is a statistic 'gram' already, in onnxcomp\.stats\.kinds\.grams"):
+        type("Other", (Statistic,), {"kind": "gram"})
+    with pytest.raises(OnnxcompError, match="no statistic 'kurtosis'; there are absmax, "):
+        statistic(Stat("kurtosis"))
+    base = type("Base", (Statistic,), {})
+    assert base not in kinds().values()
+
+
 @pytest.mark.parametrize("rows_", [1, BUFFER - 1, BUFFER, BUFFER + 3, 5 * BUFFER + 7])
 def test_gram_buffers_do_not_change_the_sum(rows_: int) -> None:
     x = np.random.default_rng(0).standard_normal((rows_, 5)).astype(np.float32)
-    acc = accumulator(Stat("gram", "channel"))
+    acc = empty(Stat("gram", "channel"))
     for part in np.array_split(x, 7):
         acc.update(part)
     acc.update(x)
@@ -133,36 +161,35 @@ def test_gram_buffers_do_not_change_the_sum(rows_: int) -> None:
 
 def test_variance_survives_a_large_mean() -> None:
     x = (np.random.default_rng(0).standard_normal((5000, 3)) + 4096).astype(np.float32)
-    acc = accumulator(Stat("var", "channel"))
+    acc = empty(Stat("var", "channel"))
     for part in np.array_split(x, 11):
         acc.update(part)
-    assert np.allclose(finish(Stat("var", "channel"), acc.result()), x.astype(np.float64).var(axis=0), rtol=1e-9)
+    assert np.allclose(finish(Stat("var", "channel"), acc), x.astype(np.float64).var(axis=0), rtol=1e-9)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("need", NEEDS, ids=lambda n: f"{n.stat.kind}-{n.stat.per}")
-def test_nan_and_infinity_are_refused(need: Need, bad: float) -> None:
+@pytest.mark.parametrize("stat", FLOATS, ids=name_of)
+def test_nan_and_infinity_are_refused(stat: Stat, bad: float) -> None:
     x = np.ones((3, 4), np.float32)
     x[1, 2] = bad
-    acc = accumulator(family(need.stat))
     with pytest.raises(DataError, match="NaN or infinity"), np.errstate(invalid="ignore"):
-        feed(acc, need.stat, x).result()
+        feed(empty(stat), stat, x).result()
 
 
-@pytest.mark.parametrize("need", NEEDS, ids=lambda n: f"{n.stat.kind}-{n.stat.per}")
-def test_no_rows_is_no_statistic(need: Need) -> None:
+@pytest.mark.parametrize("stat", STATS, ids=name_of)
+def test_no_rows_is_no_statistic(stat: Stat) -> None:
     with pytest.raises(DataError, match="no rows"):
-        accumulator(family(need.stat)).result()
+        empty(stat).result()
 
 
 def test_a_sample_is_of_distinct_rows_and_needs_a_size() -> None:
     x = np.arange(40, dtype=np.float32).reshape(20, 2)
-    acc = accumulator(Stat("sample", "channel", n=6))
+    acc = empty(Stat("sample", "channel", n=6))
     acc.update(x)
     acc.update(x)
     assert len({tuple(r) for r in acc.result()}) == 6
     with pytest.raises(DataError, match="at least one"):
-        accumulator(Stat("sample", "channel"))
+        empty(Stat("sample", "channel"))
 
 
 def test_needs_are_keys_and_unasked_statistics_are_errors() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -65,6 +65,8 @@ class Width(Pass):
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_sizes: ClassVar[bool] = True
+    identity: ClassVar[Mapping[str, Any]] = {"ratio": 0.0}
     unit: ClassVar[str] = "units"
     aligned: ClassVar[bool] = True
     axis: ClassVar[int] = -1
