@@ -25,7 +25,7 @@ from onnxcomp.graph.hashing import content_hash
 from onnxcomp.lowering import costs
 from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
-from onnxcomp.machine import peak_mib
+from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.reports.outcome import DataUsed, Report, Result, Step
 from onnxcomp.runtime import sessions
@@ -108,7 +108,7 @@ class PassManager:
                 reference = self._reference(original, evalu, self.gate.metrics, scratch / "reference")
             steps = self._steps(original, calib, evalu)
             work = original.clone()
-            if original.nbytes > (self.memory or calibrate.MEMORY) // 2:
+            if original.nbytes > (self.memory or MEMORY) // 2:
                 work.spool = scratch / "weights"
             walk = _Walk(original, work, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
@@ -159,7 +159,7 @@ class PassManager:
         stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
-        step.choices = walk.planner.found if walk.planner is not None else []
+        step.choices = walk.planner.chosen if walk.planner is not None else []
         step.choosing = walk.costing + (walk.planner.seconds if walk.planner is not None else 0.0)
         self.choices.save()
         work.sweep()
@@ -322,9 +322,7 @@ class PassManager:
                 data = data.rebatch(1)
             reference = self._reference(walk.original, data, metrics, kept)
             known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
-            walk.variants[metric, samples] = Variants(
-                reference, self.host, self.memory or calibrate.MEMORY, kept, known
-            )
+            walk.variants[metric, samples] = Variants(reference, self.host, self.memory or MEMORY, kept, known)
         return [Score(x) for x in walk.variants[metric, samples].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files.atomic import replacing
 from onnxcomp.machine import machine
 from onnxcomp.reports.outcome import Origin
 from onnxcomp.reports.schema import SCHEMA_VERSION, ChoicePart, Interval, LoweringPart, PlacementPart
@@ -248,14 +247,11 @@ def to_json(report: Report) -> ReportPart:
 def write(report: Report, path: Path) -> Path:
     """Write report.json whole or not at all; raises `OnnxcompError` where the place cannot be written."""
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OnnxcompError(f"{path}: cannot write the report: {e}") from e
     return path
 

@@ -16,8 +16,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.methods.repair import convolutions
 from onnxcomp.methods.repair.convolutions import Patches, probed
+from onnxcomp.runtime.segments import segment
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.runtime.stretches import stretch
 from tests import cuts, tiny
 from tests.hand import f32, graph
 
@@ -71,7 +71,7 @@ def apart(a: Graph, b: Graph, seeds=range(100, 104)) -> float:
 
 
 def values(g: Graph, feeds: dict[str, np.ndarray], *names: str) -> list[np.ndarray]:
-    with Session(stretch(g, {}, names)) as s:
+    with Session(segment(g, {}, names)) as s:
         made = s.run(feeds)
     return [made[n].astype(np.float64) for n in names]
 

@@ -20,7 +20,7 @@ from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation.compare import validate
-from onnxcomp.validation.retokenize import Gone
+from onnxcomp.validation.retokenize import RemovedTokens
 from tests import tiny
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "weights" / "docs_lm" / "tokenizer.json"
@@ -93,12 +93,12 @@ def test_perplexity_is_of_texts_split_again_per_original_token(models, tmp_path,
     done = compare(whole, small, Settings(evaluation=str(source)), gates=["perplexity-rise<=1e9"])
     found = done.validation.metrics["perplexity"]
     np.testing.assert_allclose([found.reference, found.candidate], want, rtol=1e-4)
-    assert "texts of 2 samples were split again for perplexity, which counts the original's tokens" in done.headline()
+    assert "texts of 2 samples were re-tokenized for perplexity, which counts the original's tokens" in done.headline()
     assert done.json()["notes"] == list(done.validation.notes)
     np.testing.assert_allclose(done.verdicts[0].value, want[1] / want[0] - 1, rtol=1e-4)
 
 
-def test_drift_is_of_the_rows_before_a_token_that_is_gone(models):
+def test_drift_is_of_the_rows_before_a_removed_token(models):
     whole, small = models
     data = [
         Batch({"input_ids": np.array([x]), "attention_mask": np.ones((1, len(x)), np.int64)})
@@ -110,7 +110,7 @@ def test_drift_is_of_the_rows_before_a_token_that_is_gone(models):
     first = [next(i for i, t in enumerate(split(whole, text)) if t not in words.kept) for text in OTHERS]
     assert v.drift.rows == sum(first)
     assert v.values()["sqnr"] > 120  # the table's rows and the head's columns are the same numbers
-    assert "drift is of rows before which none is gone" in v.notes[0]
+    assert "drift is measured on rows before the first of them" in v.notes[0]
 
 
 def test_where_no_row_agrees_drift_reads_the_unknown_token(models):
@@ -177,17 +177,17 @@ def test_accuracy_is_of_texts_split_again(tmp_path):
             )
     done = compare(folder, small, Settings(evaluation=str(jsonl(tmp_path / "held.jsonl", texts, answers))))
     assert done.validation.metrics["accuracy"].candidate == 1
-    assert "split again for accuracy" in done.validation.notes[0]
+    assert "re-tokenized for accuracy" in done.validation.notes[0]
     assert done.validation.drift.rows == 4  # an encoder's answer agrees where the whole text does
 
 
 def test_where_tokens_are_gone_is_counted_without_padding():
     words = vocabulary.Renumbering(np.array([0, 1, 2]), 5, 0)
     feeds = {"input_ids": np.array([[1, 4, 2], [3, 3, 1]]), "attention_mask": np.array([[1, 1, 1], [0, 0, 1]])}
-    gone = Gone.of([Batch(feeds), Batch({k: v[:1, :1] for k, v in feeds.items()})], words, ROLES)
+    gone = RemovedTokens.of([Batch(feeds), Batch({k: v[:1, :1] for k, v in feeds.items()})], words, ROLES)
     assert gone.share == 1 / 5
     assert gone.samples == [(0, 0)]
-    assert (gone.before, gone.whole) == (True, True)
+    assert (gone.prefixes, gone.complete) == (True, True)
     first = Batch({"input_ids": np.array([[1, 4, 1]]), "attention_mask": np.array([[0, 1, 1]])})
-    gone = Gone.of([first], words, ROLES)
-    assert (gone.before, gone.whole) == (False, False)
+    gone = RemovedTokens.of([first], words, ROLES)
+    assert (gone.prefixes, gone.complete) == (False, False)

@@ -10,6 +10,7 @@ from onnxcomp.blocks import Linear, Mlp
 from onnxcomp.blocks.branches import Sums
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
@@ -17,10 +18,9 @@ from onnxcomp.methods.repair.readers import Reader, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired
 
-__all__ = ["HELD", "MEMORY", "alone", "fit_whole"]
+__all__ = ["HELD", "alone", "fit_whole"]
 
 ROWS = 1 << 16  # at most, of the calibration data
-MEMORY = 2 << 30  # bytes, where nothing else is said
 HELD = 64  # rows are held so many times less than memory: in two samples that grow, as pairs, and split
 
 
