@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from onnxcomp.engine.job import Job as Job
     from onnxcomp.engine.manager import PassManager as PassManager
     from onnxcomp.engine.recipe import Recipe as Recipe
+    from onnxcomp.engine.settings import Settings as Settings
     from onnxcomp.errors import DataError as DataError
     from onnxcomp.errors import GateFailed as GateFailed
     from onnxcomp.errors import ModelError as ModelError
@@ -77,6 +78,7 @@ _HOME = {
     "Result": "reports.outcome",
     "SequentialPass": "pipeline",
     "Recipe": "engine.recipe",
+    "Settings": "engine.settings",
     "load": "files.storage",
     "save": "files.storage",
     "CPU": "target",

@@ -1,8 +1,8 @@
-"""Every error a user can meet; each message says what is wrong, where, and what to do."""
+"""The exceptions of this package; every message says what is wrong, where, and what to do."""
 
 
 class OnnxcompError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors that this package raises deliberately."""
 
 
 class ModelError(OnnxcompError):
@@ -10,7 +10,7 @@ class ModelError(OnnxcompError):
 
 
 class NotConstant(OnnxcompError):
-    """A value that had to be a constant is computed at run time."""
+    """A value that must be a constant is computed at run time."""
 
 
 class RecipeError(OnnxcompError):
@@ -26,7 +26,7 @@ class DataError(OnnxcompError):
 
 
 class TargetError(OnnxcompError):
-    """The target cannot run here, or the graph is not legal on it."""
+    """The target cannot run on this machine, or the graph is not legal on it."""
 
 
 class ExportError(OnnxcompError):
@@ -34,7 +34,7 @@ class ExportError(OnnxcompError):
 
 
 class GateFailed(OnnxcompError):
-    """The result was refused by a gate; nothing was written; `report` tells what was measured."""
+    """A gate refused the result, so nothing was written; `report` holds what was measured."""
 
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)

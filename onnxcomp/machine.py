@@ -1,4 +1,4 @@
-"""This machine: its processor, its memory, and how it is described beside what was measured on it."""
+"""This machine: processor, memory use of the process, and the description that stands beside measurements."""
 
 from __future__ import annotations
 
@@ -10,28 +10,30 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["cpu_features", "machine", "peak_mib", "status"]
+__all__ = ["MEMORY", "cpu_features", "machine", "peak_mib", "status"]
 
+# The budget of a job in bytes where nobody sets one (`--memory`): what statistics, activations and fits hold at once.
+MEMORY = 2 << 30
 _STATUS = Path("/proc/self/status")
 
 
 @cache
 def cpu_features() -> frozenset[str]:
-    """Instruction sets of this machine that matter for int8 (`avx2`, `avx512f`, `vnni`, `dotprod`), where known."""
+    """Instruction sets of this machine that decide int8 speed and saturation: `avx2`, `avx512f`, `vnni`, `dotprod`."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return frozenset({"dotprod"} if platform.machine() in ("arm64", "aarch64") else ())
     words = set(info.read_text(errors="replace").lower().split())
-    found = words & {"avx2", "avx512f"}
+    features = words & {"avx2", "avx512f"}
     if words & {"avx512_vnni", "avx_vnni", "avxvnni"}:
-        found.add("vnni")
+        features.add("vnni")
     if "asimddp" in words:
-        found.add("dotprod")
-    return frozenset(found)
+        features.add("dotprod")
+    return frozenset(features)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Processor, cores, instruction sets, system and versions: what measured numbers hold for."""
     info = Path("/proc/cpuinfo")
     text = info.read_text(errors="replace") if info.exists() else ""
     names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
@@ -54,7 +56,7 @@ def _version(name: str) -> str:
 
 
 def status(field: str) -> int | None:
-    """A number from /proc/self/status, or None."""
+    """The number of a field of /proc/self/status (sizes in KiB); None where the system has no such file or field."""
     if not _STATUS.exists():
         return None
     for line in _STATUS.read_text().splitlines():
@@ -64,7 +66,7 @@ def status(field: str) -> int | None:
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far, MiB."""
+    """Peak resident memory of this process so far, MiB."""
     if (kib := status("VmHWM")) is not None:
         return kib / 1024
     import resource

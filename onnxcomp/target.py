@@ -1,4 +1,4 @@
-"""What a provider runs and how it wants it: data, not code."""
+"""Targets as data: what an execution provider can run, in which quantized forms, and what is fastest on it."""
 
 from __future__ import annotations
 
@@ -18,22 +18,26 @@ Granularity = Literal["tensor", "channel"]
 
 @dataclass(frozen=True)
 class Quantized:
-    """The legal forms of a quantized linear on a target."""
+    """The legal forms of a quantized linear on a target: code types, granularity of weight scales, zero points.
+
+    `pays` says whether int8 products are faster than float ones.
+    """
 
     activations: tuple[str, ...] = ("u8",)
     weights: tuple[str, ...] = ("s8",)
     granularity: tuple[Granularity, ...] = ("channel", "tensor")
     zero_points: bool = True
-    saturates: bool = False  # pairs of u8 x s8 products are added in 16 bits: pairs of weights are limited
+    saturates: bool = False  # pairs of u8 x s8 products are added in 16 bits, so pairs of weights must be limited
     pays: bool = True
 
 
 @dataclass(frozen=True)
 class Target:
-    """A place where the model will run; a user adds one as YAML with the same fields.
+    """Where the model will run; users add targets as YAML files with the same fields.
 
-    `forms` names per kind of site the forms to take without measuring, the first that is legal; `contrib` the
-    `com.microsoft` operators the provider has a kernel for, `lacks` the standard ones it has none for.
+    `forms` lists per kind of site the forms to choose without measuring, the first legal one; `contrib` the
+    `com.microsoft` operators with a kernel, `lacks` standard operators without one; `width_multiple` what pruned widths
+    are rounded to; `gflops` rates by type for estimates; `here` whether it may be this machine.
     """
 
     name: str
@@ -60,9 +64,9 @@ class Target:
         return self.providers[0]
 
 
-# What is fastest on x86-64 with ONNX Runtime 1.32: the runtime's own fusions of `Add` with a norm and with GELU
-# (SkipLayerNormalization, BiasGelu) are slower than what they replace, and behind `Add` a quantized product of two
-# axes or of fixed sizes becomes a float Gemm. The runtime fuses nothing with `Sum`.
+# The fastest forms on x86-64 with ONNX Runtime 1.32: its fusions of `Add` with a norm and with GELU
+# (SkipLayerNormalization, BiasGelu) are slower than what they replace, and it turns a quantized product of rank 2 or of
+# static shape before an `Add` into a float Gemm. It fuses nothing with `Sum`.
 _CPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
@@ -74,7 +78,7 @@ _CPU_FORMS = {
     "silu": ("spelled",),
     "residual": ("Sum",),
 }
-# The standard Attention runs on the CPU whatever the provider in the oldest runtime we support (onnxruntime #28025).
+# In the oldest supported runtime the standard Attention has no CUDA kernel and runs on the CPU (onnxruntime #28025).
 _GPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
@@ -100,7 +104,7 @@ _CPU_CONTRIB = (
     "SkipSimplifiedLayerNormalization",
 )
 _CUDA_CONTRIB = tuple(x for x in _CPU_CONTRIB if x not in ("DynamicQuantizeMatMul", "MatMulIntegerToFloat", "QGemm"))
-# GFLOP/s per core class used when nothing may be measured; ratios matter, not values (measured on 2 AVX512-VNNI cores).
+# GFLOP/s for estimates where nothing is measured; only ratios matter (these were measured on 2 AVX512-VNNI cores).
 _CPU_RATES = {"fp32": 230.0, "int8": 700.0, "int8-dynamic": 640.0}
 
 CPU = Target(
@@ -157,9 +161,9 @@ TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORR
 
 
 def resolved(target: Target) -> Target:
-    """A target that is this machine's CPU with the limits of its instruction set; any other as it is.
+    """The target with the limits of this machine's instruction set if it is this machine's CPU, else unchanged.
 
-    Whoever uses a target resolves it (manager, environment of a pass, job, costs); resolving again changes nothing.
+    Targets are resolved where they are used (manager, environment of a pass, job, costs); doing it again is harmless.
     """
     features = cpu_features()
     if not target.here or target.provider != CPU.provider or "avx2" not in features or "vnni" in features:
@@ -171,8 +175,13 @@ def resolved(target: Target) -> Target:
     )
 
 
-def find(name: str) -> Target:
-    """A built-in target by name, or one read from a YAML file, not yet `resolved`; raises `TargetError`."""
+def find(name: str | Target) -> Target:
+    """A built-in target by name, or one read from a YAML file, not yet `resolved`; raises `TargetError`.
+
+    A target itself is returned as it is.
+    """
+    if isinstance(name, Target):
+        return name
     if name in TARGETS:
         return TARGETS[name]
     path = Path(name)
@@ -186,38 +195,38 @@ def _read(path: Path) -> Target:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        raw: Any = yaml.safe_load(path.read_text())
+        fields: Any = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as e:
         raise TargetError(f"{path}: cannot read the target: {e}") from e
-    if not isinstance(raw, dict):
+    if not isinstance(fields, dict):
         raise TargetError(f"{path}: a target file is a mapping with the fields of a target, such as name and providers")
-    base = raw.pop("like", None)
+    base = fields.pop("like", None)
     if base is not None and base not in TARGETS:
         raise TargetError(f"{path}: 'like: {base}' names no built-in target; there are {', '.join(TARGETS)}")
-    quantized = raw.get("quantized")
-    if isinstance(quantized, dict) and "reduce_range" in quantized:  # the name of `saturates` before the pair rule
-        raw["quantized"] = {"saturates": quantized.pop("reduce_range"), **quantized}
-    known = {"": Target, "quantized": Quantized}
-    for part, kind in known.items():
-        given = raw.get(part, {}) if part else raw
-        unknown = set(given if isinstance(given, Mapping) else ()) - {f.name for f in dataclasses.fields(kind)}
+    quantized = fields.get("quantized")
+    if isinstance(quantized, dict) and "reduce_range" in quantized:  # the former name of `saturates`
+        fields["quantized"] = {"saturates": quantized.pop("reduce_range"), **quantized}
+    schemas = {"": Target, "quantized": Quantized}
+    for part, kind in schemas.items():
+        values = fields.get(part, {}) if part else fields
+        unknown = set(values if isinstance(values, Mapping) else ()) - {f.name for f in dataclasses.fields(kind)}
         if unknown:
             where = f" of '{part}'" if part else " of a target"
             raise TargetError(f"{path}: unknown field '{sorted(unknown)[0]}'{where}")
     if base is not None:
-        raw = _merged(dataclasses.asdict(TARGETS[base]), raw)
+        fields = _merged(dataclasses.asdict(TARGETS[base]), fields)
     try:
-        return TypeAdapter(Target).validate_python(raw)
+        return TypeAdapter(Target).validate_python(fields)
     except ValidationError as e:
         first = e.errors()[0]
         raise TargetError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from e
 
 
 def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The base with changes; mappings are merged key by key."""
-    both = {
+    """The base updated with changes; nested mappings are merged key by key."""
+    merged = {
         k: _merged(v, changes[k])
         for k, v in base.items()
         if isinstance(v, Mapping) and isinstance(changes.get(k), Mapping)
     }
-    return {**base, **changes, **both}
+    return {**base, **changes, **merged}

@@ -8,10 +8,10 @@ import onnx_ir as ir
 
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
-from onnxcomp.runtime.sessions import Session
+from onnxcomp.runtime.sessions import Session, rewritten
 from tests import tiny
 
-__all__ = ["LOWEST", "RNG", "f32", "graph", "i64", "ops", "raised", "same", "weight"]
+__all__ = ["LOWEST", "RNG", "f32", "graph", "i64", "ops", "optimized", "raised", "same", "weight"]
 
 RNG = np.random.default_rng(0)
 LOWEST = float(np.finfo(np.float32).min)
@@ -23,6 +23,12 @@ def f32(x) -> np.ndarray:
 
 def i64(*xs: int) -> np.ndarray:
     return np.array(xs, np.int64)
+
+
+def optimized(model) -> Graph:
+    """The graph after the runtime's own optimizations, weights in memory."""
+    with rewritten(model) as graph:
+        return Graph(ir.external_data.load_to_model(graph))
 
 
 def weight(*shape: int) -> np.ndarray:

@@ -550,14 +550,14 @@ def test_row_41_exporters_and_attentions_are_tried_in_order_and_the_one_that_wor
     monkeypatch.setattr(routes, "_write", lambda job, program, opset, staging: None)
     monkeypatch.setattr(routes, "_verify", lambda job, file: {"outputs": {}})
     job = routes.Work(Model(), "feature-extraction", "fp32", 20, {}, ("input_ids",))
-    found = routes.first_that_works(job, tmp_path, lambda line: None)
+    found = routes.first_verified(job, tmp_path, lambda line: None)
     assert (found["route"], found["attention"]) == ("second", "eager")
     tried = [(a["route"], a["attention"]) for a in job.attempts]
     assert tried == [("first", "sdpa"), ("second", "sdpa"), ("first", "eager")]
     assert "a minor upgrade broke it" in job.attempts[0]["error"]
     monkeypatch.setattr(routes, "ROUTES", {"first": broken})
     with pytest.raises(ExportError, match=r"first .sdpa.* a minor upgrade broke it; first .eager"):
-        routes.first_that_works(job, tmp_path, lambda line: None)
+        routes.first_verified(job, tmp_path, lambda line: None)
 
 
 def test_row_51_tokens_are_merged_on_a_fixed_schedule_after_export():

@@ -209,8 +209,8 @@ def test_jobs_costs_and_keys_tell_the_kinds_of_machine_apart(monkeypatch: pytest
     hashes, seconds = set(), set()
     for features in KINDS.values():
         monkeypatch.setattr(target, "cpu_features", lambda now=features: now)
-        job = Job(path, Recipe.preset("int8"), oc.CPU)
-        assert job.target == target.resolved(target.resolved(oc.CPU)) == job.manager().target
+        job = Job(path, Recipe.preset("int8"))
+        assert job.settings.target == target.resolved(target.resolved(oc.CPU)) == job.manager().target
         hashes.add(job.hash())
         [cost] = costs.costs({"a": tiny.linear()}, {"x": (2, 5, 8)}, oc.CPU, measure=False)
         seconds.add(cost.seconds)

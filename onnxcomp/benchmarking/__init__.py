@@ -1,1 +1,1 @@
-"""Models timed against each other on this machine, each in a process of its own."""
+"""Comparison of models by speed and memory on this machine, each in a process of its own."""

@@ -1,4 +1,4 @@
-"""Models against each other on this machine: each in its own process, one running at a time, interleaved in blocks."""
+"""Benchmark of models on this machine: each in its own process, one running at a time, in alternating blocks."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
-from onnxcomp.files.storage import file_bytes, graphs_of, load
+from onnxcomp.files.storage import graphs_of, read
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array, Float64
-from onnxcomp.target import CPU, Target
+from onnxcomp.target import CPU, Target, find
 
 __all__ = ["BenchReport", "Block", "Ratio", "Row", "bench"]
 
-DIRTY = 0.15  # cores taken by others above which a block does not count: one taken core of two costs 3x, not 1.5x
-PAUSE = 0.04  # seconds in which the other model's threads come to rest
-ROUNDS = 12
-RESAMPLES = 1000
+# Cores used by other processes above which a block does not count: with one of two cores taken, the runtime is not 1.5
+# times slower but 3 times, since its threads wait for each other spinning.
+MAX_FOREIGN = 0.15
+PAUSE = 0.04  # seconds before a block; without it, spinning threads of the other model halved rates now and then
+ROUNDS = 12  # at least, unless fewer runs are asked for
+RESAMPLES = 1000  # of the bootstrap: 25 lie beyond each bound of the 95 % interval
 
 
 # ---- what was measured -----------------------------------------------------------------------------------------------
@@ -37,15 +40,15 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Block:
-    """Seconds of consecutive runs of one model, and how many cores others used meanwhile (None: unknown)."""
+    """Seconds of consecutive runs of one model, and how many cores other processes used meanwhile (None: unknown)."""
 
     samples: tuple[float, ...]
     foreign: float | None
 
     @property
     def dirty(self) -> bool:
-        """Whether others took so much of the machine that the times say nothing."""
-        return self.foreign is not None and self.foreign > DIRTY
+        """Whether other processes used so much of the machine that the times are not valid."""
+        return self.foreign is not None and self.foreign > MAX_FOREIGN
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster than another model, above 1 is faster, with its 95 % bootstrap interval."""
+    """How many times faster than another model (above 1: faster), with its 95 % bootstrap interval."""
 
     value: float
     low: float
@@ -90,24 +93,24 @@ class Rounds:
 
     @property
     def clean(self) -> list[int]:
-        """Rounds in which nobody disturbed any model; only those are compared."""
+        """Indices of the rounds in which no model was disturbed by other processes."""
         return [i for i, row in enumerate(self.blocks) if not any(b.dirty for b in row)]
 
     @property
     def used(self) -> list[int]:
-        """The clean rounds, or all of them where fewer than three are clean."""
+        """The clean rounds, or all where fewer than three are clean."""
         return clean if len(clean := self.clean) >= min(3, len(self.blocks)) else list(range(len(self.blocks)))
 
     def samples(self, model: int) -> Float64:
-        """Used seconds of one model, `[rounds, runs]`."""
+        """Seconds of one model in the used rounds, `[rounds, runs]`."""
         return np.array([self.blocks[i][model].samples for i in self.used], np.float64)
 
     def dropped(self, model: int) -> int:
-        """Samples that were measured and not used."""
+        """Number of runs that were measured but not used."""
         return sum(len(row[model].samples) for row in self.blocks) - self.samples(model).size
 
     def ratio(self, model: int, base: int = 0) -> Ratio:
-        """Median over rounds of the ratio of both models' block medians: a machine that drifts moves both alike."""
+        """Median over rounds of the ratio of both models' block medians, which cancels drift of the machine's speed."""
         a, b = (np.median(self.samples(i), axis=1) for i in (base, model))
         ratios = a / b
         picks = np.random.default_rng(0).integers(0, len(ratios), (RESAMPLES, len(ratios)))
@@ -141,9 +144,9 @@ class BenchReport:
         return self.rounds[key].ratio(index, base)
 
     def slower(self) -> list[str]:
-        """Models surely slower than the first at some shape: the whole interval lies below 1."""
-        found = [i for i in range(1, len(self.models)) if any(r.ratio(i).high < 1 for r in self.rounds.values())]
-        return [self.models[i] for i in found]
+        """Models that are slower than the first at some shape with the entire interval below 1."""
+        slower = [i for i in range(1, len(self.models)) if any(r.ratio(i).high < 1 for r in self.rounds.values())]
+        return [self.models[i] for i in slower]
 
     def json(self) -> dict[str, Any]:
         """Plain values: rows, ratios by shape, the machine and warnings."""
@@ -165,7 +168,7 @@ class BenchReport:
 
 
 @dataclass(frozen=True)
-class _Contestant:
+class _Model:
     """A model of the benchmark: its file, its graph and its bytes on disk."""
 
     name: str
@@ -174,17 +177,20 @@ class _Contestant:
     size: int
 
 
-def _contestant(path: Path) -> _Contestant:
+def _model(model: str | Path | Stored) -> _Model:
+    path = Path(model)
+    if isinstance(model, Stored):
+        return _Model(str(path), model.path, model.graph, model.nbytes)
     graphs = graphs_of(path)
     if len(graphs) > 1:
         raise ModelError(f"{path} holds {len(graphs)} graphs ({', '.join(graphs)}); name the .onnx file to benchmark")
-    file = next(iter(graphs.values()))
-    return _Contestant(str(path), file, load(file), file_bytes(file))
+    stored = read(path)
+    return _Model(str(path), stored.path, stored.graph, stored.nbytes)
 
 
 def bench(
-    models: Sequence[str | Path],
-    target: Target = CPU,
+    models: Sequence[str | Path | Stored],
+    target: str | Target = CPU,
     shapes: Sequence[Mapping[str, int]] = (),
     *,
     runs: int = 30,
@@ -195,20 +201,20 @@ def bench(
 ) -> BenchReport:
     """Time models (files or folders) against the first one, at least `runs` undisturbed runs each per shape.
 
-    `shapes` give the open axes, by default batch 1 and 8 with sequence 128, less where the model takes less; `data`
-    lends real inputs, cut or repeated to the shape; a block lasts `window` seconds. Raises `TargetError` where the
-    target does not really run.
+    `shapes` give sizes of the dynamic axes, by default batch 1 and 8 with sequence 128, less where the model takes
+    less; `data` provides real inputs, truncated or repeated to the shape; a block lasts `window` seconds. Raises
+    `TargetError` where the runtime falls back to another provider.
     """
     if not models:
         raise ModelError("there is no model to benchmark")
-    contestants = [_contestant(Path(m)) for m in models]
-    wanted = [dict(s) for s in shapes] or default_shapes(contestants[0].graph)
-    report = BenchReport(machine=machine(), models=[c.name for c in contestants])
-    run = _Run(report, contestants, target, _Plan(runs, threads, window), data)
-    for shape in wanted:  # a shape that does not fit is said before minutes are spent on the others
+    loaded_models = [_model(m) for m in models]
+    asked = [dict(s) for s in shapes] or default_shapes(loaded_models[0].graph)
+    report = BenchReport(machine=machine(), models=[c.name for c in loaded_models])
+    run = _Run(report, loaded_models, find(target), _Plan(runs, threads, window), data)
+    for shape in asked:  # a shape that does not fit is an error before minutes are spent on the others
         run.inputs(shape)
-    for i, shape in enumerate(wanted):
-        run.watch = (lambda done, total, i=i: watch(i * total + done, len(wanted) * total)) if watch else None
+    for i, shape in enumerate(asked):
+        run.watch = (lambda done, total, i=i: watch(i * total + done, len(asked) * total)) if watch else None
         run.measure(shape) if shapes else run.measure_shorter(shape)
     return report
 
@@ -222,20 +228,20 @@ class _Plan:
     window: float
 
     def count(self, seconds: float) -> int:
-        """Runs per block: enough to see other processes' CPU use in steps of 10 ms, never fewer than two."""
+        """Runs per block of `window` seconds (the system counts CPU use in steps of 10 ms), at least two."""
         return max(2, min(1000, round(self.window / max(seconds, 1e-6))))
 
     def rounds(self, counts: Sequence[int]) -> int:
-        """Rounds until each model has its runs; at least eight, so that an interval means something."""
+        """Rounds until each model has its runs; at least `ROUNDS`, so that the interval is meaningful."""
         return max(min(ROUNDS, self.runs), math.ceil(self.runs / min(counts)))
 
 
 @dataclass
 class _Run:
-    """What stays the same over the shapes of one benchmark."""
+    """The state of one benchmark that all shapes share."""
 
     report: BenchReport
-    contestants: Sequence[_Contestant]
+    models: Sequence[_Model]
     target: Target
     plan: _Plan
     data: Dataset | None
@@ -243,10 +249,10 @@ class _Run:
 
     def inputs(self, shape: Mapping[str, int]) -> list[dict[str, Array]]:
         """Feeds for each model."""
-        return [feeds_for(c.graph, shape, self.data) for c in self.contestants]
+        return [feeds_for(c.graph, shape, self.data) for c in self.models]
 
     def measure_shorter(self, shape: Mapping[str, int]) -> None:
-        """Measure at a default shape, with fewer tokens where the model does not take as many."""
+        """Measure at a default shape, with a quarter of the tokens as long as the model does not take as many."""
         length = shape.get("sequence", 0)
         while True:
             try:
@@ -257,10 +263,10 @@ class _Run:
                 length //= 4
 
     def measure(self, shape: Mapping[str, int]) -> None:
-        """Fresh processes per shape, so that peak memory belongs to the shape."""
+        """Measure one shape in fresh processes, so that peak memory is that of the shape."""
         feeds, children, loaded = self.inputs(shape), [], []
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder, contextlib.ExitStack() as stack:
-            for i, (c, arrays) in enumerate(zip(self.contestants, feeds, strict=True)):
+            for i, (c, arrays) in enumerate(zip(self.models, feeds, strict=True)):
                 file = Path(folder) / f"{i}.npz"
                 np.savez(file, allow_pickle=False, **arrays)
                 children.append(stack.enter_context(Child(c.name)))
@@ -270,7 +276,7 @@ class _Run:
         self.report.machine["runtime"] = loaded[0]["runtime"]
         self.report.rounds[label(shape)] = rounds
         self.report.warnings += _warnings(rounds, label(shape))
-        for i, c in enumerate(self.contestants):
+        for i, c in enumerate(self.models):
             facts = {**loaded[i], "peak_mib": peaks[i]}
             self.report.rows.append(_row(c, label(shape), rounds, i, facts, feeds[i]))
 
@@ -278,7 +284,7 @@ class _Run:
 def _interleave(
     children: Sequence[Child], plan: _Plan, watch: Callable[[int, int], None] | None
 ) -> tuple[Rounds, list[float]]:
-    """Blocks A B, B A, A B ... until enough rounds are clean, at most three times as many as asked."""
+    """Measure blocks A B, B A, A B ... until enough rounds are clean, at most three times as many; and peak MiB."""
     counts, warmups, peaks = [], [], []
     for child in children:
         time.sleep(PAUSE)
@@ -286,8 +292,8 @@ def _interleave(
         counts.append(plan.count(median))
         warmups.append(3 if median < 0.1 else 1)
         peaks.append(0.0)
-    wanted, rounds = plan.rounds(counts), Rounds(())
-    while len(rounds.clean) < wanted and len(rounds.blocks) < 3 * wanted:
+    needed, rounds = plan.rounds(counts), Rounds(())
+    while len(rounds.clean) < needed and len(rounds.blocks) < 3 * needed:
         order = list(range(len(children)))
         row: dict[int, Block] = {}
         for i in order if len(rounds.blocks) % 2 == 0 else reversed(order):
@@ -297,7 +303,7 @@ def _interleave(
             peaks[i] = max(peaks[i], reply["peak_mib"])
         rounds = Rounds((*rounds.blocks, tuple(row[i] for i in order)))
         if watch:
-            watch(min(len(rounds.clean), wanted), wanted)
+            watch(min(len(rounds.clean), needed), needed)
     return rounds, peaks
 
 
@@ -312,7 +318,7 @@ def _warnings(rounds: Rounds, shape: str) -> Iterator[str]:
 
 
 def _row(
-    c: _Contestant,
+    c: _Model,
     shape: str,
     rounds: Rounds,
     index: int,

@@ -1,6 +1,7 @@
-"""The child process of the benchmark and its handle: it holds one model, runs when told, watches who else computes.
+"""The worker process of the benchmark, its handle, and a watch on the CPU use of other processes.
 
-One JSON object per line in and out: `load`, then any number of `run`; the end of the input ends the process.
+A worker holds one model. It reads and answers one JSON object per line: `load`, then any number of `run`; the end of
+the input ends the process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _STAT = Path("/proc/stat")
 
 
 class Child:
-    """A worker process that holds one model; leaving the `with` ends it."""
+    """The handle of a worker process, which ends with the `with` statement."""
 
     def __init__(self, name: str, command: Sequence[str] = ()) -> None:
         self._name = name
@@ -92,7 +93,7 @@ class Child:
 
 
 def busy_seconds(stat: str, cpus: frozenset[int], ticks: int) -> float:
-    """Seconds the given cores were not idle, from the text of /proc/stat (guest time is inside user time)."""
+    """Seconds in which the given cores were not idle, from the text of /proc/stat (user time includes guest time)."""
     total = 0
     for line in stat.splitlines():
         name, *fields = line.split()
@@ -103,7 +104,7 @@ def busy_seconds(stat: str, cpus: frozenset[int], ticks: int) -> float:
 
 
 class Watch:
-    """Cores used by others, over the time since the last `start`; None where the system does not tell."""
+    """Measures how many cores other processes use since the last `start`."""
 
     def __init__(self) -> None:
         self._cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
@@ -114,48 +115,50 @@ class Watch:
         return busy_seconds(_STAT.read_text(), self._cpus, os.sysconf("SC_CLK_TCK")) if self._known else 0.0
 
     def start(self) -> None:
-        """Begin a window."""
+        """Begin a new interval."""
         self._begin = (time.perf_counter(), self._busy(), time.process_time())
 
     def foreign(self) -> float | None:
-        """Cores' worth of other processes' work since `start`, own threads subtracted."""
-        wall, busy, own = self._begin
+        """Average number of cores that other processes used since `start`; None where the system does not tell."""
+        wall, busy, cpu = self._begin
         elapsed = time.perf_counter() - wall
         if not self._known or elapsed <= 0:
             return None
-        return max(0.0, (self._busy() - busy - (time.process_time() - own)) / elapsed)
+        return max(0.0, (self._busy() - busy - (time.process_time() - cpu)) / elapsed)
 
 
 def _target(fields: Mapping[str, Any]) -> Target:
-    """A target from its fields after a trip through JSON."""
+    """A target from its fields as JSON holds them."""
     return Target(**{**fields, "providers": tuple(fields["providers"]), "quantized": Quantized(**fields["quantized"])})
 
 
 class _Worker:
-    """The state between two lines."""
+    """The state of the worker process between two requests."""
 
     def __init__(self) -> None:
         self.session: Session | None = None
         self.feeds: dict[str, Any] = {}
 
     def load(self, m: Mapping[str, Any]) -> dict[str, Any]:
-        """Make the session, read the inputs, and run once."""
+        """Create the session, read the inputs, and run once."""
         target = _target(m["target"])
         check_target(target)  # also loads the library, which is no part of loading the model
-        before, base = status("Threads"), peak_mib()
+        threads_before, base = status("Threads"), peak_mib()
         started = time.perf_counter()
         self.session = Session(Path(m["model"]), target, threads=m["threads"], prepack=True)
         loaded = time.perf_counter()
         if self.session.emulated:
             raise TargetError(f"{m['model']}: computes in bfloat16, for which a CPU has no kernels: nothing to time")
-        after = status("Threads")
+        threads_after = status("Threads")
         types = {port.name: port.dtype for port in self.session.inputs}
         with np.load(m["feeds"], allow_pickle=False) as archive:
             for name, a in archive.items():  # npz knows no bfloat16 and gives raw bytes
                 self.feeds[name] = a.view(types[name]) if a.dtype.kind == "V" and name in types else a
         self.session.run(self.feeds)
         # ONNX Runtime counts the calling thread as one of its own.
-        threads = m["threads"] or (1 + after - before if after is not None and before is not None else 0)
+        threads = m["threads"] or (
+            1 + threads_after - threads_before if threads_after is not None and threads_before is not None else 0
+        )
         return {
             "load_s": loaded - started,
             "base_mib": base,
@@ -165,7 +168,7 @@ class _Worker:
         }
 
     def run(self, m: Mapping[str, Any]) -> dict[str, Any]:
-        """Warm up, then `count` timed runs as one window."""
+        """Warm up, then `count` timed runs as one block."""
         if self.session is None:
             raise OnnxcompError("the benchmark's worker was asked to run before it had a model")
         for _ in range(m["warmup"]):
@@ -180,7 +183,7 @@ class _Worker:
 
 
 def serve(lines: TextIO, replies: TextIO) -> None:
-    """Answer every line; a failure on purpose is an answer too."""
+    """Answer every line; errors of this package are answers too."""
     worker = _Worker()
     for line in lines:
         message = json.loads(line)
@@ -193,7 +196,7 @@ def serve(lines: TextIO, replies: TextIO) -> None:
 
 
 def main() -> None:
-    """Speak on a private copy of stdout, since providers print to the real one."""
+    """Run the worker with replies on a copy of stdout, since providers print to the real one."""
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
         os.dup2(2, 1)
         serve(sys.stdin, replies)

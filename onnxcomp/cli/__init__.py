@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -16,9 +16,6 @@ from onnxcomp.cli import failures
 from onnxcomp.cli.console import Output, parse_memory, parse_shape
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
-
-if TYPE_CHECKING:
-    from onnxcomp.reports.outcome import Result
 
 __all__ = ["app", "main"]
 
@@ -38,7 +35,9 @@ Target = Annotated[
 ]
 Source = "an .npz, .jsonl or .txt file, a folder of images or .npz files, package.module:function, or random"
 Calibration = Annotated[str | None, typer.Option(metavar="SRC", help=f"Data for statistics: {Source}.")]
-Evaluation = Annotated[str | None, typer.Option("--eval", metavar="SRC", help="Data to judge on, of the same kinds.")]
+Evaluation = Annotated[
+    str | None, typer.Option("--evaluation", "--eval", metavar="SRC", help="Data to judge on, of the same kinds.")
+]
 Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
 Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
@@ -142,11 +141,15 @@ def optimize(
     verbose: Verbose = False,
 ) -> None:
     """Make a model faster without changing what it computes; needs no data."""
+    from onnxcomp.cli.compress_model import show
+    from onnxcomp.engine.compress import compress_each
+
     shapes = [parse_shape(s) for s in shape or ()]
-    options = {"shapes": shapes, "opset": opset, "graph": graph, "measure": not no_measure, "report": report}
-    options["exact_rows"] = exact_rows
-    options |= {"choices": choices, "cache": cache}
-    _compress(Output(json, quiet, verbose), model, out, preset="optimize", target=target, **options)
+    run = functools.partial(
+        compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
+        measure=not no_measure, report=report, exact_rows=exact_rows, choices=choices, cache=cache,
+    )  # fmt: skip
+    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
 @app.command()
@@ -185,51 +188,31 @@ def compress(
     verbose: Verbose = False,
 ) -> None:
     """Compress a model, judge it on held-out data, measure it; a result that a gate refuses is not written."""
+    from onnxcomp.cli.compress_model import show
+    from onnxcomp.engine.compress import compress_each
+
     if out is None and not plan:
         raise typer.BadParameter("say where to write the result with -o, or use --plan", param_hint="-o")
-    _compress(
-        Output(json, quiet, verbose), model, None if plan else out,
+    out = None if plan else out
+    rule: Any = on_fail  # typer before 0.19 knows no Literal; the recipe refuses other words
+    run = functools.partial(
+        compress_each, model, out,
         preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration, evaluation=evaluation,
-        samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=on_fail,
+        samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=rule,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
-        exact_rows=exact_rows,
-        choices=choices,
+        exact_rows=exact_rows, choices=choices,
     )  # fmt: skip
-
-
-def _compress(output: Output, model: Path, out: Path | None, **options: Any) -> None:
-    from onnxcomp.engine.compress import compress_each
-    from onnxcomp.reports import json_report as report
-    from onnxcomp.reports import tables
-
-    with output.progress() as watch:
-        results = compress_each(model, out, watch=watch, **options)
-    graphs = {name: report.to_json(r.report) for name, r in results.items()}
-    lines, shown = [], []
-    for name, result in results.items():
-        line = report.headline(result.report) if out else _planned(result)
-        lines.append(line if len(results) == 1 else f"{name}: {line}")
-        shown += tables.report_tables(result.report, verbose=output.verbose)
-    shown.append(f"written to {out}" if out else "nothing was written (--plan)")
-    output.show({"out": str(out) if out else None, "graphs": graphs}, "\n".join(lines), *shown)
-
-
-def _planned(result: Result) -> str:
-    """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
-    steps, told = result.report.steps, result.report.info["plan"]
-    before, after = told["bytes"]
-    changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
-    counts = [f"{k} {told[k][0] / 1e6:.2f} > {told[k][1] / 1e6:.2f} M" for k in ("parameters", "macs")]
-    line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
-    return line + (f"; not planned without data: {', '.join(told['needs_data'])}" if told["needs_data"] else "")
+    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
 
 @app.command()
 def validate(
     reference: Model,
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
-    evaluation: Annotated[str, typer.Option("--eval", metavar="SRC", help=f"Data to judge on: {Source}.")],
+    evaluation: Annotated[
+        str, typer.Option("--evaluation", "--eval", metavar="SRC", help=f"Data to judge on: {Source}.")
+    ],
     metric: Annotated[list[str] | None, typer.Option(help="agreement, accuracy, f1, perplexity, ...")] = None,
     gate: Gates = None,
     target: Target = "cpu",
@@ -245,12 +228,18 @@ def validate(
 ) -> None:
     """Compare a model with its original on data: drift and task metrics with intervals."""
     from onnxcomp.cli import validate_models
+    from onnxcomp.engine.settings import Settings
     from onnxcomp.reports import tables
+    from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
-    data = validate_models.DataChoice(evaluation, samples, batch or 8, sequence, seed, allow_code)
-    asked = validate_models.Asked(tuple(metric or ()), tuple(gate or ()), target, graph)
-    result = validate_models.compare(reference, candidate, data, asked)
+    settings = Settings(
+        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence, seed=seed,
+        allow_code=allow_code,
+    )  # fmt: skip
+    result = validate_models.compare(
+        reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
+    )
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
     output.show(result.json(), result.headline(), *shown)
     if result.refused:

@@ -52,7 +52,7 @@ def _refusal(e: GateFailed) -> tuple[Any, str]:
     console = Console(file=text, width=WIDE, highlight=False)
     for table in report_tables(e.report):
         show(console, table)
-    advice = str(e.report.info.get("advice", "")).strip()
+    advice = e.report.origin.advice.strip() if e.report.origin is not None else ""
     return to_json(e.report), text.getvalue() + "\nNothing was written.\n" + (
         f"What to try:\n{advice}\n" if advice else ""
     )

@@ -12,7 +12,7 @@ from onnxcomp.blocks import linears
 from onnxcomp.blocks.describe import describe as anatomy
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
-from onnxcomp.files.storage import chosen_graphs, file_bytes, load
+from onnxcomp.files.storage import chosen_graphs, read
 from onnxcomp.graph import Graph
 
 __all__ = ["SCHEMA_VERSION", "headline", "inspect", "schema"]
@@ -158,14 +158,15 @@ def headline(found: dict[str, Any]) -> str:
 
 
 def _facts(name: str, path: Path, exact_rows: bool) -> dict[str, Any]:
-    g = load(path)
+    held = read(path)
+    g = held.graph
     raised = g.clone()
     canonicalize(raised, exact_rows=exact_rows)
     facts = anatomy(raised)
     own = {
         "name": name,
         "file": str(path),
-        "megabytes": round(file_bytes(path) / 1e6, 3),
+        "megabytes": round(held.nbytes / 1e6, 3),
         "inputs": {s.name: f"{s.dtype}{_shape(s.shape)}" for s in specs(g)},
         "outputs": _outputs(g),
     }

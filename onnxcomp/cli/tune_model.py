@@ -8,6 +8,7 @@ from pathlib import Path
 from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
@@ -40,7 +41,7 @@ def tune(
     for path in chosen_graphs(Path(model), graph).values():
         g = storage.load(path)
         manager = PassManager(
-            chosen.passes, target=target, measure=True, shapes=[dict(s) for s in shapes], allow_unchanged=True,
+            chosen.passes, Settings(target=target, shapes=tuple(shapes)), allow_unchanged=True,
             any_order=chosen.any_order,
         )  # fmt: skip
         if manager.host_note or not target.here:

@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from onnxcomp.data.datasets import load_data
-from onnxcomp.files.storage import file_bytes, load, one_graph
+from onnxcomp.engine.settings import Settings
+from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
-from onnxcomp.target import find
 from onnxcomp.validation.compare import Validation, validate
 from onnxcomp.validation.gates import Gate, Verdict
 
-if TYPE_CHECKING:
-    from onnxcomp.data.datasets import Dataset
-    from onnxcomp.graph import Graph
-
-__all__ = ["Asked", "Compared", "DataChoice", "compare"]
-
-
-@dataclass(frozen=True)
-class DataChoice:
-    """A data source with how much of it is used."""
-
-    source: str
-    samples: int | None = None
-    batch: int = 8
-    sequence: int | None = None
-    seed: int = 0
-    allow_code: bool = False
-
-    def open(self, graph: Graph, folder: Path) -> Dataset:
-        """The dataset for a model with its tokenizer or image processor in `folder`; raises `DataError`."""
-        return load_data(
-            self.source,
-            graph,
-            folder,
-            batch=self.batch,
-            samples=self.samples,
-            sequence=self.sequence,
-            allow_code=self.allow_code,
-            seed=self.seed,
-        )
+__all__ = ["Compared", "compare"]
 
 
 @dataclass(frozen=True)
@@ -69,22 +40,21 @@ class Compared:
         return "; ".join(str(v) for v in self.verdicts if not v.passed)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What is asked of the comparison; metrics that gates name are computed as well."""
-
-    metrics: tuple[str, ...] = ()
-    gates: tuple[str, ...] = ()
-    target: str = "cpu"
-    graph: str | None = None
-
-
-def compare(reference: Path, candidate: Path, data: DataChoice, asked: Asked) -> Compared:
-    """Run both models on the data and judge the candidate."""
-    gate = Gate(asked.gates)
-    first, second = one_graph(reference, asked.graph), one_graph(candidate, asked.graph)
-    dataset = data.open(load(first), first.parent)
-    wanted = list(dict.fromkeys([*asked.metrics, *gate.metrics]))
-    v = validate(first, second, dataset, find(asked.target), wanted, allow_code=data.allow_code)
-    sizes = {"size": file_bytes(second) / max(1, file_bytes(first))}
+def compare(
+    reference: Path,
+    candidate: Path,
+    settings: Settings,
+    *,
+    metrics: Sequence[str] = (),
+    gates: Sequence[str] = (),
+    graph: str | None = None,
+) -> Compared:
+    """Run both models on the settings' evaluation data and judge the candidate; metrics of gates are computed too."""
+    gate = Gate(gates)
+    first, second = (storage.read(storage.one_graph(x, graph)) for x in (reference, candidate))
+    data = settings.dataset(settings.evaluation, first.graph, first.path.parent)
+    assert data is not None, "there is nothing to judge on"
+    wanted = list(dict.fromkeys([*metrics, *gate.metrics]))
+    v = validate(first, second, data, settings.target, wanted, allow_code=settings.allow_code)
+    sizes = {"size": second.nbytes / max(1, first.nbytes)}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))

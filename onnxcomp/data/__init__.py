@@ -1,1 +1,1 @@
-"""Where batches come from, and what a model is fed."""
+"""Calibration and evaluation data: sources, checks against a model's inputs, batches."""

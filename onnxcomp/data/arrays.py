@@ -1,4 +1,4 @@
-"""Samples that are arrays already: npz files, Python objects, functions, and made-up numbers."""
+"""Samples that are arrays already: npz files, Python objects, functions, and random numbers."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from onnxcomp.maths import Array
 
 __all__ = ["Npz", "Random", "Rows", "from_function", "read_json"]
 
-LIMIT = 2 << 30  # bytes of batches from Python that are kept in memory
+LIMIT = 2 << 30  # bytes of batches from Python that are kept in memory; more belongs in files
 
 
 class Rows:
-    """Samples of batches held in memory; only neighbours of equal shape share a batch."""
+    """Samples of batches in memory; only consecutive samples of equal shapes and types share a batch."""
 
     def __init__(self, parts: Sequence[Batch], name: str, random: bool = False) -> None:
         self.name, self.random, self.notes = name, random, list[str]()
         self.parts = parts
         self.index: list[tuple[int, int]] = []
         self.keys: list[object] = []
-        labelled = set()
+        unlabelled = set()
         for p, part in enumerate(parts):
             self.index += [(p, r) for r in range(part.size)]
             self.keys.append(tuple((n, a.dtype.str, a.shape[1:]) for n, a in sorted(part.feeds.items())))
-            labelled.add(part.labels is None)
+            unlabelled.add(part.labels is None)
         self.widest = max(Counter(p for p, _ in self.index).values(), default=1)
-        if len(labelled) > 1:
+        if len(unlabelled) > 1:
             raise DataError(f"{name}: some batches have labels and some have none")
 
     def __len__(self) -> int:
@@ -49,7 +49,7 @@ class Rows:
         return self.keys[self.index[index][0]]
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """The samples stacked; a scalar input is the one of the first sample."""
+        """The samples as one batch; a scalar input is that of the first sample's batch."""
         spans = [(p, slice(rows[0], rows[-1] + 1)) for p, rows in _runs([self.index[i] for i in indices])]
         first = self.parts[spans[0][0]]
         feeds = {
@@ -57,12 +57,12 @@ class Rows:
             for n, a in first.feeds.items()
         }
         labels = [self.parts[p].labels for p, _ in spans]
-        whole = (
+        stacked = (
             None
             if first.labels is None
             else _stack([x[s] for x, (_, s) in zip(labels, spans, strict=True) if x is not None])
         )
-        return Batch(feeds, whole)
+        return Batch(feeds, stacked)
 
     @classmethod
     def of(cls, x: Any, name: str) -> Rows:
@@ -126,7 +126,7 @@ class Npz(Rows):
 
 
 class _Files(Sequence[Batch]):
-    """The batches of several files, read when asked for; small ones stay in memory."""
+    """The batches of several files, read on access; all stay in memory below `LIMIT / 4` bytes of files, else two."""
 
     def __init__(self, files: Sequence[Path]) -> None:
         self.files = files
@@ -154,7 +154,7 @@ def _read_npz(path: Path) -> Batch:
 
 
 def from_function(src: str, allow_code: bool) -> Rows:
-    """Batches that `package.module:function` yields; only where running code was allowed."""
+    """The batches that `package.module:function` yields; raises `DataError` where running code was not allowed."""
     if not allow_code:
         raise DataError(f"{src}: names Python code, which is run only with --allow-code")
     module, _, function = src.partition(":")
@@ -182,7 +182,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Random(Rows):
-    """Made-up samples of the right shapes: whole numbers within the vocabulary, normal floats, masks of ones."""
+    """Random samples of the model's shapes: ids within the vocabulary, normally distributed floats, masks of ones."""
 
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
         inputs, vocab = specs(graph), vocabulary(graph)
@@ -197,11 +197,11 @@ class Random(Rows):
             free = sizes["pixels" if kind == "pixels" else "length"]
             shape = tuple(samples if i == 0 else d if isinstance(d, int) else free for i, d in enumerate(s.shape))
             rows = vocab.get(s.name) or (config.get("vocab_size") if kind == "tokens" else None)
-            feeds[s.name] = made_up(s, shape, kind, rows, rng)
+            feeds[s.name] = random_input(s, shape, kind, rows, rng)
         super().__init__([Batch(feeds)], "random", random=True)
 
 
-def made_up(s: TensorSpec, shape: tuple[int, ...], kind: str, rows: int | None, rng: np.random.Generator) -> Array:
+def random_input(s: TensorSpec, shape: tuple[int, ...], kind: str, rows: int | None, rng: np.random.Generator) -> Array:
     """A valid random value of an input by its role; ids stay below `rows`, other integers are zero."""
     if kind == "mask" or s.dtype.kind == "b":
         return np.ones(shape, s.dtype)

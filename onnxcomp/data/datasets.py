@@ -1,4 +1,4 @@
-"""Where batches come from: files, folders, functions or Python objects; re-iterable and checked."""
+"""Datasets: batches from files, folders, functions or Python objects, checked against the model and repeatable."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import arrays
-from onnxcomp.data.inputs import Batch, Fit, Source, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.inputs import Batch, InputCheck, Source, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 
@@ -18,24 +18,24 @@ __all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap
 
 
 class Dataset:
-    """Samples in batches; iterating again gives the same batches again.
+    """Samples in batches; every iteration gives the same batches.
 
-    Law: which samples there are, how they split and their fingerprint depend neither on batch size nor on order of use.
+    The samples, their split and their fingerprint depend neither on the batch size nor on the order of use.
     """
 
     def __init__(
         self,
         source: Source,
         batch: int = 8,
-        fit: Fit | None = None,
+        check: InputCheck | None = None,
         indices: Sequence[int] | None = None,
-        whole: bool = False,
+        fixed_batch: bool = False,
     ):
         if batch < 1:
             raise DataError(f"the batch size must be at least 1, got {batch}")
-        self._source, self._fit, self.batch, self._whole = source, fit, batch, whole
+        self._source, self._check, self.batch, self._fixed_batch = source, check, batch, fixed_batch
         self.indices = tuple(range(len(source)) if indices is None else indices)
-        if whole:  # the model takes batches of exactly this size
+        if fixed_batch:  # the model takes batches of exactly this size
             self.indices = self.indices[: len(self.indices) // batch * batch]
         self._hashes: dict[int, bytes] = {}
 
@@ -46,39 +46,43 @@ class Dataset:
 
     @property
     def random(self) -> bool:
-        """Whether the samples are made up, so that nothing follows for the model's quality."""
+        """Whether the samples are random numbers, from which nothing follows for the model's quality."""
         return self._source.random
 
     @property
     def notes(self) -> list[str]:
-        """What was done to the data on the way in: arrays ignored, texts cut, inputs made."""
+        """What loading changed: arrays ignored, texts truncated, inputs derived."""
         return self._source.notes
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __iter__(self) -> Iterator[Batch]:
+        return map(self._rows, self._groups())
+
+    def _groups(self) -> Iterator[list[int]]:
+        """The indices of each batch."""
         group: list[int] = []
         for i in self.indices:
             if group and (len(group) == self.batch or self._source.key(i) != self._source.key(group[0])):
-                yield self._rows(group)
+                yield group
                 group = []
             group.append(i)
         if group:
-            yield self._rows(group)
+            yield group
 
     def _rows(self, indices: Sequence[int]) -> Batch:
         batch = self._source.rows(indices)
-        return batch if self._fit is None else self._fit(batch, indices[0], self._source.notes)
+        return batch if self._check is None else self._check(batch, indices[0], self._source.notes)
 
-    def _with(self, indices: Sequence[int], batch: int | None = None) -> Dataset:
-        size = self.batch if self._whole else batch or self.batch
-        part = Dataset(self._source, size, self._fit, indices, self._whole)
+    def _select(self, indices: Sequence[int], batch: int | None = None) -> Dataset:
+        size = self.batch if self._fixed_batch else batch or self.batch
+        part = Dataset(self._source, size, self._check, indices, self._fixed_batch)
         part._hashes = self._hashes
         return part
 
     def checked(self) -> Dataset:
-        """Itself, after every batch has passed the checks; raises `DataError`."""
+        """This dataset, after checking every batch; raises `DataError`."""
         if not len(self):
             raise DataError(f"{self.name}: holds no samples")
         for _ in self:
@@ -87,17 +91,26 @@ class Dataset:
 
     def head(self, n: int) -> Dataset:
         """The first `n` samples."""
-        return self._with(self.indices[:n])
+        return self._select(self.indices[:n])
+
+    def leading(self, n: int) -> tuple[Dataset, int]:
+        """The first batches, whole, that hold at most `n` samples together, but at least one; and their number."""
+        total, count = 0, 0
+        for group in self._groups():
+            if count and total + len(group) > n:
+                break
+            total, count = total + len(group), count + 1
+        return self.head(total), count
 
     def spread(self, n: int) -> Dataset:
-        """At most `n` samples, evenly spaced, so that sorted data stays represented."""
+        """At most `n` samples at equal distances, so that data sorted by class or length stays represented."""
         if n >= len(self):
             return self
-        return self._with([self.indices[i * len(self) // n] for i in range(n)])
+        return self._select([self.indices[i * len(self) // n] for i in range(n)])
 
     def rebatch(self, batch: int) -> Dataset:
         """The same samples in batches of another size."""
-        return self._with(self.indices, batch)
+        return self._select(self.indices, batch)
 
     def split(self, holdout: int = 5) -> tuple[Dataset, Dataset]:
         """Calibration and evaluation parts: every `holdout`-th sample is held out; raises `DataError`."""
@@ -108,7 +121,7 @@ class Dataset:
             )
         held = self.indices[holdout - 1 :: holdout]
         kept = [i for n, i in enumerate(self.indices) if (n + 1) % holdout]
-        return self._with(kept), self._with(held)
+        return self._select(kept), self._select(held)
 
     def _hash(self, i: int) -> bytes:
         """Hash of the feeds of one sample."""
@@ -145,13 +158,13 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
             raise DataError(f"{x}: reading data needs the model it is for; call load_data(source, graph, folder)")
         return load_data(x, graph, graph.path.parent if graph.path else None, batch=batch)
     source = arrays.Rows.of(x, name or f"{type(x).__name__} of batches")
-    fit = None if graph is None else Fit(specs(graph), vocabulary(graph), source.name)
+    check = None if graph is None else InputCheck(specs(graph), vocabulary(graph), source.name)
     fixed = _static_batch(graph)
-    return Dataset(source, fixed or max(batch, source.widest), fit, whole=fixed is not None).checked()
+    return Dataset(source, fixed or max(batch, source.widest), check, fixed_batch=fixed is not None).checked()
 
 
 def _static_batch(graph: Graph | None) -> int | None:
-    """The batch size a model insists on, if it does."""
+    """The batch size of a model with a static batch axis."""
     sizes = {s.shape[0] for s in specs(graph) if s.shape} if graph is not None else set()
     return next((d for d in sizes if isinstance(d, int)), None)
 
@@ -177,12 +190,12 @@ def load_data(
         raise DataError(f"the number of samples must be at least 1, got {samples}")
     source = _open(str(src), graph, folder, samples=samples, sequence=sequence, allow_code=allow_code, seed=seed)
     fixed = _static_batch(graph)
-    data = Dataset(source, fixed or batch, Fit(inputs, vocab, source.name), whole=fixed is not None)
+    data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
     if fixed and len(source) > len(data):
-        left = len(source) - len(data)
-        source.notes.append(f"{left} samples were left out: the model takes batches of exactly {fixed}")
+        omitted = len(source) - len(data)
+        source.notes.append(f"{omitted} samples were left out: the model takes batches of exactly {fixed}")
     return data.checked()
 
 

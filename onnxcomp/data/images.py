@@ -1,4 +1,4 @@
-"""Image samples: a folder, prepared as the image processor beside the model says; the same for every model compared."""
+"""Image samples: files of a folder, preprocessed as the configuration of the model's image processor says."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from onnxcomp.maths import Array
 __all__ = ["Images"]
 
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-KEEP = 256 << 20  # bytes of prepared images kept in memory
-BILINEAR = 2
+CACHE_BYTES = 256 << 20  # bytes of preprocessed images kept in memory
+BILINEAR = 2  # Pillow's number, as in preprocessor_config.json
 
 
 class Images:
-    """Images of a folder; class-named subfolders give the labels, and classes take turns in the order."""
+    """Images of a folder; subfolders named by class give labels, and samples alternate between the classes."""
 
     random = False
 
@@ -33,7 +33,7 @@ class Images:
         self.settings = _settings(folder)
         config = read_json(folder / "config.json") if folder is not None else {}
         self.files, self.labels = _find(path, config)
-        self._kept: dict[int, Array] = {}
+        self._cache: dict[int, Array] = {}
         self._bytes = 0
         if not self.settings:
             self.notes.append(
@@ -44,7 +44,7 @@ class Images:
         return len(self.files)
 
     def key(self, index: int) -> object:
-        """Images of one size share a batch; a processor that fixes the size makes them all equal."""
+        """Only images of equal size share a batch; where the model's size is static, all are."""
         return self._image(index).shape if not self._fixed() else None
 
     def _fixed(self) -> bool:
@@ -57,11 +57,11 @@ class Images:
         return Batch({self.spec.name: pixels}, labels)
 
     def _image(self, index: int) -> Array:
-        if index in self._kept:
-            return self._kept[index]
+        if index in self._cache:
+            return self._cache[index]
         a = prepare(self.files[index], self.settings, self.spec)
-        if self._bytes + a.nbytes <= KEEP:
-            self._kept[index] = a
+        if self._bytes + a.nbytes <= CACHE_BYTES:
+            self._cache[index] = a
             self._bytes += a.nbytes
         return a
 
@@ -77,9 +77,9 @@ def _pixels(inputs: Sequence[TensorSpec], path: Path) -> TensorSpec:
 def _settings(folder: Path | None) -> dict[str, Any]:
     if folder is None:
         return {}
-    own = read_json(folder / "preprocessor_config.json")
+    settings = read_json(folder / "preprocessor_config.json")
     nested = read_json(folder / "processor_config.json").get("image_processor")
-    return own or (nested if isinstance(nested, dict) else {})
+    return settings or (nested if isinstance(nested, dict) else {})
 
 
 def _find(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], list[int] | None]:
@@ -96,8 +96,8 @@ def _find(path: Path, config: Mapping[str, Any]) -> tuple[list[Path], list[int] 
     number = {c: known.get(c.name, int(c.name) if c.name.isdecimal() else None) for c in classes}
     if any(n is None for n in number.values()):
         if len(known) > 0 and any(n is not None for n in number.values()):
-            lost = next(c.name for c, n in number.items() if n is None)
-            raise DataError(f"{path}: class folder '{lost}' is not in the model's config.json ({', '.join(known)})")
+            unknown = next(c.name for c, n in number.items() if n is None)
+            raise DataError(f"{path}: class folder '{unknown}' is not in the model's config.json ({', '.join(known)})")
         number = {c: n for n, c in enumerate(classes)}
     columns = [[(p, number[c] or 0) for p in sorted(c.iterdir()) if p.suffix.lower() in KINDS] for c in classes]
     mixed = [x for row in itertools.zip_longest(*columns) for x in row if x is not None]
@@ -166,7 +166,7 @@ def _size(settings: Mapping[str, Any], spec: TensorSpec, now: tuple[int, int]) -
 
 
 def _crop(a: Array, height: int, width: int) -> Array:
-    """The middle of an image `[channels, h, w]`, with zeros around one that is too small."""
+    """The center of an image `[channels, h, w]`; smaller ones are padded with zeros."""
     pad = [
         (0, 0),
         *(

@@ -1,4 +1,4 @@
-"""What a model is fed: the specification of its inputs, batches that fit it, and the checks that prove it."""
+"""The inputs of a model: their specification, the role each plays, and the checks that batches must pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Batch", "Fit", "Source", "TensorSpec", "completed", "roles", "specs", "vocabulary"]
+__all__ = ["Batch", "InputCheck", "Source", "TensorSpec", "completed", "roles", "specs", "vocabulary"]
 
 LABELS = ("labels", "label")
 
@@ -46,7 +46,7 @@ class TensorSpec:
 
 
 class Source(Protocol):
-    """Where samples come from; the same index always gives the same sample."""
+    """Samples by index; the same index always gives the same sample."""
 
     name: str
     random: bool
@@ -76,8 +76,8 @@ def spec(v: ir.Value) -> TensorSpec:
 
 
 def roles(inputs: Sequence[TensorSpec]) -> dict[str, str]:
-    """Which input plays which role: `tokens`, `mask`, `types`, `positions`, `pixels`, by name first, then by shape."""
-    found: dict[str, str] = {}
+    """Input name by role: `tokens`, `mask`, `types`, `positions` or `pixels`, by name, then by shape."""
+    names: dict[str, str] = {}
     for s in inputs:
         name = s.name.lower()
         if len(s.shape) == 4 and not s.integer and s.dtype.kind != "b":
@@ -92,18 +92,22 @@ def roles(inputs: Sequence[TensorSpec]) -> dict[str, str]:
             role = "tokens"
         else:
             continue
-        found.setdefault(role, s.name)
-    return found
+        names.setdefault(role, s.name)
+    return names
 
 
 def vocabulary(graph: Graph) -> dict[str, int]:
-    """Rows of the embedding table that each integer input indexes directly."""
+    """Number of rows of the embedding table that each integer input indexes directly, by input name."""
     sizes: dict[str, int] = {}
     for v in graph.inputs:
         reach = [v]
         for x in reach:
             for user, index in x.uses():
-                if user.op_type in ("Cast", "Identity") and len(user.outputs) == 1 and _whole(user.outputs[0], user):
+                if (
+                    user.op_type in ("Cast", "Identity")
+                    and len(user.outputs) == 1
+                    and _stays_integer(user.outputs[0], user)
+                ):
                     reach.append(user.outputs[0])
                 elif user.op_type == "Gather" and index == 1:
                     table = Graph.tensor(user.inputs[0])
@@ -114,14 +118,14 @@ def vocabulary(graph: Graph) -> dict[str, int]:
     return sizes
 
 
-def _whole(v: ir.Value, node: ir.Node) -> bool:
+def _stays_integer(v: ir.Value, node: ir.Node) -> bool:
     if node.op_type == "Identity":
         return True
     return node.attributes.get_int("to", 0) in (int(ir.DataType.INT32), int(ir.DataType.INT64))
 
 
 def completed(feeds: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> tuple[dict[str, Array], list[str]]:
-    """Add the mask, positions and token types that the model asks for and the tokens imply; says what it added."""
+    """Feeds with the mask, positions and token types that the model needs and the tokens imply, and notes on these."""
     out = dict(feeds)
     notes: list[str] = []
     role = roles(inputs)
@@ -129,35 +133,35 @@ def completed(feeds: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> tuple
     if tokens is None or tokens.ndim != 2:
         return out, notes
     mask = out.get(role.get("mask", ""), np.ones_like(tokens))
-    made = {"mask": mask, "types": np.zeros_like(tokens), "positions": np.maximum(np.cumsum(mask, 1) - 1, 0)}
+    derived = {"mask": mask, "types": np.zeros_like(tokens), "positions": np.maximum(np.cumsum(mask, 1) - 1, 0)}
     for s in inputs:
-        kind = next((r for r in made if role.get(r) == s.name), None)
+        kind = next((r for r in derived if role.get(r) == s.name), None)
         if s.name not in out and kind is not None and len(s.shape) == 2:
-            out[s.name] = made[kind].astype(s.dtype)
-            notes.append(f"input '{s.name}' is not in the data and was made from the tokens")
+            out[s.name] = derived[kind].astype(s.dtype)
+            notes.append(f"input '{s.name}' is not in the data and was derived from the tokens")
     return out, notes
 
 
-class Fit:
-    """The checks every batch must pass before a model sees it; each failure is one `DataError` naming the place."""
+class InputCheck:
+    """The checks that every batch must pass before it is fed; a failure is a `DataError` naming input and sample."""
 
     def __init__(self, inputs: Sequence[TensorSpec], vocab: Mapping[str, int], source: str) -> None:
         self.inputs, self.vocab, self.source = list(inputs), dict(vocab), source
 
     def __call__(self, batch: Batch, first: int = 0, notes: list[str] | None = None) -> Batch:
-        """The batch in the model's types and input order; `first` is the index of its first sample, for messages."""
+        """The batch in the model's types and input order; `first` is the index of its first sample, for errors."""
         given = {
             s.name: self._tensor(s, np.asarray(batch.feeds[s.name]), first)
             for s in self.inputs
             if s.name in batch.feeds
         }
-        feeds, made = completed(batch.feeds | given, self.inputs)
+        feeds, notes_made = completed(batch.feeds | given, self.inputs)
         wanted = [s.name for s in self.inputs]
         unknown = [n for n in feeds if n not in wanted]
         if missing := [n for n in wanted if n not in feeds]:
             extra = f"; it has {', '.join(map(repr, unknown))} instead" if unknown else ""
             raise DataError(f"{self.source}: the model's input '{missing[0]}' is missing{extra}")
-        for note in [*made, *(f"array '{n}' is no input of the model and was ignored" for n in unknown)]:
+        for note in [*notes_made, *(f"array '{n}' is no input of the model and was ignored" for n in unknown)]:
             if notes is not None and note not in notes:
                 notes.append(note)
         out = {s.name: self._tensor(s, np.asarray(feeds[s.name]), first) for s in self.inputs}
@@ -197,7 +201,7 @@ class Fit:
         return a
 
     def _cast(self, s: TensorSpec, a: Array, first: int) -> Array:
-        """The array in the model's type where no value is lost; float to shorter float only must not overflow."""
+        """The array in the model's type; raises `DataError` where a value changes or a narrower float overflows."""
         if a.dtype == s.dtype:
             return a
         real = "f" if a.dtype.kind == "V" else a.dtype.kind
@@ -214,7 +218,7 @@ class Fit:
         return out
 
     def _axes(self, feeds: dict[str, Array], first: int) -> None:
-        """Axes of one name must agree over all inputs, and every first axis counts the same samples."""
+        """Check that axes of one name have one size in all inputs, and that all first axes are equally long."""
         sizes: dict[str, tuple[int, str]] = {}
         for s in self.inputs:
             for axis, (have, want) in enumerate(zip(feeds[s.name].shape, s.shape, strict=True)):

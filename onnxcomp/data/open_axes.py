@@ -1,4 +1,4 @@
-"""From `batch=8,sequence=128` to the shapes of a model's inputs, and inputs of these shapes."""
+"""Sizes for the dynamic axes of a model, such as `batch=8,sequence=128`, and input arrays of the resulting shapes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from onnxcomp.data.arrays import made_up
+from onnxcomp.data.arrays import random_input
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.inputs import TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
@@ -21,12 +21,12 @@ _TEXT = ("tokens", "mask", "positions", "types")
 
 
 def label(shape: Mapping[str, int]) -> str:
-    """How a shape is written: `batch=1,sequence=128`, or `fixed` where nothing is open."""
+    """A shape as text: `batch=1,sequence=128`, or `fixed` for a model without dynamic axes."""
     return ",".join(f"{k}={n}" for k, n in shape.items()) or "fixed"
 
 
 def _symbol(spec: TensorSpec, axis: int) -> str | None:
-    """The name of an open axis (an unnamed one is called `input.axis`), None for a fixed one."""
+    """The name of a dynamic axis (an unnamed one is called `input.axis`), None for a static one."""
     d = spec.shape[axis]
     if isinstance(d, int):
         return None
@@ -34,7 +34,7 @@ def _symbol(spec: TensorSpec, axis: int) -> str | None:
 
 
 def _places(ports: list[TensorSpec], name: str) -> list[tuple[TensorSpec, int]]:
-    """The axes a name means: those that carry it, else every first axis for `batch`, text's second for `sequence`."""
+    """The axes a name refers to: those of that name, else first axes (`batch`) or second ones of text (`sequence`)."""
     exact = [(p, i) for p in ports for i in range(len(p.shape)) if _symbol(p, i) == name]
     if exact:
         return exact
@@ -48,7 +48,7 @@ def _places(ports: list[TensorSpec], name: str) -> list[tuple[TensorSpec, int]]:
 
 
 def default_shapes(g: Graph) -> list[dict[str, int]]:
-    """Batch 1 and 8 with 128 tokens, as far as these axes are open."""
+    """Batch 1 and 8 with 128 tokens, as far as these axes are dynamic."""
     ports = specs(g)
 
     def is_open(name: str) -> bool:
@@ -59,9 +59,9 @@ def default_shapes(g: Graph) -> list[dict[str, int]]:
 
 
 def shapes_of(g: Graph, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The shape of every input; an open batch that is not given is 1.
+    """The shape of every input; a dynamic batch axis without a given size is 1.
 
-    Raises `DataError` for a name the model does not have, a fixed axis of another size, or an axis left open.
+    Raises `DataError` for an axis the model does not have, a static axis of another size, or an axis without a size.
     """
     ports, given = specs(g), dict(shape)
     known = list(dict.fromkeys(s for p in ports for i in range(len(p.shape)) if (s := _symbol(p, i))))
@@ -92,24 +92,26 @@ def _size(p: TensorSpec, axis: int, sizes: Mapping[tuple[str, int], int]) -> int
 
 
 def feeds_for(g: Graph, shape: Mapping[str, int], data: Dataset | None = None) -> dict[str, Array]:
-    """Inputs of a shape: random but valid (ids in the vocabulary, nothing masked), or cut and repeated from data."""
+    """Inputs of a shape: random but valid (ids in the vocabulary, no padding), or from data, truncated and repeated."""
     dims = shapes_of(g, shape)
     if data is not None:
         batch = next(iter(data), None)
         if batch is None:
             raise DataError(f"the data '{data.name}' is empty")
-        if lost := [name for name in dims if name not in batch.feeds]:
-            raise DataError(f"the data '{data.name}' has no input '{lost[0]}'")
-        return {name: _fit(batch.feeds[name], to) for name, to in dims.items()}
+        if missing := [name for name in dims if name not in batch.feeds]:
+            raise DataError(f"the data '{data.name}' has no input '{missing[0]}'")
+        return {name: _resized(batch.feeds[name], to) for name, to in dims.items()}
     role = {name: r for r, name in roles(specs(g)).items()}
     rows = vocabulary(g)
     # Seeded by name, so that two models with the same inputs get the same values.
     seeds = {p.name: np.random.default_rng(zlib.crc32(p.name.encode())) for p in specs(g)}
-    return {p.name: made_up(p, dims[p.name], role.get(p.name, ""), rows.get(p.name), seeds[p.name]) for p in specs(g)}
+    return {
+        p.name: random_input(p, dims[p.name], role.get(p.name, ""), rows.get(p.name), seeds[p.name]) for p in specs(g)
+    }
 
 
-def _fit(a: Array, to: tuple[int, ...]) -> Array:
-    """Cut or repeat along each axis."""
+def _resized(a: Array, to: tuple[int, ...]) -> Array:
+    """Truncate or repeat an array along each axis."""
     if a.ndim != len(to):
         raise DataError(f"the data has an input of shape {a.shape} where the model takes {to}")
     for axis, n in enumerate(to):

@@ -1,4 +1,4 @@
-"""Text samples: lines or JSON objects, through the tokenizer that lies beside the model."""
+"""Text samples: lines or JSON objects, tokenized by the tokenizer.json beside the model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Text", "longest", "open_text", "tokenizer"]
 
-LONGEST = 512  # tokens a text is cut to where nobody asked for more
-UNLIMITED = 1_000_000  # transformers writes an absurdly large number where a tokenizer has no limit
+DEFAULT_LENGTH = 512  # tokens a text is truncated to where no length is asked for
+UNLIMITED = 1_000_000  # transformers writes a number far above it (1e30) where a tokenizer has no limit
 OFFSET_POSITIONS = ("roberta", "xlm-roberta", "camembert", "longformer", "mpnet")  # position 0 is pad_token_id + 1
 
 
 @dataclass(frozen=True)
 class Padding:
-    """How short texts are filled up to the longest of a batch, or to `length` where the model's axis is static."""
+    """How short texts are padded: to the longest of a batch, or to `length` where the model's axis is static."""
 
     token: int
     kind: int
@@ -73,27 +73,27 @@ class Text:
         return len(self.ids)
 
     def key(self, index: int) -> object:
-        """Without a mask, padding would be read as text: only equal lengths go together."""
+        """Texts of any length share a batch; without a mask, which hides padding, only those of equal length."""
         return None if "mask" in self.role else len(self.ids[index])
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """The texts of these indices with the mask, types and positions the model asks for."""
+        """The texts of these indices with the mask, types and positions that the model takes."""
         ids = [self.ids[i] for i in indices]
         mask = self.pad.fill([np.ones_like(r) for r in ids], 0)
-        made = {
+        arrays = {
             "tokens": self.pad.fill(ids, self.pad.token),
             "mask": mask,
             "types": self.pad.fill([self.types[i] for i in indices], self.pad.kind),
             "positions": np.maximum(np.cumsum(mask, 1) - 1, 0),
         }
-        feeds = {self.role[r]: a for r, a in made.items() if r in self.role}
+        feeds = {self.role[r]: a for r, a in arrays.items() if r in self.role}
         return Batch(feeds, None if self.labels is None else self.labels[list(indices)])
 
 
 def open_text(path: Path, graph: Graph, folder: Path | None, sequence: int | None) -> Text:
     """Samples of a `.jsonl` file (`text`, `text_pair`, `label`) or a `.txt` file.
 
-    A line of `.txt` is a sample; for a causal language model the lines are one stream, cut every `sequence` tokens.
+    A line of `.txt` is a sample; for a causal language model all lines are one stream, split every `sequence` tokens.
     """
     inputs = specs(graph)
     tokenizer = _tokenizer(folder, path)
@@ -107,10 +107,12 @@ def open_text(path: Path, graph: Graph, folder: Path | None, sequence: int | Non
         if not lines:
             raise DataError(f"{path}: holds no text")
         if _causal(graph, config):
-            return _stream(path, lines, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
-        return _encode(path, [(x, None) for x in lines], None, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
+            return _stream(path, lines, tokenizer, inputs, sequence or min(limit, DEFAULT_LENGTH), pad)
+        return _encode(
+            path, [(x, None) for x in lines], None, tokenizer, inputs, sequence or min(limit, DEFAULT_LENGTH), pad
+        )
     pairs, labels = _jsonl(path, config)
-    return _encode(path, pairs, labels, tokenizer, inputs, sequence or min(limit, LONGEST), pad)
+    return _encode(path, pairs, labels, tokenizer, inputs, sequence or min(limit, DEFAULT_LENGTH), pad)
 
 
 def _names(inputs: Sequence[TensorSpec]) -> str:
@@ -141,15 +143,17 @@ def _lines(path: Path) -> list[str]:
 def _padding(
     tok: Tokenizer, settings: Mapping[str, Any], config: Mapping[str, Any], inputs: Sequence[TensorSpec]
 ) -> Padding:
-    own = tok.padding or {}
-    token = settings.get("pad_token")
-    text = token.get("content") if isinstance(token, dict) else token
-    found = tok.token_to_id(text) if isinstance(text, str) else None
-    chosen = next((x for x in (found, own.get("pad_id"), config.get("pad_token_id"), 0) if isinstance(x, int)), 0)
-    side = settings.get("padding_side") or own.get("direction") or "right"
+    padding = tok.padding or {}
+    entry = settings.get("pad_token")
+    pad_token = entry.get("content") if isinstance(entry, dict) else entry
+    token_id = tok.token_to_id(pad_token) if isinstance(pad_token, str) else None
+    pad_id = next(
+        (x for x in (token_id, padding.get("pad_id"), config.get("pad_token_id"), 0) if isinstance(x, int)), 0
+    )
+    side = settings.get("padding_side") or padding.get("direction") or "right"
     tokens = next((s for s in inputs if s.name == roles(inputs).get("tokens")), None)
     static = tokens.shape[1] if tokens is not None and isinstance(tokens.shape[1], int) else None
-    return Padding(chosen, int(settings.get("pad_token_type_id") or 0), side == "left", static)
+    return Padding(pad_id, int(settings.get("pad_token_type_id") or 0), side == "left", static)
 
 
 def _limit(
@@ -161,17 +165,17 @@ def _limit(
     sequence: int | None,
 ) -> int:
     """The most tokens the model, its tokenizer and its configuration allow; `sequence` must not ask for more."""
-    hard = _hard(graph, config)
+    hard = _limits(graph, config)
     soft = (settings.get("model_max_length"), (tok.truncation or {}).get("max_length"))
     if sequence is not None and (sequence < 1 or any(sequence > x for x in hard)):
         raise DataError(
             f"{path}: a sequence of {sequence} tokens was asked for, the model takes 1 to {min(hard, default=0)}"
         )
-    return min([x for x in (*hard, *soft) if isinstance(x, int) and 0 < x < UNLIMITED], default=LONGEST)
+    return min([x for x in (*hard, *soft) if isinstance(x, int) and 0 < x < UNLIMITED], default=DEFAULT_LENGTH)
 
 
-def _hard(graph: Graph, config: Mapping[str, Any]) -> list[int]:
-    """Numbers of tokens beyond which the model cannot run: positions that it has, axes that are static."""
+def _limits(graph: Graph, config: Mapping[str, Any]) -> list[int]:
+    """Numbers of tokens beyond which the model cannot run: its number of positions, the size of a static axis."""
     table = vocabulary(graph).get(roles(specs(graph)).get("positions", ""))
     most = config.get("max_position_embeddings") or config.get("n_positions")
     if isinstance(most, int) and config.get("model_type") in OFFSET_POSITIONS:
@@ -182,20 +186,20 @@ def _hard(graph: Graph, config: Mapping[str, Any]) -> list[int]:
 
 def longest(graph: Graph, folder: Path | None) -> int | None:
     """The most tokens that a model can run on; None where neither it nor its configuration says."""
-    return min(_hard(graph, read_json(folder / "config.json") if folder else {}), default=None)
+    return min(_limits(graph, read_json(folder / "config.json") if folder else {}), default=None)
 
 
 def tokenizer(content: str) -> Tokenizer:
-    """A tokenizer from the text of its tokenizer.json, which neither pads nor cuts; raises `DataError`."""
+    """A tokenizer from the text of its tokenizer.json, without padding and truncation; raises `DataError`."""
     try:
         from tokenizers import Tokenizer
 
-        made = Tokenizer.from_str(content)
+        tok = Tokenizer.from_str(content)
     except Exception as e:
         raise DataError(f"the tokenizer cannot be read: {e}") from e
-    made.no_padding()
-    made.no_truncation()
-    return made
+    tok.no_padding()
+    tok.no_truncation()
+    return tok
 
 
 def _causal(graph: Graph, config: Mapping[str, Any]) -> bool:
@@ -234,7 +238,7 @@ def _jsonl(path: Path, config: Mapping[str, Any]) -> tuple[list[tuple[str, str |
 
 
 def _label(raw: Any, config: Mapping[str, Any], where: str) -> Any:
-    """A label as a number or list of numbers; names are looked up in the model's configuration."""
+    """A label as a number or list of numbers; a name is looked up in `label2id` of the model's configuration."""
     if isinstance(raw, str):
         known = config.get("label2id") or {}
         if raw not in known:
@@ -260,27 +264,27 @@ def _encode(
 ) -> Text:
     try:
         tok.enable_truncation(limit)
-        found: list[Encoding] = tok.encode_batch([a if b is None else (a, b) for a, b in pairs])
+        encodings: list[Encoding] = tok.encode_batch([a if b is None else (a, b) for a, b in pairs])
     except Exception as e:
         raise DataError(f"{path}: the tokenizer failed: {e}") from e
-    for n, one in enumerate(found):
+    for n, one in enumerate(encodings):
         if not one.ids:
             raise DataError(f"{path}: sample {n} has no tokens")
-    ids = [np.array(x.ids, np.int64) for x in found]
-    text = Text(str(path), inputs, ids, [np.array(x.type_ids, np.int64) for x in found], labels, pad)
-    if cut := sum(bool(x.overflowing) for x in found):
-        text.notes.append(f"{cut} of {len(found)} texts were cut to {limit} tokens")
+    ids = [np.array(x.ids, np.int64) for x in encodings]
+    text = Text(str(path), inputs, ids, [np.array(x.type_ids, np.int64) for x in encodings], labels, pad)
+    if cut := sum(bool(x.overflowing) for x in encodings):
+        text.notes.append(f"{cut} of {len(encodings)} texts were cut to {limit} tokens")
     return text
 
 
 def _stream(
     path: Path, lines: Sequence[str], tok: Tokenizer, inputs: Sequence[TensorSpec], length: int, pad: Padding
 ) -> Text:
-    """All lines as one stream of tokens in pieces of `length`, each opened by the tokenizer's start token if any."""
+    """All lines as one stream of tokens in samples of `length`, each after the tokenizer's start token, if any."""
     tok.no_truncation()
     start = tok.encode("").ids[:1]
-    found = tok.encode_batch([f"{x}\n" for x in lines], add_special_tokens=False)
-    stream = np.array([i for e in found for i in e.ids], np.int64)
+    encodings = tok.encode_batch([f"{x}\n" for x in lines], add_special_tokens=False)
+    stream = np.array([i for e in encodings for i in e.ids], np.int64)
     room = length - len(start)
     if room < 1 or stream.size == 0:
         raise DataError(f"{path}: no token stream of {length} tokens can be made from it")
@@ -288,6 +292,6 @@ def _stream(
     head = np.array(start, np.int64)
     ids = [np.concatenate([head, stream[i * room : (i + 1) * room]]) for i in range(count)]
     text = Text(str(path), inputs, ids, [np.zeros_like(r) for r in ids], None, pad)
-    if left := stream.size - sum(len(r) - len(start) for r in ids):
-        text.notes.append(f"the last {left} tokens of the stream were left out (pieces of {length})")
+    if remainder := stream.size - sum(len(r) - len(start) for r in ids):
+        text.notes.append(f"the last {remainder} tokens of the stream were left out (samples of {length})")
     return text

@@ -1,4 +1,4 @@
-"""A smaller vocabulary: which tokens stay, their new numbers, and the tokenizer files that say the same."""
+"""A reduced vocabulary: which tokens must be kept, their new ids, and tokenizer and configuration files to match."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from onnxcomp.maths import Array
 
 __all__ = ["KEY", "Renumbering", "closure", "renumbering", "rewrite", "rounded", "tokenizers"]
 
-KEY = "onnxcomp.token_ids"  # metadata of a model with a reduced vocabulary: size, stand-in and the ids that stayed
-UNREADABLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # binary; tokenizer.json says the same
+KEY = "onnxcomp.token_ids"  # metadata of a model with a reduced vocabulary: `Renumbering.text`
+UNREADABLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # binary duplicates of tokenizer.json
 LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
 
 
 @dataclass(frozen=True)
 class Renumbering:
-    """Original ids `kept`, ascending, of `size`: `kept[i]` has the new id `i`, all others the new id `unknown`."""
+    """The `kept` ids, ascending, of `size` original ones: `kept[i]` gets the new id `i`, removed ones get `unknown`."""
 
     kept: Array
     size: int
     unknown: int
 
     def ids(self, old: Array) -> Array:
-        """New ids of original ones, any shape and integer type."""
+        """New ids of original ones, of any shape and integer type."""
         table = np.full(self.size, self.unknown, np.int64)
         table[self.kept] = np.arange(len(self.kept))
         return np.asarray(table[np.clip(old, 0, self.size - 1)].astype(old.dtype))
 
     def columns(self, a: Array) -> Array:
-        """Of an output over the original vocabulary (last axis), the tokens that stayed; another output as it is."""
+        """The kept columns of an output over the original vocabulary (last axis); any other output unchanged."""
         return np.asarray(a[..., self.kept]) if a.ndim and a.shape[-1] == self.size else a
 
     def feeds(self, feeds: Mapping[str, Array], names: Iterable[str]) -> dict[str, Array]:
@@ -58,12 +58,12 @@ class Renumbering:
         return cls(np.concatenate([np.arange(int(a), int(b) + 1) for a, b in ends]), int(size), int(unknown))
 
     def after(self, earlier: Renumbering | None) -> Renumbering:
-        """The two cuts as one, in ids of the first model."""
+        """The composition with an earlier renumbering, in ids of the first model."""
         return self if earlier is None else Renumbering(earlier.kept[self.kept], earlier.size, self.unknown)
 
 
 def renumbering(g: Graph) -> Renumbering | None:
-    """The reduced vocabulary of a model, None where it has its own."""
+    """The renumbering recorded in a model's metadata, None where its vocabulary was not reduced."""
     text = g.model.metadata_props.get(KEY)
     return None if text is None else Renumbering.parse(text)
 
@@ -72,9 +72,9 @@ def renumbering(g: Graph) -> Renumbering | None:
 
 
 def closure(folder: Path | None, used: Array, size: int) -> tuple[Array, int]:
-    """Ids to keep so that texts made of `used` tokens are split as before (bool `[size]` both), and a stand-in's id.
+    """Ids to keep so that texts of `used` tokens are tokenized as before (bool `[size]` both), and the id for others.
 
-    Kept as well: special and added tokens, single characters and bytes, what byte-pair merges are made of, ids that
+    Also kept: special and added tokens, single characters and bytes, the parts of byte-pair merges, ids that
     configuration files name. Raises `ModelError` without a readable `tokenizer.json` beside the model.
     """
     tokenizer = _json(folder, "tokenizer.json")
@@ -84,7 +84,7 @@ def closure(folder: Path | None, used: Array, size: int) -> tuple[Array, int]:
     pieces = _pieces(model)
     extra = {t["content"]: t["id"] for t in tokenizer.get("added_tokens", [])}
     named = {i for name in ("config.json", "generation_config.json") for i in _named_ids(_json(folder, name) or {})}
-    alphabet = {i for token, i in pieces.items() if _is_atom(token, model)}
+    alphabet = {i for token, i in pieces.items() if _is_character(token, model)}
     unknown = model.get("unk_id") if model.get("type") == "Unigram" else {**pieces, **extra}.get(model.get("unk_token"))
     for i in {*extra.values(), *named, *alphabet, *([] if unknown is None else [unknown])}:
         if 0 <= i < size:
@@ -107,7 +107,7 @@ def _json(folder: Path | None, name: str) -> Any:
 
 
 def _pieces(model: Mapping[str, Any]) -> dict[str, int]:
-    """Token to id of a tokenizer's model, however it lists them."""
+    """Token to id of a tokenizer's model, whether it has a dictionary (BPE, WordPiece) or a list (Unigram)."""
     vocab = model.get("vocab")
     if isinstance(vocab, dict):
         return vocab
@@ -121,15 +121,15 @@ def _merges(model: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(a, b) for a, b in pairs]
 
 
-def _is_atom(token: str, model: Mapping[str, Any]) -> bool:
-    """A token that stands for one character or byte, with or without the mark of a word's start, middle or end."""
+def _is_character(token: str, model: Mapping[str, Any]) -> bool:
+    """Whether a token is one character or byte, with or without a prefix or suffix for its place in a word."""
     bare = token.removeprefix(str(model.get("continuing_subword_prefix") or "")).removeprefix("▁")
     bare = bare.removesuffix(str(model.get("end_of_word_suffix") or ""))
     return len(bare) <= 1 or (bare.startswith("<0x") and bare.endswith(">"))
 
 
 def _named_ids(x: Any) -> Iterator[int]:
-    """Every id in a configuration, at any depth."""
+    """Every token id in a configuration, at any depth."""
     if isinstance(x, dict):
         for key, value in x.items():
             if isinstance(key, str) and (key.endswith("_token_id") or key in LISTS_OF_IDS):
@@ -153,10 +153,10 @@ def rewrite(folder: Path, words: Renumbering) -> list[str]:
         lines = (folder / "vocab.txt").read_text("utf-8").split("\n")
         (folder / "vocab.txt").write_text("\n".join(t for i, t in enumerate(lines) if i in new or t == ""), "utf-8")
     _merges_file(folder)
-    gone = [name for name in UNREADABLE if (folder / name).is_file()]
-    for name in gone:
+    removed = [name for name in UNREADABLE if (folder / name).is_file()]
+    for name in removed:
         (folder / name).unlink()
-    return gone
+    return removed
 
 
 def tokenizers(folder: Path | None, words: Renumbering) -> tuple[str, str]:
@@ -175,16 +175,16 @@ def _edit(folder: Path, name: str, change: Any) -> None:
 
 
 def _merges_file(folder: Path) -> None:
-    """merges.txt without the merges whose result is gone."""
+    """Remove merges whose result was removed from merges.txt."""
     vocab, path = _json(folder, "vocab.json"), folder / "merges.txt"
     if vocab is None or not path.is_file():
         return
     lines = path.read_text("utf-8").split("\n")
-    kept = [x for x in lines if x.startswith("#version") or not x.strip() or _joined(x) in vocab]
+    kept = [x for x in lines if x.startswith("#version") or not x.strip() or _merged(x) in vocab]
     path.write_text("\n".join(kept), "utf-8")
 
 
-def _joined(line: str) -> str:
+def _merged(line: str) -> str:
     return line.replace(" ", "", 1)
 
 
@@ -197,7 +197,7 @@ def _settings(x: Any, new: Mapping[int, int], size: int) -> Any:
     out = {}
     for key, value in x.items():
         if key.endswith("_token_id") or key in LISTS_OF_IDS:
-            out[key] = _moved(value, new)
+            out[key] = _new_ids(value, new)
         elif key == "vocab_size" and value == size:
             out[key] = len(new)
         elif key == "added_tokens_decoder":
@@ -207,16 +207,16 @@ def _settings(x: Any, new: Mapping[int, int], size: int) -> Any:
     return out
 
 
-def _moved(value: Any, new: Mapping[int, int]) -> Any:
+def _new_ids(value: Any, new: Mapping[int, int]) -> Any:
     if isinstance(value, list):
         return [new[i] for i in value if i in new]
     return new.get(value, value) if isinstance(value, int) else value
 
 
 def _tokenizer(x: dict[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
-    """tokenizer.json over the tokens that stay, with their new ids."""
+    """The content of tokenizer.json with the kept tokens only, in their new ids."""
     model = dict(x["model"])
-    stays = {t for t, i in _pieces(model).items() if i in new}
+    kept = {t for t, i in _pieces(model).items() if i in new}
     if isinstance(model["vocab"], dict):
         model["vocab"] = {t: new[i] for t, i in model["vocab"].items() if i in new}
     else:
@@ -224,7 +224,7 @@ def _tokenizer(x: dict[str, Any], new: Mapping[int, int]) -> dict[str, Any]:
     prefix = str(model.get("continuing_subword_prefix") or "")
     if model.get("merges"):
         pairs = zip(model["merges"], _merges(model), strict=True)
-        model["merges"] = [m for m, (a, b) in pairs if {a, b, a + b.removeprefix(prefix)} <= stays]
+        model["merges"] = [m for m, (a, b) in pairs if {a, b, a + b.removeprefix(prefix)} <= kept]
     if model.get("unk_id") is not None:
         model["unk_id"] = new[model["unk_id"]]
     added = [{**t, "id": new[t["id"]]} for t in x.get("added_tokens", []) if t["id"] in new]
@@ -244,7 +244,7 @@ def _processor(x: Any, new: Mapping[int, int]) -> Any:
     out = {}
     for key, value in x.items():
         if key == "ids":
-            out[key] = _moved(value, new)
+            out[key] = _new_ids(value, new)
         elif key in ("sep", "cls") and isinstance(value, list):
             out[key] = [value[0], new.get(value[1], value[1])]
         else:
@@ -253,7 +253,7 @@ def _processor(x: Any, new: Mapping[int, int]) -> Any:
 
 
 def rounded(keep: Array, multiple: int, order: Sequence[int] | Array) -> Array:
-    """More tokens, in the given order, until their number is a multiple."""
+    """Keep more tokens, in the given order, until their number is a multiple."""
     keep = keep.copy()
     for i in order:
         if keep.sum() % multiple == 0:

@@ -1,15 +1,16 @@
-"""The two calls of the library: compress a model by a recipe, and make it faster without changing it."""
+"""The calls of the library: compress a model by a recipe, and make it faster without changing it."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
-from onnxcomp.engine.recipe import Recipe, with_exact_rows
+from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
@@ -19,16 +20,53 @@ from onnxcomp.target import Target, find
 
 __all__ = ["compress", "compress_each", "optimize"]
 
+Passes = Iterable[Pass | str | Mapping[str, Any]]
+# Options are called as on the command line, in the plural where they can be given several times there (`--gate`,
+# `--shape`, `--pass`); `--eval` is short for `--evaluation`, and `--no-measure` is `measure=False`.
 
-def compress(model: str | Path, out: str | Path, **options: Any) -> Result:
-    """Compress one model and publish it in the folder (or `.onnx` file) `out`; see `compress_each` for the options.
 
-    Raises `GateFailed` when a gate refuses the result; nothing is written then.
+def compress(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    preset: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    passes: Passes | None = None,
+    target: str | Target | None = None,
+    calibration: Any = None,
+    evaluation: Any = None,
+    samples: int | None = None,
+    batch: int | None = None,
+    sequence: int | None = None,
+    gates: Iterable[str] = (),
+    on_fail: Literal["raise", "rollback"] | None = None,
+    shapes: Sequence[Mapping[str, int]] = (),
+    opset: int | None = None,
+    memory: int | None = None,
+    plan: bool = False,
+    measure: bool = True,
+    exact_rows: bool = False,
+    choices: str | Path | None = None,
+    cache: str | Path | None = None,
+    report: str | Path | None = None,
+    graph: str | None = None,
+    seed: int = 0,
+    allow_code: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Compress one model and publish it in the folder (or `.onnx` file) `out`; `compress_each` explains the options.
+
+    Raises `GateFailed` when a gate refuses the result, and `ModelError` for a folder of several graphs of which none is
+    named; nothing is written then.
     """
-    held = storage.graphs_of(model)
-    if len(held) > 1 and not options.get("graph"):
-        raise ModelError(f"{model}: holds the graphs {', '.join(held)}; name one with graph=, or call compress_each")
-    return next(iter(compress_each(model, out, **options).values()))
+    _one_of(model, graph)
+    (result,) = compress_each(
+        model, out, preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration,
+        evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, gates=gates, on_fail=on_fail,
+        shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, exact_rows=exact_rows, choices=choices,
+        cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, watch=watch,
+    ).values()  # fmt: skip
+    return result
 
 
 def compress_each(
@@ -37,71 +75,97 @@ def compress_each(
     *,
     preset: str | None = None,
     recipe: Recipe | str | Path | None = None,
-    passes: Iterable[Pass | str] | None = None,
+    passes: Passes | None = None,
     target: str | Target | None = None,
     calibration: Any = None,
     evaluation: Any = None,
     samples: int | None = None,
+    batch: int | None = None,
+    sequence: int | None = None,
     gates: Iterable[str] = (),
-    on_fail: str | None = None,
+    on_fail: Literal["raise", "rollback"] | None = None,
     shapes: Sequence[Mapping[str, int]] = (),
     opset: int | None = None,
     memory: int | None = None,
     plan: bool = False,
     measure: bool = True,
+    exact_rows: bool = False,
+    choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
-    choices: str | Path | None = None,
-    allow_code: bool = False,
     graph: str | None = None,
     seed: int = 0,
-    batch: int | None = None,
-    sequence: int | None = None,
-    exact_rows: bool = False,
+    allow_code: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Result]:
     """Compress every graph of a model and publish all of them or none; returns results by graph name.
 
-    One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's; `plan` writes nothing;
-    `measure=False` runs no benchmark and takes the target's tables; `choices` is a file that `tune` wrote;
-    `exact_rows` sets that option of the passes that have it.
+    One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
+    the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
+    `choices` is a file that `tune` wrote; `exact_rows` sets that option of the passes that have it; `memory` is in
+    bytes.
     """
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen
-    asked: dict[str, Any] = {} if on_fail is None else {"on_fail": on_fail}
-    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), **asked)
-    aim = _aim(target or chosen.target, opset)
+    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), on_fail=on_fail or chosen.on_fail)
     data = chosen.data
-    calibration = data.calibration if calibration is None else calibration
-    evaluation = data.evaluation if evaluation is None else evaluation
-    _needs_data(chosen, calibration, plan)
-    jobs = {
-        name: Job(
-            path, chosen, aim, calibration, evaluation, samples or data.samples, batch or data.batch or 8,
-            sequence or data.sequence, seed, tuple(shapes), memory,
-            Path(cache) if cache else None, measure and not plan, allow_code, Path(choices) if choices else None,
-        )
-        for name, path in chosen_graphs(Path(model), graph).items()
-    }  # fmt: skip
+    settings = Settings(
+        target=_aim(target or chosen.target, opset),
+        calibration=data.calibration if calibration is None else calibration,
+        evaluation=data.evaluation if evaluation is None else evaluation,
+        samples=samples or data.samples,
+        batch=batch or data.batch or 8,
+        sequence=sequence or data.sequence,
+        shapes=tuple(shapes),
+        memory=memory,
+        measure=measure and not plan,
+        cache=Path(cache) if cache else None,
+        choices=Path(choices) if choices else None,
+        allow_code=allow_code,
+        seed=seed,
+    )
+    _needs_data(chosen, settings.calibration, plan)
+    jobs = {name: Job(path, chosen, settings) for name, path in chosen_graphs(Path(model), graph).items()}
     if plan or out is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
     return publish(jobs, Path(out), Path(report) if report else None, watch)
 
 
-def optimize(model: str | Path, out: str | Path, **options: Any) -> Result:
+def optimize(
+    model: str | Path,
+    out: str | Path | None,
+    *,
+    target: str | Target = "cpu",
+    shapes: Sequence[Mapping[str, int]] = (),
+    opset: int | None = None,
+    measure: bool = True,
+    exact_rows: bool = False,
+    choices: str | Path | None = None,
+    cache: str | Path | None = None,
+    report: str | Path | None = None,
+    graph: str | None = None,
+    watch: Watch | None = None,
+) -> Result:
     """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
-    return compress(model, out, **({"preset": "optimize"} | options))
+    return compress(
+        model, out, preset="optimize", target=target, shapes=shapes, opset=opset, measure=measure,
+        exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, watch=watch,
+    )  # fmt: skip
+
+
+def _one_of(model: str | Path, graph: str | None) -> None:
+    held = storage.graphs_of(model)
+    if len(held) > 1 and not graph:
+        raise ModelError(f"{model}: holds the graphs {', '.join(held)}; name one with graph=, or call compress_each")
 
 
 def _aim(target: str | Target, opset: int | None) -> Target:
     """The target by name or as given, with an older operator set where one is asked for."""
-    aim = target if isinstance(target, Target) else find(target)
+    aim = find(target)
     return aim if opset is None else dataclasses.replace(aim, max_opset=opset)
 
 
-def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iterable[Pass | str] | None) -> Recipe:
-    from onnxcomp.engine.recipe import parse_pass
-
+def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Passes | None) -> Recipe:
     given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x]
     if len(given) != 1:
         raise RecipeError(
@@ -111,7 +175,7 @@ def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Iter
         return Recipe.preset(preset)
     if recipe is not None:
         return recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
-    return Recipe(name="custom", passes=tuple(p if isinstance(p, Pass) else parse_pass(p) for p in passes or ()))
+    return Recipe(name="custom", passes=tuple(map(parse_pass, passes or ())))
 
 
 def _needs_data(recipe: Recipe, calibration: Any, plan: bool) -> None:

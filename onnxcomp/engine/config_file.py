@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp import blocks
-from onnxcomp.canonical import canonicalize
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 
@@ -40,9 +39,7 @@ class Sizes:
 
 
 def sizes(g: Graph) -> Sizes:
-    """The sizes of a graph as any exporter or `lower` writes it; a copy of it is raised."""
-    g = g.clone()
-    canonicalize(g)
+    """The sizes of a graph in the canonical form, quantized or not."""
     attentions, mlps = blocks.attentions(g), blocks.mlps(g)
     widths = {a.o.sizes[1] for a in attentions} | {m.down.sizes[1] for m in mlps}
     per = [{getattr(a, k) for a in attentions} for k in ("heads", "kv_heads", "head_dim")]
@@ -79,14 +76,17 @@ def _spread(numbers: tuple[int, ...]) -> str:
     return f"{numbers[0]} to {numbers[-1]}" if numbers else "none"
 
 
-def follow(source: Path, result: Graph) -> tuple[dict[str, int], list[str]]:
-    """What the configuration beside a model must say of a result made of it otherwise, and notes on it."""
-    config = _read(source.parent)
+def follow(folder: Path, original: Graph, result: Graph) -> tuple[dict[str, int], list[str]]:
+    """What the configuration in a model's folder must say of a result made of it otherwise, and notes on it.
+
+    Both graphs are in the canonical form: as the exact passes left the original, and as the cut one was lowered.
+    """
+    config = _read(folder)
     if not config:
         return {}, []
-    if len(storage.graphs_of(source.parent)) > 1:
+    if len(storage.graphs_of(folder)) > 1:
         return {}, [f"{CONFIG} beside the result describes the original: it is of several graphs"]
-    entries, notes = update(config, sizes(storage.load(source)), sizes(result))
+    entries, notes = update(config, sizes(original), sizes(result))
     told = ", ".join(f"{k} {config.get(k, 'not said')} > {v}" for k, v in entries.items())
     return entries, [*([f"{CONFIG} beside the result: {told}"] if told else []), *notes]
 

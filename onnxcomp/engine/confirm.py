@@ -6,17 +6,17 @@ import dataclasses
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.benchmarking.benchmark import BenchReport, Rounds
+from onnxcomp.benchmarking.benchmark import BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
-from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.reports.outcome import Lowering, Report, Result
 from onnxcomp.runtime import sessions
 from onnxcomp.target import Target
 
@@ -27,23 +27,23 @@ ROUNDS = 12  # at least so many timed runs of each model and shape; the benchmar
 
 
 def confirm(
-    source: Path, path: Path, result: Result, target: Target, shapes: Sequence[Mapping[str, int]], *, measure: bool
-) -> None:
+    source: Stored, written: Stored, result: Result, target: Target, shapes: Sequence[Mapping[str, int]], *,
+    measure: bool,
+) -> Stored:  # fmt: skip
     """Compare the written result with its unlowered form; write that one instead where it is the better one.
 
-    Without `measure` only the outputs are compared. What was found goes into the report, and the benchmark of source
-    and result too.
+    Returns what is written in the end. Without `measure` only the outputs are compared. What was found goes into the
+    report, and the benchmark of source and result too.
     """
     r, other = result.report, result.unlowered
     if other is None:
-        return
+        return written
     if why := _illegal(other, target):
-        r.info["lowering"] = _said("lowered", f"not compared with the unlowered model: {why}")
-        return
-    if why := _differs(other, path, r):
-        _keep(result, path, f"the lowered model {why}")
-    elif measure:
-        _time(source, path, result, target, shapes)
+        r.lowering = Lowering("lowered", f"not compared with the unlowered model: {why}")
+        return written
+    if why := _differs(other, written, r):
+        return _keep(result, written.path, f"the lowered model {why}")
+    return _time(source, written, result, target, shapes) if measure else written
 
 
 def _illegal(g: Graph, target: Target) -> str:
@@ -53,7 +53,7 @@ def _illegal(g: Graph, target: Target) -> str:
     return f"'{target.name}' has no {lacking[0]}" if lacking else ""
 
 
-def _differs(other: Graph, path: Path, r: Report) -> str:
+def _differs(other: Graph, written: Stored, r: Report) -> str:
     """How the lowered model's outputs are wrong, empty if they are not; not asked behind quantizers."""
     if any(s.fidelity == "lossy" and s.changed for s in r.steps):
         return ""
@@ -64,7 +64,7 @@ def _differs(other: Graph, path: Path, r: Report) -> str:
     except OnnxcompError:
         return ""  # an open axis of unknown size, or a model that runs at its own sizes only
     try:
-        with sessions.Session(path) as session:
+        with sessions.Session(written) as session:
             got = session.run(feeds)
     except OnnxcompError as e:
         return f"does not run: {e}"
@@ -76,39 +76,37 @@ def _differs(other: Graph, path: Path, r: Report) -> str:
     return ""
 
 
-def _time(source: Path, path: Path, result: Result, target: Target, shapes: Sequence[Mapping[str, int]]) -> None:
+def _time(
+    source: Stored, written: Stored, result: Result, target: Target, shapes: Sequence[Mapping[str, int]]
+) -> Stored:
     """Source, result and unlowered model in turns; the unlowered one stays where the result is surely slower."""
     other = result.unlowered
     assert other is not None
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         plain = storage.save(other, Path(folder), name="unlowered.onnx")
-        found = benchmark.bench([source, path, plain], target, shapes, runs=ROUNDS)
+        found = benchmark.bench([source, written, plain], target, shapes, runs=ROUNDS)
     ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
     worse = [shape for shape, x in ratios.items() if x.high < 1]
     better = [shape for shape, x in ratios.items() if x.low > 1]
-    shown = [{"shape": shape, **dataclasses.asdict(x)} for shape, x in ratios.items()]
     total = float(np.exp(np.mean([np.log(x.value) for x in ratios.values()])))
     if worse and total < 1 and sessions.integer_check(other).ok:
-        _keep(result, path, f"the lowered model was slower than it at {'; '.join(worse)}", shown)
-        result.report.benchmark = pick(found, (0, 2), str(path))
-        return
+        result.report.benchmark = pick(found, (0, 2), str(written))
+        return _keep(result, written.path, f"the lowered model was slower than it at {'; '.join(worse)}", ratios)
     why = f"faster than the unlowered model at {'; '.join(better)}" if better else "level with the unlowered model"
     why += f", slower at {'; '.join(worse)}" if worse else ""
-    result.report.info["lowering"] = _said("lowered", why, shown)
-    result.report.benchmark = pick(found, (0, 1), str(path))
+    result.report.lowering = Lowering("lowered", why, ratios)
+    result.report.benchmark = pick(found, (0, 1), str(written))
+    return written
 
 
-def _keep(result: Result, path: Path, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> None:
+def _keep(result: Result, path: Path, why: str, ratios: Mapping[str, Ratio] | None = None) -> Stored:
     """Write the unlowered model in the result's place and say so."""
     assert result.unlowered is not None
-    storage.save(result.unlowered, path, metadata=result.report.info.get("metadata", {}))
+    storage.save(result.unlowered, path, metadata=result.report.metadata)
     result.model = result.unlowered
-    result.report.info["lowering"] = _said("unlowered", why, ratios)
+    result.report.lowering = Lowering("unlowered", why, ratios or {})
     result.report.warnings.append(f"lowering was undone: {why}")
-
-
-def _said(kept: str, why: str, ratios: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    return {"kept": kept, "why": why, "ratios": [dict(x) for x in ratios]}
+    return storage.read(path)
 
 
 def pick(b: BenchReport, kept: Sequence[int], name: str) -> BenchReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tempfile
 import time
@@ -16,6 +17,7 @@ from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.exactness import floor_db
 from onnxcomp.engine.resume import StepCache
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
@@ -23,12 +25,12 @@ from onnxcomp.graph.hashing import content_hash
 from onnxcomp.lowering import costs
 from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
-from onnxcomp.machine import peak_mib
+from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
-from onnxcomp.reports.outcome import Report, Result, Step
+from onnxcomp.reports.outcome import DataUsed, Report, Result, Step
 from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
-from onnxcomp.target import CPU, Target, resolved
+from onnxcomp.target import CPU, Target
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
 from onnxcomp.validation.variants import Variants
@@ -36,7 +38,7 @@ from onnxcomp.version import __version__
 
 __all__ = ["PassManager", "check_order", "host_of"]
 
-EXACT_SAMPLES = 16  # evaluation samples an exact pass is checked on; lossy passes and the result are compared on all
+EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
 
 @dataclass
@@ -54,6 +56,7 @@ class _Walk:
     planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
+    few: Reference | None = None  # the answers that exact passes are compared with
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
@@ -61,37 +64,32 @@ class PassManager:
     """Runs passes in order on a copy of a model and says what each of them did.
 
     Raises `RecipeError` for a wrong order, `DataError` where a pass needs data and there is none, `GateFailed` when the
-    result is refused (with `on_fail="rollback"` a refused lossy pass is undone instead).
+    result is refused (with `on_fail="rollback"` a refused lossy pass is undone instead). `options` are fields of
+    `Settings`, such as `target`; without settings nothing is timed.
     """
 
     def __init__(
         self,
         passes: Iterable[Pass],
+        settings: Settings | None = None,
         *,
-        target: Target = CPU,
         gate: Gate | None = None,
-        memory: int | None = None,
-        cache: Path | None = None,
-        watch: Callable[[str, int, int], None] | None = None,
         on_fail: str = "raise",
-        seed: int = 0,
         any_order: bool = False,
         allow_unchanged: bool = False,
-        measure: bool = False,
-        shapes: Sequence[dict[str, int]] = (),
-        allow_code: bool = False,
-        choices: Path | None = None,
+        watch: Callable[[str, int, int], None] | None = None,
         dry: bool = False,
+        **options: Any,
     ) -> None:
-        self.dry = dry
+        s = dataclasses.replace(settings or Settings(measure=False), **options)
+        self.dry, self.watch = dry, watch
         self.passes = tuple(passes)
-        self.target = resolved(target)
+        self.target, self.seed, self.measure, self.shapes = s.target, s.seed, s.measure, s.shapes
+        self.memory, self.cache, self.allow_code = s.memory, s.cache, s.allow_code
         self.host, self.host_note = host_of(self.target)
         self.gate = gate or Gate()
-        self.memory, self.cache, self.watch, self.seed = memory, cache, watch, seed
-        self.allow_unchanged, self.measure = allow_unchanged, measure
-        self.shapes, self.allow_code = tuple(shapes), allow_code
-        self.choices = known_choices(target, choices, cache)
+        self.allow_unchanged = allow_unchanged
+        self.choices = known_choices(self.target, s.choices, s.cache)
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail
@@ -102,7 +100,7 @@ class PassManager:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
-        report = Report(warnings=notes, info={"calibration": _described(calib), "evaluation": _described(evalu)})
+        report = Report(warnings=notes, calibration=_described(calib), evaluation=_described(evalu))
         with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
             scratch = Path(folder)
             reference = None
@@ -110,7 +108,7 @@ class PassManager:
                 reference = self._reference(original, evalu, self.gate.metrics, scratch / "reference")
             steps = self._steps(original, calib, evalu)
             work = original.clone()
-            if original.nbytes > (self.memory or calibrate.MEMORY) // 2:
+            if original.nbytes > (self.memory or MEMORY) // 2:
                 work.spool = scratch / "weights"
             walk = _Walk(original, work, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
@@ -119,7 +117,7 @@ class PassManager:
                 with blaming(p):
                     self._resume_or_step(walk, p)
             self._finish(walk)
-        return Result(walk.graph, report, walk.unlowered)
+        return Result(walk.graph, report, walk.unlowered, walk.exact)
 
     def _reference(self, model: Graph, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
@@ -161,7 +159,7 @@ class PassManager:
         stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
-        step.choices = walk.planner.found if walk.planner is not None else []
+        step.choices = walk.planner.chosen if walk.planner is not None else []
         step.choosing = walk.costing + (walk.planner.seconds if walk.planner is not None else 0.0)
         self.choices.save()
         work.sweep()
@@ -229,8 +227,7 @@ class PassManager:
     def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
         """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
-        data = walk.reference.data.head(EXACT_SAMPLES)
-        few = self._reference(walk.original, data, (), walk.scratch / f"few-{len(walk.report.steps)}")
+        few = walk.few = walk.few or walk.reference.head(EXACT_SAMPLES)
         validation = few.against(work)
         step.drift = validation.json()
         done = zip(self.passes, walk.report.steps, strict=False)
@@ -325,9 +322,7 @@ class PassManager:
                 data = data.rebatch(1)
             reference = self._reference(walk.original, data, metrics, kept)
             known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
-            walk.variants[metric, samples] = Variants(
-                reference, self.host, self.memory or calibrate.MEMORY, kept, known
-            )
+            walk.variants[metric, samples] = Variants(reference, self.host, self.memory or MEMORY, kept, known)
         return [Score(x) for x in walk.variants[metric, samples].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
@@ -388,5 +383,5 @@ def _given(data: Any) -> bool:
     return data is not None and not (isinstance(data, (tuple, list)) and not data)
 
 
-def _described(data: Dataset | None) -> dict[str, Any] | None:
-    return None if data is None else {"name": data.name, "samples": len(data)}
+def _described(data: Dataset | None) -> DataUsed | None:
+    return None if data is None else DataUsed(data.name, len(data))

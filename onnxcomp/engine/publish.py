@@ -14,9 +14,10 @@ from onnxcomp.engine.manager import host_of
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
+from onnxcomp.files.stored import Stored
 from onnxcomp.pipeline import Companions
 from onnxcomp.reports.json_report import write
-from onnxcomp.reports.outcome import Report, Result
+from onnxcomp.reports.outcome import Report, Result, Size
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.placement import Placement, placement
@@ -81,35 +82,39 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
 
 
 def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
-    result = job.run(watch)
+    source = storage.read(job.model)
+    result = job.run(watch, source)
     result.report.warnings += [c.note for c in _companions(job, result) if c.note]
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes
     if any(p.changes_sizes and not p.is_identity for p in job.recipe.passes):
-        result.config, notes = config_file.follow(job.model, result.unlowered or result.model)
+        original, cut = result.exact or source.graph, result.unlowered or result.model
+        result.config, notes = config_file.follow(job.model.parent, original, cut)
         result.report.warnings += notes
-    path = storage.save(result.model, staging, metadata=result.report.info["metadata"], name=name)
-    timed = job.measure and job.target.here and not host_of(job.target)[1]
-    confirm.confirm(job.model, path, result, job.target, job.shapes, measure=timed)
-    _check(job, path, result)
+    result.exact = None  # not needed any more, and it can hold a second copy of every weight
+    path = storage.save(result.model, staging, metadata=result.report.metadata, name=name)
+    settings = job.settings
+    timed = settings.measure and settings.target.here and not host_of(settings.target)[1]
+    written = confirm.confirm(source, storage.read(path), result, settings.target, settings.shapes, measure=timed)
+    _check(job, source, written, result)
     stem = Path(name).stem
     write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
     return result
 
 
-def _check(job: Job, path: Path, result: Result) -> None:
+def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
-    r = result.report
-    r.info["size"] = {"original": storage.file_bytes(job.model), "result": storage.file_bytes(path)}
-    values = {"size": r.info["size"]["result"] / max(1, r.info["size"]["original"])}
+    r, target = result.report, job.settings.target
+    r.size = Size(source.nbytes, written.nbytes)
+    values = {"size": r.size.ratio}
     gate = Gate(job.recipe.gates)
-    host, elsewhere = host_of(job.target)
-    r.warnings += smoke(job.model, path, host)
-    if job.target.provider == CPU.provider:
-        r.integer = sessions.integer_check(path, host)
-    r.placement = _placed(path, job.target, host, elsewhere)
-    if job.measure and job.target.here and not elsewhere:
-        r.benchmark = r.benchmark or benchmark.bench([job.model, path], job.target, job.shapes)
+    host, elsewhere = host_of(target)
+    r.warnings += smoke(source, written, host)
+    if target.provider == CPU.provider:
+        r.integer = sessions.integer_check(written, host)
+    r.placement = _placed(written, target, host, elsewhere)
+    if job.settings.measure and target.here and not elsewhere:
+        r.benchmark = r.benchmark or benchmark.bench([source, written], target, job.settings.shapes)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     elif gate.wants_latency:
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
@@ -117,30 +122,30 @@ def _check(job: Job, path: Path, result: Result) -> None:
     refused = [str(v) for v in r.verdicts if not v.passed]
     if r.integer is not None and not r.integer.ok:
         refused.append(f"integer check: {r.integer.detail}")
-    if job.target.quantized.saturates:
-        refused += _saturating(job, path, r)
+    if target.quantized.saturates and target.provider == CPU.provider:
+        refused += _saturating(source, written, r)
     if refused:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
 
 
-def _saturating(job: Job, path: Path, r: Report) -> list[str]:
+def _saturating(source: Stored, written: Stored, r: Report) -> list[str]:
     """Weights of the written file whose sums can saturate: refused if made here, a warning if the source had them."""
-    model = storage.load(path).model
-    if job.target.provider != CPU.provider or not (broken := saturating(model)):
+    model = written.graph.model
+    if not (broken := saturating(model)):
         return []
-    made = saturating(model, storage.load(job.model).model)
+    made = saturating(model, source.graph.model)
     can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"
     r.warnings += [f"weight '{w}' is int8 in the source already: {can}" for w in broken if w not in made]
     return [f"weight '{w}': {can}; a pass that cuts its inputs belongs before the one that quantizes" for w in made]
 
 
-def _placed(path: Path, target: Target, host: Target, elsewhere: str) -> Placement:
+def _placed(written: Stored, target: Target, host: Target, elsewhere: str) -> Placement:
     """Who runs what, at a small size; a target that is not here is only looked up."""
     if elsewhere or not target.here:
-        return placement(path, target, None, elsewhere or f"'{target.name}' is another machine")
-    g = storage.load(path)
+        return placement(written, target, None, elsewhere or f"'{target.name}' is another machine")
+    g = written.graph
     try:
         feeds = open_axes.feeds_for(g, {k: min(n, 8) for k, n in open_axes.default_shapes(g)[0].items()})
     except DataError as e:
-        return placement(path, host, None, str(e))
-    return placement(path, host, feeds)
+        return placement(written, host, None, str(e))
+    return placement(written, host, feeds)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from onnxcomp.data.datasets import load_data
 from onnxcomp.errors import ModelError, OnnxcompError
-from onnxcomp.files import storage
+from onnxcomp.files.stored import Stored
 from onnxcomp.runtime.runner import Runner
 from onnxcomp.target import Target
 
@@ -19,17 +18,19 @@ __all__ = ["smoke"]
 SHAPES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
 
 
-def smoke(original: Path, path: Path, target: Target) -> list[str]:
+def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
     """Run the written model on random inputs at two shapes (where its axes are dynamic).
 
     Raises `ModelError` where it fails or is not finite though the original is fine; a note where that is no better.
     """
-    graph, notes = storage.load(path), []
+    notes = []
     for shape in SHAPES:
         size = shape["batch"]
-        data = load_data("random", graph, path.parent, batch=size, samples=size, sequence=shape["sequence"])
+        data = load_data(
+            "random", written.graph, written.path.parent, batch=size, samples=size, sequence=shape["sequence"]
+        )
         feeds = next(iter(data)).feeds
-        if problem := _trouble(path, feeds, target):
+        if problem := _trouble(written, feeds, target):
             if not _trouble(original, feeds, target):
                 older = "; --opset 21 writes older operators" if "find an implementation" in problem else ""
                 raise ModelError(
@@ -39,10 +40,10 @@ def smoke(original: Path, path: Path, target: Target) -> list[str]:
     return notes
 
 
-def _trouble(path: Path, feeds: Mapping[str, Any], target: Target) -> str:
+def _trouble(model: Stored, feeds: Mapping[str, Any], target: Target) -> str:
     """What is wrong with one run, empty if nothing is."""
     try:
-        with Runner(path, target) as session:
+        with Runner(model, target) as session:
             outputs = session.run(feeds)
     except OnnxcompError as e:
         return str(e)

@@ -1,4 +1,4 @@
-"""Checkpoint to ONNX through transformers' exporter or torch's, verified against PyTorch at once."""
+"""Export of a checkpoint to ONNX by the exporter of transformers or of torch, verified against PyTorch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from onnxcomp.errors import ExportError
 from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
-from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_that_works
+from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_verified
 from onnxcomp.files.storage import publish
 
 __all__ = ["TASKS", "export"]
@@ -43,7 +43,7 @@ def export(
             say("loading the checkpoint")
             model, task = load_checkpoint(source, task, revision, allow_pickle)
             job = Work(cast(model, dtype), task, dtype, opset, dict(static or {}), inputs_of(model, source))
-            record = first_that_works(job, staging, say)
+            record = first_verified(job, staging, say)
             companions(job.model, source, revision, staging, log)
         record |= {"schema": SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
         record |= {"static": job.static, "failed": job.attempts, "versions": versions(), "log": log[-200:]}

@@ -1,4 +1,4 @@
-"""Checkpoints for the exporter: loading them safely, what they take, the files that belong beside the model."""
+"""Checkpoints for export: safe loading, task, inputs, and the tokenizer and configuration files for the result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from onnxcomp.errors import ExportError
 from onnxcomp.files.storage import COMPANIONS, copy_companions
 from onnxcomp.version import __version__
 
-TASKS = {  # task: the class that loads it, its outputs
+TASKS = {  # task: transformers' class that loads it, its outputs
     "feature-extraction": ("AutoModel", ("last_hidden_state",)),
     "text-classification": ("AutoModelForSequenceClassification", ("logits",)),
     "token-classification": ("AutoModelForTokenClassification", ("logits",)),
@@ -42,7 +42,7 @@ VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "s
 def load_checkpoint(
     source: str | Path | Any, task: str | None, revision: str | None, allow_pickle: bool
 ) -> tuple[Any, str]:
-    """The module in evaluation mode with every weight from the checkpoint, and its task."""
+    """The module in evaluation mode and its task; raises `ExportError` where weights are missing in the checkpoint."""
     import transformers
 
     if not isinstance(source, (str, Path)):
@@ -139,7 +139,7 @@ def title(source: object, model: Any) -> str:
 
 
 def companions(model: Any, source: str | Path | Any, revision: str | None, staging: Path, log: list[str]) -> None:
-    """Tokenizer, processor and configuration beside the model; a tokenizer without tokenizer.json is converted."""
+    """Write tokenizer, processor and configuration files; a tokenizer without tokenizer.json is converted."""
     if not isinstance(source, (str, Path)):
         model.config.save_pretrained(staging)
         return
@@ -164,23 +164,23 @@ def _from_hub(name: str, revision: str | None, staging: Path) -> None:
     from transformers.utils.hub import cached_file
 
     for companion in COMPANIONS:
-        found = cached_file(
+        path = cached_file(
             name, companion, revision=revision, _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )  # fmt: skip
-        if found is not None:
-            shutil.copyfile(found, staging / companion)
+        if path is not None:
+            shutil.copyfile(path, staging / companion)
 
 
 def versions() -> dict[str, str]:
-    """Versions of everything that took part in the export."""
-    found = {"onnxcomp": __version__}
+    """Versions of the packages that take part in an export."""
+    versions = {"onnxcomp": __version__}
     for name in ("torch", "transformers", "onnxscript", "onnx", "onnx-ir"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def one_line(e: BaseException, hide: Path | None = None) -> str:
@@ -190,14 +190,14 @@ def one_line(e: BaseException, hide: Path | None = None) -> str:
 
 
 class _Capture(logging.Handler):
-    """Keeps log lines instead of showing them."""
+    """Collects log lines instead of showing them."""
 
     def __init__(self, lines: list[str]) -> None:
         super().__init__(logging.INFO)
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Remember one line."""
+        """Store one line."""
         self.lines.append(f"{record.name}: {record.getMessage().splitlines()[0] if record.getMessage() else ''}")
 
 

@@ -1,4 +1,4 @@
-"""The ways from a PyTorch module to a verified ONNX model: transformers' exporter first, torch's next."""
+"""From a PyTorch module to a verified ONNX model: by the exporter of transformers, else by that of torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Watch = Callable[[str], None]
 
 @dataclass
 class Work:
-    """One export: the module, what it is fed, and what is found out on the way."""
+    """One export: the module, its task, options and inputs, and the failed attempts so far."""
 
     model: Any
     task: str
@@ -42,8 +42,8 @@ class Work:
         return TASKS[self.task][1]
 
 
-def first_that_works(job: Work, staging: Path, say: Watch) -> dict[str, Any]:
-    """Try exporters and attention implementations in order; keep the first verified one, report the others' errors."""
+def first_verified(job: Work, staging: Path, say: Watch) -> dict[str, Any]:
+    """Try exporters and attention implementations in order until one is verified; returns the facts for export.json."""
     for opset, attention, name in _order(job.opset):
         say(f"exporting through {name} ({attention} attention, opset {opset})")
         try:
@@ -111,7 +111,7 @@ ROUTES = {"transformers.exporters": _through_transformers, "torch.onnx.export": 
 
 
 def _wrapper(job: Work) -> Any:
-    """The module with exactly the task's inputs and outputs."""
+    """The module with just the task's inputs and outputs."""
     import torch
 
     class Exported(torch.nn.Module):  # type: ignore[misc]
@@ -126,20 +126,20 @@ def _wrapper(job: Work) -> Any:
             token_type_ids: Any = None,
             pixel_values: Any = None,
         ) -> tuple[Any, ...]:
-            given = {
+            inputs = {
                 "input_ids": input_ids,
                 "attention_mask": attention_mask,
                 "token_type_ids": token_type_ids,
                 "pixel_values": pixel_values,
             }
-            found = self.model(**{k: v for k, v in given.items() if v is not None})
-            return tuple(found[n] for n in job.outputs)
+            outputs = self.model(**{k: v for k, v in inputs.items() if v is not None})
+            return tuple(outputs[n] for n in job.outputs)
 
     return Exported().eval()
 
 
 def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
-    """Save an exported program with the promised names, axes and opset."""
+    """Save an exported program with the task's input and output names, named axes and the asked opset."""
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
     from onnxcomp.canonical.opset import convert
@@ -147,15 +147,15 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
     from onnxcomp.graph import Graph
 
     graph = program.graph
-    keep = [v for v in graph.outputs if v.name in job.outputs]
-    if len(keep) != len(job.outputs) or {v.name for v in graph.inputs} != set(job.inputs):
-        have = f"{[v.name for v in graph.inputs]} to {[v.name for v in graph.outputs]}"
-        raise ModelError(f"the exporter gave {have}, not {list(job.inputs)} to {list(job.outputs)}")
-    _set(graph.outputs, sorted(keep, key=lambda v: job.outputs.index(v.name)))
+    outputs = [v for v in graph.outputs if v.name in job.outputs]
+    if len(outputs) != len(job.outputs) or {v.name for v in graph.inputs} != set(job.inputs):
+        got = f"{[v.name for v in graph.inputs]} to {[v.name for v in graph.outputs]}"
+        raise ModelError(f"the exporter gave {got}, not {list(job.inputs)} to {list(job.outputs)}")
+    _set(graph.outputs, sorted(outputs, key=lambda v: job.outputs.index(v.name)))
     _set(graph.inputs, sorted(graph.inputs, key=lambda v: job.inputs.index(v.name)))
     RemoveUnusedNodesPass()(program)
     _name_nodes(program)
-    ClearMetadataAndDocStringPass()(program)  # stack traces and paths of this machine
+    ClearMetadataAndDocStringPass()(program)  # it holds stack traces and paths of this machine
     _name_axes(job, program)
     exported = Graph(program)
     if exported.opset != opset:
@@ -167,8 +167,8 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
 
 
 def _name_nodes(program: Any) -> None:
-    """Name nodes by the module that made them, such as `model.layers.0.mlp.down_proj/MatMul`: people point at these."""
-    taken: collections.Counter[str] = collections.Counter()
+    """Name nodes by their PyTorch module, such as `model.layers.0.mlp.down_proj/MatMul`, as reports and options do."""
+    counts: collections.Counter[str] = collections.Counter()
     for node in program.graph:
         try:
             scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
@@ -177,8 +177,8 @@ def _name_nodes(program: Any) -> None:
         module = str(scopes[-2]) if isinstance(scopes, list) and len(scopes) > 1 else ""
         if module:
             name = f"{module}/{node.op_type}"
-            node.name = f"{name}_{taken[name]}" if taken[name] else name
-            taken[name] += 1
+            node.name = f"{name}_{counts[name]}" if counts[name] else name
+            counts[name] += 1
 
 
 def _set(values: Any, wanted: list[Any]) -> None:
@@ -229,8 +229,8 @@ def _example(job: Work, batch: int, sequence: int, seed: int, padded: bool = Fal
         ids[mask == 0] = pad if isinstance(pad, int) and 0 <= pad < job.config.vocab_size else 0
     types = np.zeros_like(ids)
     types[:, sequence // 2 :] = 1
-    made = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-    return {n: torch.from_numpy(made[n]) for n in job.inputs}
+    arrays = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+    return {n: torch.from_numpy(arrays[n]) for n in job.inputs}
 
 
 def _image(config: Any) -> tuple[int, int, int]:
@@ -243,9 +243,9 @@ def _verify(job: Work, file: Path) -> dict[str, Any]:
     """Largest differences to PyTorch on two shapes with padding, on rows that are not padding; raises `ModelError`."""
     from onnxcomp.runtime.sessions import Session
 
-    most = getattr(job.config, "max_position_embeddings", None) or 64
-    shapes = [(2, min(9, most)), (3, min(14, most))]
-    found = []
+    positions = getattr(job.config, "max_position_embeddings", None) or 64
+    shapes = [(2, min(9, positions)), (3, min(14, positions))]
+    differences = []
     try:
         session = Session(file)
     except ModelError as e:
@@ -259,8 +259,8 @@ def _verify(job: Work, file: Path) -> dict[str, Any]:
             ours = session.run(arrays)
             theirs = _reference(job, feeds)
             for name in job.outputs:
-                found.append(_difference(job, name, theirs[name], ours[name], arrays))
-    return {"done": True, "tolerance": TOLERANCE[job.dtype], "differences": found}
+                differences.append(_difference(job, name, theirs[name], ours[name], arrays))
+    return {"done": True, "tolerance": TOLERANCE[job.dtype], "differences": differences}
 
 
 def _array(t: Any) -> Any:
@@ -282,7 +282,7 @@ def _reference(job: Work, feeds: dict[str, Any]) -> dict[str, Any]:
 
 
 def _difference(job: Work, name: str, a: Any, b: Any, feeds: Mapping[str, Any]) -> dict[str, Any]:
-    """Compare one output where it is not padding; raises `ModelError` beyond the tolerance."""
+    """The largest difference of one output where it is not padding; raises `ModelError` beyond the tolerance."""
     if a.shape != b.shape:
         raise ModelError(f"output '{name}' has shape {b.shape}, PyTorch gives {a.shape}")
     mask = feeds.get("attention_mask")

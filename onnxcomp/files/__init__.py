@@ -1,1 +1,1 @@
-"""Models on disk: read without copying, written atomically."""
+"""Models on disk: loaded by memory mapping, written atomically."""

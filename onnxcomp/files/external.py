@@ -1,4 +1,4 @@
-"""External data: containment, ranges and sizes are checked before a byte is read; written one tensor at a time."""
+"""External data of ONNX models: paths, ranges and sizes are checked before any byte is read, then files are mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from onnxcomp.graph.mapped import PACKED, DataFile, MappedTensor
 
 __all__ = ["attach", "check", "locations", "tensors"]
 
-_TYPED = {  # where a tensor's elements may lie when they are not raw bytes, and entries per element
+_ELEMENT_FIELDS = {  # protobuf field of a tensor's elements where they are not raw bytes, and entries per element
     "float_data": {ir.DataType.FLOAT: 1, ir.DataType.COMPLEX64: 2},
     "double_data": {ir.DataType.DOUBLE: 1, ir.DataType.COMPLEX128: 2},
     "int64_data": {ir.DataType.INT64: 1},
@@ -33,7 +33,7 @@ def locations(proto: onnx.ModelProto) -> set[str]:
 
 
 def check(proto: onnx.ModelProto, path: Path) -> None:
-    """Refuse unsafe or inconsistent tensors of a model about to be loaded; `ModelError` names tensor and reason."""
+    """Raise `ModelError`, naming the tensor, for a model with unsafe or inconsistent tensors."""
     base = path.absolute().parent
     files: dict[str, Path] = {}
     ranges: dict[Path, list[tuple[int, int, str]]] = {}
@@ -58,7 +58,7 @@ def check(proto: onnx.ModelProto, path: Path) -> None:
 
 
 def _check_overlap(spans: list[tuple[int, int, str]], path: Path) -> None:
-    """Ranges may be the same (a shared tensor) but must not overlap otherwise."""
+    """Refuse ranges that overlap without being equal (equal ones are a shared tensor)."""
     spans.sort()
     for (start, end, name), (start2, end2, name2) in itertools.pairwise(spans):
         if start2 < end and (start, end) != (start2, end2):
@@ -82,7 +82,7 @@ def _range(entries: dict[str, str], need: int, where: str) -> tuple[int, int]:
 
 
 def _contained(location: str, base: Path, where: str) -> Path:
-    """The data file behind a location, proved to be a plain file inside the model's folder."""
+    """The data file of a location, after checking that it is a plain file inside the model's folder."""
     windows = PureWindowsPath(location)
     if not location or "\0" in location:
         raise ModelError(f"{where}: names no data file; the model is damaged")
@@ -112,7 +112,7 @@ def _contained(location: str, base: Path, where: str) -> Path:
 
 
 def _nbytes(t: onnx.TensorProto, path: Path) -> int:
-    """Bytes a tensor's shape and type ask for (strings: elements)."""
+    """Bytes that a tensor's shape and type need (for strings the number of elements)."""
     try:
         dtype = ir.DataType(t.data_type)
     except ValueError:
@@ -135,7 +135,7 @@ def _check_inline(t: onnx.TensorProto, need: int, path: Path) -> None:
     elif need == 0:
         return
     else:
-        field, per = next(((f, d[dtype]) for f, d in _TYPED.items() if dtype in d), ("int32_data", 1))
+        field, per = next(((f, d[dtype]) for f, d in _ELEMENT_FIELDS.items() if dtype in d), ("int32_data", 1))
         have = len(getattr(t, field))
         need = need if dtype == ir.DataType.STRING or dtype.bitwidth in PACKED else math.prod(t.dims) * per
     if have != need:
@@ -182,7 +182,7 @@ def tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol, Any]]:
 
 
 def attach(model: ir.Model, base: Path) -> None:
-    """Bind external tensors that are not bound yet to one open mapping per data file under `base`."""
+    """Replace external tensors by views of a memory map, one per data file in the folder `base`."""
     files: dict[str, DataFile] = {}
     base = base.absolute()
     for t, holder in list(tensors(model)):

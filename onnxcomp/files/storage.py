@@ -1,4 +1,4 @@
-"""Models on disk: mapped on load, published atomically on save, never larger in memory than one tensor."""
+"""Loading and saving models: weights are memory-mapped on load and written one at a time on save, files atomically."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import itertools
 import os
 import re
 import shutil
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +18,8 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import external, weights
+from onnxcomp.files.atomic import remove_stale, replacing, sync, sync_folder, temporary_path
+from onnxcomp.files.stored import Stored, digest
 from onnxcomp.graph import Graph
 
 __all__ = [
@@ -32,13 +32,14 @@ __all__ = [
     "load",
     "one_graph",
     "publish",
+    "read",
     "save",
     "written_bytes",
 ]
 
-INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model stays one file
-MIN_IR = 10
-_IR_OF = {  # first IR version that knows a type
+INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model is one file; protobuf's own limit is 2 GiB
+MIN_IR = 10  # the lowest IR version that is written
+_IR_OF = {  # the first IR version with an element type
     ir.DataType.FLOAT4E2M1: 11,
     ir.DataType.FLOAT8E8M0: 12,
     ir.DataType.UINT2: 13,
@@ -46,7 +47,7 @@ _IR_OF = {  # first IR version that knows a type
     ir.DataType.FLOAT6E2M3: 14,
     ir.DataType.FLOAT6E3M2: 14,
 }
-COMPANIONS = (
+COMPANIONS = (  # files beside a checkpoint or model that users of the result need
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -70,21 +71,21 @@ COMPANIONS = (
 
 
 def graphs_of(path: str | Path) -> dict[str, Path]:
-    """Name to `.onnx` file for a file or a folder of graphs; raises `ModelError` when there is none."""
-    p = Path(path)
-    if p.is_dir():
-        found = {f.stem: f for f in sorted(p.glob("*.onnx")) if f.is_file()}
-        if not found:
-            raise ModelError(f"{p}: no .onnx file in this folder{_advice(p)}")
-        return found
-    if not p.exists():
-        raise ModelError(f"{p}: no such file or folder")
-    if not p.is_file():
-        raise ModelError(f"{p}: not a plain file")
-    return {p.stem: p}
+    """`.onnx` files by name, for a file or a folder; raises `ModelError` when there is none."""
+    source = Path(path)
+    if source.is_dir():
+        graphs = {f.stem: f for f in sorted(source.glob("*.onnx")) if f.is_file()}
+        if not graphs:
+            raise ModelError(f"{source}: no .onnx file in this folder{_hint(source)}")
+        return graphs
+    if not source.exists():
+        raise ModelError(f"{source}: no such file or folder")
+    if not source.is_file():
+        raise ModelError(f"{source}: not a plain file")
+    return {source.stem: source}
 
 
-def _advice(folder: Path) -> str:
+def _hint(folder: Path) -> str:
     if list(folder.glob("onnx/*.onnx")):
         return f"; there are some in {folder / 'onnx'}: name one of them"
     if (folder / "config.json").exists():
@@ -97,12 +98,17 @@ def load(path: str | Path) -> Graph:
 
     Local functions are inlined. Raises `ModelError` for anything unsafe, damaged or ambiguous.
     """
-    found = graphs_of(path)
-    if len(found) > 1:
-        raise ModelError(f"{path}: holds several graphs ({', '.join(found)}); name one of the files")
-    (file,) = found.values()
+    return read(path).graph
+
+
+def read(path: str | Path) -> Stored:
+    """A model as `load` gives it, with what its files tell; the one parse of a model that a job hands on."""
+    graphs = graphs_of(path)
+    if len(graphs) > 1:
+        raise ModelError(f"{path}: holds several graphs ({', '.join(graphs)}); name one of the files")
+    (file,) = graphs.values()
     proto = _read(file)
-    external.check(proto, file)
+    files = _files(proto, file)
     try:
         model = ir.from_proto(proto)
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as e:
@@ -114,7 +120,13 @@ def load(path: str | Path) -> Graph:
         except (ir.passes.PassError, ValueError, KeyError) as e:
             raise ModelError(f"{file}: its local functions cannot be inlined: {_first_line(e)}") from e
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
-    return Graph(model, file)
+    return Stored(file, Graph(model, file), files)
+
+
+def _files(proto: onnx.ModelProto, path: Path) -> tuple[Path, ...]:
+    """A model file and those of its external data, which are checked."""
+    external.check(proto, path)
+    return (path, *(path.parent / x for x in sorted(external.locations(proto))))
 
 
 def _first_line(e: BaseException) -> str:
@@ -140,17 +152,13 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def fingerprint(path: str | Path) -> str:
-    """SHA-256 (hex) of a model's files, external data included; the same for equal content wherever it lies."""
-    digest = hashlib.sha256()
+    """SHA-256 (hex) of a model's files, external data included; independent of their folder."""
+    whole = hashlib.sha256()
     for name, file in graphs_of(path).items():
         if Path(path).is_dir():
-            digest.update(name.encode() + b"\0")
-        proto = _read(file)
-        external.check(proto, file)
-        for part in (file, *(file.parent / x for x in sorted(external.locations(proto)))):
-            with part.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()
+            whole.update(name.encode() + b"\0")
+        whole.update(digest(_files(_read(file), file)))
+    return whole.hexdigest()
 
 
 def file_bytes(path: Path) -> int:
@@ -166,30 +174,30 @@ def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] | None = None, 
     """Write a model to the folder `out` (as `name`), or to the file `out` if it ends in `.onnx`; returns the file.
 
     Weights over 64 MiB together go to a data file named by their hash, written and synced first; the model file is
-    renamed over last, so that a kill leaves the old result or the new one whole. Raises `ModelError`, also when
+    replaced last, so that a killed process leaves either the old result or the new one. Raises `ModelError`, also when
     the output is the source.
     """
     target = out if out.suffix == ".onnx" else out / name
     if graph.path is not None and target.exists() and graph.path.exists() and target.samefile(graph.path):
         raise ModelError(f"{target}: this is the source model, which is never overwritten; choose another output")
-    made = _make_folder(target.parent)
+    created = _make_folder(target.parent)
     try:
-        sweep(target.parent)
+        remove_stale(target.parent)
         written = _write(graph, target, metadata or {})
     except OSError as e:
         raise ModelError(f"{target}: cannot be written: {e.strerror or e}") from e
     finally:
         if not target.exists():
-            for folder in made:
+            for folder in created:
                 if folder.is_dir() and not any(folder.iterdir()):
                     folder.rmdir()
     return written
 
 
 def written_bytes(graph: Graph, metadata: Mapping[str, str] | None = None) -> int:
-    """Bytes that `save` would write, data file included; reads no weight of a model that has one.
+    """Bytes that `save` would write, data file included; weights are not read where they go to a data file.
 
-    Exact but for constants of equal content: `save` stores them once, here only those that are one tensor count once.
+    An upper bound: `save` stores constants of equal content once, here only those that are one tensor count once.
     """
     model = _prepared(graph, metadata or {})
     if not _is_large(model):
@@ -205,35 +213,32 @@ def _prepared(graph: Graph, metadata: Mapping[str, str]) -> ir.Model:
 
 
 def _is_large(model: ir.Model) -> bool:
-    """Whether the weights go to a file of their own."""
+    """Whether the weights go to a data file."""
     return sum({id(t): t.nbytes for t, _ in external.tensors(model)}.values()) > INLINE_LIMIT
 
 
 def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
     model = _prepared(graph, metadata)
-    temporary = _temporary(target)
     data, done = None, False
     try:
-        if _is_large(model):
-            data = weights.externalize(model, target, temporary.with_suffix(".data.tmp"))
-        proto = ir.to_proto(weights.embedded(model, data))
-        with temporary.open("xb") as f:
-            f.write(proto.SerializeToString(deterministic=True))
-            weights.sync(f)
-        os.replace(temporary, target)
+        with replacing(target) as temporary:
+            if _is_large(model):
+                data = weights.externalize(model, target)
+            proto = ir.to_proto(weights.embedded(model, data))
+            with temporary.open("xb") as f:
+                f.write(proto.SerializeToString(deterministic=True))
+                sync(f)
         done = True
     finally:
         if data is not None and not done:
             _drop_old_data(target, None)
-        temporary.unlink(missing_ok=True)
-        temporary.with_suffix(".data.tmp").unlink(missing_ok=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
     _drop_old_data(target, data)
     return target
 
 
 def _versions(model: ir.Model) -> None:
-    """Write the IR version and operator sets explicitly, the lowest that hold the model."""
+    """Set the IR version to the lowest with all element types in use, and drop operator sets without nodes."""
     used = {t.dtype for t, _ in external.tensors(model)}
     domains = set()
     for graph in model.graphs():
@@ -250,75 +255,39 @@ def _versions(model: ir.Model) -> None:
 # ---- publishing ------------------------------------------------------------------------------------------------------
 
 
-def _temporary(target: Path) -> Path:
-    return target.with_name(f".{target.name}.onnxcomp-{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
-
-
 def _make_folder(folder: Path) -> list[Path]:
-    """Create a folder with its parents; returns those made, innermost first."""
-    made = list(itertools.takewhile(lambda p: not p.exists(), (folder, *folder.parents)))
+    """Create a folder with its parents; returns the created ones, innermost first."""
+    created = list(itertools.takewhile(lambda p: not p.exists(), (folder, *folder.parents)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise ModelError(f"{folder}: the output folder cannot be made: {e.strerror or e}") from e
-    return made
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":
-        fd = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
-def sweep(folder: Path) -> None:
-    """Remove temporaries that a killed run of ours left in a folder."""
-    for p in folder.glob(".*.onnxcomp-*.tmp"):
-        found = re.search(r"\.onnxcomp-(\d+)-[0-9a-f]{8}(\.data)?\.tmp$", p.name)
-        if found and not _alive(int(found[1]), p):
-            if p.is_dir() and not p.is_symlink():
-                shutil.rmtree(p, ignore_errors=True)
-            else:
-                p.unlink(missing_ok=True)
-
-
-def _alive(pid: int, path: Path) -> bool:
-    if os.name != "posix":  # there, signal 0 would end the process
-        return time.time() - path.stat().st_mtime < 86400
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return created
 
 
 def _drop_old_data(target: Path, current: Path | None) -> None:
-    """Remove data files of earlier results of the same name that no model of the folder refers to."""
+    """Remove data files of earlier results of this name to which no model of the folder refers."""
     pattern = re.compile(re.escape(target.stem) + r"-[0-9a-f]{12}\.onnx\.data")
     old = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name) and p != current]
     if not old:
         return
     try:
-        wanted = {x for p in target.parent.glob("*.onnx") for x in external.locations(_read(p))}
+        referenced = {x for p in target.parent.glob("*.onnx") for x in external.locations(_read(p))}
     except ModelError:
-        return  # a foreign file that cannot be read may need them
+        return  # a model that cannot be read may refer to them
     for p in old:
-        if p.name not in wanted:
+        if p.name not in referenced:
             p.unlink(missing_ok=True)
 
 
 @contextmanager
 def publish(out: Path) -> Iterator[Path]:
-    """A staging folder beside `out`; on leaving its files move into place, models last; an error leaves nothing."""
+    """A staging folder beside `out`; at the end its files are moved to `out`, models last; an error leaves nothing."""
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
-    made = _make_folder(out.parent)
-    sweep(out.parent)
-    staging = _temporary(out)
+    created = _make_folder(out.parent)
+    remove_stale(out.parent)
+    staging = temporary_path(out)
     staging.mkdir()
     try:
         yield staging
@@ -326,25 +295,25 @@ def publish(out: Path) -> Iterator[Path]:
             os.replace(staging, out)
         else:
             _merge(staging, out)
-        _sync_folder(out.parent)
+        sync_folder(out.parent)
     except OSError as e:
         raise ModelError(f"{out}: cannot be written: {e.strerror or e}") from e
     finally:
         if staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
-        for folder in made:
+        for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
 def _merge(staging: Path, out: Path) -> None:
-    found = (p for p in staging.rglob("*") if p.is_file())
-    files = sorted(found, key=lambda p: (p.suffix == ".onnx", p.suffix != ".data", p))
+    staged = (p for p in staging.rglob("*") if p.is_file())
+    files = sorted(staged, key=lambda p: (p.suffix == ".onnx", p.suffix != ".data", p))
     for p in files:
         goal = out / p.relative_to(staging)
         goal.parent.mkdir(parents=True, exist_ok=True)
         os.replace(p, goal)
-    _sync_folder(out)
+    sync_folder(out)
     for p in files:
         if p.suffix == ".onnx":
             data = [out / x for x in external.locations(_read(out / p.name))] if (out / p.name).exists() else []
@@ -359,26 +328,25 @@ def copy_companions(source: Path, out: Path) -> list[Path]:
         p = folder / name
         if p.is_file() and not (out.exists() and folder.samefile(out)):
             goal = out / name
-            temporary = _temporary(goal)
-            shutil.copyfile(p, temporary)
-            os.replace(temporary, goal)
+            with replacing(goal) as temporary:
+                shutil.copyfile(p, temporary)
             copies.append(goal)
     return copies
 
 
 def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:
     """The graphs of a model, or only the named one; raises `ModelError`."""
-    found = graphs_of(model)
+    graphs = graphs_of(model)
     if graph is None:
-        return found
-    if graph not in found:
-        raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(found)}")
-    return {graph: found[graph]}
+        return graphs
+    if graph not in graphs:
+        raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(graphs)}")
+    return {graph: graphs[graph]}
 
 
 def one_graph(model: Path, graph: str | None) -> Path:
-    """The file of the one graph meant; raises `ModelError` where a folder holds several and none is named."""
-    found = chosen_graphs(model, graph if model.is_dir() else None)
-    if len(found) > 1:
-        raise ModelError(f"{model}: holds {len(found)} graphs ({', '.join(found)}); name one with --graph")
-    return next(iter(found.values()))
+    """The file of the named graph, or of the only one; raises `ModelError` where a folder holds several."""
+    graphs = chosen_graphs(model, graph if model.is_dir() else None)
+    if len(graphs) > 1:
+        raise ModelError(f"{model}: holds {len(graphs)} graphs ({', '.join(graphs)}); name one with --graph")
+    return next(iter(graphs.values()))

@@ -1,4 +1,4 @@
-"""Writing a model's tensors: to a data file one at a time, named by what it holds, or into the model file."""
+"""Writing a model's tensors: one at a time to a data file that is named by its content, or into the model file."""
 
 from __future__ import annotations
 
@@ -12,41 +12,48 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
+from onnxcomp.files.atomic import sync, temporary_path
 from onnxcomp.files.external import tensors
 from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.graph.scratch import release
 
-__all__ = ["embedded", "externalize", "measure", "sync"]
+__all__ = ["embedded", "externalize", "measure"]
 
 SMALL = 1024  # bytes up to which a tensor stays in the model file, where shape inference can read it
-PAGE = 4096
+PAGE = 4096  # bytes; tensors of at least a page begin at one, so that each can be mapped by itself
 
 
-def externalize(model: ir.Model, target: Path, temporary: Path) -> Path:
-    """Move tensors over `SMALL` bytes to a data file named by its content, one tensor in memory at a time."""
-    held = _movable(model)
+def externalize(model: ir.Model, target: Path) -> Path:
+    """Move tensors over `SMALL` bytes to a data file beside `target`, one tensor in memory at a time; returns the file.
+
+    It is named by a hash of its content, so that an earlier result's model file never reads a later one's weights.
+    """
+    tensors_to_move = _movable(model)
     offsets: dict[object, int] = {}
-    content = hashlib.sha256()
+    digest = hashlib.sha256()
     places: list[int] = []
-    with temporary.open("xb") as f:
-        for _, t in held:
-            key = _identity(t)
-            if key not in offsets:
-                offsets[key] = _append(f, t, offsets, content)
-                if not isinstance(t, MappedTensor):  # that one is read without its mapping
-                    release([t])
-            places.append(offsets[key])
-        sync(f)
-    digest = content.hexdigest()[:12]
-    data = target.with_name(f"{target.stem}-{digest}.onnx.data")
-    os.replace(temporary, data)
-    for (v, t), offset in zip(held, places, strict=True):
+    temporary = temporary_path(target)
+    try:
+        with temporary.open("xb") as f:
+            for _, t in tensors_to_move:
+                key = _identity(t)
+                if key not in offsets:
+                    offsets[key] = _append(f, t, offsets, digest)
+                    if not isinstance(t, MappedTensor):  # a mapped one is read from its file, not through the mapping
+                        release([t])
+                places.append(offsets[key])
+            sync(f)
+        data = target.with_name(f"{target.stem}-{digest.hexdigest()[:12]}.onnx.data")
+        os.replace(temporary, data)
+    finally:
+        temporary.unlink(missing_ok=True)
+    for (v, t), offset in zip(tensors_to_move, places, strict=True):
         _refer(v, t, data.name, offset)
     return data
 
 
 def measure(model: ir.Model) -> int:
-    """Bytes of the data file that `externalize` would write, whose references the model gets; nothing is read."""
+    """Bytes of the data file that `externalize` would write; the model gets references to it, no tensor is read."""
     places: dict[object, int] = {}
     end = 0
     for v, t in _movable(model):
@@ -59,10 +66,10 @@ def measure(model: ir.Model) -> int:
 
 
 def _movable(model: ir.Model) -> list[tuple[ir.Value, ir.TensorProtocol]]:
-    """The constants that go to the data file, attributes made initializers first."""
+    """The constants that go to the data file, after constants in attributes were made initializers."""
     LiftConstantsToInitializersPass(size_limit=SMALL)(model)
-    found = [(v, t) for t, v in tensors(model) if isinstance(v, ir.Value)]
-    return [(v, t) for v, t in found if t.nbytes > SMALL and t.dtype != ir.DataType.STRING]
+    constants = [(v, t) for t, v in tensors(model) if isinstance(v, ir.Value)]
+    return [(v, t) for v, t in constants if t.nbytes > SMALL and t.dtype != ir.DataType.STRING]
 
 
 def _identity(t: ir.TensorProtocol) -> object:
@@ -75,34 +82,34 @@ def _refer(v: ir.Value, t: ir.TensorProtocol, location: str, offset: int) -> Non
 
 
 def _aligned(end: int, t: ir.TensorProtocol) -> int:
-    """Where a tensor may begin behind what is written."""
+    """The next offset from `end` on at which a tensor may begin: page-aligned, small ones at 64 bytes."""
     align = PAGE if t.nbytes >= PAGE else 64
     return -(-end // align) * align
 
 
 def embedded(model: ir.Model, data: Path | None) -> ir.Model:
-    """Take tensors that lie in any file but `data` into the model file."""
+    """Copy tensors of other files than `data` into the model file."""
     for t, holder in list(tensors(model)):
         if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data.name):
             continue
         proto = onnx.TensorProto(name=t.name or "", data_type=t.dtype.value, dims=t.shape.numpy(), raw_data=t.tobytes())
-        held = ir.TensorProtoTensor(proto)
+        tensor = ir.TensorProtoTensor(proto)
         if isinstance(holder, ir.Value):
-            holder.const_value = held
+            holder.const_value = tensor
         else:
             node, name = holder
-            node.attributes[name] = ir.AttrTensor(name, held)
+            node.attributes[name] = ir.AttrTensor(name, tensor)
     return model
 
 
 class _Hashing:
-    """A writer that counts and hashes what passes through to the file."""
+    """A writer that counts and hashes the bytes it passes on to the file."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.count, self.digest = file, 0, hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> int:
-        """Pass bytes on; exporters hand over arrays of any rank."""
+        """Pass bytes on; tensors of an exporter pass arrays of any rank."""
         view = memoryview(data)
         data = view.cast("B") if view.nbytes else b""
         self.digest.update(data)
@@ -110,8 +117,11 @@ class _Hashing:
         return self.file.write(data)
 
 
-def _append(f: BinaryIO, t: ir.TensorProtocol, seen: dict[object, int], content: hashlib._Hash) -> int:
-    """Write one tensor at the next aligned offset and return it; equal content is not written again."""
+def _append(f: BinaryIO, t: ir.TensorProtocol, offsets: dict[object, int], total: hashlib._Hash) -> int:
+    """Write one tensor at the next aligned offset and return the offset; content that is there already is reused.
+
+    `offsets` are those of content hashes; `total` is the hash of the data file.
+    """
     end = f.seek(0, os.SEEK_END)
     offset = _aligned(end, t)
     f.write(bytes(offset - end))
@@ -124,14 +134,8 @@ def _append(f: BinaryIO, t: ir.TensorProtocol, seen: dict[object, int], content:
     if out.count != t.nbytes:
         raise ModelError(f"tensor '{t.name}' gave {out.count} bytes where its shape and type say {t.nbytes}")
     key = out.digest.digest()
-    if key in seen:
+    if key in offsets:
         f.truncate(end)
     else:
-        content.update(offset.to_bytes(8, "little") + key)
-    return seen.setdefault(key, offset)
-
-
-def sync(f: BinaryIO) -> None:
-    """Wait until the written bytes are on the disk."""
-    f.flush()
-    os.fsync(f.fileno())
+        total.update(offset.to_bytes(8, "little") + key)
+    return offsets.setdefault(key, offset)

@@ -1,1 +1,1 @@
-"""Equivalent forms of the sites of a graph, and the choice among them by measurement or from the target's table."""
+"""Equivalent forms of parts of a graph (attention, linears, norms) and the choice of the fastest on a target."""

@@ -1,11 +1,10 @@
-"""Choices among equivalent forms: what was timed, what was taken and why, kept in a portable file."""
+"""Choices among equivalent forms: measured times, the chosen form and the reason, stored in a portable JSON file."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp.errors import OnnxcompError, RecipeError
+from onnxcomp.files.atomic import replacing
 from onnxcomp.lowering.forms import FORMS_VERSION
 
 __all__ = ["Candidate", "Choice", "Choices", "Header"]
@@ -21,7 +21,7 @@ __all__ = ["Candidate", "Choice", "Choices", "Header"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """One form of a site: milliseconds per shape, how many times faster than the default with its interval, remarks."""
+    """One form of a site: milliseconds per shape, and how many times faster than the default with its interval."""
 
     form: str
     ms: tuple[float, ...] = ()
@@ -33,7 +33,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was taken for all sites of one signature; `source` is measured, remembered, file or table."""
+    """The form chosen for all sites of one signature; `source` is measured, remembered, file or table."""
 
     kind: str
     site: str
@@ -48,7 +48,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Header:
-    """What the times of a file are of."""
+    """What the times of a file hold for: target, machine, runtime, threads and version of the forms."""
 
     target: str
     machine: str
@@ -64,7 +64,7 @@ class Header:
 
 @dataclass
 class Choices:
-    """Choices by signature and measured numbers by key, for one header; `pinned` ones are taken as they are."""
+    """Choices by signature and measured numbers by key, for one header; `pinned` ones are never measured again."""
 
     header: Header
     sites: dict[str, Choice] = field(default_factory=dict)
@@ -74,40 +74,38 @@ class Choices:
 
     @classmethod
     def load(cls, path: Path, header: Header) -> Choices:
-        """A file that `onnxcomp tune` wrote, taken as it is; raises `RecipeError` where it is for something else."""
-        found = _read(path)
-        if found is None:
+        """A file that `onnxcomp tune` wrote; raises `RecipeError` where it is for another target or other forms."""
+        choices = _read(path)
+        if choices is None:
             raise RecipeError(f"{path}: is not a file of choices; make one with: onnxcomp tune MODEL -o {path.name}")
-        if found.header.target != header.target:
-            raise RecipeError(f"{path}: was measured for target '{found.header.target}', this is '{header.target}'")
-        if found.header.forms != header.forms:
+        if choices.header.target != header.target:
+            raise RecipeError(f"{path}: was measured for target '{choices.header.target}', this is '{header.target}'")
+        if choices.header.forms != header.forms:
             raise RecipeError(f"{path}: was made by another version of onnxcomp's forms; run onnxcomp tune again")
-        found.pinned = found.header != header
-        return found
+        choices.pinned = choices.header != header
+        return choices
 
     @classmethod
     def cached(cls, folder: Path, header: Header) -> Choices:
-        """What an earlier run on this machine left in a cache folder; a damaged or foreign file counts as absent."""
+        """The choices of earlier runs on this machine in a cache folder; none where the file is damaged or foreign."""
         path = folder / f"choices-{header.digest}.json"
-        found = _read(path) if path.exists() else None
-        if found is None or found.header != header:
-            found = cls(header)
-        found.path = path
-        return found
+        choices = _read(path) if path.exists() else None
+        if choices is None or choices.header != header:
+            choices = cls(header)
+        choices.path = path
+        return choices
 
     def save(self, path: Path | None = None) -> None:
-        """Write the file whole or not at all; nothing where no path is known. Raises `OnnxcompError`."""
-        to = path or self.path
-        if to is None:
+        """Write the file atomically; nothing where no path is known. Raises `OnnxcompError`."""
+        target = path or self.path
+        if target is None:
             return
-        temporary = to.with_name(f".{to.name}.{os.getpid()}.tmp")
         try:
-            to.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(self.json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            temporary.replace(to)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as temporary:
+                temporary.write_text(json.dumps(self.json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise OnnxcompError(f"{to}: cannot write the choices: {e}") from e
+            raise OnnxcompError(f"{target}: cannot write the choices: {e}") from e
 
     def json(self) -> dict[str, Any]:
         """Plain values."""

@@ -1,4 +1,4 @@
-"""What equivalent forms of a site cost: timed as micro-models on the target, or read off the target's table."""
+"""The cost of equivalent forms of a site: timed as micro-models on the target, or estimated from the target's table."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from onnxcomp.target import CPU, Target, resolved
 
 __all__ = ["Cost", "costs", "forget", "operations"]
 
-ROUNDS = 5
+ROUNDS = 5  # each form is timed so often, in turns with the others; the median is taken
 _SECONDS = 0.02  # of timed runs per form and round
 
-_known: dict[str, float] = {}
+_times: dict[str, float] = {}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds per run (None where the table has no rate for the work), bytes of constants, and where that is from."""
+    """Seconds per run (None where the table has no rate for it), bytes of constants, and the source of the time."""
 
     form: str
     seconds: float | None
@@ -48,24 +48,24 @@ def costs(
 ) -> list[Cost]:
     """Cost of each form at the given input shapes, in the order of `forms`.
 
-    Measured times are medians over interleaved rounds with one session alive at a time, remembered in this process by
-    structure, or in `known`, so equal sites are timed once. `measure=False` (and a target that is not here) gives the
-    same table value everywhere. Raises the form's own error, naming the form.
+    Measured times are medians over interleaved rounds with one session alive at a time, cached by structure in this
+    process or in `known`, so that equal sites are timed once. With `measure=False`, or a target that is not this
+    machine, costs are estimated from the target's table. Raises the form's own error, naming the form.
     """
-    held = _known if known is None else known
+    times = _times if known is None else known
     target = resolved(target)
     keys = {n: _key(g, shapes, target, threads) for n, g in forms.items()}
-    todo = {n: g for n, g in forms.items() if keys[n] not in held}
-    if todo and not (measure and target.here):
+    untimed = {n: g for n, g in forms.items() if keys[n] not in times}
+    if untimed and not (measure and target.here):
         return [Cost(n, _table(g, shapes, target), g.nbytes, "table") for n, g in forms.items()]
-    for name, seconds in _time(todo, shapes, target, threads).items():
-        held[keys[name]] = seconds
-    return [Cost(n, held[keys[n]], g.nbytes, "measured") for n, g in forms.items()]
+    for name, seconds in _time(untimed, shapes, target, threads).items():
+        times[keys[name]] = seconds
+    return [Cost(n, times[keys[n]], g.nbytes, "measured") for n, g in forms.items()]
 
 
 def forget() -> None:
-    """Drop the remembered times of this process."""
-    _known.clear()
+    """Clear the times cached in this process."""
+    _times.clear()
 
 
 # ---- by the clock ----------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def forget() -> None:
 def _time(
     forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], target: Target, threads: int
 ) -> dict[str, float]:
-    """Median seconds of each form; forms take turns, since the machine's clock drifts more than they differ."""
+    """Median seconds of each form; forms are timed in turns, since clock rates drift more than forms differ."""
     feeds = {name: _feeds(g, shapes) for name, g in forms.items()}
     rounds: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(ROUNDS):
@@ -117,7 +117,7 @@ def _dims(spec: TensorSpec, shapes: Mapping[str, Sequence[int]]) -> tuple[int, .
 
 
 def _key(g: Graph, shapes: Mapping[str, Sequence[int]], target: Target, threads: int) -> str:
-    """What a time depends on, hashed."""
+    """Hash of all that a time depends on."""
     dims = {spec.name: _dims(spec, shapes) for spec in specs(g)}
     return hashlib.sha256(f"{structure(g, dims)}\n{target!r}\n{threads}".encode()).hexdigest()[:24]
 
@@ -152,14 +152,14 @@ def operations(g: Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, float
         v.shape = ir.Shape(_dims(spec, shapes))
     work.forget_shapes()
     work.infer_shapes()
-    found: dict[str, float] = {}
+    by_kind: dict[str, float] = {}
     for node in work.model.graph:
         if node.op_type in _PRODUCTS and _dims_of(node.outputs[0]) is None:
-            _tell_shape(work, node)
+            _set_output_shape(work, node)
         kind, flops = _work(node)
         if flops:
-            found[kind] = found.get(kind, 0.0) + flops
-    return found
+            by_kind[kind] = by_kind.get(kind, 0.0) + flops
+    return by_kind
 
 
 def _dims_of(v: ir.Value | None) -> tuple[int, ...] | None:
@@ -168,8 +168,8 @@ def _dims_of(v: ir.Value | None) -> tuple[int, ...] | None:
     return tuple(d for d in v.shape if isinstance(d, int))
 
 
-def _tell_shape(g: Graph, node: ir.Node) -> None:
-    """ONNX's inference knows no contrib operator; say the shape of its product and go on from there."""
+def _set_output_shape(g: Graph, node: ir.Node) -> None:
+    """Set the output shape of a contrib product, which ONNX's shape inference does not know, and infer the rest."""
     a, b = _operands(node)
     if a is not None and b is not None:
         node.outputs[0].shape = ir.Shape([*a[:-1], b[-1]])

@@ -1,4 +1,7 @@
-"""What a mask does, found out by running the arithmetic that makes it, and nothing else, on a few inputs."""
+"""What an attention mask hides (padding, later keys, keys outside a window), read from its values on sample inputs.
+
+Only the subgraph that computes the mask is run.
+"""
 
 from __future__ import annotations
 
@@ -20,69 +23,71 @@ from onnxcomp.runtime.sessions import Session
 __all__ = ["name_of", "probe"]
 
 SHAPES = ({"batch": 2, "sequence": 5}, {"batch": 3, "sequence": 8})
-TRIES = 3
-FORBIDDEN = -9e3
-LONG = range(5, 1 << 20)  # constants that may be a window which the samples are too short to show
-SHORT = 3  # stands for them once more
+TRIES = 3  # random inputs per shape
+MASKED_BELOW = -9e3  # exporters add -1e4 and less to hide a key
+WINDOWS = range(5, 1 << 20)  # constants that may be the width of a window: too wide to show in samples of 5 to 8 tokens
+SHORT_WINDOW = 3  # replaces them in a second run, so that a window shows
 
 
 def probe(g: Graph, values: Sequence[ir.Value]) -> dict[str, str]:
-    """By name: `all`, `padding`, `causal` (just the triangle), `causal+` (less than it), `other`; `other` if unsure.
+    """Kinds of masks by name: `all`, `padding`, `causal` (no later key), `causal+` (fewer keys), `other` if unsure.
 
-    `window 8` is the triangle without keys that are 8 or more places away.
-    Evidence, not proof: the inputs are random, their mask random 0 and 1 with at least one key a row.
+    `window 8` is causal without keys that are 8 or more positions away. Evidence, not proof: the inputs are random,
+    their padding mask random 0 and 1 with at least one key per sample.
     """
-    found = dict.fromkeys((str(v.name) for v in values), "other")
+    kinds = dict.fromkeys((str(v.name) for v in values), "other")
     nodes, light = extract.prefix(g, values)
     if not light:
-        return found
+        return kinds
     constant = {str(v.name) for v in light if not _reads_inputs(g, v)}
     model = extract.cut(g, nodes, light)
     try:
-        found |= _names(g, model, constant)
+        kinds |= _names(g, model, constant)
     except OnnxcompError:
-        return found
+        return kinds
     for short in _shortened(model):
-        with contextlib.suppress(OnnxcompError):  # that number was no window, but a size or a place
-            seen = _names(g, short, constant)
-            found = {name: _weaker(kind, seen.get(name, kind)) for name, kind in found.items()}
-    windows = name_masks(g, [v for v in light if found[str(v.name)] == "causal+" and v.name in constant])
+        with contextlib.suppress(OnnxcompError):  # the number was not a window but a size or an index
+            shortened = _names(g, short, constant)
+            kinds = {name: _common_kind(kind, shortened.get(name, kind)) for name, kind in kinds.items()}
+    windows = name_masks(g, [v for v in light if kinds[str(v.name)] == "causal+" and v.name in constant])
     for v, named in windows.items():
         kind, _, width = named.name.rpartition(" ")
         if v is not None and kind == "causal window" and not named.bias:
-            found[str(v.name)] = f"window {width}"
-    return found
+            kinds[str(v.name)] = f"window {width}"
+    return kinds
 
 
 def _names(g: Graph, model: Graph, constant: Collection[str]) -> dict[str, str]:
-    """What each output of a model of masks does on samples; `constant` names those that follow from sizes alone."""
+    """The kind of each output of a model that computes masks; `constant` names those that depend on sizes alone."""
     samples = list(_samples(g, model))
     return {name: name_of([s[name] for s in samples], fixed=name in constant) for name in samples[0]}
 
 
-def _weaker(kind: str, short: str) -> str:
-    """What can be said of a mask that does `kind`, and `short` with one of its numbers replaced by a small one."""
+def _common_kind(kind: str, short: str) -> str:
+    """The kind that covers both that of a mask and that of its variant with a short window."""
     if kind == short:
         return kind
     return "causal+" if {kind, short} <= {"causal", "causal+"} else "other"
 
 
 def _shortened(model: Graph) -> Iterable[Graph]:
-    """The model once more for every long number among its constants, with a short one in its place."""
+    """A copy of the model for each number among its constants that may be a window, replaced by a short one."""
     numbers = {n for _, n in _numbers(model)}
-    for number in sorted(n for n in numbers if abs(n) in LONG):
+    for number in sorted(n for n in numbers if abs(n) in WINDOWS):
         other = model.clone()
         for v, n in _numbers(other):
             if n == number and v.const_value is not None:
-                small = np.full(v.const_value.shape.numpy(), math.copysign(SHORT, n), v.const_value.dtype.numpy())
+                small = np.full(
+                    v.const_value.shape.numpy(), math.copysign(SHORT_WINDOW, n), v.const_value.dtype.numpy()
+                )
                 v.const_value = ir.tensor(small, name=v.name)
         yield other
 
 
 def _numbers(model: Graph) -> list[tuple[ir.Value, int]]:
-    """Initializers that are one whole number."""
-    held = ((v, v.const_value) for v in model.model.graph.initializers.values())
-    return [(v, int(t.numpy().item())) for v, t in held if t is not None and t.size == 1 and t.dtype.is_integer()]
+    """Initializers that are a single integer, with its value."""
+    constants = ((v, v.const_value) for v in model.model.graph.initializers.values())
+    return [(v, int(t.numpy().item())) for v, t in constants if t is not None and t.size == 1 and t.dtype.is_integer()]
 
 
 def _samples(g: Graph, model: Graph) -> Iterable[Mapping[str, Array]]:
@@ -94,7 +99,7 @@ def _samples(g: Graph, model: Graph) -> Iterable[Mapping[str, Array]]:
 
 
 def _fitting(g: Graph, shape: Mapping[str, int]) -> dict[str, int]:
-    """The shape with a size for every open axis; other axes get the sequence's length, plus one where it is a past."""
+    """The shape with a size for every dynamic axis; other axes than the batch get the length of the sequence."""
     sizes = dict(shape)
     names = {d for s in specs(g) for d in s.shape if isinstance(d, str)}
     known = dict(open_axes.default_shapes(g)[0])
@@ -112,20 +117,20 @@ def _random(g: Graph, shape: Mapping[str, int], seed: int) -> dict[str, Array]:
     mask = roles(ports).get("mask")
     for name, a in feeds.items():
         if name == mask or (a.dtype.kind == "b" and a.ndim == 2):
-            seen = rng.random(a.shape) < 0.6
-            seen[np.arange(len(seen)), rng.integers(0, a.shape[1], len(seen))] = True
-            feeds[name] = seen.astype(a.dtype)
+            visible = rng.random(a.shape) < 0.6
+            visible[np.arange(len(visible)), rng.integers(0, a.shape[1], len(visible))] = True
+            feeds[name] = visible.astype(a.dtype)
     return feeds
 
 
 def _reads_inputs(g: Graph, v: ir.Value) -> bool:
-    """Whether a value depends on what is fed, not only on the sizes of it."""
-    stack, seen = [v], set()
+    """Whether a value depends on the content of inputs, not only on their sizes."""
+    stack, visited = [v], set()
     while stack:
         x = stack.pop()
-        if x in seen or g.is_constant(x):
+        if x in visited or g.is_constant(x):
             continue
-        seen.add(x)
+        visited.add(x)
         node = x.producer()
         if node is None:
             return True
@@ -135,25 +140,25 @@ def _reads_inputs(g: Graph, v: ir.Value) -> bool:
 
 
 def name_of(samples: Sequence[Array], *, fixed: bool) -> str:
-    """What masks `[..., s, t]` have in common; `fixed` says that they follow from sizes alone."""
-    seen = [np.atleast_2d(a if a.dtype.kind == "b" else a > FORBIDDEN) for a in samples]
-    zero = all(a.dtype.kind == "b" or bool(np.isin(a[a > FORBIDDEN], (0.0,)).all()) for a in samples)
-    if not zero:
-        return "causal+" if all(_within(a) for a in seen) else "other"
-    if all(a.all() for a in seen):
+    """The kind of sampled masks `[..., s, t]`; `fixed` says that they depend on sizes alone."""
+    visible = [np.atleast_2d(a if a.dtype.kind == "b" else a > MASKED_BELOW) for a in samples]
+    unbiased = all(a.dtype.kind == "b" or bool(np.isin(a[a > MASKED_BELOW], (0.0,)).all()) for a in samples)
+    if not unbiased:
+        return "causal+" if all(_is_causal(a) for a in visible) else "other"
+    if all(a.all() for a in visible):
         return "all" if fixed else "other"
-    if all(bool((a == a[..., :1, :]).all()) and (a.ndim < 4 or bool((a == a[:, :1]).all())) for a in seen):
+    if all(bool((a == a[..., :1, :]).all()) and (a.ndim < 4 or bool((a == a[:, :1]).all())) for a in visible):
         return "padding"
-    if fixed and all(bool((a == _triangle(a)).all()) for a in seen):
+    if fixed and all(bool((a == _triangle(a)).all()) for a in visible):
         return "causal"
-    return "causal+" if all(_within(a) for a in seen) else "other"
+    return "causal+" if all(_is_causal(a) for a in visible) else "other"
 
 
 def _triangle(a: Array) -> Array:
-    """Which keys are not later than their query, the last query standing at the last key."""
+    """Bool `[s, t]` of keys not later than their query, where the last query has the position of the last key."""
     s, t = a.shape[-2:]
     return np.tri(s, t, t - s, dtype=bool)
 
 
-def _within(a: Array) -> bool:
+def _is_causal(a: Array) -> bool:
     return a.shape[-2] > 1 and not bool((a & ~_triangle(a)).any())

@@ -1,4 +1,4 @@
-"""The way down: canonical operators spelled in older operator sets, for consumers that know no newer ones."""
+"""Conversion to older opsets: Attention, RMSNormalization, RotaryEmbedding and Gelu decomposed into older operators."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ import onnx_ir as ir
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 
-__all__ = ["lower_opset", "newer_sites", "scale_of", "spell_attention", "unspeakable"]
+__all__ = ["decompose_attention", "lower_opset", "newer_sites", "not_decomposable", "scale_of"]
 
 OLDEST = 18
-NEW = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
+# The opset that introduced an operator.
+INTRODUCED = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
 
 
 def newer_sites(g: Graph, version: int) -> list[Site]:
-    """Nodes of operators that `version` does not have and that can be spelled out."""
-    found = [n for n in g.nodes(*NEW) if n.domain == "" and NEW[n.op_type] > version]
-    return [Site(str(n.name), (str(n.name),), n.op_type) for n in found]
+    """Nodes of operators that `version` does not have and that can be decomposed."""
+    nodes = [n for n in g.nodes(*INTRODUCED) if n.domain == "" and INTRODUCED[n.op_type] > version]
+    return [Site(str(n.name), (str(n.name),), n.op_type) for n in nodes]
 
 
 def lower_opset(g: Graph, version: int, *, exact_rows: bool = False) -> None:
-    """Spell out what `version` lacks and declare it; raises `TargetError` naming the node that cannot go down.
+    """Decompose operators that `version` lacks and declare it; raises `TargetError` naming a node that it cannot have.
 
-    The operators in between differ in allowed types only, which is checked against the schemas. `exact_rows` is that
-    of `spell_attention`.
+    Other operators differ between these opsets in allowed types only, which are checked against the schemas.
+    `exact_rows` is that of `decompose_attention`.
     """
     if version < OLDEST:
         raise TargetError(f"opset {version} is too old: results are written for opset {OLDEST} to 23")
@@ -38,7 +39,7 @@ def lower_opset(g: Graph, version: int, *, exact_rows: bool = False) -> None:
     for site in newer_sites(g, version):
         node = g.node(site.nodes[0])
         exact = exact_rows and node.op_type == "Attention"
-        spelled = spell_attention(g, node, exact_rows=True) if exact else _SPELL[node.op_type](g, node)
+        spelled = decompose_attention(g, node, exact_rows=True) if exact else _DECOMPOSE[node.op_type](g, node)
         g.replace(node.outputs[0], spelled)
     g.sweep()
     for node in g.nodes():
@@ -90,23 +91,23 @@ def _float(node: ir.Node) -> np.dtype[Any]:
     return (dtype or ir.DataType.FLOAT).numpy()
 
 
-def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True, exact_rows: bool = False) -> ir.Value:
-    """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; scale on q, grouped heads repeated, cache appended.
+def decompose_attention(g: Graph, node: ir.Node, *, scaled: bool = True, exact_rows: bool = False) -> ir.Value:
+    """`softmax(scale q k^T + mask) v`, `[B, S, H D]` in and out; q is scaled, grouped heads repeated, caches appended.
 
-    With `scaled=False` the scale is taken to be inside q already. With `exact_rows` rows that a bool mask leaves no key
-    are zeros, as the operator gives them; else the mean of the values. Raises `TargetError` for what cannot be spelled.
+    With `scaled=False` q is scaled already. With `exact_rows`, queries whose bool mask hides every key give zeros, as
+    the operator does; else the mean of the values. Raises `TargetError` for what cannot be decomposed.
     """
     name, attrs, dtype = str(node.name), node.attributes, _float(node)
     q, k, v, mask, past_k, past_v = [*node.inputs, *[None] * 6][:6]
-    if (why := unspeakable(node)) or q is None:
-        raise TargetError(f"node '{name}': {why}, which has no spelling below opset 23")
+    if (reason := not_decomposable(node)) or q is None:
+        raise TargetError(f"node '{name}': {reason}, which cannot be decomposed for opsets below 23")
     heads, kv = attrs.get_int("q_num_heads"), attrs.get_int("kv_num_heads")
-    k4 = _keys(g, node, k, past_k)
-    v4 = _heads(g, v, kv, f"{name}_v", past_v, _output(node, 2))
-    q4 = _heads(g, q, heads, f"{name}_q")
+    keys = _keys(g, node, k, past_k)
+    values = _heads(g, v, kv, f"{name}_v", past_v, _output(node, 2))
+    queries = _heads(g, q, heads, f"{name}_q")
     if scaled:
-        q4 = g.op("Mul", q4, np.array(scale_of(node), dtype), name=f"{name}_scaled")
-    scores = g.op("MatMul", q4, k4, name=f"{name}_scores")
+        queries = g.op("Mul", queries, np.array(scale_of(node), dtype), name=f"{name}_scaled")
+    scores = g.op("MatMul", queries, keys, name=f"{name}_scores")
     if cap := attrs.get_float("softcap", 0.0):
         bound = np.array(cap, dtype)
         scores = g.op("Mul", g.op("Tanh", g.op("Div", scores, bound)), bound, name=f"{name}_capped")
@@ -114,17 +115,17 @@ def spell_attention(g: Graph, node: ir.Node, *, scaled: bool = True, exact_rows:
         scores = g.op("Where", mask, scores, np.array(ml_dtypes.finfo(dtype).min, dtype), name=f"{name}_masked")
     elif mask is not None:
         scores = g.op("Add", scores, mask, name=f"{name}_masked")
-    wide = _repeated(g, v4, v, kv, heads // kv, f"{name}_v")
-    shares = g.op("Softmax", scores, axis=-1, name=f"{name}_softmax")
+    repeated = _repeated(g, values, v, kv, heads // kv, f"{name}_v")
+    probabilities = g.op("Softmax", scores, axis=-1, name=f"{name}_softmax")
     if exact_rows and mask is not None and mask.dtype is ir.DataType.BOOL:
-        shares = g.op("Where", mask, shares, np.array(0, dtype), name=f"{name}_shares")
-    mixed = g.op("MatMul", shares, wide, name=f"{name}_mixed")
+        probabilities = g.op("Where", mask, probabilities, np.array(0, dtype), name=f"{name}_shares")
+    mixed = g.op("MatMul", probabilities, repeated, name=f"{name}_mixed")
     merged = g.op("Transpose", mixed, perm=[0, 2, 1, 3], name=f"{name}_merged")
     return g.op("Reshape", merged, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
 
 
-def unspeakable(node: ir.Node) -> str:
-    """What an Attention has that plain products and a Softmax cannot say here, empty if nothing."""
+def not_decomposable(node: ir.Node) -> str:
+    """Why an Attention cannot be decomposed into products and a Softmax, empty if it can."""
     q = node.inputs[0]
     if q is None or q.shape is None or len(q.shape) != 3:
         return "an Attention without three axes"
@@ -143,7 +144,7 @@ def unspeakable(node: ir.Node) -> str:
 
 
 def scale_of(node: ir.Node) -> float:
-    """The factor on the scores of an Attention in three axes: what it says, or one over the root of the head width."""
+    """The factor on the scores of an Attention of rank 3: its attribute, or `1 / sqrt(head width)`."""
     q, heads = node.inputs[0], node.attributes.get_int("q_num_heads", 1)
     width = q.shape[2] if q is not None and q.shape is not None and len(q.shape) == 3 else None
     given = node.attributes.get_float("scale", 0.0)
@@ -151,13 +152,13 @@ def scale_of(node: ir.Node) -> float:
 
 
 def _output(node: ir.Node, index: int) -> ir.Value | None:
-    """An optional output, where something reads it."""
+    """An optional output, None where nothing reads it."""
     v = node.outputs[index] if index < len(node.outputs) else None
     return v if v is not None and (v.is_graph_output() or v.uses()) else None
 
 
 def _keys(g: Graph, node: ir.Node, k: ir.Value | None, past: ir.Value | None) -> ir.Value:
-    """`[B, heads, D, T]`, in one move where no cache and no repetition stand between."""
+    """Transposed keys `[B, heads, D, T]`, by a single Transpose where there is no cache and no repetition."""
     heads, kv, name = node.attributes.get_int("q_num_heads"), node.attributes.get_int("kv_num_heads"), f"{node.name}_k"
     if past is None and heads == kv:
         return _heads(g, k, kv, name, perm=(0, 2, 3, 1))
@@ -175,33 +176,33 @@ def _heads(
     *,
     perm: tuple[int, ...] = (0, 2, 1, 3),
 ) -> ir.Value:
-    """`[B, T, heads D]` as `[B, heads, T, D]`, behind what is cached, which goes out as `present`."""
+    """`[B, T, heads D]` as `[B, heads, T, D]`, appended to the cache `past`; `present` returns both."""
     split = g.op("Reshape", x, _ints(0, 0, heads, -1), name=f"{name}_split")
-    apart = g.op("Transpose", split, perm=list(perm), name=f"{name}_heads")
+    by_head = g.op("Transpose", split, perm=list(perm), name=f"{name}_heads")
     if past is None:
-        return apart
-    whole = g.op("Concat", past, apart, axis=2, name=f"{name}_cached", like=present)
+        return by_head
+    appended = g.op("Concat", past, by_head, axis=2, name=f"{name}_cached", like=present)
     if present is not None:
-        g.replace(present, whole)
-    return whole
+        g.replace(present, appended)
+    return appended
 
 
 def _repeated(g: Graph, x4: ir.Value, x: ir.Value | None, heads: int, repeat: int, name: str) -> ir.Value:
-    """`[B, heads, T, D]` with each head `repeat` times; `x` is the same in three axes."""
+    """`[B, heads, T, D]` with each head repeated `repeat` times; `x` is the same value as `[B, T, heads D]`."""
     if repeat == 1:
         return x4
     total = x.shape[2] if x is not None and x.shape is not None else 0
-    wide = g.op("Expand", g.op("Unsqueeze", x4, _ints(2)), _ints(1, 1, repeat, 1, 1), name=f"{name}_repeated")
-    to = _ints(0, heads * repeat, -1, int(total) // heads if isinstance(total, int) else -1)
-    return g.op("Reshape", wide, to, name=f"{name}_grouped")
+    expanded = g.op("Expand", g.op("Unsqueeze", x4, _ints(2)), _ints(1, 1, repeat, 1, 1), name=f"{name}_repeated")
+    target = _ints(0, heads * repeat, -1, int(total) // heads if isinstance(total, int) else -1)
+    return g.op("Reshape", expanded, target, name=f"{name}_grouped")
 
 
 def _rms(g: Graph, node: ir.Node) -> ir.Value:
-    """`x / sqrt(mean(x^2) + eps) * gain` over the last axis; half types in float32 (squares overflow), as stashed."""
+    """`x / sqrt(mean(x^2) + eps) * gain` over the last axis; float16 and bfloat16 in float32, as squares overflow."""
     x, gain = node.inputs[:2]
     if node.attributes.get_int("axis", -1) != -1:
-        raise TargetError(f"node '{node.name}': RMSNormalization over several axes has no spelling below opset 23")
-    given, dtype = x, _float(node)
+        raise TargetError(f"node '{node.name}': RMSNormalization over several axes cannot be decomposed")
+    original, dtype = x, _float(node)
     inner = dtype if dtype.itemsize > 2 else np.dtype(np.float32)
     if inner != dtype:
         x = g.op("Cast", x, to=ir.DataType.FLOAT.value, name=f"{node.name}_wide")
@@ -210,30 +211,37 @@ def _rms(g: Graph, node: ir.Node) -> ir.Value:
     root = g.op("Sqrt", g.op("Add", power, epsilon), name=f"{node.name}_root")
     scaled = g.op("Div", x, root)
     if inner != dtype:
-        scaled = g.op("Cast", scaled, to=ir.DataType.from_numpy(dtype).value, name=f"{node.name}_narrow", like=given)
+        scaled = g.op("Cast", scaled, to=ir.DataType.from_numpy(dtype).value, name=f"{node.name}_narrow", like=original)
     return g.op("Mul", scaled, gain, name=f"{node.name}_scaled", like=node.outputs[0])
 
 
 def _rotary(g: Graph, node: ir.Node) -> ir.Value:
-    """Rotation of `[B, S, H D]` by cached cos and sin `[B, S, R/2]` of the first R of each head, all by default."""
+    """Rotation of `[B, S, H D]` by cos and sin `[B, S, R/2]` in the first R channels of each head (default: all)."""
     x, cos, sin = node.inputs[:3]
     attrs, name = node.attributes, str(node.name)
     three = x is not None and x.shape is not None and len(x.shape) == 3
     heads, rotated = attrs.get_int("num_heads", 0), attrs.get_int("rotary_embedding_dim", 0)
     width = x.shape[2] if three and x is not None and x.shape is not None else None
     if not three or not heads or len(node.inputs) > 3 or (rotated and not isinstance(width, int)):
-        raise TargetError(f"node '{name}': this RotaryEmbedding has no spelling below opset 23")
+        raise TargetError(f"node '{name}': this RotaryEmbedding cannot be decomposed for opsets below 23")
     part: ir.Value = g.op("Reshape", x, _ints(0, 0, heads, -1), name=f"{name}_split")
-    rest = None
+    unrotated = None
     if rotated and isinstance(width, int) and rotated < width // heads:
-        part, rest = _parts(g, part, f"{name}_kept", _ints(rotated, width // heads - rotated))
-    turned = _turned(g, part, cos, sin, name, heads if attrs.get_int("interleaved", 0) else 0)
-    whole = turned if rest is None else g.op("Concat", turned, rest, axis=-1, name=f"{name}_whole")
-    return g.op("Reshape", whole, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
+        part, unrotated = _parts(g, part, f"{name}_kept", _ints(rotated, width // heads - rotated))
+    rotated_part = _rotated(g, part, cos, sin, name, heads if attrs.get_int("interleaved", 0) else 0)
+    joined = (
+        rotated_part if unrotated is None else g.op("Concat", rotated_part, unrotated, axis=-1, name=f"{name}_whole")
+    )
+    return g.op("Reshape", joined, _ints(0, 0, -1), name=f"{name}_out", like=node.outputs[0])
 
 
-def _turned(g: Graph, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, name: str, interleaved: int) -> ir.Value:
-    """`[B, S, H, R]` with pairs turned: halves apart, or neighbours (`interleaved` is the number of heads then)."""
+def _rotated(
+    g: Graph, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, name: str, interleaved: int
+) -> ir.Value:
+    """`[B, S, H, R]` with pairs of channels rotated: channel i with i + R/2, or neighbours.
+
+    `interleaved` is the number of heads for neighbours, else 0.
+    """
     if interleaved:
         pairs = g.op("Reshape", x, _ints(0, 0, interleaved, -1, 2), name=f"{name}_pairs")
         a, b = (g.op("Squeeze", v, _ints(-1)) for v in _parts(g, pairs, f"{name}_halves"))
@@ -249,7 +257,7 @@ def _turned(g: Graph, x: ir.Value, cos: ir.Value | None, sin: ir.Value | None, n
 
 
 def _parts(g: Graph, x: ir.Value, name: str, sizes: np.ndarray | None = None) -> tuple[ir.Value, ir.Value]:
-    """The last axis in two, halves by default."""
+    """The last axis split in two, into halves by default."""
     node = g.op("Split", x, sizes, axis=-1, num_outputs=2 if sizes is None else None, outputs=2, name=name).producer()
     assert node is not None
     return node.outputs[0], node.outputs[1]
@@ -267,8 +275,8 @@ def _gelu(g: Graph, node: ir.Node) -> ir.Value:
     return g.op("Mul", g.op("Mul", x, np.array(0.5, dtype)), gate, name=f"{node.name}_out", like=node.outputs[0])
 
 
-_SPELL: dict[str, Callable[[Graph, ir.Node], ir.Value]] = {
-    "Attention": spell_attention,
+_DECOMPOSE: dict[str, Callable[[Graph, ir.Node], ir.Value]] = {
+    "Attention": decompose_attention,
     "RMSNormalization": _rms,
     "RotaryEmbedding": _rotary,
     "Gelu": _gelu,

@@ -1,4 +1,4 @@
-"""Which form each site takes: measured in micro-models on the target, remembered, or off the target's table."""
+"""The choice of a form for every site of a graph: measured with micro-models, remembered, or from a target's table."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from onnxcomp.target import Target
 
 __all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]
 
-BUDGET = 50.0  # seconds of measuring per graph; what is left then takes the table's form
+BUDGET = 50.0  # seconds of measuring per graph; sites that are not measured by then take the table's form
 
 
 @dataclass
 class _Group:
-    """Spots that are one to the clock: equal structure, types, sizes and kind of mask."""
+    """Spots of equal run time: same structure, types, sizes and kind of mask; only one of them is measured."""
 
     key: str
     spots: list[Spot]
@@ -44,10 +44,10 @@ class _Group:
 
 @dataclass
 class Planner:
-    """Chooses forms for one graph; `found` collects what was chosen, kind by kind.
+    """Chooses forms for one graph; `chosen` collects all choices.
 
-    Without `measure` nothing is timed: remembered choices are taken, else the table's; the same on every machine.
-    `seconds` is the time all of it took so far; `exact_rows` holds for all forms.
+    Without `measure` nothing is timed: remembered choices are taken, else the table's, so that results are the same on
+    every machine. `seconds` is the time that choosing took so far; `exact_rows` is passed to all forms.
     """
 
     g: Graph
@@ -56,7 +56,7 @@ class Planner:
     choices: Choices
     measure: bool = True
     budget: float = BUDGET
-    found: list[Choice] = field(default_factory=list)
+    chosen: list[Choice] = field(default_factory=list)
     seconds: float = 0.0
     exact_rows: bool = False
     _facts: Facts | None = None
@@ -75,18 +75,18 @@ class Planner:
         if not spots:
             return []
         ctx = self.context(spots)
-        found: list[tuple[Spot, Form | None, str]] = []
+        chosen: list[tuple[Spot, Form | None, str]] = []
         for group in self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows}"):
             names = legal(ctx, group.spots[0], standard=standard, approximate=approximate)
             choice = self._choice(kind, group, names, default(ctx, kind.name, names))
-            self.found.append(choice)
+            self.chosen.append(choice)
             form = kind.form(choice.form) if choice.form in names else None
-            found += [(spot, form, choice.reason) for spot in group.spots]
+            chosen += [(spot, form, choice.reason) for spot in group.spots]
         place = {node: i for i, node in enumerate(self.g.model.graph)}
-        return sorted(found, key=lambda x: place[x[0].nodes[0]])
+        return sorted(chosen, key=lambda x: place[x[0].nodes[0]])
 
     def context(self, spots: Sequence[Spot] = ()) -> Context:
-        """What forms may know of this graph; masks are probed once, helper values are shared by all sites."""
+        """The context that forms are given; masks are probed once, helper values are shared by all sites."""
         read = [n.inputs[3] for s in spots for n in s.nodes if n.op_type == "Attention" and len(n.inputs) > 3]
         new = [v for v in dict.fromkeys(read) if v is not None and str(v.name) not in self._masks]
         if new:
@@ -96,11 +96,11 @@ class Planner:
         return self._context
 
     def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
-        """Sizes of a value of the graph at each asked shape; empty where one is not known."""
+        """The shape of a value at each measured shape of the inputs; empty where one is not known."""
         with self._clocked():
-            found = [self._dims(v, i) for i in range(len(self.shapes))]
-        known = [d for d in found if d is not None]
-        return known if len(known) == len(found) else []
+            dims = [self._dims(v, i) for i in range(len(self.shapes))]
+        known = [d for d in dims if d is not None]
+        return known if len(known) == len(dims) else []
 
     @contextlib.contextmanager
     def _clocked(self) -> Iterator[None]:
@@ -130,13 +130,13 @@ class Planner:
             return replace(base, reason="its sizes at the asked shapes are not known before it runs")
         if self._spent > self.budget:
             return replace(base, reason=f"{self.budget:.0f} s of measuring were used up")
-        measured, whole = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
-        if whole:
+        measured, complete = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
+        if complete:
             self.choices.sites[group.key] = replace(measured, sites=())
         return measured
 
     def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> tuple[Choice, bool]:
-        """The choice by the clock, and whether there was time enough to remember it."""
+        """The measured choice, and whether there was time enough for it to be remembered."""
         began = time.perf_counter()
         feeds = [self._feeds(group.model, sizes, i) for i, sizes in enumerate(group.sizes)]
         entries = [_entry(kind, name, group.model, feeds, self.context()) for name in names]
@@ -145,16 +145,16 @@ class Planner:
             why, failed = f"{names[0]} {entries[0].note}", tuple(e.candidate(e) for e in entries)
             return replace(base, reason=why, candidates=failed), True
         race(ready, self.target, deadline=began + self.budget - self._spent)
-        best, whole = winner(ready), not unfinished(ready)
+        best, complete = winner(ready), not unfinished(ready)
         self._spent += time.perf_counter() - began
         candidates = tuple(e.candidate(entries[0]) for e in entries)
         if best is entries[0]:
-            why = entries[0].note or f"none of {len(entries) - 1} other forms is surely faster than {names[0]}"
-            why = why if whole else f"{self.budget:.0f} s of measuring were used up before another form had surely won"
+            why = entries[0].note or f"none of {len(entries) - 1} other forms is reliably faster than {names[0]}"
+            why = why if complete else f"{self.budget:.0f} s of measuring were used up before another form had won"
         else:
             c = best.candidate(entries[0])
             why = f"{c.ratio:.2f}x [{c.low:.2f}, {c.high:.2f}] the speed of {names[0]}"
-        return replace(base, form=best.form, reason=why, source="measured", candidates=candidates), whole
+        return replace(base, form=best.form, reason=why, source="measured", candidates=candidates), complete
 
     # ---- what is equal to the clock ------------------------------------------------------------------------------
 
@@ -166,15 +166,15 @@ class Planner:
         for spot, model in cuts:
             sizes = [self._sizes(model, values, i) for i in range(len(self.shapes))]
             known = [s for s in sizes if s is not None]
-            whole = len(known) == len(sizes) and bool(known)
-            shown = known if whole else [{str(v.name): () for v in model.inputs}]
-            seen = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
-            text = "\n".join([kind.name, rules, seen, *(extract.structure(model, s) for s in shown)])
+            complete = len(known) == len(sizes) and bool(known)
+            shown = known if complete else [{str(v.name): () for v in model.inputs}]
+            masks = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
+            text = "\n".join([kind.name, rules, masks, *(extract.structure(model, s) for s in shown)])
             key = hashlib.sha256(text.encode()).hexdigest()[:24]
             if key in groups:
                 groups[key].spots.append(spot)
                 continue
-            groups[key] = _Group(key, [spot], model, known if whole else [], extract.describe(model, shown[0]))
+            groups[key] = _Group(key, [spot], model, known if complete else [], extract.describe(model, shown[0]))
         return list(groups.values())
 
     def _inputs(self, cuts: Sequence[tuple[Spot, Graph]]) -> dict[str, ir.Value]:
@@ -183,25 +183,25 @@ class Planner:
         return {str(v.name): read[str(v.name)] for _, model in cuts for v in model.inputs}
 
     def _sizes(self, model: Graph, values: Mapping[str, ir.Value], i: int) -> dict[str, tuple[int, ...]] | None:
-        """Shape of every input of a micro-model at the i-th asked shape, or None where one is not known."""
-        found = {}
+        """The shape of every input of a micro-model at the i-th measured shape, or None where one is not known."""
+        sizes = {}
         for name in (str(v.name) for v in model.inputs):
             light = self._light[i].get(name) if self._light else None
             dims = light.shape if light is not None else self._dims(values[name], i)
             if dims is None:
                 return None
-            found[name] = dims
-        return found
+            sizes[name] = dims
+        return sizes
 
     def _dims(self, v: ir.Value, i: int) -> tuple[int, ...] | None:
-        """Sizes of a value at the i-th asked shape, from what follows from the model's inputs."""
+        """The shape of a value at the i-th measured shape, as far as it follows from the model's inputs."""
         self._facts = self._facts or Facts(self.g)
         given = open_axes.shapes_of(self.g, self.shapes[i])
         known = {n: given[str(x.name)][axis] for n, (x, axis) in self._facts.roots.items() if str(x.name) in given}
         shape = self._facts.shape(v)
         sizes = [self._number(d, known) for d in shape] if shape is not None else [None]
-        whole = tuple(d for d in sizes if d is not None)
-        return whole if len(whole) == len(sizes) else None
+        dims = tuple(d for d in sizes if d is not None)
+        return dims if len(dims) == len(sizes) else None
 
     def _number(self, d: Size, known: Mapping[str, int]) -> int | None:
         assert self._facts is not None
@@ -218,7 +218,7 @@ class Planner:
     # ---- inputs --------------------------------------------------------------------------------------------------
 
     def _run_light(self, values: Iterable[ir.Value]) -> None:
-        """Compute masks, angles and the like from the model's inputs, nothing masked."""
+        """Compute masks, angles and other cheap values from the model's inputs, with no key masked."""
         if not self.shapes:
             return
         self._light = self._light or [{} for _ in self.shapes]
@@ -233,33 +233,33 @@ class Planner:
                     feeds = open_axes.feeds_for(self.g, shape)
                     known |= session.run({p.name: feeds[p.name] for p in session.inputs})
         except OnnxcompError:
-            return  # the sites that read them are random then, or of unknown size and left to the table
+            return  # micro-models get random values instead; without sizes the table decides
 
     def _feeds(self, model: Graph, sizes: Mapping[str, tuple[int, ...]], i: int) -> dict[str, Array]:
         rng = np.random.default_rng(0)
-        found: dict[str, Array] = {}
+        feeds: dict[str, Array] = {}
         for v in model.inputs:
             name = str(v.name)
             known = self._light[i].get(name) if self._light else None
             dtype = np.dtype((v.dtype or ir.DataType.FLOAT).numpy())
             if known is not None:
-                found[name] = known
+                feeds[name] = known
             elif dtype.kind == "b":
-                found[name] = np.ones(sizes[name], dtype)
+                feeds[name] = np.ones(sizes[name], dtype)
             elif dtype.itemsize == 1 and dtype.kind in "iu":
-                found[name] = rng.integers(0, 127, sizes[name]).astype(dtype)
+                feeds[name] = rng.integers(0, 127, sizes[name]).astype(dtype)
             elif dtype.kind in "iu":
-                found[name] = np.zeros(sizes[name], dtype)
+                feeds[name] = np.zeros(sizes[name], dtype)
             else:
-                found[name] = rng.standard_normal(sizes[name], np.float32).astype(dtype)
-        return found
+                feeds[name] = rng.standard_normal(sizes[name], np.float32).astype(dtype)
+        return feeds
 
 
 # ---- what is known beforehand ----------------------------------------------------------------------------------------
 
 
 def known_choices(target: Target, file: Path | None = None, cache: Path | None = None) -> Choices:
-    """What a file of `onnxcomp tune` says, else what the cache folder remembers of this machine, else nothing."""
+    """The choices of a file of `onnxcomp tune`, else those cached for this machine, else none."""
     facts = machine()
     where = f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}"
     runtime = " ".join(f"{n} {v}" for n, v in installed_runtimes().items())
@@ -270,7 +270,7 @@ def known_choices(target: Target, file: Path | None = None, cache: Path | None =
 
 
 def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[str, int], ...]:
-    """The shapes to measure at: the given ones, else batch 1 and 8 with 128 tokens; none where other axes are open.
+    """The shapes to measure at: the given ones, else batch 1 and 8 with 128 tokens; none where more axes are dynamic.
 
     Raises `DataError` where a given shape does not fit the model.
     """
@@ -278,20 +278,20 @@ def asked_shapes(g: Graph, given: Sequence[Mapping[str, int]]) -> tuple[Mapping[
         for shape in given:
             open_axes.shapes_of(g, shape)
         return tuple(given)
-    found = open_axes.default_shapes(g)
+    shapes = open_axes.default_shapes(g)
     try:
-        for shape in found:
+        for shape in shapes:
             open_axes.shapes_of(g, shape)
     except DataError:
         return ()
-    return tuple(found)
+    return tuple(shapes)
 
 
 # ---- micro-models in a form ------------------------------------------------------------------------------------------
 
 
 def _entry(kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]], of: Context) -> Entry:
-    """The micro-model in one form; what is made once per model is computed beforehand and fed."""
+    """The micro-model in one form; values that a model computes once for all sites become inputs of it."""
     model = site.clone()
     try:
         ctx = Context(model, of.target, of.masks, exact_rows=of.exact_rows)
@@ -304,32 +304,32 @@ def _entry(kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]]
 
 
 def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
-    """Turn the values that all sites of a model share into inputs, with what they hold for each feed."""
+    """Turn the values that all sites of a model share into inputs; returns feeds with their computed content."""
     shared = [v for v in ctx.once if v.producer() is not None and v.uses()]
-    found = [dict(f) for f in feeds]
+    hoisted = [dict(f) for f in feeds]
     if shared:
         nodes, light = extract.prefix(model, shared)
         with Session(extract.cut(model, nodes, light), prepack=False) as session:
-            for f in found:
+            for f in hoisted:
                 f |= session.run({p.name: f[p.name] for p in session.inputs})
         for v in shared:
-            rank = found[0][str(v.name)].ndim
+            rank = hoisted[0][str(v.name)].ndim
             name = model.fresh(f"{v.name}_shared")
-            fed = ir.Value(name=name, type=v.type, shape=ir.Shape([None] * rank))
-            if fed.type is None:
-                fed.type = ir.TensorType(ir.DataType.from_numpy(found[0][str(v.name)].dtype))
-            model.model.graph.inputs.append(fed)
-            model.replace(v, fed)
-            for f in found:
+            new = ir.Value(name=name, type=v.type, shape=ir.Shape([None] * rank))
+            if new.type is None:
+                new.type = ir.TensorType(ir.DataType.from_numpy(hoisted[0][str(v.name)].dtype))
+            model.model.graph.inputs.append(new)
+            model.replace(v, new)
+            for f in hoisted:
                 f[name] = f[str(v.name)]
     model.sweep()
     _drop_unread(model)
-    kept = {str(v.name) for v in model.inputs}
-    return [{k: a for k, a in f.items() if k in kept} for f in found]
+    names = {str(v.name) for v in model.inputs}
+    return [{k: a for k, a in f.items() if k in names} for f in hoisted]
 
 
 def _drop_unread(model: Graph) -> None:
-    """Remove inputs that nothing reads any more."""
+    """Remove inputs that nothing reads."""
     inputs = model.model.graph.inputs
     for v in [v for v in inputs if not v.uses() and not v.is_graph_output()]:
         inputs.remove(v)

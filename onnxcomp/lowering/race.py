@@ -1,4 +1,4 @@
-"""Equivalent micro-models against each other on this machine: one session alive at a time, in turns, paired ratios."""
+"""Timed comparison of equivalent micro-models: in turns, one session alive at a time, ratios within each round."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from onnxcomp.target import Target
 __all__ = ["MARGIN", "ROUNDS", "Entry", "median", "race", "unfinished", "winner"]
 
 ROUNDS = 8
-SPARED = 1  # rounds in which a form may lose and still be surely faster: 7 of 8 by chance has 3.5 %
+ALLOWED_LOSSES = 1  # rounds that a faster form may lose: an equal one wins 7 of 8 or more by chance in 3.5 % of cases
 MARGIN = 0.02  # a form must be faster by more than this in a round to have won it
 SLOWER = 0.97  # and at no shape slower than this
 WINDOW = 0.012  # seconds of timed runs per form, shape and round
-WARMUP = 3
-LONG = 0.005  # seconds of a run from which one is warm-up enough
+WARMUP = 3  # runs
+LONG_RUN = 0.005  # seconds of a run from which on a single one is enough for warm-up
+# The largest difference of equivalent forms relative to the largest output, which is rounding in another order.
 EQUAL = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-2, np.dtype(np.float64): 1e-9}
 
-EDGES = 1e-3  # of 8-bit results that may be one code off, where float noise moves a value over a rounding edge
-APPROXIMATE = 1e-2  # of the largest output, for forms that the recipe allows to differ
+ROUNDING_EDGES = 1e-3  # share of 8-bit results that may differ by one code, where float noise crosses a rounding edge
+APPROXIMATE = 1e-2  # as `EQUAL`, for approximations that the recipe allows
 
 Feeds = Mapping[str, Array]
 
 
 @dataclass
 class Entry:
-    """A form in the race: its model with inputs per shape, seconds `[round][shape]`, and why it left.
+    """A form in the comparison: its model, feeds per shape, seconds `[round][shape]`; `note` says why it was excluded.
 
     A `loose` form is an approximation that the recipe allows.
     """
@@ -48,25 +49,25 @@ class Entry:
     loose: bool = False
 
     @property
-    def lost(self) -> int:
+    def losses(self) -> int:
         """Rounds in which it was not clearly faster than the default."""
         return sum(r <= 1 + MARGIN for r in self.ratios)
 
     def candidate(self, default: Entry) -> Candidate:
-        """What was measured: the ratio is the median over rounds; the interval leaves out one round on either side."""
+        """The measured times; the ratio is the median over rounds, its interval omits one round at either end."""
         ms = tuple(float(x) * 1e3 for x in np.median(np.array(self.laps), axis=0)) if self.laps else ()
         if self is default or not self.ratios:
             return Candidate(self.form, ms, note=self.note)
         ordered = sorted(self.ratios)
-        cut = SPARED if len(ordered) >= ROUNDS else 0
+        cut = ALLOWED_LOSSES if len(ordered) >= ROUNDS else 0
         low, high = ordered[cut], ordered[len(ordered) - 1 - cut]
         return Candidate(self.form, ms, float(np.median(ordered)), low, high, self.note)
 
 
 def race(entries: Sequence[Entry], target: Target, *, threads: int = 0, deadline: float | None = None) -> None:
-    """Time all forms in turns; the first is the default. A form leaves when it fails, differs or has lost twice.
+    """Time all forms in turns; the first is the default. A form is excluded when it fails, differs or has lost twice.
 
-    A default that fails ends the race with its note. After the deadline (`time.perf_counter`) no round begins.
+    If the default fails, timing ends with its note. After the deadline (`time.perf_counter`) no round begins.
     """
     default, running = entries[0], list(entries[1:])
     expected: dict[str, Array] = {}
@@ -86,24 +87,24 @@ def race(entries: Sequence[Entry], target: Target, *, threads: int = 0, deadline
         running = [e for e in running if not e.note]
         for entry in running:
             entry.ratios.append(_ratio(default.laps[-1], entry.laps[-1]))
-        running = [e for e in running if e.lost <= SPARED]
+        running = [e for e in running if e.losses <= ALLOWED_LOSSES]
 
 
 def winner(entries: Sequence[Entry]) -> Entry:
-    """The default, unless a form beat it in all rounds but one and is slower at no shape; then the fastest such one."""
+    """The fastest form that beat the default in all rounds but one and is slower at no shape, else the default."""
     default = entries[0]
-    sure = [e for e in entries[1:] if not e.note and len(e.ratios) == ROUNDS and e.lost <= SPARED]
+    sure = [e for e in entries[1:] if not e.note and len(e.ratios) == ROUNDS and e.losses <= ALLOWED_LOSSES]
     even = [e for e in sure if np.median(np.array(default.laps) / np.array(e.laps), axis=0).min() >= SLOWER]
     return max(even, key=lambda e: float(np.median(e.ratios)), default=default)
 
 
 def unfinished(entries: Sequence[Entry]) -> bool:
     """Whether time ran out while a form might still have won."""
-    return any(not e.note and e.lost <= SPARED and len(e.ratios) < ROUNDS for e in entries[1:])
+    return any(not e.note and e.losses <= ALLOWED_LOSSES and len(e.ratios) < ROUNDS for e in entries[1:])
 
 
 def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str, Array]:
-    """One session of one form: its times at every shape are added; the outputs at the first where asked."""
+    """Time one form at every shape, in one session; returns its outputs at the first shape if asked to `fetch` them."""
     outputs: dict[str, Array] = {}
     try:
         with Session(entry.model, target, threads=threads, prepack=True) as session:
@@ -116,10 +117,10 @@ def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str
 
 
 def median(session: Session, feeds: Feeds, window: float = WINDOW) -> float:
-    """Median seconds of a run, of at least three and of what fits into `window` seconds, after a short warm-up."""
+    """Median seconds of a run over `window` seconds, at least three runs, after a short warm-up."""
     began = time.perf_counter()
     session.run(feeds)
-    for _ in range(WARMUP - 1 if time.perf_counter() - began < LONG else 0):
+    for _ in range(WARMUP - 1 if time.perf_counter() - began < LONG_RUN else 0):
         session.run(feeds)
     samples: list[float] = []
     until = time.perf_counter() + window
@@ -131,19 +132,19 @@ def median(session: Session, feeds: Feeds, window: float = WINDOW) -> float:
 
 
 def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
-    """How many times faster the other is, over all shapes alike (geometric mean)."""
+    """How many times faster `other` is than `base`: the geometric mean over all shapes."""
     return float(np.exp(np.mean(np.log(np.array(base) / np.array(other)))))
 
 
-def _differs(expected: Mapping[str, Array], found: Mapping[str, Array], loose: bool) -> str:
-    """What is wrong with the outputs, empty where they are equal to float noise."""
+def _differs(expected: Mapping[str, Array], outputs: Mapping[str, Array], loose: bool) -> str:
+    """How the outputs differ from the expected ones, empty where they are equal to float noise."""
     for name, a in expected.items():
-        b = found.get(name)
+        b = outputs.get(name)
         if b is None or b.shape != a.shape:
             return "makes other outputs"
         if a.dtype.itemsize == 1 and a.dtype.kind in "iu" and a.size:
             off = np.abs(a.astype(np.int16) - b.astype(np.int16))
-            if off.max() > 1 or np.mean(off > 0) > EDGES:
+            if off.max() > 1 or np.mean(off > 0) > ROUNDING_EDGES:
                 return f"differs from the default by up to {off.max()} codes"
         if a.dtype.kind != "f" or a.size == 0:
             continue

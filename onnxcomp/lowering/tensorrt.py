@@ -1,7 +1,7 @@
-"""What TensorRT's ONNX parser takes and its fusions need, as rules with names; checked before anything is written.
+"""The rules of TensorRT's ONNX parser and of its fusions, checked on a graph before it is written; needs no device.
 
 Sources: NVIDIA's pages on explicit quantization and fused attention (TensorRT 10 and 11), the checks in onnx-tensorrt's
-importer of QuantizeLinear and DequantizeLinear, and the issues named at the rules. No device is needed to check.
+importer of QuantizeLinear and DequantizeLinear, and the issues named at the rules.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ __all__ = ["RULES", "Violation", "check", "require"]
 PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 CODES = {ir.DataType.INT8, ir.DataType.INT4, ir.DataType.FLOAT8E4M3FN}
 # Operators the parser has no importer for (onnx-tensorrt, docs/operators.md).
-UNKNOWN = {
+UNSUPPORTED = {
     *("DynamicQuantizeLinear", "MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "Compress", "Det"),
     *("BitShift", "MaxRoiPool", "Multinomial", "SequenceAt", "SequenceConstruct", "SequenceEmpty", "SequenceErase"),
     *("SequenceInsert", "SequenceLength", "SequenceMap", "SplitToSequence", "ConcatFromSequence", "Optional"),
     *("OptionalGetElement", "OptionalHasElement", "StringNormalizer", "TfIdfVectorizer", "Unique", "MelWeightMatrix"),
 }
-MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
+DATA_MOVEMENT = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Identity", "Cast")
 
 
 @dataclass(frozen=True)
@@ -46,42 +46,42 @@ def check(g: Graph, target: Target = TENSORRT) -> list[Violation]:
     """Every violation of every rule, in the order of the rules."""
     view = g.clone()
     view.infer_shapes()
-    return [Violation(name, *found) for name, rule in RULES.items() for found in rule(view, target)]
+    return [Violation(name, *violation) for name, rule in RULES.items() for violation in rule(view, target)]
 
 
 def require(g: Graph, target: Target) -> list[str]:
-    """Raise `TargetError` where the target is TensorRT and the parser would refuse the graph.
+    """Raise `TargetError` where the target is TensorRT and its parser would refuse the graph.
 
-    Returns what would run but not fuse, for the report.
+    Returns violations that only prevent fusions, as lines for the report.
     """
     if not target.provider.startswith("Tensorrt"):
         return []
-    found = check(g, target)
-    fatal = [v for v in found if v.rule not in LAYOUT]
+    violations = check(g, target)
+    fatal = [v for v in violations if v.rule not in LAYOUT]
     if fatal:
         more = f"; and {len(fatal) - 3} more" if len(fatal) > 3 else ""
         raise TargetError(f"the result is not legal for '{target.name}': {'; '.join(map(str, fatal[:3]))}{more}")
-    return [f"'{target.name}' will run this unfused: {v}" for v in found]
+    return [f"'{target.name}' will run this unfused: {v}" for v in violations]
 
 
-Found = Iterator[tuple[str, str]]
+Violations = Iterator[tuple[str, str]]
 
 
-def _standard(g: Graph, target: Target) -> Found:
-    """Standard operators that the parser knows; others would need a plugin."""
+def _standard(g: Graph, target: Target) -> Violations:
+    """All operators are standard ones that the parser knows; others would need a plugin."""
     for node in g.nodes():
-        if node.domain != "" or node.op_type in UNKNOWN:
+        if node.domain != "" or node.op_type in UNSUPPORTED:
             yield str(node.name), f"{node.domain or 'ai.onnx'}.{node.op_type} is no operator of TensorRT's parser"
 
 
-def _opset(g: Graph, target: Target) -> Found:
+def _opset(g: Graph, target: Target) -> Violations:
     """The operator set is one the oldest supported parser reads."""
     if g.opset > target.max_opset:
         why = f"opset {g.opset} is newer than {target.max_opset}; end the recipe with a pass of the last stage"
         yield "the model", why
 
 
-def _typed(g: Graph, target: Target) -> Found:
+def _typed(g: Graph, target: Target) -> Violations:
     """Every value has a known type (engines are strongly typed) and none is float64, which would become float32."""
     for node in g.nodes():
         for v in node.outputs:
@@ -89,7 +89,7 @@ def _typed(g: Graph, target: Target) -> Found:
                 yield str(node.name), f"'{v.name}' has type {v.dtype.name if v.dtype else 'unknown'}"
 
 
-def _symmetric(g: Graph, target: Target) -> Found:
+def _symmetric(g: Graph, target: Target) -> Violations:
     """Codes are int8 (or int4 and fp8) with zero points that are constant zeros (TensorRT #4698, #2774)."""
     for node, codes, _, zero in _quantizers(g):
         kind = codes.dtype if codes is not None else None
@@ -99,7 +99,7 @@ def _symmetric(g: Graph, target: Target) -> Found:
             yield str(node.name), f"its zero point '{zero.name}' is not a constant zero"
 
 
-def _scales(g: Graph, target: Target) -> Found:
+def _scales(g: Graph, target: Target) -> Violations:
     """Scales are constant, positive and finite."""
     for node, _, scale, _ in _quantizers(g):
         if scale is None or not g.is_constant(scale):
@@ -110,19 +110,19 @@ def _scales(g: Graph, target: Target) -> Found:
             yield str(node.name), f"its scale '{scale.name}' is not positive and finite everywhere"
 
 
-def _per_tensor(g: Graph, target: Target) -> Found:
+def _per_tensor(g: Graph, target: Target) -> Violations:
     """Activations have one scale for the whole tensor."""
     for node, _, scale, _ in _quantizers(g):
-        if not g.is_constant(node.inputs[0]) and not _weight(g, node) and scale is not None and _size(scale) != 1:
+        if not g.is_constant(node.inputs[0]) and not _is_weight(g, node) and scale is not None and _size(scale) != 1:
             yield str(node.name), f"an activation with {_size(scale)} scales; one is needed"
 
 
-def _channel_axis(g: Graph, target: Target) -> Found:
+def _channel_axis(g: Graph, target: Target) -> Violations:
     """Scales of a weight run along its output channels: `N` of `[K, N]`, or of `[N, K]` behind transB."""
     for node in g.nodes(*PRODUCTS):
         made = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
         scale = made.inputs[1] if made is not None and made.op_type == "DequantizeLinear" else None
-        if made is None or scale is None or not _weight(g, made) or _size(scale) == 1:
+        if made is None or scale is None or not _is_weight(g, made) or _size(scale) == 1:
             continue
         if made.attributes.get_int("block_size", 0):
             continue
@@ -143,13 +143,13 @@ def _channels(node: ir.Node, rank: int) -> int:
     return 1 if node.op_type == "ConvTranspose" else rank - 1
 
 
-def _pairs(g: Graph, target: Target) -> Found:
+def _pairs(g: Graph, target: Target) -> Violations:
     """QuantizeLinear feeds DequantizeLinear only, with the same scale; DequantizeLinear reads one or a constant."""
     for node in g.nodes("QuantizeLinear"):
         users = [u for u, _ in node.outputs[0].uses()]
         if not users or any(u.op_type != "DequantizeLinear" for u in users):
             yield str(node.name), f"feeds {', '.join(u.op_type for u in users) or 'nothing'}, not DequantizeLinear only"
-        elif any(not _same(g, node.inputs[1], u.inputs[1]) for u in users if u.op_type == "DequantizeLinear"):
+        elif any(not _same_scale(g, node.inputs[1], u.inputs[1]) for u in users if u.op_type == "DequantizeLinear"):
             yield str(node.name), "its DequantizeLinear has another scale"
     for node in g.nodes("DequantizeLinear"):
         codes = node.inputs[0]
@@ -158,29 +158,29 @@ def _pairs(g: Graph, target: Target) -> Found:
             yield str(node.name), "reads neither a QuantizeLinear nor a constant"
 
 
-def _bias(g: Graph, target: Target) -> Found:
+def _bias(g: Graph, target: Target) -> Violations:
     """Biases stay float: the parser takes no DequantizeLinear there (onnxruntime #14229)."""
     for node in g.nodes("DequantizeLinear"):
         for user, index in node.outputs[0].uses():
-            added = user.op_type in ("Add", "Sum") and _weight(g, node)
+            added = user.op_type in ("Add", "Sum") and _is_weight(g, node)
             if (user.op_type in PRODUCTS and index == 2) or added:
                 yield str(node.name), f"the bias of '{user.name}' is quantized"
 
 
-def _direct(g: Graph, target: Target) -> Found:
+def _direct(g: Graph, target: Target) -> Violations:
     """Nothing stands between DequantizeLinear and the product that reads it, else they do not fuse."""
     for node in g.nodes(*PRODUCTS):
         for v in node.inputs[:2]:
             step = v.producer() if v is not None else None
             between = []
-            while step is not None and step.op_type in MOVES:
+            while step is not None and step.op_type in DATA_MOVEMENT:
                 between.append(step.op_type)
                 step = step.inputs[0].producer() if step.inputs[0] is not None else None
             if between and step is not None and step.op_type == "DequantizeLinear":
                 yield str(node.name), f"{', '.join(between)} between it and '{step.name}'"
 
 
-def _both(g: Graph, target: Target) -> Found:
+def _both(g: Graph, target: Target) -> Violations:
     """A product with one quantized side has the other one quantized too, or it runs as float with a conversion."""
     for node in g.nodes(*PRODUCTS):
         kinds = [_codes(v) for v in node.inputs[:2]]
@@ -195,7 +195,7 @@ def _codes(v: ir.Value | None) -> ir.DataType | None:
     return codes.dtype if codes is not None else None
 
 
-def _attention(g: Graph, target: Target) -> Found:
+def _attention(g: Graph, target: Target) -> Violations:
     """Attention is scaled on q (or k) before the first product, not on the scores (NVIDIA, Fused Attention)."""
     for softmax in g.nodes("Softmax"):
         v = softmax.inputs[0]
@@ -216,12 +216,12 @@ def _from_product(v: ir.Value | None) -> bool:
         if node.op_type not in ("Add", "Where", "Cast", "Mul", "Div"):
             return False
         inside = [x for x in node.inputs if x is not None and x.producer() is not None]
-        found = [x for x in inside if _from_product(x)]
-        return bool(found)
+        products = [x for x in inside if _from_product(x)]
+        return bool(products)
     return False
 
 
-RULES: dict[str, Callable[[Graph, Target], Found]] = {
+RULES: dict[str, Callable[[Graph, Target], Violations]] = {
     "standard-operators": _standard,
     "opset": _opset,
     "explicit-types": _typed,
@@ -237,17 +237,17 @@ RULES: dict[str, Callable[[Graph, Target], Found]] = {
 }
 
 
-LAYOUT = {"direct", "both-sides", "scale-on-q"}  # broken, they cost speed; the others are refused by the parser
+LAYOUT = {"direct", "both-sides", "scale-on-q"}  # breaking these only costs speed; the parser refuses the others
 
 
 def _quantizers(g: Graph) -> Iterator[tuple[ir.Node, ir.Value | None, ir.Value | None, ir.Value | None]]:
-    """Quantizers with the value that holds the codes, scale and zero point."""
+    """QuantizeLinear and DequantizeLinear nodes with the values of their codes, scale and zero point."""
     for node in g.nodes("QuantizeLinear", "DequantizeLinear"):
         codes = node.outputs[0] if node.op_type == "QuantizeLinear" else node.inputs[0]
         yield node, codes, node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
 
 
-def _weight(g: Graph, dequantize: ir.Node) -> bool:
+def _is_weight(g: Graph, dequantize: ir.Node) -> bool:
     """Whether the codes are constant, or a constant quantized in the graph."""
     codes = dequantize.inputs[0]
     made = codes.producer() if codes is not None else None
@@ -261,8 +261,8 @@ def _size(v: ir.Value | None) -> int:
     return 0 if t is None else t.size
 
 
-def _same(g: Graph, a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether two scales are one value, or constants that differ by the rounding of a half type at most."""
+def _same_scale(g: Graph, a: ir.Value | None, b: ir.Value | None) -> bool:
+    """Whether two scales are one value, or constants that differ by at most the rounding of float16 or bfloat16."""
     if a is b or not (g.is_constant(a) and g.is_constant(b)):
         return a is b
     x, y = (g.array(v).astype(np.float64) for v in (a, b))

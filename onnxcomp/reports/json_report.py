@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +15,15 @@ from pydantic import ConfigDict, TypeAdapter, with_config
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files.atomic import replacing
 from onnxcomp.machine import machine
-from onnxcomp.reports.schema import ChoicePart, Interval, LoweringPart, PlacementPart
+from onnxcomp.reports.outcome import Origin
+from onnxcomp.reports.schema import SCHEMA_VERSION, ChoicePart, Interval, LoweringPart, PlacementPart
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
-    from onnxcomp.reports.outcome import Report, Step
+    from onnxcomp.reports.outcome import Lowering, Report, Step
     from onnxcomp.validation.compare import Validation
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "write",
 ]
 
-SCHEMA_VERSION = 1
 PACKAGES = ("onnxcomp", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime", "onnxruntime-gpu")
 
 
@@ -218,25 +217,25 @@ def schema() -> dict[str, Any]:
 
 def to_json(report: Report) -> ReportPart:
     """A report as plain values that `schema()` describes."""
-    info = report.info
-    validation, benchmark, integer = report.validation, report.benchmark, report.integer
+    origin = report.origin or Origin("", "", "", "", "", "", "", "", 0)
+    validation, benchmark = report.validation, report.benchmark
     whole: ReportPart = {
         "schema_version": SCHEMA_VERSION,
         "summary": headline(report),
-        "job": str(info.get("job_hash", "")),
-        "source": {"path": str(info.get("source", "")), "sha256": str(info.get("source_hash", ""))},
-        "recipe": _recipe(info),
-        "target": str(info.get("target", "")),
-        "seed": int(info.get("seed", 0)),
-        "data": {"calibration": info.get("calibration"), "evaluation": info.get("evaluation")},
-        "size": info.get("size"),
+        "job": origin.job_hash,
+        "source": {"path": origin.source, "sha256": origin.source_hash},
+        "recipe": _recipe(origin),
+        "target": origin.target,
+        "seed": origin.seed,
+        "data": {"calibration": _plain(report.calibration), "evaluation": _plain(report.evaluation)},
+        "size": _plain(report.size),
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "validation": None if validation is None else finite(validation.json()),
         "benchmark": None if benchmark is None else _benchmark(benchmark),
-        "lowering": info.get("lowering"),
-        "placement": None if report.placement is None else finite(dataclasses.asdict(report.placement)),
-        "integer_check": None if integer is None else finite(dataclasses.asdict(integer)),
+        "lowering": None if report.lowering is None else _lowering(report.lowering),
+        "placement": _plain(report.placement),
+        "integer_check": _plain(report.integer),
         "warnings": list(report.warnings),
         "machine": machine(),
         "versions": versions(),
@@ -248,14 +247,11 @@ def to_json(report: Report) -> ReportPart:
 def write(report: Report, path: Path) -> Path:
     """Write report.json whole or not at all; raises `OnnxcompError` where the place cannot be written."""
     text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     except OSError as e:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise OnnxcompError(f"{path}: cannot write the report: {e}") from e
     return path
 
@@ -294,14 +290,19 @@ def _benchmark(b: BenchReport) -> BenchmarkPart:
     return part
 
 
-def _recipe(info: Mapping[str, Any]) -> RecipePart:
-    metadata = info.get("metadata", {})
-    return {
-        "name": str(info.get("recipe_name", "")),
-        "text": str(info.get("recipe", "")),
-        "sha256": str(metadata.get("onnxcomp.recipe", "")),
-        "advice": str(info.get("advice", "")),
-    }
+def _plain(part: Any) -> Any:
+    """A part of the report whose fields are those of the schema."""
+    return None if part is None else finite(dataclasses.asdict(part))
+
+
+def _lowering(x: Lowering) -> LoweringPart:
+    ratios = [{"shape": shape, **dataclasses.asdict(r)} for shape, r in x.ratios.items()]
+    part: LoweringPart = finite({"kept": x.kept, "why": x.why, "ratios": ratios})
+    return part
+
+
+def _recipe(x: Origin) -> RecipePart:
+    return {"name": x.recipe_name, "text": x.recipe, "sha256": x.recipe_hash, "advice": x.advice}
 
 
 def _step(s: Step) -> StepPart:
@@ -324,8 +325,8 @@ def headline(report: Report) -> str:
     if worse := slower(report):
         return f"slower than the original: {'; '.join(worse)}"
     parts = []
-    if size := report.info.get("size"):
-        parts.append(f"{size['result'] / max(1, size['original']):.2f}x the size")
+    if report.size is not None:
+        parts.append(f"{report.size.ratio:.2f}x the size")
     if report.benchmark is not None:
         parts.append(speed(_ratios(report.benchmark)))
     if report.validation is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,15 +10,17 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Declined, Graph, Noted
 from onnxcomp.lowering.choices import Choice
+from onnxcomp.reports.schema import SCHEMA_VERSION
 from onnxcomp.validation.gates import Verdict
+from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
-    from onnxcomp.benchmarking.benchmark import BenchReport
+    from onnxcomp.benchmarking.benchmark import BenchReport, Ratio
     from onnxcomp.runtime.placement import Placement
     from onnxcomp.runtime.sessions import IntegerCheck
     from onnxcomp.validation.compare import Validation
 
-__all__ = ["Report", "Result", "Step"]
+__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Report", "Result", "Size", "Step"]
 
 
 @dataclass
@@ -46,18 +49,97 @@ class Step:
     noted: list[Noted] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class DataUsed:
+    """A dataset: its source and how many samples were used."""
+
+    name: str
+    samples: int
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What the result was made of and by what; hashes are SHA-256 in hex."""
+
+    source: str
+    source_hash: str
+    job_hash: str
+    recipe: str
+    recipe_name: str
+    recipe_hash: str
+    advice: str
+    target: str
+    seed: int
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a written model says of itself."""
+        return {
+            "onnxcomp.version": __version__,
+            "onnxcomp.source": self.source_hash,
+            "onnxcomp.recipe": self.recipe_hash,
+            "onnxcomp.target": self.target,
+            "onnxcomp.schema": str(SCHEMA_VERSION),
+        }
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes on disk, external data included."""
+
+    original: int
+    result: int
+
+    @property
+    def ratio(self) -> float:
+        """The result's share of the original's size."""
+        return self.result / max(1, self.original)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """Which model was kept, `lowered` or `unlowered`, and why; `ratios` by shape are above 1 where lowering paid."""
+
+    kept: str
+    why: str
+    ratios: Mapping[str, Ratio] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a dry run tells of original and result: parameters, multiplications per token, and bytes of the files.
+
+    `needs_data` names the passes whose effect cannot be told without data.
+    """
+
+    parameters: tuple[int, int]
+    macs: tuple[int, int]
+    nbytes: tuple[int, int]
+    needs_data: tuple[str, ...] = ()
+
+
 @dataclass
 class Report:
-    """All that was done, declined and measured; `report.py` writes it as tables and versioned JSON."""
+    """All that was done, declined and measured; `json_report` writes it as versioned JSON, `tables` for people."""
 
     steps: list[Step] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     validation: Validation | None = None
     integer: IntegerCheck | None = None
     warnings: list[str] = field(default_factory=list)
-    info: dict[str, Any] = field(default_factory=dict)
     benchmark: BenchReport | None = None
     placement: Placement | None = None
+    calibration: DataUsed | None = None
+    evaluation: DataUsed | None = None
+    origin: Origin | None = None
+    size: Size | None = None
+    lowering: Lowering | None = None
+    plan: Plan | None = None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a written model says of itself; nothing where no job made it."""
+        return {} if self.origin is None else self.origin.metadata
 
     def step(self, name: str) -> Step:
         """The last step of that pass; raises `KeyError`."""
@@ -71,14 +153,16 @@ class Report:
 class Result:
     """The compressed model with its report, and what it was before lowering, where that changed it.
 
-    `config` are the entries of a configuration beside the model that the result has otherwise, such as head counts.
+    `exact` is the original as the exact passes before any lossy one left it. `config` are the entries of a
+    configuration beside the model that the result has otherwise, such as head counts.
     """
 
     model: Graph
     report: Report
     unlowered: Graph | None = None
+    exact: Graph | None = None
     config: dict[str, int] = field(default_factory=dict)
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""
-        return save(self.model, Path(out), metadata=self.report.info.get("metadata", {}))
+        return save(self.model, Path(out), metadata=self.report.metadata)

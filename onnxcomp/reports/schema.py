@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-__all__ = ["CandidatePart", "ChoicePart", "Interval", "LoweringPart", "PlacementPart", "ShapeRatio"]
+__all__ = ["SCHEMA_VERSION", "CandidatePart", "ChoicePart", "Interval", "LoweringPart", "PlacementPart", "ShapeRatio"]
+
+SCHEMA_VERSION = 1
 
 
 class Interval(TypedDict):

@@ -63,8 +63,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
             f"integer check {'passed' if check.ok else 'FAILED'}: {check.integer_products} integer products for "
             f"{check.quantized_linears} quantized linears, {check.dequantized_weights} weights dequantized at run time"
         )
-    if said := report.info.get("lowering"):
-        found.append(f"lowering: the {said['kept']} model was kept: {said['why']}")
+    if (said := report.lowering) is not None:
+        found.append(f"lowering: the {said.kept} model was kept: {said.why}")
     if (where := report.placement) is not None and (where.elsewhere or not where.ran):
         lost = f"; not on {where.provider}: {', '.join(where.elsewhere)}" if where.elsewhere else ""
         found.append(f"placement: {where.detail or 'run'}{lost}")

@@ -1,1 +1,1 @@
-"""Models that run: sessions, how a graph is given to them, runs in stretches. Only this room imports onnxruntime."""
+"""Running models: sessions, passing a graph to them, execution in segments. Only this room imports onnxruntime."""

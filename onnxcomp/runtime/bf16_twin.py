@@ -1,46 +1,41 @@
-"""bfloat16 where no kernels take it: the same graph in float32, every result rounded to bfloat16 as it would be.
+"""Emulation of bfloat16 on providers without kernels for it: a float32 copy that rounds every result to bfloat16.
 
-For checking numbers on a CPU, never for timing: the twin is slower than the graph it stands for.
+For checking numbers on a CPU, never for timing: the copy is slower than the original would be.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import onnx_ir as ir
 
 from onnxcomp.analysis.bounds import MOVES
-from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.runtime.payload import Model, graph_of
 
-__all__ = ["in_float32", "stand_in"]
+__all__ = ["float32_twin", "in_float32"]
 
 FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.BFLOAT16
 
 
-def stand_in(model: Graph | Path | str, provider: str, *, files: bool = False) -> Graph | None:
-    """The float32 twin of a graph (with `files`, of a file) that needs one to run on this provider, or None."""
+def float32_twin(model: Model, provider: str, *, files: bool = False) -> Graph | None:
+    """The float32 copy of a graph (with `files`: of a file) that computes in bfloat16; None where none is needed."""
     if provider != "CPUExecutionProvider" or isinstance(model, Graph) == files:
         return None
-    return in_float32(model if isinstance(model, Graph) else storage.load(model))
+    return in_float32(graph_of(model))
 
 
 def in_float32(g: Graph) -> Graph | None:
-    """The float32 twin of a graph with the same interface; None where it computes nothing in bfloat16.
-
-    Graphs whose branches or loops hold bfloat16 have none.
-    """
-    held = any(t is not None and t.dtype is HALF for t in (g.tensor(v) for n in g.nodes() for v in n.inputs))
-    if not held or any(a.type is ir.AttributeType.GRAPH for n in g.nodes() for a in n.attributes.values()):
+    """A float32 copy with the same interface; None for graphs without bfloat16 constants or with subgraphs."""
+    constants = any(t is not None and t.dtype is HALF for t in (g.tensor(v) for n in g.nodes() for v in n.inputs))
+    if not constants or any(a.type is ir.AttributeType.GRAPH for n in g.nodes() for a in n.attributes.values()):
         return None
     twin = g.clone()
     if any(v.dtype is None for n in twin.nodes() for v in n.outputs):
         twin.infer_shapes()
-    wide: dict[ir.Value, ir.Value] = {}
+    float32_values: dict[ir.Value, ir.Value] = {}
     for node in twin.nodes():
         for i, x in enumerate(node.inputs):
             if x is not None and x.dtype is HALF and (twin.is_constant(x) or x.producer() is None):
-                twin.set_input(node, i, _widened(twin, x, wide))
+                twin.set_input(node, i, _as_float32(twin, x, float32_values))
         for v in node.outputs:
             if v.dtype is HALF:
                 _round(twin, node, v)
@@ -49,22 +44,22 @@ def in_float32(g: Graph) -> Graph | None:
     return twin
 
 
-def _widened(g: Graph, x: ir.Value, wide: dict[ir.Value, ir.Value]) -> ir.Value:
-    """A bfloat16 constant or input as float32, which is exact."""
-    if x not in wide:
+def _as_float32(g: Graph, x: ir.Value, float32_values: dict[ir.Value, ir.Value]) -> ir.Value:
+    """A bfloat16 constant or input as float32, which is exact; a constant is converted when it is read."""
+    if x not in float32_values:
         t = g.tensor(x)
         if t is None:
-            wide[x] = _cast(g, x, FLOAT)
+            float32_values[x] = _cast(g, x, FLOAT)
         else:
             lazy = ir.LazyTensor(
                 lambda: ir.tensor(t.numpy().astype("float32")), dtype=FLOAT, shape=ir.Shape(list(t.shape.numpy()))
             )
-            wide[x] = g.constant(lazy, f"{x.name}_wide")
-    return wide[x]
+            float32_values[x] = g.constant(lazy, f"{x.name}_wide")
+    return float32_values[x]
 
 
 def _round(g: Graph, node: ir.Node, v: ir.Value) -> None:
-    """Compute a value in float32 and hand it on rounded; what only moves elements needs no rounding."""
+    """Compute a value in float32 and round it for its users; operators that only move elements need no rounding."""
     v.type = ir.TensorType(FLOAT)
     if node.op_type == "Cast":
         g.set_attr(node, to=FLOAT.value)

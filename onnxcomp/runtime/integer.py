@@ -1,4 +1,4 @@
-"""Which linears of a graph are quantized, which nodes are integer products, and which could saturate: no clock."""
+"""Quantized linears, integer products and weights that can saturate, counted in a graph without running it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ INTEGER_PRODUCTS = {
     "QGemm": CONTRIB,
     "QAttention": CONTRIB,
 }
-# Where integer products with an input of the caller's type have their weight `[K, N]`.
+# The index of the weight `[K, N]` among the inputs of an integer product.
 WEIGHT_AT = {
     "MatMulInteger": 1,
     "QLinearMatMul": 3,
@@ -31,16 +31,16 @@ WEIGHT_AT = {
     "QGemm": 3,
     "QAttention": 1,
 }
-BETWEEN = ("Transpose", "Reshape", "Cast", "Identity")
+LAYOUT_OPS = ("Transpose", "Reshape", "Cast", "Identity")
 
 
 def quantized_linears(model: ir.Model) -> int:
-    """Linears whose constant weight is quantized, as a dequantized MatMul or Gemm or as an integer product already."""
+    """Number of linears with a quantized constant weight: MatMul or Gemm of a DequantizeLinear, or integer products."""
     return sum(_is_quantized_linear(n) or _is_integer_product(n) for n in _nodes(model))
 
 
 def integer_products(model: ir.Model) -> int:
-    """Nodes that multiply integers with a constant weight; products of two activations do not count."""
+    """Number of nodes that multiply integers with a constant weight; products of two activations do not count."""
     return sum(_is_integer_product(n) for n in _nodes(model))
 
 
@@ -49,34 +49,34 @@ def dequantized_weights(model: ir.Model) -> list[str]:
     return [
         str(n.inputs[0].name)
         for n in _nodes(model)
-        if n.op_type == "DequantizeLinear" and n.inputs[0] is not None and _packed(n.inputs[0])
+        if n.op_type == "DequantizeLinear" and n.inputs[0] is not None and _is_integer_matrix(n.inputs[0])
     ]
 
 
 def saturating(model: ir.Model, source: ir.Model | None = None) -> list[str]:
-    """Names of constant s8 weights of products with u8 inputs whose sums can saturate (`maths.saturation`) along K.
+    """Names of constant s8 weights of products with u8 inputs whose 16-bit sums along K can saturate.
 
-    A weight that `source` has already, by name or as the same columns, does not count.
+    See `maths.saturation`. A weight that `source` has too, by name or with the same columns, does not count.
     """
-    names, columns = _signed(source)
-    found = []
+    known_names, known_columns = _known_weights(source)
+    saturated = []
     for v, codes in _weights(model):
-        broken = _broken(codes)
-        if broken and v.name not in names and not broken <= columns:
-            found.append(str(v.name))
-    return list(dict.fromkeys(found))
+        columns = _saturating_columns(codes)
+        if columns and v.name not in known_names and not columns <= known_columns:
+            saturated.append(str(v.name))
+    return list(dict.fromkeys(saturated))
 
 
-def _signed(model: ir.Model | None) -> tuple[set[str], set[bytes]]:
-    """Names of all constant s8 matrices, and the columns that can saturate."""
+def _known_weights(model: ir.Model | None) -> tuple[set[str], set[bytes]]:
+    """Names of all constant s8 matrices of a model, and the bytes of their columns that can saturate."""
     if model is None:
         return set(), set()
-    names = {str(v.name) for n in _nodes(model) for v in n.inputs if _s8(v) and v is not None}
-    return names, {c for _, codes in _weights(model) for c in _broken(codes)}
+    names = {str(v.name) for n in _nodes(model) for v in n.inputs if _is_s8_matrix(v) and v is not None}
+    return names, {c for _, codes in _weights(model) for c in _saturating_columns(codes)}
 
 
-def _broken(codes: Array) -> set[bytes]:
-    """The columns of `[K, N]` that can saturate."""
+def _saturating_columns(codes: Array) -> set[bytes]:
+    """The bytes of the columns of `[K, N]` codes that can saturate."""
     return {c.tobytes() for c in codes[:, breaks(codes)].T}
 
 
@@ -86,38 +86,42 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Array]]:
         at = WEIGHT_AT.get(node.op_type) if INTEGER_PRODUCTS.get(node.op_type) == node.domain else None
         if at is not None and at < len(node.inputs):
             x, w = node.inputs[0], node.inputs[at]
-            turned = node.op_type == "QGemm" and node.attributes.get_int("transB", 0) == 1
+            transposed = node.op_type == "QGemm" and node.attributes.get_int("transB", 0) == 1
         elif _is_quantized_linear(node):
-            (x, _), (w, turned) = (_codes(v) for v in node.inputs[:2])
-            turned ^= node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
+            (x, _), (w, transposed) = (_codes(v) for v in node.inputs[:2])
+            transposed ^= node.op_type == "Gemm" and node.attributes.get_int("transB", 0) == 1
         else:
             continue
-        if w is None or not _s8(w) or x is None or _is_signed(x):
+        if w is None or not _is_s8_matrix(w) or x is None or _is_signed(x):
             continue
         codes = np.asarray(Graph.tensor(w).numpy())  # type: ignore[union-attr]
         for matrix in codes.reshape(-1, *codes.shape[-2:]):
-            yield w, matrix.T if turned else matrix
+            yield w, matrix.T if transposed else matrix
 
 
 def _codes(v: ir.Value | None) -> tuple[ir.Value | None, bool]:
-    """The codes behind a dequantized matrix, and whether they are transposed on the way; None where there are none."""
-    turned = False
+    """The codes behind a dequantized matrix (None if it is none), and whether they are transposed on the way."""
+    transposed = False
     node = v.producer() if v is not None else None
-    while node is not None and node.op_type in BETWEEN:
-        turned ^= node.op_type == "Transpose"
+    while node is not None and node.op_type in LAYOUT_OPS:
+        transposed ^= node.op_type == "Transpose"
         node = node.inputs[0].producer() if node.inputs[0] is not None else None
-    return (node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None), turned
+    return (node.inputs[0] if node is not None and node.op_type == "DequantizeLinear" else None), transposed
 
 
 def _is_signed(codes: ir.Value) -> bool:
-    """Whether codes of an input are s8, by the zero point they are made with where there is one (files lack types)."""
-    made = codes.producer()
-    zero = made.inputs[2] if made is not None and made.op_type == "QuantizeLinear" and len(made.inputs) > 2 else codes
-    return zero is not None and (zero.dtype or codes.dtype) is ir.DataType.INT8
+    """Whether the codes of an input are s8, by the type of their zero point first (values in files may lack types)."""
+    quantize = codes.producer()
+    zero_point = (
+        quantize.inputs[2]
+        if quantize is not None and quantize.op_type == "QuantizeLinear" and len(quantize.inputs) > 2
+        else codes
+    )
+    return zero_point is not None and (zero_point.dtype or codes.dtype) is ir.DataType.INT8
 
 
-def _s8(v: ir.Value | None) -> bool:
-    return _packed(v) and v is not None and v.dtype is ir.DataType.INT8
+def _is_s8_matrix(v: ir.Value | None) -> bool:
+    return _is_integer_matrix(v) and v is not None and v.dtype is ir.DataType.INT8
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -125,14 +129,14 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from graph
 
 
-def _packed(v: ir.Value | None) -> bool:
+def _is_integer_matrix(v: ir.Value | None) -> bool:
     """Whether a value is a constant matrix of integers of at most 8 bits."""
     t = Graph.tensor(v)
     return t is not None and t.dtype.is_integer() and t.dtype.bitwidth <= 8 and len(t.shape) >= 2
 
 
 def _is_integer_product(node: ir.Node) -> bool:
-    return INTEGER_PRODUCTS.get(node.op_type) == node.domain and any(_packed(v) for v in node.inputs)
+    return INTEGER_PRODUCTS.get(node.op_type) == node.domain and any(_is_integer_matrix(v) for v in node.inputs)
 
 
 def _is_quantized_linear(node: ir.Node) -> bool:
@@ -140,7 +144,7 @@ def _is_quantized_linear(node: ir.Node) -> bool:
         return False
     v = node.inputs[1]
     source = v.producer() if v is not None else None
-    while source is not None and source.op_type in BETWEEN:
+    while source is not None and source.op_type in LAYOUT_OPS:
         v = source.inputs[0]
         source = v.producer() if v is not None else None
-    return source is not None and source.op_type == "DequantizeLinear" and _packed(source.inputs[0])
+    return source is not None and source.op_type == "DequantizeLinear" and _is_integer_matrix(source.inputs[0])

@@ -1,4 +1,4 @@
-"""Where the runtime really runs each operator of a model: read from its own profile of one run."""
+"""Which execution provider runs each operator of a model, read from the runtime's profile of one run."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.files.storage import load
-from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph import CONTRIB
 from onnxcomp.maths import Array
+from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
 __all__ = ["Placement", "placement"]
 
-# Sizes and small integers belong on the host whatever the device; a node that computes on floats does not.
-WORK = {
+# Operators on floating-point activations. Others (shapes, indices) run on the host with every provider, by design.
+COMPUTE_OPS = {
     "Attention", "BiasGelu", "Conv", "DynamicQuantizeMatMul", "Erf", "FastGelu", "FusedMatMul", "Gelu", "Gemm",
     "GroupQueryAttention", "LayerNormalization", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits",
     "MultiHeadAttention", "QuickGelu", "RMSNormalization", "RotaryEmbedding", "Sigmoid", "SkipLayerNormalization",
@@ -29,7 +29,7 @@ WORK = {
 
 @dataclass(frozen=True)
 class Placement:
-    """Operators by provider, counted; `elsewhere` are those that compute but not on the target's provider."""
+    """Operator counts by provider; `elsewhere` are compute operators that run on another provider than the target's."""
 
     provider: str
     ran: bool
@@ -39,20 +39,21 @@ class Placement:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing was found in the wrong place."""
+        """Whether all compute operators run on the target's provider."""
         return not self.elsewhere
 
 
-def placement(model: Path | Graph, target: Target, feeds: Mapping[str, Array] | None, why: str = "") -> Placement:
-    """Run once with the profiler and read who ran what; without feeds only what the target's tables say is checked.
+def placement(model: Model, target: Target, feeds: Mapping[str, Array] | None, why: str = "") -> Placement:
+    """Run once with the profiler on and count operators by provider.
 
-    `why` says why nothing can be run.
+    Without feeds nothing runs (`why` is the reason) and operators are only looked up in the target's tables.
     """
-    g = model if isinstance(model, Graph) else load(model)
+    g = graph_of(model)
     if feeds is None:
-        own = {n.op_type for n in g.nodes() if n.domain == CONTRIB and n.op_type not in target.contrib}
-        lost = own | {n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks}
-        return Placement(target.provider, False, {}, tuple(sorted(lost)), f"not run: {why}" if why else "not run")
+        unsupported_contrib = {n.op_type for n in g.nodes() if n.domain == CONTRIB and n.op_type not in target.contrib}
+        unsupported = {n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks}
+        misplaced = unsupported_contrib | unsupported
+        return Placement(target.provider, False, {}, tuple(sorted(misplaced)), f"not run: {why}" if why else "not run")
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         profile = Path(folder) / "profile.json"
         try:
@@ -61,13 +62,17 @@ def placement(model: Path | Graph, target: Target, feeds: Mapping[str, Array] | 
         except OnnxcompError as e:
             return Placement(target.provider, False, {}, (), f"not run: {e}")
         events = json.loads(profile.read_text(encoding="utf-8"))
-    found: dict[str, Counter[str]] = {}
+    by_provider: dict[str, Counter[str]] = {}
     for event in events:
         args = event.get("args", {})
         if event.get("cat") == "Node" and args.get("provider") and args.get("op_name"):
-            found.setdefault(args["provider"], Counter())[args["op_name"]] += 1
-    lost = {
-        op for p, ops in found.items() if p != target.provider for op in ops if op in WORK or op.startswith("Memcpy")
+            by_provider.setdefault(args["provider"], Counter())[args["op_name"]] += 1
+    misplaced = {
+        op
+        for p, ops in by_provider.items()
+        if p != target.provider
+        for op in ops
+        if op in COMPUTE_OPS or op.startswith("Memcpy")
     }
-    counted = {p: dict(sorted(ops.items())) for p, ops in sorted(found.items())}
-    return Placement(target.provider, True, counted, tuple(sorted(lost)))
+    counted = {p: dict(sorted(ops.items())) for p, ops in sorted(by_provider.items())}
+    return Placement(target.provider, True, counted, tuple(sorted(misplaced)))

@@ -1,4 +1,4 @@
-"""A model's answers on data: by one session, or block by block where the model is too large for that."""
+"""The outputs of a model on batches: through one session, or segment by segment where its weights are large."""
 
 from __future__ import annotations
 
@@ -7,30 +7,25 @@ from pathlib import Path
 from typing import Self
 
 from onnxcomp.data.inputs import Batch
-from onnxcomp.files import storage
-from onnxcomp.graph import Graph
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array
-from onnxcomp.runtime.payload import prepacks
+from onnxcomp.runtime.payload import Model, graph_of, prepacks
+from onnxcomp.runtime.segments import Layout, Stage, Walk
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.runtime.stretches import Layout, Stage, Walk
 from onnxcomp.target import Target
 
 __all__ = ["Runner"]
-
-MEMORY = 2 << 30  # bytes; an eighth for the weights of one stretch, another for what is carried between two
 
 
 class Runner:
     """Runs a model on batches, for use in a `with` statement; errors are those of a session.
 
-    A model whose weights are not worth prepacking (1 GiB and more) runs in stretches over all batches, each with its
-    own weights only; what is carried between them goes to files of `scratch` once it is large. With a `walk` the model
-    runs from where that stands, on the very batches it has walked; the walk itself stays there.
+    A model with 1 GiB of weights and more (`payload.PREPACK_BELOW`) runs in segments, each over all batches with only
+    its own weights in memory; values carried between segments go to files in `scratch` once they are large. With a
+    `walk` the model runs from the cut where the walk stands, on the same batches; the walk is not moved.
     """
 
-    def __init__(
-        self, model: Graph | str | Path, target: Target, *, scratch: Path | None = None, walk: Walk | None = None
-    ) -> None:
+    def __init__(self, model: Model, target: Target, *, scratch: Path | None = None, walk: Walk | None = None) -> None:
         self.session: Session | None = None
         self._walk = walk
         if walk is None and prepacks(model, None):
@@ -38,13 +33,13 @@ class Runner:
             self.inputs = {p.name for p in self.session.inputs}
             self.outputs = self.session.outputs
             return
-        self._graph = model if isinstance(model, Graph) else storage.load(model)
+        self._graph = graph_of(model)
         self._layout, self._target, self._scratch = Layout(self._graph), target, scratch
         self.inputs = {str(v.name) for v in self._graph.inputs}
         self.outputs = [str(v.name) for v in self._graph.outputs]
 
     def each(self, data: Iterable[Batch], names: Sequence[str]) -> Iterator[tuple[Batch, dict[str, Array]]]:
-        """Every batch with its outputs; in stretches the data is walked several times before the first one comes."""
+        """Every batch with its named outputs; in segments, all but the last one run before the first batch is given."""
         if self.session is not None:
             for batch in data:
                 yield batch, self.session.run(batch.feeds, names)

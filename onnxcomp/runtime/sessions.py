@@ -1,4 +1,7 @@
-"""Sessions that really run where they were asked to; the only file that imports onnxruntime."""
+"""ONNX Runtime sessions that refuse to fall back to another provider; the only file that imports onnxruntime.
+
+Also here: whether a target can run on this machine, and how many quantized linears run as integer products.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
-from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import gone
 from onnxcomp.maths import Array
-from onnxcomp.runtime.bf16_twin import stand_in
+from onnxcomp.runtime.bf16_twin import float32_twin
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
-from onnxcomp.runtime.payload import payload, prepacks, tap, write_optimized
+from onnxcomp.runtime.payload import Model, add_outputs, graph_of, payload, prepacks, write_optimized
 from onnxcomp.target import CPU, CUDA, Target
 
-__all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "optimized"]
+__all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "rewritten"]
 
 FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 LIBRARIES = {
@@ -67,7 +69,10 @@ class Port:
 
 @dataclass(frozen=True)
 class IntegerCheck:
-    """The clock-free check: as many integer products as quantized linears, and no weight dequantized on every run."""
+    """Whether quantized linears run as integer products, counted in the runtime's optimized graph instead of timed.
+
+    `ok` with at least as many integer products as quantized linears and no weight that is dequantized on every run.
+    """
 
     quantized_linears: int
     integer_products: int
@@ -80,30 +85,30 @@ class IntegerCheck:
 
 
 def installed_runtimes() -> dict[str, str]:
-    """Installed distributions that bring the module onnxruntime, by name; more than one is a broken setup."""
-    found = {}
+    """Versions of the installed distributions that provide the module onnxruntime; more than one is a broken setup."""
+    versions = {}
     for name in FLAVOURS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 @functools.cache
 def _ort() -> Any:
-    """The module onnxruntime; raises `TargetError` where it is missing, hollow, or installed twice."""
-    found = installed_runtimes()
-    if len(found) > 1:
-        both = " and ".join(f"{n} {v}" for n, v in found.items())
+    """The module onnxruntime; raises `TargetError` where it is missing, an empty package, or installed twice."""
+    installed = installed_runtimes()
+    if len(installed) > 1:
+        both = " and ".join(f"{n} {v}" for n, v in installed.items())
         raise TargetError(
             f"{both} are installed together and overwrite each other's files: "
-            f"pip uninstall -y {' '.join(found)}, then install one: pip install 'onnxcomp[cpu]' or 'onnxcomp[gpu]'"
+            f"pip uninstall -y {' '.join(installed)}, then install one: pip install 'onnxcomp[cpu]' or 'onnxcomp[gpu]'"
         )
     try:
         import onnxruntime as ort  # noqa: TID251
     except ImportError as e:
         raise TargetError(f"ONNX Runtime is not installed or does not load ({e}): pip install 'onnxcomp[cpu]'") from e
     if not hasattr(ort, "InferenceSession"):
-        raise TargetError("onnxruntime is an empty shell: pip uninstall -y onnxruntime, pip install 'onnxcomp[cpu]'")
+        raise TargetError("package onnxruntime is empty: pip uninstall -y onnxruntime, pip install 'onnxcomp[cpu]'")
     return ort
 
 
@@ -112,7 +117,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _available(target: Target) -> Any:
-    """The runtime, if its build holds the target's provider and is new enough; raises `TargetError`."""
+    """The module onnxruntime, if it is new enough and built with the target's provider; raises `TargetError`."""
     ort = _ort()
     if _version(ort.__version__) < _version(target.min_runtime):
         need = f"needs ONNX Runtime {target.min_runtime} or newer, {ort.__version__} is installed"
@@ -127,7 +132,7 @@ def _available(target: Target) -> Any:
 
 
 def _preload(ort: Any, provider: str) -> None:
-    """Load NVIDIA's libraries from their Python packages, where the provider would not find them by itself."""
+    """Load NVIDIA's libraries from their Python packages, which the dynamic loader does not search."""
     if provider not in LIBRARIES:
         return
     if hasattr(ort, "preload_dlls"):
@@ -141,18 +146,20 @@ def _preload(ort: Any, provider: str) -> None:
 
 
 def _missing(provider: str) -> list[str]:
-    lost = []
+    """Shared libraries that the provider needs and that cannot be loaded."""
+    missing = []
     for name in LIBRARIES.get(provider, ()):
         try:
             ctypes.CDLL(name)
         except OSError:
-            lost.append(name)
-    return lost
+            missing.append(name)
+    return missing
 
 
-def _not_there(target: Target, got: str) -> TargetError:
-    lost = _missing(target.provider)
-    why = f"not found: {', '.join(lost)}" if lost else got
+def _unavailable(target: Target, otherwise: str) -> TargetError:
+    """The error for a target that does not run: missing libraries where there are any, else the reason given."""
+    missing = _missing(target.provider)
+    why = f"not found: {', '.join(missing)}" if missing else otherwise
     need = INSTALL.get(target.provider, target.package)
     return TargetError(f"target '{target.name}' does not run on this machine ({why}); it needs {need}")
 
@@ -171,7 +178,7 @@ def check_target(target: Target) -> None:
 
 
 def _short(e: Exception) -> str:
-    """A message of the runtime without its source paths, at most 300 characters."""
+    """The runtime's error message without its source paths, at most 300 characters."""
     text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(e).strip())
     text = re.sub(r"\S*onnxruntime\S*\.(cc|h|cpp):\d+ ?\S*\([^)]*\) ?", "", text)
     text = " ".join(text.split())
@@ -180,11 +187,11 @@ def _short(e: Exception) -> str:
 
 @functools.cache
 def _failures() -> tuple[type[Exception], ...]:
-    """Everything the runtime raises; its own errors have no common base."""
+    """The exceptions that the runtime raises; its own ones have no common base class."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state  # noqa: TID251
 
-    own = [c for c in vars(state).values() if isinstance(c, type) and issubclass(c, Exception)]
-    return (*own, RuntimeError, ValueError, TypeError)
+    runtime_errors = [c for c in vars(state).values() if isinstance(c, type) and issubclass(c, Exception)]
+    return (*runtime_errors, RuntimeError, ValueError, TypeError)
 
 
 # ---- sessions ------------------------------------------------------------------------------------------------------
@@ -193,44 +200,41 @@ def _failures() -> tuple[type[Exception], ...]:
 class Session:
     """A model ready to run on a target, for use in a `with` statement.
 
-    `taps` are intermediate values to fetch as well; `spin=False` keeps waiting threads off the cores; `profile`
-    names the file that `close` writes; `optimized_path` the file that gets the graph as the runtime has rewritten
-    it. Raises `TargetError` where the target's provider does not really run, `ModelError` where the runtime rejects
-    the model.
+    `taps` are names of intermediate values to return as additional outputs; `prepack` copies weights into the layout
+    of the kernels (faster, more memory; default: only for small models); `profile` is the file that `close` writes the
+    profile to; `optimized_path` the file that gets the graph after the runtime's own optimizations. Raises
+    `TargetError` where the runtime falls back to another provider, `ModelError` where it rejects the model.
     """
 
     def __init__(
         self,
-        model: Graph | Path | str,
+        model: Model,
         target: Target = CPU,
         *,
         threads: int = 0,
         taps: Sequence[str] = (),
         prepack: bool | None = None,
-        priority_order: bool = False,
-        spin: bool = True,
         profile: Path | None = None,
         optimized_path: Path | None = None,
     ) -> None:
         ort = _available(target)
         _preload(ort, target.provider)
         self._name = str(model if not isinstance(model, Graph) else model.path or "the model")
-        self._echo: set[str] = set()
+        self._input_taps: set[str] = set()
         self._profile = profile
-        packed = prepacks(model, prepack)
-        options = _options(ort, target, threads, prepack=packed, priority_order=priority_order, spin=spin)
+        options = _options(ort, target, threads, prepack=prepacks(model, prepack))
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile.with_suffix(""))
         if optimized_path is not None:
             write_optimized(options, optimized_path)
-        self._keep: list[Any] = []
-        twin = stand_in(model, target.provider)
+        self._buffers: list[Any] = []  # memory that the runtime reads and does not own
+        twin = float32_twin(model, target.provider)
         try:
             source = self._source(ort, twin or model, taps, options)
             self._session: Any = _create(ort, source, options, target, self._name)
-        except ModelError:  # only now is a file looked into
-            twin = stand_in(model, target.provider, files=True)
+        except ModelError:  # a file is parsed for bfloat16 only where the runtime rejects it
+            twin = float32_twin(model, target.provider, files=True)
             if twin is None:
                 raise
             self._session = _create(ort, self._source(ort, twin, taps, options), options, target, self._name)
@@ -238,53 +242,54 @@ class Session:
         self.provider: str = self._session.get_providers()[0]
         if self.provider != target.provider:
             self.close()
-            raise _not_there(target, f"the session fell back to {self.provider}")
+            raise _unavailable(target, f"the session fell back to {self.provider}")
         self.inputs = [_port(i) for i in self._session.get_inputs()]
-        self.outputs: list[str] = [*(o.name for o in self._session.get_outputs()), *sorted(self._echo)]
+        self.outputs: list[str] = [*(o.name for o in self._session.get_outputs()), *sorted(self._input_taps)]
         self._by_name = {p.name: p for p in self.inputs}
         self._optional = {i.name for i in self._session.get_overridable_initializers()}
-        self._gone = gone(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
+        self._removed = gone(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
 
-    def _source(self, ort: Any, model: Graph | Path | str, taps: Sequence[str], options: Any) -> bytes | str:
-        """What the runtime loads: a file as it is, or a message with its large constants left where they lie."""
+    def _source(self, ort: Any, model: Model, taps: Sequence[str], options: Any) -> bytes | str:
+        """What the runtime loads: the file itself, or a serialized graph that refers to its large constants."""
         if not isinstance(model, Graph):
             path = Path(model)
             if not taps and path.is_file():
                 return str(path)
-            model = storage.load(path)
-        model.model.graph.sort()  # nodes that a pass has just added stand at the end; order has no meaning
+            model = graph_of(model)
+        model.model.graph.sort()  # passes append new nodes at the end; the runtime needs topological order
         copy = model.model.clone()
-        self._echo = tap(copy, taps)
-        given = payload(copy)
-        if given.folder is not None:
-            options.add_session_config_entry(FOLDER_KEY, str(given.folder))
-        if given.shared:
-            self._keep = [ort.OrtValue.ortvalue_from_numpy(a) for a in given.shared.values()]
-            options.add_external_initializers(list(given.shared), self._keep)
-        if given.files:
-            names, arrays = list(given.files), list(given.files.values())
+        self._input_taps = add_outputs(copy, taps)
+        load = payload(copy)
+        if load.folder is not None:
+            options.add_session_config_entry(FOLDER_KEY, str(load.folder))
+        if load.shared:
+            self._buffers = [ort.OrtValue.ortvalue_from_numpy(a) for a in load.shared.values()]
+            options.add_external_initializers(list(load.shared), self._buffers)
+        if load.files:
+            names, arrays = list(load.files), list(load.files.values())
             options.add_external_initializers_from_files_in_memory(names, arrays, [a.nbytes for a in arrays])
-            self._keep.append(given.files)
-        return given.message
+            self._buffers.append(load.files)
+        return load.message
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """Run once; returns the asked outputs, or all, by name. Raises `DataError` for feeds that do not fit."""
+        """Run once and return the asked outputs (or all) by name; raises `DataError` for feeds that do not fit."""
         if self._session is None:
             raise OnnxcompError(f"{self._name}: the session is closed")
         names = list(self.outputs if outputs is None else outputs)
         self._check(feeds)
-        fetched = [n for n in names if n not in self._echo]
+        fetched = [n for n in names if n not in self._input_taps]
+        known = {n: a for n, a in feeds.items() if n not in self._removed}
         try:
-            arrays = self._session.run(fetched, {n: feeds[n] for n in feeds if n not in self._gone}) if fetched else []
+            arrays = self._session.run(fetched, known) if fetched else []
         except _failures() as e:
             raise self._explain(e, feeds) from e
-        found = dict(zip(fetched, arrays, strict=True))
-        return {n: found[n] if n in found else feeds[n] for n in names}
+        results = dict(zip(fetched, arrays, strict=True))
+        return {n: results[n] if n in results else feeds[n] for n in names}
 
     def _explain(self, e: Exception, feeds: Mapping[str, Array]) -> OnnxcompError:
         shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in feeds.items())
         if "out of data bounds" in str(e):
-            why = "an id is outside its table, so the data is not made for this model"
+            why = "an id is outside its embedding table, so the data was not made for this model"
             return DataError(f"{self._name} on {shapes}: {why}: {_short(e)}")
         return ModelError(f"{self._name} failed to run on {shapes}: {_short(e)}")
 
@@ -292,7 +297,7 @@ class Session:
         if missing := [p.name for p in self.inputs if p.name not in feeds]:
             raise DataError(f"{self._name} needs input '{missing[0]}'; the data has {', '.join(feeds) or 'nothing'}")
         for name, a in feeds.items():
-            if (port := self._by_name.get(name)) is None and name in self._optional | self._gone:
+            if (port := self._by_name.get(name)) is None and name in self._optional | self._removed:
                 continue
             if port is None:
                 raise DataError(f"{self._name} has no input '{name}'; it has {', '.join(self._by_name)}")
@@ -304,13 +309,13 @@ class Session:
                 raise DataError(f"input '{name}' of {self._name} has shape {want}, the data has {have}")
 
     def close(self) -> None:
-        """Free the runtime's memory; writes the profile if one was asked for."""
+        """Free the runtime's memory and write the requested profile."""
         if getattr(self, "_session", None) is None:
             return
         if self._profile is not None:
             shutil.move(self._session.end_profiling(), self._profile)
         self._session = None
-        self._keep.clear()
+        self._buffers.clear()
 
     def __enter__(self) -> Self:
         return self
@@ -319,19 +324,17 @@ class Session:
         self.close()
 
 
-def _options(ort: Any, target: Target, threads: int, *, prepack: bool, priority_order: bool, spin: bool) -> Any:
+def _options(ort: Any, target: Target, threads: int, *, prepack: bool) -> Any:
     options = ort.SessionOptions()
     debug = logging.getLogger("onnxcomp").isEnabledFor(logging.DEBUG)
     options.log_severity_level = 2 if debug else 4
     if target.provider != "CPUExecutionProvider" and not debug:
-        ort.set_default_logger_severity(4)  # a provider that cannot load complains there; we say it ourselves
+        ort.set_default_logger_severity(4)  # a provider that cannot load logs there; `_unavailable` says it better
     options.intra_op_num_threads = threads
-    if priority_order:
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     entries = {
-        # Idle sessions must not take cores from the ones that run (engine.md: rates were off by a factor of two).
+        # Threads of an idle session must not spin on the cores of the one that runs: rates were off by a factor of two.
         "session.force_spinning_stop": "1",
-        "session.intra_op.allow_spinning": "1" if spin else "0",
+        "session.intra_op.allow_spinning": "1",
         "session.disable_prepacking": "0" if prepack else "1",
         **target.session_options,
     }
@@ -350,7 +353,7 @@ def _create(ort: Any, source: bytes | str, options: Any, target: Target, name: s
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
     except _failures() as e:
         if target.provider != "CPUExecutionProvider" and re.search(r"(?i)cuda|cudnn|cublas|nvinfer|provider", str(e)):
-            raise _not_there(target, _short(e)) from e
+            raise _unavailable(target, _short(e)) from e
         raise ModelError(f"ONNX Runtime {ort.__version__} rejects {name}: {_short(e)}") from e
 
 
@@ -366,35 +369,28 @@ def _port(i: Any) -> Port:
 
 
 @contextlib.contextmanager
-def _rewritten(model: Graph | Path | str, target: Target) -> Iterator[ir.Model]:
-    """The graph after the runtime's optimizers; its weights are readable only inside the `with`."""
+def rewritten(model: Model, target: Target = CPU) -> Iterator[ir.Model]:
+    """The graph after the runtime's own optimizations; its weights are readable only inside the `with`."""
     with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
         path = Path(folder) / "optimized.onnx"
         Session(model, target, prepack=False, optimized_path=path).close()
         yield ir.load(path)
 
 
-def optimized(model: Graph | Path | str, target: Target = CPU) -> Graph:
-    """The graph as the runtime rewrites it for this target, weights in memory."""
-    with _rewritten(model, target) as rewritten:
-        return Graph(ir.external_data.load_to_model(rewritten))
+def integer_check(model: Model, target: Target = CPU) -> IntegerCheck:
+    """Compare the quantized linears of a model with the integer products in the runtime's optimized graph.
 
-
-def integer_check(model: Graph | Path | str, target: Target = CPU) -> IntegerCheck:
-    """Compare the quantized linears of a model with the integer products of the graph that the runtime makes of it.
-
-    Counts are exact and need no clock; attention products of two activations count on neither side.
+    Exact counts, so nothing is timed; products of two activations (attention) count on neither side.
     """
-    if not isinstance(model, Graph):
-        model = storage.load(Path(model))
-    asked = quantized_linears(model.model)
-    if asked == 0:
+    model = graph_of(model)
+    quantized = quantized_linears(model.model)
+    if quantized == 0:
         return IntegerCheck(0, 0, 0, True)
-    with _rewritten(model, target) as rewritten:
-        made, left = integer_products(rewritten), dequantized_weights(rewritten)
-    if made >= asked and not left:
-        return IntegerCheck(asked, made, 0, True)
-    detail = f"{made} of {asked} quantized linears run as integer products"
-    if left:
-        detail += f"; {len(left)} weights are dequantized on every run, such as {', '.join(left[:3])}"
-    return IntegerCheck(asked, made, len(left), False, detail)
+    with rewritten(model, target) as optimized:
+        products, dequantized = integer_products(optimized), dequantized_weights(optimized)
+    if products >= quantized and not dequantized:
+        return IntegerCheck(quantized, products, 0, True)
+    detail = f"{products} of {quantized} quantized linears run as integer products"
+    if dequantized:
+        detail += f"; {len(dequantized)} weights are dequantized on every run, such as {', '.join(dequantized[:3])}"
+    return IntegerCheck(quantized, products, len(dequantized), False, detail)

@@ -1,4 +1,4 @@
-"""One walk over the data answers all statistics that were asked for, within a memory budget."""
+"""Collection of statistics of activations: all that are asked for in one run over the data, within a memory budget."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array
-from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
+from onnxcomp.runtime.segments import Layout, Stage, Walk, signature
 from onnxcomp.stats import disk_cache
 from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Dims, Samples, dims, mask_name, rows, token_axis
@@ -28,7 +29,7 @@ from onnxcomp.target import CPU, Target
 
 __all__ = ["Collector", "collect"]
 
-MEMORY = 2 << 30  # bytes
+
 WIDTH = 4096  # channels assumed where a shape is unknown
 
 
@@ -44,12 +45,12 @@ def collect(
     cache: Path | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Stats:
-    """All statistics asked for, on the current graph and the original; only the part of a graph that is needed runs.
+    """The statistics that are asked for, of the current graph and the original; only the nodes they need are run.
 
-    `memory` (bytes) bounds what is held at once: where it is exceeded the graph runs block by block, in smaller runs,
-    never with other results. With `scratch`, results that exceed it live in files there; with `cache`, they are read
-    back where model, needs and data are the same. Raises `DataError` for empty data and for NaN or infinity, naming
-    the value and the batch.
+    `memory` (bytes) bounds what is held at once: beyond it the graph runs segment by segment (`runtime.segments`), in
+    smaller batches, with the same results. With `scratch`, results that exceed it go to files there; with `cache`, they
+    are read back where model, needs and data are the same. Raises `DataError` for empty data and for NaN or infinity,
+    naming the value and the batch.
     """
     asked = tuple(dict.fromkeys(needs))
     if not asked:
@@ -57,8 +58,8 @@ def collect(
     collector = Collector(data, target, original=original, memory=memory, scratch=scratch)
     graphs = collector.graphs(graph, asked)
     path = None if cache is None else cache / f"{disk_cache.key(graphs, asked, data, target)}.npz"
-    if path is not None and (found := disk_cache.read(path, asked)) is not None:
-        return found
+    if path is not None and (cached := disk_cache.read(path, asked)) is not None:
+        return cached
     stats = collector.collect(graph, asked, watch)
     if path is not None:
         disk_cache.write(path, asked, stats)
@@ -73,9 +74,9 @@ def _names(needs: Iterable[Need], of: Of) -> list[str]:
 def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]:
     """Shapes of the values of one graph, inferred on a copy where they are not recorded."""
     names = [name for o, name in keys if o == of]
-    found = {(of, name): dims(graph.value(name)) for name in names}
-    if None not in found.values():
-        return found
+    shapes = {(of, name): dims(graph.value(name)) for name in names}
+    if None not in shapes.values():
+        return shapes
     graph.model.graph.sort()
     copy = graph.clone()
     copy.infer_shapes()
@@ -84,7 +85,7 @@ def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]
 
 @dataclass(frozen=True)
 class Blocks:
-    """A collection block by block: where each graph can be cut, and which needs are answered together."""
+    """A collection segment by segment: where each graph can be cut, and which needs are answered together."""
 
     layouts: Mapping[Of, Layout]
     stages: list[list[Need]]
@@ -92,7 +93,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class SampleRule:
-    """How the feeds of a model are samples: whether batches can be run in parts, and the input that marks padding."""
+    """How feeds consist of samples: whether batches can be split, and the input that marks padding."""
 
     splits: bool
     mask: str | None
@@ -104,12 +105,12 @@ def _sample_rule(graph: Graph) -> SampleRule:
 
 
 class Collector:
-    """Statistics over one dataset, call after call, of graphs that may be edited in between.
+    """Statistics over one dataset, in many calls, of graphs that may be edited in between.
 
-    A `sequential` caller asks for values further and further on: each call starts from where the last one stood, as
-    long as what lies before is unchanged. A quarter of the `memory` each is for statistics in the making and for
-    activations, an eighth each for weights, for what is carried from block to block and for results; what is carried
-    and results beyond that go to files of `scratch`.
+    A `sequential` caller asks for values in the order of the graph: each call continues from the cut of the last one,
+    as long as nothing before it was edited. A quarter of the `memory` each is for accumulators and for activations, an
+    eighth each for weights, for values carried between segments and for results; carried values and results beyond that
+    go to files in `scratch`.
     """
 
     def __init__(
@@ -137,8 +138,8 @@ class Collector:
         graphs: dict[Of, Graph] = {"current": graph}
         if self.original is not None:
             graphs["original"] = self.original
-        if lost := [n for n in asked for of, _ in fetched(n) if of not in graphs]:
-            raise OnnxcompError(f"statistic {lost[0]} is of the original model, which was not given")
+        if missing := [n for n in asked for of, _ in fetched(n) if of not in graphs]:
+            raise OnnxcompError(f"statistic {missing[0]} is of the original model, which was not given")
         return graphs
 
     def collect(self, graph: Graph, needs: Iterable[Need], watch: Callable[[int, int], None] | None = None) -> Stats:
@@ -152,18 +153,18 @@ class Collector:
             raise DataError(f"{self.data.name}: there are no samples to collect statistics on")
         shared = list(dict.fromkeys(Need(n.value, family(n.stat), n.of) for n in asked))
         marks = {n: self._mark(graphs, n) for n in shared} if self.sequential else {}
-        found = {n: self._last[n][1] for n in marks if n in self._last and self._last[n][0] == marks[n]}
-        todo = [n for n in shared if n not in found]
+        results = {n: self._last[n][1] for n in marks if n in self._last and self._last[n][0] == marks[n]}
+        todo = [n for n in shared if n not in results]
         self.held, self.widths = 0, {}
         if todo:
             self._last.clear()
-            found.update(self._run(graphs, todo, first.feeds, watch))
-        self._last = {n: (mark, found[n]) for n, mark in marks.items()}
-        return Stats({n: self._finished(n, found[Need(n.value, family(n.stat), n.of)]) for n in asked})
+            results.update(self._run(graphs, todo, first.feeds, watch))
+        self._last = {n: (mark, results[n]) for n, mark in marks.items()}
+        return Stats({n: self._finished(n, results[Need(n.value, family(n.stat), n.of)]) for n in asked})
 
     @staticmethod
     def _finished(need: Need, result: Array | Path) -> Array | Path:
-        """The statistic; one that fills a file and is what its accumulator holds stays there until it is read."""
+        """The statistic; one in a file that needs no further computation stays there until it is read."""
         kind = statistic(need.stat)
         if not isinstance(result, Path):
             return kind.finish(need.stat, result)
@@ -173,7 +174,7 @@ class Collector:
 
     @staticmethod
     def _mark(graphs: Mapping[Of, Graph], need: Need) -> tuple[Any, ...]:
-        """What decides a statistic on given data."""
+        """All that determines a statistic on given data, for comparison."""
         return tuple(signature(graphs[of], [name]) for of, name in fetched(need))
 
     def _run(
@@ -188,11 +189,11 @@ class Collector:
         blocks = self._blocks(graphs, needs)
         stages = blocks.stages if blocks is not None else [list(needs)]
         total = len(self.data) * len(stages)
-        found: dict[Need, Array | Path] = {}
+        results: dict[Need, Array | Path] = {}
         for i, (stage, following) in enumerate(itertools.pairwise([*stages, []])):
             step = None if watch is None else _from(watch, i * len(self.data), total)
-            found.update(self._stage(graphs, blocks, stage, following, samples, step))
-        return found
+            results.update(self._stage(graphs, blocks, stage, following, samples, step))
+        return results
 
     def _sizes(self, graphs: Mapping[Of, Graph], keys: Sequence[Key], feeds: Mapping[str, Array]) -> dict[Key, int]:
         """Estimated bytes of values for one sample, from recorded or inferred shapes and the first batch."""
@@ -209,7 +210,7 @@ class Collector:
         return {k: max(1, 4 * elements(k) // (_batch(feeds) or 1)) for k in keys}
 
     def _blocks(self, graphs: Mapping[Of, Graph], needs: Sequence[Need]) -> Blocks | None:
-        """How to go block by block, None where everything fits into one run of the whole graph."""
+        """How to go segment by segment; None where everything fits the budget in one session of the whole graph."""
         values = {k for n in needs for k in fetched(n)}
         states = sum(self._state(n) for n in needs)
         large = any(graphs[of].nbytes > self.memory // 2 for of, _ in values)
@@ -217,7 +218,7 @@ class Collector:
         if fits and not large and not self.sequential:
             return None
         layouts = {of: Layout(g) for of, g in graphs.items() if any(o == of for o, _ in values)}
-        if self.chunk is None:
+        if self.chunk is None:  # samples a run: a sixteenth of the budget for the largest value
             self.chunk = max(1, self.memory // 16 // max(self.sizes[k] for k in values))
         return Blocks(layouts, self._grouped(layouts, needs))
 
@@ -304,7 +305,7 @@ class Collector:
         following: Sequence[Need],
         runs: Callable[[], Iterator[dict[str, Array]]],
     ) -> Iterator[tuple[Of, Stage]]:
-        """A stage per graph that is asked, standing where the walk has come, on its way to the next stage."""
+        """A stage for each graph that needs read, from the cut of its walk, which moves on towards the next needs."""
         for of, graph in graphs.items():
             wanted, to = _names(needs, of), None
             if not wanted:
@@ -349,7 +350,7 @@ class Collector:
             raise DataError(f"value '{keys[0][1]}' in batch {index} of {self.data.name}: {e}") from e
 
     def _result(self, need: Need, accumulated: Any) -> Array | Path:
-        """The result, or the file it was moved to once all results together exceed their share of the budget."""
+        """The result, or the file it was written to where all results together exceed an eighth of the budget."""
         try:
             result: Array = accumulated.result()
         except DataError as e:

@@ -1,10 +1,8 @@
-"""Collected statistics on disk, under the hash of the part of the model, the needs and the data that decide them."""
+"""A cache of collected statistics on disk, by a hash of all that determines them: nodes and weights, needs and data."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,8 +11,9 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.data.datasets import Dataset
+from onnxcomp.files.atomic import replacing
 from onnxcomp.graph import Graph
-from onnxcomp.runtime.stretches import stretch
+from onnxcomp.runtime.segments import segment
 from onnxcomp.stats.statistic import Need, Of, Stats, fetched, statistic
 from onnxcomp.target import Target
 
@@ -26,7 +25,7 @@ VERSION = "1"
 def _fingerprint(graph: Graph, names: Sequence[str]) -> str:
     """SHA-256 of the part of a graph that computes the named values, weights included."""
     digest = hashlib.sha256()
-    part = stretch(graph, {}, [n for n in names if n not in {v.name for v in graph.inputs}]).model
+    part = segment(graph, {}, [n for n in names if n not in {v.name for v in graph.inputs}]).model
     for v in part.graph.initializers.values():
         t = v.const_value
         if t is None:
@@ -53,7 +52,7 @@ def key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset, target
 
 
 def read(path: Path, asked: Sequence[Need]) -> Stats | None:
-    """Statistics from the cache; None where there are none or the file is damaged."""
+    """Statistics from a cache file; None where it does not exist or is damaged."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
             return Stats({n: f[f"s{i}"] for i, n in enumerate(asked)})
@@ -62,9 +61,7 @@ def read(path: Path, asked: Sequence[Need]) -> Stats | None:
 
 
 def write(path: Path, asked: Sequence[Need], stats: Stats) -> None:
-    """Publish a cache entry at once, so that a reader never sees half of it."""
+    """Write a cache entry atomically, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-    with os.fdopen(handle, "wb") as f:
+    with replacing(path) as temporary, temporary.open("wb") as f:
         np.savez(f, allow_pickle=False, **{f"s{i}": stats[n] for i, n in enumerate(asked)})
-    Path(name).replace(path)

@@ -1,4 +1,4 @@
-"""Which rows of an activation count, and which sample each row belongs to."""
+"""Activations as rows: without padding tokens, and with a key for each row from its sample and position."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def dims(v: ir.Value) -> Dims | None:
 
 
 def mask_name(graph: Graph) -> str | None:
-    """The input that says which tokens are real, if the model has one of shape [batch, sequence]."""
-    found = specs(graph)
-    name = roles(found).get("mask", "")
-    # A padding mask says the opposite, a mask of pixels or of masked positions says something else.
+    """The name of the attention mask input of shape [batch, sequence], 1 for tokens and 0 for padding; None without."""
+    inputs = specs(graph)
+    name = roles(inputs).get("mask", "")
+    # In a padding mask 1 means padding; masks of pixels or global attention have nothing to do with padding.
     if not name.lower().endswith("mask") or any(word in name.lower() for word in ("padding", "pixel", "global")):
         return None
-    return next((s.name for s in found if s.name == name and len(s.shape) == 2), None)
+    return next((s.name for s in inputs if s.name == name and len(s.shape) == 2), None)
 
 
 def token_axis(shape: tuple[int, ...], recorded: Dims | None, mask: Array | None) -> int | None:
@@ -43,11 +43,11 @@ def token_axis(shape: tuple[int, ...], recorded: Dims | None, mask: Array | None
     batch, sequence = mask.shape
     if len(shape) == 2:
         return 0 if sequence > 1 and shape[0] == batch * sequence else None
-    found = [a for a in range(1, len(shape) - 1) if shape[a] == sequence and shape[0] == batch]
-    if len(found) > 1 and recorded is not None and len(recorded) == len(shape):
-        # Heads may be as many as tokens by chance; the axis of the tokens is the dynamic one.
-        found = [a for a in found if isinstance(recorded[a], str)] or found
-    return found[0] if len(found) == 1 else None
+    axes = [a for a in range(1, len(shape) - 1) if shape[a] == sequence and shape[0] == batch]
+    if len(axes) > 1 and recorded is not None and len(recorded) == len(shape):
+        # There may be as many heads as tokens by coincidence; the axis of the tokens is the dynamic one.
+        axes = [a for a in axes if isinstance(recorded[a], str)] or axes
+    return axes[0] if len(axes) == 1 else None
 
 
 def rows(x: Array, keep: Array | None, axis: int | None) -> Array:
@@ -64,32 +64,32 @@ def rows(x: Array, keep: Array | None, axis: int | None) -> Array:
 
 
 class Samples:
-    """The samples of one run: which tokens are real, and a key for every row that does not depend on the batch."""
+    """The samples of one run: which tokens are not padding, and keys for rows that do not depend on the batching."""
 
     def __init__(self, feeds: Mapping[str, Array], mask: str | None) -> None:
         self.feeds = feeds
-        given = feeds.get(mask) if mask is not None else None
-        self.mask: Array | None = None if given is None or given.ndim != 2 else given != 0
+        mask_array = feeds.get(mask) if mask is not None else None
+        self.mask: Array | None = None if mask_array is None or mask_array.ndim != 2 else mask_array != 0
         self.keep = None if self.mask is None or self.mask.all() else self.mask
 
     @cached_property
     def _identity(self) -> Array | None:
-        """One 64-bit number per sample, from its own feeds without padding; None where feeds have no batch axis."""
+        """A 64-bit hash per sample of its feeds without padding; None where feeds have no common batch axis."""
         sizes = {a.shape[0] if a.ndim else -1 for a in self.feeds.values()}
         if len(sizes) != 1 or sizes == {-1}:
             return None
-        out = []
+        identities = []
         for b in range(sizes.pop()):
             digest = hashlib.blake2b(digest_size=8)
             for name in sorted(self.feeds):
                 a = self.feeds[name]
-                real = self.mask is not None and a.shape[:2] == self.mask.shape
-                digest.update((a[b][self.mask[b]] if real and self.mask is not None else a[b]).tobytes())
-            out.append(int.from_bytes(digest.digest(), "little"))
-        return np.array(out, np.uint64)
+                masked = self.mask is not None and a.shape[:2] == self.mask.shape
+                digest.update((a[b][self.mask[b]] if masked and self.mask is not None else a[b]).tobytes())
+            identities.append(int.from_bytes(digest.digest(), "little"))
+        return np.array(identities, np.uint64)
 
     def keys(self, count: int, axis: int | None) -> Array | None:
-        """Keys of the rows of a value, from sample and place: `[count]`, uint64; None where a row has no sample."""
+        """Keys of a value's rows from sample and position: `[count]`, uint64; None where rows belong to no sample."""
         identity = self._identity
         if identity is None:
             return None

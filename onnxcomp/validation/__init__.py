@@ -1,1 +1,1 @@
-"""Two models on the same data: how far apart their outputs are, how well each does its task, and gates on both."""
+"""Comparison of two models on the same data: drift of the outputs, task metrics of each, and gates on both."""

@@ -1,6 +1,7 @@
 """Gates: conditions a result must meet, written `NAME OP VALUE`, such as `sqnr>=20` or `perplexity-rise<=1%`.
 
-A trailing `?` judges only where the value can be measured (labels, a language model), which is how presets ask.
+A trailing `?` makes a condition optional: it counts only where the value can be measured (needs labels, a language
+model). Presets use it, since they do not know the task.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ class Gate:
 
 
 def score_of(validation: Validation, metric: str | None) -> float:
-    """The asked gate value with lower as better (`sqnr`, `agreement` and `cosine` are negated)."""
+    """A gate value by name (default: `kl`, else `rel-l2`), negated where higher is better, so that lower is better."""
     values = validation.values()
     name = metric or ("kl" if "kl" in values else "rel-l2")
     if name not in values:

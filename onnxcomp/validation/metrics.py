@@ -1,4 +1,4 @@
-"""How far two outputs lie apart and how well each does its task, as per-sample sums that bootstrap can resample."""
+"""Distance of two models' outputs (drift) and task metrics of each, as per-sample sums that bootstrap can resample."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ import numpy as np
 from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["METRICS", "Drift", "DriftSums", "Metric", "MetricResult", "Seen", "Sums", "bootstrap", "find"]
+__all__ = ["METRICS", "Drift", "DriftSums", "Metric", "MetricResult", "OutputRows", "Sums", "bootstrap", "find"]
 
-RESAMPLES = 1000
-_GROUPS = 4096
+RESAMPLES = 1000  # of the bootstrap: 25 lie beyond each bound of the 95 % interval
+MAX_GROUPS = 4096  # samples are summed in so many groups for the bootstrap, whose cost then depends on no data size
 # Infinities and NaN of a broken candidate are results here, not accidents.
 _QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
-_CHUNK = 1 << 20  # elements widened to float64 at once: 8 MB, whatever the vocabulary
+CHUNK = 1 << 20  # elements widened to float64 at once: 8 MB, whatever the vocabulary
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Distance from the original's output; `kl` in nats, `pooled_*` of mean-pooled embeddings, None where undefined."""
+    """Distance of an output from the original's over all rows; `sqnr` in dB, `kl` in nats, None where undefined.
+
+    `pooled_*` compare the mean over the tokens of each sample (embeddings); `agreement` is of the top-1 class.
+    """
 
     max_abs: float
     rel_l2: float
@@ -39,18 +42,18 @@ class Drift:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One batch as a metric sees it.
+class OutputRows:
+    """One output of a batch as rows without padding, in the form that metrics read.
 
-    `rows` is the model's answer without padding `[n, C]`, `sample` the sample each row belongs to and `place` its index
-    inside that sample `[n]`; `against` the original's rows (the same ones when the original itself is scored).
+    `rows` is the model's output `[n, C]`, `reference` the original's (the same when the original itself is scored),
+    `sample` the sample of the batch that each row belongs to and `position` its index there `[n]`.
     """
 
     rows: Array
-    against: Array
+    reference: Array
     sample: Array
-    place: Array
-    size: int
+    position: Array
+    samples: int
     per_token: bool = False
     tokens: Array | None = None
     labels: Array | None = None
@@ -58,21 +61,23 @@ class Seen:
     feeds: Mapping[str, Array] = field(default_factory=dict)
 
     def per_sample(self, values: Array, keep: Array | None = None) -> Float64:
-        """Sum and count of a value per row, by sample: `[size, 2]`."""
+        """Sum and count of a value per row, by sample: `[samples, 2]`."""
         sample = self.sample if keep is None else self.sample[keep]
         values = values if keep is None else values[keep]
-        total = np.bincount(sample, values.astype(np.float64), self.size)
-        return np.stack([total, np.bincount(sample, minlength=self.size).astype(np.float64)], axis=1)
+        total = np.bincount(sample, values.astype(np.float64), self.samples)
+        return np.stack([total, np.bincount(sample, minlength=self.samples).astype(np.float64)], axis=1)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """Per-sample sums `[B, k]` of one model, and what sums over any set of samples `[R, k]` amount to `[R]`."""
+    """A metric as per-sample sums: `score` gives them for a batch `[B, k]`, `reduce` the value of summed ones `[R]`.
+
+    `relative` metrics report their change as a ratio.
+    """
 
     name: str
-    score: Callable[[Seen], Float64]
+    score: Callable[[OutputRows], Float64]
     reduce: Callable[[Float64], Float64]
-    needs_labels: bool = False
     relative: bool = False
 
 
@@ -92,9 +97,9 @@ class MetricResult:
 
 
 def chunks(*arrays: Array) -> Iterator[tuple[slice, tuple[Float64, ...]]]:
-    """Equal row ranges of `[n, C]` arrays as float64, small enough not to matter in memory."""
+    """The same row ranges of `[n, C]` arrays as float64, of at most `CHUNK` elements."""
     n, width = arrays[0].shape
-    step = max(1, _CHUNK // max(1, width))
+    step = max(1, CHUNK // max(1, width))
     for start in range(0, n, step):
         part = slice(start, min(n, start + step))
         yield part, tuple(a[part].astype(np.float64) for a in arrays)
@@ -144,9 +149,9 @@ class DriftSums:
         self._finite = self._classes = True
 
     @_QUIET
-    def update(self, seen: Seen) -> None:
+    def update(self, batch: OutputRows) -> None:
         """Add one batch; infinities both models share (masked scores) count as equal."""
-        reference, candidate = seen.against, seen.rows
+        reference, candidate = batch.reference, batch.rows
         self._finite &= not bool((~np.isfinite(candidate) & (candidate != reference)).any())
         self._classes &= reference.shape[1] > 1
         for _, (x, y) in chunks(reference, candidate):
@@ -155,21 +160,21 @@ class DriftSums:
             self._signal += float(np.vdot(signal, signal))
             self._noise += float(np.vdot(noise, noise))
             self._max = max(self._max, float(np.abs(noise).max(initial=0.0)))
-        angles = np.isfinite(reference).all(axis=1)
-        self._cosine += float(row_cosine(reference[angles], candidate[angles]).sum() + (~angles).sum())
+        defined = np.isfinite(reference).all(axis=1)
+        self._cosine += float(row_cosine(reference[defined], candidate[defined]).sum() + (~defined).sum())
         self._rows += len(reference)
         if self._classes:
             self._agree += float((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
         if self._logits:
             self._kl += float(row_kl(reference, candidate).sum())
         if self._pooled and len(reference):
-            self._pool(_means(reference, seen.sample), _means(candidate, seen.sample))
+            self._pool(_means(reference, batch.sample), _means(candidate, batch.sample))
 
     def _pool(self, x: Float64, y: Float64) -> None:
         self._means += [float((x * x).sum()), float(((y - x) ** 2).sum()), float(row_cosine(x, y).sum()), len(x)]
 
     def result(self) -> Drift:
-        """The drift of everything seen; raises `DataError` when every row was padding."""
+        """The drift over all batches; raises `DataError` when every row was padding."""
         n = self._rows
         if n == 0:
             raise DataError("every token of the evaluation data is padding; check its attention mask")
@@ -214,50 +219,50 @@ def _mean(sums: Float64) -> Float64:
     return result
 
 
-def _agreement(seen: Seen) -> Float64:
-    return seen.per_sample(seen.rows.argmax(axis=1) == seen.against.argmax(axis=1))
+def _agreement(batch: OutputRows) -> Float64:
+    return batch.per_sample(batch.rows.argmax(axis=1) == batch.reference.argmax(axis=1))
 
 
-def _cosine(seen: Seen) -> Float64:
-    return seen.per_sample(row_cosine(seen.against, seen.rows))
+def _cosine(batch: OutputRows) -> Float64:
+    return batch.per_sample(row_cosine(batch.reference, batch.rows))
 
 
-def _classes(seen: Seen, metric: str) -> tuple[Array, Array]:
+def _classes(batch: OutputRows, metric: str) -> tuple[Array, Array]:
     """The label of each row, and which rows count (labels below 0 do not); raises `DataError` if they do not fit."""
-    labels, what = seen.labels, f"metric '{metric}'"
+    labels, what = batch.labels, f"metric '{metric}'"
     if labels is None:
         raise DataError(f"{what} needs labels: add a field 'label' to each line of the data (array 'labels' in npz)")
     if not np.issubdtype(labels.dtype, np.integer):
         raise DataError(f"{what} needs integer class labels, these are {labels.dtype}")
-    if labels.ndim not in (1, 2) or len(labels) != seen.size:
-        raise DataError(f"{what}: labels of shape {labels.shape} do not fit a batch of {seen.size} samples")
-    if (labels.ndim == 2) != seen.per_token:
-        wanted, given = ("token", "sample") if seen.per_token else ("sample", "token")
+    if labels.ndim not in (1, 2) or len(labels) != batch.samples:
+        raise DataError(f"{what}: labels of shape {labels.shape} do not fit a batch of {batch.samples} samples")
+    if (labels.ndim == 2) != batch.per_token:
+        wanted, given = ("token", "sample") if batch.per_token else ("sample", "token")
         raise DataError(f"{what}: the model answers per {wanted}, so give one label per {wanted}, not per {given}")
-    if seen.per_token and seen.place.max(initial=0) >= labels.shape[1]:
+    if batch.per_token and batch.position.max(initial=0) >= labels.shape[1]:
         raise DataError(f"{what}: {labels.shape[1]} labels per sample do not cover all its tokens")
-    chosen = labels[seen.sample, seen.place] if seen.per_token else labels[seen.sample]
-    if chosen.max(initial=0) >= seen.rows.shape[1]:
-        raise DataError(f"{what}: label {int(chosen.max())} in the data, the model has {seen.rows.shape[1]} classes")
+    chosen = labels[batch.sample, batch.position] if batch.per_token else labels[batch.sample]
+    if chosen.max(initial=0) >= batch.rows.shape[1]:
+        raise DataError(f"{what}: label {int(chosen.max())} in the data, the model has {batch.rows.shape[1]} classes")
     return chosen, chosen >= 0
 
 
-def _accuracy(seen: Seen) -> Float64:
-    labels, keep = _classes(seen, "accuracy")
-    return seen.per_sample(seen.rows.argmax(axis=1) == labels, keep)
+def _accuracy(batch: OutputRows) -> Float64:
+    labels, keep = _classes(batch, "accuracy")
+    return batch.per_sample(batch.rows.argmax(axis=1) == labels, keep)
 
 
-def _f1(seen: Seen) -> Float64:
+def _f1(batch: OutputRows) -> Float64:
     """Per sample and class: true positives, predictions, labels; `[B, 3 C]`."""
-    labels, keep = _classes(seen, "f1")
-    classes = seen.rows.shape[1]
-    if classes > 1000:
+    labels, keep = _classes(batch, "f1")
+    classes = batch.rows.shape[1]
+    if classes > 1000:  # three sums per sample and class are kept
         raise DataError(f"metric 'f1' is for at most 1000 classes, the model has {classes}; use accuracy")
-    guess, labels, sample = seen.rows.argmax(axis=1)[keep], labels[keep], seen.sample[keep]
+    guess, labels, sample = batch.rows.argmax(axis=1)[keep], labels[keep], batch.sample[keep]
     hits = guess == labels
     start = sample * 3 * classes
     at = np.concatenate([(start + labels)[hits], start + classes + guess, start + 2 * classes + labels])
-    return np.bincount(at, minlength=seen.size * 3 * classes).astype(np.float64).reshape(seen.size, -1)
+    return np.bincount(at, minlength=batch.samples * 3 * classes).astype(np.float64).reshape(batch.samples, -1)
 
 
 def _macro_f1(sums: Float64) -> Float64:
@@ -269,21 +274,21 @@ def _macro_f1(sums: Float64) -> Float64:
     return result
 
 
-def _perplexity(seen: Seen) -> Float64:
+def _perplexity(batch: OutputRows) -> Float64:
     """Negative log-likelihood of each next token, summed per sample; padding and each first token are left out."""
-    if seen.tokens is None or not seen.per_token:
+    if batch.tokens is None or not batch.per_token:
         raise DataError("metric 'perplexity' needs a language model: token ids in, scores for every token out")
-    after = np.flatnonzero((np.diff(seen.sample) == 0) & (np.diff(seen.place) == 1))
-    targets = seen.tokens[seen.sample[after], seen.place[after] + 1]
-    if targets.max(initial=0) >= seen.rows.shape[1] or targets.min(initial=0) < 0:
+    after = np.flatnonzero((np.diff(batch.sample) == 0) & (np.diff(batch.position) == 1))
+    targets = batch.tokens[batch.sample[after], batch.position[after] + 1]
+    if targets.max(initial=0) >= batch.rows.shape[1] or targets.min(initial=0) < 0:
         raise DataError(
-            f"metric 'perplexity': token {targets.max()} is outside the model's {seen.rows.shape[1]} scores"
+            f"metric 'perplexity': token {targets.max()} is outside the model's {batch.rows.shape[1]} scores"
         )
-    keep = np.zeros(len(seen.rows), bool)
+    keep = np.zeros(len(batch.rows), bool)
     keep[after] = True
-    values = np.zeros(len(seen.rows))
-    values[after] = row_nll(seen.rows[after], targets)
-    return seen.per_sample(values, keep)
+    values = np.zeros(len(batch.rows))
+    values[after] = row_nll(batch.rows[after], targets)
+    return batch.per_sample(values, keep)
 
 
 def _exp_mean(sums: Float64) -> Float64:
@@ -295,8 +300,8 @@ METRICS = {
     m.name: m
     for m in (
         Metric("agreement", _agreement, _mean),
-        Metric("accuracy", _accuracy, _mean, needs_labels=True),
-        Metric("f1", _f1, _macro_f1, needs_labels=True),
+        Metric("accuracy", _accuracy, _mean),
+        Metric("f1", _f1, _macro_f1),
         Metric("perplexity", _perplexity, _exp_mean, relative=True),
         Metric("cosine", _cosine, _mean),
     )
@@ -316,14 +321,16 @@ def find(name: str, *, allow_code: bool = False) -> Metric:
         call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:
         raise RecipeError(f"metric '{name}' cannot be imported: {e}") from e
-    return Metric(name, lambda seen: _own(name, call, seen), _mean)
+    return Metric(name, lambda batch: _custom(name, call, batch), _mean)
 
 
-def _own(name: str, call: Callable[..., Any], seen: Seen) -> Float64:
-    scores = np.asarray(call(dict(seen.outputs), dict(seen.feeds), seen.labels), np.float64)
-    if scores.shape != (seen.size,) or not np.isfinite(scores).all():
-        raise DataError(f"metric '{name}' must give one finite score per sample: [{seen.size}], it gave {scores.shape}")
-    return np.stack([scores, np.ones(seen.size)], axis=1)
+def _custom(name: str, call: Callable[..., Any], batch: OutputRows) -> Float64:
+    scores = np.asarray(call(dict(batch.outputs), dict(batch.feeds), batch.labels), np.float64)
+    if scores.shape != (batch.samples,) or not np.isfinite(scores).all():
+        raise DataError(
+            f"metric '{name}' must give one finite score per sample: [{batch.samples}], it gave {scores.shape}"
+        )
+    return np.stack([scores, np.ones(batch.samples)], axis=1)
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
@@ -337,10 +344,10 @@ class Sums:
         self._metrics = metrics
 
     @_QUIET
-    def update(self, seen: Seen) -> None:
+    def update(self, batch: OutputRows) -> None:
         """Score one batch with every metric."""
         for m in self._metrics:
-            self._parts[m.name].append(m.score(seen))
+            self._parts[m.name].append(m.score(batch))
 
     def of(self, metric: Metric) -> Float64:
         """All samples, `[N, k]`."""
@@ -354,7 +361,7 @@ def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: i
     reference, candidate = _grouped(reference), _grouped(candidate)
     n = len(reference)
     rng = np.random.default_rng(seed)
-    step = max(1, (1 << 22) // n)
+    step = max(1, (1 << 22) // n)  # resamples drawn at once: 32 MB of float64 counts
     changes = []
     for start in range(0, RESAMPLES, step):
         counts = rng.multinomial(n, np.full(n, 1 / n), size=min(step, RESAMPLES - start)).astype(np.float64)
@@ -367,8 +374,8 @@ def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: i
 
 
 def _grouped(sums: Float64) -> Float64:
-    """Sums of at most 4096 interleaved groups: of that many, resampling groups is as good as resampling samples."""
-    n = min(len(sums), _GROUPS)
+    """Sums of at most `MAX_GROUPS` interleaved groups: with that many, resampling groups approximates samples well."""
+    n = min(len(sums), MAX_GROUPS)
     return sums if n == len(sums) else np.stack([sums[i::n].sum(axis=0) for i in range(n)])
 
 

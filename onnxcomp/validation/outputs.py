@@ -1,4 +1,4 @@
-"""What a model's outputs mean: which axis holds tokens, which rows are padding, which rows are scores of classes."""
+"""How outputs are read for comparison: which axis holds tokens, which rows are padding, which are class scores."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from onnxcomp.data.inputs import Batch, roles, specs, vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.validation.metrics import Seen
+from onnxcomp.validation.metrics import OutputRows
 
-__all__ = ["Reading", "View", "see"]
+__all__ = ["OutputLayout", "View", "output_rows"]
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How an output is read: along which axis its tokens lie, and whether a row holds scores of classes."""
+class OutputLayout:
+    """How an output is read: the axis of its tokens (None: one row per sample), and whether rows are class scores."""
 
     name: str
     tokens: int | None
@@ -30,15 +30,15 @@ class Reading:
 
 @dataclass(frozen=True)
 class View:
-    """What of a model's interface matters here: its inputs by role, its vocabulary and its non-integer outputs."""
+    """What comparison needs of a model's interface: inputs by role, vocabulary size, floating-point outputs."""
 
     roles: Mapping[str, str]
     vocabulary: int | None
-    outputs: tuple[Reading, ...]
+    outputs: tuple[OutputLayout, ...]
 
     @classmethod
     def of(cls, g: Graph) -> View:
-        """Read it off the graph; raises `ModelError` when there is no non-integer output to compare."""
+        """From a graph; raises `ModelError` when it has no floating-point output to compare."""
         role = dict(roles(specs(g)))
         words = vocabulary(g).get(role.get("tokens", ""))
         axis = _sequence_axis(g, role)
@@ -48,20 +48,22 @@ class View:
         return cls(role, words, tuple(_reading(v, axis, words) for v in floats))
 
     def visible(self, feeds: Mapping[str, Array]) -> Array | None:
-        """Which tokens are real and see a key, bool `[B, S]`; None for a model without an attention mask."""
+        """Which tokens are not padding, bool `[B, S]`; None for a model without an attention mask."""
         name = self.roles.get("mask")
         if name is None:
             return None
-        m = feeds[name]
-        seen: Array = m > -1e4 if np.issubdtype(m.dtype, np.floating) and m.min(initial=0) < 0 else m != 0
-        if seen.ndim == 4:  # [B, heads, queries, keys]
-            seen = np.logical_or.reduce(seen, axis=1)
-        if seen.ndim == 3:
-            seen = seen[:, 0] if seen.shape[1] == 1 else np.logical_or.reduce(seen, axis=2)
+        mask = feeds[name]
+        visible: Array = (
+            mask > -1e4 if np.issubdtype(mask.dtype, np.floating) and mask.min(initial=0) < 0 else mask != 0
+        )
+        if visible.ndim == 4:  # [B, heads, queries, keys]
+            visible = np.logical_or.reduce(visible, axis=1)
+        if visible.ndim == 3:
+            visible = visible[:, 0] if visible.shape[1] == 1 else np.logical_or.reduce(visible, axis=2)
         tokens = feeds.get(self.roles.get("tokens", ""))
-        if tokens is not None and tokens.ndim == seen.ndim == 2 and 0 < tokens.shape[1] < seen.shape[1]:
-            seen = seen[:, -tokens.shape[1] :]  # what comes before are keys in the cache
-        return seen
+        if tokens is not None and tokens.ndim == visible.ndim == 2 and 0 < tokens.shape[1] < visible.shape[1]:
+            visible = visible[:, -tokens.shape[1] :]  # earlier columns are keys in the cache
+        return visible
 
 
 def _sequence_axis(g: Graph, role: Mapping[str, str]) -> int | str | None:
@@ -77,73 +79,75 @@ def _dim(d: int | ir.SymbolicDim) -> int | str | None:
     return d if isinstance(d, int) else d.value
 
 
-def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> Reading:
+def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> OutputLayout:
     name, shape = str(v.name), v.shape
     dims = [] if shape is None else [_dim(d) for d in shape]
     at = next((i for i, d in enumerate(dims) if i and d is not None and d == axis), None)
     if at is not None and at == len(dims) - 1 and isinstance(axis, int):
-        at = None  # as many classes as tokens, by chance
+        at = None  # as many classes as tokens by coincidence
     if at is None and len(dims) >= 3 and not isinstance(dims[1], int):
         at = 1
     logits = "logit" in name.lower() or bool(dims and words is not None and dims[-1] == words)
-    return Reading(name, at, logits or (len(dims) == 2 and not _embedding(name)))
+    return OutputLayout(name, at, logits or (len(dims) == 2 and not _embedding(name)))
 
 
 def _embedding(name: str) -> bool:
     return any(word in name.lower() for word in ("pool", "embed", "hidden"))
 
 
-def see(
-    reading: Reading, view: View, batch: Batch, out: Mapping[str, Array], reference: Mapping[str, Array]
-) -> Iterator[Seen]:
+def output_rows(
+    layout: OutputLayout, view: View, batch: Batch, out: Mapping[str, Array], reference: Mapping[str, Array]
+) -> Iterator[OutputRows]:
     """One output of a batch as rows without padding; per sample where a row's length differs between samples."""
-    y, x, feeds = out[reading.name], reference[reading.name], batch.feeds
-    size = next(iter(feeds.values())).shape[0] if feeds else len(y)
-    if y.ndim == 0 or len(y) != size:
-        y, x, size = y.reshape(1, -1), x.reshape(1, -1), 1
-    y, x = (a.reshape(size, -1) if a.ndim == 1 else a for a in (y, x))
+    y, x, feeds = out[layout.name], reference[layout.name], batch.feeds
+    samples = next(iter(feeds.values())).shape[0] if feeds else len(y)
+    if y.ndim == 0 or len(y) != samples:
+        y, x, samples = y.reshape(1, -1), x.reshape(1, -1), 1
+    y, x = (a.reshape(samples, -1) if a.ndim == 1 else a for a in (y, x))
     mask = view.visible(feeds)
     tokens = feeds.get(view.roles.get("tokens", ""))
-    shared = Seen(y, x, y, y, size, tokens=tokens, labels=batch.labels, outputs=out, feeds=feeds)
-    if reading.tokens == y.ndim - 1:  # one score per token, as in question answering
+    shared = OutputRows(y, x, y, y, samples, tokens=tokens, labels=batch.labels, outputs=out, feeds=feeds)
+    if layout.tokens == y.ndim - 1:  # one score per token, as in question answering
         yield from _score_per_token(shared, mask)
         return
-    axis = reading.tokens if reading.tokens is not None else (1 if y.ndim > 2 else None)
+    axis = layout.tokens if layout.tokens is not None else (1 if y.ndim > 2 else None)
     if axis is None:
-        keep = np.ones(size, bool) if mask is None else mask.any(axis=1)
+        keep = np.ones(samples, bool) if mask is None else mask.any(axis=1)
         sample = np.flatnonzero(keep)
-        yield dataclasses.replace(shared, rows=y[keep], against=x[keep], sample=sample, place=np.zeros_like(sample))
+        yield dataclasses.replace(
+            shared, rows=y[keep], reference=x[keep], sample=sample, position=np.zeros_like(sample)
+        )
         return
     yield _per_token(shared, axis, mask)
 
 
-def _per_token(seen: Seen, axis: int, mask: Array | None) -> Seen:
-    y, x = (np.moveaxis(a, axis, 1) for a in (seen.rows, seen.against))
+def _per_token(rows_of: OutputRows, axis: int, mask: Array | None) -> OutputRows:
+    y, x = (np.moveaxis(a, axis, 1) for a in (rows_of.rows, rows_of.reference))
     keep = mask if mask is not None and mask.shape == y.shape[:2] else np.ones(y.shape[:2], bool)
     sample, place = np.nonzero(keep)
     inner = math.prod(y.shape[2:-1])  # heads, say, of a key or value output
     return dataclasses.replace(
-        seen,
+        rows_of,
         rows=y[keep].reshape(-1, y.shape[-1]),
-        against=x[keep].reshape(-1, y.shape[-1]),
+        reference=x[keep].reshape(-1, y.shape[-1]),
         sample=np.repeat(sample, inner),
-        place=np.repeat(place, inner),
+        position=np.repeat(place, inner),
         per_token=y.ndim == 3,
     )
 
 
-def _score_per_token(seen: Seen, mask: Array | None) -> Iterator[Seen]:
-    for b in range(seen.size):
-        keep = np.ones(seen.rows.shape[-1], bool) if mask is None else mask[b]
-        y, x = (a[b].reshape(-1, len(keep))[:, keep] for a in (seen.rows, seen.against))
+def _score_per_token(scores: OutputRows, mask: Array | None) -> Iterator[OutputRows]:
+    for b in range(scores.samples):
+        keep = np.ones(scores.rows.shape[-1], bool) if mask is None else mask[b]
+        y, x = (a[b].reshape(-1, len(keep))[:, keep] for a in (scores.rows, scores.reference))
         rows = np.arange(len(y) if keep.any() else 0)
-        yield Seen(
+        yield OutputRows(
             y[rows],
             x[rows],
             np.zeros_like(rows),
             rows,
             1,
-            labels=None if seen.labels is None else seen.labels[b : b + 1],
-            outputs={k: a[b : b + 1] for k, a in seen.outputs.items()},
-            feeds={k: a[b : b + 1] for k, a in seen.feeds.items()},
+            labels=None if scores.labels is None else scores.labels[b : b + 1],
+            outputs={k: a[b : b + 1] for k, a in scores.outputs.items()},
+            feeds={k: a[b : b + 1] for k, a in scores.feeds.items()},
         )

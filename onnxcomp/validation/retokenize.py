@@ -1,4 +1,8 @@
-"""Samples of original token ids for a model with a reduced vocabulary: texts split again, rows that still agree."""
+"""Comparison of a model with a reduced vocabulary: re-tokenized texts for task metrics, unaffected rows for drift.
+
+Data holds token ids of the original. Where a token was removed, the sample's text is decoded and tokenized again with
+the reduced tokenizer; drift is measured on the rows whose inputs are the same for both models.
+"""
 
 from __future__ import annotations
 
@@ -16,169 +20,175 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
 from onnxcomp.runtime.runner import Runner
-from onnxcomp.validation.metrics import Metric, Seen, Sums
-from onnxcomp.validation.outputs import View, see
+from onnxcomp.validation.metrics import Metric, OutputRows, Sums
+from onnxcomp.validation.outputs import View, output_rows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["Again", "Gone", "Resplit", "again"]
+__all__ = ["RemovedTokens", "Retokenized", "Retokenizer", "retokenize"]
 
-TEXTS = ("perplexity", "accuracy", "f1")  # metrics that another splitting of the same text leaves comparable
-MADE = ("tokens", "mask", "types", "positions")  # inputs that a text alone decides
+TEXT_METRICS = ("perplexity", "accuracy", "f1")  # comparable between two tokenizations of the same text
+TEXT_ROLES = ("tokens", "mask", "types", "positions")  # inputs that follow from a text alone
 
 
 @dataclass(frozen=True)
-class Gone:
-    """Where data holds tokens that a reduced vocabulary lacks: `[B, S]` per batch, padding left out.
+class RemovedTokens:
+    """Which tokens of the data a reduced vocabulary lacks: one bool mask `[B, S]` per batch, false for padding.
 
-    `before` and `whole` say whether any token comes before the first such one of its sample, and whether any sample
-    has none.
+    `tokens` counts all tokens; `prefixes` says whether some sample has tokens before its first removed one, `complete`
+    whether some sample has no removed token.
     """
 
-    places: tuple[Array, ...]
+    masks: tuple[Array, ...]
     tokens: int
-    before: bool
-    whole: bool
+    prefixes: bool
+    complete: bool
 
     @classmethod
-    def of(cls, data: Iterable[Batch], words: Renumbering, roles: Mapping[str, str]) -> Gone:
-        """Look through the data."""
-        places, tokens, before, whole = list[Array](), 0, False, False
-        stays = np.zeros(words.size, bool)
-        stays[words.kept] = True
+    def of(cls, data: Iterable[Batch], vocab: Renumbering, roles: Mapping[str, str]) -> RemovedTokens:
+        """Find them in the data; `roles` names the inputs (`data.inputs.roles`)."""
+        masks, tokens, prefixes, complete = list[Array](), 0, False, False
+        keep = np.zeros(vocab.size, bool)
+        keep[vocab.kept] = True
         for b in data:
             ids = b.feeds.get(roles.get("tokens", ""), np.zeros((0, 0), np.int64))
-            real = _real(b, roles, ids)
-            places.append(real & ~stays[np.clip(ids, 0, words.size - 1)])
-            tokens += int(real.sum())
-            before |= bool((real & (np.cumsum(places[-1], axis=1) == 0)).any())
-            whole |= bool((real.any(axis=1) & ~places[-1].any(axis=1)).any())
-        return cls(tuple(places), tokens, before, whole)
+            visible = _visible(b, roles, ids)
+            masks.append(visible & ~keep[np.clip(ids, 0, vocab.size - 1)])
+            tokens += int(visible.sum())
+            prefixes |= bool((visible & (np.cumsum(masks[-1], axis=1) == 0)).any())
+            complete |= bool((visible.any(axis=1) & ~masks[-1].any(axis=1)).any())
+        return cls(tuple(masks), tokens, prefixes, complete)
 
     @property
     def share(self) -> float:
-        """Share of the tokens that are gone."""
-        return sum(int(p.sum()) for p in self.places) / max(1, self.tokens)
+        """Share of the tokens that were removed."""
+        return sum(int(p.sum()) for p in self.masks) / max(1, self.tokens)
 
     @property
     def samples(self) -> list[tuple[int, int]]:
-        """Batch and place in it of every sample with such tokens."""
-        return [(n, int(i)) for n, p in enumerate(self.places) for i in np.flatnonzero(p.any(axis=1))]
+        """Batch number and index in the batch of every sample with removed tokens."""
+        return [(n, int(i)) for n, p in enumerate(self.masks) for i in np.flatnonzero(p.any(axis=1))]
 
-    def agreeing(self, seen: Seen, batch: int, causal: bool) -> Seen:
-        """The rows whose inputs are the same for both models, if any: before a causal model's first token gone."""
-        place = self.places[batch]
-        if len(place) != seen.size or not (self.before if causal else self.whole):
-            return seen  # one answer for the whole batch, or no row that could be compared
-        first = np.where(place.any(axis=1), place.argmax(axis=1), place.shape[1])
-        own = first[seen.sample]
-        keep = seen.place < own if causal else own == place.shape[1]
-        cut = {k: getattr(seen, k)[keep] for k in ("rows", "against", "sample", "place")}
-        return dataclasses.replace(seen, **cut)
+    def agreeing(self, rows: OutputRows, batch: int, causal: bool) -> OutputRows:
+        """The rows whose inputs are the same for both models, if any; if causal, those before a removed token."""
+        removed = self.masks[batch]
+        if len(removed) != rows.samples or not (self.prefixes if causal else self.complete):
+            return rows  # one output for the whole batch, or no row that could be compared
+        first = np.where(removed.any(axis=1), removed.argmax(axis=1), removed.shape[1])
+        first_removed = first[rows.sample]
+        keep = rows.position < first_removed if causal else first_removed == removed.shape[1]
+        cut = {k: getattr(rows, k)[keep] for k in ("rows", "reference", "sample", "position")}
+        return dataclasses.replace(rows, **cut)
 
 
-def _real(b: Batch, roles: Mapping[str, str], ids: Array) -> Array:
+def _visible(b: Batch, roles: Mapping[str, str], ids: Array) -> Array:
     mask = b.feeds.get(roles.get("mask", ""))
     return mask != 0 if mask is not None and mask.shape == ids.shape else np.ones(ids.shape, bool)
 
 
-class Resplit:
-    """Decodes samples with the original tokenizer and splits them with the one of the reduced vocabulary.
+class Retokenizer:
+    """Decodes samples with the original tokenizer and encodes the text with the one of the reduced vocabulary.
 
-    Raises `OnnxcompError` where that cannot be done for any sample, with the reason.
+    Raises `OnnxcompError` with the reason where that can be done for no sample.
     """
 
-    def __init__(self, original: Graph, words: Renumbering, roles: Mapping[str, str]) -> None:
+    def __init__(self, original: Graph, vocab: Renumbering, roles: Mapping[str, str]) -> None:
         folder = original.path if original.path is None or original.path.is_dir() else original.path.parent
         self._roles = roles
-        self._old, self._new = (texts.tokenizer(x) for x in vocabulary.tokenizers(folder, words))
+        self._old, self._new = (texts.tokenizer(x) for x in vocabulary.tokenizers(folder, vocab))
         self._limit = texts.longest(original, folder)
-        known = {roles.get(r) for r in MADE}
-        others = [s.name for s in specs(original) if s.name not in known or len(s.shape) != 2]
+        text_inputs = {roles.get(r) for r in TEXT_ROLES}
+        others = [s.name for s in specs(original) if s.name not in text_inputs or len(s.shape) != 2]
         fixed = [s.name for s in specs(original) if any(isinstance(d, int) and d > 1 for d in s.shape)]
         if others or fixed:
             raise DataError(f"input '{(others or fixed)[0]}' {'is more than a text' if others else 'has a fixed size'}")
 
     def sample(self, batch: Batch, i: int) -> Batch | None:
-        """One sample as a batch of its own; None where its text is not split into the same tokens by the original."""
+        """One sample as a batch of its own; None where its tokens do not survive decoding and encoding."""
         ids = batch.feeds[self._roles["tokens"]]
-        real = _real(batch, self._roles, ids)[i]
+        visible = _visible(batch, self._roles, ids)[i]
         types = batch.feeds.get(self._roles.get("types", ""))
-        old = ids[i][real].tolist()
-        words = self._old.decode(old, skip_special_tokens=False)
-        if _split(self._old, words) != old or (types is not None and types[i][real].any()):
+        old = ids[i][visible].tolist()
+        text = self._old.decode(old, skip_special_tokens=False)
+        if _split(self._old, text) != old or (types is not None and types[i][visible].any()):
             return None
-        new = np.array([_split(self._new, words)], ids.dtype)
+        new = np.array([_split(self._new, text)], ids.dtype)
         if new.shape[1] > (self._limit or ids.shape[1]):
             return None
-        made = {"tokens": new, "mask": np.ones_like(new), "types": np.zeros_like(new)}
-        made["positions"] = np.arange(new.shape[1])[None]
-        feeds = {name: made[r].astype(batch.feeds[name].dtype) for r, name in self._roles.items() if r in made}
+        arrays = {"tokens": new, "mask": np.ones_like(new), "types": np.zeros_like(new)}
+        arrays["positions"] = np.arange(new.shape[1])[None]
+        feeds = {name: arrays[r].astype(batch.feeds[name].dtype) for r, name in self._roles.items() if r in arrays}
         return Batch(feeds, None if batch.labels is None else batch.labels[i : i + 1])
 
 
 @dataclass(frozen=True)
-class Again:
-    """Sums of the samples that were split again, by metric and sample; `left` of them were not, and why."""
+class Retokenized:
+    """Sums of re-tokenized samples by metric and sample number; how many were `skipped`, and why."""
 
     sums: Mapping[str, Mapping[int, Float64]] = field(default_factory=dict)
-    left: int = 0
+    skipped: int = 0
     why: str = ""
 
     def put(self, metric: Metric, original: Float64, candidate: Float64) -> Float64:
-        """The candidate's sums with those of the samples split again; what perplexity counts are original tokens."""
-        found = candidate.copy()
+        """The candidate's sums with those of re-tokenized samples; perplexity counts the original's tokens."""
+        sums = candidate.copy()
         for i, row in self.sums.get(metric.name, {}).items():
-            found[i] = [row[0], original[i, 1]] if metric.name == "perplexity" else row
-        return found
+            sums[i] = [row[0], original[i, 1]] if metric.name == "perplexity" else row
+        return sums
 
-    def note(self, gone: Gone, causal: bool) -> str:
-        """What a reader of the numbers must know."""
-        split = len(gone.samples) - self.left
-        said = f"{gone.share:.2%} of the data's tokens are gone"
+    def note(self, removed: RemovedTokens, causal: bool) -> str:
+        """One sentence for reports: how removed tokens were treated in metrics and drift."""
+        split = len(removed.samples) - self.skipped
+        note = f"{removed.share:.2%} of the data's tokens were removed from the vocabulary"
         if split:
             names = " and ".join(n for n, x in self.sums.items() if x)
-            said += f": the texts of {split} samples were split again for {names}"
-            said += ", which counts the original's tokens" if self.sums.get("perplexity") else ""
-        if self.left:
-            said += f"; {self.left} samples read them as the unknown token, since {self.why}"
-        agree = gone.before if causal else gone.whole
-        drift = "drift is of rows before which none is gone" if agree else "drift reads them as the unknown token"
-        return f"{said}; {drift}. More calibration text keeps more tokens"
+            note += f": the texts of {split} samples were re-tokenized for {names}"
+            note += ", which counts the original's tokens" if self.sums.get("perplexity") else ""
+        if self.skipped:
+            note += f"; {self.skipped} samples read them as the unknown token, since {self.why}"
+        agree = removed.prefixes if causal else removed.complete
+        where = "rows before the first of them" if causal else "samples without them"
+        drift = f"drift is measured on {where}" if agree else "drift reads them as the unknown token"
+        return f"{note}; {drift}. More calibration text keeps more tokens"
 
 
-def again(
-    session: Runner, original: Graph, data: Iterable[Batch], gone: Gone, words: Renumbering, metrics: Sequence[Metric]
-) -> Again:
-    """Score the samples with tokens that are gone once more, as the reduced tokenizer splits their texts."""
-    view, several = View.of(original), len(gone.samples)
+def retokenize(
+    session: Runner,
+    original: Graph,
+    data: Iterable[Batch],
+    removed: RemovedTokens,
+    vocab: Renumbering,
+    metrics: Sequence[Metric],
+) -> Retokenized:
+    """Score the samples with removed tokens again, on their texts as the reduced tokenizer encodes them."""
+    view, count = View.of(original), len(removed.samples)
     first, labels = view.outputs[0], next(iter(data)).labels
-    chosen = [m for m in metrics if m.name in TEXTS and (labels is None or labels.ndim == 1)]
+    chosen = [m for m in metrics if m.name in TEXT_METRICS and (labels is None or labels.ndim == 1)]
     if not chosen:
-        return Again({}, several, "there is no metric of whole texts")
+        return Retokenized({}, count, "no metric was computed that two tokenizations share")
     try:
-        resplit = Resplit(original, words, view.roles)
+        resplit = Retokenizer(original, vocab, view.roles)
     except OnnxcompError as e:
-        return Again({}, several, str(e))
-    found: dict[int, Batch] = {}
+        return Retokenized({}, count, str(e))
+    samples: dict[int, Batch] = {}
     start = 0
-    for b, places in zip(data, gone.places, strict=True):
-        for i in map(int, np.flatnonzero(places.any(axis=1))):
+    for b, masks in zip(data, removed.masks, strict=True):
+        for i in map(int, np.flatnonzero(masks.any(axis=1))):
             if (one := resplit.sample(b, i)) is not None:
-                found[start + i] = one
-        start += len(places)
+                samples[start + i] = one
+        start += len(masks)
     sums: dict[str, dict[int, Float64]] = {m.name: {} for m in chosen}
-    for at, (b, out) in zip(found, session.each(list(found.values()), [first.name]), strict=True):
+    for at, (b, out) in zip(samples, session.each(list(samples.values()), [first.name]), strict=True):
         answers = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
         scored = Sums(chosen)
-        for seen in see(first, view, b, answers, answers):
-            scored.update(seen)
+        for rows in output_rows(first, view, b, answers, answers):
+            scored.update(rows)
         for m in chosen:
             sums[m.name][at] = scored.of(m)[0]
-    return Again(sums, several - len(found), "their texts are too long or do not come out of their tokens")
+    return Retokenized(sums, count - len(samples), "their texts are too long or decode to other tokens")
 
 
-def _split(tok: Tokenizer, words: str) -> list[int]:
-    found: list[int] = tok.encode(words, add_special_tokens=False).ids
-    return found
+def _split(tok: Tokenizer, text: str) -> list[int]:
+    ids: list[int] = tok.encode(text, add_special_tokens=False).ids
+    return ids

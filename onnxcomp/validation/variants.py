@@ -1,14 +1,15 @@
-"""Edited copies of one graph, compared with the original in one walk: what lies before the edits runs once."""
+"""Comparison of many edited copies of one graph with the original; the layers before the first edit run only once."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from onnxcomp.files.atomic import replacing
 from onnxcomp.graph import Graph
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.graph.scratch import forget
-from onnxcomp.runtime.stretches import Cut, Layout, Walk, signature
+from onnxcomp.runtime.segments import Cut, Layout, Walk, signature
 from onnxcomp.target import Target
 from onnxcomp.validation.compare import Reference, Validation
 
@@ -18,11 +19,11 @@ Edit = Callable[[Graph], None]
 
 
 class Variants:
-    """Compares edits, each on its own copy of a graph; variants that start at the same place share what is before it.
+    """Compares edits, each applied to its own copy of a graph, and shares the execution before the first change.
 
-    The walk stays where it is between calls, so that a caller who goes forward layer by layer computes no layer of the
-    unedited graph twice. Results are those of running every variant as a whole, to float noise. In the folder `known`,
-    if there is one, the numbers of variants are kept by their content.
+    The walk keeps its position between calls, so that a caller who proceeds layer by layer computes no layer of the
+    unedited graph twice. Results equal those of running every variant in one session, to float noise. The folder
+    `known`, if given, caches numbers by the content of a variant.
     """
 
     def __init__(
@@ -32,21 +33,22 @@ class Variants:
         self.walk = Walk(target, memory, scratch)
 
     def compare(self, g: Graph, edits: Sequence[Edit], value: Callable[[Validation], float]) -> list[float]:
-        """A number of each edit's comparison with the original, in their order, which is best that of the graph."""
+        """`value` of each edit's comparison with the original, in the given order (that of the graph is fastest)."""
         layout = Layout(g)
         return [self._number(g, layout, _edited(g, edit), value) for edit in edits]
 
     def _number(self, g: Graph, layout: Layout, variant: Graph, value: Callable[[Validation], float]) -> float:
-        if self.known is None or variant.spool is not None:  # to read large weights takes as long as to run them
+        if self.known is None or variant.spool is not None:  # hashing large weights takes as long as running them
             return value(self._compared(g, layout, variant))
         entry = self.known / content_hash(variant)
         try:
             return float.fromhex(entry.read_text())
         except (OSError, ValueError):
-            found = value(self._compared(g, layout, variant))
+            number = value(self._compared(g, layout, variant))
             self.known.mkdir(parents=True, exist_ok=True)
-            entry.write_text(found.hex())
-            return found
+            with replacing(entry) as temporary:
+                temporary.write_text(number.hex())
+            return number
 
     def _compared(self, g: Graph, layout: Layout, variant: Graph) -> Validation:
         cut = _shared(g, variant, layout.cuts)
@@ -59,14 +61,14 @@ class Variants:
 def _edited(g: Graph, edit: Edit) -> Graph:
     variant = g.clone()
     edit(variant)
-    if variant.spool is not None:  # what one edit reads is no reason for the next to need more memory
+    if variant.spool is not None:  # pages of weights that this edit read must not add up with those of the next
         forget(variant.model)
     variant.model.graph.sort()
     return variant
 
 
 def _shared(g: Graph, variant: Graph, cuts: Sequence[Cut]) -> Cut | None:
-    """The last cut, by bisection, whose values both graphs make in the same way; None for the inputs."""
+    """The last cut, found by bisection, whose values both graphs compute in the same way; None for the inputs."""
     low, high = 0, len(cuts)  # all before `low` are shared
     while low < high:
         middle = (low + high) // 2

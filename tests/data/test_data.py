@@ -392,7 +392,7 @@ def test_lines_are_samples_but_one_stream_for_causal_models(tmp_path: Path) -> N
     data = load_data(tmp_path / "x.txt", model_of(*TEXT), home, sequence=4)
     stream = [5, 6, 7, 8, 4, 9, 10, 4, 11, 12, 13, 14, 4]
     assert rows_of(data) == [[1, *stream[i : i + 3]] for i in (0, 3, 6, 9)]
-    assert data.notes == ["the last 1 tokens of the stream were left out (pieces of 4)"]
+    assert data.notes == ["the last 1 tokens of the stream were left out (samples of 4)"]
     (home / "config.json").write_text("{}")
     assert [len(r) for r in rows_of(load_data(tmp_path / "x.txt", model_of(*TEXT), home, batch=1))] == [5, 3, 5]
 

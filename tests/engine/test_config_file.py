@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from onnxcomp.canonical import canonicalize
 from onnxcomp.engine import config_file
 from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.config_file import Sizes
 from onnxcomp.files import storage
+from onnxcomp.graph import Graph
 from tests import tiny
 
 CONFIG = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
@@ -28,10 +30,25 @@ def compressed(folder: Path, out: Path, *passes: object) -> tuple[dict, list[str
     return json.loads((out / "config.json").read_text()), [w for w in result.report.warnings if "config.json" in w]
 
 
+def raised(g: Graph) -> Sizes:
+    canonicalize(g)
+    return config_file.sizes(g)
+
+
+@pytest.mark.parametrize("pass_", ["qdq: {min_size: 1}", "half", "sparsify"])
+def test_sizes_are_read_through_what_follows_a_cut(pass_, tmp_path):
+    passes = ["canonicalize", {"prune-ffn": PRUNED | {"multiple_of": 1}}, pass_, "lower"]
+    given = {"calibration": "random", "samples": 10, "measure": False}
+    (result,) = compress_each(model(tmp_path / "m"), None, passes=passes, **given).values()
+    assert config_file.sizes(result.exact).ffn == (64,)
+    assert config_file.sizes(result.unlowered).ffn == (32,)
+    assert config_file.sizes(result.unlowered) == raised(result.unlowered.clone())
+
+
 def test_sizes_of_a_lowered_model_are_those_of_the_canonical_one(tmp_path):
     g = tiny.decoder(layers=3, heads=4, kv_heads=2, ffn=64)
     (lowered,) = compress_each(model(tmp_path / "m"), None, passes=["canonicalize", "lower"], measure=False).values()
-    assert config_file.sizes(lowered.model) == config_file.sizes(g)
+    assert raised(lowered.model) == config_file.sizes(g)
     assert config_file.sizes(g).layers == (3,)
     assert (config_file.sizes(g).heads, config_file.sizes(g).kv_heads, config_file.sizes(g).ffn) == ((4,), (2,), (64,))
 
@@ -41,7 +58,7 @@ def test_the_configuration_follows_uniform_cuts(tmp_path):
         model(tmp_path / "m"), tmp_path / "out", {"prune-heads": PRUNED}, {"prune-ffn": PRUNED | {"multiple_of": 1}}
     )
     assert (config["num_attention_heads"], config["num_key_value_heads"], config["intermediate_size"]) == (2, 2, 32)
-    assert config["head_dim"] == config_file.sizes(storage.load(tmp_path / "out")).head_dim[0]
+    assert config["head_dim"] == raised(storage.load(tmp_path / "out")).head_dim[0]
     assert "num_attention_heads 4 > 2" in notes[0]
     assert json.loads((tmp_path / "m" / "config.json").read_text()) == CONFIG
 
@@ -93,7 +110,7 @@ def test_other_numbers_of_the_same_value_stay():
 def test_a_configuration_that_cannot_be_read_is_left_alone(tmp_path, config):
     folder = model(tmp_path)
     (folder / "config.json").write_text(config)
-    assert config_file.follow(folder / "model.onnx", tiny.decoder(layers=2)) == ({}, [])
+    assert config_file.follow(folder, tiny.decoder(layers=3), tiny.decoder(layers=2)) == ({}, [])
     config_file.rewrite(folder, {"n_head": 2})
     assert (folder / "config.json").read_text() == config
 

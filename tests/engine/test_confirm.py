@@ -104,9 +104,9 @@ def test_a_lowered_model_with_other_outputs_is_undone_without_a_clock(source, mo
     monkeypatch.setattr(Lower, "run", bent)
     monkeypatch.setattr(Lower, "sites", lambda self, g, target: [])
     result = oc.optimize(source, source.parent / "out", measure=False)
-    said = result.report.info["lowering"]
-    assert said["kept"] == "unlowered"
-    assert "differs" in said["why"]
+    said = result.report.lowering
+    assert said.kept == "unlowered"
+    assert "differs" in said.why
 
 
 def test_without_measuring_files_are_the_same_bytes(source):

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
 
 from onnxcomp.exporter import TASKS, export  # noqa: E402
-from onnxcomp.exporter.routes import TOLERANCE, first_that_works  # noqa: E402
+from onnxcomp.exporter.routes import TOLERANCE, first_verified  # noqa: E402
 
 TEXT = {
     "hidden_size": 16,
@@ -321,4 +321,4 @@ def test_an_export_that_computes_something_else_is_refused(tmp_path: Path, monke
 
 def test_the_tasks_are_those_of_the_contract() -> None:
     assert set(TASKS) == {task for task, _, _ in EXPECTED.values()}
-    assert callable(first_that_works)
+    assert callable(first_verified)

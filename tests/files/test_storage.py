@@ -458,7 +458,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model(tmp_path: Path, step: int) -> N
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from onnxcomp import storage
+        from onnxcomp.files import storage
         from tests.files.test_storage import holding
         storage.INLINE_LIMIT = 0
         out, step = Path(sys.argv[1]), int(sys.argv[2])

@@ -12,10 +12,10 @@ from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering import mask_kinds
 from onnxcomp.lowering.forms import KINDS, Context, default, legal
 from onnxcomp.passes.window_attention import WindowAttention
-from onnxcomp.runtime.sessions import Session, integer_check, optimized
+from onnxcomp.runtime.sessions import Session, integer_check
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
-from tests.hand import f32, graph, i64, ops, weight
+from tests.hand import f32, graph, i64, ops, optimized, weight
 
 B, S, H, N, D, PAST = 2, 7, 32, 4, 8, 5
 RNG = np.random.default_rng(3)

@@ -16,8 +16,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.methods.repair import convolutions
 from onnxcomp.methods.repair.convolutions import Patches, probed
+from onnxcomp.runtime.segments import segment
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.runtime.stretches import stretch
 from tests import cuts, tiny
 from tests.hand import f32, graph
 
@@ -71,7 +71,7 @@ def apart(a: Graph, b: Graph, seeds=range(100, 104)) -> float:
 
 
 def values(g: Graph, feeds: dict[str, np.ndarray], *names: str) -> list[np.ndarray]:
-    with Session(stretch(g, {}, names)) as s:
+    with Session(segment(g, {}, names)) as s:
         made = s.run(feeds)
     return [made[n].astype(np.float64) for n in names]
 
@@ -225,6 +225,6 @@ def test_a_plan_needs_no_data_and_tells_the_widths(tmp_path):
     g = cnn()
     path = tiny.external(g, tmp_path)
     (planned,) = compress_each(path, None, passes=[{"prune-channels": OPTIONS}], plan=True).values()
-    assert planned.report.info["plan"]["parameters"][1] == sum(
+    assert planned.report.plan.parameters[1] == sum(
         v.const_value.size for v in run(g).model.model.graph.initializers.values() if v.name != "sizes"
     )

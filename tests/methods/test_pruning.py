@@ -371,14 +371,14 @@ def test_a_plan_needs_no_data_and_tells_the_sizes_that_come(tmp_path):
     path = tiny.external(tiny.decoder(), tmp_path)
     passes = ["prune-heads: {ratio: 0.5, ranking: layer}", "prune-ffn: {parameters: 0.7}", "qdq: {min_size: 1}"]
     (planned,) = compress_each(path, tmp_path / "out", passes=passes, plan=True).values()
-    told = planned.report.info["plan"]
-    assert told["needs_data"] == ["qdq"]
+    told = planned.report.plan
+    assert told.needs_data == ("qdq",)
     assert not (tmp_path / "out").exists()
     assert [n.what for n in planned.report.step("prune-heads").noted] == ["4 > 2 heads"] * 2
     data = [tiny.feeds(storage.load(path), 4, 8, seed=i) for i in range(10)]
     made = compress_each(path, tmp_path / "out", passes=passes[:2], calibration=data, measure=False)["model"].model
-    assert told["parameters"] == [parameters(storage.load(path)), parameters(made)]
-    assert told["macs"] == [macs(storage.load(path)), macs(made)]
+    assert told.parameters == (parameters(storage.load(path)), parameters(made))
+    assert told.macs == (macs(storage.load(path)), macs(made))
 
 
 @pytest.mark.parametrize("inline", [None, 0])  # one file, and a data file beside it
@@ -402,12 +402,12 @@ def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec, inline):
         monkeypatch.setattr(storage, "INLINE_LIMIT", inline)
     path = tiny.external(tiny.decoder(hidden=96, ffn=192, opset=23), tmp_path)
     (planned,) = compress_each(path, None, passes=[spec], plan=True).values()
-    told = planned.report.info["plan"]
-    assert told["needs_data"] == []
+    told = planned.report.plan
+    assert told.needs_data == ()
     data = [tiny.feeds(storage.load(path), 4, 8, seed=i) for i in range(10)]
     compress_each(path, tmp_path / "out", passes=[spec], calibration=data, measure=False)
     (made,) = storage.graphs_of(tmp_path / "out").values()
-    assert told["bytes"] == [storage.file_bytes(path), pytest.approx(storage.file_bytes(made), rel=0.01)]
+    assert told.nbytes == (storage.file_bytes(path), pytest.approx(storage.file_bytes(made), rel=0.01))
 
 
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])

@@ -18,7 +18,7 @@ from onnxcomp.methods.repair import sequential
 from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.lower import Lower
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.target import CPU, TENSORRT
+from onnxcomp.target import TENSORRT
 from tests import tiny
 
 
@@ -284,11 +284,11 @@ def test_a_dry_run_needs_no_data_unless_an_attention_may_stay(tmp_path):
     tiny.external(tiny.encoder(heads=4), tmp_path)
     sizes = []
     for recipe in ({}, {"repair": "none"}):
-        result = Job(tmp_path / "model.onnx", Recipe((GroupHeads(**recipe),)), CPU).plan()
-        assert result.report.info["plan"]["needs_data"] == []
-        sizes.append(result.report.info["plan"]["parameters"])
+        result = Job(tmp_path / "model.onnx", Recipe((GroupHeads(**recipe),))).plan()
+        assert result.report.plan.needs_data == ()
+        sizes.append(result.report.plan.parameters)
     g = tiny.encoder(heads=4)
-    assert sizes == [[parameters(g), parameters(grouped(g).model)]] * 2
+    assert sizes == [(parameters(g), parameters(grouped(g).model))] * 2
     assert GroupHeads(max_loss=0.5).planning() is None
 
 

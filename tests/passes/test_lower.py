@@ -133,7 +133,7 @@ def test_ties_go_to_the_default(clock):
     result = lower(tiny.encoder(), measure=True)
     assert ops(result.model)["Attention"] == 2
     reasons = [c.reason for c in result.report.step("lower").choices if c.kind == "attention"]
-    assert reasons == ["none of 3 other forms is surely faster than Attention"]
+    assert reasons == ["none of 3 other forms is reliably faster than Attention"]
 
 
 @pytest.mark.parametrize("form", ["joined", "packed", "bias inside", "scale merged"])

@@ -106,11 +106,11 @@ def test_a_plan_tells_the_sizes_that_come(tmp_path):
     path = tiny.external(cnn(), tmp_path)
     spec = "prune-channels: {parameters: 0.5, multiple_of: 1, score: magnitude, repair: none}"
     (planned,) = compress_each(path, None, passes=[spec], plan=True).values()
-    told = planned.report.info["plan"]
+    told = planned.report.plan
     made = run(storage.load(path), spec).model
-    assert told["needs_data"] == []
-    assert told["parameters"] == [parameters(cnn()), parameters(made)]
-    assert told["macs"] == [macs(cnn()), macs(made)]
+    assert told.needs_data == ()
+    assert told.parameters == (parameters(cnn()), parameters(made))
+    assert told.macs == (macs(cnn()), macs(made))
     assert parameters(made) <= 0.51 * parameters(cnn())
 
 

@@ -13,9 +13,10 @@ from onnxcomp.files import storage
 from onnxcomp.maths import scores, sparse
 from onnxcomp.maths.sparse import Pattern
 from onnxcomp.passes.sparsify import Sparsify
-from onnxcomp.runtime.sessions import Session, optimized
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, TENSORRT
 from tests import tiny
+from tests.hand import optimized
 
 PATTERNS = ["unstructured", "2:4", "1:4", "4:8", "block 4x1", "block 4x2"]
 

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 import onnxcomp as oc
-from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
+from onnxcomp.benchmarking.benchmark import BenchReport, Block, Ratio, Rounds, Row
 from onnxcomp.cli.console import show
 from onnxcomp.data.datasets import Batch
 from onnxcomp.engine import recipe
@@ -20,7 +20,8 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.graph import Declined
 from onnxcomp.reports import json_report, tables
-from onnxcomp.reports.outcome import Report, Step
+from onnxcomp.reports.outcome import DataUsed, Lowering, Origin, Report, Size, Step
+from onnxcomp.runtime.placement import Placement
 from onnxcomp.runtime.sessions import IntegerCheck
 from onnxcomp.validation.compare import Validation
 from onnxcomp.validation.gates import Verdict
@@ -72,9 +73,60 @@ def full() -> Report:
     step.declined = [Declined("head", "too small"), Declined("embed", "too small")]
     step.drift = validation().json()
     refused = [Verdict("sqnr>=30", 20.0, False), Verdict("kl<=1", None, False)]
-    info = {"size": {"original": 4000, "result": 1000}, "calibration": {"name": "a.npz", "samples": 3}}
     check = IntegerCheck(2, 1, 1, False, "one is dequantized")
-    return Report([step], refused, validation(), check, ["random data was used"], info, bench(2.0))
+    return Report(
+        [step],
+        refused,
+        validation(),
+        check,
+        ["random data was used"],
+        bench(2.0),
+        size=Size(4000, 1000),
+        calibration=DataUsed("a.npz", 3),
+    )
+
+
+def keys(x: Any) -> Any:
+    """The names in JSON objects, objects in a list by its first one."""
+    if isinstance(x, list):
+        return keys(x[0]) if x else None
+    return {k: keys(v) for k, v in x.items()} if isinstance(x, dict) else None
+
+
+def test_the_names_in_a_report_stay() -> None:
+    """Golden: whoever reads report.json by these names can read the next one."""
+    r = full()
+    r.origin = Origin("a.onnx", "5a", "4b", "passes: []", "custom", "4e", "try less", "cpu", 3)
+    r.lowering = Lowering("lowered", "faster", {"batch=1": Ratio(1.5, 1.4, 1.6)})
+    r.steps[0].choices, r.placement = [], Placement("CPUExecutionProvider", True, {"CPUExecutionProvider": {"Gelu": 1}})
+    data = valid(json_report.to_json(r))
+    assert list(data) == [
+        "schema_version", "summary", "job", "source", "recipe", "target", "seed", "data", "size", "steps", "verdicts",
+        "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine", "versions",
+    ]  # fmt: skip
+    assert data["source"] == {"path": "a.onnx", "sha256": "5a"}
+    assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}
+    assert (data["job"], data["target"], data["seed"]) == ("4b", "cpu", 3)
+    assert data["data"] == {"calibration": {"name": "a.npz", "samples": 3}, "evaluation": None}
+    assert data["size"] == {"original": 4000, "result": 1000}
+    ratio = {"shape": "batch=1", "value": 1.5, "low": 1.4, "high": 1.6}
+    assert data["lowering"] == {"kept": "lowered", "why": "faster", "ratios": [ratio]}
+    assert list(data["steps"][0]) == [
+        "name", "spec", "fidelity", "eligible", "changed", "edits", "declined", "nodes", "nbytes", "seconds",
+        "choosing", "peak_mib", "drift", "rolled_back", "cached", "choices", "noted",
+    ]  # fmt: skip
+    assert keys(data["placement"]) == dict.fromkeys(("provider", "ran", "elsewhere", "detail")) | {
+        "nodes": {"CPUExecutionProvider": {"Gelu": None}}
+    }
+    assert list(data["integer_check"]) == [
+        "quantized_linears", "integer_products", "dequantized_weights", "ok", "detail",
+    ]  # fmt: skip
+    assert list(data["benchmark"]) == ["machine", "rows", "ratios", "slower", "warnings"]
+    assert list(data["validation"]) == ["samples", "data", "random", "notes", "finite", "values", "outputs", "metrics"]
+    assert r.metadata == {
+        "onnxcomp.version": oc.__version__, "onnxcomp.source": "5a", "onnxcomp.recipe": "4e",
+        "onnxcomp.target": "cpu", "onnxcomp.schema": "1",
+    }  # fmt: skip
 
 
 def test_an_empty_report_is_valid() -> None:

@@ -15,7 +15,7 @@ from onnxcomp import stats
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.graph import Graph
-from onnxcomp.runtime import stretches
+from onnxcomp.runtime import segments
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.stats.calibrate import collect
@@ -221,7 +221,7 @@ def test_large_batches_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Session, "run", spy)
     collect(g, [stats.absmax(inputs(g)[0])], dataset(samples(16, longest=9), 16), memory=10_000)
-    assert sum(sizes) % 16 == 0  # once for every stretch of the graph
+    assert sum(sizes) % 16 == 0  # once for every segment of the graph
     assert max(sizes) < 16
     fixed = tiny.encoder(batch=4)
     sizes.clear()
@@ -232,8 +232,8 @@ def test_large_batches_are_run_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 def test_only_the_needed_part_of_the_graph_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     g = tiny.encoder(layers=4)
     parts: list[int] = []
-    real = stretches.stretch
-    monkeypatch.setattr(stretches, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = segments.segment
+    monkeypatch.setattr(segments, "segment", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
     nodes, edits = g.model.graph.num_nodes(), g.edits
     found = collect(g, [stats.absmax(inputs(g)[0])], dataset(samples(3)))
     assert max(parts) < nodes / 4

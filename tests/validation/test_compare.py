@@ -22,7 +22,7 @@ from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.compare import Reference, Validation, validate
 from onnxcomp.validation.gates import Gate
-from onnxcomp.validation.metrics import DriftSums, Seen
+from onnxcomp.validation.metrics import DriftSums, OutputRows
 from tests import tiny
 
 module = sys.modules["onnxcomp.validation.compare"]
@@ -52,9 +52,9 @@ def outputs(g: Graph, ds: Dataset) -> list[Array]:
         return [s.run(b.feeds)[str(g.outputs[0].name)] for b in ds]
 
 
-def seen(rows: Array, against: Array | None = None, **more: object) -> Seen:
+def seen(rows: Array, against: Array | None = None, **more: object) -> OutputRows:
     n = np.arange(len(rows))
-    return Seen(rows, rows if against is None else against, n, np.zeros_like(n), len(rows), **more)  # type: ignore[arg-type]
+    return OutputRows(rows, rows if against is None else against, n, np.zeros_like(n), len(rows), **more)  # type: ignore[arg-type]
 
 
 # ---- drift -----------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_data_that_does_not_repeat_itself_is_refused(kind: object) -> None:
     g = tiny.encoder(classes=5)
     ds = data(g)
     if kind is Fickle:
-        ds = Fickle(ds._source, ds.batch, ds._fit, ds.indices)
+        ds = Fickle(ds._source, ds.batch, ds._check, ds.indices)
     ref = Reference(g, ds)
     if kind == "shorter":
         ref.data = ds.head(3)

@@ -13,13 +13,14 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
 from onnxcomp import compress
-from onnxcomp.cli.validate_models import Asked, DataChoice, compare
+from onnxcomp.cli.validate_models import compare
 from onnxcomp.data import vocabulary
 from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation.compare import validate
-from onnxcomp.validation.retokenize import Gone
+from onnxcomp.validation.retokenize import RemovedTokens
 from tests import tiny
 
 TOKENIZER = Path(__file__).parents[2] / "models" / "weights" / "docs_lm" / "tokenizer.json"
@@ -89,15 +90,15 @@ def test_perplexity_is_of_texts_split_again_per_original_token(models, tmp_path,
         ids = np.array([[1] * (width - len(x)) + x for x in old])
         source = tmp_path / "held.npz"
         np.savez(source, input_ids=ids, attention_mask=np.array([[0] * (width - len(x)) + [1] * len(x) for x in old]))
-    done = compare(whole, small, DataChoice(str(source)), Asked(gates=("perplexity-rise<=1e9",)))
+    done = compare(whole, small, Settings(evaluation=str(source)), gates=["perplexity-rise<=1e9"])
     found = done.validation.metrics["perplexity"]
     np.testing.assert_allclose([found.reference, found.candidate], want, rtol=1e-4)
-    assert "texts of 2 samples were split again for perplexity, which counts the original's tokens" in done.headline()
+    assert "texts of 2 samples were re-tokenized for perplexity, which counts the original's tokens" in done.headline()
     assert done.json()["notes"] == list(done.validation.notes)
     np.testing.assert_allclose(done.verdicts[0].value, want[1] / want[0] - 1, rtol=1e-4)
 
 
-def test_drift_is_of_the_rows_before_a_token_that_is_gone(models):
+def test_drift_is_of_the_rows_before_a_removed_token(models):
     whole, small = models
     data = [
         Batch({"input_ids": np.array([x]), "attention_mask": np.ones((1, len(x)), np.int64)})
@@ -109,7 +110,7 @@ def test_drift_is_of_the_rows_before_a_token_that_is_gone(models):
     first = [next(i for i, t in enumerate(split(whole, text)) if t not in words.kept) for text in OTHERS]
     assert v.drift.rows == sum(first)
     assert v.values()["sqnr"] > 120  # the table's rows and the head's columns are the same numbers
-    assert "drift is of rows before which none is gone" in v.notes[0]
+    assert "drift is measured on rows before the first of them" in v.notes[0]
 
 
 def test_where_no_row_agrees_drift_reads_the_unknown_token(models):
@@ -122,7 +123,7 @@ def test_where_no_row_agrees_drift_reads_the_unknown_token(models):
 
 
 def test_what_is_all_known_needs_no_words(models, tmp_path):
-    done = compare(*models, DataChoice(str(jsonl(tmp_path / "known.jsonl", KNOWN))), Asked())
+    done = compare(*models, Settings(evaluation=str(jsonl(tmp_path / "known.jsonl", KNOWN))))
     assert done.validation.notes == ()
     assert done.validation.values()["sqnr"] > 120
 
@@ -159,7 +160,7 @@ def test_texts_longer_than_the_model_takes_are_not_split_again(models, tmp_path)
     short = tmp_path / "short"
     shutil.copytree(whole, short)
     (short / "config.json").write_text(json.dumps({"max_position_embeddings": len(split(whole, OTHERS[0]))}))
-    done = compare(short, small, DataChoice(str(jsonl(tmp_path / "held.jsonl", OTHERS[:1]))), Asked())
+    done = compare(short, small, Settings(evaluation=str(jsonl(tmp_path / "held.jsonl", OTHERS[:1]))))
     assert "too long" in done.validation.notes[0]
 
 
@@ -174,19 +175,19 @@ def test_accuracy_is_of_texts_split_again(tmp_path):
             answers.append(
                 int(next(iter(s.run({"input_ids": ids, "attention_mask": np.ones_like(ids)}).values())).argmax())
             )
-    done = compare(folder, small, DataChoice(str(jsonl(tmp_path / "held.jsonl", texts, answers))), Asked())
+    done = compare(folder, small, Settings(evaluation=str(jsonl(tmp_path / "held.jsonl", texts, answers))))
     assert done.validation.metrics["accuracy"].candidate == 1
-    assert "split again for accuracy" in done.validation.notes[0]
+    assert "re-tokenized for accuracy" in done.validation.notes[0]
     assert done.validation.drift.rows == 4  # an encoder's answer agrees where the whole text does
 
 
 def test_where_tokens_are_gone_is_counted_without_padding():
     words = vocabulary.Renumbering(np.array([0, 1, 2]), 5, 0)
     feeds = {"input_ids": np.array([[1, 4, 2], [3, 3, 1]]), "attention_mask": np.array([[1, 1, 1], [0, 0, 1]])}
-    gone = Gone.of([Batch(feeds), Batch({k: v[:1, :1] for k, v in feeds.items()})], words, ROLES)
+    gone = RemovedTokens.of([Batch(feeds), Batch({k: v[:1, :1] for k, v in feeds.items()})], words, ROLES)
     assert gone.share == 1 / 5
     assert gone.samples == [(0, 0)]
-    assert (gone.before, gone.whole) == (True, True)
+    assert (gone.prefixes, gone.complete) == (True, True)
     first = Batch({"input_ids": np.array([[1, 4, 1]]), "attention_mask": np.array([[0, 1, 1]])})
-    gone = Gone.of([first], words, ROLES)
-    assert (gone.before, gone.whole) == (False, False)
+    gone = RemovedTokens.of([first], words, ROLES)
+    assert (gone.prefixes, gone.complete) == (False, False)

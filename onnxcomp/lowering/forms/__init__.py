@@ -1,4 +1,4 @@
-"""Per kind of site the equivalent ways to write it; lowering picks one by measurement or from the target's table."""
+"""The equivalent forms of each kind of site; lowering chooses one by measurement or from the target's table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnxcomp.lowering.forms.siblings import PROJECTIONS, SIBLINGS
 
 __all__ = ["FORMS_VERSION", "KINDS", "Context", "Form", "Kind", "Spot", "default", "legal"]
 
-# Wide sites first: what they become is looked at again as a narrow one.
+# Sites of several linears come first: what they are rewritten to consists of sites of the later, smaller kinds.
 KINDS = {
     kind.name: kind
     for kind in (PROJECTIONS, SIBLINGS, ATTENTION, QUANTIZED, DYNAMIC, ACTIVATION, LINEAR, TIED, SILU, RESIDUAL)

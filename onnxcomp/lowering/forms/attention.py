@@ -1,4 +1,4 @@
-"""Attention in three axes: the standard operator, the runtime's own ones, and plain products."""
+"""Forms of Attention with rank-3 inputs: the standard operator, ONNX Runtime's own operators, and decomposed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot, ints
-from onnxcomp.lowering.older_opsets import scale_of, spell_attention, unspeakable
+from onnxcomp.lowering.older_opsets import decompose_attention, not_decomposable, scale_of
 
 __all__ = ["ATTENTION", "float_mask", "heads_of", "padding_row"]
 
@@ -16,7 +16,7 @@ def _find(g: Graph) -> list[Spot]:
     return [Spot("attention", str(n.name), (n,), "Attention") for n in g.nodes("Attention") if n.domain == ""]
 
 
-# ---- masks, in the layouts the runtime's operators take --------------------------------------------------------------
+# ---- masks, in the layouts that the runtime's operators take ---------------------------------------------------------
 
 
 def _input(node: ir.Node, index: int) -> ir.Value | None:
@@ -24,7 +24,7 @@ def _input(node: ir.Node, index: int) -> ir.Value | None:
 
 
 def _dim(v: ir.Value | None, axis: int) -> int | str | None:
-    """A recorded size: a number, a name, or None."""
+    """The recorded size of an axis: a number, a name, or None."""
     if v is None or v.shape is None or not -len(v.shape) <= axis < len(v.shape):
         return None
     d = v.shape[axis]
@@ -32,7 +32,7 @@ def _dim(v: ir.Value | None, axis: int) -> int | str | None:
 
 
 def _full_rows(ctx: Context, mask: ir.Value, q: ir.Value) -> ir.Value:
-    """A mask with a row for every query; a kernel takes no other."""
+    """The mask with a row for every query, as kernels do not broadcast that axis."""
     if _dim(mask, -2) != 1 or _dim(q, 1) == 1 or mask.shape is None:
         return mask
     ones = np.ones(len(mask.shape) - 2, np.int64)
@@ -40,15 +40,15 @@ def _full_rows(ctx: Context, mask: ir.Value, q: ir.Value) -> ir.Value:
     def make() -> ir.Value:
         rows = ctx.g.op("Shape", q, start=1, end=2)
         parts: list[ir.Value | np.ndarray] = [ones, rows, ints(1)] if len(ones) else [rows, ints(1)]
-        wide = ctx.g.op("Expand", mask, ctx.g.op("Concat", *parts, axis=0), name=f"{mask.name}_rows")
-        wide.type = mask.type
-        return wide
+        expanded = ctx.g.op("Expand", mask, ctx.g.op("Concat", *parts, axis=0), name=f"{mask.name}_rows")
+        expanded.type = mask.type
+        return expanded
 
     return ctx.shared("full", mask, make, once=True)
 
 
 def float_mask(ctx: Context, mask: ir.Value, q: ir.Value) -> ir.Value:
-    """A mask as numbers to add, `[b or 1, heads or 1, s, t]`; forbidden is half the lowest number, never -inf (NaN)."""
+    """The mask as a bias `[b or 1, heads or 1, s, t]`; hidden keys have half the lowest number, as -inf gives NaN."""
 
     def make() -> ir.Value:
         g, full = ctx.g, _full_rows(ctx, mask, q)
@@ -65,7 +65,7 @@ def float_mask(ctx: Context, mask: ir.Value, q: ir.Value) -> ir.Value:
 
 
 def padding_row(ctx: Context, mask: ir.Value) -> ir.Value:
-    """Which keys are real, int32 `[b, t]`, of a bool mask `[b, 1 or heads, s or 1, t]` equal for all queries."""
+    """Which keys are not padding, int32 `[b, t]`, of a bool mask `[b, 1 or heads, s or 1, t]` equal for all queries."""
 
     def make() -> ir.Value:
         first = ctx.g.op("Slice", mask, ints(0, 0), ints(1, 1), ints(1, 2), name=f"{mask.name}_first")
@@ -76,17 +76,17 @@ def padding_row(ctx: Context, mask: ir.Value) -> ir.Value:
 
 
 def heads_of(node: ir.Node) -> tuple[int, int]:
-    """Query heads and key heads."""
+    """Number of query heads and of key heads."""
     return node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
 
 
 # ---- why not ---------------------------------------------------------------------------------------------------------
 
 
-def _plain(ctx: Context, spot: Spot) -> str:
-    """Why an attention fits none of the runtime's own operators."""
+def _refuse_contrib(ctx: Context, spot: Spot) -> str:
+    """Why none of the runtime's own operators fits an attention, empty if some may."""
     node = spot.nodes[0]
-    if why := unspeakable(node):
+    if why := not_decomposable(node):
         return f"{why} is not taken"
     q, mask = node.inputs[0], _input(node, 3)
     if q is None or q.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16):
@@ -94,16 +94,16 @@ def _plain(ctx: Context, spot: Spot) -> str:
     if mask is not None and (mask.shape is None or not 2 <= len(mask.shape) <= 4):
         return "the rank of the mask is not known"
     capped = bool(node.attributes.get_float("softcap", 0.0))
-    return "soft-capped scores are not taken" if capped else ctx.moves_rows(mask)
+    return "soft-capped scores are not taken" if capped else ctx.changes_masked_rows(mask)
 
 
-def _multi_head(ctx: Context, spot: Spot) -> str:
+def _refuse_multi_head(ctx: Context, spot: Spot) -> str:
     heads, kv = heads_of(spot.nodes[0])
-    return _plain(ctx, spot) or ("" if heads == kv else "grouped heads are not taken")
+    return _refuse_contrib(ctx, spot) or ("" if heads == kv else "grouped heads are not taken")
 
 
-def _padding(ctx: Context, spot: Spot) -> str:
-    if why := _multi_head(ctx, spot):
+def _refuse_padding(ctx: Context, spot: Spot) -> str:
+    if why := _refuse_multi_head(ctx, spot):
         return why
     node = spot.nodes[0]
     mask = _input(node, 3)
@@ -115,8 +115,8 @@ def _padding(ctx: Context, spot: Spot) -> str:
     return "" if same else "the mask has no row for each sample"
 
 
-def _grouped(ctx: Context, spot: Spot) -> str:
-    if why := _plain(ctx, spot):
+def _refuse_grouped(ctx: Context, spot: Spot) -> str:
+    if why := _refuse_contrib(ctx, spot):
         return why
     node = spot.nodes[0]
     width, heads = _dim(node.inputs[0], 2), heads_of(node)[0]
@@ -131,7 +131,7 @@ def _grouped(ctx: Context, spot: Spot) -> str:
 
 
 def _window(ctx: Context, node: ir.Node) -> int:
-    """How many keys a causal window shows that hides nothing else, 0 where the mask is another one."""
+    """The width of a mask that is just a causal window, 0 for any other mask."""
     kind, _, width = ctx.mask(_input(node, 3)).partition(" ")
     return int(width) if kind == "window" else 0
 
@@ -140,7 +140,7 @@ def _window(ctx: Context, node: ir.Node) -> int:
 
 
 def _standard(ctx: Context, spot: Spot) -> None:
-    """The operator as it is, its mask with a row for every query."""
+    """The operator itself, its mask with a row for every query."""
     node, mask = spot.nodes[0], _input(spot.nodes[0], 3)
     q = node.inputs[0]
     if mask is not None and q is not None:
@@ -149,32 +149,32 @@ def _standard(ctx: Context, spot: Spot) -> None:
 
 def _decomposed(ctx: Context, spot: Spot) -> None:
     node = spot.nodes[0]
-    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, exact_rows=_empty(ctx, node)))
+    ctx.g.replace(node.outputs[0], decompose_attention(ctx.g, node, exact_rows=_zeroes_masked_rows(ctx, node)))
 
 
-def _empty(ctx: Context, node: ir.Node) -> bool:
-    """Whether zeros of rows without a key have to be written out."""
-    return bool(ctx.moves_rows(_input(node, 3)))
+def _zeroes_masked_rows(ctx: Context, node: ir.Node) -> bool:
+    """Whether the decomposed form must produce zeros for queries without a key."""
+    return bool(ctx.changes_masked_rows(_input(node, 3)))
 
 
-def _take(ctx: Context, spot: Spot, op: str, args: list[ir.Value | None], **attrs: int | float) -> None:
-    """Put one operator of the runtime in place of the standard one, cache included."""
+def _replace_attention(ctx: Context, spot: Spot, op: str, args: list[ir.Value | None], **attrs: int | float) -> None:
+    """Replace the standard operator, including its cache outputs, by one of the runtime."""
     node = spot.nodes[0]
     count = len(node.outputs) if op != "GroupQueryAttention" else 3
     out = ctx.g.op(
         op, *args, domain=CONTRIB, outputs=count, name=f"{node.name}_{op.lower()}", like=node.outputs[0],
         scale=scale_of(node), **attrs,
     )  # fmt: skip
-    made = out.producer()
-    assert made is not None
-    for old, new in zip(node.outputs, made.outputs, strict=False):
+    node_made = out.producer()
+    assert node_made is not None
+    for old, new in zip(node.outputs, node_made.outputs, strict=False):
         if old is not node.outputs[0]:
             new.type, new.shape = old.type, old.shape
         ctx.g.replace(old, new)
 
 
 def _as_multi_head(ctx: Context, spot: Spot, *, row: bool) -> None:
-    """`MultiHeadAttention`, the mask as numbers to add or as a row of real keys."""
+    """`MultiHeadAttention` with the mask as a bias, or (`row`) as one row of visible keys per sample."""
     node = spot.nodes[0]
     q, mask = node.inputs[0], _input(node, 3)
     assert q is not None
@@ -183,11 +183,11 @@ def _as_multi_head(ctx: Context, spot: Spot, *, row: bool) -> None:
     bias = float_mask(ctx, mask, q) if mask is not None and not row else None
     args = [*node.inputs[:3], None, keys, bias, _input(node, 4), _input(node, 5)]
     low = float(np.finfo(dtype).min / 2)
-    _take(ctx, spot, "MultiHeadAttention", args, num_heads=heads_of(node)[0], mask_filter_value=low)
+    _replace_attention(ctx, spot, "MultiHeadAttention", args, num_heads=heads_of(node)[0], mask_filter_value=low)
 
 
 def _as_grouped(ctx: Context, spot: Spot) -> None:
-    """`GroupQueryAttention`, causal and with a window by itself; anything else the mask forbids is added."""
+    """`GroupQueryAttention`, which is causal and can have a window; other masks are added as a bias."""
     node, g = spot.nodes[0], ctx.g
     q, k, mask, past = node.inputs[0], node.inputs[1], _input(node, 3), _input(node, 4)
     assert q is not None
@@ -197,11 +197,11 @@ def _as_grouped(ctx: Context, spot: Spot) -> None:
     last = g.op("Expand", g.op("Sub", total, np.array([1], np.int32)), g.op("Shape", q, start=0, end=1))
     window = _window(ctx, node)
     bias = None if mask is None or window or ctx.mask(mask) == "causal" else float_mask(ctx, mask, q)
-    whole = g.op("Squeeze", total, ints(0))
-    args = [*node.inputs[:3], past, _input(node, 5), last, whole, None, None, None, bias]
+    length = g.op("Squeeze", total, ints(0))
+    args = [*node.inputs[:3], past, _input(node, 5), last, length, None, None, None, bias]
     heads, kv = heads_of(node)
     attrs = {"local_window_size": window} if window else {}
-    _take(ctx, spot, "GroupQueryAttention", args, num_heads=heads, kv_num_heads=kv, **attrs)
+    _replace_attention(ctx, spot, "GroupQueryAttention", args, num_heads=heads, kv_num_heads=kv, **attrs)
 
 
 ATTENTION = Kind(
@@ -209,19 +209,19 @@ ATTENTION = Kind(
     _find,
     (
         Form("Attention", _standard, (("", "Attention"),)),
-        Form("decomposed", _decomposed, (), lambda ctx, spot: unspeakable(spot.nodes[0])),
+        Form("decomposed", _decomposed, (), lambda ctx, spot: not_decomposable(spot.nodes[0])),
         Form(
             "MultiHeadAttention",
             lambda ctx, spot: _as_multi_head(ctx, spot, row=False),
             ((CONTRIB, "MultiHeadAttention"),),
-            _multi_head,
+            _refuse_multi_head,
         ),
         Form(
             "MultiHeadAttention padding",
             lambda ctx, spot: _as_multi_head(ctx, spot, row=True),
             ((CONTRIB, "MultiHeadAttention"),),
-            _padding,
+            _refuse_padding,
         ),
-        Form("GroupQueryAttention", _as_grouped, ((CONTRIB, "GroupQueryAttention"),), _grouped),
+        Form("GroupQueryAttention", _as_grouped, ((CONTRIB, "GroupQueryAttention"),), _refuse_grouped),
     ),
 )

@@ -1,4 +1,4 @@
-"""What a site and an equivalent form of it are: data and two functions, one that says no and one that rewrites."""
+"""The types of lowering: `Spot` (a matched site), `Form` (one way to write it: a check and a rewrite), `Kind`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph, Site
+from onnxcomp.lowering.older_opsets import INTRODUCED
 from onnxcomp.target import Target
 
 __all__ = ["FORMS_VERSION", "Context", "Form", "Kind", "Spot", "ints"]
@@ -19,7 +20,7 @@ FORMS_VERSION = 3  # part of the key of every remembered choice: raise it when a
 
 @dataclass(frozen=True)
 class Spot:
-    """A place with several equivalent forms: its nodes as they stand, and what the forms of its kind need to know."""
+    """A match of a kind in a graph: its nodes, the form in which they are `present`, and `data` for its forms."""
 
     kind: str
     name: str
@@ -29,25 +30,25 @@ class Spot:
 
     @property
     def site(self) -> Site:
-        """The place for passes and reports."""
+        """The site, as passes and reports name it."""
         return Site(self.name, tuple(str(n.name) for n in self.nodes), self.kind)
 
     @property
     def outputs(self) -> list[ir.Value]:
-        """Values of the spot that something outside of it reads, or that the model returns."""
-        own = set(self.nodes)
-        made = [v for n in self.nodes for v in n.outputs]
-        return [v for v in made if v.is_graph_output() or any(u not in own for u, _ in v.uses())]
+        """Values of the spot with users outside of it, and those that are graph outputs."""
+        nodes = set(self.nodes)
+        values = [v for n in self.nodes for v in n.outputs]
+        return [v for v in values if v.is_graph_output() or any(u not in nodes for u, _ in v.uses())]
 
 
 @dataclass
 class Context:
-    """What forms may know beyond their own nodes, and the helper values that sites of one graph share.
+    """What forms know beyond their own nodes, and the helper values that sites of one graph share.
 
-    `masks` says by value name what a mask does: `all`, `padding` (equal for all queries), `causal` (no later key),
-    `window 8` (and none 8 or more places away), `causal+` (less than `causal`) or `other`; a mask that is missing there
-    is taken for `other`. `once` lists what was made once for the whole graph.
-    With `exact_rows` rows that see no key keep what the standard operator gives them.
+    `masks` holds the kind of masks by value name: `all`, `padding` (equal for all queries), `causal` (no later key),
+    `window 8` (and none 8 or more positions away), `causal+` (fewer keys than `causal`) or `other`; a missing mask
+    counts as `other`. `once` lists values that were made once for the whole graph.
+    With `exact_rows`, queries whose mask hides every key keep the result of the standard operator.
     """
 
     g: Graph
@@ -58,18 +59,18 @@ class Context:
     _made: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
 
     def mask(self, v: ir.Value | None) -> str:
-        """What is known of a mask."""
+        """The kind of a mask; `none` where there is none."""
         return "none" if v is None else self.masks.get(str(v.name), "other")
 
-    def moves_rows(self, mask: ir.Value | None) -> str:
-        """Why an operator that gives rows without a key something else does not fit, empty if it does."""
+    def changes_masked_rows(self, mask: ir.Value | None) -> str:
+        """Why an operator with another result for queries without a key is not allowed, empty if it is."""
         free = not self.exact_rows or self.mask(mask).split()[0] in ("none", "all", "causal", "window")
-        return "" if free else "rows that see no key would change"
+        return "" if free else "results of queries whose mask hides every key would change"
 
     def shared(self, what: str, v: ir.Value, make: Callable[[], ir.Value], *, once: bool = False) -> ir.Value:
         """The helper value of that name derived from `v`, made once for all sites that read `v`.
 
-        `once` says that this is one for the whole model (a mask), so that its cost is none of a single site.
+        `once` marks a value that exists once per model (a mask), whose cost must not be charged to a single site.
         """
         if (what, v) not in self._made:
             self._made[what, v] = made = make()
@@ -79,10 +80,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Form:
-    """One way to write a kind of site; `rewrite` edits the graph so that the spot stands in this form.
+    """One way to write a kind of site; `rewrite` edits the graph so that the spot has this form.
 
-    `ops` are the operators it is made of that a target may lack; `refuse` says why a spot cannot take this form, or
-    nothing. An `approximate` form is only taken where the recipe allows it.
+    `ops` are its operators that a target may lack; `refuse` gives the reason why a spot cannot have this form, empty if
+    it can. An `approximate` form is only chosen where the recipe allows it.
     """
 
     name: str
@@ -92,25 +93,22 @@ class Form:
     approximate: bool = False
 
     def why_not(self, ctx: Context, spot: Spot, *, standard: bool, approximate: bool) -> str:
-        """Why the spot cannot have this form on the target, empty if it can."""
+        """The reason why the spot cannot have this form on the target, empty if it can."""
         for domain, op in self.ops:
             if domain == CONTRIB and standard:
                 return "not standard ONNX"
             if domain == CONTRIB and op not in ctx.target.contrib:
                 return f"'{ctx.target.name}' has no kernel for {op}"
-            if domain == "" and (op in ctx.target.lacks or NEW.get(op, 0) > ctx.target.max_opset):
+            if domain == "" and (op in ctx.target.lacks or INTRODUCED.get(op, 0) > ctx.target.max_opset):
                 return f"'{ctx.target.name}' has no {op}"
         if self.approximate and not approximate:
             return "an approximation, which the recipe does not allow"
         return self.refuse(ctx, spot)
 
 
-NEW = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
-
-
 @dataclass(frozen=True)
 class Kind:
-    """A kind of site: where it is found, and its forms; the first legal one is the default without a table."""
+    """A kind of site: the function that finds it, and its forms; the first legal one is the default without a table."""
 
     name: str
     find: Callable[[Graph], list[Spot]]

@@ -1,4 +1,4 @@
-"""A float linear with its bias, the GELU that reads it, a head that shares the embedding table, and SiLU."""
+"""Forms of float linears with a bias, of these with GELU, of heads tied to the embedding table, and of SiLU."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ __all__ = ["ACTIVATION", "LINEAR", "SILU", "TIED"]
 
 
 def _gelu(linear: Linear) -> ir.Node | None:
-    """The one GELU that reads a linear."""
+    """The GELU that is the only user of a linear."""
     users = linear.users
     fits = len(users) == 1 and users[0].op_type == "Gelu" and not linear.output.is_graph_output()
     return users[0] if fits else None
 
 
-def _biased(g: Graph) -> list[Linear]:
-    """Float linears whose bias of one axis is added behind the product."""
-    found = [x for x in blocks.linears(g) if not x.quantized and x.add is not None and x.bias is not None]
-    return [x for x in found if x.bias is not None and x.bias.shape is not None and len(x.bias.shape) == 1]
+def _with_bias(g: Graph) -> list[Linear]:
+    """Float linears whose bias vector is added behind the product."""
+    linears = [x for x in blocks.linears(g) if not x.quantized and x.add is not None and x.bias is not None]
+    return [x for x in linears if x.bias is not None and x.bias.shape is not None and len(x.bias.shape) == 1]
 
 
 def _plain(g: Graph) -> list[Spot]:
-    found = (x for x in _biased(g) if _gelu(x) is None)
-    return [Spot("linear", x.name, tuple(n for n in (x.node, x.add) if n), x.add.op_type, x) for x in found if x.add]
+    linears = (x for x in _with_bias(g) if _gelu(x) is None)
+    return [Spot("linear", x.name, tuple(n for n in (x.node, x.add) if n), x.add.op_type, x) for x in linears if x.add]
 
 
 def _activated(g: Graph) -> list[Spot]:
-    pairs = ((x, _gelu(x)) for x in _biased(g))
+    pairs = ((x, _gelu(x)) for x in _with_bias(g))
     return [Spot("activation", x.name, (x.node, x.add, gelu), x.add.op_type, x) for x, gelu in pairs if gelu and x.add]
 
 
@@ -49,57 +49,57 @@ def _as(op: str) -> Form:
 
 
 def void(_: object) -> None:
-    """Nothing, whatever was made."""
+    """Discard a value, for lambdas that return nothing."""
 
 
 def _gemm(ctx: Context, x: Linear) -> ir.Value:
     """`Gemm` on rows: `[..., K]` to `[rows, K]` and back, the bias inside the product."""
     g, source, width = ctx.g, x.node.inputs[0], x.sizes[1]
     rest = (x.weight if x.transposed else x.node.inputs[1], *([x.bias] if x.bias is not None else []))
-    name, turned = f"{x.name}_gemm", int(x.transposed)
+    name, transposed = f"{x.name}_gemm", int(x.transposed)
     rank = len(source.shape) if source is not None and source.shape is not None else 2
     if source is None or rank == 2:
-        out = g.op("Gemm", source, *rest, name=name, like=x.output, transB=turned)
+        out = g.op("Gemm", source, *rest, name=name, like=x.output, transB=transposed)
     else:
         rows = ctx.shared("rows", source, lambda: g.op("Reshape", source, ints(-1, x.sizes[0]), name=f"{x.name}_rows"))
-        flat = g.op("Gemm", rows, *rest, name=name, transB=turned)
+        flat = g.op("Gemm", rows, *rest, name=name, transB=transposed)
         flat.type, flat.shape = x.output.type, ir.Shape([None, width])
         lead = ctx.shared("lead", source, lambda: g.op("Shape", source, start=0, end=rank - 1))
-        to = ctx.shared(f"to{width}", source, lambda: g.op("Concat", lead, ints(width), axis=0))
-        out = g.op("Reshape", flat, to, name=f"{x.name}_back", like=x.output)
+        shape = ctx.shared(f"to{width}", source, lambda: g.op("Concat", lead, ints(width), axis=0))
+        out = g.op("Reshape", flat, shape, name=f"{x.name}_back", like=x.output)
     g.replace(x.output, out)
     return out
 
 
-def _no_gemm(ctx: Context, spot: Spot) -> str:
+def _refuse_gemm(ctx: Context, spot: Spot) -> str:
     source = spot.data.node.inputs[0]
     known = source is not None and source.shape is not None and len(source.shape) >= 2
     return "" if known and spot.data.node.op_type == "MatMul" else "the rank of its input is not known"
 
 
 LINEAR = Kind(
-    "linear", _plain, (_as("Add"), _as("Sum"), Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _no_gemm))
+    "linear", _plain, (_as("Add"), _as("Sum"), Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _refuse_gemm))
 )
 
 
-# ---- a head that shares the embedding table --------------------------------------------------------------------------
+# ---- a head tied to the embedding table --------------------------------------------------------------------------
 
 
 def _tied(g: Graph) -> list[Spot]:
-    """Products with a stored table seen through a Transpose."""
-    found = []
+    """Products with the Transpose of a stored table."""
+    spots = []
     for x in blocks.linears(g, tied=True):
-        turn = x.node.inputs[1].producer() if x.node.inputs[1] is not None else None
-        if x.transposed and not x.quantized and x.node.op_type == "MatMul" and turn is not None:
-            nodes = tuple(n for n in (turn, x.node, x.add) if n is not None)
-            found.append(Spot("tied", x.name, nodes, "MatMul", x))
-    return found
+        transpose = x.node.inputs[1].producer() if x.node.inputs[1] is not None else None
+        if x.transposed and not x.quantized and x.node.op_type == "MatMul" and transpose is not None:
+            nodes = tuple(n for n in (transpose, x.node, x.add) if n is not None)
+            spots.append(Spot("tied", x.name, nodes, "MatMul", x))
+    return spots
 
 
-def _no_tied_gemm(ctx: Context, spot: Spot) -> str:
+def _refuse_tied_gemm(ctx: Context, spot: Spot) -> str:
     bias = spot.data.bias
-    whole = bias is None or (bias.shape is not None and len(bias.shape) == 1)
-    return _no_gemm(ctx, spot) if whole else "takes a bias of one axis"
+    fits = bias is None or (bias.shape is not None and len(bias.shape) == 1)
+    return _refuse_gemm(ctx, spot) if fits else "takes a bias of one axis"
 
 
 TIED = Kind(
@@ -107,7 +107,7 @@ TIED = Kind(
     _tied,
     (
         Form("MatMul", lambda ctx, spot: None),
-        Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _no_tied_gemm),
+        Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _refuse_tied_gemm),
     ),
 )
 
@@ -133,7 +133,7 @@ def _fast_gelu(ctx: Context, spot: Spot) -> None:
     g.replace(gelu.outputs[0], g.op("FastGelu", y, domain=CONTRIB, name=f"{gelu.name}_fast", like=gelu.outputs[0]))
 
 
-def _only(tanh: bool) -> str:
+def _computed_by(tanh: bool) -> str:
     return "computes GELU by tanh" if tanh else "computes GELU by erf"
 
 
@@ -143,9 +143,9 @@ ACTIVATION = Kind(
     (
         _as("Sum"),
         _as("Add"),
-        Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _no_gemm),
-        Form("BiasGelu", _bias_gelu, ((CONTRIB, "BiasGelu"),), lambda c, s: _only(False) if _tanh(s) else ""),
-        Form("FastGelu", _fast_gelu, ((CONTRIB, "FastGelu"),), lambda c, s: "" if _tanh(s) else _only(True)),
+        Form("Gemm", lambda c, s: void(_gemm(c, s.data)), (), _refuse_gemm),
+        Form("BiasGelu", _bias_gelu, ((CONTRIB, "BiasGelu"),), lambda c, s: _computed_by(False) if _tanh(s) else ""),
+        Form("FastGelu", _fast_gelu, ((CONTRIB, "FastGelu"),), lambda c, s: "" if _tanh(s) else _computed_by(True)),
         Form(
             "FastGelu approximated",
             _fast_gelu,
@@ -161,8 +161,8 @@ ACTIVATION = Kind(
 
 
 def _silus(g: Graph) -> list[Spot]:
-    """Products of a value with its own sigmoid, also of 1.702 times it."""
-    found = []
+    """Products `x * Sigmoid(a x)`: SiLU, and GELU's approximation with `a = 1.702`."""
+    spots = []
     for mul in g.nodes("Mul"):
         for x, gate in ((mul.inputs[0], mul.inputs[1]), (mul.inputs[1], mul.inputs[0])):
             sigmoid = gate.producer() if gate is not None else None
@@ -175,12 +175,12 @@ def _silus(g: Graph) -> list[Spot]:
             ):
                 continue
             if sigmoid.inputs[0] is x:
-                found.append(Spot("silu", str(mul.name), (sigmoid, mul), "spelled", 1.0))
+                spots.append(Spot("silu", str(mul.name), (sigmoid, mul), "spelled", 1.0))
                 break
             if (scaled := _scaled(g, sigmoid.inputs[0], x)) is not None:
-                found.append(Spot("silu", str(mul.name), (scaled[0], sigmoid, mul), "spelled", scaled[1]))
+                spots.append(Spot("silu", str(mul.name), (scaled[0], sigmoid, mul), "spelled", scaled[1]))
                 break
-    return found
+    return spots
 
 
 def _scaled(g: Graph, v: ir.Value | None, x: ir.Value) -> tuple[ir.Node, float] | None:

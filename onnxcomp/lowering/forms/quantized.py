@@ -1,4 +1,4 @@
-"""Linears on integers: the same Q/DQ, or the same run-time quantization, as the runtime's different products."""
+"""Forms of quantized linears: Q/DQ and run-time (dynamic) quantization as different integer products."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _pair(linear: Linear) -> tuple[ir.Node, ir.Node] | None:
 
 
 def _find(g: Graph) -> list[Spot]:
-    """Products with a dequantized weight; where the input is not dequantized too, only the bias has a choice."""
-    found = []
+    """Products with a dequantized weight; where the input is float, only the addition of the bias has other forms."""
+    spots = []
     for x in blocks.linears(g):
         pair = _pair(x)
         if x.dequantize is None or x.node.op_type != "MatMul" or (pair is None and x.add is None):
@@ -40,12 +40,12 @@ def _find(g: Graph) -> list[Spot]:
         present = x.add.op_type if x.add is not None else "Sum"
         last = x.add if x.add is not None else _requantize(g, x)
         nodes = tuple(n for n in (*(pair or (x.dequantize,)), x.node, last) if n is not None)
-        found.append(Spot("quantized", x.name, nodes, present, x))
-    return found
+        spots.append(Spot("quantized", x.name, nodes, present, x))
+    return spots
 
 
 def _requantize(g: Graph, linear: Linear) -> ir.Node | None:
-    """The QuantizeLinear that alone reads a product without bias, to 8 bits by one constant scale."""
+    """The 8-bit QuantizeLinear with one constant scale that is the only user of a product without bias."""
     node = linear.users[0] if len(linear.users) == 1 and not linear.output.is_graph_output() else None
     if node is None or node.op_type != "QuantizeLinear" or node.outputs[0].dtype not in EIGHT:
         return None
@@ -53,8 +53,8 @@ def _requantize(g: Graph, linear: Linear) -> ir.Node | None:
     return node if scale is not None and len(scale.shape) == 0 else None
 
 
-def _uneven(ctx: Context, linear: Linear) -> str:
-    """Why scales do not fit the integer products: they take one for the input, one or one per column for the weight."""
+def _refuse_scales(ctx: Context, linear: Linear) -> str:
+    """Why integer products do not take the scales: one for the input, and one in all or per column for the weight."""
     pair = _pair(linear)
     if pair is None:
         return "takes 8-bit codes on both sides"
@@ -64,7 +64,7 @@ def _uneven(ctx: Context, linear: Linear) -> str:
 
 
 def _args(linear: Linear) -> list[ir.Value | None]:
-    """Codes, codes of the weight, scale, its scale, zero point, its zero point."""
+    """Operands of an integer product: codes, scales and zero points, each of the input and then of the weight."""
     pair = _pair(linear)
     assert pair is not None
     (a, a_scale, a_zero), (b, b_scale, b_zero) = ([*n.inputs, None][:3] for n in pair)
@@ -72,7 +72,7 @@ def _args(linear: Linear) -> list[ir.Value | None]:
 
 
 def _as(op: str) -> Form:
-    """The bias added by `Add`, or by `Sum`, which the runtime never turns into a float Gemm."""
+    """The bias added by `Add`, or by `Sum`, which the runtime never fuses into a float Gemm."""
 
     def rewrite(ctx: Context, spot: Spot) -> None:
         x, g = spot.data, ctx.g
@@ -89,9 +89,9 @@ def _fused(ctx: Context, spot: Spot) -> None:
     g.replace(x.output, out)
 
 
-def _no_fused(ctx: Context, spot: Spot) -> str:
+def _refuse_fused(ctx: Context, spot: Spot) -> str:
     x = spot.data
-    if why := _uneven(ctx, x):
+    if why := _refuse_scales(ctx, x):
         return why
     if x.output.dtype is not ir.DataType.FLOAT:
         return "makes float32 only"
@@ -120,8 +120,8 @@ def _type(v: ir.Value | None) -> np.dtype[np.generic]:
     return (v.dtype if v is not None and v.dtype is not None else ir.DataType.INT8).numpy()
 
 
-def _no_qgemm(ctx: Context, spot: Spot) -> str:
-    if why := _no_fused(ctx, spot):
+def _refuse_qgemm(ctx: Context, spot: Spot) -> str:
+    if why := _refuse_fused(ctx, spot):
         return why
     x = spot.data
     rank = len(x.node.inputs[0].shape) if x.node.inputs[0].shape is not None else 0
@@ -129,7 +129,7 @@ def _no_qgemm(ctx: Context, spot: Spot) -> str:
     return "" if rank == 2 and known else "takes two axes and constant scales"
 
 
-def _codes(ctx: Context, spot: Spot) -> None:
+def _qlinear(ctx: Context, spot: Spot) -> None:
     """`QLinearMatMul`: integers in and out, where a QuantizeLinear follows."""
     x, last, g = spot.data, spot.nodes[-1], ctx.g
     a, b, a_scale, b_scale, a_zero, b_zero = _args(x)
@@ -146,8 +146,8 @@ def _shape(v: ir.Value | None) -> tuple[int, ...]:
     return tuple(v.shape.numpy()) if v is not None and v.shape is not None else ()
 
 
-def _no_codes(ctx: Context, spot: Spot) -> str:
-    if why := _uneven(ctx, spot.data):
+def _refuse_qlinear(ctx: Context, spot: Spot) -> str:
+    if why := _refuse_scales(ctx, spot.data):
         return why
     return "" if spot.nodes[-1].op_type == "QuantizeLinear" else "its result is not quantized at once"
 
@@ -162,10 +162,10 @@ QUANTIZED = Kind(
     (
         _as("Sum"),
         _as("Add"),
-        Form("MatMulIntegerToFloat", _fused, ((CONTRIB, "MatMulIntegerToFloat"),), _no_fused),
-        Form("QLinearMatMul", _codes, (("", "QLinearMatMul"),), _no_codes),
-        Form("QGemm", _qgemm, ((CONTRIB, "QGemm"),), lambda c, s: _no_qgemm(c, s) or _rounds(s.data)),
-        Form("QGemm rounded bias", _qgemm, ((CONTRIB, "QGemm"),), _no_qgemm, approximate=True),
+        Form("MatMulIntegerToFloat", _fused, ((CONTRIB, "MatMulIntegerToFloat"),), _refuse_fused),
+        Form("QLinearMatMul", _qlinear, (("", "QLinearMatMul"),), _refuse_qlinear),
+        Form("QGemm", _qgemm, ((CONTRIB, "QGemm"),), lambda c, s: _refuse_qgemm(c, s) or _rounds(s.data)),
+        Form("QGemm rounded bias", _qgemm, ((CONTRIB, "QGemm"),), _refuse_qgemm, approximate=True),
     ),
 )
 
@@ -187,7 +187,7 @@ class Dynamic:
 
 
 def _dynamic(g: Graph, product: ir.Node) -> Dynamic | None:
-    """The chain that starts at a MatMulInteger, where each link alone reads the one before."""
+    """The chain of nodes from a MatMulInteger, each the only user of the one before; None where it is another."""
     x, w = product.inputs[:2]
     quantize = x.producer() if x is not None else None
     if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or w is None or not g.is_constant(w):
@@ -214,18 +214,18 @@ def _dynamic(g: Graph, product: ir.Node) -> Dynamic | None:
 
 
 def _next(v: ir.Value, *ops: str) -> ir.Node | None:
-    """The only reader of a value, if it is one of the operators."""
+    """The only user of a value, if it is one of the operators."""
     users = tuple(v.uses())
     fits = len(users) == 1 and not v.is_graph_output() and users[0][0].op_type in ops
     return users[0][0] if fits else None
 
 
 def _dynamics(g: Graph) -> list[Spot]:
-    """Products behind one DynamicQuantizeLinear are one spot: they share its work."""
+    """Products of one DynamicQuantizeLinear, as one spot, since they share its work."""
     groups: dict[ir.Node, list[Dynamic]] = {}
     for product in g.nodes("MatMulInteger"):
-        if (found := _dynamic(g, product)) is not None:
-            groups.setdefault(found.quantize, []).append(found)
+        if (chain := _dynamic(g, product)) is not None:
+            groups.setdefault(chain.quantize, []).append(chain)
     return [
         Spot(
             "dynamic",
@@ -238,8 +238,8 @@ def _dynamics(g: Graph) -> list[Spot]:
     ]
 
 
-def _shared(ctx: Context, spot: Spot) -> None:
-    """One run-time quantization, `MatMulIntegerToFloat` with the bias inside for each product."""
+def _to_float(ctx: Context, spot: Spot) -> None:
+    """One DynamicQuantizeLinear, then `MatMulIntegerToFloat` with the bias inside for each product."""
     for d in spot.data:
         q, s, z = d.quantize.outputs
         args = (q, d.weight, s, d.scale, z, None, d.bias)
@@ -247,7 +247,7 @@ def _shared(ctx: Context, spot: Spot) -> None:
         ctx.g.replace(d.output, ctx.g.op("MatMulIntegerToFloat", *args, domain=CONTRIB, name=name, like=d.output))
 
 
-def _whole(ctx: Context, spot: Spot) -> None:
+def _dynamic_quantize(ctx: Context, spot: Spot) -> None:
     """`DynamicQuantizeMatMul`: quantization, product and bias in one, for each product."""
     for d in spot.data:
         args = (d.quantize.inputs[0], d.weight, d.scale, None, d.bias)
@@ -260,7 +260,7 @@ DYNAMIC = Kind(
     _dynamics,
     (
         Form("standard", lambda ctx, spot: None),
-        Form("MatMulIntegerToFloat", _shared, ((CONTRIB, "MatMulIntegerToFloat"),)),
-        Form("DynamicQuantizeMatMul", _whole, ((CONTRIB, "DynamicQuantizeMatMul"),)),
+        Form("MatMulIntegerToFloat", _to_float, ((CONTRIB, "MatMulIntegerToFloat"),)),
+        Form("DynamicQuantizeMatMul", _dynamic_quantize, ((CONTRIB, "DynamicQuantizeMatMul"),)),
     ),
 )

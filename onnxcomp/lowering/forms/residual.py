@@ -1,4 +1,4 @@
-"""A sum of two streams and the norm that reads it."""
+"""Forms of a residual addition and the norm that reads it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ SKIPS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 def _find(g: Graph) -> list[Spot]:
-    """Each addition of two computed values that a norm reads, with its norm; several norms of one sum are one spot."""
-    found = []
+    """Additions of two computed values with the norms that read them; several norms of one sum are one spot."""
+    spots = []
     for add in g.nodes("Add", "Sum"):
         if add.domain or len(add.inputs) != 2 or any(g.is_constant(x) for x in add.inputs):
             continue
         norms = [u for u, i in add.outputs[0].uses() if u.op_type in NORMS and i == 0 and u.domain == ""]
         if norms:
-            found.append(Spot("residual", str(add.name), (add, *dict.fromkeys(norms)), add.op_type))
-    return found
+            spots.append(Spot("residual", str(add.name), (add, *dict.fromkeys(norms)), add.op_type))
+    return spots
 
 
 def _as(op: str) -> Form:
-    """The sum spelled `Add` (which the runtime fuses with the norm) or `Sum` (which it leaves alone)."""
+    """The addition as `Add`, which the runtime fuses with the norm, or as `Sum`, which it does not."""
 
     def rewrite(ctx: Context, spot: Spot) -> None:
         add, g = spot.nodes[0], ctx.g
@@ -39,7 +39,7 @@ def _as(op: str) -> Form:
 
 
 def _skip(ctx: Context, spot: Spot) -> None:
-    """`SkipLayerNormalization(a, b)`: the normalized sum, and the sum itself where something else reads it."""
+    """`SkipLayerNormalization(a, b)`: the normalized sum, and the sum itself where it has other users."""
     add, norm = spot.nodes
     a, b = add.inputs
     layer = norm.op_type == "LayerNormalization"
@@ -59,7 +59,7 @@ def _skip(ctx: Context, spot: Spot) -> None:
     ctx.g.replace(norm.outputs[0], out)
 
 
-def _refuse(ctx: Context, spot: Spot) -> str:
+def _refuse_skip(ctx: Context, spot: Spot) -> str:
     if len(spot.nodes) != 2:
         return "several norms read the sum"
     norm = spot.nodes[1]
@@ -76,7 +76,7 @@ def _refuse(ctx: Context, spot: Spot) -> str:
 
 
 def _alike(a: ir.Value | None, b: ir.Value | None) -> bool:
-    """Whether two values have one recorded shape (equal numbers, equal names)."""
+    """Whether two values have the same recorded shape (equal numbers and names)."""
     if a is None or b is None or a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
     return all(x == y and x is not None for x, y in zip(a.shape, b.shape, strict=True))
@@ -85,5 +85,5 @@ def _alike(a: ir.Value | None, b: ir.Value | None) -> bool:
 RESIDUAL = Kind(
     "residual",
     _find,
-    (_as("Sum"), _as("Add"), Form("Skip", _skip, tuple((CONTRIB, op) for op in SKIPS), _refuse)),
+    (_as("Sum"), _as("Add"), Form("Skip", _skip, tuple((CONTRIB, op) for op in SKIPS), _refuse_skip)),
 )

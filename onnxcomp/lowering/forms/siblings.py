@@ -1,4 +1,4 @@
-"""Linears that read one value: several products or a joined one, with the attention they feed where there is one."""
+"""Forms of linears with the same input (query, key, value): separate, joined to one product, or inside an attention."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.attention import float_mask, heads_of
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
-from onnxcomp.lowering.older_opsets import scale_of, spell_attention, unspeakable
+from onnxcomp.lowering.older_opsets import decompose_attention, not_decomposable, scale_of
 from onnxcomp.maths import Array
 
 __all__ = ["PROJECTIONS", "SIBLINGS", "join"]
@@ -21,7 +21,7 @@ __all__ = ["PROJECTIONS", "SIBLINGS", "join"]
 
 @dataclass(frozen=True)
 class Family:
-    """Linears of one input, all with a bias or all without, and the attention that alone reads all three of them."""
+    """Linears of one input, all or none with a bias, and the attention that is the only user of all three, if any."""
 
     linears: tuple[Linear, ...]
     attention: ir.Node | None = None
@@ -34,15 +34,15 @@ def _families(g: Graph) -> list[Family]:
 
 
 def _joinable(group: Sequence[Linear]) -> bool:
-    """Whether the weights can stand side by side: one input value, one type, biases of one axis or none at all."""
+    """Whether the weights can be concatenated: one input, one type and granularity, bias vectors for all or none."""
     first = group[0]
     biases = [x.bias for x in group]
-    whole = all(b is None for b in biases) or all(
+    same_biases = all(b is None for b in biases) or all(
         b is not None and b.shape is not None and len(b.shape) == 1 for b in biases
     )
     same = all(x.input is first.input and x.weight.dtype is first.weight.dtype for x in group)
     scales = {_granularity(x) for x in group}
-    return whole and same and len(scales) == 1 and "other" not in scales
+    return same_biases and same and len(scales) == 1 and "other" not in scales
 
 
 def _granularity(x: Linear) -> str:
@@ -57,7 +57,7 @@ def _granularity(x: Linear) -> str:
 
 
 def _attention(group: Sequence[Linear]) -> ir.Node | None:
-    """The Attention whose query, key and value the three linears are, and nothing else reads them."""
+    """The Attention that takes the three linears as query, key and value and is their only user."""
     users = {u for x in group for u, _ in x.output.uses()}
     node = next(iter(users), None)
     if len(group) != 3 or len(users) != 1 or node is None or node.op_type != "Attention" or node.domain:
@@ -68,29 +68,29 @@ def _attention(group: Sequence[Linear]) -> ir.Node | None:
 
 
 def _spots(g: Graph, *, attended: bool) -> list[Spot]:
-    found = []
+    spots = []
     for family in _families(g):
         if (family.attention is not None) is not attended:
             continue
         nodes = [n for x in family.linears for n in (x.dequantize, x.node, x.add) if n is not None]
         nodes += [family.attention] if family.attention is not None else []
         kind = "projections" if attended else "siblings"
-        found.append(Spot(kind, family.linears[0].name, tuple(dict.fromkeys(nodes)), "separate", family))
-    return found
+        spots.append(Spot(kind, family.linears[0].name, tuple(dict.fromkeys(nodes)), "separate", family))
+    return spots
 
 
 # ---- rewrites --------------------------------------------------------------------------------------------------------
 
 
-def _beside(g: Graph, values: Sequence[ir.Value | None], axis: int, name: str) -> ir.Value:
-    """Constants side by side, put together only when they are run or written."""
+def _concatenated(g: Graph, values: Sequence[ir.Value | None], axis: int, name: str) -> ir.Value:
+    """Concatenated constants; the data is concatenated when it is read."""
     tensors = [t for t in (g.tensor(v) for v in values) if t is not None]
     shape = [int(d) for d in tensors[0].shape.numpy()]
     shape[axis] = sum(int(t.shape.numpy()[axis]) for t in tensors)
 
     def content() -> ir.TensorProtocol:
-        whole: Array = np.concatenate([t.numpy() for t in tensors], axis)
-        return ir.tensor(whole)
+        joined: Array = np.concatenate([t.numpy() for t in tensors], axis)
+        return ir.tensor(joined)
 
     return g.constant(ir.LazyTensor(content, dtype=tensors[0].dtype, shape=ir.Shape(shape)), name)
 
@@ -99,16 +99,20 @@ def join(g: Graph, group: Sequence[Linear]) -> None:
     """One product `x [W1 | W2 | ...]`, one bias, then Split; quantized weights keep a scale per column."""
     first, widths = group[0], [x.sizes[1] for x in group]
     name = f"{first.name}_joined"
-    weight = _beside(g, [x.weight for x in group], 1, f"{first.weight.name}_joined")
+    weight = _concatenated(g, [x.weight for x in group], 1, f"{first.weight.name}_joined")
     if first.dequantize is not None:
         nodes = [x.dequantize for x in group if x.dequantize is not None]
-        scale = _beside(g, [n.inputs[1] for n in nodes], 0, f"{first.weight.name}_joined_scale")
+        scale = _concatenated(g, [n.inputs[1] for n in nodes], 0, f"{first.weight.name}_joined_scale")
         weight = g.op("DequantizeLinear", weight, scale, axis=1, name=f"{name}_weight")
     y = g.op("MatMul", first.node.inputs[0], weight, name=name)
     y.type, y.shape = first.output.type, _wider(first.output, sum(widths))
     if first.bias is not None:
         y = g.op(
-            "Add", y, _beside(g, [x.bias for x in group], 0, f"{first.bias.name}_joined"), name=f"{name}_bias", like=y
+            "Add",
+            y,
+            _concatenated(g, [x.bias for x in group], 0, f"{first.bias.name}_joined"),
+            name=f"{name}_bias",
+            like=y,
         )
     sizes = np.array(widths, np.int64)
     split = g.op("Split", y, sizes, axis=-1, outputs=len(group), name=f"{name}_split").producer()
@@ -129,8 +133,8 @@ def _ordered(family: Family) -> list[Linear]:
     return [by_output[v] for v in family.attention.inputs[:3] if v is not None]
 
 
-def _own(ctx: Context, spot: Spot) -> str:
-    """Why the runtime's operators with weights or a bias inside do not fit."""
+def _refuse_contrib(ctx: Context, spot: Spot) -> str:
+    """Why the runtime's operators that take weights or biases do not fit, empty if they do."""
     family: Family = spot.data
     node, first = family.attention, family.linears[0]
     assert node is not None
@@ -138,13 +142,13 @@ def _own(ctx: Context, spot: Spot) -> str:
     heads, kv = heads_of(node)
     if any(x.quantized for x in family.linears):
         return "quantized weights are not taken"
-    if unspeakable(node) or len(node.inputs) > 4 or bool(node.attributes.get_float("softcap", 0.0)):
+    if not_decomposable(node) or len(node.inputs) > 4 or bool(node.attributes.get_float("softcap", 0.0)):
         return "a cache, a flag or soft-capped scores are not taken"
     if heads != kv or len({x.sizes for x in family.linears}) != 1:
         return "query, key and value of different widths are not taken"
     if mask is not None and (mask.shape is None or not 2 <= len(mask.shape) <= 4):
         return "the rank of the mask is not known"
-    if why := ctx.moves_rows(mask):
+    if why := ctx.changes_masked_rows(mask):
         return why
     fits = first.input.shape is not None and len(first.input.shape) == 3 and first.output.dtype is ir.DataType.FLOAT
     return "" if fits else "takes a float32 input of three axes"
@@ -156,9 +160,9 @@ def _packed(ctx: Context, spot: Spot) -> None:
     node, g, three = family.attention, ctx.g, _ordered(family)
     assert node is not None
     assert node.inputs[0] is not None
-    weight = _beside(g, [x.weight for x in three], 1, f"{three[0].weight.name}_packed")
+    weight = _concatenated(g, [x.weight for x in three], 1, f"{three[0].weight.name}_packed")
     if three[0].bias is not None:
-        bias = _beside(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
+        bias = _concatenated(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
     else:
         bias = g.constant(np.zeros(3 * three[0].sizes[1], np.float32), f"{three[0].name}_no_bias")
     mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -176,7 +180,7 @@ def _bias_inside(ctx: Context, spot: Spot) -> None:
     assert node is not None
     assert node.inputs[0] is not None
     assert three[0].bias is not None
-    bias = _beside(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
+    bias = _concatenated(g, [x.bias for x in three], 0, f"{three[0].bias.name}_packed")
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     added = None if mask is None else float_mask(ctx, mask, node.inputs[0])
     args = (*(x.node.outputs[0] for x in three), bias, None, added)
@@ -187,24 +191,24 @@ def _bias_inside(ctx: Context, spot: Spot) -> None:
 
 
 def _merged(ctx: Context, spot: Spot) -> None:
-    """Plain products with the scale of the scores multiplied into the query's weight and bias."""
+    """Decomposed attention with the scale of the scores folded into the query's weight and bias."""
     family: Family = spot.data
     node, q = family.attention, _ordered(family)[0]
     assert node is not None
     factor = np.full(q.sizes[1], scale_of(node))
-    exact = bool(ctx.moves_rows(node.inputs[3] if len(node.inputs) > 3 else None))
+    exact = bool(ctx.changes_masked_rows(node.inputs[3] if len(node.inputs) > 3 else None))
     ctx.g.scale(q.weight, factor, 1, users=[q.node])
     if q.bias is not None and q.add is not None:
         ctx.g.scale(q.bias, factor, 0, users=[q.add])
-    ctx.g.replace(node.outputs[0], spell_attention(ctx.g, node, scaled=False, exact_rows=exact))
+    ctx.g.replace(node.outputs[0], decompose_attention(ctx.g, node, scaled=False, exact_rows=exact))
 
 
-def _no_merge(ctx: Context, spot: Spot) -> str:
+def _refuse_merged(ctx: Context, spot: Spot) -> str:
     family: Family = spot.data
     assert family.attention is not None
     if any(x.quantized for x in family.linears):
         return "quantized weights are not scaled"
-    return unspeakable(family.attention)
+    return not_decomposable(family.attention)
 
 
 def _joined(ctx: Context, spot: Spot) -> None:
@@ -219,13 +223,13 @@ PROJECTIONS = Kind(
     (
         _SEPARATE,
         Form("joined", _joined),
-        Form("packed", _packed, ((CONTRIB, "Attention"),), _own),
+        Form("packed", _packed, ((CONTRIB, "Attention"),), _refuse_contrib),
         Form(
             "bias inside",
             _bias_inside,
             ((CONTRIB, "MultiHeadAttention"),),
-            lambda c, s: _own(c, s) or ("" if s.data.linears[0].bias is not None else "there is no bias"),
+            lambda c, s: _refuse_contrib(c, s) or ("" if s.data.linears[0].bias is not None else "there is no bias"),
         ),
-        Form("scale merged", _merged, (), _no_merge),
+        Form("scale merged", _merged, (), _refuse_merged),
     ),
 )

@@ -18,13 +18,13 @@ from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair import sequential
 from onnxcomp.methods.repair.readers import Reader, Repair, inside, repair
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, cross_gram, gram, mean, norm2, var
-from onnxcomp.stats.calibrate import MEMORY
 
 __all__ = ["Patches", "affordable", "collect", "patches_of", "probed", "refit_each", "refit_in_order"]
 

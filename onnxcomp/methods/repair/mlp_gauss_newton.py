@@ -10,6 +10,7 @@ from onnxcomp.blocks import Linear, Mlp
 from onnxcomp.blocks.branches import Sums
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
@@ -17,11 +18,10 @@ from onnxcomp.methods.repair.readers import Reader, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired
 
-__all__ = ["HELD", "MEMORY", "fit_mlp", "reader_of"]
+__all__ = ["HELD", "fit_mlp", "reader_of"]
 
 ROWS = 1 << 16  # calibration rows at most: the time of a round grows with them
 LEAST_ROWS = 64  # even where memory is said to be less
-MEMORY = 2 << 30  # bytes, where no budget is given
 HELD = 64  # bytes of memory for each element of a row: two float64 samples while they grow, as pairs, and split
 
 

@@ -7,9 +7,10 @@ import numpy as np
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
+from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array
 from onnxcomp.maths.newton_softmax import Classes, fit
-from onnxcomp.methods.repair.mlp_gauss_newton import HELD, MEMORY, reader_of
+from onnxcomp.methods.repair.mlp_gauss_newton import HELD, reader_of
 from onnxcomp.methods.repair.readers import replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired

@@ -1,4 +1,4 @@
-"""The block-by-block walk: where a graph is cut, and that going in stretches gives what one run gives."""
+"""The block-by-block walk: where a graph is cut, and that going in segments gives what one run gives."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Edit
-from onnxcomp.runtime import stretches
-from onnxcomp.runtime.stretches import Layout, Stage, Walk, signature
+from onnxcomp.runtime import segments
+from onnxcomp.runtime.segments import Layout, Stage, Walk, signature
 from onnxcomp.stats.calibrate import Collector, collect
 from onnxcomp.target import CPU
 from onnxcomp.validation.compare import Reference
@@ -89,7 +89,7 @@ def test_a_graph_with_bodies_is_not_cut() -> None:
 
 
 @pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder], ids=["encoder", "decoder"])
-def test_stretch_by_stretch_equals_one_run(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segment_by_segment_equals_one_run(build: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     g, changed = build(layers=4), build(layers=4)
     changed.put(blocks.linears(changed)[1].weight, changed.array(blocks.linears(changed)[1].weight) * np.float32(0.5))
     names = inputs(g)
@@ -98,8 +98,8 @@ def test_stretch_by_stretch_equals_one_run(build: Any, tmp_path: Path, monkeypat
     needs += [stats.cross_gram(a, b) for a, b in itertools.pairwise(names)]
     whole = collect(changed, needs, data(g), original=g)
     parts: list[int] = []
-    real = stretches.stretch
-    monkeypatch.setattr(stretches, "stretch", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = segments.segment
+    monkeypatch.setattr(segments, "segment", lambda *a: parts.append((p := real(*a)).model.graph.num_nodes()) or p)
     cut = collect(changed, needs, data(g), original=g, memory=100_000, scratch=tmp_path)
     assert len(parts) > 6
     assert max(parts) < 0.7 * g.model.graph.num_nodes()
@@ -119,8 +119,8 @@ def test_a_sequential_collector_sees_every_edit_and_runs_each_part_once(
     held = data(g)
     collector = Collector(held, CPU, sequential=True)
     ran: list[int] = []
-    real = stretches.stretch
-    monkeypatch.setattr(stretches, "stretch", lambda *a: ran.append((p := real(*a)).model.graph.num_nodes()) or p)
+    real = segments.segment
+    monkeypatch.setattr(segments, "segment", lambda *a: ran.append((p := real(*a)).model.graph.num_nodes()) or p)
     rng = np.random.default_rng(0)
     for i, name in enumerate([str(x.name) for x in blocks.linears(g)]):
         linear = next(x for x in blocks.linears(g) if x.name == name)
@@ -179,9 +179,9 @@ def test_a_large_model_is_compared_block_by_block(monkeypatch: pytest.MonkeyPatc
     other.put(blocks.linears(other)[4].weight, other.array(blocks.linears(other)[4].weight) * np.float32(0.9))
     want = Reference(g, data(g)).against(other).json()
     made: list[int] = []
-    real = stretches.stretch
-    monkeypatch.setattr(stretches, "stretch", lambda *a: made.append((p := real(*a)).model.graph.num_nodes()) or p)
-    monkeypatch.setattr("onnxcomp.runtime.sessions.payload.PREPACK_BELOW", 1)
+    real = segments.segment
+    monkeypatch.setattr(segments, "segment", lambda *a: made.append((p := real(*a)).model.graph.num_nodes()) or p)
+    monkeypatch.setattr("onnxcomp.runtime.payload.PREPACK_BELOW", 1)
     monkeypatch.setattr("onnxcomp.runtime.runner.MEMORY", 40_000)
     got = Reference(g, data(g), scratch=tmp_path).against(other).json()
     assert len(made) > 6
@@ -243,7 +243,7 @@ def test_variants_share_the_walk_and_score_as_if_each_ran_alone(build: Any, tmp_
     assert again == pytest.approx(reference.against(g).values()["rel-l2"], rel=1e-4)
 
 
-def test_variants_of_a_large_model_run_in_stretches_and_leave_the_walk_where_it_stands(tmp_path, monkeypatch) -> None:
+def test_variants_of_a_large_model_run_in_segments_and_leave_the_walk_where_it_stands(tmp_path, monkeypatch) -> None:
     g = tiny.encoder(layers=4)
     reference = Reference(g, data(g))
     alone = g.clone()

@@ -1,0 +1,40 @@
+"""What `onnxcomp compress` and `onnxcomp optimize` say of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from onnxcomp.cli.console import Output, Watch
+from onnxcomp.reports import json_report as report
+from onnxcomp.reports import tables
+from onnxcomp.reports.outcome import Result
+
+__all__ = ["show"]
+
+
+def show(output: Output, out: Path | None, run: Callable[[Watch | None], dict[str, Result]]) -> None:
+    """Run a compression with a progress bar and say what came of it."""
+    with output.progress() as watch:
+        results = run(watch)
+    graphs = {name: report.to_json(r.report) for name, r in results.items()}
+    lines, shown = [], []
+    for name, result in results.items():
+        line = report.headline(result.report) if out else _planned(result)
+        lines.append(line if len(results) == 1 else f"{name}: {line}")
+        shown += tables.report_tables(result.report, verbose=output.verbose)
+    shown.append(f"written to {out}" if out else "nothing was written (--plan)")
+    output.show({"out": str(out) if out else None, "graphs": graphs}, "\n".join(lines), *shown)
+
+
+def _planned(result: Result) -> str:
+    """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
+    steps, told = result.report.steps, result.report.plan
+    assert told is not None, "only a dry run is told of"
+    before, after = told.nbytes
+    changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
+    counts = [
+        f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", told.parameters), ("macs", told.macs))
+    ]
+    line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
+    return line + (f"; not planned without data: {', '.join(told.needs_data)}" if told.needs_data else "")

@@ -1,0 +1,64 @@
+"""How a job runs, as one value that goes from the command line and the library's calls down to the manager."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.target import CPU, Target, resolved
+
+if TYPE_CHECKING:
+    from onnxcomp.data.datasets import Dataset
+    from onnxcomp.graph import Graph
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Where a model will run, on which data it is made and judged, and within which limits; what is done a recipe says.
+
+    `samples`, `sequence` (tokens per sample) and `memory` (bytes) are upper limits; without `measure` nothing is timed;
+    `choices` is a file that `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run.
+    """
+
+    target: Target = CPU
+    calibration: Any = None
+    evaluation: Any = None
+    samples: int | None = None
+    batch: int = 8
+    sequence: int | None = None
+    shapes: tuple[Mapping[str, int], ...] = ()
+    memory: int | None = None
+    measure: bool = True
+    cache: Path | None = None
+    choices: Path | None = None
+    allow_code: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "target", resolved(self.target))
+        object.__setattr__(self, "shapes", tuple(dict(s) for s in self.shapes))
+
+    def dataset(self, source: Any, graph: Graph, folder: Path) -> Dataset | None:
+        """The data behind a source given as text, path or batches; None where nothing is given.
+
+        `folder` holds the model's tokenizer or image processor. Raises `DataError`.
+        """
+        if source is None or (isinstance(source, (tuple, list)) and not source):
+            return None
+        if not isinstance(source, (str, Path)):
+            return as_dataset(source, graph)
+        return load_data(
+            source,
+            graph,
+            folder,
+            batch=self.batch,
+            samples=self.samples,
+            sequence=self.sequence,
+            allow_code=self.allow_code,
+            seed=self.seed,
+        )
