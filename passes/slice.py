@@ -12,7 +12,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks.linears import NormSite
-from onnxcomp.blocks.stream import Stream, leaders, streams
+from onnxcomp.blocks.stream import Stream, basis_values, streams
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Float64
 from onnxcomp.methods.repair import sequential
@@ -81,7 +81,7 @@ class Slice(Pass):
                 for norm in stream.norms:
                     g.decline(_site(norm), why)
                 continue
-            bases, chosen = self._bases(g, stream, width, env), leaders(stream)
+            bases, chosen = self._bases(g, stream, width, env), basis_values(stream)
             written = duals(g, stream, bases) if self._repairs(env) else bases
             parts = {str(v.name): Part(str(v.name), written[chosen[v]], stream.kind == "layer") for v in stream.values}
             made = rotate(g, stream, *({v: of[chosen[v]] for v in stream.values} for of in (bases, written)))

@@ -13,10 +13,10 @@ import onnx_ir as ir
 if TYPE_CHECKING:
     from onnxcomp.analysis.facts import Facts
 
-__all__ = ["FLOATS", "Uniform", "uniform", "uniform_of"]
+__all__ = ["MAX_FLOATS", "Uniform", "uniform", "uniform_of"]
 
-READ = 1 << 16  # elements of a constant worth reading to see that they are equal
-FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
+MAX_INTEGERS = 1 << 16  # elements of a constant worth reading to see that they are equal
+MAX_FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Uniform:
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
     """Bounds of a constant of moderate size; of floats only what is small or already in memory."""
-    limit = READ if not t.dtype.is_floating_point() else FLOATS if isinstance(t, ir.Tensor) else 64
+    limit = MAX_INTEGERS if not t.dtype.is_floating_point() else MAX_FLOATS if isinstance(t, ir.Tensor) else 64
     if t.size == 0 or t.size > limit or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy().astype(np.float64)
@@ -47,7 +47,7 @@ MOVES = {
 }
 
 
-def _sure(always: bool, never: bool) -> bool | None:
+def _decided(always: bool, never: bool) -> bool | None:
     return True if always else False if never else None
 
 
@@ -57,7 +57,7 @@ def _ordered(
     """Whether `a op b` holds for all elements, for none, or cannot be told."""
     always = a.low is not None and b.high is not None and op(a.low, b.high)
     never = a.high is not None and b.low is not None and inverse(a.high, b.low)
-    return _sure(always, never)
+    return _decided(always, never)
 
 
 def _logic(op: str, a: Uniform | None, b: Uniform | None) -> bool | None:
@@ -73,25 +73,25 @@ def _truth(x: bool | None) -> Uniform | None:
 
 def uniform(f: Facts, node: ir.Node) -> Uniform | None:
     """Bounds of a node's output from those of its inputs; None where nothing is known."""
-    op, given = node.op_type, [f.uniform(x) for x in node.inputs]
+    op, inputs = node.op_type, [f.uniform(x) for x in node.inputs]
     if op in MOVES:
-        return given[0]
+        return inputs[0]
     if op == "Cast":
-        return _cast(given[0], node)
+        return _cast(inputs[0], node)
     if op == "Range":
-        return _range(given)
+        return _range(inputs)
     if op == "Shape":
         return Uniform(0.0, None)
     if op == "ConstantOfShape":
         value: Any = node.attributes.get("value")
         return Uniform(0.0, 0.0) if value is None else uniform_of(value.as_tensor())
     if op in ("And", "Or"):
-        return _truth(_logic(op, given[0], given[1]))
+        return _truth(_logic(op, inputs[0], inputs[1]))
     if op == "Not":
-        return None if given[0] is None or given[0].value is None else _truth(not given[0].value)
+        return None if inputs[0] is None or inputs[0].value is None else _truth(not inputs[0].value)
     if op == "Where":
-        return _where(given)
-    a, b = (given[0], given[1]) if len(given) == 2 else (None, None)
+        return _where(inputs)
+    a, b = (inputs[0], inputs[1]) if len(inputs) == 2 else (None, None)
     return _compared(op, a, b) if a is not None and b is not None else None
 
 
@@ -130,15 +130,15 @@ def _cast(a: Uniform | None, node: ir.Node) -> Uniform | None:
     return None if a.value is None else _truth(bool(a.value))
 
 
-def _range(given: list[Uniform | None]) -> Uniform | None:
-    start, step = given[0], given[2]
+def _range(inputs: list[Uniform | None]) -> Uniform | None:
+    start, step = inputs[0], inputs[2]
     if start is None or step is None or step.low is None or step.low <= 0:
         return None
     return Uniform(start.low, None)
 
 
-def _where(given: list[Uniform | None]) -> Uniform | None:
-    c, x, y = given
+def _where(inputs: list[Uniform | None]) -> Uniform | None:
+    c, x, y = inputs
     if c is not None and c.value is not None:
         return x if c.value else y
     return x if x is not None and x == y and x.value is not None else None

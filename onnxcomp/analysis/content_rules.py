@@ -19,19 +19,19 @@ if TYPE_CHECKING:
 
 __all__ = ["CONTENT_RULES", "Content", "constant_content", "small"]
 
-LIMIT = 64
+MAX_ELEMENTS = 64
 Content = NDArray[np.object_]
 Rule = Callable[["Facts", ir.Node], "Content | None"]
 
 
 def small(c: Content | None) -> Content | None:
     """The content if it is small enough to keep."""
-    return c if c is not None and c.size <= LIMIT else None
+    return c if c is not None and c.size <= MAX_ELEMENTS else None
 
 
 def constant_content(t: ir.TensorProtocol) -> Content | None:
     """Elements of a small number or bool constant; a large one is not read."""
-    if t.size > LIMIT or t.dtype == ir.DataType.STRING:
+    if t.size > MAX_ELEMENTS or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy()
     if a.dtype.kind not in "iubf":
@@ -105,7 +105,7 @@ def _unary(op: Callable[[float], float | None]) -> Any:
     return f
 
 
-def _whole(op: Callable[[float], int], x: float) -> float | None:
+def _rounded(op: Callable[[float], int], x: float) -> float | None:
     """A float rounded by `op`; None so near to an integer that single precision may fall on its other side."""
     nearest = round(x)
     if x != nearest and abs(x - nearest) < 1e-5 * max(1.0, abs(x)):
@@ -156,23 +156,23 @@ def _cast(f: Facts, node: ir.Node) -> Content | None:
         return None
     to = ir.DataType(node.attributes.get_int("to", 1))
 
-    def one(x: Any) -> Any:
+    def cast_element(x: Any) -> Any:
         if x is None or isinstance(x, Dim):
             return x if to != ir.DataType.BOOL else None
         if to == ir.DataType.BOOL:
             return bool(x)
         if to.is_floating_point():
             return float(x)
-        whole = _whole(math.trunc, x) if math.isfinite(x) else None
-        return None if whole is None else int(whole)
+        rounded = _rounded(math.trunc, x) if math.isfinite(x) else None
+        return None if rounded is None else int(rounded)
 
-    return _boxed(np.frompyfunc(one, 1, 1)(c))
+    return _boxed(np.frompyfunc(cast_element, 1, 1)(c))
 
 
 # ---- shape arithmetic --------------------------------------------------------------------------------------------
 
 
-def _listed(xs: list[Any]) -> Content:
+def _vector(xs: list[Any]) -> Content:
     c = np.empty(len(xs), object)
     c[:] = xs
     return c
@@ -182,7 +182,7 @@ def _shape(f: Facts, node: ir.Node) -> Content | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
-    return _listed(list(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]))
+    return _vector(list(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]))
 
 
 def _size(f: Facts, node: ir.Node) -> Content | None:
@@ -241,7 +241,7 @@ def _expand(f: Facts, node: ir.Node) -> Content | None:
     if c is None or s is None or not all(isinstance(d, int) for d in s):
         return None
     shape = tuple(int(d) for d in s if isinstance(d, int))
-    return np.broadcast_to(c, shape) if math.prod(shape) <= LIMIT else None
+    return np.broadcast_to(c, shape) if math.prod(shape) <= MAX_ELEMENTS else None
 
 
 def _of_shape(f: Facts, node: ir.Node) -> Content | None:
@@ -249,7 +249,7 @@ def _of_shape(f: Facts, node: ir.Node) -> Content | None:
     if s is None or not all(isinstance(d, int) for d in s.reshape(-1)):
         return None
     shape = tuple(int(d) for d in s.reshape(-1))
-    if math.prod(shape) > LIMIT:
+    if math.prod(shape) > MAX_ELEMENTS:
         return None
     value = node.attributes.get("value")
     fill = value.as_tensor().numpy().reshape(-1)[0].item() if value is not None else 0.0
@@ -261,8 +261,8 @@ def _range(f: Facts, node: ir.Node) -> Content | None:
     numbers = [p.reshape(-1)[0] for p in parts if p is not None and p.size == 1]
     if len(numbers) != 3 or not all(isinstance(x, int) for x in numbers) or numbers[2] == 0:
         return None
-    found = range(*numbers)
-    return _listed(list(found)) if len(found) <= LIMIT else None
+    numbers_in_range = range(*numbers)
+    return _vector(list(numbers_in_range)) if len(numbers_in_range) <= MAX_ELEMENTS else None
 
 
 def _identity(f: Facts, node: ir.Node) -> Content | None:
@@ -279,10 +279,10 @@ def _reduce_prod(f: Facts, node: ir.Node) -> Content | None:
     if c is None or c.ndim != 1 or axes is None or not all(_is_size(x) for x in c):
         return None
     total = product(list(c))
-    return _listed([total]) if node.attributes.get_int("keepdims", 1) else _boxed(total)
+    return _vector([total]) if node.attributes.get_int("keepdims", 1) else _boxed(total)
 
 
-def _divided(x: Size, y: Size) -> Size | None:
+def _quotient(x: Size, y: Size) -> Size | None:
     if isinstance(x, int) and isinstance(y, int):
         return int(x / y) if y else None  # ONNX truncates
     exact = divide(x, y)
@@ -312,7 +312,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Add": _each(_arithmetic(add, operator.add), 2),
     "Sub": _each(_arithmetic(subtract, operator.sub), 2),
     "Mul": _each(_arithmetic(multiply, operator.mul), 2),
-    "Div": _each(_arithmetic(_divided, operator.truediv), 2),
+    "Div": _each(_arithmetic(_quotient, operator.truediv), 2),
     "Mod": _each(_arithmetic(_remainder, math.fmod), 2),
     "Pow": _each(_numbers(lambda x, y: x**y if x > 0 else None), 2),
     "Max": _each(_extreme(max), 2),
@@ -329,7 +329,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Neg": _each(_unary(operator.neg), 1),
     "Sqrt": _each(_unary(math.sqrt), 1),
     "Reciprocal": _each(_unary(lambda x: 1.0 / x), 1),
-    "Floor": _each(_unary(lambda x: _whole(math.floor, x)), 1),
-    "Ceil": _each(_unary(lambda x: _whole(math.ceil, x)), 1),
+    "Floor": _each(_unary(lambda x: _rounded(math.floor, x)), 1),
+    "Ceil": _each(_unary(lambda x: _rounded(math.ceil, x)), 1),
     "Abs": _each(_unary(abs), 1),
 }

@@ -38,9 +38,9 @@ def _windows(node: ir.Node, s: Shape, channels: Size, kernel: list[int]) -> Shap
         return None
     dims: list[Size] = []
     for i, d in enumerate(s[2:]):
-        around = pads[i] + pads[i + n] if auto == "NOTSET" else 0
+        padding = pads[i] + pads[i + n] if auto == "NOTSET" else 0
         # The 1 goes in before the division: what keeps its length then keeps its name.
-        last = add(d, around - dilations[i] * (kernel[i] - 1) - 1 + strides[i])
+        last = add(d, padding - dilations[i] * (kernel[i] - 1) - 1 + strides[i])
         dims.append(floor(last, strides[i]))
     return (s[0], channels, *dims)
 

@@ -19,7 +19,10 @@ from onnxcomp.graph import CONTRIB, Graph
 __all__ = ["Facts"]
 
 RULES = {"": SHAPE_RULES, "ai.onnx": SHAPE_RULES, CONTRIB: CONTRIB_RULES}
-SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")  # their fourth output is what they normalize
+SKIP_NORMS = (
+    "SkipLayerNormalization",
+    "SkipSimplifiedLayerNormalization",
+)  # their fourth output is what they normalize
 
 
 class Facts:
@@ -141,10 +144,10 @@ class Facts:
         rule = RULES.get(node.domain, {}).get(node.op_type)
         first = rule(self, node) if rule is not None else None
         for i, out in enumerate(node.outputs):
-            own = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SUMS) else None
+            inferred = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SKIP_NORMS) else None
             if node.op_type == "Split" and node.domain == "":
-                own = split_shape(self, node, i)
-            self._shapes[out] = own if own is not None else self.recorded(out)
+                inferred = split_shape(self, node, i)
+            self._shapes[out] = inferred if inferred is not None else self.recorded(out)
             self._contents[out] = None
             self._uniform[out] = None
         if node.domain == "" and len(node.outputs) == 1:

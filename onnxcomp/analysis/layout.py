@@ -16,10 +16,21 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Shape, Size, product
 from onnxcomp.graph import Graph
 
-__all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "target_of", "trace"]
+__all__ = [
+    "Axis",
+    "MergedHeads",
+    "Trace",
+    "merge_heads",
+    "reshaped",
+    "simplify_layouts",
+    "sink_layouts",
+    "start",
+    "target_of",
+    "trace",
+]
 
-ALONE = ("Gelu", "Relu", "Tanh")  # activations of one input that stand between linears
-MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+ACTIVATIONS = ("Gelu", "Relu", "Tanh")  # activations of one input that stand between linears
+LAYOUT_OPS = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +71,7 @@ def start(f: Facts, v: ir.Value) -> Trace | None:
     return Trace(v, axes, axes)
 
 
-def trace(f: Facts, v: ir.Value, *, through: Sequence[str] = MOVES) -> Iterator[Trace]:
+def trace(f: Facts, v: ir.Value, *, through: Sequence[str] = LAYOUT_OPS) -> Iterator[Trace]:
     """Every earlier value that holds the same elements, nearest first; ends where a step cannot be proved."""
     t = start(f, v)
     while t is not None:
@@ -68,10 +79,10 @@ def trace(f: Facts, v: ir.Value, *, through: Sequence[str] = MOVES) -> Iterator[
         node = t.value.producer()
         if node is None or node.domain or node.op_type not in through or node.inputs[0] is None:
             return
-        t = _step(f, t, node)
+        t = _step_back(f, t, node)
 
 
-def _step(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
+def _step_back(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
     x = node.inputs[0]
     if x is None:
         return None
@@ -97,23 +108,23 @@ def _regroup(f: Facts, t: Trace, x: ir.Value, shape: Shape) -> Trace | None:
     groups: list[Axes] = []
     for d in shape:
         group: list[Axis] = []
-        left: Size | None = d
-        while left is not None and left != 1:
+        remaining: Size | None = d
+        while remaining is not None and remaining != 1:
             if not flat:
                 return None
             a = flat.pop(0)
-            rest = f.quotient(left, a.size)
-            if rest is None:
-                more = f.quotient(a.size, left)
-                if more is None:
+            quotient = f.quotient(remaining, a.size)
+            if quotient is None:
+                inner = f.quotient(a.size, remaining)
+                if inner is None:
                     return None
-                parts = (Axis(left), Axis(more))
+                parts = (Axis(remaining), Axis(inner))
                 t = t.split(a, parts)
                 groups = [tuple(p for b in g for p in (parts if b is a else (b,))) for g in groups]
                 flat.insert(0, parts[1])
-                a, rest = parts[0], 1
+                a, quotient = parts[0], 1
             group.append(a)
-            left = rest
+            remaining = quotient
         groups.append(tuple(group))
     return None if flat else replace(t, value=x, axes=tuple(groups))
 
@@ -124,14 +135,14 @@ def _unexpand(f: Facts, t: Trace, x: ir.Value) -> Trace | None:
         return None
     added = len(t.axes) - len(shape)
     axes = list(t.axes[added:])
-    gone = [a for group in t.axes[:added] for a in group]
+    repeated = [a for group in t.axes[:added] for a in group]
     for i, d in enumerate(shape):
         if d == 1:
-            gone += axes[i]
+            repeated += axes[i]
             axes[i] = ()
         elif not f.same(d, product(a.size for a in axes[i])):
             return None
-    return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(gone))
+    return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(repeated))
 
 
 def _untile(f: Facts, t: Trace, node: ir.Node, x: ir.Value) -> Trace | None:
@@ -176,7 +187,7 @@ def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None
 
 
 @dataclass(frozen=True)
-class Sunk:
+class MergedHeads:
     """A `[b, n, s, h]` value as `[b, s, n * h]`; `repeat` copies of each of `heads` heads were made on the way."""
 
     value: ir.Value
@@ -185,60 +196,60 @@ class Sunk:
     scale: float
 
 
-def sink(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> Sunk | None:
+def merge_heads(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> MergedHeads | None:
     """Find or make the 3-D value behind a 4-D one; None when head count or width is not static."""
     shape = f.shape(v)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return None
-    through = MOVES + (("Mul", "Div") if scaled else ()) + (("Expand",) if grouped else ())
-    best: tuple[int, Trace] | None = None
+    through = LAYOUT_OPS + (("Mul", "Div") if scaled else ()) + (("Expand",) if grouped else ())
+    nearest: tuple[int, Trace] | None = None
     for t in trace(f, v, through=through):
-        cost = _distance(f, t)
-        if cost is not None and (best is None or cost <= best[0]):
-            best = (cost, t)
-    if best is None:
+        cost = _steps_to_merged(f, t)
+        if cost is not None and (nearest is None or cost <= nearest[0]):
+            nearest = (cost, t)
+    if nearest is None:
         return None
-    cost, t = best
-    kept = [a for a in t.origin[1] if a not in t.repeated]
-    heads, repeat = product(a.size for a in kept), product(a.size for a in t.repeated)
+    cost, t = nearest
+    head_axes = [a for a in t.origin[1] if a not in t.repeated]
+    heads, repeat = product(a.size for a in head_axes), product(a.size for a in t.repeated)
     if not isinstance(heads, int) or not isinstance(repeat, int):
         return None
     value = t.value
     if cost == 2:
-        value = g.op("Transpose", value, perm=_order(t))
+        value = g.op("Transpose", value, perm=_merging_perm(t))
     if cost:
         flat = reshaped(g, f, value, [shape[0], shape[2], heads * shape[3]])
         if flat is None:
             return None
         value = flat
-    return Sunk(value, heads, repeat, t.scale)
+    return MergedHeads(value, heads, repeat, t.scale)
 
 
-def _distance(f: Facts, t: Trace) -> int | None:
+def _steps_to_merged(f: Facts, t: Trace) -> int | None:
     """0: already `[b, s, n * h]`; 1: a Reshape away; 2: a Transpose and a Reshape; None: not reachable from here."""
     b, n, s, h = t.origin
-    kept = tuple(a for a in n if a not in t.repeated)
-    if any(a not in n for a in t.repeated) or n[: len(kept)] != kept:
+    head_axes = tuple(a for a in n if a not in t.repeated)
+    if any(a not in n for a in t.repeated) or n[: len(head_axes)] != head_axes:
         return None
-    if t.axes == (b, s, kept + h):
+    if t.axes == (b, s, head_axes + h):
         return 0
-    wanted = [product(a.size for a in group) for group in (b, s, kept + h)]
-    in_order = tuple(a for group in t.axes for a in group) == (*b, *s, *kept, *h)
-    if in_order and target_of(f, f.shape(t.value) or (), wanted) is not None:
+    merged_sizes = [product(a.size for a in group) for group in (b, s, head_axes + h)]
+    in_order = tuple(a for group in t.axes for a in group) == (*b, *s, *head_axes, *h)
+    if in_order and target_of(f, f.shape(t.value) or (), merged_sizes) is not None:
         return 1
-    return 2 if len(t.axes) == 4 and _order(t) is not None else None
+    return 2 if len(t.axes) == 4 and _merging_perm(t) is not None else None
 
 
-def _order(t: Trace) -> list[int] | None:
+def _merging_perm(t: Trace) -> list[int] | None:
     """Where the batch, sequence, head and width axes are; None if they are not four whole axes."""
     b, n, s, h = t.origin
-    kept = tuple(a for a in n if a not in t.repeated)
+    head_axes = tuple(a for a in n if a not in t.repeated)
     order: list[int] = []
-    for want in (b, s, kept, h):
-        spots = [i for i, got in enumerate(t.axes) if got == want and i not in order]
-        if not spots:
+    for group in (b, s, head_axes, h):
+        places = [i for i, axes in enumerate(t.axes) if axes == group and i not in order]
+        if not places:
             return None
-        order.append(spots[0])
+        order.append(places[0])
     return order
 
 
@@ -247,7 +258,7 @@ def _order(t: Trace) -> list[int] | None:
 
 def simplify_layouts(g: Graph, f: Facts) -> None:
     """Collapse chains of layout moves: to nothing, to one Reshape, or to one Transpose, where that is proved."""
-    for node in g.nodes(*MOVES):
+    for node in g.nodes(*LAYOUT_OPS):
         if node.domain == "":
             _simplify(g, f, node)
 
@@ -285,17 +296,17 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
     return True
 
 
-def fold_batch(g: Graph, f: Facts) -> None:
+def sink_layouts(g: Graph, f: Facts) -> None:
     """Let linears, their biases and casts work on the original axes: what folds or swaps axes moves below them."""
     for node in g.nodes("LayerNormalization", "RMSNormalization"):
         _lift_norm(g, node)
     for node in g.nodes("Cast"):
         _lift_cast(g, node)
-    for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
-        if node.domain == "" and node.op_type in ALONE:
-            _lift_alone(g, f, node)
+    for node in g.nodes("MatMul", "Add", "Sum", *ACTIVATIONS):
+        if node.domain == "" and node.op_type in ACTIVATIONS:
+            _lift_activation(g, f, node)
         elif node.domain == "" and len(node.inputs) == 2:
-            _lift(g, f, node)
+            _lift_linear(g, f, node)
 
 
 def _lift_cast(g: Graph, node: ir.Node) -> None:
@@ -303,12 +314,12 @@ def _lift_cast(g: Graph, node: ir.Node) -> None:
     out, x, moves = node.outputs[0], node.inputs[0], []
     if x is None or out.is_graph_output() or any(v.dtype is None or not v.dtype.is_floating_point() for v in (x, out)):
         return
-    while (move := x.producer()) is not None and move.op_type in MOVES and not move.domain and _only_read(x):
+    while (move := x.producer()) is not None and move.op_type in LAYOUT_OPS and not move.domain and _has_one_user(x):
         moves.append(move)
-        above = move.inputs[0]
-        if above is None:
+        source = move.inputs[0]
+        if source is None:
             return
-        x = above
+        x = source
     if not moves:
         return
     y = g.op("Cast", x, **{k: a.value for k, a in node.attributes.items()})
@@ -322,52 +333,59 @@ def _lift_cast(g: Graph, node: ir.Node) -> None:
 def _lift_norm(g: Graph, node: ir.Node) -> None:
     """A norm over the last axis above a Transpose of the others that nothing else reads, such as that of heads."""
     x, out = node.inputs[0], node.outputs[0]
-    turn = x.producer() if x is not None else None
-    if node.domain or x is None or turn is None or turn.op_type != "Transpose" or turn.domain or not _only_read(x):
+    transpose = x.producer() if x is not None else None
+    if (
+        node.domain
+        or x is None
+        or transpose is None
+        or transpose.op_type != "Transpose"
+        or transpose.domain
+        or not _has_one_user(x)
+    ):
         return
-    perm = turn.attributes.get_ints("perm", [0])
+    perm = transpose.attributes.get_ints("perm", [0])
     if perm[-1] != len(perm) - 1 or node.attributes.get_int("axis", -1) not in (-1, len(perm) - 1):
         return
     if out.is_graph_output() or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
         return
     attrs = {k: a.value for k, a in node.attributes.items()} | {"axis": -1}
-    y = g.op(node.op_type, turn.inputs[0], *node.inputs[1:], like=turn.inputs[0], **attrs)
+    y = g.op(node.op_type, transpose.inputs[0], *node.inputs[1:], like=transpose.inputs[0], **attrs)
     g.replace(out, g.op("Transpose", y, perm=list(perm), like=out))
 
 
-def _only_read(v: ir.Value) -> bool:
+def _has_one_user(v: ir.Value) -> bool:
     return len(v.uses()) == 1 and not v.is_graph_output()
 
 
-def _lift_alone(g: Graph, f: Facts, node: ir.Node) -> None:
+def _lift_activation(g: Graph, f: Facts, node: ir.Node) -> None:
     """The same for an activation between two linears."""
     folded, shape, out = node.inputs[0], f.shape(node.outputs[0]), node.outputs[0]
     producer = folded.producer() if folded is not None else None
     if folded is None or producer is None or shape is None or out.is_graph_output() or not _folds(f, folded):
         return
     new = g.op(node.op_type, producer.inputs[0], **{k: a.value for k, a in node.attributes.items()})
-    back = reshaped(g, f, new, shape, like=out)
-    if back is not None:
-        g.replace(out, back)
+    reshaped_back = reshaped(g, f, new, shape, like=out)
+    if reshaped_back is not None:
+        g.replace(out, reshaped_back)
 
 
-def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
+def _lift_linear(g: Graph, f: Facts, node: ir.Node) -> None:
     index = next((i for i, x in enumerate(node.inputs) if g.is_constant(node.inputs[1 - i]) and x is not None), None)
     if index is None or (node.op_type == "MatMul" and index != 0):
         return
-    x, other = node.inputs[index], node.inputs[1 - index]
-    tensor, shape, have = g.tensor(other), f.shape(node.outputs[0]), f.shape(x)
-    if tensor is None or shape is None or x is None or not have or g.is_constant(x):
+    x, constant = node.inputs[index], node.inputs[1 - index]
+    tensor, shape, input_shape = g.tensor(constant), f.shape(node.outputs[0]), f.shape(x)
+    if tensor is None or shape is None or x is None or not input_shape or g.is_constant(x):
         return
-    fits = len(tensor.shape) == 2 if node.op_type == "MatMul" else tuple(tensor.shape.numpy()) == have[-1:]
-    source = _unfolded(f, x) if fits else None
+    is_linear = len(tensor.shape) == 2 if node.op_type == "MatMul" else tuple(tensor.shape.numpy()) == input_shape[-1:]
+    source = _before_fold(f, x) if is_linear else None
     if source is None:
         return
     value, swapped = source
     lead = f.shape(value) or ()
     if target_of(f, (*((lead[1], lead[0]) if swapped else lead[:-1]), shape[-1]), shape) is None:
         return
-    new = g.op(node.op_type, *((value, other) if index == 0 else (other, value)))
+    new = g.op(node.op_type, *((value, constant) if index == 0 else (constant, value)))
     if swapped:
         new = g.op("Transpose", new, perm=[1, 0, 2])
     back = reshaped(g, f, new, shape, like=node.outputs[0])
@@ -375,19 +393,19 @@ def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
         g.replace(node.outputs[0], back)
 
 
-def _unfolded(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
+def _before_fold(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
     """The value before a Reshape that folds leading axes, or before a swap of two; and whether they were swapped."""
     node = x.producer()
     if _folds(f, x) and node is not None and node.inputs[0] is not None:
         x = node.inputs[0]
-        found: tuple[ir.Value, bool] | None = (x, False)
+        unfolded: tuple[ir.Value, bool] | None = (x, False)
     else:
-        found = None
+        unfolded = None
     for t in list(trace(f, x))[1:]:
         lead = tuple(a for group in t.origin[:-1] for a in group)
         if len(t.axes) == 3 and t.axes[2] == t.origin[-1] and t.axes[0] and t.axes[1] and lead == t.axes[1] + t.axes[0]:
             return t.value, True
-    return found
+    return unfolded
 
 
 def _folds(f: Facts, v: ir.Value) -> bool:

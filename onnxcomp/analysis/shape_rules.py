@@ -62,10 +62,10 @@ def axes_of(f: Facts, node: ir.Node) -> list[int] | None:
     """Axes given as attribute or as second input; None when computed, empty when absent."""
     if "axes" in node.attributes:
         return list(node.attributes.get_ints("axes"))
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is None:
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is None:
         return []
-    c = f.content(given)
+    c = f.content(axes)
     if c is None or not all(isinstance(x, int) for x in c.reshape(-1)):
         return None
     return [int(x) for x in c.reshape(-1)]
@@ -76,25 +76,25 @@ def _unsqueeze(f: Facts, node: ir.Node) -> Shape | None:
     if s is None or axes is None:
         return None
     rank = len(s) + len(axes)
-    new, rest = {a % rank for a in axes}, iter(s)
-    return tuple(1 if i in new else next(rest) for i in range(rank))
+    added, old = {a % rank for a in axes}, iter(s)
+    return tuple(1 if i in added else next(old) for i in range(rank))
 
 
 def _squeeze(f: Facts, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None or (not axes and any(isinstance(d, Dim) for d in s)):
         return None
-    gone = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
-    return tuple(d for i, d in enumerate(s) if i not in gone)
+    removed = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
+    return tuple(d for i, d in enumerate(s) if i not in removed)
 
 
 def _reduce(f: Facts, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None:
         return None
-    gone = {a % len(s) for a in axes} if axes else set(range(len(s)))
+    removed = {a % len(s) for a in axes} if axes else set(range(len(s)))
     keep = node.attributes.get_int("keepdims", 1)
-    return tuple(1 if i in gone else d for i, d in enumerate(s) if keep or i not in gone)
+    return tuple(1 if i in removed else d for i, d in enumerate(s) if keep or i not in removed)
 
 
 def _reshape(f: Facts, node: ir.Node) -> Shape | None:
@@ -113,9 +113,9 @@ def _reshape(f: Facts, node: ir.Node) -> Shape | None:
         else:
             dims.append(t if isinstance(t, int | Dim) else f.fresh(out, i))
     if open_axis is not None:
-        rest = f.quotient(product(s), product(dims))
-        rest = _one_batch(f, s, dims, open_axis) if rest is None else rest
-        dims[open_axis] = rest if rest is not None else f.fresh(out, open_axis)
+        inferred = f.quotient(product(s), product(dims))
+        inferred = _one_batch(f, s, dims, open_axis) if inferred is None else inferred
+        dims[open_axis] = inferred if inferred is not None else f.fresh(out, open_axis)
     return tuple(dims)
 
 
@@ -125,12 +125,17 @@ def _one_batch(f: Facts, s: Shape, dims: list[Size], open_axis: int) -> Size | N
     Decoders view the encoder's states so; unequal batches would mix samples, which no model means.
     """
     batches = [x for x in (*s[:1], *dims[:1]) if isinstance(x, Dim) and x.factor == 1 and len(x.names) == 1]
-    first = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
-    rest = f.quotient(product(s[1:]), product(dims[1:]))
-    if open_axis == 0 or len(first) < 2 or any(axis != 0 for _, axis in first) or not isinstance(rest, int):
+    batch_roots = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
+    inferred = f.quotient(product(s[1:]), product(dims[1:]))
+    if (
+        open_axis == 0
+        or len(batch_roots) < 2
+        or any(axis != 0 for _, axis in batch_roots)
+        or not isinstance(inferred, int)
+    ):
         return None
     f.equal.assume(s[0], dims[0])
-    return rest
+    return inferred
 
 
 def _rank_only(f: Facts, node: ir.Node) -> Shape | None:
@@ -145,10 +150,10 @@ def _expand(f: Facts, node: ir.Node) -> Shape | None:
     s, target = f.shape(node.inputs[0]), f.content(node.inputs[1])
     if s is None or target is None:
         return _rank_only(f, node)
-    wanted = tuple(
+    target_shape = tuple(
         t if isinstance(t, int | Dim) else f.fresh(node.outputs[0], i) for i, t in enumerate(target.reshape(-1))
     )
-    return f.broadcast([wanted, s])
+    return f.broadcast([target_shape, s])
 
 
 def _tile(f: Facts, node: ir.Node) -> Shape | None:
@@ -208,8 +213,8 @@ def _sliced(f: Facts, out: ir.Value, axis: int, d: Size, start: object, end: obj
         return d
     if start == 0 and step == 1 and isinstance(end, Dim) and isinstance(d, int | Dim) and f.same(d, end):
         return d
-    written = f.recorded(out)
-    return written[axis] if written is not None else f.fresh(out, axis)
+    recorded = f.recorded(out)
+    return recorded[axis] if recorded is not None else f.fresh(out, axis)
 
 
 def split_shape(f: Facts, node: ir.Node, index: int) -> Shape | None:
@@ -276,10 +281,10 @@ def _flatten(f: Facts, node: ir.Node) -> Shape | None:
 
 def _pad(f: Facts, node: ir.Node) -> Shape | None:
     s, pads = f.shape(node.inputs[0]), f.content(node.inputs[1])
-    given = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    if s is None or pads is None or (given is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+    axes_input = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    if s is None or pads is None or (axes_input is None and len(node.inputs) > 3 and node.inputs[3] is not None):
         return None
-    axes = [int(a) % len(s) for a in given.reshape(-1)] if given is not None else list(range(len(s)))
+    axes = [int(a) % len(s) for a in axes_input.reshape(-1)] if axes_input is not None else list(range(len(s)))
     before, after = pads.reshape(-1)[: len(axes)], pads.reshape(-1)[len(axes) :]
     dims = list(s)
     for axis, b, a in zip(axes, before, after, strict=True):

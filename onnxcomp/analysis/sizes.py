@@ -45,9 +45,9 @@ class Sum(str):
 
     def __new__(cls, a: Size, b: Size) -> Sum:
         first, second = sorted((a, b), key=str)
-        made = super().__new__(cls, f"({first}+{second})")
-        made.parts = (first, second)
-        return made
+        name = super().__new__(cls, f"({first}+{second})")
+        name.parts = (first, second)
+        return name
 
 
 def parts_of(a: Size) -> tuple[Size, Size] | None:
@@ -61,9 +61,9 @@ def named(name: str) -> Dim:
     return Dim(1, (name,))
 
 
-def _made(factor: int, names: Iterable[str]) -> Size:
-    kept = tuple(sorted(names))
-    return Dim(factor, kept) if kept and factor else factor
+def _simplified(factor: int, names: Iterable[str]) -> Size:
+    sorted_names = tuple(sorted(names))
+    return Dim(factor, sorted_names) if sorted_names and factor else factor
 
 
 def _parts(a: Size) -> tuple[int, tuple[str, ...]]:
@@ -73,7 +73,7 @@ def _parts(a: Size) -> tuple[int, tuple[str, ...]]:
 def multiply(a: Size, b: Size) -> Size:
     """The product."""
     (f, x), (g, y) = _parts(a), _parts(b)
-    return _made(f * g, x + y)
+    return _simplified(f * g, x + y)
 
 
 def product(sizes: Iterable[Size]) -> Size:
@@ -89,12 +89,12 @@ def divide(a: Size, b: Size) -> Size | None:
     (f, x), (g, y) = _parts(a), _parts(b)
     if g == 0 or f % g:
         return None
-    left = list(x)
+    remaining = list(x)
     for name in y:
-        if name not in left:
+        if name not in remaining:
             return None
-        left.remove(name)
-    return _made(f // g, left)
+        remaining.remove(name)
+    return _simplified(f // g, remaining)
 
 
 def floor(a: Size, b: Size) -> Size:
@@ -109,9 +109,9 @@ def floor(a: Size, b: Size) -> Size:
         return exact
     rest, offset = _offset(a)
     if offset and isinstance(b, int) and b > 0:
-        whole = offset // b
-        if whole:
-            return add(floor(add(rest, offset - whole * b), b), whole)
+        multiple = offset // b
+        if multiple:
+            return add(floor(add(rest, offset - multiple * b), b), multiple)
     return named(f"({a}//{b})")
 
 
@@ -119,7 +119,7 @@ def add(a: Size, b: Size) -> Size:
     """The sum; of unlike unknowns an unknown of its own."""
     (f, x), (g, y) = _parts(a), _parts(b)
     if x == y:
-        return _made(f + g, x)
+        return _simplified(f + g, x)
     if a == 0 or b == 0:
         return b if a == 0 else a
     for size, number in ((a, b), (b, a)):
@@ -146,7 +146,7 @@ def subtract(a: Size, b: Size) -> Size:
     if summed is not None and b in summed:
         return summed[1] if summed[0] == b else summed[0]
     if x == y:
-        return _made(f - g, x)
+        return _simplified(f - g, x)
     if isinstance(b, int):
         return add(a, -b)
     return named(f"({a}-{b})")
@@ -171,12 +171,12 @@ class Equalities:
             return
         x, y = self.find(a.names[0]), self.find(b.names[0])
         if x != y:
-            kept, gone = (y, x) if y in self._preferred and x not in self._preferred else (x, y)
-            self._parent[gone] = kept
+            representative, merged = (y, x) if y in self._preferred and x not in self._preferred else (x, y)
+            self._parent[merged] = representative
 
     def plain(self, a: Size) -> Size:
         """The size in terms of the representatives."""
-        return a if isinstance(a, int) else _made(a.factor, (self.find(n) for n in a.names))
+        return a if isinstance(a, int) else _simplified(a.factor, (self.find(n) for n in a.names))
 
     def same(self, a: Size, b: Size) -> bool:
         """Whether two sizes are proved, or assumed, equal."""

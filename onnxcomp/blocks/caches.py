@@ -13,14 +13,14 @@ from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph, interface
 from onnxcomp.graph.interface import GONE, gone
 
-__all__ = ["NONE", "Ports", "ports", "take_out"]
+__all__ = ["NO_PORTS", "CachePorts", "cache_ports", "remove_ports"]
 
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
 LENGTH = 2  # axis of a cache `[b, kv_heads, t, h]` that grows
 
 
 @dataclass(frozen=True)
-class Ports:
+class CachePorts:
     """Inputs and outputs of the model that are there for one attention, by name; `why` says what holds them.
 
     `sizes` are nodes that read the shape of such an input, each with another input of the same shape.
@@ -37,54 +37,56 @@ class Ports:
         return " and ".join(f"{what}{'s' * (len(n) > 1)} {', '.join(n)}" for what, n in parts if n)
 
 
-NONE = Ports()
+NO_PORTS = CachePorts()
 
 
-def ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Facts | None = None) -> Ports:
+def cache_ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Facts | None = None) -> CachePorts:
     """The caches of an attention; `others` stay, and may tell the sizes that are read off its own."""
     inputs, sizes = dict[str, None](), dict[str, str]()
     for i, v in enumerate(a.past or ()):
-        fed, readers = _fed(v, a.node)
-        if fed is None:
-            return Ports(why=f"its cache '{v.name}' is computed from more than one input of the model")
-        inputs[str(fed.name)] = None
+        source, readers = _graph_input_behind(v, a.node)
+        if source is None:
+            return CachePorts(why=f"its cache '{v.name}' is computed from more than one input of the model")
+        inputs[str(source.name)] = None
         for user in readers:
-            if user.op_type != "Shape" or user.inputs[0] is not fed:
-                return Ports(why=f"its cache '{fed.name}' is also read by '{user.name}' ({user.op_type})")
-            twin = _twin(facts or Facts(g), a, i, others)
+            if user.op_type != "Shape" or user.inputs[0] is not source:
+                return CachePorts(why=f"its cache '{source.name}' is also read by '{user.name}' ({user.op_type})")
+            twin = _same_shaped_cache(facts or Facts(g), a, i, others)
             if twin is None:
-                return Ports(why=f"the shape of its cache '{fed.name}' is read, and no other input is known to have it")
+                return CachePorts(
+                    why=f"the shape of its cache '{source.name}' is read, and no other input is known to have it"
+                )
             sizes[str(user.name)] = str(twin.name)
     outputs = dict[str, None]()
     for v in a.present or ():
-        for x in _onward(v):
+        for x in _rearranged_values(v):
             if x.is_graph_output():
                 outputs[str(x.name)] = None
-            if held := next((u for u, _ in x.uses() if u.op_type not in MOVES), None):
-                return Ports(why=f"its cache '{v.name}' is also read by '{held.name}' ({held.op_type})")
-    if outputs and (first := _compared(g)) in outputs:
-        return Ports(why=f"'{first}' is the output by which models are compared")
-    return Ports(tuple(inputs), tuple(outputs), tuple(sizes.items()))
+            if consumer := next((u for u, _ in x.uses() if u.op_type not in MOVES), None):
+                return CachePorts(why=f"its cache '{v.name}' is also read by '{consumer.name}' ({consumer.op_type})")
+    if outputs and (compared := _compared_output(g)) in outputs:
+        return CachePorts(why=f"'{compared}' is the output by which models are compared")
+    return CachePorts(tuple(inputs), tuple(outputs), tuple(sizes.items()))
 
 
-def take_out(g: Graph, found: Ports) -> None:
+def remove_ports(g: Graph, removed: CachePorts) -> None:
     """Take ports of an attention that is no longer read off the interface; the others keep names, order and axes."""
-    if not found.inputs and not found.outputs:
+    if not removed.inputs and not removed.outputs:
         return
-    for name, twin in found.sizes:
+    for name, twin in removed.sizes:
         g.set_input(g.node(name), 0, g.value(twin))
     graph = g.model.graph
-    for v in [v for v in graph.outputs if v.name in found.outputs]:
+    for v in [v for v in graph.outputs if v.name in removed.outputs]:
         graph.outputs.remove(v)
     g.sweep()
     axes = _axes(graph.inputs)
-    for v in [v for v in graph.inputs if v.name in found.inputs]:
+    for v in [v for v in graph.inputs if v.name in removed.inputs]:
         if not v.uses():
             graph.inputs.remove(v)
     g.edits += 1
     g.interface = interface.interface(graph)
-    lost = {*gone(g.model.metadata_props), *found.inputs, *found.outputs, *axes - _axes(graph.inputs)}
-    g.model.metadata_props[GONE] = json.dumps(sorted(lost))
+    names = {*gone(g.model.metadata_props), *removed.inputs, *removed.outputs, *axes - _axes(graph.inputs)}
+    g.model.metadata_props[GONE] = json.dumps(sorted(names))
 
 
 def _axes(inputs: Iterable[ir.Value]) -> set[str]:
@@ -92,34 +94,34 @@ def _axes(inputs: Iterable[ir.Value]) -> set[str]:
     return {str(d.value) for v in inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
 
 
-def _compared(g: Graph) -> str:
+def _compared_output(g: Graph) -> str:
     """The first output that is not of integers."""
     floats = (v for v in g.outputs if v.dtype is None or v.dtype.is_floating_point())
     return str(next(floats, g.outputs[0]).name)
 
 
-def _fed(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
+def _graph_input_behind(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
     """The model's input behind a cache, past moves, and who else reads it on the way."""
-    others: list[ir.Node] = []
+    other_readers: list[ir.Node] = []
     while True:
-        others += [u for u, _ in v.uses() if u is not reader]
+        other_readers += [u for u, _ in v.uses() if u is not reader]
         if v.is_graph_input():
-            return v, list(dict.fromkeys(others))
+            return v, list(dict.fromkeys(other_readers))
         node = v.producer()
         if node is None or node.op_type not in MOVES or node.inputs[0] is None:
             return None, []
         v, reader = node.inputs[0], node
 
 
-def _onward(v: ir.Value) -> Iterator[ir.Value]:
+def _rearranged_values(v: ir.Value) -> Iterator[ir.Value]:
     """A value and what moves make of it."""
     yield v
     for user in dict.fromkeys(u for u, _ in v.uses()):
         if user.op_type in MOVES:
-            yield from _onward(user.outputs[0])
+            yield from _rearranged_values(user.outputs[0])
 
 
-def _twin(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -> ir.Value | None:
+def _same_shaped_cache(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -> ir.Value | None:
     """The cache of another attention that has the same shape: the same sizes, or one mask over equally many keys."""
     assert a.past is not None
     shape = facts.shape(a.past[which])
@@ -128,8 +130,8 @@ def _twin(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -
         other = facts.shape(v)
         if v is None or not v.is_graph_input() or shape is None or other is None or not len(shape) == len(other) == 4:
             continue
-        differ = [i for i, (x, y) in enumerate(zip(shape, other, strict=True)) if not facts.same(x, y)]
-        if not differ or (differ == [LENGTH] and _masked_alike(facts, a, b)):
+        differing = [i for i, (x, y) in enumerate(zip(shape, other, strict=True)) if not facts.same(x, y)]
+        if not differing or (differing == [LENGTH] and _masked_alike(facts, a, b)):
             return v
     return None
 

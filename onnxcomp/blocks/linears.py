@@ -68,14 +68,14 @@ def linears(g: Graph, *, tied: bool = False) -> list[Linear]:
     With `tied` also products with a constant seen through a Transpose, such as a head that shares the embedding table:
     their `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
     """
-    found = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
-    return [x for x in found if x is not None]
+    matches = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
+    return [x for x in matches if x is not None]
 
 
-def siblings(found: Iterable[Linear]) -> list[list[Linear]]:
+def siblings(candidates: Iterable[Linear]) -> list[list[Linear]]:
     """Linears that read the same input (query, key and value; gate and up), in order."""
     groups: dict[ir.Value, list[Linear]] = {}
-    for linear in found:
+    for linear in candidates:
         groups.setdefault(linear.source, []).append(linear)
     return list(groups.values())
 
@@ -85,12 +85,12 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     if x is None or w is None or g.is_constant(x):
         return None
     weight, dequantize = stored(g, w)
-    turned = _turned(g, w) if weight is None and tied and node.op_type == "MatMul" else None
-    if turned is not None:
-        rows = turned.shape[0] if turned.shape is not None else 0
+    table = _transposed_constant(g, w) if weight is None and tied and node.op_type == "MatMul" else None
+    if table is not None:
+        rows = table.shape[0] if table.shape is not None else 0
         bias, add = _bias(g, node.outputs[0], rows)
         output = add.outputs[0] if add is not None else node.outputs[0]
-        return Linear(node, turned, bias, x, _before_quantizing(x), output, add, None, True)
+        return Linear(node, table, bias, x, _before_quantizing(x), output, add, None, True)
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     source = _before_quantizing(x)
@@ -101,7 +101,7 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     return Linear(node, weight, bias, x, source, output, add, dequantize)
 
 
-def _turned(g: Graph, w: ir.Value) -> ir.Value | None:
+def _transposed_constant(g: Graph, w: ir.Value) -> ir.Value | None:
     """The constant matrix that `w` is the transpose of."""
     node = w.producer()
     if node is None or node.op_type != "Transpose" or not g.is_constant(node.inputs[0]):
@@ -190,29 +190,29 @@ class NormSite:
 
 def norms(g: Graph) -> list[NormSite]:
     """Every norm with a constant gain, in graph order."""
-    found = []
+    sites = []
     for node in g.nodes(*NORMS):
         x, gain = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if x is not None and gain is not None and g.is_constant(gain) and (bias is None or g.is_constant(bias)):
             kind = "layer" if node.op_type == "LayerNormalization" else "rms"
-            found.append(NormSite(node, kind, gain, bias, x, node.outputs[0]))
-    return found
+            sites.append(NormSite(node, kind, gain, bias, x, node.outputs[0]))
+    return sites
 
 
 @dataclass
 class Index:
     """Linears and norms by the values they make and read."""
 
-    made: dict[ir.Value, Linear] = field(default_factory=dict)
-    read: dict[ir.Value, list[Linear]] = field(default_factory=dict)
-    norm: dict[ir.Value, NormSite] = field(default_factory=dict)
+    by_output: dict[ir.Value, Linear] = field(default_factory=dict)
+    by_source: dict[ir.Value, list[Linear]] = field(default_factory=dict)
+    norm_by_output: dict[ir.Value, NormSite] = field(default_factory=dict)
 
     @classmethod
     def of(cls, g: Graph) -> Index:
         """The index of a graph as it is now."""
-        index = cls(norm={x.output: x for x in norms(g)})
+        index = cls(norm_by_output={x.output: x for x in norms(g)})
         for x in linears(g):
-            index.made[x.output] = x
-            index.read.setdefault(x.source, []).append(x)
+            index.by_output[x.output] = x
+            index.by_source.setdefault(x.source, []).append(x)
         return index

@@ -12,7 +12,7 @@ from onnxcomp.analysis.layout import trace
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 from onnxcomp.canonical.shape_targets import Sizes
 
-__all__ = ["Four", "Heads", "NotAttention", "heads_of", "regroups"]
+__all__ = ["Heads", "NotAttention", "Operands", "heads_of", "regroups"]
 
 
 class NotAttention(Exception):
@@ -20,7 +20,7 @@ class NotAttention(Exception):
 
 
 @dataclass(frozen=True)
-class Four:
+class Operands:
     """Queries, keys, values and masks of one attention in four axes."""
 
     q: ir.Value
@@ -37,15 +37,15 @@ class Heads:
     heads: int = 0
     batch: Size = 1
 
-    def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Four:
+    def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Operands:
         """All in four axes; raises `NotAttention` before anything is made where one does not fit."""
         planned = [(x, self._lead(sizes.f, x)) for x in (q, k, v)]
         planned += [(m, self._mask_lead(sizes.f, m)) for m in masks]
         for x, s in planned:
             if s is not None and not sizes.can_reshape(sizes.f.shape(x) or (), s):
                 raise NotAttention("batch, heads and lengths cannot be told apart")
-        made = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
-        return Four(made[0], made[1], made[2], made[3:])
+        reshaped = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
+        return Operands(reshaped[0], reshaped[1], reshaped[2], reshaped[3:])
 
     def back(self, sizes: Sizes, new: ir.Value, out: ir.Value) -> ir.Value:
         """The result with the axes of `out`, the product it replaces."""
@@ -88,7 +88,7 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     if not isinstance(a[-1], int) or not isinstance(c[-1], int):
         raise NotAttention("head width is not static")
     if len(a) == 3:
-        return _unfolded(f, a, (q, k, v, scores))
+        return _heads_from_folded_axis(f, a, (q, k, v, scores))
     n, kv = a[1:-2], b[1:-2]
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
@@ -97,7 +97,7 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     return Heads(len(a))
 
 
-def _unfolded(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
+def _heads_from_folded_axis(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
     """Batch and heads of an axis that holds both, from where either operand was folded."""
     for v in values:
         for t in trace(f, v):

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.analysis.bounds import FLOATS
+from onnxcomp.analysis.bounds import MAX_FLOATS
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.shape_rules import axes_of
 from onnxcomp.analysis.sizes import Size, add
@@ -16,12 +16,12 @@ from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["BLOCKED", "Masks"]
+__all__ = ["MASKED_BELOW", "Masks"]
 
-BLOCKED = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowest finite number, -inf
-HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-FLOATING = (*HALVES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
-TABLE = 1 << 22  # elements of a table of 0 and 1 worth reading: 2048 x 2048 positions
+MASKED_BELOW = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowest finite number, -inf
+HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOAT_TYPES = (*HALF_TYPES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
+MAX_TABLE = 1 << 22  # elements of a table of 0 and 1 worth reading: 2048 x 2048 positions
 MOVES = ("Identity", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Slice", "Transpose")
 
 
@@ -45,10 +45,10 @@ class Masks:
 
     def allows_all(self, v: ir.Value) -> bool:
         """Whether a mask provably hides nothing."""
-        known = self.f.uniform(v)
-        if known is None or known.value is None:
+        bounds = self.f.uniform(v)
+        if bounds is None or bounds.value is None:
             return False
-        return known.value == (1.0 if self.is_bool(v) else 0.0)
+        return bounds.value == (1.0 if self.is_bool(v) else 0.0)
 
     def trimmed(self, v: ir.Value) -> ir.Value:
         """A float mask without additions that are the same for every key: softmax does not see them."""
@@ -56,8 +56,8 @@ class Masks:
         if node is None or node.op_type != "Add" or node.domain or self.g.is_constant(v):
             return v
         for x, added in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            known = self.f.uniform(added)
-            if x is not None and known is not None and known.value is not None and known.value > BLOCKED:
+            bounds = self.f.uniform(added)
+            if x is not None and bounds is not None and bounds.value is not None and bounds.value > MASKED_BELOW:
                 return self.trimmed(x)
         return v
 
@@ -74,8 +74,10 @@ class Masks:
 
     def fill(self, v: ir.Value | None) -> float | None:
         """The number every element of `v` is, when that forbids a key."""
-        known = self.f.uniform(v)
-        return known.value if known is not None and known.value is not None and known.value <= BLOCKED else None
+        bounds = self.f.uniform(v)
+        return (
+            bounds.value if bounds is not None and bounds.value is not None and bounds.value <= MASKED_BELOW else None
+        )
 
     def as_bool(self, v: ir.Value) -> ir.Value | None:
         """The bool mask that an added float mask means, or None where it is a real bias."""
@@ -86,16 +88,18 @@ class Masks:
         return self._bools[v]
 
     def _as_bool(self, v: ir.Value) -> ir.Value | None:
-        node, held = v.producer(), self._held(v)
-        if held is not None:
-            return self.g.constant(held == 0, str(v.name)) if np.all((held == 0) | (held <= BLOCKED)) else None
+        node, values = v.producer(), self._small_float_constant(v)
+        if values is not None:
+            return (
+                self.g.constant(values == 0, str(v.name)) if np.all((values == 0) | (values <= MASKED_BELOW)) else None
+            )
         if node is None or node.domain:
             return None
         if node.op_type == "Where":
             return self._of_where(node)
         if node.op_type == "Mul":
             return self._of_product(node)
-        if node.op_type == "Cast" and (narrow := node.inputs[0]) is not None and narrow.dtype in FLOATING:
+        if node.op_type == "Cast" and (narrow := node.inputs[0]) is not None and narrow.dtype in FLOAT_TYPES:
             return self.as_bool(narrow)  # 0 stays 0, and what forbids a key does so in every type
         if node.op_type in MOVES and node.inputs[0] is not None:
             inner = self.as_bool(node.inputs[0])
@@ -111,8 +115,8 @@ class Masks:
     def _of_where(self, node: ir.Node) -> ir.Value | None:
         condition, x, y = node.inputs[:3]
         for allowed, blocked, positive in ((x, y, True), (y, x, False)):
-            known, fill = self.f.uniform(allowed), self.fill(blocked)
-            if condition is not None and known is not None and known.value == 0.0 and fill is not None:
+            bounds, fill = self.f.uniform(allowed), self.fill(blocked)
+            if condition is not None and bounds is not None and bounds.value == 0.0 and fill is not None:
                 return condition if positive else self.negated(condition)
         return None
 
@@ -124,9 +128,9 @@ class Masks:
     def _of_product(self, node: ir.Node, sign: int = 1) -> ir.Value | None:
         """`blocked * fill` and `(1 - allowed) * fill`, for bools as numbers."""
         for x, fill in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
-            known, inner = self.f.uniform(fill), x.producer() if x is not None else None
-            low = known.value if known is not None else None
-            if low is None or sign * low > BLOCKED or inner is None or not np.isfinite(low):
+            bounds, inner = self.f.uniform(fill), x.producer() if x is not None else None
+            fill_value = bounds.value if bounds is not None else None
+            if fill_value is None or sign * fill_value > MASKED_BELOW or inner is None or not np.isfinite(fill_value):
                 continue
             if inner.op_type == "Sub" and self.f.scalar(inner.inputs[0]) == 1.0:
                 return self.uncast(inner.inputs[1])
@@ -147,7 +151,7 @@ class Masks:
     def _of_numbers(self, v: ir.Value) -> ir.Value | None:
         node, t = v.producer(), self.g.tensor(v)
         if t is not None:
-            if len(t.shape) < 2 or t.size > TABLE or t.dtype == ir.DataType.STRING:
+            if len(t.shape) < 2 or t.size > MAX_TABLE or t.dtype == ir.DataType.STRING:
                 return None
             table = t.numpy()
             fits = bool(np.all((table == 0) | (table == 1)))
@@ -167,11 +171,11 @@ class Masks:
         if node is None or len(node.inputs) != 2:
             return None
         limit = self.f.uniform(node.inputs[1])
-        top = limit.value if limit is not None else None
+        bound = limit.value if limit is not None else None
         fits = {
-            "Less": top is not None and 0 < top <= 1,
-            "LessOrEqual": top is not None and 0 <= top < 1,
-            "Equal": top == 0,
+            "Less": bound is not None and 0 < bound <= 1,
+            "LessOrEqual": bound is not None and 0 <= bound < 1,
+            "Equal": bound == 0,
         }
         count = node.inputs[0].producer() if fits.get(node.op_type) and node.inputs[0] is not None else None
         while count is not None and count.op_type == "Cast" and count.inputs[0] is not None:
@@ -198,29 +202,29 @@ class Masks:
     def _is_above_fill(self, rows: ir.Value, mask: ir.Value) -> bool:
         """Whether `rows` is `mask > fill`: the keys that a float mask allows."""
         node = rows.producer()
-        ways = {"Greater": (0, 1), "Less": (1, 0)}
-        if node is None or node.domain or node.op_type not in ways:
+        operand_order = {"Greater": (0, 1), "Less": (1, 0)}
+        if node is None or node.domain or node.op_type not in operand_order:
             return False
-        high, low = (node.inputs[i] for i in ways[node.op_type])
+        high, low = (node.inputs[i] for i in operand_order[node.op_type])
         if high is None or self.fill(low) is None:
             return False
         high = widened(high)
         return self.trimmed(high) is self.trimmed(widened(mask)) or (self.is_bool(mask) and self.as_bool(high) is mask)
 
-    def _held(self, v: ir.Value) -> Array | None:
+    def _small_float_constant(self, v: ir.Value) -> Array | None:
         """A small constant of floats."""
         t = self.g.tensor(v)
-        return None if t is None or t.size > FLOATS or not t.dtype.is_floating_point() else t.numpy()
+        return None if t is None or t.size > MAX_FLOATS or not t.dtype.is_floating_point() else t.numpy()
 
     def is_finite(self, v: ir.Value) -> bool:
         """Whether a mask forbids keys with a finite number (then rows without keys were a mean, not NaN or 0)."""
-        held = self._held(v)
-        if self.is_bool(v) or (held is not None and np.all((held > BLOCKED) | (held == -np.inf))):
+        values = self._small_float_constant(v)
+        if self.is_bool(v) or (values is not None and np.all((values > MASKED_BELOW) | (values == -np.inf))):
             return False
         node = v.producer()
         if node is None or node.op_type != "Where":
-            known = self.f.uniform(v)
-            return known is None or known.value != 0.0
+            bounds = self.f.uniform(v)
+            return bounds is None or bounds.value != 0.0
         fills = [self.f.uniform(x) for x in node.inputs[1:]]
         return not any(u is not None and u.value == -np.inf for u in fills)
 
@@ -328,21 +332,21 @@ class Masks:
     def causal(self, queries: Size, keys: Size, sizes: Sizes, past: Size = 0) -> ir.Value | None:
         """Lower-triangular bool `[s, past + s]`, or `[s, t]` without past ones, aligned at the upper left."""
         square = self.f.same(add(past, queries), keys)
-        if not sizes.possible([queries, past]) or (not square and (past != 0 or not sizes.possible([keys]))):
+        if not sizes.can_compute([queries, past]) or (not square and (past != 0 or not sizes.can_compute([keys]))):
             return None
 
         def make() -> ir.Value:
             zero, one = np.array(0, np.int64), np.array(1, np.int64)
-            place = self.g.op("Range", zero, sizes.scalar(queries), one)
+            positions = self.g.op("Range", zero, sizes.scalar(queries), one)
             count = add(past, queries) if square else keys
-            among = place if past == 0 and square else self.g.op("Range", zero, sizes.scalar(count), one)
-            own = place if past == 0 else self.g.op("Add", place, sizes.scalar(past))
-            row = self.g.op("Unsqueeze", among, np.array([0], np.int64))
-            return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", own, np.array([1], np.int64)))
+            key_positions = positions if past == 0 and square else self.g.op("Range", zero, sizes.scalar(count), one)
+            query_positions = positions if past == 0 else self.g.op("Add", positions, sizes.scalar(past))
+            row = self.g.op("Unsqueeze", key_positions, np.array([0], np.int64))
+            return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", query_positions, np.array([1], np.int64)))
 
         return self._once(("causal", queries, None if square else keys, past), make)
 
-    def fitted(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
+    def with_full_axes(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
         """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""
         shape, queries, keys = self.f.shape(m), self.f.equal.plain(queries), self.f.equal.plain(keys)
         if shape is None or not 1 <= len(shape) <= 4:
@@ -350,7 +354,7 @@ class Masks:
         padded = (1,) * (2 - len(shape)) + shape
         if self.f.same(padded[-2], queries) and self.f.same(padded[-1], keys) and len(shape) > 1:
             return m
-        if not sizes.possible([queries, keys]):
+        if not sizes.can_compute([queries, keys]):
             return None
         target = [*(1 for _ in padded[:-2]), queries, keys]
         return self._once(("fit", m, queries, keys), lambda: self.g.op("Expand", m, sizes.vector(target)))
@@ -362,5 +366,5 @@ def widened(v: ir.Value) -> ir.Value:
     if node is None or node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype is None:
         return v
     narrow, wide = node.inputs[0].dtype, v.dtype or ir.DataType(node.attributes.get_int("to", 0))
-    exact = narrow in HALVES and wide in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    exact = narrow in HALF_TYPES and wide in (ir.DataType.FLOAT, ir.DataType.DOUBLE)
     return widened(node.inputs[0]) if exact else v

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.analysis.layout import MOVES, Axis, Trace, target_of, trace
+from onnxcomp.analysis.layout import LAYOUT_OPS, Axis, Trace, target_of, trace
 from onnxcomp.analysis.selections import Selection, selections
 from onnxcomp.analysis.sizes import Shape, Size, is_static, product
 from onnxcomp.graph import Graph
@@ -21,7 +21,17 @@ from onnxcomp.maths import Array
 
 __all__ = ["split_packed"]
 
-PASSED = (*MOVES, "RotaryEmbedding", "LayerNormalization", "RMSNormalization", "Expand", "Mul", "Div", "Concat", "Cast")
+BEFORE_ATTENTION = (
+    *LAYOUT_OPS,
+    "RotaryEmbedding",
+    "LayerNormalization",
+    "RMSNormalization",
+    "Expand",
+    "Mul",
+    "Div",
+    "Concat",
+    "Cast",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +86,7 @@ def _readers(v: ir.Value) -> Iterator[ir.Node | None]:
     if v.is_graph_output():
         yield None
     for user in dict.fromkeys(u for u, _ in v.uses()):
-        if user.op_type in MOVES and user.domain == "":
+        if user.op_type in LAYOUT_OPS and user.domain == "":
             yield from _readers(user.outputs[0])
         else:
             yield user
@@ -86,17 +96,17 @@ def _plans(f: Facts, packed: Packed) -> list[Plan] | None:
     """One plan for each part; None unless all readers take fixed parts that share no column."""
     parts: list[Selection] = []
     for node in _readers(packed.y):
-        found = selections(f, node) if node is not None else None
-        if found is None:
+        node_selections = selections(f, node) if node is not None else None
+        if node_selections is None:
             return None
-        parts += found
+        parts += node_selections
     parts = [p for p in parts if list(p.out.uses()) or p.out.is_graph_output()]
     plans = [_plan(f, packed, p) for p in parts]
-    made = [p for p in plans if p is not None]
-    columns = np.concatenate([p.columns for p in made]) if made else np.zeros(0, np.int64)
-    if len(made) < len(plans) or len(set(columns.tolist())) < columns.size:
+    valid = [p for p in plans if p is not None]
+    columns = np.concatenate([p.columns for p in valid]) if valid else np.zeros(0, np.int64)
+    if len(valid) < len(plans) or len(set(columns.tolist())) < columns.size:
         return None
-    return made
+    return valid
 
 
 def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
@@ -105,22 +115,24 @@ def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
     if t is None or shape is None or 0 in shape or not part.keep:
         return None
     last, group = t.axes[-1], t.origin[part.axis]
-    place = next((i for i in range(len(last)) if last[i : i + len(group)] == group), None)
-    if not group or place is None or not is_static(a.size for a in last):
+    position = next((i for i in range(len(last)) if last[i : i + len(group)] == group), None)
+    if not group or position is None or not is_static(a.size for a in last):
         return None
-    if place and not _attends(part.out):
+    if position and not _feeds_attention_only(part.out):
         return None  # an inner part of a head's width (a rotation's halves) is no packing
-    chosen, whole = Axis(len(part.keep)), Axis(product(a.size for a in group))
-    cut = (*last[:place], whole, *last[place + len(group) :])
-    places = np.arange(packed.width).reshape(np.array([a.size for a in cut], np.int64))
-    columns: Array = np.take(places, part.keep, axis=place).reshape(-1)
-    units = [*(a for lead in t.axes[:-1] for a in lead), *(chosen if a is whole else a for a in cut)]
+    selected, group_axis = Axis(len(part.keep)), Axis(product(a.size for a in group))
+    split_axes = (*last[:position], group_axis, *last[position + len(group) :])
+    column_numbers = np.arange(packed.width).reshape(np.array([a.size for a in split_axes], np.int64))
+    columns: Array = np.take(column_numbers, part.keep, axis=position).reshape(-1)
+    units = [*(a for lead in t.axes[:-1] for a in lead), *(selected if a is group_axis else a for a in split_axes)]
     order = [
-        chosen if i == part.axis else a for i, own in enumerate(t.origin) for a in (own[:1] if i == part.axis else own)
+        selected if i == part.axis else a
+        for i, origin_group in enumerate(t.origin)
+        for a in (origin_group[:1] if i == part.axis else origin_group)
     ]
     if part.squeezed:  # one unit: its axis is not there in the result
-        units, order = ([a for a in axes if a is not chosen] for axes in (units, order))
-    return _moves(f, packed, part, Steps(units, order, columns, t, shape))
+        units, order = ([a for a in axes if a is not selected] for axes in (units, order))
+    return _layout_steps(f, packed, part, Steps(units, order, columns, t, shape))
 
 
 @dataclass(frozen=True)
@@ -134,36 +146,39 @@ class Steps:
     shape: Shape
 
 
-def _moves(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan | None:
+def _layout_steps(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan | None:
     """The Reshape, Transpose and Reshape from the new output to the selection; None if a target has two open sizes."""
-    have: Shape = (*(f.shape(packed.y) or ())[:-1], int(s.columns.size))
-    cut: tuple[Size, ...] = tuple(a.size for a in s.units)
-    turned: tuple[Size, ...] = tuple(a.size for a in s.order)
+    output_shape: Shape = (*(f.shape(packed.y) or ())[:-1], int(s.columns.size))
+    split_sizes: tuple[Size, ...] = tuple(a.size for a in s.units)
+    transposed_sizes: tuple[Size, ...] = tuple(a.size for a in s.order)
     if len(s.units) != len(s.order) or set(s.units) != set(s.order):
         return None
     perm = [s.units.index(a) for a in s.order]
     if perm == list(range(len(perm))):
-        joined = None if have == s.shape else target_of(f, have, s.shape)
-        fits = have == s.shape or joined is not None
+        joined = None if output_shape == s.shape else target_of(f, output_shape, s.shape)
+        fits = output_shape == s.shape or joined is not None
         return Plan(part, s.columns, None, None, joined) if fits else None
-    split, joined = target_of(f, have, cut), target_of(f, turned, s.shape)
+    split, joined = target_of(f, output_shape, split_sizes), target_of(f, transposed_sizes, s.shape)
     if split is None or joined is None:
         return None
-    return Plan(part, s.columns, split, perm, None if turned == s.shape else joined)
+    return Plan(part, s.columns, split, perm, None if transposed_sizes == s.shape else joined)
 
 
-def _attends(v: ir.Value, depth: int = 16) -> bool:
+def _feeds_attention_only(v: ir.Value, depth: int = 16) -> bool:
     """Whether all that reads a value, past rotation, norm and layout, is an Attention."""
     users = list(dict.fromkeys(u for u, _ in v.uses()))
     if not users or depth == 0:
         return False
-    return all(u.op_type == "Attention" or (u.op_type in PASSED and _attends(u.outputs[0], depth - 1)) for u in users)
+    return all(
+        u.op_type == "Attention" or (u.op_type in BEFORE_ATTENTION and _feeds_attention_only(u.outputs[0], depth - 1))
+        for u in users
+    )
 
 
 def _unpack(g: Graph, packed: Packed, plan: Plan) -> None:
-    y = g.op("MatMul", packed.product.inputs[0], _columns(g, packed.product.inputs[1], plan.columns))
+    y = g.op("MatMul", packed.product.inputs[0], _select_columns(g, packed.product.inputs[1], plan.columns))
     if packed.bias is not None:
-        y = g.op("Add", y, _columns(g, packed.bias, plan.columns))
+        y = g.op("Add", y, _select_columns(g, packed.bias, plan.columns))
     for op, target in (("Reshape", plan.split), ("Transpose", plan.perm), ("Reshape", plan.joined)):
         if target is not None and op == "Transpose":
             y = g.op(op, y, perm=target)
@@ -173,15 +188,15 @@ def _unpack(g: Graph, packed: Packed, plan: Plan) -> None:
     g.replace(plan.selection.out, y)
 
 
-def _columns(g: Graph, v: ir.Value | None, columns: Array) -> ir.Value:
+def _select_columns(g: Graph, v: ir.Value | None, columns: Array) -> ir.Value:
     """Some last-axis positions of a constant, as a lazy view; neighbours are sliced, not gathered."""
     tensor = g.tensor(v)
     assert tensor is not None  # checked by _packed
-    near = bool(np.all(np.diff(columns) == 1))
-    index = slice(int(columns[0]), int(columns[-1]) + 1) if near else columns
-    lazy = ir.LazyTensor(
+    contiguous = bool(np.all(np.diff(columns) == 1))
+    index = slice(int(columns[0]), int(columns[-1]) + 1) if contiguous else columns
+    selected = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy()[..., index]), dtype=tensor.dtype),
         dtype=tensor.dtype,
         shape=ir.Shape([*tensor.shape.numpy()[:-1], int(columns.size)]),
     )
-    return g.constant(lazy, str(v.name if v is not None else "part"))
+    return g.constant(selected, str(v.name if v is not None else "part"))

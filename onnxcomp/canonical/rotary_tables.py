@@ -16,8 +16,8 @@ from onnxcomp.graph import Graph
 
 __all__ = ["Tables"]
 
-UNARY = ("Cos", "Sin", "Cast", "Identity", "Neg")
-EXPANDED = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity")
+ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity", "Neg")
+REPEATING = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Tables:
         index = 0
         if node.op_type in ("Mul", "Div", "Add", "Sub"):
             index = next((i for i in (0, 1) if self.f.scalar(node.inputs[1 - i]) is not None), -1)
-        elif node.op_type not in UNARY and not self._spares_last_axis(node, rank):
+        elif node.op_type not in ELEMENTWISE and not self._keeps_last_axis(node, rank):
             return self._of_repeat(v, node, interleaved)
         inner = self.half(node.inputs[index], interleaved) if index >= 0 else None
         if inner is None:
@@ -97,24 +97,26 @@ class Tables:
             return None
         half = shape[-1] // 2
         if node.op_type == "Gather":
-            wanted = np.repeat(np.arange(half), 2) if interleaved else np.tile(np.arange(half), 2)
-            taken = self.g.tensor(node.inputs[1])
-            same = taken is not None and taken.size == wanted.size and np.array_equal(taken.numpy(), wanted)
-            return x if same and (self.f.shape(x) or (0,))[-1] == half else None
+            expected = np.repeat(np.arange(half), 2) if interleaved else np.tile(np.arange(half), 2)
+            indices = self.g.tensor(node.inputs[1])
+            matches = (
+                indices is not None and indices.size == expected.size and np.array_equal(indices.numpy(), expected)
+            )
+            return x if matches and (self.f.shape(x) or (0,))[-1] == half else None
         if node.op_type == "Tile":
             repeats = self.f.content(node.inputs[1])
-            fits = repeats is not None and list(repeats) == [*(1 for _ in shape[:-1]), 2]
-            return x if fits and not interleaved else None
+            doubles = repeats is not None and list(repeats) == [*(1 for _ in shape[:-1]), 2]
+            return x if doubles and not interleaved else None
         return self._of_expand(v, shape, half, interleaved)
 
     def _of_expand(self, v: ir.Value, shape: Shape, half: int, interleaved: bool) -> ir.Value | None:
-        for t in trace(self.f, v, through=EXPANDED):
+        for t in trace(self.f, v, through=REPEATING):
             last = t.origin[-1]
             if len(last) != 2 or last[1 if interleaved else 0] not in t.repeated or len(t.repeated) != 1:
                 continue
             kept = last[0 if interleaved else 1]
-            rest = tuple(a for own in t.axes for a in own)
-            if kept.size != half or rest != (*(a for own in t.origin[:-1] for a in own), kept):
+            remaining = tuple(a for group in t.axes for a in group)
+            if kept.size != half or remaining != (*(a for group in t.origin[:-1] for a in group), kept):
                 return None
             before = self.f.shape(t.value) or ()
             if before[-1] == 1 and len(before) == len(shape) + 1 and interleaved:
@@ -126,7 +128,7 @@ class Tables:
             return None
         return None
 
-    def _spares_last_axis(self, node: ir.Node, rank: int) -> bool:
+    def _keeps_last_axis(self, node: ir.Node, rank: int) -> bool:
         """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis alone."""
         width = self.f.rank(node.inputs[0]) if node.op_type != "Unsqueeze" else rank
         if node.op_type == "Gather":
@@ -146,5 +148,5 @@ class Tables:
         half = a.shape[-1] // 2 if a.ndim else 0
         if not half or a.shape[-1] % 2:
             return None
-        one, two = (a[..., ::2], a[..., 1::2]) if interleaved else (a[..., :half], a[..., half:])
-        return self.g.constant(np.ascontiguousarray(one), str(v.name)) if np.array_equal(one, two) else None
+        first, second = (a[..., ::2], a[..., 1::2]) if interleaved else (a[..., :half], a[..., half:])
+        return self.g.constant(np.ascontiguousarray(first), str(v.name)) if np.array_equal(first, second) else None

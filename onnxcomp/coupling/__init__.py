@@ -114,15 +114,15 @@ def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | A
     for group, keep in cuts:
         for slot in group.computed:
             if (s := expected.get(slot.value)) is not None:
-                n, was = int(slot.kept(np.asarray(keep)).sum()), s[slot.axis]
-                now = n if isinstance(was, int) else Dim(n, was.names)
-                expected[slot.value] = (*s[: slot.axis], now, *s[slot.axis + 1 :])
+                n, old_size = int(slot.kept(np.asarray(keep)).sum()), s[slot.axis]
+                new_size = n if isinstance(old_size, int) else Dim(n, old_size.names)
+                expected[slot.value] = (*s[: slot.axis], new_size, *s[slot.axis + 1 :])
     after = Facts(g)
     for node in g.nodes():
         for v in node.outputs:
-            is_, wanted = after.shape(v), expected.get(str(v.name))
-            if is_ is not None and wanted is not None and not _agree(is_, wanted):
-                raise ModelError(f"after the cut '{v.name}' has the shape {_text(is_)}, not {_text(wanted)}")
+            actual, predicted = after.shape(v), expected.get(str(v.name))
+            if actual is not None and predicted is not None and not _agree(actual, predicted):
+                raise ModelError(f"after the cut '{v.name}' has the shape {_text(actual)}, not {_text(predicted)}")
 
 
 def _agree(a: Shape, b: Shape) -> bool:

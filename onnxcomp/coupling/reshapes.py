@@ -12,18 +12,18 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.content_rules import Content
 from onnxcomp.analysis.sizes import Dim, Size, multiply, product
-from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, ends
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, input_and_output
 from onnxcomp.maths import Array
 
 __all__ = ["RESHAPE_RULES"]
 
-CARRIES = ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where")
-SIZED = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
+SIZE_PRESERVING = ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where")
+SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 
 
 def _reshape(t: Tracer, node: ir.Node) -> None:
     """Reshape and Flatten: axes in blocks of equal size; within a block units move where their axis goes."""
-    x, y = ends(node)
+    x, y = input_and_output(node)
     s, r = t.f.shape(x), t.f.shape(y)
     if s is None or r is None:
         return
@@ -48,19 +48,19 @@ def _runs(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> Iterator[tuple[lis
     """The shortest runs with equal products from the front; the last one is what is left over."""
     i = j = 0
     while i < len(s) and j < len(r):
-        left, right, a, b = [i], [j], s[i], r[j]
+        ins, outs, a, b = [i], [j], s[i], r[j]
         i, j = i + 1, j + 1
         while not t.f.same(a, b):
             grows_right = t.f.quotient(a, b) is not None or not (t.f.quotient(b, a) is not None or i < len(s))
             if (grows_right and j < len(r)) or i >= len(s):
                 if j >= len(r):
                     break
-                right.append(j)
+                outs.append(j)
                 b, j = multiply(b, r[j]), j + 1
             else:
-                left.append(i)
+                ins.append(i)
                 a, i = multiply(a, s[i]), i + 1
-        yield left, right
+        yield ins, outs
     yield list(range(i, len(s))), list(range(j, len(r)))
 
 
@@ -105,15 +105,17 @@ def _project(t: Tracer, flat: Array, source: Axis, to: list[Axis]) -> bool:
     if int(np.prod(sizes)) % flat.size or any(a in t.units for a in to[:first]):
         return False
     cube = np.tile(flat, int(np.prod(sizes)) // flat.size).reshape(sizes)
-    able = [k for k, a in enumerate(to[first:]) if t.period(a.value, a.axis) is not None]
-    known = [k for k in able if to[first + k] in t.units]
-    chosen = known or [k for k in able if _varies_only(cube, k)] or (able[:1] if t.patient else [])
-    if chosen:
-        k = chosen[0]
+    addressable = [k for k, a in enumerate(to[first:]) if t.period(a.value, a.axis) is not None]
+    reached = [k for k in addressable if to[first + k] in t.units]
+    candidates = (
+        reached or [k for k in addressable if _varies_only(cube, k)] or (addressable[:1] if t.may_split else [])
+    )
+    if candidates:
+        k = candidates[0]
         rows = np.moveaxis(cube, k, 0).reshape(sizes[k], -1)
         t.join(rows.max(axis=1)[:, None], rows)
         t.put(to[first + k], rows.max(axis=1), source)
-    return bool(able)
+    return bool(addressable)
 
 
 def _varies_only(cube: Array, k: int) -> bool:
@@ -139,7 +141,7 @@ def _targets(t: Tracer, node: ir.Node, target: ir.Value | None, index: int) -> N
             return
         for i, (entry, a) in enumerate(zip(content.reshape(-1), axes, strict=True)):
             if a in t.units or _overwritten(t, node, index, entry):
-                _entry(t, a, t.sizes.setdefault((node, index, reader), {}), i, entry)
+                _count_entry(t, a, t.sizes.setdefault((node, index, reader), {}), i, entry)
         t.lengths[node, index] = content.size
 
 
@@ -150,22 +152,22 @@ def _overwritten(t: Tracer, node: ir.Node, index: int, entry: object) -> bool:
     return isinstance(entry, int) and not t.g.is_constant(node.inputs[index])
 
 
-def _entry(t: Tracer, a: Axis, found: dict[int, tuple[Array, int, Repeats]], i: int, entry: object) -> None:
+def _count_entry(t: Tracer, a: Axis, entries: dict[int, tuple[Array, int, Repeats]], i: int, entry: object) -> None:
     """One number of a target: a count, or one that counts times unknowns, if these can be read off the inputs."""
     units = t.at(a)
     if isinstance(entry, int):
         if entry > 0 and (units is None or entry == len(units)):
-            found[i] = (np.full(entry, UNKNOWN) if units is None else units, 1, ())
+            entries[i] = (np.full(entry, UNKNOWN) if units is None else units, 1, ())
     elif isinstance(entry, Dim) and t.f.rooted(entry) and (units is None or t.f.same(entry, _length(t, a))):
         times = tuple((str(v.name), axis) for v, axis in (t.f.roots[n] for n in entry.names))
-        found[i] = (np.full(entry.factor, UNKNOWN) if units is None else units, 1, times)
+        entries[i] = (np.full(entry.factor, UNKNOWN) if units is None else units, 1, times)
     else:
         t.stop(a, f"entry {i} of the sizes that make '{a.value.name}' is computed")
 
 
 def _expand(t: Tracer, node: ir.Node) -> None:
     """Axes that are as long before; what is repeated has its length from the target."""
-    x, y = ends(node)
+    x, y = input_and_output(node)
     offset = (t.f.rank(y) or 0) - (t.f.rank(x) or 0)
     for i in range(t.f.rank(y) or 0):
         t.followed(t.axis(y, i))
@@ -182,7 +184,7 @@ def _of_shape(t: Tracer, node: ir.Node) -> None:
 
 def _shape(t: Tracer, node: ir.Node) -> None:
     """The size of a cut axis may be read where it becomes a target, which then gets its numbers one by one."""
-    x, _ = ends(node)
+    x, _ = input_and_output(node)
     rank = t.f.rank(x) or 0
     first = node.attributes.get_int("start", 0) % (rank + 1) if rank else 0
     end = node.attributes.get_int("end", rank)
@@ -193,38 +195,38 @@ def _shape(t: Tracer, node: ir.Node) -> None:
         units = t.at(axis)
         if units is None or not first <= i < end or not (units > FROZEN).any():
             continue
-        if why := _misused(t, node.outputs[0], i - first):
+        if why := _why_size_fixed(t, node.outputs[0], i - first):
             t.stop(axis, why)
 
 
-def _misused(t: Tracer, v: ir.Value, entry: int) -> str:
+def _why_size_fixed(t: Tracer, v: ir.Value, entry: int) -> str:
     """Why the size in one entry of a vector may not change, empty where it may."""
     if v.is_graph_output():
         return f"its size is the model's output '{v.name}'"
     for user, index in v.uses():
-        if index == 0 and not _picks(t, user, entry):
+        if index == 0 and not _may_pick(t, user, entry):
             continue
         if user.op_type == "Equal" and _negative(t.f.content(user.inputs[1 - index])):
             continue
-        if (user.op_type in CARRIES and (index == 0) != (user.op_type == "Where")) or user.op_type == "Concat":
-            whole = user.op_type not in ("Gather", "Concat", "Slice", "Where")
-            if why := _misused(t, user.outputs[0], entry if whole else -1):
+        if (user.op_type in SIZE_PRESERVING and (index == 0) != (user.op_type == "Where")) or user.op_type == "Concat":
+            keeps_positions = user.op_type not in ("Gather", "Concat", "Slice", "Where")
+            if why := _why_size_fixed(t, user.outputs[0], entry if keeps_positions else -1):
                 return why
-        elif SIZED.get(user.op_type) != index:
+        elif SHAPE_INPUT.get(user.op_type) != index:
             return f"{user.op_type} '{user.name}' computes with its size"
-        elif why := _unmet(t, user, index):
+        elif why := _why_unmatched(t, user, index):
             return why
     return ""
 
 
-def _unmet(t: Tracer, node: ir.Node, index: int) -> str:
+def _why_unmatched(t: Tracer, node: ir.Node, index: int) -> str:
     """Why a target may not have its size from a cut axis: something it makes is not cut, so no number is written."""
     t.measured.add((node, index))
     y = node.outputs[0]
     readers = [*(r for r, _ in y.uses()), *([None] if y.is_graph_output() else [])]
-    found = ([t.at(t.axis(y, i, r)) for i in range(t.f.rank(y) or 0)] for r in readers)
-    met = (any(u is not None and (u > FROZEN).any() for u in units) for units in found)
-    return "" if all(met) or not t.settled else f"{node.op_type} '{node.name}' makes another value as large"
+    axis_units = ([t.at(t.axis(y, i, r)) for i in range(t.f.rank(y) or 0)] for r in readers)
+    is_cut = (any(u is not None and (u > FROZEN).any() for u in units) for units in axis_units)
+    return "" if all(is_cut) or not t.settled else f"{node.op_type} '{node.name}' makes another value as large"
 
 
 def _negative(c: Content | None) -> bool:
@@ -232,7 +234,7 @@ def _negative(c: Content | None) -> bool:
     return c is not None and all(isinstance(x, int) and x < 0 for x in c.reshape(-1))
 
 
-def _picks(t: Tracer, node: ir.Node, entry: int) -> bool:
+def _may_pick(t: Tracer, node: ir.Node, entry: int) -> bool:
     """Whether a Gather or Slice of a vector may pick an entry (-1: one that is not known)."""
     parts = [t.f.content(v) for v in node.inputs[1:]]
     numbers = [x for p in parts if p is not None for x in p.reshape(-1)]

@@ -24,7 +24,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import STAYS
 from onnxcomp.maths import Array
 
-__all__ = ["FROZEN", "UNKNOWN", "Axis", "Repeats", "Rule", "Tracer", "ends"]
+__all__ = ["FROZEN", "UNKNOWN", "Axis", "Repeats", "Rule", "Tracer", "input_and_output"]
 
 UNKNOWN, FROZEN = STAYS, 0
 Repeats = tuple[tuple[str, int], ...]  # axes of graph inputs, by name, whose lengths multiply a count
@@ -39,7 +39,7 @@ class Axis:
     reader: ir.Node | None = None
 
 
-def ends(node: ir.Node) -> tuple[ir.Value, ir.Value]:
+def input_and_output(node: ir.Node) -> tuple[ir.Value, ir.Value]:
     """The first input and the first output of a node that needs both; raises `ModelError`."""
     x = node.inputs[0] if node.inputs else None
     if x is None:
@@ -65,12 +65,12 @@ class Tracer:
         self.blocked: list[tuple[Axis, str]] = []
         self.parent = np.zeros(1, np.int64)
         self.joined = 0
-        self.patient = False  # whether axes may be split where it is not clear along which
+        self.may_split = False  # whether axes may be split where it is not clear along which
         self.settled = False  # whether nothing more is reached after that
         self._queue: deque[ir.Node] = deque()
-        self._waiting: set[ir.Node] = set()
-        self._seen: dict[ir.Node, None] = {}
-        self._now: ir.Node | None = None
+        self._queued: set[ir.Node] = set()
+        self._visited: dict[ir.Node, None] = {}
+        self._current: ir.Node | None = None
         self._followed: set[Axis] = set()
 
     # ---- unit numbers --------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ class Tracer:
             if (units == UNKNOWN).all():
                 return None
             self.units[to] = units.copy()
-            self.via[to] = (source, self._now)
+            self.via[to] = (source, self._current)
         else:
             self.join(old, units)
             if not ((old == UNKNOWN) & (units != UNKNOWN)).any():
@@ -175,17 +175,18 @@ class Tracer:
 
     def broadcast(self, a: Axis, out: Axis) -> None:
         """The axis is that of an output, or is repeated along it; where neither is proved nothing may go."""
-        d, n = self.dim(a.value, a.axis), self.dim(out.value, out.axis)
-        if d is None or n is None:
+        size, out_size = self.dim(a.value, a.axis), self.dim(out.value, out.axis)
+        if size is None or out_size is None:
             return
-        if d == 1 != n:
+        if size == 1 != out_size:
             self.followed(a)
-        elif self.f.same(d, n):
+        elif self.f.same(size, out_size):
             self.same(a, out)
         else:
             for axis in (a, out):
                 self.stop(
-                    axis, f"'{a.value.name}', {d} long, may be repeated or not along '{out.value.name}', {n} long"
+                    axis,
+                    f"'{a.value.name}', {size} long, may be repeated or not along '{out.value.name}', {out_size} long",
                 )
 
     def mapped(self, a: Axis, b: Axis, index: Sequence[int] | Array) -> None:
@@ -261,22 +262,22 @@ class Tracer:
         while True:
             self._drain()
             before = self.joined
-            for node in list(self._seen):
+            for node in list(self._visited):
                 self._visit(node)
             if self._queue or self.joined != before:
                 continue
             if self.settled:
                 return
-            self.patient, self.settled = True, self.patient
+            self.may_split, self.settled = True, self.may_split
 
     def _drain(self) -> None:
         while self._queue:
             node = self._queue.popleft()
-            self._waiting.discard(node)
-            self._seen[node] = None
+            self._queued.discard(node)
+            self._visited[node] = None
             self._visit(node)
             if self._queue:
-                self.patient = self.settled = False
+                self.may_split = self.settled = False
 
     def _reached(self, axis: Axis) -> None:
         """Queue the nodes around an axis; one that the model's user sees, or that a subgraph reads, must stay."""
@@ -287,16 +288,16 @@ class Tracer:
             self.stop(axis, f"it is axis {axis.axis} of the model's {what} '{v.name}'")
         around = [v.producer(), *((axis.reader,) if axis.reader is not None else (u for u, _ in v.uses()))]
         for node in around:
-            if node is None or node in self._waiting:
+            if node is None or node in self._queued:
                 continue
             if node.graph is not self.g.model.graph:
                 self.stop(axis, f"the subgraph of '{node.name}' reads '{v.name}'")
                 continue
-            self._waiting.add(node)
+            self._queued.add(node)
             self._queue.append(node)
 
     def _visit(self, node: ir.Node) -> None:
-        self._now, self._followed = node, set()
+        self._current, self._followed = node, set()
         name = f"{node.op_type} '{node.name}'"
         rule = self.rules.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
         if rule is not None:
@@ -308,14 +309,14 @@ class Tracer:
                 axis = self.axis(v, i, node if v in node.inputs else None)
                 if axis in self.units and axis not in self._followed:
                     self.stop(axis, f"{name} works along axis {i} of '{v.name}'" if rule else f"{name} has no rule")
-        self._now = None
+        self._current = None
 
     def path(self, axis: Axis) -> list[str]:
         """Names of the nodes from the start to an axis."""
         names: list[str] = []
-        at: Axis | None = axis
-        while at is not None and len(names) < 10_000:
-            at, node = self.via.get(at, (None, None))
+        current: Axis | None = axis
+        while current is not None and len(names) < 10_000:
+            current, node = self.via.get(current, (None, None))
             if node is not None and (not names or names[-1] != node.name):
                 names.append(str(node.name))
         return names[::-1]

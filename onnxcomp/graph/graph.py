@@ -25,14 +25,14 @@ from onnxcomp.graph import valid
 from onnxcomp.graph.groups import Group
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
-from onnxcomp.graph.scratch import as_tensor, forget
-from onnxcomp.graph.take import cut
+from onnxcomp.graph.scratch import as_tensor, release_weights
+from onnxcomp.graph.take import cut_group
 from onnxcomp.maths import Array
 
 __all__ = ["Declined", "Graph", "Noted", "Site"]
 
 CONTRIB = "com.microsoft"
-FORGET = 256 << 20  # bytes of mapped weights read after which their pages may go
+RELEASE_AFTER = 256 << 20  # bytes of mapped weights read after which their pages may go
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,8 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of all constants, each counted once however often it is used."""
-        held = (v.const_value for graph in self.model.graphs() for v in graph.initializers.values())
-        return sum({id(t): t.nbytes for t in held if t is not None}.values())
+        tensors = (v.const_value for graph in self.model.graphs() for v in graph.initializers.values())
+        return sum({id(t): t.nbytes for t in tensors if t is not None}.values())
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
         """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating."""
@@ -147,8 +147,8 @@ class Graph:
         a: Array = t.numpy()
         if self.spool is not None:  # a large model: what was read before need not stay in memory
             self._read += a.nbytes
-            if self._read > FORGET:
-                forget(self.model)
+            if self._read > RELEASE_AFTER:
+                release_weights(self.model)
                 self._read = a.nbytes
         return a
 
@@ -156,15 +156,15 @@ class Graph:
 
     def _give_names(self) -> set[str]:
         names = {v.name for v in self.model.graph.initializers.values()} | {v.name for v in self.model.graph.inputs}
-        seen: set[str] = set()
+        node_names: set[str] = set()
         for node in self.model.graph:
-            if not node.name or node.name in seen:
+            if not node.name or node.name in node_names:
                 node.name = f"{node.op_type}_{node.outputs[0].name if node.outputs else next(self._counter)}"
-                while node.name in seen:
+                while node.name in node_names:
                     node.name = f"{node.op_type}_{next(self._counter)}"
-            seen.add(node.name)
+            node_names.add(node.name)
             names.update(v.name for v in node.outputs)
-        return {n for n in names if n} | seen
+        return {n for n in names if n} | node_names
 
     def fresh(self, stem: str) -> str:
         """A name no value or node of the graph has."""
@@ -200,16 +200,16 @@ class Graph:
             raise NotConstant(f"value '{v.name}' is computed at run time, so it cannot be given a content")
         if old is a or (not isinstance(a, ir.TensorProtocol) and _equal(old.numpy(), a)):
             return v
-        everyone = [u for u, _ in v.uses()]
-        chosen = everyone if users is None else [u for u in everyone if u in users]
-        if not v.is_initializer() or len(set(chosen)) < len(set(everyone)) or v.is_graph_output():
+        all_users = [u for u, _ in v.uses()]
+        affected = all_users if users is None else [u for u in all_users if u in users]
+        if not v.is_initializer() or len(set(affected)) < len(set(all_users)) or v.is_graph_output():
             new = self.constant(a, f"{v.name}_new")
-            self.replace(v, new, users=None if users is None else chosen)
+            self.replace(v, new, users=None if users is None else affected)
             return new
         tensor = as_tensor(a, v.name, self.spool)
         v.const_value = tensor
         v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        self._touch(*chosen)
+        self._touch(*affected)
         return v
 
     def scale(self, v: ir.Value, by: Array, axis: int, *, users: Collection[ir.Node] | None = None) -> ir.Value:
@@ -292,14 +292,14 @@ class Graph:
     def set_attr(self, node: ir.Node, **attrs: Any) -> None:
         """Set attributes; None removes one; no edit where nothing differs."""
         for key, a in attrs.items():
-            was = node.attributes.get(key)
+            old = node.attributes.get(key)
             if a is None:
-                if was is not None:
+                if old is not None:
                     node.attributes.pop(key)
                     self._touch(node)
                 continue
             new = ir.convenience.convert_attribute(key, a)
-            if was is None or was.value != new.value:
+            if old is None or old.value != new.value:
                 node.attributes[key] = new
                 self._touch(node)
 
@@ -310,7 +310,7 @@ class Graph:
         """
         kept = group.kept(keep)
         if kept.size < group.units:
-            cut(self, group, kept)
+            cut_group(self, group, kept)
 
     def decline(self, site: Site | ir.Node | str, why: str) -> None:
         """Leave an eligible site alone and say why; the report shows it."""
@@ -341,9 +341,9 @@ class Graph:
         """Remove nodes and constants nobody reads; returns how many nodes went."""
         before = self.model.graph.num_nodes()
         RemoveUnusedNodesPass()(self.model)
-        gone = before - self.model.graph.num_nodes()
-        self.edits += gone
-        return gone
+        removed = before - self.model.graph.num_nodes()
+        self.edits += removed
+        return removed
 
     def tidy(self) -> None:
         """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
@@ -358,10 +358,10 @@ class Graph:
             before = graph.num_nodes() + len(graph.initializers)
             for step in steps:
                 step(self.model)
-            gone = before - graph.num_nodes() - len(graph.initializers)
-            if gone == 0:
+            removed = before - graph.num_nodes() - len(graph.initializers)
+            if removed == 0:
                 break
-            self.edits += gone
+            self.edits += removed
         RemoveUnusedOpsetsPass()(self.model)
 
     def forget_shapes(self) -> None:

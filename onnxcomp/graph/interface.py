@@ -43,15 +43,15 @@ def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
 
 def same_interface(before: Interface, now: Interface) -> None:
     """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
-    for was, has, what in zip(before, now, ("inputs", "outputs"), strict=True):
-        if not _same(was, has):
-            raise ModelError(f"the model's {what} changed from {was} to {has}")
+    for old, new, what in zip(before, now, ("inputs", "outputs"), strict=True):
+        if not _same(old, new):
+            raise ModelError(f"the model's {what} changed from {old} to {new}")
 
 
-def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
-    if [x[:2] for x in was] != [x[:2] for x in has]:
+def _same(old: tuple[Port, ...], new: tuple[Port, ...]) -> bool:
+    if [x[:2] for x in old] != [x[:2] for x in new]:
         return False
-    for (_, _, a), (_, _, b) in zip(was, has, strict=True):
+    for (_, _, a), (_, _, b) in zip(old, new, strict=True):
         if a is None or b is None:
             continue
         if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):

@@ -18,7 +18,7 @@ from onnxcomp.maths import Array
 
 __all__ = ["DataFile", "MappedTensor"]
 
-_CHUNK = 1 << 22  # bytes read at a time where a range is copied
+CHUNK = 1 << 22  # bytes read at a time where a range is copied
 PACKED = {2, 4, 6}  # bits per element of types that numpy cannot view in place
 
 
@@ -35,11 +35,11 @@ class DataFile:
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
         """The bytes of a range in pieces, read without touching the mapping, so that they do not stay resident."""
         while length > 0:
-            piece = self._read(offset, min(_CHUNK, length))
-            if not piece:
+            chunk = self._read(offset, min(CHUNK, length))
+            if not chunk:
                 raise ModelError(f"{self.path}: the file became shorter while it was read")
-            yield piece
-            offset, length = offset + len(piece), length - len(piece)
+            yield chunk
+            offset, length = offset + len(chunk), length - len(chunk)
 
     def _read(self, offset: int, length: int) -> bytes:
         if hasattr(os, "pread"):
@@ -83,8 +83,8 @@ class MappedTensor(ir.ExternalTensor):
 
     def tofile(self, file: Any) -> None:
         """Copy the stored bytes to a file in bounded pieces."""
-        for piece in self._shared.chunks(self.offset or 0, self.nbytes):
-            file.write(piece)
+        for chunk in self._shared.chunks(self.offset or 0, self.nbytes):
+            file.write(chunk)
 
     def numpy(self) -> Array:
         """The tensor as a read-only array over the mapping; sub-byte types are unpacked to a copy each time."""

@@ -15,9 +15,9 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.linears import Index, Linear, NormSite
-from onnxcomp.blocks.stream import SUMS, Stream, carried
+from onnxcomp.blocks.stream import ADDITIONS, Stream, stream_operands
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import as_tensor, release
+from onnxcomp.graph.scratch import as_tensor, release_pages
 from onnxcomp.maths import Array, Float64
 
 __all__ = ["basis", "rotate"]
@@ -46,7 +46,7 @@ def rotate(
     rotation = _Rotation(g, stream, bases, duals or bases)
     rotation.run()
     g.forget_shapes()
-    return {str(old.name): new for old, new in rotation.made.items()}
+    return {str(old.name): new for old, new in rotation.by_output.items()}
 
 
 class _Rotation:
@@ -59,18 +59,18 @@ class _Rotation:
     ) -> None:
         self.g, self.stream, self.bases, self.duals = g, stream, bases, duals
         self.index, self.facts = Index.of(g), Facts(g)
-        self.others = {v: stream.others(v) for v in stream.values}
+        self.others = {v: stream.other_readers(v) for v in stream.values}
         self.own = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
-        self.made: dict[ir.Value, ir.Value] = {}
+        self.by_output: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
         for v in self.stream.values:
-            self.made[v] = self._remade(v)
+            self.by_output[v] = self._remade(v)
         for norm in self.stream.norms:
             self._norm(norm)
         for v, users in self.others.items():
             if users or v.is_graph_output():
-                back = self.g.op("MatMul", self.made[v], self._matrix(self._basis(v).T, v), like=v)
+                back = self.g.op("MatMul", self.by_output[v], self._matrix(self._basis(v).T, v), like=v)
                 self.g.replace(v, back, users=None if v.is_graph_output() else users)
 
     def _basis(self, v: ir.Value) -> Float64:
@@ -82,7 +82,7 @@ class _Rotation:
         return self._of(self.duals, v)
 
     def _of(self, held: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
-        release([*self.bases.values(), *self.duals.values()])
+        release_pages([*self.bases.values(), *self.duals.values()])
         return np.asarray(held[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
@@ -93,19 +93,19 @@ class _Rotation:
 
     def _remade(self, v: ir.Value) -> ir.Value:
         """The value in its basis: a sum of parts in that basis, a move, or a start."""
-        node, inputs = v.producer(), carried(v, self.index, self.facts)
+        node, inputs = v.producer(), stream_operands(v, self.index, self.facts)
         if node is None or not inputs:
             return self._written(v, v)
-        if node.op_type in SUMS:
+        if node.op_type in ADDITIONS:
             return self.g.op(node.op_type, *(self._part(x, v) for x in inputs), name=f"{node.name}_sliced")
         attributes = {name: a.value for name, a in node.attributes.items()}
         moved = self.g.op(
-            node.op_type, self.made[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
+            node.op_type, self.by_output[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
         )
         return self._turned(moved, inputs[0], v)
 
     def _part(self, x: ir.Value, v: ir.Value) -> ir.Value:
-        return self._turned(self.made[x], x, v) if x in self.made else self._written(x, v)
+        return self._turned(self.by_output[x], x, v) if x in self.by_output else self._written(x, v)
 
     def _turned(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
         """A value in the basis of `x`, moved to that of `v`."""
@@ -122,7 +122,7 @@ class _Rotation:
             return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
         readers = {u for u, _ in x.uses()}
         is_own = not x.is_graph_output() and not self.others.get(x) and readers <= self.own
-        linear = self.index.made.get(x)
+        linear = self.index.by_output.get(x)
         if is_own and (x is v or len(readers) == 1):
             if linear is not None and _is_free(linear):
                 self._put(linear.weight, q, 0 if linear.transposed else 1)
@@ -156,14 +156,14 @@ class _Rotation:
         epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
         level = self._matrix(np.full(kept, np.sqrt(d / kept)), norm.gain)
         new = self.g.op(
-            "RMSNormalization", self.made[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
+            "RMSNormalization", self.by_output[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
         )
         gain = self.g.array(norm.gain).astype(np.float64).reshape(-1)
         shift = None if norm.bias is None else self.g.array(norm.bias).astype(np.float64).reshape(-1)
         r = q.T * gain
         left = []
         for node in norm.readers:
-            linear = next((x for x in self.index.read.get(norm.output, []) if x.node is node), None)
+            linear = next((x for x in self.index.by_source.get(norm.output, []) if x.node is node), None)
             if linear is None or not self._read(linear, new, r, shift):
                 left.append(node)
         if left or norm.output.is_graph_output():

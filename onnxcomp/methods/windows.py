@@ -68,7 +68,7 @@ class Bands:
     def _placed(self, a: Attention) -> tuple[ir.Value, ir.Value]:
         """Places of the queries, int64 `[s, 1]`, and of the keys, `[1, t]`; queries come behind what is cached."""
         past, new = self._lengths(a)
-        key = (past if self.sizes.possible([past]) else a.past, new if self.sizes.possible([new]) else a.node)
+        key = (past if self.sizes.can_compute([past]) else a.past, new if self.sizes.can_compute([new]) else a.node)
         if key not in self._places:
             q = a.node.inputs[0]
             assert q is not None
@@ -84,7 +84,7 @@ class Bands:
 
     def _count(self, v: ir.Value, axis: int, size: Size) -> ir.Value:
         """The length of an axis, read off the graph inputs where that can be."""
-        if self.sizes.possible([size]):
+        if self.sizes.can_compute([size]):
             return self.sizes.scalar(size)
         return self.g.op("Squeeze", self.g.op("Shape", v, start=axis, end=axis + 1), np.array([0], np.int64))
 

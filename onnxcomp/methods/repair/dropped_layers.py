@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.blocks.branches import Branch, sums
-from onnxcomp.blocks.caches import take_out
+from onnxcomp.blocks.branches import Branch, residual_sum
+from onnxcomp.blocks.caches import remove_ports
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
@@ -47,9 +47,9 @@ def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
     before, behind = str(b.entry.name), str(b.exit.name)
     public, users = b.entry.is_graph_output(), set(b.entry.uses())
     g.replace(b.exit, b.entry)
-    for found in b.ports:
-        take_out(g, found)
-    g.note(b.site, ", ".join(["left out", *(f"with {p}" for p in b.ports if str(p))]))
+    for ports in b.cache_ports:
+        remove_ports(g, ports)
+    g.note(b.site, ", ".join(["left out", *(f"with {p}" for p in b.cache_ports if str(p))]))
     g.sweep()  # what is dead must not be seen as a part of a layer in the next round
     read = public or not users.isdisjoint(b.entry.uses())
     known = {x.entry: x for x in gaps}
@@ -69,7 +69,7 @@ def close(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], whole: bool = F
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    found = ((x, sums(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
+    found = ((x, residual_sum(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
     writers = [(x, found.end) for x, found in found if found is not None]
     gaps = [gap for gap in gaps if has(g, gap.entry)]  # what was only there for a branch is gone with it
     ends = {end: gap for gap in gaps if (end := _end(g, uncut, gap, writers)) is not None}

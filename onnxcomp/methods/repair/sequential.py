@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.blocks.branches import joins, sums
+from onnxcomp.blocks.branches import residual_add, residual_sum
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import forget, release
+from onnxcomp.graph.scratch import release_pages, release_weights
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair.correspondence import has, standing
@@ -56,7 +56,7 @@ class Part:
             return a[..., self.of] if self.of.ndim == 1 else np.asarray(a @ self.of)
         basis = np.asarray(self.of.numpy(), np.float64)
         found = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
-        release([self.of])  # there is one for every norm
+        release_pages([self.of])  # there is one for every norm
         return found
 
 
@@ -85,7 +85,7 @@ def in_order(
     changed = behind(o for r in held for x in r.linears for o in x.node.outputs) if whole else set()
     parts: dict[blocks.Linear, Part | str] = {}
     for x in blocks.linears(g):
-        end = "" if (to := sums(x)) is None else str(to.end.name)
+        end = "" if (to := residual_sum(x)) is None else str(to.end.name)
         if end in (streams or {}) and not unfit(g, x):
             parts[x] = (streams or {})[end]
         elif end and x.output in changed and has(uncut, end) and not unfit(g, x):
@@ -100,7 +100,7 @@ def in_order(
             name, left = (part, None) if isinstance(part, str) else (part.name, part)
             to_stream(g, uncut, env, site, name, part=left, whole=whole)
         if g.spool is not None:
-            forget(g.model)
+            release_weights(g.model)
     if whole and found:
         fit_logits(g, env)
 
@@ -120,7 +120,7 @@ def to_stream(
     Only a `part` of that value counts, by default all of it. With `whole` the feed-forward part that ends in the linear
     is fitted as well, all weights together. Law: the squared error of the stream on the calibration data does not grow.
     """
-    found = sums(x)
+    found = residual_sum(x)
     assert found is not None
     free = x.bias is not None
     moments = _moments(g, uncut, env, x, free, (uncut.value(target), found.others), part)
@@ -139,7 +139,7 @@ def unfit(g: Graph, x: blocks.Linear) -> str:
         return "its weights are quantized"
     if len(list(x.weight.uses())) > 1:
         return "its weights are shared, so they cannot be fitted for one place"
-    found = sums(x)
+    found = residual_sum(x)
     factors = np.ones(1) if found is None or found.scale is None else g.array(found.scale)
     if factors.size not in (1, x.sizes[1]) or not factors.all():
         return "what it gives is scaled by zeros, or not channel by channel"
@@ -179,7 +179,7 @@ def _settle(g: Graph, reader: Reader, found: Sequence[_Moments], free: bool, dam
 
 def _place(x: blocks.Linear) -> tuple[ir.Value, tuple[ir.Value, ...]]:
     """The value behind a linear that is compared, and what else is added to it there."""
-    add = joins(x)
+    add = residual_add(x)
     return (x.output, ()) if add is None else (add.outputs[0], tuple(v for v in add.inputs if v and v is not x.output))
 
 
