@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.known import Known, Uniform
+from onnxcomp.graph.operators import ELEMENT_PRESERVING
 
-__all__ = ["MAX_FLOATS", "Uniform", "uniform", "uniform_of"]
+__all__ = ["MAX_FLOATS", "uniform", "uniform_of"]
 
 MAX_INTEGERS = 1 << 16  # elements of a constant worth reading to see that they are equal
 MAX_FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Smallest and largest value any element can have; None is no bound."""
-
-    low: float | None
-    high: float | None
-
-    @property
-    def value(self) -> float | None:
-        """The value of every element, where they are all the same."""
-        return self.low if self.low is not None and self.low == self.high else None
 
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
@@ -39,12 +25,6 @@ def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
         return None
     a = t.numpy().astype(np.float64)
     return None if np.isnan(a).any() else Uniform(float(a.min()), float(a.max()))
-
-
-MOVES = {
-    *("Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Gather", "Tile", "Flatten"),
-    *("GatherElements", "GatherND"),
-}
 
 
 def _decided(always: bool, never: bool) -> bool | None:
@@ -71,10 +51,10 @@ def _truth(x: bool | None) -> Uniform | None:
     return None if x is None else Uniform(float(x), float(x))
 
 
-def uniform(f: Facts, node: ir.Node) -> Uniform | None:
+def uniform(f: Known, node: ir.Node) -> Uniform | None:
     """Bounds of a node's output from those of its inputs; None where nothing is known."""
     op, inputs = node.op_type, [f.uniform(x) for x in node.inputs]
-    if op in MOVES:
+    if op in ELEMENT_PRESERVING:
         return inputs[0]
     if op == "Cast":
         return _cast(inputs[0], node)

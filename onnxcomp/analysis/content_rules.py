@@ -5,23 +5,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxcomp.analysis.known import Content, Known
 from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.analysis.sizes import Dim, Size, add, divide, floor, multiply, product, subtract
 
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
-
-__all__ = ["CONTENT_RULES", "Content", "constant_content", "small"]
+__all__ = ["CONTENT_RULES", "constant_content", "small"]
 
 MAX_ELEMENTS = 64
-Content = NDArray[np.object_]
-Rule = Callable[["Facts", ir.Node], "Content | None"]
+Rule = Callable[[Known, ir.Node], Content | None]
 
 
 def small(c: Content | None) -> Content | None:
@@ -123,7 +119,7 @@ def _logic(op: Callable[[bool, bool], bool]) -> Any:
 def _each(f: Any, arity: int) -> Rule:
     ufunc = np.frompyfunc(f, arity, 1)
 
-    def rule(facts: Facts, node: ir.Node) -> Content | None:
+    def rule(facts: Known, node: ir.Node) -> Content | None:
         parts = [facts.content(x) for x in node.inputs]
         known = [p for p in parts if p is not None]
         if len(known) != arity or len(parts) != arity:
@@ -150,7 +146,7 @@ def _where(c: Any, x: Any, y: Any) -> Any:
     return (x if c else y) if isinstance(c, bool) else (x if x == y else None)
 
 
-def _cast(f: Facts, node: ir.Node) -> Content | None:
+def _cast(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     if c is None:
         return None
@@ -178,19 +174,19 @@ def _vector(xs: list[Any]) -> Content:
     return c
 
 
-def _shape(f: Facts, node: ir.Node) -> Content | None:
+def _shape(f: Known, node: ir.Node) -> Content | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
     return _vector(list(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]))
 
 
-def _size(f: Facts, node: ir.Node) -> Content | None:
+def _size(f: Known, node: ir.Node) -> Content | None:
     s = f.shape(node.inputs[0])
     return None if s is None else _boxed(product(s))
 
 
-def _gather(f: Facts, node: ir.Node) -> Content | None:
+def _gather(f: Known, node: ir.Node) -> Content | None:
     c, i = f.content(node.inputs[0]), f.content(node.inputs[1])
     if c is None or i is None or c.ndim == 0 or not all(isinstance(x, int) for x in i.reshape(-1)):
         return None
@@ -200,7 +196,7 @@ def _gather(f: Facts, node: ir.Node) -> Content | None:
     return _boxed(np.take(c, i.astype(np.int64), axis=axis))
 
 
-def _slice(f: Facts, node: ir.Node) -> Content | None:
+def _slice(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     parts = [f.content(x) for x in node.inputs[1:] if x is not None]
     if c is None or len(parts) != len(node.inputs) - 1 or len(parts) < 2:
@@ -219,7 +215,7 @@ def _slice(f: Facts, node: ir.Node) -> Content | None:
     return c[tuple(index)]
 
 
-def _concat(f: Facts, node: ir.Node) -> Content | None:
+def _concat(f: Known, node: ir.Node) -> Content | None:
     parts = [f.content(x) for x in node.inputs]
     known = [p for p in parts if p is not None and p.ndim > 0]
     if len(known) != len(parts):
@@ -227,7 +223,7 @@ def _concat(f: Facts, node: ir.Node) -> Content | None:
     return np.concatenate(known, axis=axis_of(node, known[0].ndim))
 
 
-def _reshaped(f: Facts, node: ir.Node) -> Content | None:
+def _reshaped(f: Known, node: ir.Node) -> Content | None:
     """Reshape, Squeeze, Unsqueeze, Flatten: the elements in order, in the output's shape."""
     c, s = f.content(node.inputs[0]), f.shape(node.outputs[0])
     if c is None or s is None or not all(isinstance(d, int) for d in s):
@@ -236,7 +232,7 @@ def _reshaped(f: Facts, node: ir.Node) -> Content | None:
     return c.reshape(shape) if math.prod(shape) == c.size else None
 
 
-def _expand(f: Facts, node: ir.Node) -> Content | None:
+def _expand(f: Known, node: ir.Node) -> Content | None:
     c, s = f.content(node.inputs[0]), f.shape(node.outputs[0])
     if c is None or s is None or not all(isinstance(d, int) for d in s):
         return None
@@ -244,7 +240,7 @@ def _expand(f: Facts, node: ir.Node) -> Content | None:
     return np.broadcast_to(c, shape) if math.prod(shape) <= MAX_ELEMENTS else None
 
 
-def _of_shape(f: Facts, node: ir.Node) -> Content | None:
+def _of_shape(f: Known, node: ir.Node) -> Content | None:
     s = f.content(node.inputs[0])
     if s is None or not all(isinstance(d, int) for d in s.reshape(-1)):
         return None
@@ -256,7 +252,7 @@ def _of_shape(f: Facts, node: ir.Node) -> Content | None:
     return _boxed(np.full(shape, fill, object))
 
 
-def _range(f: Facts, node: ir.Node) -> Content | None:
+def _range(f: Known, node: ir.Node) -> Content | None:
     parts = [f.content(x) for x in node.inputs]
     numbers = [p.reshape(-1)[0] for p in parts if p is not None and p.size == 1]
     if len(numbers) != 3 or not all(isinstance(x, int) for x in numbers) or numbers[2] == 0:
@@ -265,16 +261,16 @@ def _range(f: Facts, node: ir.Node) -> Content | None:
     return _vector(list(numbers_in_range)) if len(numbers_in_range) <= MAX_ELEMENTS else None
 
 
-def _identity(f: Facts, node: ir.Node) -> Content | None:
+def _identity(f: Known, node: ir.Node) -> Content | None:
     return f.content(node.inputs[0])
 
 
-def _transpose(f: Facts, node: ir.Node) -> Content | None:
+def _transpose(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     return None if c is None else c.transpose(node.attributes.get_ints("perm", list(reversed(range(c.ndim)))))
 
 
-def _reduce_prod(f: Facts, node: ir.Node) -> Content | None:
+def _reduce_prod(f: Known, node: ir.Node) -> Content | None:
     c, axes = f.content(node.inputs[0]), axes_of(f, node)
     if c is None or c.ndim != 1 or axes is None or not all(_is_size(x) for x in c):
         return None

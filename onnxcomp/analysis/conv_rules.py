@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from onnxcomp.analysis.known import Known
 from onnxcomp.analysis.sizes import Shape, Size, add, floor
-
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["CONV_RULES"]
 
 
-def _conv(f: Facts, node: ir.Node) -> Shape | None:
+def _conv(f: Known, node: ir.Node) -> Shape | None:
     s, w = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if s is None or w is None or len(s) != len(w):
         return None
@@ -23,7 +20,7 @@ def _conv(f: Facts, node: ir.Node) -> Shape | None:
     return _windows(node, s, w[0], kernel) if len(kernel) == len(s) - 2 else None
 
 
-def _pool(f: Facts, node: ir.Node) -> Shape | None:
+def _pool(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     kernel = list(node.attributes.get_ints("kernel_shape", []))
     return _windows(node, s, s[1], kernel) if s is not None and len(kernel) == len(s) - 2 else None
@@ -45,12 +42,12 @@ def _windows(node: ir.Node, s: Shape, channels: Size, kernel: list[int]) -> Shap
     return (s[0], channels, *dims)
 
 
-def _global(f: Facts, node: ir.Node) -> Shape | None:
+def _global(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     return None if s is None else (*s[:2], *(1 for _ in s[2:]))
 
 
-CONV_RULES: dict[str, Callable[[Facts, ir.Node], Shape | None]] = {
+CONV_RULES: dict[str, Callable[[Known, ir.Node], Shape | None]] = {
     "Conv": _conv,
     "MaxPool": _pool,
     "AveragePool": _pool,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxcomp.analysis.bounds import Uniform, uniform, uniform_of
-from onnxcomp.analysis.content_rules import CONTENT_RULES, Content, constant_content, small
+from onnxcomp.analysis.bounds import uniform, uniform_of
+from onnxcomp.analysis.content_rules import CONTENT_RULES, constant_content, small
 from onnxcomp.analysis.fused_rules import CONTRIB_RULES
+from onnxcomp.analysis.known import Content, Uniform
 from onnxcomp.analysis.shape_rules import SHAPE_RULES, split_shape
 from onnxcomp.analysis.sizes import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.graph import CONTRIB, Graph

@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks.ends import Embedding, Head, embeddings, head
-from onnxcomp.blocks.linears import PASSED, Index, Linear, NormSite, linears, norms, siblings
+from onnxcomp.blocks.linears import Index, Linear, NormSite, linears, norms, siblings
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.values import users_of
 
 __all__ = [
     "Attention",
@@ -115,7 +117,7 @@ def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: 
             rotary.append(node)
         elif v in index.norm_by_output:
             inner.append(index.norm_by_output[v])
-        elif node.op_type not in PASSED:
+        elif node.op_type not in LAYOUT_OR_CAST:
             return None
         v = node.inputs[0]
     return index.by_output.get(v) if v is not None else None
@@ -124,8 +126,8 @@ def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: 
 def _reader(index: Index, v: ir.Value) -> Linear | None:
     """The one linear that reads a value, past layout moves."""
     while v not in index.by_source:
-        users = list(dict.fromkeys(u for u, _ in v.uses()))
-        if len(users) != 1 or users[0].op_type not in PASSED:
+        users = users_of(v)
+        if len(users) != 1 or users[0].op_type not in LAYOUT_OR_CAST:
             return None
         v = users[0].outputs[0]
     return index.by_source[v][0] if len(index.by_source[v]) == 1 else None

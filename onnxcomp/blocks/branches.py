@@ -14,6 +14,8 @@ from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
 from onnxcomp.blocks.caches import NO_PORTS, CachePorts, cache_ports
 from onnxcomp.blocks.linears import Index
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, BRANCH_OPS
+from onnxcomp.graph.values import sole_use, users_of
 
 __all__ = ["Branch", "ResidualSum", "branches", "layer_branches", "residual_add", "residual_sum"]
 
@@ -79,10 +81,10 @@ def residual_sum(x: Linear) -> ResidualSum | None:
 
 def _scaled(v: ir.Value) -> tuple[ir.Value | None, ir.Value]:
     """The constant that alone a value is multiplied with, and the product; else None and the value."""
-    users = list(v.uses())
-    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
-    if node is None or node.op_type != "Mul":
+    use = sole_use(v)
+    if use is None or use[0].op_type != "Mul":
         return None, v
+    node, _ = use
     scale = next((x for x in node.inputs if x is not v), None)
     return (scale, node.outputs[0]) if Graph.tensor(scale) is not None else (None, v)
 
@@ -93,10 +95,10 @@ def residual_add(x: Linear) -> ir.Node | None:
 
 
 def _sole_addition(v: ir.Value) -> ir.Node | None:
-    users = list(v.uses())
-    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
-    if node is None or node.op_type not in ("Add", "Sum") or len(node.inputs) != 2:
+    use = sole_use(v)
+    if use is None or use[0].op_type not in ADDITIONS or len(use[0].inputs) != 2:
         return None
+    node, _ = use
     return node if all(v is not None and Graph.tensor(v) is None for v in node.inputs) else None
 
 
@@ -121,7 +123,7 @@ def _layer_branch(group: list[Branch], facts: Facts) -> Branch:
     if not why and end is None:
         why = "its input and its output have different shapes"
     if last.exit is not None and end is not last.exit:
-        nodes = (*nodes, *(str(u.name) for u in _users(last.exit)))
+        nodes = (*nodes, *(str(u.name) for u in users_of(last.exit)))
     name, caches = f"{first.name} (layer {first.layer})", tuple(p for b in group for p in b.cache_ports)
     return Branch(name, "layer", first.layer, nodes, first.entry, end, why, caches)
 
@@ -136,14 +138,12 @@ def _with_shape_of(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -
     """The end of a layer in the shape of its entry: where its last part works on a list of tokens, behind that part."""
     if end is None or facts.rank(end) == facts.rank(entry):
         return end
-    users = _users(end)
+    users = users_of(end)
     after = users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Reshape" else None
     return after if after is not None and facts.shape(after) == facts.shape(entry) else None
 
 
 PARALLEL = "it runs in parallel with another part of the layer"
-REARRANGING = ("Reshape", "Transpose", "Slice", "Concat", "Split", "Gather", "Squeeze", "Unsqueeze", "Pad")
-PASSED = ("Mul", "Cast", "Identity", "LayerNormalization", "RMSNormalization", *REARRANGING)
 
 
 def _layer_parts(layer: Layer) -> list[Attention | Mlp]:
@@ -183,25 +183,23 @@ def _find_residual_add(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tup
     Between the two a branch may be scaled, normalized and moved about (windows of an image are put together again).
     """
     parallel, branch_values = False, {v}
-    pending = _users(v)
+    pending = users_of(v)
     while pending:
         node = next((n for n in pending if not _other_operands(g, n, branch_values)), pending[0])
         others = _other_operands(g, node, branch_values)
         if others:
-            if len(pending) > 1 or len(others) > 1 or node.op_type not in ("Add", "Sum"):
+            if len(pending) > 1 or len(others) > 1 or node.op_type not in ADDITIONS:
                 return None
             if others[0] not in outs:
                 return node, others[0], parallel
             parallel = True
-        elif node.op_type not in PASSED or any(o.is_graph_output() for o in node.outputs):
+        elif node.op_type not in BRANCH_OPS or any(o.is_graph_output() for o in node.outputs):
             return None
         branch_values.update(node.outputs)
-        pending = [n for n in dict.fromkeys([*pending, *(u for o in node.outputs for u in _users(o))]) if n is not node]
+        pending = [
+            n for n in dict.fromkeys([*pending, *(u for o in node.outputs for u in users_of(o))]) if n is not node
+        ]
     return None
-
-
-def _users(v: ir.Value) -> list[ir.Node]:
-    return list(dict.fromkeys(u for u, _ in v.uses()))
 
 
 def _other_operands(g: Graph, node: ir.Node, branch_values: Collection[ir.Value]) -> list[ir.Value]:
@@ -212,6 +210,6 @@ def _other_operands(g: Graph, node: ir.Node, branch_values: Collection[ir.Value]
 
 def _norm_after(index: Index, v: ir.Value) -> ir.Node | None:
     """The norm that alone reads the sum, in models that normalize after adding."""
-    users = list(dict.fromkeys(u for u, _ in v.uses()))
+    users = users_of(v)
     norm = next((n.node for n in index.norm_by_output.values() if n.input is v), None)
     return norm if len(users) == 1 and users[0] is norm and not v.is_graph_output() else None

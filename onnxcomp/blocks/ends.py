@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.blocks.linears import PASSED, Index, Linear, stored
+from onnxcomp.blocks.linears import Index, Linear, stored
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OR_CAST
 
 __all__ = ["Embedding", "Head", "embeddings", "head"]
 
@@ -59,7 +60,7 @@ def embeddings(g: Graph) -> list[Embedding]:
 def _is_fed(v: ir.Value) -> bool:
     """Whether indices are a graph input, past layout moves."""
     node = v.producer()
-    while node is not None and node.op_type in PASSED and node.inputs[0] is not None:
+    while node is not None and node.op_type in LAYOUT_OR_CAST and node.inputs[0] is not None:
         v = node.inputs[0]
         node = v.producer()
     return v.is_graph_input()
@@ -84,7 +85,7 @@ def head(g: Graph) -> Head | None:
 
 def _layout_source(g: Graph, node: ir.Node) -> ir.Value | None:
     """What a layout move, or a step of a soft-cap on the logits, starts from."""
-    if node.op_type in PASSED or node.op_type == "Tanh":
+    if node.op_type in LAYOUT_OR_CAST or node.op_type == "Tanh":
         return node.inputs[0]
     if node.op_type in ("Mul", "Div") and (t := g.tensor(node.inputs[1])) is not None and t.size == 1:
         return node.inputs[0]

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, NORMS
+from onnxcomp.graph.values import sole_use, users_of
 
-__all__ = ["PASSED", "Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
-
-NORMS = ("LayerNormalization", "RMSNormalization")
-PASSED = ("Reshape", "Transpose", "Identity", "Cast", "Squeeze", "Unsqueeze")
+__all__ = ["Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Linear:
     @property
     def users(self) -> tuple[ir.Node, ...]:
         """Nodes that read the output."""
-        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+        return tuple(users_of(self.output))
 
     @property
     def site(self) -> Site:
@@ -146,12 +145,10 @@ def _before_quantizing(x: ir.Value) -> ir.Value:
 
 def _bias(g: Graph, product: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value | None, ir.Node | None]:
     """The constant row added to a product that nothing else reads."""
-    uses = tuple(product.uses())
-    if len(uses) != 1 or product.is_graph_output():
+    use = sole_use(product)
+    if use is None or use[0].op_type not in ADDITIONS or len(use[0].inputs) != 2:
         return None, None
-    add, index = uses[0]
-    if add.op_type not in ("Add", "Sum") or len(add.inputs) != 2:
-        return None, None
+    add, index = use
     other = add.inputs[1 - index]
     if other is None:
         return None, None
@@ -185,7 +182,7 @@ class NormSite:
     @property
     def readers(self) -> tuple[ir.Node, ...]:
         """Nodes that read the result."""
-        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+        return tuple(users_of(self.output))
 
 
 def norms(g: Graph) -> list[NormSite]:

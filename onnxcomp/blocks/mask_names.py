@@ -14,13 +14,13 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYER_OPS
 from onnxcomp.maths import Array
 
 __all__ = ["Mask", "name_masks"]
 
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9
 SHORT_WINDOW = 4  # stands for a window too long to be seen in a sample
-LAYER_OPS = {"MatMul", "Gemm", "Conv", "Attention", "LayerNormalization", "RMSNormalization", "Softmax", "Einsum"}
 MAX_VALUES = 1000  # values
 MAX_CONSTANT = 1 << 20  # elements of a constant that is rather a weight
 EVALUATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
@@ -76,7 +76,7 @@ def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Valu
         node = v.producer()
         if (
             tensor is not None
-            or (node is not None and (node.op_type in LAYER_OPS or node.domain))
+            or (node is not None and (node.op_type in {*LAYER_OPS, "Einsum"} or node.domain))
             or len(visited) > MAX_VALUES
         ):
             return None

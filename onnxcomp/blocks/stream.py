@@ -10,11 +10,10 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.linears import Index, NormSite
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import ADDITIONS, TOKEN_SELECTING
+from onnxcomp.graph.values import users_of
 
 __all__ = ["Stream", "basis_values", "stream_operands", "streams"]
-
-ADDITIONS = ("Add", "Sum")
-WIDTH_PRESERVING = ("Gather", "Slice", "Identity")  # may pick tokens; the width stays
 
 
 @dataclass
@@ -37,7 +36,7 @@ class Stream:
     def other_readers(self, v: ir.Value) -> list[ir.Node]:
         """Readers of a value that are neither norms nor part of the stream."""
         stream_nodes = {x.producer() for x in self.values} | {n.node for n in self.norms}
-        return [u for u in dict.fromkeys(u for u, _ in v.uses()) if u not in stream_nodes]
+        return [u for u in users_of(v) if u not in stream_nodes]
 
 
 def basis_values(s: Stream) -> dict[ir.Value, ir.Value]:
@@ -103,7 +102,7 @@ def _members(start: ir.Value, index: Index, facts: Facts) -> Iterator[ir.Value]:
 def stream_operands(v: ir.Value, index: Index, facts: Facts) -> list[ir.Value]:
     """The values of the same width that a sum adds, or that a move takes tokens from; none for a start."""
     node = v.producer()
-    if node is None or v in index.by_output or node.op_type not in (*ADDITIONS, *WIDTH_PRESERVING):
+    if node is None or v in index.by_output or node.op_type not in (*ADDITIONS, *TOKEN_SELECTING):
         return []
     if node.op_type in ADDITIONS:
         return [x for x in node.inputs if x is not None]

@@ -6,7 +6,6 @@ from onnx_ir.passes.common import InlinePass
 
 from onnxcomp.analysis.element_types import fill_types
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.analysis.layout import simplify_layouts, sink_layouts
 from onnxcomp.canonical.activation import raise_activations
 from onnxcomp.canonical.attention import raise_attention
 from onnxcomp.canonical.attention_guards import lift_guards
@@ -14,6 +13,7 @@ from onnxcomp.canonical.einsum import decompose_einsum
 from onnxcomp.canonical.fold import fold_constants, fold_known, slice_constants
 from onnxcomp.canonical.fused import move_to_contrib, unfuse
 from onnxcomp.canonical.group_norm import decompose_group_norms
+from onnxcomp.canonical.layouts import simplify_layouts, sink_layouts
 from onnxcomp.canonical.linear import raise_linears
 from onnxcomp.canonical.norm import raise_norms
 from onnxcomp.canonical.opset import convert

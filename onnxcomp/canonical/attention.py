@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.analysis.layout import LAYOUT_OPS, MergedHeads, merge_heads, reshaped, trace
+from onnxcomp.analysis.layout import MergedHeads, merge_heads, reshaped, trace
 from onnxcomp.analysis.shape_rules import total_length
 from onnxcomp.analysis.sizes import Shape
 from onnxcomp.canonical.attention_cache import Cache, cache_of, give_present
@@ -15,6 +15,7 @@ from onnxcomp.canonical.attention_core import NotAttention, find_core, raise_cor
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OPS
 
 __all__ = ["raise_attention"]
 

@@ -11,6 +11,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import trace
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 from onnxcomp.canonical.shape_targets import Sizes
+from onnxcomp.graph.values import users_of
 
 __all__ = ["Heads", "NotAttention", "Operands", "heads_of", "regroups"]
 
@@ -105,7 +106,7 @@ def _heads_from_folded_axis(f: Facts, shape: Shape, values: Sequence[ir.Value]) 
             if len(lead) == 2 and isinstance(lead[1].size, int):
                 return Heads(3, lead[1].size, lead[0].size)
     for v in values[-1:]:
-        for user in dict.fromkeys(u for u, _ in v.uses()):
+        for user in users_of(v):
             out = f.shape(user.outputs[0])
             if user.op_type == "Reshape" and out is not None and len(out) == 4 and isinstance(out[1], int):
                 batch = divide(f.equal.plain(shape[0]), out[1])

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.analysis.layout import LAYOUT_OPS, Trace, trace
+from onnxcomp.analysis.layout import Trace, trace
 from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OPS
 
 __all__ = ["Cache", "CacheConcat", "cache_of", "find_cache_concat", "give_present"]
 

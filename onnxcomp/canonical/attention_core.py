@@ -14,6 +14,7 @@ from onnxcomp.canonical.attention_axes import Heads, NotAttention, heads_of, reg
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import users_of
 
 __all__ = ["Core", "NotAttention", "find_core", "raise_core"]
 
@@ -222,7 +223,7 @@ def _to_values(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, 
     """Whether NaN is guarded, the values, the product, and whether a cast came before, from the probabilities on."""
     guarded = cast_back = False
     while True:
-        users = list(dict.fromkeys(u for u, _ in p.uses()))
+        users = users_of(p)
         guard = _guard(f, p, users)
         if guard is not None:
             guarded, p = True, guard

@@ -14,6 +14,8 @@ from onnxcomp.analysis.shape_rules import axes_of
 from onnxcomp.analysis.sizes import Size, add
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import MASK_LAYOUT_OPS
+from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array
 
 __all__ = ["MASKED_BELOW", "Masks"]
@@ -22,7 +24,6 @@ MASKED_BELOW = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowes
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT_TYPES = (*HALF_TYPES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
 MAX_TABLE = 1 << 22  # elements of a table of 0 and 1 worth reading: 2048 x 2048 positions
-MOVES = ("Identity", "Unsqueeze", "Squeeze", "Expand", "Reshape", "Slice", "Transpose")
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Masks:
         node = v.producer()
         if node is None:
             return False
-        if node.op_type in MOVES and node.inputs[0] is not None:
+        if node.op_type in MASK_LAYOUT_OPS and node.inputs[0] is not None:
             return self.is_bool(node.inputs[0])
         return node.op_type in {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Xor"}
 
@@ -101,7 +102,7 @@ class Masks:
             return self._of_product(node)
         if node.op_type == "Cast" and (narrow := node.inputs[0]) is not None and narrow.dtype in FLOAT_TYPES:
             return self.as_bool(narrow)  # 0 stays 0, and what forbids a key does so in every type
-        if node.op_type in MOVES and node.inputs[0] is not None:
+        if node.op_type in MASK_LAYOUT_OPS and node.inputs[0] is not None:
             inner = self.as_bool(node.inputs[0])
             if inner is None:
                 return None
@@ -157,7 +158,7 @@ class Masks:
             fits = bool(np.all((table == 0) | (table == 1)))
             return self.g.constant(np.asarray(table != 0), str(v.name)) if fits else None
         x = node.inputs[0] if node is not None and node.inputs and not node.domain else None
-        if node is None or x is None or node.op_type not in ("Cast", *MOVES):
+        if node is None or x is None or node.op_type not in ("Cast", *MASK_LAYOUT_OPS):
             return None
         if node.op_type == "Cast":
             return x if self.is_bool(x) else self.uncast(x)
@@ -189,7 +190,7 @@ class Masks:
 
     def guarded(self, out: ir.Value, mask: ir.Value | None) -> ir.Value | None:
         """`Where(no key, 0, out)` when it only repeats what `mask`, bool or float, does to rows that see no key."""
-        users = list(dict.fromkeys(u for u, _ in out.uses()))
+        users = users_of(out)
         where = users[0] if len(users) == 1 and not out.is_graph_output() else None
         if where is None or where.op_type != "Where" or where.inputs[2] is not out:
             return None

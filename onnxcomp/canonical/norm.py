@@ -13,6 +13,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.shape_rules import axes_of
 from onnxcomp.analysis.sizes import Size
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import sole_use, users_of
 from onnxcomp.maths import Array
 
 __all__ = ["find_norms", "raise_norms"]
@@ -55,7 +56,7 @@ def raise_norms(g: Graph, f: Facts) -> None:
 
 
 def _users_of_type(v: ir.Value, *ops: str) -> list[ir.Node]:
-    return [u for u in dict.fromkeys(u for u, _ in v.uses()) if u.op_type in ops and u.domain == ""]
+    return [u for u in users_of(v) if u.op_type in ops and u.domain == ""]
 
 
 def _squared(f: Facts, v: ir.Value | None) -> ir.Value | None:
@@ -174,10 +175,8 @@ def _surrounding_casts(match: NormMatch) -> tuple[ir.Value, ir.Value] | None:
 
 def _affine(g: Graph, y: ir.Value, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
     """The constant row that scales or shifts `y`, and the result; only when nothing else reads `y`."""
-    uses = list(y.uses())
-    if len(uses) != 1 or y.is_graph_output():
-        return None, None
-    return _row(g, *uses[0], op, width)
+    use = sole_use(y)
+    return (None, None) if use is None else _row(g, *use, op, width)
 
 
 def _row(g: Graph, node: ir.Node, index: int, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:

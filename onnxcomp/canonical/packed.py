@@ -13,25 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.analysis.layout import LAYOUT_OPS, Axis, Trace, target_of, trace
+from onnxcomp.analysis.layout import Axis, Trace, target_of, trace
 from onnxcomp.analysis.selections import Selection, selections
 from onnxcomp.analysis.sizes import Shape, Size, is_static, product
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OPS, PROJECTION_TO_ATTENTION
+from onnxcomp.graph.values import sole_use, users_of
 from onnxcomp.maths import Array
 
 __all__ = ["split_packed"]
-
-BEFORE_ATTENTION = (
-    *LAYOUT_OPS,
-    "RotaryEmbedding",
-    "LayerNormalization",
-    "RMSNormalization",
-    "Expand",
-    "Mul",
-    "Div",
-    "Concat",
-    "Cast",
-)
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,9 @@ def _packed(g: Graph, product: ir.Node) -> Packed | None:
     if product.domain or weight is None or len(weight.shape) != 2 or weight.dtype.bitwidth < 8:
         return None
     y, bias, width = product.outputs[0], None, weight.shape.numpy()[1]
-    uses = list(y.uses())
-    if len(uses) == 1 and uses[0][0].op_type == "Add" and not y.is_graph_output():
-        add, index = uses[0]
+    use = sole_use(y)
+    if use is not None and use[0].op_type == "Add":
+        add, index = use
         bias = add.inputs[1 - index]
         row = g.tensor(bias)
         if row is None or tuple(row.shape.numpy()) != (width,):
@@ -85,7 +75,7 @@ def _readers(v: ir.Value) -> Iterator[ir.Node | None]:
     """Nodes that read a value, past layout moves; None for a graph output."""
     if v.is_graph_output():
         yield None
-    for user in dict.fromkeys(u for u, _ in v.uses()):
+    for user in users_of(v):
         if user.op_type in LAYOUT_OPS and user.domain == "":
             yield from _readers(user.outputs[0])
         else:
@@ -166,11 +156,12 @@ def _layout_steps(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan |
 
 def _feeds_attention_only(v: ir.Value, depth: int = 16) -> bool:
     """Whether all that reads a value, past rotation, norm and layout, is an Attention."""
-    users = list(dict.fromkeys(u for u, _ in v.uses()))
+    users = users_of(v)
     if not users or depth == 0:
         return False
     return all(
-        u.op_type == "Attention" or (u.op_type in BEFORE_ATTENTION and _feeds_attention_only(u.outputs[0], depth - 1))
+        u.op_type == "Attention"
+        or (u.op_type in PROJECTION_TO_ATTENTION and _feeds_attention_only(u.outputs[0], depth - 1))
         for u in users
     )
 

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import has_one_use
 
 __all__ = ["raise_quantized"]
 
@@ -35,7 +36,7 @@ def raise_quantized(g: Graph) -> None:
 
 def _sole_producer(v: ir.Value | None) -> ir.Node | None:
     """The standard node that makes a value only one node reads."""
-    node = v.producer() if v is not None and len(list(v.uses())) == 1 and not v.is_graph_output() else None
+    node = v.producer() if v is not None and has_one_use(v) else None
     return node if node is not None and node.domain == "" else None
 
 

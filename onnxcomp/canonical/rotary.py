@@ -15,6 +15,7 @@ from onnxcomp.canonical.rotary_pairs import RotationMatch, channel_selection, ro
 from onnxcomp.canonical.rotary_tables import Tables
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import users_of
 
 __all__ = ["raise_rotary"]
 
@@ -68,7 +69,7 @@ class RotaryRecognizer:
 
     def _whole_head(self, x: ir.Value, out: ir.Value, width: int) -> tuple[ir.Value, ir.Value] | None:
         """The head of which `x`, the first `width` channels, is rotated, and the value that joins the rest to `out`."""
-        users = list(dict.fromkeys(u for u, _ in out.uses()))
+        users = users_of(out)
         source = channel_selection(self.f, x)
         if len(users) != 1 or users[0].op_type != "Concat" or source is None or out.is_graph_output():
             return None

@@ -13,11 +13,11 @@ from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.analysis.sizes import Shape, product
 from onnxcomp.canonical.rotary_pairs import joined
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import TABLE_REPEATING
 
 __all__ = ["Tables"]
 
 ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity", "Neg")
-REPEATING = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity")
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Tables:
         return self._of_expand(v, shape, half, interleaved)
 
     def _of_expand(self, v: ir.Value, shape: Shape, half: int, interleaved: bool) -> ir.Value | None:
-        for t in trace(self.f, v, through=REPEATING):
+        for t in trace(self.f, v, through=TABLE_REPEATING):
             last = t.origin[-1]
             if len(last) != 2 or last[1 if interleaved else 0] not in t.repeated or len(t.repeated) != 1:
                 continue

@@ -13,7 +13,6 @@ from onnxcomp.graph import Graph
 
 __all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "normalize_arithmetic"]
 
-HALF = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 SMALLEST_DIVISOR = 1e-4  # the smallest divisor whose reciprocal every type holds
 
@@ -39,7 +38,6 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
     """Remove Identity, inference Dropout, casts and expansions and slices that change nothing, products with one."""
     for node in g.nodes("Concat"):
         _drop_empty_parts(g, f, node)
-    _drop_detours(g)
     _replace_cast_like(g)
     for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div", "Slice", "Concat"):
         x, y = node.inputs[0], node.outputs[0]
@@ -47,17 +45,6 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
             continue
         if not y.is_graph_output() or (x.producer() is not None and not x.is_graph_output()):
             g.replace(y, x)
-
-
-def _drop_detours(g: Graph) -> None:
-    """Leave out casts to a wider float type and back."""
-    for node in g.nodes("Cast"):
-        wide = node.inputs[0].producer() if node.inputs[0] is not None else None
-        x = wide.inputs[0] if wide is not None and wide.op_type == "Cast" else None
-        if x is None or node.outputs[0].is_graph_output() or node.attributes.get_int("to", 0) != x.dtype:
-            continue
-        if x.dtype in HALF and wide is not None and wide.attributes.get_int("to", 0) == ir.DataType.FLOAT:
-            g.replace(node.outputs[0], x)
 
 
 def _replace_cast_like(g: Graph) -> None:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Dim, Shape, Size
-from onnxcomp.blocks import Attention, Mlp
+from onnxcomp.blocks import Attention
 from onnxcomp.coupling.collect import Blocked, collect
 from onnxcomp.coupling.rules import RULES
 from onnxcomp.coupling.trace import Tracer
@@ -21,7 +21,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 
-__all__ = ["Blocked", "Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
+__all__ = ["Blocked", "Coupling", "couple", "prove"]
 
 
 class Coupling:
@@ -86,21 +86,6 @@ def _facts(g: Graph) -> Facts:
 def couple(g: Graph, v: ir.Value | str, axis: int = -1, *, block: int = 1, io: bool = False) -> Group:
     """Everything that must shrink with one axis of a value; see `Coupling.couple`."""
     return Coupling(g).couple(v, axis, block=block, io=io)
-
-
-def heads_of(g: Graph, attention: Attention | ir.Node) -> Group:
-    """The heads that share a key-value head, of one attention and whatever is coupled to it."""
-    return Coupling(g).heads(attention)
-
-
-def ffn_of(g: Graph, mlp: Mlp) -> Group:
-    """The channels between up and down: columns of up and gate with their biases, rows of down."""
-    return Coupling(g).channels(mlp.down.node)
-
-
-def channels_of(g: Graph, node: ir.Node) -> Group:
-    """The channels that a linear or convolution reads, back to all that make them."""
-    return Coupling(g).channels(node)
 
 
 def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | Array]]) -> None:

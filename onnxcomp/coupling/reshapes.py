@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.analysis.content_rules import Content
+from onnxcomp.analysis.known import Content
 from onnxcomp.analysis.sizes import Dim, Size, multiply, product
 from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, input_and_output
+from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array
 
 __all__ = ["RESHAPE_RULES"]
@@ -130,7 +131,7 @@ def _targets(t: Tracer, node: ir.Node, target: ir.Value | None, index: int) -> N
     A computed target gets all known numbers, lest they be computed from a cut axis.
     """
     y = node.outputs[0]
-    for reader in (None, *dict.fromkeys(u for u, _ in y.uses())):
+    for reader in (None, *users_of(y)):
         axes = [t.axis(y, i, reader) for i in range(t.f.rank(y) or 0)]
         if not any(a in t.units and a.reader is reader for a in axes):
             continue

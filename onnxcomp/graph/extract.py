@@ -8,6 +8,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.graph.graph import Graph
+from onnxcomp.graph.operators import TIMED_OPS
 
 __all__ = ["describe", "extract_subgraph", "light_prefix", "timing_key"]
 
@@ -60,20 +61,6 @@ def _external_input(
     return new
 
 
-HEAVY = {
-    "MatMul",
-    "Gemm",
-    "Conv",
-    "Attention",
-    "Softmax",
-    "LayerNormalization",
-    "RMSNormalization",
-    "Loop",
-    "If",
-    "Scan",
-}
-
-
 def light_prefix(g: Graph, values: Iterable[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
     """Those values that follow from the inputs by light arithmetic alone (masks, angles), and the nodes they need."""
     is_light: dict[ir.Value, bool] = {}
@@ -95,7 +82,7 @@ def _is_light(g: Graph, v: ir.Value, is_light: dict[ir.Value, bool]) -> bool:
             is_light.setdefault(x, True)
             stack.pop()
             continue
-        if node.op_type in HEAVY or (node.domain and node.domain != "ai.onnx") or _reads_embedding_table(g, node):
+        if node.op_type in TIMED_OPS or (node.domain and node.domain != "ai.onnx") or _reads_embedding_table(g, node):
             is_light[x] = False
             stack.pop()
             continue

@@ -15,8 +15,9 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.linears import Index, Linear, NormSite
-from onnxcomp.blocks.stream import ADDITIONS, Stream, stream_operands
+from onnxcomp.blocks.stream import Stream, stream_operands
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import ADDITIONS
 from onnxcomp.graph.scratch import as_tensor, release_pages
 from onnxcomp.maths import Array, Float64
 

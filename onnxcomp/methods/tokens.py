@@ -12,9 +12,10 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, layers
-from onnxcomp.blocks.linears import NORMS, Index
+from onnxcomp.blocks.linears import Index
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import NORMS
 from onnxcomp.maths import Array
 
 __all__ = ["Place", "Tokens", "places", "removals"]
