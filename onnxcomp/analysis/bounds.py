@@ -1,4 +1,4 @@
-"""What is true of all elements of a value at once, whatever its shape: enough to see a mask that allows everything."""
+"""Bounds on all elements of a value, whatever its shape: enough to prove that a mask allows everything."""
 
 from __future__ import annotations
 
@@ -14,13 +14,21 @@ from onnxcomp.graph.operators import ELEMENT_PRESERVING
 
 __all__ = ["MAX_FLOATS", "uniform", "uniform_of"]
 
-MAX_INTEGERS = 1 << 16  # elements of a constant worth reading to see that they are equal
-MAX_FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
+# Elements of a constant that are read to bound them: larger ones are weights, which are not read.
+MAX_INTEGERS = 1 << 16
+MAX_FLOATS = 1 << 14  # in memory, such as masks that were folded
+MAX_MAPPED_FLOATS = 64  # in files, or computed on demand
 
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
-    """Bounds of a constant of moderate size; of floats only what is small or already in memory."""
-    limit = MAX_INTEGERS if not t.dtype.is_floating_point() else MAX_FLOATS if isinstance(t, ir.Tensor) else 64
+    """Bounds of a constant of moderate size; of floats only small ones or ones that are already in memory."""
+    limit = (
+        MAX_INTEGERS
+        if not t.dtype.is_floating_point()
+        else MAX_FLOATS
+        if isinstance(t, ir.Tensor)
+        else MAX_MAPPED_FLOATS
+    )
     if t.size == 0 or t.size > limit or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy().astype(np.float64)
@@ -34,7 +42,7 @@ def _decided(always: bool, never: bool) -> bool | None:
 def _ordered(
     a: Uniform, b: Uniform, op: Callable[[float, float], bool], inverse: Callable[[float, float], bool]
 ) -> bool | None:
-    """Whether `a op b` holds for all elements, for none, or cannot be told."""
+    """Whether `a op b` holds for all elements; None where it may hold for some."""
     always = a.low is not None and b.high is not None and op(a.low, b.high)
     never = a.high is not None and b.low is not None and inverse(a.high, b.low)
     return _decided(always, never)
@@ -52,7 +60,7 @@ def _truth(x: bool | None) -> Uniform | None:
 
 
 def uniform(f: Known, node: ir.Node) -> Uniform | None:
-    """Bounds of a node's output from those of its inputs; None where nothing is known."""
+    """Bounds of a node's output from those of its inputs; None where none are known."""
     op, inputs = node.op_type, [f.uniform(x) for x in node.inputs]
     if op in ELEMENT_PRESERVING:
         return inputs[0]

@@ -1,4 +1,4 @@
-"""Contents of small values: shapes and scales that exporters compute at run time, with unknown sizes as symbols."""
+"""Constant folding of small values with symbols: shapes and scales that exporters compute at run time."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from onnxcomp.analysis.sizes import Dim, Size, add, divide, floor, multiply, pro
 
 __all__ = ["CONTENT_RULES", "constant_content", "small"]
 
-MAX_ELEMENTS = 64
+NEAR_INTEGER = 1e-5  # relative; about 80 units in the last place of float32
+MAX_ELEMENTS = 64  # of a value whose content is tracked: shape vectors and scalars, not tables
 Rule = Callable[[Known, ir.Node], Content | None]
 
 
 def small(c: Content | None) -> Content | None:
-    """The content if it is small enough to keep."""
+    """The content if it is small enough to track."""
     return c if c is not None and c.size <= MAX_ELEMENTS else None
 
 
@@ -59,7 +60,7 @@ def _arithmetic(on_sizes: Callable[[Size, Size], Size | None], on_floats: Callab
 
 
 def _scaled(x: Any, y: Any) -> Any:
-    """A cast size times one."""
+    """The product of a size that was cast to float and the number one."""
     return x if y == 1.0 and isinstance(x, Dim) else None
 
 
@@ -73,7 +74,7 @@ def _numbers(op: Callable[[Any, Any], Any]) -> Any:
 
 
 def _equal(x: Any, y: Any) -> Any:
-    """Sizes are not negative, so an unknown one never equals -1."""
+    """Equality; sizes are not negative, so an unknown one never equals -1."""
     if isinstance(x, Dim) or isinstance(y, Dim):
         if x == y:
             return True
@@ -102,9 +103,9 @@ def _unary(op: Callable[[float], float | None]) -> Any:
 
 
 def _rounded(op: Callable[[float], int], x: float) -> float | None:
-    """A float rounded by `op`; None so near to an integer that single precision may fall on its other side."""
+    """A float rounded by `op`; None so near to an integer that the runtime's float32 may round otherwise."""
     nearest = round(x)
-    if x != nearest and abs(x - nearest) < 1e-5 * max(1.0, abs(x)):
+    if x != nearest and abs(x - nearest) < NEAR_INTEGER * max(1.0, abs(x)):
         return None
     return type(x)(op(x))
 
@@ -126,7 +127,7 @@ def _each(f: Any, arity: int) -> Rule:
             return None
         try:
             result = ufunc(*known)
-        except ValueError:  # shapes that do not broadcast: a broken graph, found elsewhere
+        except ValueError:  # shapes that do not broadcast: an invalid graph, reported elsewhere
             return None
         return _boxed(result)
 
@@ -134,7 +135,7 @@ def _each(f: Any, arity: int) -> Rule:
 
 
 def _boxed(x: Any) -> Content:
-    """An object array of any rank, also of rank 0."""
+    """The content as an object array, also where it is a single element."""
     if isinstance(x, np.ndarray):
         return x
     c = np.empty((), object)

@@ -1,4 +1,4 @@
-"""Shape rules of convolutions and pools."""
+"""Shape rules of convolutions and pooling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _pool(f: Known, node: ir.Node) -> Shape | None:
 
 
 def _windows(node: ir.Node, s: Shape, channels: Size, kernel: list[int]) -> Shape | None:
-    """`floor((d + pads - reach) / stride) + 1` on every spatial axis, where a window is `reach + 1` long."""
+    """`floor((d + pads - dilation * (kernel - 1) - 1) / stride) + 1` on every spatial axis."""
     attrs, n = node.attributes, len(kernel)
     strides, dilations = attrs.get_ints("strides", [1] * n), attrs.get_ints("dilations", [1] * n)
     pads, auto = attrs.get_ints("pads", [0] * 2 * n), attrs.get_string("auto_pad", "NOTSET")
@@ -36,7 +36,7 @@ def _windows(node: ir.Node, s: Shape, channels: Size, kernel: list[int]) -> Shap
     dims: list[Size] = []
     for i, d in enumerate(s[2:]):
         padding = pads[i] + pads[i + n] if auto == "NOTSET" else 0
-        # The 1 goes in before the division: what keeps its length then keeps its name.
+        # The 1 is added before the division, so that an axis that keeps its length keeps its symbol.
         last = add(d, padding - dilations[i] * (kernel[i] - 1) - 1 + strides[i])
         dims.append(floor(last, strides[i]))
     return (s[0], channels, *dims)

@@ -1,4 +1,4 @@
-"""Element types where a tool recorded none, from the operators: optimizers often write graphs without them."""
+"""Element types inferred from operators where none are recorded: optimizers often write graphs without them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ FIXED = {
     **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64),
     "MatMulInteger": ir.DataType.INT32,
 }
+# The input whose type the output has, where that is not the first one.
 TYPE_INPUT = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "RMSNormalization": 1, "MatMulIntegerToFloat": 2}
 TYPE_INPUT |= {"EmbedLayerNormalization": 2, "GatherBlockQuantized": 2}
+# Operators whose outputs all have one type; of others only the first output's is known.
 ALL_OUTPUTS = ("Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Attention", "MultiHeadAttention")
 
 
 def fill_types(g: Graph) -> None:
-    """Give every value of a top-level node the type its operator implies, where it has none; no edit."""
+    """Record the type that its operator implies for every value of a top-level node without one; not an edit."""
     for node in g.nodes():
         if node.domain in ("", CONTRIB) and any(v.dtype is None for v in node.outputs):
             dtype = _type_of(node)
@@ -32,7 +34,7 @@ def fill_types(g: Graph) -> None:
 
 
 def _type_of(node: ir.Node) -> ir.DataType | None:
-    """The element type of the first output, or None where it cannot be told."""
+    """The element type of the first output, or None where it is unknown."""
     if node.op_type in FIXED:
         return FIXED[node.op_type]
     if node.op_type == "Cast":
@@ -57,7 +59,7 @@ def in_half(g: Graph) -> bool:
 
 
 def from_integers(g: Graph) -> set[ir.Value]:
-    """Floats made from integers alone (positions, counts, masks of numbers); a lookup in a float table is none."""
+    """Float values computed from integers alone (positions, counts, numeric masks), not looked up in a float table."""
     integral: set[ir.Value] = set()
     for node in g.nodes():
         computed = [v for v in node.inputs if v is not None and not g.is_constant(v)]

@@ -1,4 +1,4 @@
-"""Shape rules of ONNX Runtime's fused operators (domain com.microsoft), so that facts reach past them."""
+"""Shape rules of ONNX Runtime's fused operators (domain com.microsoft), so that inference continues behind them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAME = """
 
 
 def _factor(s: Shape, node: ir.Node, side: str) -> Shape:
-    """The shape of a factor as it is multiplied."""
+    """The shape of a factor after its transpositions."""
     if node.attributes.get_int(f"transBatch{side}", 0):
         s = (*s[1:-1], s[0], s[-1])
     return (*s[:-2], s[-1], s[-2]) if node.attributes.get_int(f"trans{side}", 0) else s

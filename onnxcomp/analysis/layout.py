@@ -1,7 +1,7 @@
-"""Layouts as groups of axes, followed backwards through Transpose, Reshape, Expand and scalings; every step is proved.
+"""Layouts as groups of axes, followed backwards through Transpose, Reshape, Expand and scalar factors; proved stepwise.
 
-A value of shape `[b, s, n * h]` that was split and turned to `[b, n, s, h]` is still `[(b), (s), (n, h)]` in terms of
-the axes it started from. Axes of length 1 carry nothing and are an empty group.
+A value of shape `[b, s, n * h]` that was reshaped and transposed to `[b, n, s, h]` is `[(b), (s), (n, h)]` in terms of
+the axes of the result. An axis of length 1 is an empty group.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["Axis", "MergedHeads", "Trace", "constant_target", "merge_heads", "re
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One indivisible axis; equal only to itself."""
+    """One indivisible axis, compared by identity."""
 
     size: Size
 
@@ -32,7 +32,7 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Trace:
-    """A value seen from a later one: its axes in terms of those, what was repeated on the way, and the scale."""
+    """An earlier value in terms of a later one: its axes, the later axes that repeat it, and the scalar factor."""
 
     value: ir.Value
     axes: tuple[Axes, ...]
@@ -41,7 +41,7 @@ class Trace:
     scale: float = 1.0
 
     def split(self, axis: Axis, parts: Axes) -> Trace:
-        """The same with one axis written as several."""
+        """The same trace with one axis divided into several."""
 
         def cut(groups: tuple[Axes, ...]) -> tuple[Axes, ...]:
             return tuple(tuple(p for a in g for p in (parts if a is axis else (a,))) for g in groups)
@@ -50,7 +50,7 @@ class Trace:
 
 
 def start(f: Facts, v: ir.Value) -> Trace | None:
-    """The trace that begins, and so far ends, at `v`."""
+    """The trace of a value to itself."""
     shape = f.shape(v)
     if shape is None:
         return None
@@ -59,7 +59,7 @@ def start(f: Facts, v: ir.Value) -> Trace | None:
 
 
 def trace(f: Facts, v: ir.Value, *, through: Collection[str] = LAYOUT_OPS) -> Iterator[Trace]:
-    """Every earlier value that holds the same elements, nearest first; ends where a step cannot be proved."""
+    """Every earlier value with the same elements, nearest first; ends where a step cannot be proved."""
     t = start(f, v)
     while t is not None:
         yield t
@@ -90,7 +90,7 @@ def _step_back(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
 
 
 def _regroup(f: Facts, t: Trace, x: ir.Value, shape: Shape) -> Trace | None:
-    """The flat order of axes, cut into the given sizes; an axis may be split where its size divides."""
+    """Undo a Reshape: the axes in order, grouped to the given sizes; an axis is divided where the quotient is exact."""
     flat = [a for group in t.axes for a in group]
     groups: list[Axes] = []
     for d in shape:
@@ -148,22 +148,22 @@ def _unscale(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
     return replace(t, value=x, scale=t.scale * number if node.op_type == "Mul" else t.scale / number)
 
 
-# ---- emitting ----------------------------------------------------------------------------------------------------
+# ---- adding nodes ----------------------------------------------------------------------------------------------------
 
 
 def reshaped(g: Graph, f: Facts, x: ir.Value, sizes: Sequence[Size], like: ir.Value | None = None) -> ir.Value | None:
-    """`x` in another shape, with a constant target of 0 and one -1; None if more than one size is open."""
+    """`x` in another shape, by a constant target with zeros and one -1; None where two sizes are unknown."""
     target = constant_target(f, x, sizes)
     return None if target is None else g.op("Reshape", x, np.array(target, np.int64), like=like)
 
 
 def constant_target(f: Facts, x: ir.Value, sizes: Sequence[Size]) -> list[int] | None:
-    """A Reshape target that needs nothing at run time, or None."""
+    """A constant Reshape target for a value, or None."""
     return target_of(f, f.shape(x) or (), sizes)
 
 
 def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None:
-    """The same for a value of a shape."""
+    """A constant Reshape target for an input of a shape, or None where two sizes are unknown."""
     target = []
     for i, d in enumerate(sizes):
         if isinstance(d, int):
@@ -175,7 +175,7 @@ def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None
 
 @dataclass(frozen=True)
 class MergedHeads:
-    """A `[b, n, s, h]` value as `[b, s, n * h]`; `repeat` copies of each of `heads` heads were made on the way."""
+    """The `[b, s, n * h]` value behind a `[b, n, s, h]` one that holds `repeat` copies of each of its `heads` heads."""
 
     value: ir.Value
     heads: int
@@ -184,7 +184,7 @@ class MergedHeads:
 
 
 def merge_heads(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> MergedHeads | None:
-    """Find or make the 3-D value behind a 4-D one; None when head count or width is not static."""
+    """Find or add the 3-D value behind a 4-D one; None where head count or width is not static."""
     shape = f.shape(v)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return None
@@ -213,7 +213,7 @@ def merge_heads(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, groupe
 
 
 def _steps_to_merged(f: Facts, t: Trace) -> int | None:
-    """0: already `[b, s, n * h]`; 1: a Reshape away; 2: a Transpose and a Reshape; None: not reachable from here."""
+    """Nodes to add for `[b, s, n * h]`: 0, 1 (Reshape), 2 (Transpose and Reshape); None where these do not suffice."""
     b, n, s, h = t.origin
     head_axes = tuple(a for a in n if a not in t.repeated)
     if any(a not in n for a in t.repeated) or n[: len(head_axes)] != head_axes:
@@ -228,7 +228,7 @@ def _steps_to_merged(f: Facts, t: Trace) -> int | None:
 
 
 def _merging_perm(t: Trace) -> list[int] | None:
-    """Where the batch, sequence, head and width axes are; None if they are not four whole axes."""
+    """The permutation to batch, sequence, heads, width; None where these are not one axis each."""
     b, n, s, h = t.origin
     head_axes = tuple(a for a in n if a not in t.repeated)
     order: list[int] = []

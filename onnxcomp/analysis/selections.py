@@ -1,4 +1,4 @@
-"""Fixed selections along one axis: what a Split, Slice, Gather or GatherND takes, as positions."""
+"""Static selections along one axis: which positions a Split, Slice, Gather or GatherND takes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Selection:
 
 
 def selections(f: Facts, node: ir.Node) -> list[Selection] | None:
-    """What a Split, Slice, Gather or GatherND takes along its one axis; None where that is not fixed."""
+    """The selections of a Split, Slice, Gather or GatherND along one axis; None where they are not static."""
     shape = f.shape(node.inputs[0])
     if shape is None or node.domain:
         return None
@@ -75,7 +75,7 @@ def _gather(f: Facts, node: ir.Node, shape: Shape) -> list[Selection] | None:
 
 
 def _gather_nd(f: Facts, node: ir.Node, shape: Shape) -> list[Selection] | None:
-    """Positions along the first axis, as exporters write an index by a list."""
+    """Positions along the first axis: how exporters write indexing by a list."""
     indices = f.content(node.inputs[1])
     size = shape[0]
     if indices is None or indices.ndim != 2 or indices.shape[1] != 1 or node.attributes.get_int("batch_dims", 0):

@@ -1,4 +1,4 @@
-"""Shape rules of single operators; None where a rule cannot tell (then the recorded shape is used)."""
+"""Shape inference of single operators; a rule returns None where it does not know (the recorded shape is used then)."""
 
 from __future__ import annotations
 
@@ -117,9 +117,9 @@ def _reshape(f: Known, node: ir.Node) -> Shape | None:
 
 
 def _one_batch(f: Known, s: Shape, dims: list[Size], open_axis: int) -> Size | None:
-    """The open size where a value that follows one input's batch is viewed with the batch of another: both are one.
+    """The size that -1 stands for where a value with one input's batch is viewed with another input's batch.
 
-    Decoders view the encoder's states so; unequal batches would mix samples, which no model means.
+    Decoders view the encoder's states so. The two batches are assumed equal: otherwise the view would mix samples.
     """
     batches = [x for x in (*s[:1], *dims[:1]) if isinstance(x, Dim) and x.factor == 1 and len(x.names) == 1]
     batch_roots = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
@@ -136,7 +136,7 @@ def _one_batch(f: Known, s: Shape, dims: list[Size], open_axis: int) -> Size | N
 
 
 def _rank_only(f: Known, node: ir.Node) -> Shape | None:
-    """A reshape to a computed target: the recorded shape, or unknowns of the right number."""
+    """The shape after a computed target of known length: the recorded shape (None), or one new unknown per axis."""
     out, length = node.outputs[0], f.shape(node.inputs[1])
     if out.shape is not None or length is None or len(length) != 1 or not isinstance(length[0], int):
         return None

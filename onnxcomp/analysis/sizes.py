@@ -1,4 +1,4 @@
-"""Sizes of axes: integers, or products of named unknowns; enough algebra to prove two layouts equal."""
+"""Symbolic sizes of axes: integers and products of named unknowns, with enough algebra to prove layouts equal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Dim:
-    """`factor` times the product of named unknowns (sorted); a sum is one unknown named by its text."""
+    """`factor` times the product of named unknowns (sorted); a sum is a single unknown, named by its text."""
 
     factor: int
     names: tuple[str, ...]
@@ -51,7 +51,7 @@ class Sum(str):
 
 
 def parts_of(a: Size) -> tuple[Size, Size] | None:
-    """The two sizes that `a` is the sum of, if it is one unknown made so."""
+    """The two summands where `a` is a sum, else None."""
     name = a.names[0] if isinstance(a, Dim) and a.factor == 1 and len(a.names) == 1 else None
     return name.parts if isinstance(name, Sum) else None
 
@@ -85,7 +85,7 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def divide(a: Size, b: Size) -> Size | None:
-    """The quotient where it is exact whatever the unknowns are, else None."""
+    """The quotient where it is exact for all values of the unknowns, else None."""
     (f, x), (g, y) = _parts(a), _parts(b)
     if g == 0 or f % g:
         return None
@@ -98,9 +98,9 @@ def divide(a: Size, b: Size) -> Size | None:
 
 
 def floor(a: Size, b: Size) -> Size:
-    """Integer division towards minus infinity; an unknown of its own where it is not exact.
+    """Integer division towards minus infinity; a new unknown where it is not exact.
 
-    Multiples of `b` leave the division, `(x - 4) // 4 = x // 4 - 1`, so that equal sizes get one name.
+    Multiples of `b` are taken out of the division, `(x - 4) // 4 = x // 4 - 1`, so that equal sizes get equal names.
     """
     if isinstance(a, int) and isinstance(b, int) and b:
         return a // b
@@ -116,7 +116,7 @@ def floor(a: Size, b: Size) -> Size:
 
 
 def add(a: Size, b: Size) -> Size:
-    """The sum; of unlike unknowns an unknown of its own."""
+    """The sum; of different unknowns a new unknown."""
     (f, x), (g, y) = _parts(a), _parts(b)
     if x == y:
         return _simplified(f + g, x)
@@ -130,7 +130,7 @@ def add(a: Size, b: Size) -> Size:
 
 
 def _offset(a: Size) -> tuple[Size, int]:
-    """An unknown without the number added to it, and the number."""
+    """A sum as its unknown part and its integer part."""
     parts = parts_of(a)
     if parts is not None:
         for rest, number in (parts, parts[::-1]):
@@ -140,7 +140,7 @@ def _offset(a: Size) -> tuple[Size, int]:
 
 
 def subtract(a: Size, b: Size) -> Size:
-    """The difference; of `(x + y)` and `y` it is `x`, of unlike unknowns an unknown of its own."""
+    """The difference; `(x + y) - y` is `x`, of different unknowns it is a new unknown."""
     (f, x), (g, y) = _parts(a), _parts(b)
     summed = parts_of(a)
     if summed is not None and b in summed:
@@ -153,14 +153,14 @@ def subtract(a: Size, b: Size) -> Size:
 
 
 class Equalities:
-    """Unknowns that must be equal wherever the model runs, because they were broadcast together."""
+    """Unknowns that must be equal at run time because they were broadcast together (a union-find)."""
 
     def __init__(self, preferred: Iterable[str] = ()) -> None:
         self._parent: dict[str, str] = {}
         self._preferred = set(preferred)
 
     def find(self, name: str) -> str:
-        """The name that stands for all equal ones."""
+        """The representative of all equal names."""
         while name in self._parent:
             name = self._parent[name]
         return name
@@ -179,7 +179,7 @@ class Equalities:
         return a if isinstance(a, int) else _simplified(a.factor, (self.find(n) for n in a.names))
 
     def same(self, a: Size, b: Size) -> bool:
-        """Whether two sizes are proved, or assumed, equal."""
+        """Whether two sizes are equal, by proof or by assumption."""
         return self.plain(a) == self.plain(b)
 
     def match(self, a: Sequence[Size], b: Sequence[Size]) -> bool:

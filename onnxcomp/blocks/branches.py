@@ -186,12 +186,12 @@ def _find_residual_add(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tup
     pending = users_of(v)
     while pending:
         node = next((n for n in pending if not _other_operands(g, n, branch_values)), pending[0])
-        others = _other_operands(g, node, branch_values)
-        if others:
-            if len(pending) > 1 or len(others) > 1 or node.op_type not in ADDITIONS:
+        operands = _other_operands(g, node, branch_values)
+        if operands:
+            if len(pending) > 1 or len(operands) > 1 or node.op_type not in ADDITIONS:
                 return None
-            if others[0] not in outs:
-                return node, others[0], parallel
+            if operands[0] not in outs:
+                return node, operands[0], parallel
             parallel = True
         elif node.op_type not in BRANCH_OPS or any(o.is_graph_output() for o in node.outputs):
             return None

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph, interface
-from onnxcomp.graph.interface import GONE, gone
+from onnxcomp.graph.interface import REMOVED_PORTS, removed_ports
 from onnxcomp.graph.operators import LAYOUT_OR_CAST
 from onnxcomp.graph.values import users_of
 
@@ -86,8 +86,8 @@ def remove_ports(g: Graph, removed: CachePorts) -> None:
             graph.inputs.remove(v)
     g.edits += 1
     g.interface = interface.interface(graph)
-    names = {*gone(g.model.metadata_props), *removed.inputs, *removed.outputs, *axes - _axes(graph.inputs)}
-    g.model.metadata_props[GONE] = json.dumps(sorted(names))
+    names = {*removed_ports(g.model.metadata_props), *removed.inputs, *removed.outputs, *axes - _axes(graph.inputs)}
+    g.model.metadata_props[REMOVED_PORTS] = json.dumps(sorted(names))
 
 
 def _axes(inputs: Iterable[ir.Value]) -> set[str]:

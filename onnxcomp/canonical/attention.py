@@ -124,12 +124,12 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
         if causal is None:
             g.decline(node, "attention: a causal product that is not square keeps its flag")
             return
-        combine = masks.both if mask is None or masks.is_bool(mask) else masks.chosen
+        combine = masks.both if mask is None or masks.is_bool(mask) else masks.bias_where_allowed
         mask = causal if mask is None else combine(causal, mask)
         g.set_attr(node, is_causal=None)
     if mask is not None and not masks.is_bool(mask) and not exact_rows:
-        mask = masks.selected(mask)
-    mask = masks.restricting(mask) if mask is not None else None
+        mask = masks.as_where(mask)
+    mask = masks.simplified(mask) if mask is not None else None
     fitted = masks.with_full_axes(mask, q[-2], keys, sizes) if mask is not None else None
     if mask is not None and fitted is None:
         g.decline(node, "attention: the mask's axes are not known")

@@ -20,7 +20,7 @@ ACTIVATIONS = ("Gelu", "Relu", "Tanh")  # of one input, as they stand between th
 
 
 def simplify_layouts(g: Graph, f: Facts) -> None:
-    """Collapse chains of layout moves: to nothing, to one Reshape, or to one Transpose, where that is proved."""
+    """Collapse chains of layout operators to nothing, to one Reshape or to one Transpose, where that is proved."""
     for node in g.nodes(*LAYOUT_OPS):
         if node.domain == "":
             _simplify(g, f, node)
@@ -43,7 +43,7 @@ def _simplify(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool:
-    """Replace a chain of several moves by one; False when one is not enough."""
+    """Replace a chain by one operator; False where one does not suffice."""
     flat = [a for group in t.axes for a in group]
     if flat == [a for group in t.origin for a in group]:
         new = reshaped(g, f, t.value, shape, like=out)
@@ -60,7 +60,7 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 
 def sink_layouts(g: Graph, f: Facts) -> None:
-    """Let linears, their biases and casts work on the original axes: what folds or swaps axes moves below them."""
+    """Move Reshapes that merge leading axes, and Transposes, below linears, biases, norms, casts and activations."""
     for node in g.nodes("LayerNormalization", "RMSNormalization"):
         _lift_norm(g, node)
     for node in g.nodes("Cast"):
@@ -73,7 +73,7 @@ def sink_layouts(g: Graph, f: Facts) -> None:
 
 
 def _lift_cast(g: Graph, node: ir.Node) -> None:
-    """A cast between floats above the layout moves that nothing else reads: head layouts are found through it."""
+    """Move a cast between float types above layout operators with no other users, so that traces of heads pass it."""
     out, x, moves = node.outputs[0], node.inputs[0], []
     if x is None or out.is_graph_output() or any(v.dtype is None or not v.dtype.is_floating_point() for v in (x, out)):
         return
@@ -94,7 +94,7 @@ def _lift_cast(g: Graph, node: ir.Node) -> None:
 
 
 def _lift_norm(g: Graph, node: ir.Node) -> None:
-    """A norm over the last axis above a Transpose of the others that nothing else reads, such as that of heads."""
+    """Move a norm over the last axis above a Transpose of the other axes with no other users, such as one of heads."""
     x, out = node.inputs[0], node.outputs[0]
     transpose = x.producer() if x is not None else None
     if (
@@ -117,7 +117,7 @@ def _lift_norm(g: Graph, node: ir.Node) -> None:
 
 
 def _lift_activation(g: Graph, f: Facts, node: ir.Node) -> None:
-    """The same for an activation between two linears."""
+    """Move an activation between two linears above a Reshape that merges leading axes."""
     folded, shape, out = node.inputs[0], f.shape(node.outputs[0]), node.outputs[0]
     producer = folded.producer() if folded is not None else None
     if folded is None or producer is None or shape is None or out.is_graph_output() or not _folds(f, folded):
@@ -153,7 +153,7 @@ def _lift_linear(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _before_fold(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
-    """The value before a Reshape that folds leading axes, or before a swap of two; and whether they were swapped."""
+    """The value before leading axes were merged by a Reshape or exchanged, and whether they were exchanged."""
     node = x.producer()
     if _folds(f, x) and node is not None and node.inputs[0] is not None:
         x = node.inputs[0]
@@ -168,7 +168,7 @@ def _before_fold(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
 
 
 def _folds(f: Facts, v: ir.Value) -> bool:
-    """Whether a value is a Reshape that keeps the last axis and changes the number of axes before it."""
+    """Whether a value is the result of a Reshape that merges leading axes and keeps the last one."""
     node = v.producer()
     if node is None or node.op_type != "Reshape" or node.domain:
         return False

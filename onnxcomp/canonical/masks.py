@@ -34,15 +34,15 @@ class Masks:
     f: Facts
     _bools: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
     _uncast: dict[ir.Value, ir.Value | None] = field(default_factory=dict)
-    _made: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
+    _cache: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
     def state(self) -> Masks:
         """A copy of what was understood and made up to now."""
-        return Masks(self.g, self.f, dict(self._bools), dict(self._uncast), dict(self._made))
+        return Masks(self.g, self.f, dict(self._bools), dict(self._uncast), dict(self._cache))
 
     def restore(self, state: Masks) -> None:
         """Forget what was made since `state`, whose nodes are gone."""
-        self._bools, self._uncast, self._made = state._bools, state._uncast, state._made
+        self._bools, self._uncast, self._cache = state._bools, state._uncast, state._cache
 
     def allows_all(self, v: ir.Value) -> bool:
         """Whether a mask provably hides nothing."""
@@ -233,14 +233,14 @@ class Masks:
         """Keys that both bool masks allow."""
         if a is b:
             return a
-        return self._once(("And", a, b), lambda: self.g.op("And", a, b))
+        return self._cached(("And", a, b), lambda: self.g.op("And", a, b))
 
-    def restricting(self, v: ir.Value) -> ir.Value:
+    def simplified(self, v: ir.Value) -> ir.Value:
         """A bool mask without the parts of its And that provably allow everything: the rest broadcasts alike."""
         node = v.producer()
         if node is None or node.domain or node.op_type != "And" or node.inputs[0] is None or node.inputs[1] is None:
             return v
-        a, b = (self.restricting(x) for x in node.inputs if x is not None)
+        a, b = (self.simplified(x) for x in node.inputs if x is not None)
         if self.allows_all(a) or self.allows_all(b):
             return b if self.allows_all(a) else a
         return v if (a, b) == tuple(node.inputs) else self.both(a, b)
@@ -250,21 +250,21 @@ class Masks:
         node = v.producer()
         if node is not None and node.op_type == "Not" and node.inputs[0] is not None:
             return node.inputs[0]
-        return self._once(("Not", v), lambda: self.g.op("Not", v))
+        return self._cached(("Not", v), lambda: self.g.op("Not", v))
 
-    def _once(self, key: tuple[object, ...], make: object) -> ir.Value:
-        if key not in self._made:
-            self._made[key] = make()  # type: ignore[operator]
-        return self._made[key]
+    def _cached(self, key: tuple[object, ...], make: object) -> ir.Value:
+        if key not in self._cache:
+            self._cache[key] = make()  # type: ignore[operator]
+        return self._cache[key]
 
     def scaled(self, m: ir.Value, factor: float) -> ir.Value:
         """A float bias times a number; a bool mask means the same at any scale."""
         if factor == 1.0 or self.is_bool(m):
             return m
         number = np.array(factor, (m.dtype or ir.DataType.FLOAT).numpy())
-        made = self._once(("scaled", m, factor), lambda: self.g.op("Mul", m, number))
-        made.type = m.type
-        return made
+        scaled_mask = self._cached(("scaled", m, factor), lambda: self.g.op("Mul", m, number))
+        scaled_mask.type = m.type
+        return scaled_mask
 
     def combined(self, masks: list[ir.Value], dtype: ir.DataType) -> ir.Value | None:
         """One mask for several; bool where all of them are."""
@@ -278,10 +278,12 @@ class Masks:
         for m in kept:
             added = self.as_float(m, dtype)
             a = result
-            result = added if a is None else self._once(("Add", a, added), lambda a=a, b=added: self.g.op("Add", a, b))
+            result = (
+                added if a is None else self._cached(("Add", a, added), lambda a=a, b=added: self.g.op("Add", a, b))
+            )
         return result
 
-    def selected(self, v: ir.Value) -> ir.Value:
+    def as_where(self, v: ir.Value) -> ir.Value:
         """A float mask as `Where(allowed, bias, lowest)`, whatever adds it up; itself where nothing is blocked."""
         biases, bools = self._parts(v)
         if not biases or not bools:
@@ -290,17 +292,17 @@ class Masks:
         for b in bools[1:]:
             allowed = self.both(allowed, b)
         for x in biases[1:]:
-            bias = self._once(("Add", bias, x), lambda a=bias, b=x: self.g.op("Add", a, b))
+            bias = self._cached(("Add", bias, x), lambda a=bias, b=x: self.g.op("Add", a, b))
             bias.type = bias.type or x.type
         node = v.producer()
         done = node is not None and node.op_type == "Where" and list(node.inputs[:2]) == [allowed, bias]
-        return v if done else self.chosen(allowed, bias)
+        return v if done else self.bias_where_allowed(allowed, bias)
 
-    def chosen(self, allowed: ir.Value, bias: ir.Value) -> ir.Value:
+    def bias_where_allowed(self, allowed: ir.Value, bias: ir.Value) -> ir.Value:
         """A bias where keys are allowed, the lowest number elsewhere: no NaN even where the operator is spelled out."""
         dtype = (bias.dtype or ir.DataType.FLOAT).numpy()
         low = np.array(ml_dtypes.finfo(dtype).min, dtype)
-        return self._once(("chosen", allowed, bias), lambda: self.g.op("Where", allowed, bias, low))
+        return self._cached(("chosen", allowed, bias), lambda: self.g.op("Where", allowed, bias, low))
 
     def _parts(self, v: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
         """The float biases and the bool masks a float mask is made of."""
@@ -328,7 +330,7 @@ class Masks:
         if not self.is_bool(m):
             return m
         zero, low = np.array(0, dtype.numpy()), np.array(-np.inf, dtype.numpy())
-        return self._once(("float", m), lambda: self.g.op("Where", m, zero, low))
+        return self._cached(("float", m), lambda: self.g.op("Where", m, zero, low))
 
     def causal(self, queries: Size, keys: Size, sizes: Sizes, past: Size = 0) -> ir.Value | None:
         """Lower-triangular bool `[s, past + s]`, or `[s, t]` without past ones, aligned at the upper left."""
@@ -345,7 +347,7 @@ class Masks:
             row = self.g.op("Unsqueeze", key_positions, np.array([0], np.int64))
             return self.g.op("LessOrEqual", row, self.g.op("Unsqueeze", query_positions, np.array([1], np.int64)))
 
-        return self._once(("causal", queries, None if square else keys, past), make)
+        return self._cached(("causal", queries, None if square else keys, past), make)
 
     def with_full_axes(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
         """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""
@@ -358,7 +360,7 @@ class Masks:
         if not sizes.can_compute([queries, keys]):
             return None
         target = [*(1 for _ in padded[:-2]), queries, keys]
-        return self._once(("fit", m, queries, keys), lambda: self.g.op("Expand", m, sizes.vector(target)))
+        return self._cached(("fit", m, queries, keys), lambda: self.g.op("Expand", m, sizes.vector(target)))
 
 
 def widened(v: ir.Value) -> ir.Value:

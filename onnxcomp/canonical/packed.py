@@ -132,7 +132,7 @@ class Steps:
     units: list[Axis]
     order: list[Axis]
     columns: Array
-    seen: Trace
+    trace: Trace
     shape: Shape
 
 

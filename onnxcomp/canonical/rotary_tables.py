@@ -27,13 +27,13 @@ class Tables:
     g: Graph
     f: Facts
     _halves: dict[tuple[ir.Value, bool], ir.Value | None] = field(default_factory=dict)
-    _made: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
+    _cache: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
 
     def table(self, v: ir.Value, heads_axis: int, *, interleaved: bool, full: bool) -> ir.Value | None:
         """One entry per pair as `[b or 1, s, h / 2]`; None where a full table is not proved to repeat itself."""
         key = (v, heads_axis, interleaved, full)
-        if key in self._made:
-            return self._made[key]
+        if key in self._cache:
+            return self._cache[key]
         half = self.half(v, interleaved) if full else v
         rank = self.f.rank(half)
         if half is None or rank is None:
@@ -44,7 +44,7 @@ class Tables:
             half = self.g.op("Unsqueeze", half, np.array([0], np.int64))
         elif heads_axis == 2:  # [s, 1, h / 2]
             half = self.g.op("Transpose", half, perm=[1, 0, 2])
-        self._made[key] = half
+        self._cache[key] = half
         return half
 
     def half(self, v: ir.Value | None, interleaved: bool) -> ir.Value | None:

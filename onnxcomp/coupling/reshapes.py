@@ -28,8 +28,8 @@ def _reshape(t: Tracer, node: ir.Node) -> None:
     s, r = t.f.shape(x), t.f.shape(y)
     if s is None or r is None:
         return
-    for left, right in _regrouped(t, s, r):
-        ins, outs = [t.axis(x, i, node) for i in left], [t.axis(y, i) for i in right]
+    for left_axes, right_axes in _regrouped(t, s, r):
+        ins, outs = [t.axis(x, i, node) for i in left_axes], [t.axis(y, i) for i in right_axes]
         _block(t, node, [a for a in ins if _length(t, a) != 1], [a for a in outs if _length(t, a) != 1])
         t.followed(*(a for a in ins + outs if _length(t, a) == 1))
     if node.op_type == "Reshape":
@@ -39,7 +39,9 @@ def _reshape(t: Tracer, node: ir.Node) -> None:
 def _regrouped(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
     """Runs of axes of both shapes with equal products, from the front, or from the back where the front is unknown."""
     runs = list(_runs(t, s, r))
-    if all(t.f.same(product(s[i] for i in left), product(r[j] for j in right)) for left, right in runs):
+    if all(
+        t.f.same(product(s[i] for i in left_axes), product(r[j] for j in right_axes)) for left_axes, right_axes in runs
+    ):
         return runs
     back = _runs(t, s[::-1], r[::-1])
     return [([len(s) - 1 - i for i in a[::-1]], [len(r) - 1 - j for j in b[::-1]]) for a, b in back]

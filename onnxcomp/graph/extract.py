@@ -1,4 +1,4 @@
-"""Micro-models: one site cut out of its graph as a model of its own, and what decides how long it takes."""
+"""Micro-models for timing: one site extracted from its graph as a model of its own, and the key of its run time."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from onnxcomp.graph.operators import TIMED_OPS
 
 __all__ = ["describe", "extract_subgraph", "light_prefix", "timing_key"]
 
+# Elements from which on a float matrix that is indexed counts as an embedding table.
+MIN_EMBEDDING = 1 << 16
+
 
 def extract_subgraph(g: Graph, nodes: Sequence[ir.Node], outputs: Sequence[ir.Value]) -> Graph:
-    """A copy of some nodes: values made elsewhere become inputs of the recorded type and shape, names stay.
+    """A copy of some nodes: values that other nodes produce become inputs of the recorded type and shape, names stay.
 
     Constants are shared, their bytes are not read.
     """
@@ -47,7 +50,7 @@ def _graph_order(g: Graph) -> Any:
 def _external_input(
     g: Graph, v: ir.Value, copied: dict[ir.Value, ir.Value], inputs: list[ir.Value], constants: list[ir.Value]
 ) -> ir.Value:
-    """The copy's value for one that a node reads."""
+    """The copy's value for an operand: a copied node's output, a constant, or else a new graph input."""
     if v in copied:
         return copied[v]
     tensor = g.tensor(v)
@@ -62,7 +65,7 @@ def _external_input(
 
 
 def light_prefix(g: Graph, values: Iterable[ir.Value]) -> tuple[list[ir.Node], list[ir.Value]]:
-    """Those values that follow from the inputs by light arithmetic alone (masks, angles), and the nodes they need."""
+    """The values that only cheap nodes compute from graph inputs (masks, rotary angles), and all nodes they need."""
     is_light: dict[ir.Value, bool] = {}
     needed: dict[ir.Node, None] = {}
     light_values = []
@@ -96,9 +99,11 @@ def _is_light(g: Graph, v: ir.Value, is_light: dict[ir.Value, bool]) -> bool:
 
 
 def _reads_embedding_table(g: Graph, node: ir.Node) -> bool:
-    """Whether a node reads rows of a table: the beginning of the model's real work."""
+    """Whether a node looks up rows of an embedding table: there the model's main computation starts."""
     table = g.tensor(node.inputs[0]) if node.op_type == "Gather" else None
-    return table is not None and len(table.shape) == 2 and table.dtype.is_floating_point() and table.size > 1 << 16
+    return (
+        table is not None and len(table.shape) == 2 and table.dtype.is_floating_point() and table.size > MIN_EMBEDDING
+    )
 
 
 def _collect_producers(g: Graph, v: ir.Value, needed: dict[ir.Node, None]) -> None:
@@ -112,7 +117,7 @@ def _collect_producers(g: Graph, v: ir.Value, needed: dict[ir.Node, None]) -> No
 
 
 def timing_key(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
-    """What a time depends on: operators, attributes, types and sizes, but neither names nor the content of weights."""
+    """All that a run time depends on, as text: operators, attributes, types and sizes, but no names and no weights."""
     number: dict[int, int] = {}
 
     def ref(v: ir.Value | None) -> str:
@@ -131,12 +136,12 @@ def timing_key(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
 
 
 def _fixed(v: ir.Value) -> str:
-    """Which axes have a number in the file: the runtime's optimizers look at that."""
+    """Which axes are static in the file, one letter each: the runtime's optimizers depend on it."""
     return "".join("n" if isinstance(d, int) else "?" for d in v.shape) if v.shape is not None else "-"
 
 
 def describe(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
-    """A site in a line: operators, and the sizes of what goes in."""
+    """One line about a site: its operators, and the sizes of its inputs and weights."""
     ops = list(dict.fromkeys(n.op_type for n in g.nodes() if n.op_type != "DequantizeLinear"))
     weights = [list(t.shape.numpy()) for n in g.nodes() for v in n.inputs if (t := g.tensor(v)) and len(t.shape) == 2]
     by_weights = f" by {', '.join('x'.join(map(str, w)) for w in weights)}" if weights else ""

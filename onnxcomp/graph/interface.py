@@ -1,4 +1,4 @@
-"""The interface of a model as values: its inputs and outputs, and what a pass took away from the original's."""
+"""The interface of a model: its inputs and outputs, and which of the original's a pass removed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["GONE", "Interface", "gone", "interface", "same_interface"]
+__all__ = ["REMOVED_PORTS", "Interface", "interface", "removed_ports", "same_interface"]
 
-GONE = "onnxcomp.gone"  # metadata: inputs, outputs and open axes of the original that a model no longer has
+REMOVED_PORTS = "onnxcomp.gone"  # metadata key: names of removed inputs, outputs and open axes
 
 
-def gone(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Inputs, outputs and axes of the original that a model says it no longer has: data and shapes may name them."""
-    return frozenset(json.loads(metadata.get(GONE, "[]")))
+def removed_ports(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Removed inputs, outputs and axes from the metadata: calibration data and shapes may still name these."""
+    return frozenset(json.loads(metadata.get(REMOVED_PORTS, "[]")))
 
 
 Port = tuple[str, str, tuple[int | str, ...] | None]

@@ -1,4 +1,4 @@
-"""How `Graph.take` cuts: constants, counts, attributes, norms and the interface of one group."""
+"""The edits behind `Graph.take`: constants, sizes, attributes, norms and interface of one group shrink together."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 __all__ = ["cut_group"]
 
-EPSILON = {"RMSNormalization": 1e-5}
+EPSILON = {"RMSNormalization": 1e-5}  # the default of the ONNX operator
 
 
 def cut_group(g: Graph, group: Group, keep: Array) -> None:
-    """Cut everything but the units `keep`; all places are looked up and checked before the first edit."""
+    """Remove all units but `keep`; all places are looked up and checked before the first edit."""
     nodes = {str(n.name): n for n in g.nodes()}
     values = _values(g, nodes)
     for name in _referenced_nodes(group):
         if name not in nodes:
-            raise ModelError(f"the graph has no node named '{name}', which the group cuts; make the group again")
+            raise ModelError(f"the graph has no node named '{name}', which the group cuts; compute the group again")
     for entries in group.entries:
         if any(nodes[entries.node].outputs[0] not in nodes[u].inputs for u in entries.users):
-            raise ModelError(f"what reads '{entries.node}' was cut meanwhile; make the group again")
+            raise ModelError(f"the users of '{entries.node}' have changed; compute the group again")
     for slot in group.slots:
         if slot.value not in values:
             raise ModelError(f"the graph has no constant named '{slot.value}', which the group cuts")
@@ -68,7 +68,7 @@ def _user_lists(group: Group) -> list[tuple[str, ...]]:
 
 
 def _slots_by_constant(slots: tuple[Slot, ...]) -> list[list[Slot]]:
-    """Slots of one constant as the same users read it, so that it is written once."""
+    """Slots by constant and users, so that each constant is written once."""
     groups: dict[tuple[str, tuple[str, ...]], list[Slot]] = {}
     for slot in slots:
         groups.setdefault((slot.value, slot.users), []).append(slot)
@@ -76,7 +76,7 @@ def _slots_by_constant(slots: tuple[Slot, ...]) -> list[list[Slot]]:
 
 
 def _cut_constant(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: dict[str, ir.Node]) -> None:
-    """Drop positions along each axis of one constant; other users than the named ones keep it whole."""
+    """Remove positions along each axis of one constant; users that the slots do not name keep the full one."""
     a = g.array(v)
     for slot in slots:
         a = np.compress(slot.kept(keep), a, axis=slot.axis)
@@ -84,7 +84,7 @@ def _cut_constant(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: 
 
 
 def _copy_for_users(g: Graph, node: ir.Node, users: list[ir.Node]) -> ir.Node:
-    """The node itself, or a copy for the named users."""
+    """The node itself, or a copy for the given users."""
     out = node.outputs[0]
     if not users:
         return node
@@ -96,7 +96,7 @@ def _copy_for_users(g: Graph, node: ir.Node, users: list[ir.Node]) -> ir.Node:
 
 
 def _write_counts(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
-    """Write the counts that follow from a cut into an input of a node."""
+    """Write the sizes after the cut into an integer input of a node."""
     v = node.inputs[entries.input] if entries.input < len(node.inputs) else None
     counts = {s.index: s.count(keep) for s in entries.sizes}
     if v is None:
@@ -116,7 +116,7 @@ def _write_counts(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> Non
 
 
 def _times_lengths(g: Graph, counts: Array, entries: Entries) -> Array | ir.Value:
-    """The counts, those of repeated units times the lengths that the model's inputs have when it runs."""
+    """The sizes; those of repeated units are multiplied by lengths read from the graph inputs at run time."""
     sizes: Array | ir.Value = counts
     for size in entries.sizes:
         for name, axis in size.times:
@@ -127,7 +127,7 @@ def _times_lengths(g: Graph, counts: Array, entries: Entries) -> Array | ir.Valu
 
 
 def _renumber(g: Graph, node: ir.Node, index: IndexSlot, keep: Array) -> None:
-    """Positions on a cut axis as they are after the cut; what is cut with them is dropped by its own slot."""
+    """Renumber positions on a cut axis; entries that are cut themselves are removed by their own slot."""
     v = node.inputs[index.input]
     kept = Slot("", 0, index.units).kept(keep)
     new_positions = np.cumsum(kept) - 1
@@ -138,7 +138,7 @@ def _renumber(g: Graph, node: ir.Node, index: IndexSlot, keep: Array) -> None:
 
 
 def _rescale(g: Graph, node: ir.Node, norm: NormSlot, keep: Array) -> None:
-    """Make the mean of fewer squares what it was with zeroed channels (see `NormSlot`)."""
+    """Scale gain and epsilon so that the norm equals one over zeroed channels (see `NormSlot`)."""
     kept = Slot("", 0, norm.units).kept(keep)
     share = kept.sum() / kept.size
     gain = node.inputs[1]
@@ -150,7 +150,7 @@ def _rescale(g: Graph, node: ir.Node, norm: NormSlot, keep: Array) -> None:
 
 
 def _interface(g: Graph, group: Group, keep: Array) -> None:
-    """Shrink the axes of graph inputs and outputs; a group that has any declares the change."""
+    """Shrink the axes of graph inputs and outputs, and record the new interface."""
     ports = {str(v.name): v for v in (*g.model.graph.inputs, *g.model.graph.outputs)}
     for io in group.io:
         v = ports[io.value]

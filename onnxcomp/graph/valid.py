@@ -1,4 +1,4 @@
-"""What makes a graph valid: names, order and schemas."""
+"""Checks of a graph's validity: topological order, names, operator schemas."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ __all__ = ["names", "order", "schemas"]
 
 
 def order(graph: ir.Graph) -> None:
-    """Sort the nodes so that each comes after what it reads; raises `ModelError` for a cycle."""
+    """Sort the nodes topologically; raises `ModelError` for a cycle."""
     try:
         graph.sort()
     except ValueError as e:
-        raise ModelError(f"the graph reads its own output: {e}") from e
+        raise ModelError(f"the graph has a cycle: {e}") from e
 
 
 def names(graph: ir.Graph) -> None:
-    """Raise `ModelError` for a value that nothing makes or a name that two values have."""
+    """Raise `ModelError` for a value without producer or a name that two values share."""
     uses_of_name: dict[str | None, int] = {}
     defined = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
     inputs = set(graph.inputs)
@@ -31,7 +31,7 @@ def names(graph: ir.Graph) -> None:
     for node in graph:
         for x in node.inputs:
             if x is not None and id(x) not in defined:
-                raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which nothing makes")
+                raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which has no producer")
         for v in node.outputs:
             defined.add(id(v))
             if v.name:
@@ -39,7 +39,7 @@ def names(graph: ir.Graph) -> None:
     if duplicates := [n for n, count in uses_of_name.items() if count > 1]:
         raise ModelError(f"two values have the same name: {', '.join(map(str, duplicates[:3]))}")
     if undefined := [str(v.name) for v in graph.outputs if id(v) not in defined]:
-        raise ModelError(f"graph output '{undefined[0]}' is made by no node")
+        raise ModelError(f"graph output '{undefined[0]}' has no producer")
 
 
 def schemas(model: ir.Model) -> None:

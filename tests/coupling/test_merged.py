@@ -141,7 +141,7 @@ def test_two_layers_that_share_what_an_expand_repeats_are_cut_apart(size):
     cuts.assert_same(mask, done, feeds(2), feeds(3))
     done.sweep()
     assert len(list(done.nodes("Expand"))) == 2
-    with pytest.raises(ModelError, match="make the group again"):
+    with pytest.raises(ModelError, match="compute the group again"):
         done.take(groups[0], np.array([0]))
     return None
 

@@ -136,7 +136,7 @@ def test_a_stream_that_lies_in_fewer_dimensions_is_cut_without_loss(name, basis)
 
 
 def test_bases_of_a_large_model_lie_in_files_and_change_nothing(monkeypatch):
-    monkeypatch.setattr(scratch, "SPOOLED", 1 << 12)
+    monkeypatch.setattr(scratch, "SCRATCH_FROM", 1 << 12)
     given = []
     monkeypatch.setattr(slice_pass, "rotate", lambda g, s, *of: given.extend(of) or rotate(g, s, *of))
     g = tiny.decoder(layers=2)
