@@ -1,4 +1,4 @@
-"""Typed views of a canonical graph, computed on demand and never stored: they go stale at the next edit."""
+"""Typed views of a canonical graph (attentions, MLPs, layers), computed on demand: an edit makes them invalid."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ __all__ = [
     "siblings",
 ]
 
+QUICK_GELU_TOLERANCE = 1e-3  # relative; half types round the factor 1.702
+
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -40,7 +42,7 @@ __all__ = [
 class Attention:
     """One attention with its four projections; `head_dim` is the width of a query head, `mask` the fourth input.
 
-    `past` and `present` are the cached keys and values, `[b, kv_heads, t, h]`, that it takes and gives.
+    `past` and `present` are its cached keys and values `[b, kv_heads, t, h]`, as inputs and outputs.
     """
 
     node: ir.Node
@@ -102,13 +104,13 @@ def _attention(index: Index, node: ir.Node) -> Attention | None:
 
 
 def _pair(values: Sequence[ir.Value | None]) -> tuple[ir.Value, ir.Value] | None:
-    """Keys and values, if both are there."""
+    """Keys and values, if there are both."""
     keys, value = (*values, None, None)[:2]
     return (keys, value) if keys is not None and value is not None else None
 
 
 def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: list[NormSite]) -> Linear | None:
-    """The linear behind a query, key or value, past its rotation, its norm and layout moves."""
+    """The linear behind a query, key or value, before rotation, norm and layout operators, which are collected."""
     while v is not None and v not in index.by_output:
         node = v.producer()
         if node is None:
@@ -124,7 +126,7 @@ def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: 
 
 
 def _reader(index: Index, v: ir.Value) -> Linear | None:
-    """The one linear that reads a value, past layout moves."""
+    """The only linear that reads a value, directly or through layout operators."""
     while v not in index.by_source:
         users = users_of(v)
         if len(users) != 1 or users[0].op_type not in LAYOUT_OR_CAST:
@@ -167,7 +169,7 @@ class Mlp:
 
 
 def mlps(g: Graph) -> list[Mlp]:
-    """Every feed-forward part that returns to the width it started from, in graph order."""
+    """Every feed-forward part whose output is as wide as its input, in graph order."""
     index = Index.of(g)
     matches = (_mlp(g, index, down) for down in index.by_output.values())
     return [m for m in matches if m is not None and m.up.sizes[0] == m.down.sizes[1]]
@@ -219,7 +221,11 @@ def _gated_by_itself(g: Graph, node: ir.Node) -> tuple[ir.Value, str] | None:
         scaled = inner.inputs[0].producer() if inner.op_type == "Sigmoid" and inner.inputs[0] is not None else None
         if scaled is not None and scaled.op_type == "Mul" and x in scaled.inputs:
             number = g.tensor(scaled.inputs[1 - list(scaled.inputs).index(x)])
-            if number is not None and number.size == 1 and np.isclose(float(number.numpy().item()), 1.702, rtol=1e-3):
+            if (
+                number is not None
+                and number.size == 1
+                and np.isclose(float(number.numpy().item()), 1.702, rtol=QUICK_GELU_TOLERANCE)
+            ):
                 return x, "quick-gelu"
     return None
 
@@ -250,7 +256,7 @@ class Layer:
 
 
 def layers(g: Graph) -> list[Layer]:
-    """Attentions and the feed-forward part that follows them, layer by layer, with the norms around them."""
+    """The layers in graph order: attentions, the feed-forward part that follows them, and the norms around them."""
     norm_sites = norms(g)
     parts = _in_order(g, [*attentions(g), *mlps(g)], {n.output: n.input for n in norm_sites})
     groups: list[list[Attention | Mlp]] = []
@@ -265,7 +271,7 @@ def layers(g: Graph) -> list[Layer]:
 def _in_order(
     g: Graph, parts: Sequence[Attention | Mlp], norm_inputs: Mapping[ir.Value, ir.Value]
 ) -> list[Attention | Mlp]:
-    """Parts in graph order; those that read one residual stream side by side belong together, attention first."""
+    """Parts in graph order; parallel ones (readers of one value of the stream) are adjacent, attention first."""
     node_order = {node: i for i, node in enumerate(g.nodes())}
 
     def stream(p: Attention | Mlp) -> ir.Value:
@@ -298,12 +304,12 @@ def _layer(index: int, group: Sequence[Attention | Mlp], norm_sites: Sequence[No
 
 
 def _ends(group: Sequence[Attention | Mlp]) -> tuple[set[ir.Value], set[ir.Value]]:
-    """What the parts of a layer read and what they add to the stream."""
+    """The values that the parts of a layer read, and those that they add to the residual stream."""
     entries = {p.q.source if isinstance(p, Attention) else p.up.source for p in group}
     exits = {p.o.output if isinstance(p, Attention) else p.down.output for p in group}
     return entries, exits
 
 
 def _bypasses(norm: NormSite) -> bool:
-    """Whether the stream also goes past the norm, unnormalized, into an addition."""
+    """Whether an addition reads the norm's input as well: the residual connection around a pre-norm."""
     return any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses())

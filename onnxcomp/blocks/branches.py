@@ -1,4 +1,4 @@
-"""What attentions and MLPs add to the residual stream, so that a layer or one of its parts can be left out."""
+"""Residual branches of attentions and MLPs, so that a layer or a part of it can be removed."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["Branch", "ResidualSum", "branches", "layer_branches", "residual_add"
 
 @dataclass(frozen=True)
 class Branch:
-    """A stretch of the stream: `exit` is `entry` with something added (and normalized again, where norms come last).
+    """A residual branch: `exit` is `entry` with the branch's output added (and normalized, in post-norm models).
 
-    `why` says what forbids leaving it out; it is empty where `exit` may be replaced by `entry`. The `ports` go with it.
+    `why` is the reason against removal, empty where `entry` may replace `exit`. The `cache_ports` are removed too.
     """
 
     name: str
@@ -51,7 +51,7 @@ def branches(g: Graph) -> list[Branch]:
 
 
 def _caches(g: Graph, model_layers: Sequence[Layer]) -> dict[str, CachePorts]:
-    """What of the model's inputs and outputs is there for each attention; other layers' may tell the same sizes."""
+    """The cache ports of each attention; sizes read from them may be read from those of other layers instead."""
     by_layer = [(layer, a) for layer in model_layers for a in layer.attentions]
     if not any(a.past or a.present for _, a in by_layer):
         return {}
@@ -62,7 +62,7 @@ def _caches(g: Graph, model_layers: Sequence[Layer]) -> dict[str, CachePorts]:
 
 
 class ResidualSum(NamedTuple):
-    """The stream `end` behind a linear that is added to it, what else is added, and the constant it is scaled by."""
+    """The stream `end` behind the addition of a linear's output, the other addends, and the output's constant scale."""
 
     end: ir.Value
     others: tuple[ir.Value, ...]
@@ -70,7 +70,7 @@ class ResidualSum(NamedTuple):
 
 
 def residual_sum(x: Linear) -> ResidualSum | None:
-    """How a linear is added to the stream, if it is: parts in parallel make several sums, some models scale a layer."""
+    """How a linear's output is added to the stream, if it is: possibly scaled, by several sums for parallel parts."""
     scale, end = _scaled(x.output)
     others: list[ir.Value] = []
     while (node := _sole_addition(end)) is not None:
@@ -80,7 +80,7 @@ def residual_sum(x: Linear) -> ResidualSum | None:
 
 
 def _scaled(v: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-    """The constant that alone a value is multiplied with, and the product; else None and the value."""
+    """The constant factor and the product, where that is a value's only use; else None and the value."""
     use = sole_use(v)
     if use is None or use[0].op_type != "Mul":
         return None, v
@@ -90,7 +90,7 @@ def _scaled(v: ir.Value) -> tuple[ir.Value | None, ir.Value]:
 
 
 def residual_add(x: Linear) -> ir.Node | None:
-    """The addition of two computed values, such as the residual one, that alone reads a linear's output."""
+    """The addition of two computed values, such as the residual one, that is the only use of a linear's output."""
     return _sole_addition(x.output)
 
 
@@ -103,7 +103,7 @@ def _sole_addition(v: ir.Value) -> ir.Node | None:
 
 
 def layer_branches(g: Graph) -> list[Branch]:
-    """All parts of a layer as one stretch; blocked where they do not follow each other on one stream."""
+    """One branch for all parts of each layer, not removable where the parts are not sequential on one stream."""
     groups: dict[int, list[Branch]] = {}
     for b in branches(g):
         groups.setdefault(b.layer, []).append(b)
@@ -129,13 +129,13 @@ def _layer_branch(group: list[Branch], facts: Facts) -> Branch:
 
 
 def _before_reshape(v: ir.Value | None) -> ir.Value | None:
-    """What a part that works on a list of tokens was flattened from."""
+    """The value before a Reshape to a list of tokens, if there is one."""
     node = v.producer() if v is not None else None
     return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
 
 
 def _with_shape_of(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> ir.Value | None:
-    """The end of a layer in the shape of its entry: where its last part works on a list of tokens, behind that part."""
+    """The end of a layer in the shape of its entry: behind a Reshape where the last part works on a list of tokens."""
     if end is None or facts.rank(end) == facts.rank(entry):
         return end
     users = users_of(end)
@@ -166,7 +166,7 @@ def _branch(
     cache = caches.get(part.name, NO_PORTS) if isinstance(part, Attention) else NO_PORTS
     addition = _find_residual_add(g, _part_output(part), outs)
     if addition is None:
-        why = "what it makes is not simply added to the stream"
+        why = "its output is not simply added to the residual stream"
         return Branch(part.name, kind, layer.index, part.site.nodes, None, None, why)
     add, entry, parallel = addition
     end = add.outputs[0]
@@ -178,9 +178,9 @@ def _branch(
 
 
 def _find_residual_add(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tuple[ir.Node, ir.Value, bool] | None:
-    """The addition to the stream, the stream before it, and whether another part was added to the branch first.
+    """The residual addition, the stream before it, and whether another part's output was added to the branch first.
 
-    Between the two a branch may be scaled, normalized and moved about (windows of an image are put together again).
+    On the way the branch may be scaled, normalized and rearranged (windows of an image are merged again).
     """
     parallel, branch_values = False, {v}
     pending = users_of(v)
@@ -203,13 +203,13 @@ def _find_residual_add(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tup
 
 
 def _other_operands(g: Graph, node: ir.Node, branch_values: Collection[ir.Value]) -> list[ir.Value]:
-    """What a node reads besides the branch: neither constants nor sizes and indices."""
+    """The computed float operands of a node that are not of the branch."""
     operands = (x for x in node.inputs if x is not None and x not in branch_values and not g.is_constant(x))
     return [x for x in operands if x.dtype is None or x.dtype.is_floating_point()]
 
 
 def _norm_after(index: Index, v: ir.Value) -> ir.Node | None:
-    """The norm that alone reads the sum, in models that normalize after adding."""
+    """The norm that is the only user of a sum, as in post-norm models."""
     users = users_of(v)
     norm = next((n.node for n in index.norm_by_output.values() if n.input is v), None)
     return norm if len(users) == 1 and users[0] is norm and not v.is_graph_output() else None

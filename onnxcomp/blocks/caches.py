@@ -1,4 +1,4 @@
-"""Key-value caches as inputs and outputs of a model: which belong to one attention, and how they go with it."""
+"""Key-value caches as inputs and outputs of a model: those of one attention, and how to remove them with it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from onnxcomp.graph.values import users_of
 
 __all__ = ["NO_PORTS", "CachePorts", "cache_ports", "remove_ports"]
 
-LENGTH = 2  # axis of a cache `[b, kv_heads, t, h]` that grows
+LENGTH = 2  # the axis of a cache `[b, kv_heads, t, h]` that grows with each token
 
 
 @dataclass(frozen=True)
 class CachePorts:
-    """Inputs and outputs of the model that are there for one attention, by name; `why` says what holds them.
+    """The model's inputs and outputs for the cache of one attention, by name; `why` is the reason why they must stay.
 
-    `sizes` are nodes that read the shape of such an input, each with another input of the same shape.
+    `sizes` are nodes that read the shape of such an input, each with a replacement input of the same shape.
     """
 
     inputs: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class CachePorts:
     why: str = ""
 
     def __str__(self) -> str:
-        """Which of the model's inputs and outputs they are, in words."""
+        """The inputs and outputs as text."""
         parts = [("input", self.inputs), ("output", self.outputs)]
         return " and ".join(f"{what}{'s' * (len(n) > 1)} {', '.join(n)}" for what, n in parts if n)
 
@@ -42,7 +42,7 @@ NO_PORTS = CachePorts()
 
 
 def cache_ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Facts | None = None) -> CachePorts:
-    """The caches of an attention; `others` stay, and may tell the sizes that are read off its own."""
+    """The cache ports of an attention; sizes read from them may be read from the caches of `others` instead."""
     inputs, sizes = dict[str, None](), dict[str, str]()
     for i, v in enumerate(a.past or ()):
         source, readers = _graph_input_behind(v, a.node)
@@ -71,7 +71,7 @@ def cache_ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Fact
 
 
 def remove_ports(g: Graph, removed: CachePorts) -> None:
-    """Take ports of an attention that is no longer read off the interface; the others keep names, order and axes."""
+    """Remove the ports of an unused attention from the interface; the other ports keep names, order and axes."""
     if not removed.inputs and not removed.outputs:
         return
     for name, twin in removed.sizes:
@@ -91,7 +91,7 @@ def remove_ports(g: Graph, removed: CachePorts) -> None:
 
 
 def _axes(inputs: Iterable[ir.Value]) -> set[str]:
-    """Names of the open axes."""
+    """Names of the symbolic axes."""
     return {str(d.value) for v in inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
 
 
@@ -102,7 +102,7 @@ def _compared_output(g: Graph) -> str:
 
 
 def _graph_input_behind(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
-    """The model's input behind a cache, past moves, and who else reads it on the way."""
+    """The graph input behind a cache, before layout operators, and its other readers."""
     other_readers: list[ir.Node] = []
     while True:
         other_readers += [u for u, _ in v.uses() if u is not reader]
@@ -115,7 +115,7 @@ def _graph_input_behind(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, 
 
 
 def _rearranged_values(v: ir.Value) -> Iterator[ir.Value]:
-    """A value and what moves make of it."""
+    """A value and all that layout operators produce from it."""
     yield v
     for user in users_of(v):
         if user.op_type in LAYOUT_OR_CAST:
@@ -123,7 +123,7 @@ def _rearranged_values(v: ir.Value) -> Iterator[ir.Value]:
 
 
 def _same_shaped_cache(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -> ir.Value | None:
-    """The cache of another attention that has the same shape: the same sizes, or one mask over equally many keys."""
+    """Another attention's cache of the same shape: of equal sizes, or of equally many keys under the same mask."""
     assert a.past is not None
     shape = facts.shape(a.past[which])
     for b in others:
@@ -138,7 +138,7 @@ def _same_shaped_cache(facts: Facts, a: Attention, which: int, others: Sequence[
 
 
 def _masked_alike(facts: Facts, a: Attention, b: Attention) -> bool:
-    """Whether two attentions see equally many keys, since they add one mask, and equally many of them are new."""
+    """Whether two attentions have equally many keys, since they share a mask, and equally many new ones."""
     mask, new, others = (facts.shape(v) for v in (a.mask, a.node.inputs[1], b.node.inputs[1]))
     if a.mask is not b.mask or not mask or not new or not others or mask[-1] == 1:
         return False

@@ -1,4 +1,4 @@
-"""Parameters and multiplications of a canonical model by part."""
+"""Parameters and multiply-accumulates of a canonical model by part."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A canonical model described: stacks of layers, kinds, positions, masks, and what was not recognised and why."""
+"""A report on a canonical model: stacks of layers, kinds, positions, masks, and unrecognized sites with reasons."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from onnxcomp.graph import Graph
 
 __all__ = ["describe"]
 
+MAX_TABLE = 1 << 22  # elements of a table that is read to see whether it is sinusoidal
+SINUSOID_TOLERANCE = 1e-2  # of a row's squared norm, relative to its width
+
 MaskNames = Mapping[ir.Value | None, Mask]
 
 
 def describe(g: Graph) -> dict[str, Any]:
-    """JSON-able facts; a number where all layers agree, a list (one entry a layer) where they differ."""
+    """Facts as JSON types; a value where all layers agree, a list with one entry a layer where they differ."""
     model_layers = blocks.layers(g)
     heads = [a for layer in model_layers for a in layer.attentions]
     tables, end = blocks.embeddings(g), blocks.head(g)
@@ -142,7 +145,7 @@ def _positions(g: Graph, layers: Sequence[blocks.Layer], tables: Sequence[blocks
 
 
 def _tables(g: Graph, layers: Sequence[blocks.Layer], tables: Iterable[blocks.Embedding]) -> dict[str, bool]:
-    """Whether a table of positions, learned or of sines, is added to the stream."""
+    """Whether a learned or a sinusoidal table of positions is added to the residual stream."""
     widths = {layer.linears[0].sizes[0] for layer in layers if layer.linears}
     tables = list(tables)
     widths |= {e.width for e in tables if e.kind == "tokens"}
@@ -154,7 +157,7 @@ def _tables(g: Graph, layers: Sequence[blocks.Layer], tables: Iterable[blocks.Em
 
 
 def _added_tables(g: Graph, widths: set[int]) -> list[ir.Value]:
-    """Constants `[.., s, h]` of more than one row that are added to something, whole or a part of their rows."""
+    """Constants `[.., s, h]` of more than one row of which all or some rows are added to a value."""
     constants = []
     for node in g.nodes("Add"):
         for x in node.inputs:
@@ -166,7 +169,7 @@ def _added_tables(g: Graph, widths: set[int]) -> list[ir.Value]:
 
 
 def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
-    """The constant behind a value that is a part of it."""
+    """The constant that a value is a part of."""
     while v is not None and not g.is_constant(v):
         node = v.producer()
         if node is None or node.op_type not in ("Slice", "Unsqueeze", "Expand", "Reshape"):
@@ -176,12 +179,12 @@ def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
 
 
 def _is_sinusoidal(g: Graph, v: ir.Value) -> bool:
-    """Sines and cosines of the same angles: every row has the squared length of half its width."""
+    """Whether a table holds sines and cosines of the same angles: each row's squared norm is half its width."""
     t = g.tensor(v)
-    if t is None or not t.dtype.is_floating_point() or t.size > 1 << 22:
+    if t is None or not t.dtype.is_floating_point() or t.size > MAX_TABLE:
         return False
     a = t.numpy().astype(np.float64).reshape(-1, t.shape.numpy()[-1])
-    return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= 1e-2 * a.shape[1])
+    return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= SINUSOID_TOLERANCE * a.shape[1])
 
 
 def _adds_convolution(g: Graph, layers: Sequence[blocks.Layer]) -> bool:
@@ -197,10 +200,10 @@ def _adds_convolution(g: Graph, layers: Sequence[blocks.Layer]) -> bool:
 
 
 def _not_recognised(g: Graph) -> list[dict[str, str]]:
-    """Declined sites with their reasons, and what stayed spelled out without one."""
+    """Declined sites with their reasons, and sites that stayed without one."""
     declined = {d.site for d in g.declined}
     unexplained = [s for s in sites(g) if s.name not in declined]
     return [
         *({"site": d.site, "why": d.why} for d in g.declined),
-        *({"site": s.name, "why": f"{s.kind}: stayed as it was, and no recogniser says why"} for s in unexplained),
+        *({"site": s.name, "why": f"{s.kind}: not raised, and no recognizer gives a reason"} for s in unexplained),
     ]

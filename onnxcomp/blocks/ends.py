@@ -1,4 +1,4 @@
-"""The ends of a model: the tables it starts from and the product it ends in."""
+"""The ends of a model: its embedding tables and its output projection (the head)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """The product that makes a graph output; `tied` when its weight is an embedding table, seen through a Transpose."""
+    """The product before a graph output; `tied` where its weight is an embedding table, possibly transposed."""
 
     node: ir.Node
     weight: ir.Value
@@ -37,7 +37,7 @@ class Head:
 
 
 def embeddings(g: Graph) -> list[Embedding]:
-    """Every table read by computed or fed indices; the largest one read by a fed index is the tokens' one."""
+    """Every table with computed or fed indices; the largest one that a graph input indexes is the tokens' table."""
     tables: list[Embedding] = []
     for node in g.nodes("Gather"):
         table, _ = stored(g, node.inputs[0]) if node.inputs[0] is not None else (None, None)
@@ -58,7 +58,7 @@ def embeddings(g: Graph) -> list[Embedding]:
 
 
 def _is_fed(v: ir.Value) -> bool:
-    """Whether indices are a graph input, past layout moves."""
+    """Whether indices are a graph input, directly or through layout operators."""
     node = v.producer()
     while node is not None and node.op_type in LAYOUT_OR_CAST and node.inputs[0] is not None:
         v = node.inputs[0]
@@ -67,7 +67,7 @@ def _is_fed(v: ir.Value) -> bool:
 
 
 def head(g: Graph) -> Head | None:
-    """The last product before the first graph output, when nothing but layout moves lies between."""
+    """The last product before the first graph output, where only layout operators or a soft-cap lie between."""
     index = Index.of(g)
     for out in g.outputs:
         v: ir.Value | None = out
@@ -84,7 +84,7 @@ def head(g: Graph) -> Head | None:
 
 
 def _layout_source(g: Graph, node: ir.Node) -> ir.Value | None:
-    """What a layout move, or a step of a soft-cap on the logits, starts from."""
+    """The operand of a layout operator or of a step of a soft-cap on the logits."""
     if node.op_type in LAYOUT_OR_CAST or node.op_type == "Tanh":
         return node.inputs[0]
     if node.op_type in ("Mul", "Div") and (t := g.tensor(node.inputs[1])) is not None and t.size == 1:

@@ -1,4 +1,4 @@
-"""Linears and norms of a graph as typed values, and where each is made and read."""
+"""Linears and norms of a graph as typed values, with an index by the values that they produce and read."""
 
 from __future__ import annotations
 
@@ -62,10 +62,10 @@ class Linear:
 
 
 def linears(g: Graph, *, tied: bool = False) -> list[Linear]:
-    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none.
+    """Every linear in graph order; a Gemm that scales or transposes its input does not count.
 
-    With `tied` also products with a constant seen through a Transpose, such as a head that shares the embedding table:
-    their `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
+    With `tied` also products with the Transpose of a constant, such as a head that shares the embedding table: their
+    `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
     """
     matches = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
     return [x for x in matches if x is not None]
@@ -123,7 +123,7 @@ def _gemm(
 
 
 def stored(g: Graph, v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant behind a value, seen through one DequantizeLinear."""
+    """The constant behind a value, directly or through one DequantizeLinear, which is returned as well."""
     if g.is_constant(v):
         return v, None
     node = v.producer()
@@ -144,7 +144,7 @@ def _before_quantizing(x: ir.Value) -> ir.Value:
 
 
 def _bias(g: Graph, product: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant row added to a product that nothing else reads."""
+    """The constant row whose addition is the only use of a product, and the addition."""
     use = sole_use(product)
     if use is None or use[0].op_type not in ADDITIONS or len(use[0].inputs) != 2:
         return None, None
@@ -199,7 +199,7 @@ def norms(g: Graph) -> list[NormSite]:
 
 @dataclass
 class Index:
-    """Linears and norms by the values they make and read."""
+    """Linears by output and by source, norms by output."""
 
     by_output: dict[ir.Value, Linear] = field(default_factory=dict)
     by_source: dict[ir.Value, list[Linear]] = field(default_factory=dict)
@@ -207,7 +207,7 @@ class Index:
 
     @classmethod
     def of(cls, g: Graph) -> Index:
-        """The index of a graph as it is now."""
+        """The index of a graph's current state."""
         index = cls(norm_by_output={x.output: x for x in norms(g)})
         for x in linears(g):
             index.by_output[x.output] = x

@@ -1,6 +1,6 @@
-"""Masks named by probing: what computes a mask is cut out and run alone on small samples, compared with closed forms.
+"""Masks named by probing: the subgraph of a mask is run alone on small samples and compared with closed forms.
 
-The algebra of mask subgraphs differs with every exporter; what they compute does not. A name is evidence, no proof.
+Mask subgraphs differ between exporters; what they compute does not. A name is evidence, not a proof.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from onnxcomp.maths import Array
 
 __all__ = ["Mask", "name_masks"]
 
-SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9
-SHORT_WINDOW = 4  # stands for a window too long to be seen in a sample
-MAX_VALUES = 1000  # values
-MAX_CONSTANT = 1 << 20  # elements of a constant that is rather a weight
+SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9  # sizes of the open axes of a sample
+SHORT_WINDOW = 4  # replaces a window longer than a sample
+MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
+MAX_CONSTANT = 1 << 20  # elements of a constant in it; a larger one counts as a weight
 EVALUATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
 OTHER = "other"
 
@@ -52,12 +52,12 @@ def _name(g: Graph, mask: ir.Value) -> Mask:
         return Mask(OTHER, "content")
     try:
         return _name_by_probing(_MaskModel.of(g, mask), inputs_read)
-    except EVALUATOR_ERRORS:  # the evaluator refuses what it does not know in its own ways
+    except EVALUATOR_ERRORS:  # the evaluator raises all of these for unsupported nodes
         return Mask(OTHER)
 
 
 def _read_inputs(g: Graph, mask: ir.Value) -> list[ir.Value] | None:
-    """Graph inputs whose content the mask depends on; None when it takes a layer's arithmetic to compute it."""
+    """Graph inputs whose content the mask depends on; None where a layer's operators are needed to compute it."""
     upstream = _upstream(g, mask, through_shapes=True)
     if upstream is None:
         return None
@@ -65,7 +65,7 @@ def _read_inputs(g: Graph, mask: ir.Value) -> list[ir.Value] | None:
 
 
 def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Value] | None:
-    """What a mask is computed from; None when that holds weights, or too much."""
+    """All values that a mask is computed from; None where these include weights or are too many."""
     pending, visited = [mask], set[ir.Value]()
     while pending:
         v = pending.pop()
@@ -89,21 +89,21 @@ def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Valu
 
 
 class _MaskModel:
-    """The part of a model that computes one value."""
+    """The subgraph that computes a mask, as a model."""
 
     def __init__(self, model: ir.Model, inputs: list[ir.Value]) -> None:
         self.model, self.inputs = model, inputs
 
     @classmethod
     def of(cls, g: Graph, mask: ir.Value) -> _MaskModel:
-        """Everything above a mask."""
+        """The subgraph of a mask."""
         copy = g.clone()
         copy.model.graph.outputs[:] = [copy.value(str(mask.name))]
         copy.sweep()
         return cls(copy.model, copy.inputs)
 
     def run(self, contents: Mapping[str, Array] | None = None) -> _Sample:
-        """The mask for inputs of ones, or with the given contents."""
+        """The mask for inputs of ones, or of the given contents."""
         feeds = {str(v.name): np.ones(_sizes(v), _dtype(v)) for v in self.inputs}
         feeds |= {k: a.astype(feeds[k].dtype) for k, a in (contents or {}).items()}
         with np.errstate(all="ignore"):
@@ -111,11 +111,11 @@ class _MaskModel:
         return _Sample(np.asarray(result))
 
     def numbers(self) -> set[int]:
-        """All whole numbers among the constants."""
+        """All integers among the scalar constants."""
         return {n for _, n in self._scalars()}
 
     def with_number(self, old: int, new: int) -> _MaskModel:
-        """A copy with a number replaced wherever it stands."""
+        """A copy with a number replaced in all scalar constants."""
         changed = _MaskModel(self.model.clone(), self.inputs)
         for v, n in changed._scalars():
             t = v.const_value
@@ -142,7 +142,7 @@ def _dtype(v: ir.Value) -> np.dtype[np.generic]:
 
 
 class _Sample:
-    """One evaluated mask as `[batch, heads, queries, keys]`: what it allows, and what it adds where it allows."""
+    """One evaluated mask `[batch, heads, queries, keys]`: which keys it allows, and the bias that it adds to these."""
 
     def __init__(self, a: Array) -> None:
         four_axes = a.reshape((1,) * (4 - a.ndim) + a.shape)
@@ -152,7 +152,7 @@ class _Sample:
 
     @property
     def pattern(self) -> Array | None:
-        """What all samples and heads allow alike, `[queries, keys]`; None where they differ."""
+        """The pattern `[queries, keys]` that all samples and heads share; None where they differ."""
         first: Array = self.allowed[0, 0]
         return first if (self.allowed == first).all() else None
 
@@ -180,7 +180,7 @@ def _name_sample(sample: _Sample) -> Mask:
 
 
 def _form(pattern: Array) -> str | None:
-    """Empty where everything is allowed, None where no closed form fits; queries are the last positions of the keys."""
+    """The closed form, empty where all is allowed, None where none fits; queries are the last positions of the keys."""
     queries, keys = pattern.shape
     if pattern.all():
         return ""
@@ -195,7 +195,7 @@ def _form(pattern: Array) -> str | None:
 
 
 def _find_long_window(mask_model: _MaskModel, form: str) -> str:
-    """Whether one of the constants is a window longer than the sample: put a short one in its place and look again."""
+    """The form with a window longer than the sample, if replacing one of the constants by a short window reveals it."""
     for number in sorted(mask_model.numbers()):
         if not SAMPLE_LENGTH <= abs(number) < 1 << 20:
             continue
@@ -208,7 +208,7 @@ def _find_long_window(mask_model: _MaskModel, form: str) -> str:
 
 
 def _padding(mask_model: _MaskModel, unpadded: _Sample, inputs_read: Iterable[ir.Value]) -> str | None:
-    """Empty where no input's content matters, None where it does in another way than hiding keys."""
+    """The form of padding: empty where no input's content matters, None where it does otherwise than by hiding keys."""
     rng, result = np.random.default_rng(0), ""
     for v in inputs_read:
         sizes = _sizes(v)
@@ -246,7 +246,7 @@ def _equal(a: Array, b: Array) -> bool:
 
 
 def _bias(sample: _Sample) -> str:
-    """`alibi` for numbers linear in the key's place, `relative` for any others, empty for none."""
+    """`alibi` for a bias linear in the key's position, `relative` for any other, empty for none."""
     added = sample.added
     if not added.any():
         return ""

@@ -1,4 +1,4 @@
-"""Residual streams: values that additions carry from norm to norm, with who writes to them and who reads them."""
+"""Residual streams: the values that additions pass from norm to norm, with their readers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ = ["Stream", "basis_values", "stream_operands", "streams"]
 
 @dataclass
 class Stream:
-    """One residual stream of width `width`: `values` in graph order, each a sum, a move of another one, or a start.
+    """One residual stream of width `width`: `values` in graph order, each a sum, a selection of another, or the first.
 
-    `norms` read it; `why` says why its basis cannot be changed, empty if it can.
+    `norms` read it; `why` is the reason why its basis cannot be changed, empty if it can.
     """
 
     width: int
@@ -40,7 +40,7 @@ class Stream:
 
 
 def basis_values(s: Stream) -> dict[ir.Value, ir.Value]:
-    """For every value the one behind it that a norm reads, in whose basis it is carried; at the end the one before."""
+    """For every value of a stream the norm input whose basis it has: the next one, at the end the previous one."""
     norm_inputs = {n.input for n in s.norms}
     members = set(s.values)
     basis: dict[ir.Value, ir.Value] = {v: v for v in norm_inputs}
@@ -57,7 +57,7 @@ def basis_values(s: Stream) -> dict[ir.Value, ir.Value]:
 
 
 def streams(g: Graph) -> list[Stream]:
-    """Every residual stream that a norm reads, in graph order; a norm inside a branch makes a stream with a reason."""
+    """Every residual stream that a norm reads, in graph order; that of a norm inside a branch has a reason in `why`."""
     index, facts = Index.of(g), Facts(g)
     place = {v: i for i, node in enumerate(g.nodes()) for v in node.outputs}
     stream_of: dict[ir.Value, set[ir.Value]] = {}
@@ -86,7 +86,7 @@ def _last_axis(norm: NormSite, facts: Facts) -> bool:
 
 
 def _members(start: ir.Value, index: Index, facts: Facts) -> Iterator[ir.Value]:
-    """The values of the stream behind a norm's input: sums, what they add that is a sum or read by a norm too."""
+    """The values of the stream of a norm's input: sums, and operands of these that are sums or inputs of norms."""
     norm_inputs = {n.input for n in index.norm_by_output.values()}
     pending, visited = [start], {start}
     while pending:
@@ -100,7 +100,7 @@ def _members(start: ir.Value, index: Index, facts: Facts) -> Iterator[ir.Value]:
 
 
 def stream_operands(v: ir.Value, index: Index, facts: Facts) -> list[ir.Value]:
-    """The values of the same width that a sum adds, or that a move takes tokens from; none for a start."""
+    """The operands of a sum, or the value that tokens are selected from; none where a stream starts."""
     node = v.producer()
     if node is None or v in index.by_output or node.op_type not in (*ADDITIONS, *TOKEN_SELECTING):
         return []
@@ -120,7 +120,7 @@ def _refusal(s: Stream, index: Index, facts: Facts) -> str:
         v for v in s.values if (p := v.producer()) is not None and p.op_type in ADDITIONS and v not in index.by_output
     ]
     parts = [x for v in sums for x in stream_operands(v, index, facts)]
-    if not {n.input for n in s.norms}.intersection(parts):  # no value goes past a norm into an addition
+    if not {n.input for n in s.norms}.intersection(parts):  # no addition reads the input of a norm
         if any(x in index.norm_by_output and len({u for u, _ in x.uses()}) > 1 for x in parts):
             return "post-norm: the norm lies inside the residual stream, so no rotation passes through it"
         return "no residual stream leads to it"

@@ -1,4 +1,4 @@
-"""Recognition: any exporter's graph to the canonical form, in place, from dataflow alone."""
+"""Recognition: rewrite any exporter's graph to the canonical form, in place, from dataflow alone (never from names)."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from onnxcomp.graph import Graph
 __all__ = ["OPSET", "canonicalize", "sites"]
 
 OPSET = 23
-ROUNDS = 4  # one recogniser may open the way for another; two rounds settle every graph seen so far
+# At most this many rounds: one recognizer may enable another. Every graph tried so far was stable after two.
+ROUNDS = 4
 
 
 def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
-    """Raise a graph to standard operators of opset 23, in place; what is not recognised is declined with the reason.
+    """Raise a graph to standard operators of opset 23, in place; unrecognized sites are declined with a reason.
 
-    Outputs are equal to float noise on rows that see at least one key. With `exact_rows` sites where a row without
-    any key would change stay as they are. Raises `ModelError` when the operator set cannot be raised.
+    Outputs are equal up to rounding on query rows with at least one visible key. With `exact_rows`, sites where a row
+    without visible keys would change stay as they are. Raises `ModelError` when the operator set cannot be raised.
     """
     initial_edits, initial_names = graph.edits, {str(n.name) for n in graph.nodes()}
     if graph.model.functions:
@@ -45,7 +46,10 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
         graph.adopt(convert(graph, OPSET))
     declined = list(graph.declined)
     for _ in range(ROUNDS):
-        before, graph.declined = graph.edits, list(declined)  # what an earlier round could not raise may go now
+        before, graph.declined = (
+            graph.edits,
+            list(declined),
+        )  # a site declined in an earlier round may be recognized now
         _run_round(graph, exact_rows)
         if graph.edits == before:
             break
@@ -88,8 +92,8 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
 
 
 def _clean_up(graph: Graph, f: Facts) -> None:
-    """Remove what lost its readers, so that counts of users are true."""
-    graph.model.graph.sort()  # the sweep walks backwards
+    """Remove unused nodes and no-ops, so that numbers of users are exact."""
+    graph.model.graph.sort()  # the sweep needs topological order
     fill_types(graph)
     fold_known(graph, f)
     drop_round_trips(graph)
@@ -98,7 +102,7 @@ def _clean_up(graph: Graph, f: Facts) -> None:
 
 
 def _inlined(graph: Graph) -> Graph:
-    """A copy without local functions."""
+    """A copy with local functions inlined."""
     copy = graph.clone()
     InlinePass()(copy.model)
     return Graph(copy.model, graph.path)

@@ -1,4 +1,4 @@
-"""Activations by numerical fingerprint: what a cone of elementwise nodes computes, compared on a grid."""
+"""Activations recognized by numerical fingerprint: a cone of elementwise nodes is evaluated on a grid and compared."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from onnxcomp.maths import Float64
 
 __all__ = ["find_activations", "raise_activations"]
 
-# Dense where the functions bend, then far out, so that a cubic that only agrees near zero is told apart.
+# Dense where the functions bend; far points tell apart a polynomial that agrees near zero only.
 GRID: Float64 = np.concatenate([np.linspace(-9, 9, 181), np.array([-1e3, -40.0, -17.0, 17.0, 40.0, 1e3])])
-DEPTH = 8
+DEPTH = 8  # elementwise nodes on the way from the transcendental one to the input, and to the output
 
 
 def _erf(x: Float64) -> Float64:
@@ -59,14 +59,14 @@ ELEMENTWISE: dict[str, Callable[..., Float64]] = {
 
 
 class Cone:
-    """Values as functions of one value `x`, on the grid."""
+    """Values that are functions of one value `x`, evaluated on the grid."""
 
     def __init__(self, f: Facts, x: ir.Value) -> None:
         self.f = f
         self.samples: dict[ir.Value, Float64 | None] = {x: GRID}
 
     def on_grid(self, v: ir.Value | None, depth: int = 2 * DEPTH) -> Float64 | None:
-        """The value on the grid, or None when it is not a function of `x` alone."""
+        """The value on the grid, or None where it is not a function of `x` alone."""
         if v is None:
             return None
         if v not in self.samples:
@@ -90,7 +90,7 @@ class Cone:
 
 @dataclass(frozen=True)
 class Activation:
-    """`y = factor * kind(x)`; a factor other than 1 is the rest of one that a tool multiplied into weights behind."""
+    """`y = factor * kind(x)`; a factor other than 1 remains where a tool folded a constant into the weights behind."""
 
     kind: str
     x: ir.Value
@@ -99,7 +99,7 @@ class Activation:
 
 
 def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, Activation]]:
-    """The transcendental node of each activation not in its canonical spelling, and what it is."""
+    """The transcendental node of each activation that is not in canonical form, and the match."""
     for seed in g.nodes("Erf", "Tanh", "Sigmoid"):
         match = next((a for c in (1.0, 2.0) if (a := _recognise(f, seed, c)) is not None), None)
         if match is not None and not _canonical(match):
@@ -107,7 +107,7 @@ def find_activations(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, Activation]]
 
 
 def raise_activations(g: Graph, f: Facts) -> None:
-    """Rewrite spelled-out activations: Gelu, `x * Sigmoid(c * x)` for SiLU and quick-GELU, `r * r` for ReLU^2."""
+    """Rewrite decomposed activations: Gelu, `x * Sigmoid(c * x)` for SiLU and quick-GELU, `r * r` for ReLU^2."""
     for _, a in find_activations(g, f):
         new = _standard_form(g, a.kind, a.x, a.y)
         if a.factor != 1 and not _scale_consumers(g, a.y, a.factor):
@@ -121,7 +121,7 @@ def raise_activations(g: Graph, f: Facts) -> None:
 
 
 def _scale_consumers(g: Graph, y: ir.Value, factor: float) -> bool:
-    """Multiply the weights of all linears and convolutions that read `y`, lazily; False, and nothing done, if others.
+    """Multiply the weights of all users of `y` lazily; False without an edit if not all are linears or convolutions.
 
     Exact: the factor is a power of two.
     """
@@ -159,7 +159,7 @@ def _recognise(f: Facts, seed: ir.Node, factor: float) -> Activation | None:
 
 
 def _kind(samples: Float64 | None, dtype: ir.DataType | None) -> str | None:
-    """The reference nearest to the samples, if it is near enough for the type (constants are rounded to it)."""
+    """The reference nearest to the samples, if it is near enough: constants in the graph are rounded to its type."""
     if samples is None or not np.isfinite(samples).all():
         return None
     deviation = {name: float(np.max(np.abs(samples - r) / (1 + np.abs(GRID)))) for name, r in REFERENCES.items()}
@@ -169,7 +169,7 @@ def _kind(samples: Float64 | None, dtype: ir.DataType | None) -> str | None:
 
 
 def _inputs_upstream(f: Facts, seed: ir.Node) -> Iterator[ir.Value]:
-    """Values the seed may be a function of, nearest first."""
+    """Values that the seed may be a function of, nearest first."""
     layer, visited = [seed.inputs[0]], set()
     for _ in range(DEPTH):
         upstream: list[ir.Value | None] = []
@@ -200,7 +200,7 @@ def _outputs_downstream(cone: Cone, start: ir.Value) -> Iterator[ir.Value]:
 
 
 def _canonical(a: Activation) -> bool:
-    """Whether `y` is already spelled `x * Sigmoid(c * x)`."""
+    """Whether `y` is already `x * Sigmoid(c * x)`."""
     kind, x = a.kind, a.x
     product = a.y.producer()
     if kind not in ("silu", "quick-gelu") or product is None or product.op_type != "Mul" or x not in product.inputs:

@@ -1,4 +1,4 @@
-"""Attention: every core becomes the standard operator, on `[b, s, n * h]`, with grouped heads unexpanded."""
+"""Attention: every recognized core becomes the standard operator on `[b, s, n * h]`, key-value heads uncopied."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from onnxcomp.graph.operators import LAYOUT_OPS
 
 __all__ = ["raise_attention"]
 
+# Those of opset 23; later operator sets add more.
 ATTRIBUTES = {
     "is_causal",
     "kv_num_heads",
@@ -31,13 +32,13 @@ ATTRIBUTES = {
 
 
 def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
-    """Raise every attention that is recognised; the others are declined with the reason."""
+    """Raise every recognized attention; the others are declined with a reason."""
     masks, sizes = Masks(g, f), Sizes(g, f)
     for softmax in g.nodes("Softmax"):
         if softmax.domain == "":
             _raise_core(g, sizes, masks, softmax, exact_rows)
     g.model.graph.sort()
-    g.sweep()  # what still reads the keys tells whether they are a cache
+    g.sweep()  # remaining users of the keys tell whether they are a cache
     for node in g.nodes("Attention"):
         if node.domain == "":
             _normalise(g, f, masks, sizes, node, exact_rows)
@@ -48,10 +49,10 @@ def _raise_core(g: Graph, sizes: Sizes, masks: Masks, softmax: ir.Node, exact_ro
     try:
         core = find_core(g, sizes.f, masks, softmax)
         if exact_rows and core.changes:
-            raise NotAttention("rows that see no key would change (asked for exact rows)")
+            raise NotAttention("rows without visible keys would change, and exact rows are requested")
         raise_core(g, sizes, masks, core)
     except NotAttention as why:
-        for node in reversed(list(g.model.graph)[node_count:]):  # masks that were read for nothing
+        for node in reversed(list(g.model.graph)[node_count:]):  # nodes that were added for its masks
             g.model.graph.remove(node, safe=True)
         masks.restore(masks_before)
         g.edits = edits
@@ -62,13 +63,13 @@ def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, ex
     """Bring one operator to the canonical form: explicit scale, real KV heads, fitted bool mask, three axes."""
     q, k = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if q is None or k is None:
-        g.decline(node, "attention: shapes are not known")
+        g.decline(node, "attention: the shapes of queries and keys are unknown")
         return
     if (len(node.inputs) > 6 and node.inputs[6] is not None) or set(node.attributes) - ATTRIBUTES:
-        g.decline(node, "attention: it uses what operator sets above 23 have added")
+        g.decline(node, "attention: it has inputs or attributes of an operator set above 23")
         return
     if any(list(v.uses()) or v.is_graph_output() for v in node.outputs[3:]):
-        g.decline(node, "attention: its scores are an output")
+        g.decline(node, "attention: its scores are read or are a model output")
         return
     _explicit_scale(g, node, q)
     _mask(g, f, masks, sizes, node, exact_rows)
@@ -87,8 +88,8 @@ def _explicit_scale(g: Graph, node: ir.Node, q: Shape) -> None:
 
 
 def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
-    """A number that queries or keys are multiplied with, in whatever layout, belongs to the operator's scale."""
-    for i in (0, 1) if len(node.inputs) <= 4 else (0,):  # past keys are scaled already
+    """Fold scalar factors of queries and keys, in any layout, into the operator's scale."""
+    for i in (0, 1) if len(node.inputs) <= 4 else (0,):  # keys in a cache are scaled already
         reader, index, x = node, i, node.inputs[i]
         rotation = x.producer() if x is not None else None
         if (
@@ -97,7 +98,7 @@ def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
             and x is not None
             and len(list(x.uses())) == 1
         ):
-            reader, index, x = rotation, 0, rotation.inputs[0]  # a rotation keeps factors
+            reader, index, x = rotation, 0, rotation.inputs[0]  # a rotation commutes with scaling
         if x is None or f.rank(x) != 3 or "scale" not in node.attributes:
             continue
         scaled = [t for t in trace(f, x, through=(*LAYOUT_OPS, "Mul", "Div")) if t.scale != 1 and t.axes == t.origin]
@@ -107,7 +108,7 @@ def _fold_scales(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
-    """One bool mask with its last axes written out, or none; the guard behind the operator goes where it repeats it."""
+    """Replace the mask by one bool mask of full last axes or none; remove a guard behind the operator if redundant."""
     q, keys = f.shape(node.inputs[0]) or (), total_length(f, node)
     original = node.inputs[3] if len(node.inputs) > 3 else None
     trimmed = None if original is None else masks.trimmed(original)
@@ -122,7 +123,7 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
         past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
         causal = masks.causal(q[-2], keys, sizes, 0 if past is None else past[-2])
         if causal is None:
-            g.decline(node, "attention: a causal product that is not square keeps its flag")
+            g.decline(node, "attention: its causal flag stays, since its queries and keys differ in number")
             return
         combine = masks.both if mask is None or masks.is_bool(mask) else masks.bias_where_allowed
         mask = causal if mask is None else combine(causal, mask)
@@ -132,7 +133,7 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
     mask = masks.simplified(mask) if mask is not None else None
     fitted = masks.with_full_axes(mask, q[-2], keys, sizes) if mask is not None else None
     if mask is not None and fitted is None:
-        g.decline(node, "attention: the mask's axes are not known")
+        g.decline(node, "attention: the mask's axes are unknown")
     elif fitted is not original:
         g.set_input(node, 3, fitted)
 
@@ -167,7 +168,7 @@ def _merge_heads(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
 def _attention_3d(
     g: Graph, node: ir.Node, parts: tuple[MergedHeads, MergedHeads, MergedHeads], cache: Cache | None
 ) -> ir.Node:
-    """The operator on `[b, s, n * h]`, with what the walk down collected."""
+    """Add the operator on `[b, s, n * h]`, with scale, mask and cache of the one it replaces."""
     queries, keys, values = parts
     scale = node.attributes.get_float("scale", 1.0) * queries.scale * keys.scale
     mask = node.inputs[3] if len(node.inputs) > 3 else None

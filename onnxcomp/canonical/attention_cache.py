@@ -1,4 +1,4 @@
-"""Key-value caches: keys and values that are a graph input followed by what is new, as inputs of the operator."""
+"""Key-value caches: a graph input concatenated with new keys or values becomes the operator's past input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Cache", "CacheConcat", "cache_of", "find_cache_concat", "give_presen
 
 @dataclass(frozen=True)
 class CacheConcat:
-    """`joined` is `past` followed by `new`; `perm` turns each to `[b, kv, t, h]`, `repeat` copies of a head follow."""
+    """`joined` is `past` and `new` concatenated; `perm` transposes each to `[b, kv, t, h]`, copied `repeat` times."""
 
     past: ir.Value
     new: ir.Value
@@ -29,7 +29,7 @@ class CacheConcat:
 
 @dataclass(frozen=True)
 class Cache:
-    """What an Attention in four axes takes as cache, and the new keys and values, as `[b, kv, t, h]`."""
+    """Past and new keys and values of an Attention in four axes, as `[b, kv, t, h]`."""
 
     keys: CacheConcat
     values: CacheConcat
@@ -38,7 +38,7 @@ class Cache:
 
 
 def find_cache_concat(f: Facts, v: ir.Value | None) -> CacheConcat | None:
-    """The cache and the new part behind keys or values `[b, n, t, h]`, or None."""
+    """The concatenation of past and new behind keys or values `[b, n, t, h]`, or None."""
     if v is None:
         return None
     for t in trace(f, v, through=(*LAYOUT_OPS, "Expand", "Mul", "Div")):
@@ -56,7 +56,7 @@ def find_cache_concat(f: Facts, v: ir.Value | None) -> CacheConcat | None:
 
 
 def _axes_in_order(t: Trace) -> tuple[int, ...] | None:
-    """Where batch, heads, time and width are, when copies of a head lie side by side."""
+    """The axes of batch, heads, time and width, where the copies of a head are adjacent."""
     b, n, s, h = t.origin
     head_axes = tuple(a for a in n if a not in t.repeated)
     if any(a not in n for a in t.repeated) or n[: len(head_axes)] != head_axes:
@@ -71,7 +71,7 @@ def _axes_in_order(t: Trace) -> tuple[int, ...] | None:
 
 
 def _is_fed(v: ir.Value) -> bool:
-    """Whether a value is a graph input, perhaps with entries chosen or turned."""
+    """Whether a value is a graph input, possibly sliced, cast or in another layout."""
     while not v.is_graph_input():
         node = v.producer()
         if node is None or node.op_type not in (*LAYOUT_OPS, "Slice", "Gather", "Cast") or node.inputs[0] is None:
@@ -81,9 +81,9 @@ def _is_fed(v: ir.Value) -> bool:
 
 
 def cache_of(g: Graph, f: Facts, node: ir.Node) -> Cache | None:
-    """The cache of an Attention in four axes that has none yet; past and new parts are turned to `[b, kv, t, h]`.
+    """The cache of an Attention in four axes without past inputs; its parts are transposed to `[b, kv, t, h]`.
 
-    None where not both new caches are read elsewhere: runtimes want all of the operator's cache or nothing.
+    None unless both concatenations have other users: runtimes take either all of the operator's cache or none.
     """
     keys, values = find_cache_concat(f, node.inputs[1]), find_cache_concat(f, node.inputs[2])
     if keys is None or values is None or keys.repeat != values.repeat or values.scale != 1:
@@ -101,7 +101,7 @@ def _transposed(g: Graph, v: ir.Value, perm: tuple[int, ...]) -> ir.Value:
 
 
 def give_present(g: Graph, node: ir.Node, cache: Cache) -> None:
-    """Feed what reads the concatenated keys and values from the outputs of `node`; what leads to it keeps a copy."""
+    """Let users of the concatenated keys and values read the outputs of `node`; users upstream of it read a copy."""
     upstream = _upstream(node)
     for part, out in ((cache.keys, node.outputs[1]), (cache.values, node.outputs[2])):
         out.type = part.joined.type
@@ -114,7 +114,7 @@ def give_present(g: Graph, node: ir.Node, cache: Cache) -> None:
 
 
 def _upstream(node: ir.Node) -> set[ir.Node]:
-    """The nodes that a node depends on."""
+    """All nodes that a node depends on."""
     visited: set[ir.Node] = set()
     pending = [node]
     while pending:

@@ -1,4 +1,4 @@
-"""The core of attention in four axes: from a Softmax up to the product of queries and keys, down to the values."""
+"""The core of attention: from a Softmax back to the product of queries and keys, forward to that with values."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ from onnxcomp.graph.values import users_of
 
 __all__ = ["Core", "NotAttention", "find_core", "raise_core"]
 
+# Scalings, masks and casts between the product and the softmax; bounds the search, which branches at every addition.
+MAX_DEPTH = 12
+
 
 @dataclass
 class Bias:
-    """What is added to the scores, to be multiplied by `factor`; the scores had `rank` axes there."""
+    """A mask or bias that is added to the scores, and its factor: the scale between it and the softmax."""
 
     value: ir.Value
     factor: float = 1.0
@@ -29,10 +32,10 @@ class Bias:
 
 @dataclass
 class Core:
-    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or what guards it.
+    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or the guard behind it.
 
-    `changes` tells that rows which see no key would come out differently. `precision` is the type the softmax is
-    computed in where that is another than that of the products. `heads` tells how 3 or 5 axes become 4.
+    `changes`: query rows without visible keys would change. `precision`: the type of the softmax where it differs from
+    that of the products. `heads`: how products of 3 or 5 axes become 4.
     """
 
     q: ir.Value
@@ -49,21 +52,21 @@ class Core:
 
 @dataclass
 class _State:
-    """State of the way up from the Softmax."""
+    """What was collected on the way back from the Softmax to the scores' product."""
 
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[Bias] = field(default_factory=list)
     finite: bool = False
-    wide: bool = False  # the scores were cast up on the way
+    wide: bool = False  # the scores were cast to a wider type
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
-    """The attention around a Softmax; raises `NotAttention` with the reason when it is none."""
+    """The attention around a Softmax; raises `NotAttention` with the reason where it is none."""
     x = softmax.inputs[0]
     rank = f.rank(x)
     if x is None or rank is None:
-        raise NotAttention("the number of axes of the scores is not known")
+        raise NotAttention("the rank of the scores is unknown")
     if axis_of(softmax, rank) != rank - 1:
         raise NotAttention("the softmax is not over the last axis")
     state = _State()
@@ -87,22 +90,22 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
 
 
 def _to_product(f: Facts, masks: Masks, state: _State, v: ir.Value) -> ir.Node:
-    """Collect scale and masks from `v` up to the product of queries and keys."""
+    """The product of queries and keys behind `v`; scale and masks on the way go into `state`."""
     node = v.producer()
     if v.is_graph_output() or len(set(v.uses())) > 1:
-        raise NotAttention("the scores are read elsewhere")
+        raise NotAttention("the scores have other users")
     if node is None or node.domain or not _leads_to_product(f, v):
         if node is not None and node.op_type == "DequantizeLinear":
             raise NotAttention("its scores are quantized")
-        raise NotAttention("no product of queries and keys above the softmax")
+        raise NotAttention("no product of queries and keys leads to the softmax")
     step: Callable[..., ir.Value] | None = _STEPS.get(node.op_type)
     if step is None:
         return node
     return _to_product(f, masks, state, step(f, masks, state, node))
 
 
-def _leads_to_product(f: Facts, v: ir.Value | None, depth: int = 12) -> bool:
-    """Whether a chain of scalings, masks and casts ends in a product of two computed values."""
+def _leads_to_product(f: Facts, v: ir.Value | None, depth: int = MAX_DEPTH) -> bool:
+    """Whether scalings, masks and casts lead back to a product of two computed values."""
     node = v.producer() if v is not None else None
     if node is None or node.domain or depth == 0:
         return False
@@ -129,7 +132,7 @@ def _mask_added(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Valu
 def _mask_subtracted(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     scores, mask = node.inputs[0], node.inputs[1]
     if scores is None or mask is None or state.softcap or not _leads_to_product(f, scores):
-        raise NotAttention("the scores are subtracted from something, or a mask from them inside the soft-cap")
+        raise NotAttention("the scores are subtracted from another value, or a mask is subtracted inside the soft-cap")
     bool_mask = masks.subtracted(mask)
     state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, -state.scale))
     state.finite = True
@@ -146,7 +149,7 @@ def _mask_selected(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.V
             state.masks.append(Bias(condition if positive else masks.negated(condition)))
             state.finite |= low != -np.inf
             return scores
-    raise NotAttention("the scores are selected by something that is not a mask")
+    raise NotAttention("a Where that is no mask selects the scores")
 
 
 def _scaled(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
@@ -161,13 +164,13 @@ def _scaled(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
             return x
     x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
     if x is None or number is None or not np.isfinite(number) or (node.op_type == "Div" and (x is b or number == 0)):
-        raise NotAttention("the scores are scaled by something computed")
+        raise NotAttention("the scores are scaled by a computed value")
     state.scale *= number if node.op_type == "Mul" else 1 / number
     return x
 
 
 def _is_masked_already(masks: Masks, state: _State, factor: ir.Value | None) -> bool:
-    """Whether a factor of 0 and 1 is 0 only where a mask met before forbids the key whatever its score."""
+    """Whether a factor of zeros and ones is 0 only where a mask found before hides the key anyway."""
     if not state.masks or factor is None or (masks.g.is_constant(factor) and masks.f.scalar(factor) is not None):
         return False
     bool_mask = masks.uncast(factor)
@@ -177,7 +180,7 @@ def _is_masked_already(masks: Masks, state: _State, factor: ir.Value | None) -> 
 def _softcapped(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     """`cap * tanh(a * s) = cap * tanh(scale * s / cap)` with `scale = a * cap`, whatever the order of the factors."""
     if state.softcap or state.scale <= 0 or node.inputs[0] is None:
-        raise NotAttention("the scores go through a Tanh that is no soft-cap")
+        raise NotAttention("a Tanh that is no soft-cap is applied to the scores")
     state.softcap = state.scale
     return node.inputs[0]
 
@@ -185,7 +188,7 @@ def _softcapped(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Valu
 def _casts(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
     if x is None:
-        raise NotAttention("an input of the scores is missing")
+        raise NotAttention("an operand of the scores is missing")
     if node.op_type == "Cast" and x.dtype != node.outputs[0].dtype:
         to, source_type = node.attributes.get_int("to", 1), x.dtype
         if state.wide or to != ir.DataType.FLOAT or source_type not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
@@ -200,7 +203,7 @@ def _regrouped(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value
     """Heads and batch as one axis or as two: `[b * n, s, t]` and `[b, n, s, t]`."""
     x = node.inputs[0]
     if x is None or not regroups(f, x, node.outputs[0]):
-        raise NotAttention("the scores are reshaped in another way than by their heads")
+        raise NotAttention("a Reshape changes the scores in other axes than batch and heads")
     return x
 
 
@@ -220,7 +223,7 @@ _STEPS: dict[str, Callable[[Facts, Masks, _State, ir.Node], ir.Value]] = {
 
 
 def _to_values(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, bool]:
-    """Whether NaN is guarded, the values, the product, and whether a cast came before, from the probabilities on."""
+    """From the probabilities on: whether NaN is guarded, the values, the product, and whether a cast came before."""
     guarded = cast_back = False
     while True:
         users = users_of(p)
@@ -229,7 +232,7 @@ def _to_values(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, 
             guarded, p = True, guard
             continue
         if p.is_graph_output() or len(users) != 1:
-            raise NotAttention("the attention probabilities are read elsewhere")
+            raise NotAttention("the attention probabilities have other users")
         node = users[0]
         if node.op_type == "MatMul" and node.inputs[0] is p and not f.g.is_constant(node.inputs[1]):
             return guarded, node.inputs[1], node.outputs[0], cast_back
@@ -238,14 +241,14 @@ def _to_values(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, 
             cast_back = True
         elif node.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
             if not regroups(f, p, out):
-                raise NotAttention("the probabilities are reshaped in another way than by their heads")
+                raise NotAttention("a Reshape changes the probabilities in other axes than batch and heads")
         elif node.op_type not in ("Identity", "Cast") or (node.op_type == "Cast" and p.dtype != out.dtype):
             raise NotAttention(f"the softmax is followed by {node.op_type}, not by a product with values")
         p = out
 
 
 def _guard(f: Facts, p: ir.Value, users: list[ir.Node]) -> ir.Value | None:
-    """`Where(IsNaN(p), 0, p)`, which only tidies up rows that see no key."""
+    """`Where(IsNaN(p), 0, p)`, which only affects rows without visible keys."""
     kinds = {u.op_type: u for u in users}
     if set(kinds) != {"IsNaN", "Where"} or len(users) != 2 or p.is_graph_output():
         return None
@@ -255,7 +258,7 @@ def _guard(f: Facts, p: ir.Value, users: list[ir.Node]) -> ir.Value | None:
 
 
 def raise_core(g: Graph, sizes: Sizes, masks: Masks, core: Core) -> None:
-    """Replace a core by one Attention in four axes; raises `NotAttention` when its parts do not fit together."""
+    """Replace a core by one Attention in four axes; raises `NotAttention` where its operands do not fit together."""
     four = core.heads.four(sizes, core.q, core.k, core.v, [m.value for m in core.masks])
     dtype = core.q.dtype or core.out.dtype or ir.DataType.FLOAT
     keys = g.op("Transpose", four.k, perm=[0, 1, 3, 2])

@@ -1,4 +1,4 @@
-"""Guards of rows that see no key, brought where recognition looks for them: right behind the product with values."""
+"""Guards of rows without visible keys (`Where(no key, 0, x)`), moved directly behind the product with the values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["lift_guards"]
 
 
 def lift_guards(g: Graph, f: Facts) -> None:
-    """Move `Where(turned c, 0, turned x)` in front of the Transpose that turned both; optimizers swap the two."""
+    """Move a `Where(c, 0, x)` of transposed operands before their Transpose: optimizers exchange the two."""
     for node in g.nodes("Where"):
         condition, zero, x = node.inputs[:3]
         transpose = condition.producer() if condition is not None else None
@@ -37,7 +37,7 @@ def lift_guards(g: Graph, f: Facts) -> None:
 
 
 def _source_of_transpose(f: Facts, x: ir.Value, order: list[int]) -> ir.Value | None:
-    """The value of which `x` is the Transpose by `order`, through whatever moves, each read by nothing else."""
+    """The value that `x` is the Transpose of by `order`, through layout operators without other users."""
     for t in trace(f, x):
         groups = t.axes
         is_transpose = len(groups) == len(order) == len(t.origin) and sum(1 for group in groups if not group) <= 1

@@ -1,4 +1,4 @@
-"""Einsum over two values that is a batched matrix product, spelled as Transpose and MatMul, which everything knows."""
+"""Einsum of two values that is a batched matrix product, decomposed to Transpose and MatMul."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["decompose_einsum"]
 def decompose_einsum(g: Graph) -> None:
     """Rewrite every Einsum `(batch, rows, k), (batch, k, columns) > (batch, rows, columns)`, axes in any order.
 
-    What repeats a letter, sums one operand alone or has an ellipsis stays as it is.
+    Equations that repeat a letter, sum over an axis of one operand alone or have an ellipsis stay as they are.
     """
     for node in g.nodes("Einsum"):
         if node.domain == "" and len(node.inputs) == 2:
@@ -52,7 +52,7 @@ def _decompose(g: Graph, node: ir.Node) -> None:
 
 
 def _transposed(g: Graph, v: ir.Value, axes: Sequence[str], to: Sequence[str]) -> ir.Value:
-    """A value whose named axes stand in another order."""
+    """A value with its named axes in another order."""
     perm = [list(axes).index(x) for x in to]
     if perm == sorted(perm):
         return v

@@ -1,4 +1,4 @@
-"""What is known before the model runs is computed once: nodes of small constants, and choices already made."""
+"""Constant folding: nodes of small constants, static sizes, and nodes that always return one of their inputs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from onnxcomp.maths import Array
 
 __all__ = ["fold_constants", "fold_known", "slice_constants"]
 
-MAX_ELEMENTS = 1 << 14  # elements of a constant worth folding: gains, tables and biases, not weights
-# No Log, Exp or Pow: rounded otherwise than by the runtime, they would move the borders of position buckets.
+MAX_ELEMENTS = 1 << 14  # elements of a constant that is folded: gains, tables and biases, but not weights
+# No Log, Exp or Pow: numpy rounds them differently from the runtime, which would move borders of position buckets.
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Cos", "Sin", "Abs", "Min", "Max", "Mod", "Sign"}
 LOGIC = {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Cast"}
 LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Concat", "Gather", "Slice", "Transpose", "Resize", "Expand", "Range"}
@@ -29,7 +29,7 @@ TYPES = {*FLOATS, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 
 
 def fold_constants(g: Graph) -> None:
-    """Compute nodes whose inputs are all small constants, such as `1 + gain` or a resized position bias."""
+    """Evaluate nodes whose inputs are all small constants, such as `1 + gain` or a resized position bias."""
     for node in g.nodes(*ARITHMETIC, *LOGIC, *LAYOUT, *SUMS):
         arrays = _inputs(g, node)
         if arrays is None or node.outputs[0].is_graph_output():
@@ -41,7 +41,7 @@ def fold_constants(g: Graph) -> None:
 
 
 def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
-    """The constants a node reads; None unless all are small and of types that numpy has."""
+    """The constants that a node reads; None unless all are small and of numpy's types."""
     tensors = [g.tensor(x) for x in node.inputs]
     missing = any(t is None and x is not None for t, x in zip(tensors, node.inputs, strict=True))
     known = [t for t in tensors if t is not None]
@@ -54,12 +54,12 @@ def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
 
 
 def _is_weight(node: ir.Node, t: ir.TensorProtocol) -> bool:
-    """A turned matrix: it belongs to a linear and may be an embedding as well."""
+    """A transposed matrix: it is the weight of a linear, and may be an embedding table as well."""
     return node.op_type == "Transpose" and len(t.shape) == 2 and t.dtype.is_floating_point()
 
 
 def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:
-    """Whether the result is too large to be worth holding."""
+    """Whether the result is too large to be stored."""
     if node.op_type == "Range":
         start, limit, step = (float(t.numpy()) for t in known)
         return abs(limit - start) > MAX_ELEMENTS * abs(step)
@@ -69,7 +69,7 @@ def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:
 
 
 def _evaluate(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
-    """The node's output by ONNX's own reference."""
+    """The node's output by ONNX's reference evaluator."""
     feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None}
     inputs = {k: ir.Value(name=k, type=ir.TensorType(ir.DataType.from_numpy(a.dtype))) for k, a in feeds.items()}
     args = [inputs.get(f"x{i}") for i in range(len(arrays))]
@@ -81,7 +81,7 @@ def _evaluate(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
 
 
 def slice_constants(g: Graph, f: Facts) -> None:
-    """Make a lazy view of each fixed part of a weight, such as the queries' rows of a packed projection."""
+    """Replace static selections of a weight by lazy constants, such as the queries' rows of a packed projection."""
     for node in g.nodes("Split", "Slice", "Gather"):
         tensor = g.tensor(node.inputs[0])
         if tensor is None or tensor.dtype not in FLOATS:
@@ -93,7 +93,7 @@ def slice_constants(g: Graph, f: Facts) -> None:
 
 
 def _as_index(keep: tuple[int, ...]) -> slice | list[int]:
-    """Neighbours are sliced, not gathered."""
+    """A slice where the positions are contiguous, else their list."""
     contiguous = bool(keep) and keep == tuple(range(keep[0], keep[0] + len(keep)))
     return slice(keep[0], keep[0] + len(keep)) if contiguous else list(keep)
 
@@ -113,7 +113,7 @@ def _slice_of(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[in
 
 
 def fold_known(g: Graph, f: Facts) -> None:
-    """Hold sizes that are fixed, replace a Where by the one value it always takes, drop what adds nothing."""
+    """Fold static sizes, a Where with a known condition, and pads and additions of zero."""
     for node in g.nodes(*SHAPE_ARITHMETIC):
         _fold_size(g, f, node)
     for node in g.nodes("Where", "Pad", "Add", "Sub"):
@@ -124,7 +124,7 @@ def fold_known(g: Graph, f: Facts) -> None:
 
 
 def _fold_size(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Make a constant of shape arithmetic over fixed axes."""
+    """Fold shape arithmetic over static axes."""
     v, c = node.outputs[0], f.content(node.outputs[0])
     if (
         node.domain
@@ -139,7 +139,7 @@ def _fold_size(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _sole_input(f: Facts, node: ir.Node) -> ir.Value | None:
-    """The input that makes all of the output."""
+    """The input that the output always equals, or None."""
     if node.op_type == "Pad":
         pads = f.content(node.inputs[1])
         return node.inputs[0] if pads is not None and all(n == 0 for n in pads.reshape(-1)) else None

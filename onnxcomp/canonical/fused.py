@@ -1,7 +1,7 @@
-"""ONNX Runtime's fused operators (domain com.microsoft) written as the standard operators they stand for.
+"""ONNX Runtime's fused operators (domain com.microsoft) decomposed to equivalent standard operators.
 
-Meanings follow the operators' documentation (ContribOperators.md) and were checked against the CPU kernels. What a
-standard operator cannot express exactly is declined and stays as it is.
+Semantics follow the operators' documentation (ContribOperators.md) and were checked against the CPU kernels. Operators
+without an exact standard form are declined and stay as they are.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ SPECIAL_OPS = (
     *("PackedMultiHeadAttention", "PagedAttention", "SkipGroupNorm", "SparseAttention"),
 )
 KEPT = {
-    **dict.fromkeys(QUANTIZED_OPS, "it computes with quantized weights, and is left to the tool that made it"),
-    **dict.fromkeys(SPECIAL_OPS, "it has no exact standard form, and is left to the runtime"),
+    **dict.fromkeys(
+        QUANTIZED_OPS, "it computes with quantized weights, which stay as the tool that made them wrote them"
+    ),
+    **dict.fromkeys(SPECIAL_OPS, "it has no exact standard form"),
 }
 MASK_INPUT = {"Attention": 3, "MultiHeadAttention": 4}
 NOT_STANDARD_BELOW = {
     "LayerNormalization": 17,
     "SimplifiedLayerNormalization": 99,
-}  # written into domain "" below these opsets
+}  # opset of the ONNX schema, if any
 
 
 def move_to_contrib(g: Graph) -> None:
-    """Move what the runtime writes into the standard domain without a schema there aside, to survive conversion."""
+    """Move operators without an ONNX schema from the standard domain to the runtime's: conversion keeps them there."""
     for node in g.nodes(*NOT_STANDARD_BELOW):
         if node.domain == "" and g.opset < NOT_STANDARD_BELOW[node.op_type]:
             attrs = {k: a.value for k, a in node.attributes.items()}
@@ -53,17 +55,17 @@ def move_to_contrib(g: Graph) -> None:
             for old, y in zip(node.outputs, producer.outputs if producer is not None else (), strict=True):
                 y.type, y.shape = old.type, old.shape
                 g.replace(old, y)
-    g.model.graph.sort()  # what was appended goes where it is read
+    g.model.graph.sort()  # appended nodes belong before their users
     g.sweep()
 
 
 def is_fused(node: ir.Node) -> bool:
-    """Whether a node is one of the runtime's fused operators that are raised or left with a reason."""
+    """Whether a node is one of the runtime's fused operators that are decomposed or declined."""
     return node.domain == CONTRIB and (node.op_type in RULES or node.op_type in KEPT)
 
 
 def unfuse(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
-    """Rewrite every fused operator that has an exact standard form; the others are declined with the reason."""
+    """Decompose every fused operator that has an exact standard form; the others are declined with a reason."""
     for node in g.nodes():
         if not is_fused(node):
             continue
@@ -72,14 +74,14 @@ def unfuse(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
             if rule is None:
                 raise NotDecomposed(KEPT[node.op_type])
             if exact_rows and optional_input(node, MASK_INPUT.get(node.op_type, len(node.inputs))) is not None:
-                raise NotDecomposed("rows that see no key would change (asked for exact rows)")
+                raise NotDecomposed("rows without visible keys would change, and exact rows are requested")
             rule(g, f, node)
         except NotDecomposed as why:
             g.decline(node, f"{node.op_type}: {why}")
 
 
 def _number(node: ir.Node, value: float) -> np.ndarray:
-    """A constant of the element type the node computes in."""
+    """A scalar constant of the node's element type."""
     x = node.inputs[0]
     dtype = node.outputs[0].dtype or (x.dtype if x is not None else None)
     return np.array(value, (dtype or ir.DataType.FLOAT).numpy())
@@ -118,7 +120,7 @@ def _skip_norm(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _embedding(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Sum of the word, segment and position rows, normalized; the mask index is the number of ones."""
+    """The normalized sum of word, segment and position embeddings; the mask index is the number of ones."""
     ids, segments, words, places, kinds, gain, shift = node.inputs[:7]
     mask, positions = optional_input(node, 7), optional_input(node, 8)
     counted = len(node.outputs) > 1 and bool(list(node.outputs[1].uses()) or node.outputs[1].is_graph_output())
@@ -148,7 +150,7 @@ def _embedding(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _gelu(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Gelu, BiasGelu and FastGelu: the bias first, then GELU, by its tanh form in FastGelu."""
+    """Gelu, BiasGelu and FastGelu: the bias, then GELU (the tanh form in FastGelu)."""
     x, bias, out = node.inputs[0], optional_input(node, 1), node.outputs[0]
     shifted = g.op("Add", x, bias, like=out) if bias is not None else x
     how = "tanh" if node.op_type == "FastGelu" else None
@@ -190,7 +192,7 @@ def _bias_softmax(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _product(g: Graph, f: Facts, node: ir.Node) -> None:
-    """`alpha * A @ B`, the last two axes of either exchanged, its first axis moved behind the others before that."""
+    """`alpha * A @ B`, where each factor may have its first axis moved back and then its last two exchanged."""
     parts: list[ir.Value | None] = list(node.inputs[:2])
     orders = [_order(f, x, node, side) for x, side in zip(parts, "AB", strict=True)]
     out, alpha = node.outputs[0], node.attributes.get_float("alpha", 1.0)
@@ -204,18 +206,18 @@ def _product(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _is_biased(g: Graph, y: ir.Value) -> bool:
-    """Whether a constant is added to a product: a linear with its bias, between which nothing may come."""
+    """Whether a constant is added to a product: a linear with bias, whose two nodes must stay adjacent."""
     return any(u.op_type == "Add" and any(g.is_constant(x) for x in u.inputs) for u, _ in y.uses())
 
 
 def _order(f: Facts, x: ir.Value | None, node: ir.Node, side: str) -> list[int]:
-    """How the axes of one factor are exchanged; empty when they are not."""
+    """The permutation of one factor's axes, empty for none."""
     transpose, batch = (node.attributes.get_int(f"{name}{side}", 0) for name in ("trans", "transBatch"))
     rank = f.rank(x)
     if not transpose and not batch:
         return []
     if rank is None or rank < 2:
-        raise NotDecomposed("the number of axes is not known")
+        raise NotDecomposed("the rank is unknown")
     order = [*range(1, rank - 1), 0, rank - 1] if batch else list(range(rank))
     return [*order[:-2], order[-1], order[-2]] if transpose else order
 
@@ -224,7 +226,7 @@ ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "Softplus", "Softsign")
 
 
 def _gemm(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Gemm, then the activation it names."""
+    """Gemm, then the activation of its attribute."""
     attrs, out = node.attributes, node.outputs[0]
     activation = attrs.get_string("activation", "")
     slope: dict[str, Any] = {"alpha": attrs.get_float("activation_alpha", 0.01)} if activation == "LeakyRelu" else {}
@@ -246,7 +248,7 @@ def _gemm_gelu(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def _linear_scale(g: Graph, f: Facts, node: ir.Node) -> None:
-    """QuantizeLinear and DequantizeLinear, written there for types that older operator sets do not have."""
+    """QuantizeLinear and DequantizeLinear, which tools put there for types that older operator sets lack."""
     if node.attributes.get_int("block_size", 0) and len(node.inputs) < 2:
         raise NotDecomposed("it has blocks but no scale")
     attrs = {k: a.value for k, a in node.attributes.items() if k in ("axis", "block_size")}

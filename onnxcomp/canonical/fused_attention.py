@@ -1,4 +1,4 @@
-"""The runtime's fused attentions and rotary embedding as products and standard operators."""
+"""ONNX Runtime's fused attentions and rotary embedding, decomposed to products and standard operators."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ __all__ = ["ATTENTION"]
 
 
 def _attention(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Attention: the projection with packed weights is a linear of its own."""
+    """Attention: its projection with packed weights becomes a linear."""
     attrs = node.attributes
     if attrs.get_int("do_rotary", 0) or attrs.get_int("past_present_share_buffer", 0):
-        raise NotDecomposed("it rotates queries itself, or shares its cache's buffer")
+        raise NotDecomposed("it applies a rotary embedding, or shares its cache's buffer")
     x, w, bias, mask_input, past, attention_bias = (optional_input(node, i) for i in range(6))
     batch = shape_of(f, x, 3, "the input")[0]
     heads, width = attrs.get_int("num_heads", 0), static_size(shape_of(f, w, 2, "the weights")[1], "the weights' width")
@@ -94,7 +94,7 @@ def _split_bias(g: Graph, bias: ir.Value, sizes: list[int]) -> tuple[ir.Value, .
 
 
 def _multi_head(g: Graph, f: Facts, node: ir.Node) -> None:
-    """MultiHeadAttention: queries, keys and values apart, or packed on an axis of their own."""
+    """MultiHeadAttention: separate queries, keys and values, or ones packed along an extra axis."""
     refuse_inputs(node, a_past_length_of_a_shared_buffer=8, a_beam_index=9)
     require_unread(node, 3)
     q, k, v, bias, mask_input, attention_bias, old_k, old_v = (optional_input(node, i) for i in range(8))
@@ -103,22 +103,20 @@ def _multi_head(g: Graph, f: Facts, node: ir.Node) -> None:
     if q is None or not heads or (old_k is None) != (old_v is None):
         raise NotDecomposed("its heads are not given")
     if node.attributes.get_int("unidirectional", 0) and old_k is None and not _square(f, shapes):
-        raise NotDecomposed("it is causal, and not known to be square: runtimes differ in what that means")
+        raise NotDecomposed("it is causal with possibly more keys than queries, which runtimes treat differently")
     ranks = [None if s is None else len(s) for s in shapes]
     if ranks not in ([3, 3, 3], [3, 4, 4], [3, 5, None], [5, None, None]) or (ranks[1] == 4 and old_k is not None):
-        raise NotDecomposed("the number of axes of its inputs is not known")
+        raise NotDecomposed("the rank of its inputs is unknown")
     mask = Mask(g, f, node, dtype_of(node))
     kind = mask.kind(mask_input, (shapes[0] or (0,))[0])
     if old_k is not None and kind:
-        raise NotDecomposed(
-            "it has a cache and a padding mask, whose length may be that of all keys or of the new ones"
-        )
+        raise NotDecomposed("it has a cache and a padding mask, which may cover all keys or the new ones only")
     sizes = _widths(shapes, heads)
     q, k, v = _as_3d(g, q, k, v, ranks)
     if bias is not None:
         first, second, third = _split_bias(g, bias, sizes)
         q = _add_bias(g, q, first)
-        if ranks[1] != 4:  # keys and values that come with heads already went through their bias
+        if ranks[1] != 4:  # 4-D keys and values include their bias
             k, v = _add_bias(g, k, second), _add_bias(g, v, third)
     past = (old_k, old_v) if old_k is not None and old_v is not None else None
     parts = Parts(q, k, v, heads, heads, sizes[0] // heads, past)
@@ -167,7 +165,7 @@ def _as_3d(
 
 
 def _grouped(g: Graph, f: Facts, node: ir.Node) -> None:
-    """GroupQueryAttention of a whole prompt; keys past a sample's length are hidden."""
+    """GroupQueryAttention of a prompt without past keys; keys beyond a sample's length are hidden."""
     attrs = node.attributes
     refuse_inputs(node, past_keys_whose_place_depends_on_the_lengths=3, position_ids=9, a_head_sink=11, a_key_scale=12)
     refuse_inputs(node, a_value_scale=13, norms_of_queries=14, query_lengths=16)
@@ -214,7 +212,7 @@ def _grouped_bools(g: Graph, node: ir.Node, mask: Mask, parts: Parts) -> list[ir
 
 
 def _rows_for_samples(g: Graph, table: ir.Value, x: ir.Value) -> ir.Value:
-    """The first rows of a table for every sample of `x` `[b, s, ..]`: `[b, s, w]`."""
+    """The first `s` rows of a table, repeated for every sample of `x` `[b, s, ..]`: `[b, s, w]`."""
     end = g.op("Shape", x, start=1, end=2)
     first = g.op("Unsqueeze", g.op("Slice", table, ints(0), end, ints(0)), ints(0))
     return g.op("Expand", first, g.op("Concat", g.op("Shape", x, start=0, end=1), ints(1, 1), axis=0))
@@ -239,7 +237,7 @@ def _rotary(g: Graph, f: Facts, node: ir.Node) -> None:
         raise NotDecomposed("it scales, or its batch is ragged")
     shape, table, rank = f.shape(x), shape_of(f, cos, 2, "the tables"), f.rank(positions)
     if x is None or shape is None or len(shape) not in (3, 4) or rank not in (1, 2):
-        raise NotDecomposed("the number of axes of its inputs is not known")
+        raise NotDecomposed("the rank of its inputs is unknown")
     rotated_width, heads = 2 * static_size(table[1], "the tables' width"), attrs.get_int("num_heads", 0)
     rotated_attr = attrs.get_int("rotary_embedding_dim", 0)
     if len(shape) == 3 and not (rotated_attr and heads):

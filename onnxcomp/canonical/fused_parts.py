@@ -1,7 +1,7 @@
-"""The runtime's fused attentions and rotary embedding as products and standard operators, masks written out.
+"""Building blocks for decomposing ONNX Runtime's fused attentions: operands, explicit masks, the standard operator.
 
-Where a mask hides a key the runtime adds `mask_filter_value`; a fill so low that it means -inf becomes a bool mask,
-so rows that see no key are undefined, as everywhere (`exact_rows` leaves those operators alone).
+Where a mask hides a key, the runtime adds `mask_filter_value`. A fill so low that it acts as -inf becomes a bool mask,
+so rows without visible keys are undefined (with `exact_rows` these operators are declined).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class NotDecomposed(Exception):
-    """Why a fused operator stays; caught where the site is declined."""
+    """The reason why a fused operator stays; caught where the site is declined."""
 
 
 def optional_input(node: ir.Node, index: int) -> ir.Value | None:
@@ -53,17 +53,17 @@ def is_read(node: ir.Node, index: int) -> bool:
 
 
 def require_unread(node: ir.Node, *indices: int) -> None:
-    """Raise `Fused` when one of these outputs is used."""
+    """Raise `NotDecomposed` where one of these outputs is used."""
     for i in indices:
         if is_read(node, i):
-            raise NotDecomposed(f"its output {i} is read, which the standard operator does not have")
+            raise NotDecomposed(f"its output {i} is used, which the standard operator does not have")
 
 
 def refuse_inputs(node: ir.Node, **inputs: int) -> None:
-    """Raise `Fused` when one of these inputs, named for the message, is given."""
+    """Raise `NotDecomposed` where one of these inputs, given by name and index, is present."""
     for name, i in inputs.items():
         if optional_input(node, i) is not None:
-            raise NotDecomposed(f"it takes {name.replace('_', ' ')}")
+            raise NotDecomposed(f"it has {name.replace('_', ' ')}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def ints(*xs: int) -> np.ndarray:
 
 
 def length(g: Graph, x: ir.Value, axis: int) -> ir.Value:
-    """The size of an axis as an int64 without axes."""
+    """The size of an axis as an int64 scalar."""
     return g.op("Squeeze", g.op("Shape", x, start=axis, end=axis + 1), ints(0))
 
 
@@ -120,7 +120,7 @@ def static_size(size: Size, what: str) -> int:
 
 @dataclass
 class Mask:
-    """What hides keys: the runtime's mask input, a causal or sliding window, and a float bias."""
+    """The mask of a fused attention: its mask input, a causal or sliding window, and a float bias."""
 
     g: Graph
     f: Facts
@@ -128,19 +128,19 @@ class Mask:
     dtype: ir.DataType
 
     def kind(self, mask: ir.Value | None, batch: Size) -> str:
-        """lengths, spans (ends then starts), keys or rows; raises `Fused` for what cannot be told."""
+        """Form of the mask input: lengths, spans (ends, then starts), keys, rows; raises `NotDecomposed` if unknown."""
         shape = self.f.shape(mask)
         if mask is None:
             return ""
         if shape is None or len(shape) not in (1, 2, 3):
-            raise NotDecomposed("the form of its mask is not known" if shape is None else "its mask has 4 axes")
+            raise NotDecomposed("the rank of its mask is unknown" if shape is None else "its mask has 4 axes")
         if len(shape) > 1:
             return "keys" if len(shape) == 2 else "rows"
         if self.f.same(shape[0], batch):
             return "lengths"
         if self.node.op_type == "Attention" and self.f.same(shape[0], multiply(2, batch)):
             return "spans"
-        raise NotDecomposed("it is not known whether its mask holds lengths")
+        raise NotDecomposed("its mask may or may not hold lengths")
 
     def padding(self, mask: ir.Value, kind: str, total: ir.Value) -> ir.Value:
         """True where a key may be seen: `[b, 1, 1 or s, t]`."""
@@ -160,7 +160,7 @@ class Mask:
         return self.g.op("Unsqueeze", self.g.op("Cast", row, to=ir.DataType.INT64), ints(1, 2, 3))
 
     def causal(self, q: ir.Value, total: ir.Value, past: ir.Value | None, window: int = 0) -> ir.Value:
-        """True where key `t` is at or before query `s`, which stands `past` positions later: `[s, t]`."""
+        """True where key `t` is at or before query `s`, which is at position `past + s`: `[s, t]`."""
         g = self.g
         queries = index_range(g, length(g, q, 1))
         keys = index_range(g, total)
@@ -172,13 +172,13 @@ class Mask:
         return g.op("And", visible, g.op("Greater", columns, g.op("Sub", rows, np.array(window, np.int64))))
 
     def rows(self, visible: ir.Value, parts: Parts, total: ir.Value) -> ir.Value:
-        """The mask `[b, 1, 1, t]` with a row for every query."""
+        """The mask `[b, 1, 1, t]`, expanded to a row per query."""
         g = self.g
         end = g.op("Unsqueeze", total, ints(0))
         return g.op("Expand", visible, g.op("Concat", ints(1, 1), g.op("Shape", parts.q, start=1, end=2), end, axis=0))
 
     def joined(self, bools: list[ir.Value], bias: ir.Value | None, fill: float) -> ir.Value | None:
-        """One mask: bool where nothing is added to the scores."""
+        """One mask of all: bool, or float where there is a bias."""
         visible: ir.Value | None = None
         for b in bools:
             visible = b if visible is None else self.g.op("And", visible, b)
@@ -189,7 +189,7 @@ class Mask:
 
 
 def _soft(g: Graph, mask: Mask, visible: ir.Value, bias: ir.Value | None, fill: float) -> ir.Value:
-    """A mask whose fill is a number that still lets keys through, as an addition."""
+    """A mask whose fill is too high to hide keys, as a float bias."""
     number = mask.dtype.numpy()
     added = g.op("Where", visible, np.array(0, number), np.array(fill, number))
     return added if bias is None else g.op("Add", added, bias)
@@ -230,7 +230,7 @@ def present(g: Graph, parts: Parts, outputs: list[ir.Value]) -> list[ir.Value]:
 
 
 def masked(mask: Mask, parts: Parts, given_mask: ir.Value | None, kind: str, bias: ir.Value | None) -> ir.Value | None:
-    """The whole mask of an Attention or MultiHeadAttention."""
+    """The complete mask of an Attention or MultiHeadAttention."""
     g, node = mask.g, mask.node
     fill = node.attributes.get_float("mask_filter_value", -10000.0)
     past = length(g, parts.past[0], 2) if parts.past else None

@@ -1,4 +1,4 @@
-"""GroupNormalization, spelled as exporters of older operator sets do: a norm per instance, then gain and bias."""
+"""GroupNormalization as InstanceNormalization, gain and bias: the form that exports to older operator sets have."""
 
 from __future__ import annotations
 

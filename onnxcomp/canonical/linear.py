@@ -1,4 +1,4 @@
-"""Linears as MatMul with a constant `[K, N]` weight and an Add; turned weights become lazy views."""
+"""Linears: Gemm and transposed weights become MatMul with a constant `[K, N]` weight and an Add."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _gemm(g: Graph, node: ir.Node) -> None:
 
 
 def transpose_weight(g: Graph, w: ir.Value) -> ir.Value:
-    """A constant matrix transposed: a lazy view if this is its only use, else a Transpose (tied weights stay one)."""
+    """A constant matrix transposed: lazily if it has no other use, else by a Transpose (tied weights stay one)."""
     tensor = g.tensor(w)
     if tensor is None or len(list(w.uses())) > 1 or tensor.dtype.bitwidth < 8:
         return g.op("Transpose", w, perm=[1, 0])

@@ -1,4 +1,4 @@
-"""Masks: bool with True = attend where the fill is -inf or so low that it means the same, else floats as found."""
+"""Attention masks: bool (True = attend) where the fill is -inf or acts like it; other float masks stay float."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from onnxcomp.maths import Array
 
 __all__ = ["MASKED_BELOW", "Masks"]
 
-MASKED_BELOW = -9e3  # what exporters add to forbid a key: -1e4, -1e9, the lowest finite number, -inf
+MASKED_BELOW = -9e3  # exporters hide keys by adding -1e4, -1e9, the lowest finite number or -inf; all lie below this
 HALF_TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOAT_TYPES = (*HALF_TYPES, ir.DataType.FLOAT, ir.DataType.DOUBLE)
-MAX_TABLE = 1 << 22  # elements of a table of 0 and 1 worth reading: 2048 x 2048 positions
+MAX_TABLE = 1 << 22  # elements of a constant of zeros and ones that is read as a mask: 2048 x 2048 positions
 
 
 @dataclass
 class Masks:
-    """Masks of one graph; equal requests give one shared value."""
+    """Masks of one graph; equal requests return one shared value."""
 
     g: Graph
     f: Facts
@@ -37,22 +37,22 @@ class Masks:
     _cache: dict[tuple[object, ...], ir.Value] = field(default_factory=dict)
 
     def state(self) -> Masks:
-        """A copy of what was understood and made up to now."""
+        """A snapshot of the caches."""
         return Masks(self.g, self.f, dict(self._bools), dict(self._uncast), dict(self._cache))
 
     def restore(self, state: Masks) -> None:
-        """Forget what was made since `state`, whose nodes are gone."""
+        """Return to a snapshot, after the nodes added since were removed."""
         self._bools, self._uncast, self._cache = state._bools, state._uncast, state._cache
 
     def allows_all(self, v: ir.Value) -> bool:
-        """Whether a mask provably hides nothing."""
+        """Whether a mask provably hides no key."""
         bounds = self.f.uniform(v)
         if bounds is None or bounds.value is None:
             return False
         return bounds.value == (1.0 if self.is_bool(v) else 0.0)
 
     def trimmed(self, v: ir.Value) -> ir.Value:
-        """A float mask without additions that are the same for every key: softmax does not see them."""
+        """A float mask without addends that are equal for all keys: softmax is invariant to them."""
         node = v.producer()
         if node is None or node.op_type != "Add" or node.domain or self.g.is_constant(v):
             return v
@@ -63,7 +63,7 @@ class Masks:
         return v
 
     def is_bool(self, v: ir.Value) -> bool:
-        """Whether a mask is a bool one, by its type or its producer."""
+        """Whether a mask is bool, by its type or its producer."""
         if v.dtype is not None:
             return v.dtype == ir.DataType.BOOL
         node = v.producer()
@@ -74,14 +74,14 @@ class Masks:
         return node.op_type in {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Xor"}
 
     def fill(self, v: ir.Value | None) -> float | None:
-        """The number every element of `v` is, when that forbids a key."""
+        """The number that every element of `v` equals, where adding it hides a key."""
         bounds = self.f.uniform(v)
         return (
             bounds.value if bounds is not None and bounds.value is not None and bounds.value <= MASKED_BELOW else None
         )
 
     def as_bool(self, v: ir.Value) -> ir.Value | None:
-        """The bool mask that an added float mask means, or None where it is a real bias."""
+        """The bool mask that a float mask is equivalent to, or None where it is a bias."""
         if self.is_bool(v):
             return v
         if v not in self._bools:
@@ -101,7 +101,7 @@ class Masks:
         if node.op_type == "Mul":
             return self._of_product(node)
         if node.op_type == "Cast" and (narrow := node.inputs[0]) is not None and narrow.dtype in FLOAT_TYPES:
-            return self.as_bool(narrow)  # 0 stays 0, and what forbids a key does so in every type
+            return self.as_bool(narrow)  # 0 stays 0, and a number that hides keys does so in every type
         if node.op_type in MASK_LAYOUT_OPS and node.inputs[0] is not None:
             inner = self.as_bool(node.inputs[0])
             if inner is None:
@@ -122,12 +122,12 @@ class Masks:
         return None
 
     def subtracted(self, v: ir.Value | None) -> ir.Value | None:
-        """The bool mask that a subtracted float mask means, `10000 * (1 - allowed)`, or None."""
+        """The bool mask that subtracting a float mask `10000 * (1 - allowed)` is equivalent to, or None."""
         node = v.producer() if v is not None else None
         return self._of_product(node, -1) if node is not None and node.op_type == "Mul" and not node.domain else None
 
     def _of_product(self, node: ir.Node, sign: int = 1) -> ir.Value | None:
-        """`blocked * fill` and `(1 - allowed) * fill`, for bools as numbers."""
+        """The bool mask of `blocked * fill` or `(1 - allowed) * fill`, where bools were cast to numbers."""
         for x, fill in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
             bounds, inner = self.f.uniform(fill), x.producer() if x is not None else None
             fill_value = bounds.value if bounds is not None else None
@@ -141,7 +141,7 @@ class Masks:
         return None
 
     def uncast(self, v: ir.Value | None) -> ir.Value | None:
-        """The bool value behind a Cast to numbers, or behind several, or that a table of 0 and 1 means.
+        """The bool value behind Casts to numbers, or a constant of zeros and ones as bool.
 
         0 and 1 are exact in every type.
         """
@@ -201,7 +201,7 @@ class Masks:
         return where.outputs[0] if repeats or self.allows_all(rows) else None
 
     def _is_above_fill(self, rows: ir.Value, mask: ir.Value) -> bool:
-        """Whether `rows` is `mask > fill`: the keys that a float mask allows."""
+        """Whether `rows` is `mask > fill`, the keys that a float mask allows."""
         node = rows.producer()
         operand_order = {"Greater": (0, 1), "Less": (1, 0)}
         if node is None or node.domain or node.op_type not in operand_order:
@@ -213,12 +213,12 @@ class Masks:
         return self.trimmed(high) is self.trimmed(widened(mask)) or (self.is_bool(mask) and self.as_bool(high) is mask)
 
     def _small_float_constant(self, v: ir.Value) -> Array | None:
-        """A small constant of floats."""
+        """The array of a small float constant, or None."""
         t = self.g.tensor(v)
         return None if t is None or t.size > MAX_FLOATS or not t.dtype.is_floating_point() else t.numpy()
 
     def is_finite(self, v: ir.Value) -> bool:
-        """Whether a mask forbids keys with a finite number (then rows without keys were a mean, not NaN or 0)."""
+        """Whether a mask hides keys by a finite number (rows without visible keys are then a mean, not NaN or 0)."""
         values = self._small_float_constant(v)
         if self.is_bool(v) or (values is not None and np.all((values > MASKED_BELOW) | (values == -np.inf))):
             return False
@@ -230,13 +230,13 @@ class Masks:
         return not any(u is not None and u.value == -np.inf for u in fills)
 
     def both(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """Keys that both bool masks allow."""
+        """The intersection of two bool masks."""
         if a is b:
             return a
         return self._cached(("And", a, b), lambda: self.g.op("And", a, b))
 
     def simplified(self, v: ir.Value) -> ir.Value:
-        """A bool mask without the parts of its And that provably allow everything: the rest broadcasts alike."""
+        """A bool mask without operands of its And that provably allow everything."""
         node = v.producer()
         if node is None or node.domain or node.op_type != "And" or node.inputs[0] is None or node.inputs[1] is None:
             return v
@@ -246,7 +246,7 @@ class Masks:
         return v if (a, b) == tuple(node.inputs) else self.both(a, b)
 
     def negated(self, v: ir.Value) -> ir.Value:
-        """The opposite of a bool mask."""
+        """The negation of a bool mask."""
         node = v.producer()
         if node is not None and node.op_type == "Not" and node.inputs[0] is not None:
             return node.inputs[0]
@@ -258,7 +258,7 @@ class Masks:
         return self._cache[key]
 
     def scaled(self, m: ir.Value, factor: float) -> ir.Value:
-        """A float bias times a number; a bool mask means the same at any scale."""
+        """A float bias times a number; a bool mask is unchanged."""
         if factor == 1.0 or self.is_bool(m):
             return m
         number = np.array(factor, (m.dtype or ir.DataType.FLOAT).numpy())
@@ -267,7 +267,7 @@ class Masks:
         return scaled_mask
 
     def combined(self, masks: list[ir.Value], dtype: ir.DataType) -> ir.Value | None:
-        """One mask for several; bool where all of them are."""
+        """One mask for several: bool where all of them are equivalent to bool masks."""
         kept = [m for m in masks if not self.allows_all(m)]
         bools = [self.as_bool(m) for m in kept]
         result: ir.Value | None = None
@@ -284,7 +284,7 @@ class Masks:
         return result
 
     def as_where(self, v: ir.Value) -> ir.Value:
-        """A float mask as `Where(allowed, bias, lowest)`, whatever adds it up; itself where nothing is blocked."""
+        """A float mask as `Where(allowed, bias, lowest)`; unchanged where it hides no keys."""
         biases, bools = self._parts(v)
         if not biases or not bools:
             return v
@@ -299,13 +299,13 @@ class Masks:
         return v if done else self.bias_where_allowed(allowed, bias)
 
     def bias_where_allowed(self, allowed: ir.Value, bias: ir.Value) -> ir.Value:
-        """A bias where keys are allowed, the lowest number elsewhere: no NaN even where the operator is spelled out."""
+        """`Where(allowed, bias, lowest)`: with a finite number even a decomposed attention gives no NaN."""
         dtype = (bias.dtype or ir.DataType.FLOAT).numpy()
         low = np.array(ml_dtypes.finfo(dtype).min, dtype)
         return self._cached(("chosen", allowed, bias), lambda: self.g.op("Where", allowed, bias, low))
 
     def _parts(self, v: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
-        """The float biases and the bool masks a float mask is made of."""
+        """The float biases and the bool masks that a float mask consists of."""
         if self.allows_all(v):
             return [], []
         meaning = self.as_bool(v)
@@ -326,14 +326,14 @@ class Masks:
         return [v], []
 
     def as_float(self, m: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """A mask to add to the scores: 0 where a bool one allows, -inf elsewhere."""
+        """A mask as a float addend: 0 where a bool one allows, -inf elsewhere."""
         if not self.is_bool(m):
             return m
         zero, low = np.array(0, dtype.numpy()), np.array(-np.inf, dtype.numpy())
         return self._cached(("float", m), lambda: self.g.op("Where", m, zero, low))
 
     def causal(self, queries: Size, keys: Size, sizes: Sizes, past: Size = 0) -> ir.Value | None:
-        """Lower-triangular bool `[s, past + s]`, or `[s, t]` without past ones, aligned at the upper left."""
+        """A causal bool mask: `[s, past + s]`, or `[s, t]` without past keys, aligned at the upper left."""
         square = self.f.same(add(past, queries), keys)
         if not sizes.can_compute([queries, past]) or (not square and (past != 0 or not sizes.can_compute([keys]))):
             return None
@@ -350,7 +350,7 @@ class Masks:
         return self._cached(("causal", queries, None if square else keys, past), make)
 
     def with_full_axes(self, m: ir.Value, queries: Size, keys: Size, sizes: Sizes) -> ir.Value | None:
-        """The mask with its last two axes written out, as runtimes want them; None where that cannot be done."""
+        """The mask with its last two axes expanded, as runtimes require; None where that is not possible."""
         shape, queries, keys = self.f.shape(m), self.f.equal.plain(queries), self.f.equal.plain(keys)
         if shape is None or not 1 <= len(shape) <= 4:
             return None
@@ -364,7 +364,7 @@ class Masks:
 
 
 def widened(v: ir.Value) -> ir.Value:
-    """The floats behind a Cast to a wider type, which changes no number; `v` itself where it is none."""
+    """The value before a Cast to a wider float type, which is exact; else `v` itself."""
     node = v.producer()
     if node is None or node.op_type != "Cast" or node.inputs[0] is None or node.inputs[0].dtype is None:
         return v

@@ -1,4 +1,4 @@
-"""Norms by dataflow: from the mean of squares down to the scaled value, up to what was squared."""
+"""Norms recognized by dataflow: from the mean of squares forward to the scaled value, back to the squared one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["find_norms", "raise_norms"]
 
 @dataclass(frozen=True)
 class NormMatch:
-    """A norm: `x` normalized to `y`, before gain and bias."""
+    """A decomposed norm: `x` normalized to `y`, before gain and bias."""
 
     x: ir.Value
     y: ir.Value
@@ -31,7 +31,7 @@ class NormMatch:
 
 
 def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, NormMatch | str]]:
-    """The mean of each spelled-out norm, and the norm or why it is not raised."""
+    """The mean of squares of each decomposed norm, with the match or the reason why it is not raised."""
     for mean in g.nodes("ReduceMean"):
         squared = _squared(f, mean.inputs[0])
         root = _root(f, mean) if squared is not None else None
@@ -47,7 +47,7 @@ def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, NormMatch | str]]:
 
 
 def raise_norms(g: Graph, f: Facts) -> None:
-    """Rewrite spelled-out norms over the last axis to LayerNormalization and RMSNormalization."""
+    """Rewrite decomposed norms over the last axis to LayerNormalization and RMSNormalization."""
     for mean, match in find_norms(g, f):
         if isinstance(match, str):
             g.decline(mean, match)
@@ -83,7 +83,7 @@ def _root(f: Facts, mean: ir.Node) -> tuple[ir.Value, float] | None:
 
 
 def _scaled(f: Facts, c: ir.Value, root: ir.Value) -> ir.Value | None:
-    """`c / root` however it is spelled."""
+    """`c / root`, written as a quotient or as a product with the inverse."""
     node = root.producer()
     if node is not None and node.op_type == "Pow":
         return _product_with(c, root)
@@ -144,7 +144,7 @@ def _rewrite(g: Graph, match: NormMatch) -> None:
 
 
 def _replace(g: Graph, match: NormMatch, x: ir.Value, scale: ir.Value | Array, out: ir.Value) -> None:
-    """One norm with its gain, and its bias where `out` is only shifted."""
+    """Add one norm with its gain, and with a bias where an addition is the only use of `out`."""
     attrs: dict[str, Any] = {"axis": -1, "epsilon": match.epsilon, "stash_type": 1}
     if not match.centred:
         g.replace(out, g.op("RMSNormalization", x, scale, like=out, **attrs))
@@ -155,7 +155,7 @@ def _replace(g: Graph, match: NormMatch, x: ir.Value, scale: ir.Value | Array, o
 
 
 def _gains(g: Graph, y: ir.Value, width: int) -> list[tuple[ir.Value | None, ir.Value | None]]:
-    """The gains by which `y` is scaled and the results: several where norms of one value share their statistics."""
+    """The gains of `y` and the products: several where norms of one value share their statistics."""
     uses = [] if y.is_graph_output() else list(y.uses())
     gains = [_row(g, user, index, "Mul", width) for user, index in uses]
     return gains if gains and all(gain is not None for gain, _ in gains) else [(None, None)]
@@ -174,7 +174,7 @@ def _surrounding_casts(match: NormMatch) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _affine(g: Graph, y: ir.Value, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
-    """The constant row that scales or shifts `y`, and the result; only when nothing else reads `y`."""
+    """The constant row that scales or shifts `y`, and the result, where that is the only use of `y`."""
     use = sole_use(y)
     return (None, None) if use is None else _row(g, *use, op, width)
 

@@ -1,7 +1,7 @@
-"""Packed linears (q|k|v, gate|up) unpacked: each part gets a linear of its own over a lazy selection of the one weight.
+"""Packed linears (q|k|v, gate|up) split: each part becomes a linear over a lazy selection of the weight's columns.
 
-A part is what a Split, Slice or Gather takes from the output, however that was cut into axes and turned before:
-`q|k|v`, `(q|k|v per head)`, `(queries of a group, key, value)` are selections along one axis group of the columns.
+A part is what a Split, Slice or Gather selects from the output, after any Reshape and Transpose: `q|k|v`, `q|k|v per
+head` and `queries of a group, key, value` are all selections along one axis group of the columns.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from onnxcomp.maths import Array
 
 __all__ = ["split_packed"]
 
+MAX_DEPTH = 16  # nodes between a packed linear and the Attention that reads a part of it
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -36,7 +38,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a selection is made of a linear over some columns: split, turn, join; None where a step is not needed."""
+    """How a selection follows from a linear over some columns: Reshape, Transpose, Reshape; None skips a step."""
 
     selection: Selection
     columns: Array
@@ -46,7 +48,7 @@ class Plan:
 
 
 def split_packed(g: Graph, f: Facts) -> None:
-    """Give each part of a packed linear a linear of its own, where nothing but such parts reads the output."""
+    """Split each packed linear whose output is only read by static selections."""
     for node in g.nodes("MatMul"):
         packed = _packed(g, node)
         plans = _plans(f, packed) if packed is not None else None
@@ -72,7 +74,7 @@ def _packed(g: Graph, product: ir.Node) -> Packed | None:
 
 
 def _readers(v: ir.Value) -> Iterator[ir.Node | None]:
-    """Nodes that read a value, past layout moves; None for a graph output."""
+    """Nodes that read a value, directly or through layout operators; None for a graph output."""
     if v.is_graph_output():
         yield None
     for user in users_of(v):
@@ -83,7 +85,7 @@ def _readers(v: ir.Value) -> Iterator[ir.Node | None]:
 
 
 def _plans(f: Facts, packed: Packed) -> list[Plan] | None:
-    """One plan for each part; None unless all readers take fixed parts that share no column."""
+    """One plan for each part; None unless all readers are static selections of disjoint columns."""
     parts: list[Selection] = []
     for node in _readers(packed.y):
         node_selections = selections(f, node) if node is not None else None
@@ -109,7 +111,7 @@ def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
     if not group or position is None or not is_static(a.size for a in last):
         return None
     if position and not _feeds_attention_only(part.out):
-        return None  # an inner part of a head's width (a rotation's halves) is no packing
+        return None  # an inner part of a head's width, such as the halves of a rotation, is no packing
     selected, group_axis = Axis(len(part.keep)), Axis(product(a.size for a in group))
     split_axes = (*last[:position], group_axis, *last[position + len(group) :])
     column_numbers = np.arange(packed.width).reshape(np.array([a.size for a in split_axes], np.int64))
@@ -120,14 +122,14 @@ def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
         for i, origin_group in enumerate(t.origin)
         for a in (origin_group[:1] if i == part.axis else origin_group)
     ]
-    if part.squeezed:  # one unit: its axis is not there in the result
+    if part.squeezed:  # the selected axis is not in the result
         units, order = ([a for a in axes if a is not selected] for axes in (units, order))
     return _layout_steps(f, packed, part, Steps(units, order, columns, t, shape))
 
 
 @dataclass(frozen=True)
 class Steps:
-    """The axes of the new linear's output, their order in the selection, and its shape."""
+    """The axes of the new linear's output, their order in the selection, their trace, and the selection's shape."""
 
     units: list[Axis]
     order: list[Axis]
@@ -137,7 +139,7 @@ class Steps:
 
 
 def _layout_steps(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan | None:
-    """The Reshape, Transpose and Reshape from the new output to the selection; None if a target has two open sizes."""
+    """Reshape, Transpose and Reshape from the new output to the selection; None if a target has two unknown sizes."""
     output_shape: Shape = (*(f.shape(packed.y) or ())[:-1], int(s.columns.size))
     split_sizes: tuple[Size, ...] = tuple(a.size for a in s.units)
     transposed_sizes: tuple[Size, ...] = tuple(a.size for a in s.order)
@@ -154,8 +156,8 @@ def _layout_steps(f: Facts, packed: Packed, part: Selection, s: Steps) -> Plan |
     return Plan(part, s.columns, split, perm, None if transposed_sizes == s.shape else joined)
 
 
-def _feeds_attention_only(v: ir.Value, depth: int = 16) -> bool:
-    """Whether all that reads a value, past rotation, norm and layout, is an Attention."""
+def _feeds_attention_only(v: ir.Value, depth: int = MAX_DEPTH) -> bool:
+    """Whether only Attention reads a value, directly or through rotation, norm and layout."""
     users = users_of(v)
     if not users or depth == 0:
         return False
@@ -180,7 +182,7 @@ def _unpack(g: Graph, packed: Packed, plan: Plan) -> None:
 
 
 def _select_columns(g: Graph, v: ir.Value | None, columns: Array) -> ir.Value:
-    """Some last-axis positions of a constant, as a lazy view; neighbours are sliced, not gathered."""
+    """Last-axis positions of a constant as a lazy constant; contiguous ones are sliced, not gathered."""
     tensor = g.tensor(v)
     assert tensor is not None  # checked by _packed
     contiguous = bool(np.all(np.diff(columns) == 1))

@@ -1,4 +1,4 @@
-"""Quantized weights in one form, `MatMul(x, DequantizeLinear(w))` with `w` `[K, N]`, whatever chain a tool wrote."""
+"""Quantized weights in one form, `MatMul(x, DequantizeLinear(w))` with `w` of shape `[K, N]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["raise_quantized"]
 
 
 def raise_quantized(g: Graph) -> None:
-    """Store weights as they are read: no Transpose and no Reshape of groups behind their DequantizeLinear."""
+    """Remove a Transpose or a Reshape between DequantizeLinear and MatMul by storing the weight in the final layout."""
     for node in g.nodes("MatMul"):
         layout_op = _sole_producer(node.inputs[1]) if node.domain == "" else None
         dequantize = _sole_producer(layout_op.inputs[0]) if layout_op is not None else None
@@ -35,13 +35,13 @@ def raise_quantized(g: Graph) -> None:
 
 
 def _sole_producer(v: ir.Value | None) -> ir.Node | None:
-    """The standard node that makes a value only one node reads."""
+    """The standard operator that produces a value with a single use."""
     node = v.producer() if v is not None and has_one_use(v) else None
     return node if node is not None and node.domain == "" else None
 
 
 def _parts(g: Graph, dequantize: ir.Node, rank: int) -> list[ir.TensorProtocol | None] | None:
-    """Weight, scale and zero point, when all are constants and the weight has so many axes."""
+    """Weight, scale and zero point, where all are constants and the weight has `rank` axes."""
     tensors = [g.tensor(v) for v in dequantize.inputs]
     if any(t is None and v is not None for t, v in zip(tensors, dequantize.inputs, strict=True)):
         return None
@@ -49,7 +49,7 @@ def _parts(g: Graph, dequantize: ir.Node, rank: int) -> list[ir.TensorProtocol |
 
 
 def _transposed(g: Graph, dequantize: ir.Node, layout_op: ir.Node) -> ir.Value | None:
-    """The weight `[N, K]` stored `[K, N]`; scales that have two axes turn as well."""
+    """A weight `[N, K]` stored as `[K, N]`; scales with two axes are transposed as well."""
     tensors = _parts(g, dequantize, 2)
     if tensors is None or list(layout_op.attributes.get_ints("perm", [1, 0])) != [1, 0]:
         return None
@@ -63,7 +63,7 @@ def _transposed(g: Graph, dequantize: ir.Node, layout_op: ir.Node) -> ir.Value |
 
 
 def _merged(g: Graph, dequantize: ir.Node, layout_op: ir.Node) -> ir.Value | None:
-    """Groups `[K / g, g, N]` with a scale for each group and column, as `[K, N]` in blocks of `g`."""
+    """A weight `[K / g, g, N]` with a scale for each group and column, stored as `[K, N]` in blocks of `g`."""
     tensors, shape = _parts(g, dequantize, 3), g.tensor(layout_op.inputs[1]) if layout_op.op_type == "Reshape" else None
     if tensors is None or tensors[0] is None or tensors[1] is None or shape is None:
         return None
@@ -79,7 +79,7 @@ def _merged(g: Graph, dequantize: ir.Node, layout_op: ir.Node) -> ir.Value | Non
 
 
 def _rearranged(g: Graph, t: ir.TensorProtocol, order: tuple[int, ...] | None, shape: tuple[int, ...] = ()) -> ir.Value:
-    """A constant with its axes exchanged or regrouped, read when it is needed."""
+    """A constant transposed or reshaped lazily."""
     sizes = tuple(t.shape.numpy()[i] for i in order) if order is not None else shape
 
     def read() -> ir.TensorProtocol:

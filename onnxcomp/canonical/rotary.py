@@ -1,4 +1,4 @@
-"""Rotary position embedding: spelled-out rotations to RotaryEmbedding on `[b, s, n * h]`, whole or part of a head."""
+"""Rotary embedding: decomposed rotations become RotaryEmbedding on `[b, s, n * h]`, of all or part of a head."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["raise_rotary"]
 
 @dataclass
 class RotaryRecognizer:
-    """Recognition of one graph's rotations; tables are halved and widened once."""
+    """Recognition of one graph's rotations; each table is halved and expanded once."""
 
     g: Graph
     f: Facts
@@ -31,7 +31,7 @@ class RotaryRecognizer:
     _wide: dict[tuple[ir.Value, object], ir.Value] = field(default_factory=dict)
 
     def raise_all(self) -> None:
-        """Rewrite the spelled-out rotations, then bring all to three axes."""
+        """Rewrite decomposed rotations, then bring all rotations to three axes."""
         for node in self.g.nodes("Add", "Concat", "Reshape"):
             for match in rotations(self.f, node):
                 if self._rewrite(match):
@@ -51,7 +51,7 @@ class RotaryRecognizer:
         style = {"interleaved": match.interleaved, "full": match.full}
         cos, sin = (self.tables.table(t, axis, **style) if axis else None for t in (match.cos, match.sin))
         if axis is None or cos is None or sin is None:
-            self.g.decline(match.node, "rotary: the cosine and sine tables are not two equal halves over the width")
+            self.g.decline(match.node, "rotary: the cosine and sine tables do not consist of two equal halves")
             return False
         head = self._whole_head(match.x, match.out, shape[3])
         x, out = head if head is not None else (match.x, match.out)
@@ -68,7 +68,7 @@ class RotaryRecognizer:
         return new is not None
 
     def _whole_head(self, x: ir.Value, out: ir.Value, width: int) -> tuple[ir.Value, ir.Value] | None:
-        """The head of which `x`, the first `width` channels, is rotated, and the value that joins the rest to `out`."""
+        """The head of whose first `width` channels `x` consists, and the Concat of `out` with its other channels."""
         users = users_of(out)
         source = channel_selection(self.f, x)
         if len(users) != 1 or users[0].op_type != "Concat" or source is None or out.is_graph_output():
@@ -82,7 +82,7 @@ class RotaryRecognizer:
         return (source.x, concat.outputs[0]) if fits and self.f.shape(concat.outputs[0]) == head_shape else None
 
     def _on_whole_head(self, node: ir.Node) -> ir.Node:
-        """The operator on whole heads where it turned a slice of them, as some exporters write it; else itself."""
+        """The operator on entire heads, where an exporter applied it to a slice of them; else the node itself."""
         x, shape = node.inputs[0], self.f.shape(node.inputs[0])
         if x is None or shape is None or len(shape) != 4 or not isinstance(shape[3], int):
             return node
@@ -97,7 +97,7 @@ class RotaryRecognizer:
         return producer
 
     def _rewrite_3d(self, x: ir.Value, tables: list[ir.Value], out: ir.Value, attrs: dict[str, Any]) -> ir.Value | None:
-        """Rotation of `[b, s, n, h]`, through three axes and back."""
+        """Rotate `[b, s, n, h]` as `[b, s, n * h]`."""
         shape = self.f.shape(x)
         if shape is None or not isinstance(shape[2], int) or not isinstance(shape[3], int):
             return None
@@ -108,7 +108,7 @@ class RotaryRecognizer:
         return reshaped(self.g, self.f, rotated, shape, like=out)
 
     def _heads_axis(self, shape: Shape, match: RotationMatch) -> int | None:
-        """Which axis of `x` the tables are the same for: 1 for `[b, n, s, h]`, 2 for `[b, s, n, h]`."""
+        """The axis of heads, along which the tables are broadcast: 1 for `[b, n, s, h]`, 2 for `[b, s, n, h]`."""
         axes = {self._axis_without_heads(shape, t, match.full) for t in (match.cos, match.sin)}
         return axes.pop() if len(axes) == 1 else None
 
@@ -124,7 +124,7 @@ class RotaryRecognizer:
     # ---- layout --------------------------------------------------------------------------------------------------
 
     def _expand_tables(self, node: ir.Node) -> None:
-        """Give cos and sin the batch of `x`: runtimes do not broadcast it, whatever the exporter wrote."""
+        """Expand cos and sin to the batch of `x`: runtimes do not broadcast it, though exporters write batch 1."""
         shape = self.f.shape(node.inputs[0])
         if shape is None or (len(node.inputs) > 3 and node.inputs[3] is not None):
             return
@@ -145,7 +145,7 @@ class RotaryRecognizer:
             self.g.set_input(node, i, self._wide[key])
 
     def _merge_heads(self, node: ir.Node) -> None:
-        """Turn a rotation of `[b, n, s, h]` into one of `[b, s, n * h]`, before copies of heads are made."""
+        """Rotate `[b, s, n * h]` in place of `[b, n, s, h]`, before heads are copied."""
         x, out = node.inputs[0], node.outputs[0]
         shape = self.f.shape(x)
         if x is None or shape is None or len(shape) != 4:
@@ -171,5 +171,5 @@ class RotaryRecognizer:
 
 
 def raise_rotary(g: Graph, f: Facts) -> None:
-    """Rewrite every rotary embedding that is recognised."""
+    """Rewrite every recognized rotary embedding."""
     RotaryRecognizer(g, f, Sizes(g, f), Tables(g, f)).raise_all()

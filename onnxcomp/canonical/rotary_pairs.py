@@ -1,6 +1,6 @@
-"""Rotations of pairs of channels: two parts of the last axis, turned against each other and joined again.
+"""Matching rotations of channel pairs: two parts of the last axis are rotated and concatenated again.
 
-Pairs lie half a width apart (`x[i], x[i + h / 2]`) or side by side (`x[2 i], x[2 i + 1]`, called interleaved).
+Pairs are half a width apart (`x[i], x[i + h / 2]`) or adjacent (`x[2 i], x[2 i + 1]`, called interleaved).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ChannelSelection:
 
 
 def channel_selection(f: Facts, v: ir.Value | None) -> ChannelSelection | None:
-    """Which positions of the last axis of what value `v` is, seen through a split of that axis in two."""
+    """`v` as a static selection of the last axis of a value, also where a Reshape divided that axis in two."""
     selection = _selection(f, v)
     if selection is None:
         return None
@@ -67,7 +67,7 @@ def channel_selection(f: Facts, v: ir.Value | None) -> ChannelSelection | None:
 
 
 def _selection(f: Facts, v: ir.Value | None) -> Selection | None:
-    """The fixed selection a value is, perhaps with the axis squeezed away."""
+    """The static selection that produces a value, possibly with the axis squeezed."""
     node = v.producer() if v is not None else None
     if node is None or node.domain or v is None:
         return None
@@ -86,7 +86,7 @@ def _selection(f: Facts, v: ir.Value | None) -> Selection | None:
 
 
 def _joined_axes(f: Facts, z: ir.Value, shape: Shape) -> ir.Value | None:
-    """The value whose last axis a Reshape cut into the last two of `z`."""
+    """The value whose last axis a Reshape divided into the last two of `z`."""
     node = z.producer()
     if node is None or node.op_type != "Reshape" or node.domain or not all(isinstance(d, int) for d in shape[-2:]):
         return None
@@ -97,7 +97,7 @@ def _joined_axes(f: Facts, z: ir.Value, shape: Shape) -> ir.Value | None:
 
 
 def joined(f: Facts, v: ir.Value | None) -> tuple[ir.Value, ir.Value, bool] | None:
-    """`a`, `b` and whether interleaved, where `v` is made of two equal parts along its last axis."""
+    """`a`, `b` and whether they are interleaved, where `v` consists of two equally wide parts along its last axis."""
     node = v.producer() if v is not None else None
     rank = f.rank(v)
     if node is None or rank is None or node.domain or node.inputs[0] is None:
@@ -111,7 +111,7 @@ def joined(f: Facts, v: ir.Value | None) -> tuple[ir.Value, ir.Value, bool] | No
 
 
 def _joined_by_stack(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool] | None:
-    """Two values stacked on a new axis next to the last one, and that axis merged."""
+    """Two values stacked along a new axis next to the last one, then merged with it."""
     stack, out = node.inputs[0], f.shape(node.outputs[0])
     concat, shape = stack.producer() if stack is not None else None, f.shape(stack)
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2 or shape is None or out is None:
@@ -137,7 +137,7 @@ def _before_unsqueeze(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | Non
 
 
 def rotations(f: Facts, node: ir.Node) -> Iterator[RotationMatch]:
-    """Readings of a node as the end of a rotation."""
+    """Possible matches of a rotation that ends at a node."""
     if node.domain:
         return
     if node.op_type == "Add":
@@ -153,7 +153,7 @@ def rotations(f: Facts, node: ir.Node) -> Iterator[RotationMatch]:
 
 
 def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.Value]]:
-    """Readings of `Add(Mul, Mul)` as `x * cos + turned * sin`."""
+    """Possible matches of `Add(Mul, Mul)` as `x * cos + rotated * sin`: `x, rotated, cos, sin`."""
     muls = [v.producer() for v in node.inputs if v is not None]
     pairs = [m.inputs for m in muls if m is not None and m.op_type == "Mul" and m.domain == ""]
     if len(pairs) != 2:
@@ -167,7 +167,7 @@ def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.
 
 
 def _is_rotated_half(f: Facts, v: ir.Value, x: ir.Value) -> bool | None:
-    """Whether the pairs are interleaved where `v` joins `-x2` and `x1`; None where it does not."""
+    """Whether pairs are interleaved, where `v` concatenates `-x2` and `x1`; None where it does not."""
     parts = joined(f, v)
     if parts is None:
         return None
@@ -189,7 +189,7 @@ def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
 
 
 def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[ir.Value, list[bool]] | None:
-    """The value of which two values are the second and the first part, and whether these are interleaved, or both."""
+    """The value whose first and second part two values are, and in which styles (interleaved or not) they can be."""
     a, b = channel_selection(f, first), channel_selection(f, second)
     if a is None or b is None or a.x is not b.x:
         return None

@@ -1,4 +1,4 @@
-"""Cosine and sine tables of rotary embeddings, halved: whatever writes every entry twice is proved and undone."""
+"""Cosine and sine tables of rotary embeddings, halved: RotaryEmbedding takes one entry a pair, exporters write two."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Tables:
     _cache: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
 
     def table(self, v: ir.Value, heads_axis: int, *, interleaved: bool, full: bool) -> ir.Value | None:
-        """One entry per pair as `[b or 1, s, h / 2]`; None where a full table is not proved to repeat itself."""
+        """The table as `[b or 1, s, h / 2]`; None where a full table is not proved to hold every entry twice."""
         key = (v, heads_axis, interleaved, full)
         if key in self._cache:
             return self._cache[key]
@@ -48,9 +48,9 @@ class Tables:
         return half
 
     def half(self, v: ir.Value | None, interleaved: bool) -> ir.Value | None:
-        """A value proved to hold one of each two equal entries of the last axis of `v`.
+        """One of each two equal entries along the last axis of `v`; None where equality is not proved.
 
-        Equal are entries half a width apart, or side by side when interleaved.
+        The equal entries are half a width apart, or adjacent with `interleaved`.
         """
         if v is None:
             return None
@@ -83,7 +83,7 @@ class Tables:
         return self.g.op(node.op_type, *inputs, **{k: a.value for k, a in node.attributes.items()})
 
     def _of_reshape(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
-        """The half of what a Reshape takes, in its other axes; None where it changes the last axis."""
+        """The half of a Reshape's input, reshaped; None where it changes the last axis."""
         shape, before = self.f.shape(v), self.f.shape(node.inputs[0])
         if not shape or not before or not isinstance(shape[-1], int) or shape[-1] != before[-1]:
             return None
@@ -91,7 +91,7 @@ class Tables:
         return None if inner is None else reshaped(self.g, self.f, inner, [*shape[:-1], shape[-1] // 2])
 
     def _of_repeat(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
-        """What a Gather with doubled positions, a Tile or an Expand between Reshapes repeats."""
+        """The value that a Gather with doubled positions, a Tile, or an Expand between Reshapes repeats."""
         x, shape = node.inputs[0], self.f.shape(v)
         if x is None or shape is None or not isinstance(shape[-1], int) or shape[-1] % 2:
             return None
@@ -129,7 +129,7 @@ class Tables:
         return None
 
     def _keeps_last_axis(self, node: ir.Node, rank: int) -> bool:
-        """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis alone."""
+        """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis unchanged."""
         width = self.f.rank(node.inputs[0]) if node.op_type != "Unsqueeze" else rank
         if node.op_type == "Gather":
             return width is not None and axis_of(node, width, 0) < width - 1

@@ -1,7 +1,7 @@
-"""Shape arithmetic rebuilt from the graph inputs: constants where nothing is open, else `Shape` of an input.
+"""Sizes rebuilt from the graph inputs: constants where they are static, else computed from `Shape` of an input.
 
-Whatever else computed it (reads of activations above all) loses its users and goes; what remains is the same for
-every exporter.
+The shape arithmetic that exporters write, much of which reads shapes of activations, loses its users and is removed;
+what replaces it is the same for every exporter.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SHAPE_ARITHMETIC = {
 
 
 class Sizes:
-    """One shared value per list of sizes, made from graph inputs; what an earlier run made is found again."""
+    """Computes sizes from graph inputs, one shared value per list of sizes; values of an earlier run are reused."""
 
     def __init__(self, g: Graph, f: Facts) -> None:
         self.g, self.f = g, f
@@ -74,7 +74,7 @@ class Sizes:
             self._vectors.setdefault(tuple(c), v)
 
     def can_compute(self, sizes: Sequence[object]) -> bool:
-        """Whether every size is a number, a single axis of a graph input, or a sum of such."""
+        """Whether every size is a number, an axis of a graph input, or a sum of these."""
         return all(self._readable(d) for d in sizes)
 
     def _readable(self, d: object) -> bool:
@@ -86,7 +86,7 @@ class Sizes:
         return self.f.rooted(d) or (parts is not None and all(self._readable(p) for p in parts))
 
     def vector(self, sizes: Sequence[Size]) -> ir.Value:
-        """The sizes as int64 `[len(sizes)]`; they must be `possible`."""
+        """The sizes as int64 `[len(sizes)]`; `can_compute` must hold for them."""
         key = tuple(sizes)
         if all(isinstance(d, int) for d in key):
             return self.g.constant(np.array(key, np.int64), "sizes")
@@ -106,13 +106,13 @@ class Sizes:
         return self.g.op("Concat", *[self.vector([d]) for d in key], axis=0)
 
     def can_reshape(self, shape: Sequence[Size], to: Sequence[Size]) -> bool:
-        """Whether a target for `reshaped` can be written: at most one of its sizes is neither known nor kept."""
+        """Whether `reshaped` can write a target: at most one of the sizes is neither computable nor kept."""
         if target_of(self.f, tuple(shape), to) is not None:
             return True
         return sum(1 for d in to if not self.can_compute([d])) <= 1
 
     def reshaped(self, x: ir.Value, to: Sequence[Size], like: ir.Value | None = None) -> ir.Value:
-        """`x` in another shape, by a constant target or one read off the graph inputs; `can_reshape` must hold."""
+        """`x` in another shape, by a constant target or one computed from graph inputs; `can_reshape` must hold."""
         constant = constant_target(self.f, x, to)
         readable = [d if self.can_compute([d]) else -1 for d in to]
         target = self.vector(readable) if constant is None else np.array(constant, np.int64)
@@ -122,7 +122,7 @@ class Sizes:
         return y
 
     def scalar(self, d: Size) -> ir.Value:
-        """One size as an int64 without axes."""
+        """One size as an int64 scalar."""
         if isinstance(d, int):
             return self.g.constant(np.array(d, np.int64), "size")
         if d not in self._scalars:
@@ -131,7 +131,7 @@ class Sizes:
 
 
 def rebuild_sizes(g: Graph, f: Facts) -> None:
-    """Rebuild every computed size that a node reads; Reshape and Expand targets become constants where they can."""
+    """Rebuild every computed size that a node reads; Reshape and Expand targets become constants where possible."""
     sizes = Sizes(g, f)
     for node in g.nodes():
         if node.domain:
@@ -183,7 +183,7 @@ def _rewrite_target(g: Graph, f: Facts, sizes: Sizes, node: ir.Node) -> None:
 
 
 def _set_constant(g: Graph, f: Facts, node: ir.Node, target: list[int]) -> None:
-    """Give the node its own constant, so that cutting one layer leaves the others alone."""
+    """Give the node a constant of its own, so that pruning one layer does not change others."""
     old = node.inputs[1]
     if old is not None and g.is_constant(old) and old.producer() is None and len(list(old.uses())) == 1:
         c = f.content(old)
@@ -193,7 +193,7 @@ def _set_constant(g: Graph, f: Facts, node: ir.Node, target: list[int]) -> None:
 
 
 def _expand_target(f: Facts, x: ir.Value, target: ir.Value) -> list[int] | None:
-    """Sizes to expand to, with 1 where the input already has the size; None if an open size is added."""
+    """An Expand target with 1 where the input already has the size; None where a new axis has an unknown size."""
     shape, c = f.shape(x), f.content(target)
     if shape is None or c is None or c.ndim != 1:
         return None

@@ -1,4 +1,4 @@
-"""What canonicalize is asked to raise: every site ends raised, or declined with a reason under the same name."""
+"""The sites of canonicalization: each ends raised, or declined with a reason under the same name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["sites"]
 
 
 def sites(g: Graph) -> Iterator[Site]:
-    """Softmaxes, attentions in four axes, spelled-out norms and activations, constant Gemm, the runtime's fusions."""
+    """Softmaxes, attentions in four axes, decomposed norms and activations, constant Gemms, fused operators."""
     f = Facts(g)
     for node in g.nodes():
         if is_fused(node):

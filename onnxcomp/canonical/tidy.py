@@ -1,4 +1,4 @@
-"""House-keeping between the recognisers: no-ops out, equal computations made once."""
+"""Clean-up between the recognizers: no-ops are removed, equal computations merged, arithmetic normalized."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from onnxcomp.graph import Graph
 __all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "normalize_arithmetic"]
 
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
-SMALLEST_DIVISOR = 1e-4  # the smallest divisor whose reciprocal every type holds
+MAX_COMPARED = 16  # elements of a constant whose content is compared: scalars and shape vectors
+SMALLEST_DIVISOR = 1e-4  # the reciprocal of every larger divisor is finite in every float type
 
 WIDER = {
     ir.DataType.FLOAT16: (ir.DataType.FLOAT, ir.DataType.DOUBLE),
@@ -24,7 +25,7 @@ WIDER = {
 
 
 def drop_round_trips(g: Graph) -> None:
-    """Remove casts to a wider float type and straight back."""
+    """Remove casts to a wider float type followed by one back."""
     for node in g.nodes("Cast"):
         inner = node.inputs[0].producer() if node.inputs[0] is not None else None
         x, y = (inner.inputs[0] if inner is not None and inner.op_type == "Cast" else None), node.outputs[0]
@@ -35,7 +36,7 @@ def drop_round_trips(g: Graph) -> None:
 
 
 def drop_no_ops(g: Graph, f: Facts) -> None:
-    """Remove Identity, inference Dropout, casts and expansions and slices that change nothing, products with one."""
+    """Remove Identity, inference Dropout, products with one, and casts, expansions and slices without effect."""
     for node in g.nodes("Concat"):
         _drop_empty_parts(g, f, node)
     _replace_cast_like(g)
@@ -48,7 +49,7 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
 
 
 def _replace_cast_like(g: Graph) -> None:
-    """Spell a CastLike whose type is known as Cast."""
+    """Replace CastLike by Cast where the type is known."""
     for node in g.nodes("CastLike"):
         like = node.inputs[1]
         if node.domain == "" and like is not None and like.dtype is not None:
@@ -56,7 +57,7 @@ def _replace_cast_like(g: Graph) -> None:
 
 
 def _drop_empty_parts(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Leave out parts of a Concat that have no elements, such as the unrotated rest of a fully rotated head."""
+    """Remove operands of a Concat without elements, such as the unrotated channels of a fully rotated head."""
     shapes = [f.shape(x) for x in node.inputs]
     nonempty = [x for x, s in zip(node.inputs, shapes, strict=True) if s is None or 0 not in s or len(s) < 2]
     if node.domain or not nonempty or len(nonempty) == len(node.inputs):
@@ -96,9 +97,9 @@ INTEGER_TYPES = {ir.DataType.INT32, ir.DataType.INT64, ir.DataType.INT8, ir.Data
 
 
 def normalize_arithmetic(g: Graph, f: Facts) -> None:
-    """One spelling for a quotient by a number, as a product, and for two bounds, as Clip.
+    """Write quotients by a constant as products, and two bounds as Clip.
 
-    Not where the result is rounded, nor on numbers made from integers: half a unit moves the borders of buckets.
+    Not where the result is rounded, nor on values computed from integers: that moves borders of position buckets.
     """
     integral = from_integers(g)
     for node in g.nodes("Div"):
@@ -113,14 +114,14 @@ def normalize_arithmetic(g: Graph, f: Facts) -> None:
 
 
 def _is_rounding(node: ir.Node) -> bool:
-    """Whether a node makes integers of what it reads."""
+    """Whether a node rounds its input to integers."""
     return node.op_type in ("Floor", "Ceil", "Round", "Mod") or (
         node.op_type == "Cast" and node.attributes.get_int("to", 0) in INTEGER_TYPES
     )
 
 
 def _as_clip(g: Graph, f: Facts, node: ir.Node) -> None:
-    """`Min(Max(x, low), high)` with bounds of no axes, computed or not."""
+    """`Min(Max(x, low), high)` with scalar bounds, constant or computed, as Clip."""
     if node.domain or len(node.inputs) != 2:
         return
     for inner, high in (node.inputs, node.inputs[::-1]):
@@ -135,7 +136,7 @@ def _as_clip(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def lift_constants(g: Graph) -> None:
-    """Make initializers of Constant nodes, as most exporters write them."""
+    """Turn Constant nodes into initializers."""
     for node in g.nodes("Constant"):
         out = node.outputs[0]
         tensor = g.tensor(out)
@@ -144,12 +145,12 @@ def lift_constants(g: Graph) -> None:
 
 
 def _renamed_view(tensor: ir.TensorProtocol) -> ir.LazyTensor:
-    """The same content under a name of its own: the tensor belongs to copies of the graph as well."""
+    """The same content under a new name: clones of the graph share the tensor."""
     return ir.LazyTensor(lambda: tensor, dtype=tensor.dtype, shape=ir.Shape(tensor.shape.numpy()))
 
 
 def merge_equal(g: Graph) -> None:
-    """Make equal computations once; constants count as equal when they are one value, or small with one content."""
+    """Merge equal computations; constants are equal where they are one value, or small with equal content."""
     first_by_key: dict[Any, ir.Node] = {}
     constants: dict[Any, ir.Value] = {}
     for node in g.nodes():
@@ -166,9 +167,9 @@ def merge_equal(g: Graph) -> None:
 
 
 def _representative(g: Graph, x: ir.Value | None, constants: dict[Any, ir.Value]) -> ir.Value | None:
-    """The value that stands for all equal ones."""
+    """The representative of all equal values."""
     t = g.tensor(x)
-    if x is None or t is None or t.size > 16 or t.dtype == ir.DataType.STRING:
+    if x is None or t is None or t.size > MAX_COMPARED or t.dtype == ir.DataType.STRING:
         return x
     return constants.setdefault((t.dtype, tuple(t.shape), t.tobytes()), x)
 
@@ -178,8 +179,12 @@ def _attributes(node: ir.Node) -> tuple[tuple[str, object], ...]:
 
 
 def _attribute_text(a: ir.Attr) -> str:
-    """The attribute's content as text; a large tensor counts as different from every other."""
+    """The attribute's content as text; a large tensor is equal to itself only."""
     if a.type != ir.AttributeType.TENSOR:
         return str(a.value)
     t = a.as_tensor()
-    return f"{t.dtype} {t.shape} {t.tobytes()!r}" if t.size <= 16 and t.dtype != ir.DataType.STRING else str(id(t))
+    return (
+        f"{t.dtype} {t.shape} {t.tobytes()!r}"
+        if t.size <= MAX_COMPARED and t.dtype != ir.DataType.STRING
+        else str(id(t))
+    )

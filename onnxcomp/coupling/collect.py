@@ -1,4 +1,4 @@
-"""From what the walk found to a `Group`: plain data, by names."""
+"""Conversion of the coupling analysis to a `Group`: plain data, by names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from onnxcomp.maths import Array
 
 __all__ = ["Blocked", "collect"]
 
+MAX_PATH = 8  # nodes of a path that a message shows; of a longer one only both ends
 Plain = Callable[[Array], tuple[int, ...]]
 
 
 class Blocked(ModelError):
-    """An axis that cannot be cut; `reached` are the axes (value name, axis) that are coupled to it."""
+    """An axis cannot be cut; `reached` are the axes (value name, axis) that are coupled to it."""
 
     def __init__(self, message: str, reached: frozenset[tuple[str, int]]) -> None:
         super().__init__(message)
@@ -26,7 +27,7 @@ class Blocked(ModelError):
 
 
 def collect(t: Tracer, start: Axis) -> Group:
-    """The group of a walk, units numbered in the order of the starting axis; raises `Blocked` where it is empty."""
+    """The group of an analysis, its units numbered along the starting axis; raises `Blocked` for fewer than two."""
     units = t.at(start)
     free = np.zeros(0, np.int64) if units is None else units[units > FROZEN]
     order = {int(u): i for i, u in enumerate(dict.fromkeys(free.tolist()))}
@@ -52,7 +53,7 @@ def _has_units(units: tuple[int, ...]) -> bool:
 
 
 def _numbering(t: Tracer, order: dict[int, int]) -> Plain:
-    """From unit numbers of the walk to those of the group; equal axes share one tuple."""
+    """The function from unit numbers of the analysis to those of the group; equal axes share one tuple."""
     renumbered: dict[bytes, tuple[int, ...]] = {}
     table = np.full(len(t.parent), STAYS)
     table[list(order)] = list(order.values())
@@ -68,7 +69,7 @@ def _numbering(t: Tracer, order: dict[int, int]) -> Plain:
 
 
 def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[IoSlot, ...]]:
-    """Constants (readers with equal units together), computed values, graph inputs and outputs."""
+    """Slots of constants (users with equal units together), of computed values, and of graph inputs and outputs."""
     constants: dict[tuple[str, int, tuple[int, ...]], tuple[list[str], set[str]]] = {}
     computed, io = [], []
     for axis, units in t.units.items():
@@ -80,7 +81,7 @@ def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...],
             users += [str(axis.reader.name)] if axis.reader is not None else []
             roles |= t.roles.get(axis, set())
             continue
-        if axis.reader is None:  # else a copy is cut
+        if axis.reader is None:  # else only the user's copy is cut
             computed.append(Slot(str(v.name), axis.axis, numbers))
         if v.is_graph_input() or v.is_graph_output():
             io.append(IoSlot(str(v.name), axis.axis, numbers))
@@ -92,7 +93,7 @@ def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...],
 
 
 def _entries(t: Tracer, plain: Plain) -> tuple[Entries, ...]:
-    """Numbers that count units: those for all readers, then those for copies, one for readers with equal numbers."""
+    """Sizes that count units: those for all users, then those for copies, with one copy for users of equal sizes."""
     users_by_entries: dict[tuple[Entries, bool], list[str]] = {}
     for (node, index, reader), entries in sorted(t.sizes.items(), key=lambda item: item[0][2] is not None):
         sizes = tuple(Size(i, plain(u), sign, times) for i, (u, sign, times) in sorted(entries.items()))
@@ -104,29 +105,29 @@ def _entries(t: Tracer, plain: Plain) -> tuple[Entries, ...]:
 
 
 def _parts(t: Tracer, order: dict[int, int]) -> tuple[int, ...]:
-    """The part of each unit, where some node needs parts of equal size."""
+    """The part of each unit, where a node needs parts of equal size."""
     parts = np.full(len(order), -1)
     for node, rows in t.parts.items():
         roots = t.find(rows)
         counts = {int((np.isin(row, list(order))).sum()) for row in roots}
         if len(counts) > 1:
-            raise ModelError(f"'{node.name}' needs as many units of each part, but some of them must stay")
+            raise ModelError(f"'{node.name}' needs equally many units of each part, but some of them must stay")
         for i, row in enumerate(roots):
             for u in row.tolist():
                 part = parts[order[u]] if u in order else i
                 if part not in (-1, i):
-                    raise ModelError(f"'{node.name}' groups the units in another way than a node before it")
+                    raise ModelError(f"'{node.name}' groups the units differently from another node")
                 if u in order:
                     parts[order[u]] = i
     return tuple(parts.tolist()) if (parts >= 0).all() else ()
 
 
 def _reason(t: Tracer, start: Axis, unit_count: int) -> str:
-    """What blocked the cut, with the way to it."""
+    """Why the axis cannot be cut, with the path to the cause."""
     subject = f"axis {start.axis} of '{start.value.name}' cannot be cut"
     if not t.blocked:
         return f"{subject}: all its positions belong together" if unit_count else f"{subject}: it has one unit"
     axis, why = t.blocked[0]
     path = t.path(axis)
-    shown = path if len(path) <= 8 else [*path[:3], "...", *path[-4:]]
+    shown = path if len(path) <= MAX_PATH else [*path[:3], "...", *path[-4:]]
     return f"{subject}: {why}" + (f" (by way of {' > '.join(shown)})" if shown else "")

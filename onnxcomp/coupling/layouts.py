@@ -1,4 +1,4 @@
-"""How units pass through operators that only move elements: transposes, concatenations, slices, gathers."""
+"""Coupling rules of operators that only move elements: transposes, concatenations, slices, gathers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _transpose(t: Tracer, node: ir.Node) -> None:
 
 
 def _squeeze(t: Tracer, node: ir.Node) -> None:
-    """Squeeze and Unsqueeze: the axes longer than one, in order."""
+    """Squeeze and Unsqueeze: the axes that both values have, in order."""
     (x, y), axes = input_and_output(node), axes_of(t.f, node)
     if axes is None:
         return
@@ -68,7 +68,7 @@ def _split(t: Tracer, node: ir.Node) -> None:
 
 
 def _pieces(t: Tracer, node: ir.Node, joined: ir.Value, parts: Sequence[ir.Value | None], axis: int) -> None:
-    """`whole` is its parts one after the other along the axis."""
+    """`joined` is the concatenation of the parts along the axis."""
     reader = node if joined in node.inputs else None
     at: int | None = 0
     for v in parts:
@@ -85,7 +85,7 @@ def _pieces(t: Tracer, node: ir.Node, joined: ir.Value, parts: Sequence[ir.Value
 
 
 def _slice(t: Tracer, node: ir.Node) -> None:
-    """Constant bounds with step one follow the units; an axis that is cut in any other way stays."""
+    """Constant bounds with step one are adapted to the units; an axis that is sliced otherwise stays."""
     x, y = input_and_output(node)
     parts = [t.f.content(v) if v is not None else None for v in node.inputs[1:]]
     starts, stops = (p.reshape(-1) if p is not None else None for p in parts[:2])
@@ -127,7 +127,7 @@ def _slice_range(t: Tracer, node: ir.Node, axis: int, i: int, what: tuple[int, i
 
 
 def _gather(t: Tracer, node: ir.Node) -> None:
-    """Rows of a table by computed indices stay; constant indices on a cut axis are renumbered."""
+    """An axis that computed indices select from stays; constant indices on a cut axis are renumbered."""
     data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert data is not None
     assert indices is not None
@@ -151,13 +151,13 @@ def _gather(t: Tracer, node: ir.Node) -> None:
         t.same(Axis(indices, 0, node), t.axis(y, at))
         t.mapped(place, t.axis(y, at), picked % n)
     else:
-        t.keep(place, np.unique(picked % n))  # what is picked one by one stays
+        t.keep(place, np.unique(picked % n))  # positions that are selected one by one stay
     if (units := t.at(place)) is not None:
         t.indices[node, 1] = units
 
 
 def _gather_elements(t: Tracer, node: ir.Node) -> None:
-    """Along its axis it picks one by one; along the others everything is as long and in the same order."""
+    """Its axis stays, since positions are selected one by one; the other axes pass through."""
     data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert data is not None
     assert indices is not None
@@ -169,7 +169,7 @@ def _gather_elements(t: Tracer, node: ir.Node) -> None:
         if i != at:
             t.broadcast(t.axis(data, i, node), picked)
     if rank and t.axis(data, at, node) in t.units:
-        t.stop(t.axis(data, at, node), f"GatherElements '{node.name}' picks along that axis")
+        t.stop(t.axis(data, at, node), f"GatherElements '{node.name}' selects along that axis")
 
 
 def _tile(t: Tracer, node: ir.Node) -> None:
@@ -181,7 +181,7 @@ def _tile(t: Tracer, node: ir.Node) -> None:
 
 
 def _pad(t: Tracer, node: ir.Node) -> None:
-    """Positions that are added stay; only a constant border keeps the others apart."""
+    """Added positions stay; the others pass through where the padding is constant."""
     (x, y), pads = input_and_output(node), t.f.content(node.inputs[1])
     rank = t.f.rank(x) or 0
     axes = t.f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
@@ -201,7 +201,7 @@ def _pad(t: Tracer, node: ir.Node) -> None:
 
 
 def _resize(t: Tracer, node: ir.Node) -> None:
-    """Axes whose length does not change, where the sizes are given as factors."""
+    """Axes with scale 1 pass through."""
     x, y = input_and_output(node)
     scales = t.f.content(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     for i in range(t.f.rank(x) or 0) if scales is not None and "axes" not in node.attributes else ():

@@ -1,4 +1,4 @@
-"""How units pass through arithmetic: one rule per operator, in one table. What no rule follows may not be cut."""
+"""Coupling rules of arithmetic operators, and the table of all rules. An axis without a rule cannot be cut."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ALONG_ONE_AXIS = "ArgMax ArgMin CumSum Hardmax LogSoftmax LpNormalization Softma
 
 
 def _elementwise(t: Tracer, node: ir.Node) -> None:
-    """Axes aligned from the right; an axis of length 1 is repeated and stays."""
+    """Axes are aligned from the right; an axis of length 1 is broadcast and stays."""
     out = node.outputs[0]
     rank = t.f.rank(out) or 0
     for v in node.inputs:
@@ -43,12 +43,12 @@ def _elementwise(t: Tracer, node: ir.Node) -> None:
 
 
 def _stop_repeated(t: Tracer, out: ir.Value, axes: Iterable[int], inputs: Iterable[ir.Value | None]) -> None:
-    """Axes of an output that every input repeats may not be cut through it, so they are not followed further."""
+    """Axes of an output along which every input is broadcast stay: no input holds their units."""
     for i in axes:
         n, rank = t.dim(out, i), t.f.rank(out) or 0
         sizes = [d for v in inputs if v is not None and (d := t.dim(v, i - rank)) is not None]
         if n is not None and n != 1 and not any(t.f.same(d, n) for d in sizes):
-            t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is made by repeating")
+            t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is broadcast from length 1")
 
 
 def _matmul(t: Tracer, node: ir.Node) -> None:
@@ -69,7 +69,7 @@ def _matmul(t: Tracer, node: ir.Node) -> None:
 
 
 def _product(t: Tracer, node: ir.Node, x: Axis, rows: Axis, columns: Axis, y: Axis) -> None:
-    """`y = x @ w`: the axis that is summed over, and the one that is made; a constant has a role on each."""
+    """`y = x @ w`: the contracted axis and the produced one; a constant reads the first or writes the second."""
     t.same(x, rows)
     t.same(columns, y)
     for side in (x, rows):
@@ -95,9 +95,9 @@ def _gemm(t: Tracer, node: ir.Node) -> None:
 
 
 def _conv(t: Tracer, node: ir.Node) -> None:
-    """Convolutions: channels in and out of a dense one are apart, those of a depthwise one are the same.
+    """Convolutions: a dense one separates input from output channels, a depthwise one couples them.
 
-    Groups of several channels go as a whole, since the weight has one column for all groups.
+    Groups of several channels are cut as units, since all groups share the weight's second axis.
     """
     x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
     if x is None or w is None:
@@ -122,7 +122,7 @@ def _conv(t: Tracer, node: ir.Node) -> None:
 
 
 def _einsum(t: Tracer, node: ir.Node) -> None:
-    """Axes of the same letter are the same, whether they are summed over or not."""
+    """Axes of the same letter are coupled, whether they are summed over or not."""
     text = node.attributes.get_string("equation", "").replace(" ", "")
     if "..." in text or "->" not in text:
         return
@@ -142,7 +142,7 @@ def _einsum(t: Tracer, node: ir.Node) -> None:
 
 
 def _per_channel(t: Tracer, node: ir.Node) -> None:
-    """BatchNormalization, InstanceNormalization, PRelu-like: one number a channel, on axis 1; other axes mix."""
+    """BatchNormalization and InstanceNormalization: one parameter a channel, on axis 1."""
     x, y = input_and_output(node)
     t.same(t.axis(x, 0, node), t.axis(y, 0))
     t.same(t.axis(x, 1, node), t.axis(y, 1))
@@ -155,7 +155,7 @@ def _per_channel(t: Tracer, node: ir.Node) -> None:
 
 
 def _group_norm(t: Tracer, node: ir.Node) -> None:
-    """Statistics of a group are of all its channels, so a group goes as a whole."""
+    """Statistics are taken over a group of channels, so groups are cut as units."""
     (x, y), groups = input_and_output(node), node.attributes.get_int("num_groups", 1)
     channels = t.size(x, 1)
     if channels is None:
@@ -175,7 +175,7 @@ def _pooling(t: Tracer, node: ir.Node) -> None:
 
 
 def _along(t: Tracer, node: ir.Node) -> None:
-    """Softmax and its kin: every axis but the one they work along."""
+    """Softmax and similar operators: every axis but the one along which they work."""
     x, _ = input_and_output(node)
     rank = t.f.rank(x) or 0
     axis = axis_of(node, rank, 0 if node.op_type in ("ArgMax", "ArgMin") else -1)
@@ -193,7 +193,7 @@ def _along(t: Tracer, node: ir.Node) -> None:
 
 
 def _layer_norm(t: Tracer, node: ir.Node) -> None:
-    """Axes in front are free; over the normalized ones LayerNormalization would lose part of its mean and variance."""
+    """Axes in front pass through; a cut of the normalized ones would change LayerNormalization's mean and variance."""
     x, y = input_and_output(node)
     rank = t.f.rank(x) or 0
     first = axis_of(node, rank)
@@ -235,7 +235,7 @@ def _reduction(t: Tracer, node: ir.Node) -> None:
 
 
 def _quantizer(t: Tracer, node: ir.Node) -> None:
-    """QuantizeLinear and DequantizeLinear: scales and zero points per channel or per block follow the tensor."""
+    """QuantizeLinear and DequantizeLinear: scales and zero points per channel or block are cut with the tensor."""
     x, y = input_and_output(node)
     rank = t.f.rank(x) or 0
     along, block = axis_of(node, rank, 1), node.attributes.get_int("block_size", 0)
@@ -253,7 +253,7 @@ def _quantizer(t: Tracer, node: ir.Node) -> None:
             elif not block or i != along:
                 t.broadcast(scale_axis, data_axis)
             else:
-                t.stop(data_axis, f"{node.op_type} '{node.name}' has blocks of it")
+                t.stop(data_axis, f"{node.op_type} '{node.name}' has scales per block of it")
 
 
 Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of heads, None for the usual one
@@ -263,7 +263,7 @@ Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of hea
 
 
 def _attention(t: Tracer, node: ir.Node) -> None:
-    """Heads go as a whole. A key-value head goes with all its query heads; or as many query heads of each one go."""
+    """Heads are cut as units: a key-value head with all its query heads, or equally many query heads of each."""
     q, k, v, y = node.inputs[0], node.inputs[1], node.inputs[2], node.outputs[0]
     if q is None or k is None or v is None:
         return
@@ -309,7 +309,7 @@ def _heads(t: Tracer, node: ir.Node, places: Places, heads: int, flat: bool) -> 
 
 
 def _tie(t: Tracer, node: ir.Node, queries: Array, keys: Array, places: tuple[Places, Places, bool]) -> None:
-    """Relate query heads to the key-value heads that they share."""
+    """Couple query heads to the key-value heads that they share."""
     query_places, kv_places, flat = places
     kv, repeat = len(keys), len(queries) // len(keys)
     grouped = queries.reshape(kv, repeat)
@@ -326,7 +326,7 @@ def _tie(t: Tracer, node: ir.Node, queries: Array, keys: Array, places: tuple[Pl
 
 
 def _rotary(t: Tracer, node: ir.Node) -> None:
-    """A head rotates within itself: whole heads may go, channels of a head may not."""
+    """A rotation mixes channels of a head: heads can be cut, channels of a head cannot."""
     x, y = input_and_output(node)
     t.same(t.axis(x, 0, node), t.axis(y, 0))
     for v in node.inputs[1:3] if len(node.inputs) == 3 else node.inputs[3:]:

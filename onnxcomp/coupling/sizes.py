@@ -1,4 +1,4 @@
-"""What a model holds and multiplies after cuts that are not made yet."""
+"""Parameters and multiply-accumulates of a model after planned cuts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Cuts = Iterable[tuple[Group, Sequence[int] | Array]]
 
 
 def parameters(g: Graph, cuts: Cuts = ()) -> int:
-    """Elements of all floating-point constants, after the cuts; what a cut gives a copy to counts once more."""
+    """Elements of all floating-point constants after the cuts; constants that a cut copies count again."""
     shapes, copies = _shapes(g, cuts)
     count_by_tensor = {}
     for v in g.model.graph.initializers.values():
@@ -43,7 +43,7 @@ def macs(g: Graph, cuts: Cuts = ()) -> int:
 
 
 def _shapes(g: Graph, cuts: Cuts) -> tuple[dict[str, list[int]], int]:
-    """Shapes of the constants that are cut, and how many elements copies of shared ones add."""
+    """Shapes of the constants that are cut, and the number of elements that copies of shared ones add."""
     shapes: dict[str, list[int]] = {}
     copies = 0
     users = {str(v.name): {str(u.name) for u, _ in v.uses()} for v in g.model.graph.initializers.values()}

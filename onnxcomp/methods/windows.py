@@ -44,7 +44,7 @@ class Bands:
         elif mask.dtype is ir.DataType.BOOL:
             narrowed = self.masks.both(mask, band)
         else:
-            narrowed = self.masks.bias_where(band, mask)
+            narrowed = self.masks.bias_where_allowed(band, mask)
         narrowed.type = ir.TensorType(ir.DataType.BOOL) if mask is None else mask.type
         self.g.set_input(a.node, 3, narrowed)
 
