@@ -22,13 +22,8 @@ MAX_MAPPED_FLOATS = 64  # in files, or computed on demand
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
     """Bounds of a constant of moderate size; of floats only small ones or ones that are already in memory."""
-    limit = (
-        MAX_INTEGERS
-        if not t.dtype.is_floating_point()
-        else MAX_FLOATS
-        if isinstance(t, ir.Tensor)
-        else MAX_MAPPED_FLOATS
-    )
+    limit = MAX_FLOATS if isinstance(t, ir.Tensor) else MAX_MAPPED_FLOATS
+    limit = limit if t.dtype.is_floating_point() else MAX_INTEGERS
     if t.size == 0 or t.size > limit or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy().astype(np.float64)

@@ -20,10 +20,8 @@ from onnxcomp.graph import CONTRIB, Graph
 __all__ = ["Facts"]
 
 RULES = {"": SHAPE_RULES, "ai.onnx": SHAPE_RULES, CONTRIB: CONTRIB_RULES}
-SKIP_NORMS = (
-    "SkipLayerNormalization",
-    "SkipSimplifiedLayerNormalization",
-)  # their fourth output is the sum that they normalize, of the same shape
+# Their fourth output is the sum that they normalize, of the same shape.
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 class Facts:

@@ -21,8 +21,11 @@ __all__ = ["Mask", "name_masks"]
 
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9  # sizes of the open axes of a sample
 SHORT_WINDOW = 4  # replaces a window longer than a sample
+MAX_WINDOW = 1 << 20  # integers from here on are not tried as windows
+LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to the largest slope
 MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
 MAX_CONSTANT = 1 << 20  # elements of a constant in it; a larger one counts as a weight
+WEIGHTED_OPS = LAYER_OPS | {"Einsum"}  # a mask behind one of these is computed from activations
 EVALUATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
 OTHER = "other"
 
@@ -76,7 +79,7 @@ def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Valu
         node = v.producer()
         if (
             tensor is not None
-            or (node is not None and (node.op_type in {*LAYER_OPS, "Einsum"} or node.domain))
+            or (node is not None and (node.op_type in WEIGHTED_OPS or node.domain))
             or len(visited) > MAX_VALUES
         ):
             return None
@@ -197,7 +200,7 @@ def _form(pattern: Array) -> str | None:
 def _find_long_window(mask_model: _MaskModel, form: str) -> str:
     """The form with a window longer than the sample, if replacing one of the constants by a short window reveals it."""
     for number in sorted(mask_model.numbers()):
-        if not SAMPLE_LENGTH <= abs(number) < 1 << 20:
+        if not SAMPLE_LENGTH <= abs(number) < MAX_WINDOW:
             continue
         pattern = mask_model.with_number(number, SHORT_WINDOW if number > 0 else -SHORT_WINDOW).run().pattern
         window_form = _form(pattern) if pattern is not None else None
@@ -255,5 +258,7 @@ def _bias(sample: _Sample) -> str:
     slope = np.where(both_allowed, steps, 0).sum((-2, -1), keepdims=True) / np.maximum(
         both_allowed.sum((-2, -1), keepdims=True), 1
     )
-    linear = np.where(both_allowed, np.abs(steps - slope), 0).max() <= 1e-3 * max(float(np.abs(slope).max()), 1e-12)
+    linear = np.where(both_allowed, np.abs(steps - slope), 0).max() <= LINEAR_TOLERANCE * max(
+        float(np.abs(slope).max()), 1e-12
+    )
     return "alibi" if linear else "relative"

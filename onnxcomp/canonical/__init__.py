@@ -46,10 +46,8 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
         graph.adopt(convert(graph, OPSET))
     declined = list(graph.declined)
     for _ in range(ROUNDS):
-        before, graph.declined = (
-            graph.edits,
-            list(declined),
-        )  # a site declined in an earlier round may be recognized now
+        # A site declined in an earlier round may be recognized now.
+        before, graph.declined = graph.edits, list(declined)
         _run_round(graph, exact_rows)
         if graph.edits == before:
             break

@@ -17,6 +17,8 @@ __all__ = ["find_activations", "raise_activations"]
 
 # Dense where the functions bend; far points tell apart a polynomial that agrees near zero only.
 GRID: Float64 = np.concatenate([np.linspace(-9, 9, 181), np.array([-1e3, -40.0, -17.0, 17.0, 40.0, 1e3])])
+# Largest deviation from a reference, relative to 1 + |x|: constants of half types are rounded to these.
+TOLERANCE, HALF_TOLERANCE = 1e-6, 3e-4
 DEPTH = 8  # elementwise nodes on the way from the transcendental one to the input, and to the output
 
 
@@ -159,12 +161,12 @@ def _recognise(f: Facts, seed: ir.Node, factor: float) -> Activation | None:
 
 
 def _kind(samples: Float64 | None, dtype: ir.DataType | None) -> str | None:
-    """The reference nearest to the samples, if it is near enough: constants in the graph are rounded to its type."""
+    """The reference nearest to the samples, if it is near enough for the element type."""
     if samples is None or not np.isfinite(samples).all():
         return None
     deviation = {name: float(np.max(np.abs(samples - r) / (1 + np.abs(GRID)))) for name, r in REFERENCES.items()}
     nearest = min(deviation, key=lambda name: deviation[name])
-    tolerance = 3e-4 if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else 1e-6
+    tolerance = HALF_TOLERANCE if dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else TOLERANCE
     return nearest if deviation[nearest] <= tolerance else None
 
 

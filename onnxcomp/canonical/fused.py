@@ -37,10 +37,8 @@ KEPT = {
     **dict.fromkeys(SPECIAL_OPS, "it has no exact standard form"),
 }
 MASK_INPUT = {"Attention": 3, "MultiHeadAttention": 4}
-NOT_STANDARD_BELOW = {
-    "LayerNormalization": 17,
-    "SimplifiedLayerNormalization": 99,
-}  # opset of the ONNX schema, if any
+# The operator set that adds an operator to the standard domain; none adds the second one.
+NOT_STANDARD_BELOW = {"LayerNormalization": 17, "SimplifiedLayerNormalization": 99}
 
 
 def move_to_contrib(g: Graph) -> None:
