@@ -99,7 +99,7 @@ def test_query_heads_go_in_equal_numbers():
 
 def test_keeping_every_unit_is_no_edit():
     g = tiny.decoder()
-    group = coupling.heads_of(g, blocks.attentions(g)[0])
+    group = coupling.Coupling(g).heads(blocks.attentions(g)[0])
     g.take(group, np.arange(group.units))
     assert g.edits == 0
 
@@ -148,5 +148,5 @@ def test_the_weights_of_a_model_with_external_data_are_cut_alike(tmp_path):
 
     g = tiny.decoder()
     loaded = storage.load(tiny.external(g, tmp_path))
-    results = [cuts.cut(m, coupling.heads_of(m, blocks.attentions(m)[0]), [0]) for m in (g, loaded)]
+    results = [cuts.cut(m, coupling.Coupling(m).heads(blocks.attentions(m)[0]), [0]) for m in (g, loaded)]
     cuts.assert_same(*results, feeds(g), tolerance=0)

@@ -175,7 +175,7 @@ def first(g: Graph, s: ir.Value) -> ir.Value:
 
 
 DECLINED = {
-    "another value, maybe as long": (outside, "may be repeated or not"),
+    "another value, maybe as long": (outside, "may or may not be broadcast"),
     "its size is computed with": (counted, "computes with its size"),
     "another value as large": (as_large, "produces another value of that size"),
     "one row": (first, "works along axis 0"),
