@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.ends import Embedding, Head, embeddings, head
 from onnxcomp.blocks.linears import Index, Linear, NormSite, linears, norms, siblings
 from onnxcomp.graph import Graph, Site
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST
 from onnxcomp.graph.values import users_of
 
 __all__ = [
@@ -291,7 +291,7 @@ def _layer(index: int, group: Sequence[Attention | Mlp], norm_sites: Sequence[No
     heads = tuple(p for p in group if isinstance(p, Attention))
     mlp = next((p for p in group if isinstance(p, Mlp)), None)
     entries, exits = _ends(group)
-    residuals = {out for x in exits for u, _ in x.uses() if u.op_type in ("Add", "Sum") for out in u.outputs}
+    residuals = {out for x in exits for u, _ in x.uses() if u.op_type in ADDITIONS for out in u.outputs}
     after = [n for n in norm_sites if n.input in residuals]
     before = [n for n in norm_sites if n.output in entries]
     sandwiched = [n for n in norm_sites if n.input in exits]
@@ -312,4 +312,4 @@ def _ends(group: Sequence[Attention | Mlp]) -> tuple[set[ir.Value], set[ir.Value
 
 def _bypasses(norm: NormSite) -> bool:
     """Whether an addition reads the norm's input as well: the residual connection around a pre-norm."""
-    return any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses())
+    return any(u.op_type in ADDITIONS for u, _ in norm.input.uses())

@@ -11,7 +11,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import Trace, reshaped, target_of, trace
 from onnxcomp.analysis.sizes import Shape
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import LAYOUT_OPS
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OPS, NORMS
 from onnxcomp.graph.values import has_one_use
 
 __all__ = ["simplify_layouts", "sink_layouts"]
@@ -61,11 +61,11 @@ def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool
 
 def sink_layouts(g: Graph, f: Facts) -> None:
     """Move Reshapes that merge leading axes, and Transposes, below linears, biases, norms, casts and activations."""
-    for node in g.nodes("LayerNormalization", "RMSNormalization"):
+    for node in g.nodes(*NORMS):
         _lift_norm(g, node)
     for node in g.nodes("Cast"):
         _lift_cast(g, node)
-    for node in g.nodes("MatMul", "Add", "Sum", *ACTIVATIONS):
+    for node in g.nodes("MatMul", *ADDITIONS, *ACTIVATIONS):
         if node.domain == "" and node.op_type in ACTIVATIONS:
             _lift_activation(g, f, node)
         elif node.domain == "" and len(node.inputs) == 2:

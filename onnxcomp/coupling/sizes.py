@@ -8,6 +8,7 @@ import numpy as np
 
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
+from onnxcomp.graph.operators import WEIGHT_PRODUCTS
 from onnxcomp.maths import Array
 
 __all__ = ["macs", "parameters"]
@@ -31,7 +32,7 @@ def macs(g: Graph, cuts: Cuts = ()) -> int:
     """Multiply-accumulates of products with constants, per token (or pixel of a convolution's output), after cuts."""
     shapes, _ = _shapes(g, cuts)
     total = 0
-    for node in g.nodes("MatMul", "Gemm", "Conv", "ConvTranspose"):
+    for node in g.nodes(*WEIGHT_PRODUCTS):
         w = node.inputs[1]
         producer = w.producer() if w is not None else None
         if producer is not None and producer.op_type in ("Transpose", "DequantizeLinear"):

@@ -20,6 +20,7 @@ __all__ = [
     "TABLE_REPEATING",
     "TIMED_OPS",
     "TOKEN_SELECTING",
+    "WEIGHT_PRODUCTS",
 ]
 
 ADDITIONS = ("Add", "Sum")
@@ -49,6 +50,8 @@ PROJECTION_TO_ATTENTION = LAYOUT_OPS | {"Cast", "Concat", "Div", "Expand", "Mul"
 
 # ---- operators that do a layer's work ----------------------------------------------------------------------------
 
+# Products whose second input may be a weight.
+WEIGHT_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 LAYER_OPS = frozenset({"Attention", "Conv", "Gemm", "MatMul", "Softmax", *NORMS})
 # Besides these, bodies of loops and branches have a run time of their own.
 TIMED_OPS = LAYER_OPS | {"If", "Loop", "Scan"}

@@ -47,7 +47,7 @@ def rotate(
     rotation = _Rotation(g, stream, bases, duals or bases)
     rotation.run()
     g.forget_shapes()
-    return {str(old.name): new for old, new in rotation.by_output.items()}
+    return {str(old.name): new for old, new in rotation.made.items()}
 
 
 class _Rotation:
@@ -62,16 +62,16 @@ class _Rotation:
         self.index, self.facts = Index.of(g), Facts(g)
         self.others = {v: stream.other_readers(v) for v in stream.values}
         self.own = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
-        self.by_output: dict[ir.Value, ir.Value] = {}
+        self.made: dict[ir.Value, ir.Value] = {}
 
     def run(self) -> None:
         for v in self.stream.values:
-            self.by_output[v] = self._remade(v)
+            self.made[v] = self._remade(v)
         for norm in self.stream.norms:
             self._norm(norm)
         for v, users in self.others.items():
             if users or v.is_graph_output():
-                back = self.g.op("MatMul", self.by_output[v], self._matrix(self._basis(v).T, v), like=v)
+                back = self.g.op("MatMul", self.made[v], self._matrix(self._basis(v).T, v), like=v)
                 self.g.replace(v, back, users=None if v.is_graph_output() else users)
 
     def _basis(self, v: ir.Value) -> Float64:
@@ -101,12 +101,12 @@ class _Rotation:
             return self.g.op(node.op_type, *(self._part(x, v) for x in inputs), name=f"{node.name}_sliced")
         attributes = {name: a.value for name, a in node.attributes.items()}
         moved = self.g.op(
-            node.op_type, self.by_output[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
+            node.op_type, self.made[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes
         )
         return self._turned(moved, inputs[0], v)
 
     def _part(self, x: ir.Value, v: ir.Value) -> ir.Value:
-        return self._turned(self.by_output[x], x, v) if x in self.by_output else self._written(x, v)
+        return self._turned(self.made[x], x, v) if x in self.made else self._written(x, v)
 
     def _turned(self, y: ir.Value, x: ir.Value, v: ir.Value) -> ir.Value:
         """A value in the basis of `x`, moved to that of `v`."""
@@ -157,7 +157,7 @@ class _Rotation:
         epsilon = norm.node.attributes.get_float("epsilon", 1e-5) * d / kept
         level = self._matrix(np.full(kept, np.sqrt(d / kept)), norm.gain)
         new = self.g.op(
-            "RMSNormalization", self.by_output[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
+            "RMSNormalization", self.made[norm.input], level, axis=-1, epsilon=epsilon, name=f"{norm.name}_sliced"
         )
         gain = self.g.array(norm.gain).astype(np.float64).reshape(-1)
         shift = None if norm.bias is None else self.g.array(norm.bias).astype(np.float64).reshape(-1)

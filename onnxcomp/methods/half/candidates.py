@@ -49,19 +49,7 @@ INFINITE = 1e8  # constants from this size on stand for infinity in masks
 FILL = {ir.DataType.FLOAT16: 3e4, ir.DataType.BFLOAT16: 3e38}  # what replaces them; sums of several stay finite
 SOFT = {
     *ELEMENT_PRESERVING,
-    "Add",
-    "Sub",
-    "Mul",
-    "Div",
-    "Where",
-    "Min",
-    "Max",
-    "Concat",
-    "Cast",
-    "CastLike",
-    "Trilu",
-    "Clip",
-    "Pad",
+    *("Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Concat", "Cast", "CastLike", "Trilu", "Clip", "Pad"),
 }
 CHUNK = 1 << 22  # elements of a weight looked at together
 HEAVY = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", *CONTRIB_HALF}
