@@ -20,8 +20,8 @@ def sites(g: Graph) -> Iterator[Site]:
         if is_fused(node):
             yield Site(str(node.name), (str(node.name),), "fused")
     for node in g.nodes("Softmax", "Attention", "Gemm"):
-        spelled = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
-        if node.domain == "" and (spelled or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):
+        decomposed = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
+        if node.domain == "" and (decomposed or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):
             yield Site(str(node.name), (str(node.name),), "linear" if node.op_type == "Gemm" else "attention")
     for mean, _ in find_norms(g, f):
         yield Site(str(mean.name), (str(mean.name),), "norm")
