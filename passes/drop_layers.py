@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from onnxcomp.blocks.branches import Branch, branches, whole_layers
+from onnxcomp.blocks.branches import Branch, branches, layer_branches
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.layer_choice import Choice, similarity, stable_name
 from onnxcomp.methods.repair.dropped_layers import Gap, leave_out, refit_around_gaps
@@ -95,7 +95,7 @@ class DropLayers(Pass):
 
     def _all(self, g: Graph) -> list[Branch]:
         if self.part == "layer":
-            return whole_layers(g)
+            return layer_branches(g)
         return [b for b in branches(g) if b.kind == self.part]
 
     def _named(self, g: Graph, name: str) -> Branch:

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.blocks.branches import joins, sums
+from onnxcomp.blocks.branches import residual_add, residual_sum
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import affine
@@ -46,7 +46,7 @@ class Refit(SequentialPass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Linears that are added to the stream, and norms."""
-        writers = [x.site for x in blocks.linears(g) if joins(x) is not None and not x.quantized]
+        writers = [x.site for x in blocks.linears(g) if residual_add(x) is not None and not x.quantized]
         return [*(writers if self.outputs else ()), *((n.site for n in blocks.norms(g)) if self.norms else ())]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -66,7 +66,7 @@ class Refit(SequentialPass):
 
     def _linear(self, g: Graph, x: Linear, env: Env) -> str:
         """Fit a linear; why not, empty if it was."""
-        joined = sums(x)
+        joined = residual_sum(x)
         assert joined is not None
         target = counterpart(g, env.original, joined.end)
         if not has(env.original, target):

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks.linears import NormSite
-from onnxcomp.blocks.stream import Stream, leaders, streams
+from onnxcomp.blocks.stream import Stream, basis_values, streams
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods import principal_components
 from onnxcomp.methods.repair import sequential
@@ -106,7 +106,7 @@ class Slice(Pass):
 
         Values are read through their basis `Q` `[d, width]` and, where repair is on, written through its dual.
         """
-        bases, leader = principal_components.bases(g, stream, width, env, self.basis == "shared"), leaders(stream)
+        bases, leader = principal_components.bases(g, stream, width, env, self.basis == "shared"), basis_values(stream)
         written = duals(g, stream, bases) if self._repairs(env) else bases
         parts = {str(v.name): Part(str(v.name), written[leader[v]], stream.kind == "layer") for v in stream.values}
         new = rotate(g, stream, *({v: of[leader[v]] for v in stream.values} for of in (bases, written)))

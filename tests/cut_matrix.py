@@ -61,7 +61,7 @@ def channels(a: zoo.Architecture, g: Graph) -> Cut:
 
 def layers(a: zoo.Architecture, g: Graph) -> Cut:
     """A quarter of the layers, or one of two, by block influence on random inputs."""
-    found, data = branches.whole_layers(g), feeds(a, g)
+    found, data = branches.layer_branches(g), feeds(a, g)
     p = catalog.load("drop-layers")(ratio=0.25 if len(found) >= 4 else 0.5, protect=0, repair="none")
     try:
         result = PassManager([p]).run(g, data, data)

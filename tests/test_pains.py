@@ -312,7 +312,7 @@ def test_row_12_an_attention_is_raised_or_told_why():
     read = tiny.finish(source, other, "sums", ["batch", 4, "sequence", 1])
     canonicalize(read)
     assert [(d.site, d.why) for d in read.declined] == [
-        (softmax.name, "attention: the attention probabilities are read elsewhere")
+        (softmax.name, "attention: the attention probabilities have other users")
     ]
 
 

@@ -1,1 +1,1 @@
-"""What is true of the values of a graph before it runs: shapes, sizes, contents, bounds, element types."""
+"""Static analysis of values: symbolic shapes, contents of small values, bounds, element types, layouts."""

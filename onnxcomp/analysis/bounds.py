@@ -1,63 +1,46 @@
-"""What is true of all elements of a value at once, whatever its shape: enough to see a mask that allows everything."""
+"""Bounds on all elements of a value, whatever its shape: enough to prove that a mask allows everything."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
+from onnxcomp.analysis.known import Known, Uniform
+from onnxcomp.graph.operators import ELEMENT_PRESERVING
 
-__all__ = ["FLOATS", "Uniform", "uniform", "uniform_of"]
+__all__ = ["MAX_FLOATS", "uniform", "uniform_of"]
 
-READ = 1 << 16  # elements of a constant worth reading to see that they are equal
-FLOATS = 1 << 14  # the same for floats: masks that were folded, not weights
-
-
-@dataclass(frozen=True)
-class Uniform:
-    """Smallest and largest value any element can have; None is no bound."""
-
-    low: float | None
-    high: float | None
-
-    @property
-    def value(self) -> float | None:
-        """The value of every element, where they are all the same."""
-        return self.low if self.low is not None and self.low == self.high else None
+# Elements of a constant that are read to bound them: larger ones are weights, which are not read.
+MAX_INTEGERS = 1 << 16
+MAX_FLOATS = 1 << 14  # in memory, such as masks that were folded
+MAX_MAPPED_FLOATS = 64  # in files, or computed on demand
 
 
 def uniform_of(t: ir.TensorProtocol) -> Uniform | None:
-    """Bounds of a constant of moderate size; of floats only what is small or already in memory."""
-    limit = READ if not t.dtype.is_floating_point() else FLOATS if isinstance(t, ir.Tensor) else 64
+    """Bounds of a constant of moderate size; of floats only small ones or ones that are already in memory."""
+    limit = MAX_FLOATS if isinstance(t, ir.Tensor) else MAX_MAPPED_FLOATS
+    limit = limit if t.dtype.is_floating_point() else MAX_INTEGERS
     if t.size == 0 or t.size > limit or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy().astype(np.float64)
     return None if np.isnan(a).any() else Uniform(float(a.min()), float(a.max()))
 
 
-MOVES = {
-    *("Expand", "Reshape", "Unsqueeze", "Squeeze", "Transpose", "Identity", "Slice", "Gather", "Tile", "Flatten"),
-    *("GatherElements", "GatherND"),
-}
-
-
-def _sure(always: bool, never: bool) -> bool | None:
+def _decided(always: bool, never: bool) -> bool | None:
     return True if always else False if never else None
 
 
 def _ordered(
     a: Uniform, b: Uniform, op: Callable[[float, float], bool], inverse: Callable[[float, float], bool]
 ) -> bool | None:
-    """Whether `a op b` holds for all elements, for none, or cannot be told."""
+    """Whether `a op b` holds for all elements; None where it may hold for some."""
     always = a.low is not None and b.high is not None and op(a.low, b.high)
     never = a.high is not None and b.low is not None and inverse(a.high, b.low)
-    return _sure(always, never)
+    return _decided(always, never)
 
 
 def _logic(op: str, a: Uniform | None, b: Uniform | None) -> bool | None:
@@ -71,27 +54,27 @@ def _truth(x: bool | None) -> Uniform | None:
     return None if x is None else Uniform(float(x), float(x))
 
 
-def uniform(f: Facts, node: ir.Node) -> Uniform | None:
-    """Bounds of a node's output from those of its inputs; None where nothing is known."""
-    op, given = node.op_type, [f.uniform(x) for x in node.inputs]
-    if op in MOVES:
-        return given[0]
+def uniform(f: Known, node: ir.Node) -> Uniform | None:
+    """Bounds of a node's output from those of its inputs; None where none are known."""
+    op, inputs = node.op_type, [f.uniform(x) for x in node.inputs]
+    if op in ELEMENT_PRESERVING:
+        return inputs[0]
     if op == "Cast":
-        return _cast(given[0], node)
+        return _cast(inputs[0], node)
     if op == "Range":
-        return _range(given)
+        return _range(inputs)
     if op == "Shape":
         return Uniform(0.0, None)
     if op == "ConstantOfShape":
         value: Any = node.attributes.get("value")
         return Uniform(0.0, 0.0) if value is None else uniform_of(value.as_tensor())
     if op in ("And", "Or"):
-        return _truth(_logic(op, given[0], given[1]))
+        return _truth(_logic(op, inputs[0], inputs[1]))
     if op == "Not":
-        return None if given[0] is None or given[0].value is None else _truth(not given[0].value)
+        return None if inputs[0] is None or inputs[0].value is None else _truth(not inputs[0].value)
     if op == "Where":
-        return _where(given)
-    a, b = (given[0], given[1]) if len(given) == 2 else (None, None)
+        return _where(inputs)
+    a, b = (inputs[0], inputs[1]) if len(inputs) == 2 else (None, None)
     return _compared(op, a, b) if a is not None and b is not None else None
 
 
@@ -130,15 +113,15 @@ def _cast(a: Uniform | None, node: ir.Node) -> Uniform | None:
     return None if a.value is None else _truth(bool(a.value))
 
 
-def _range(given: list[Uniform | None]) -> Uniform | None:
-    start, step = given[0], given[2]
+def _range(inputs: list[Uniform | None]) -> Uniform | None:
+    start, step = inputs[0], inputs[2]
     if start is None or step is None or step.low is None or step.low <= 0:
         return None
     return Uniform(start.low, None)
 
 
-def _where(given: list[Uniform | None]) -> Uniform | None:
-    c, x, y = given
+def _where(inputs: list[Uniform | None]) -> Uniform | None:
+    c, x, y = inputs
     if c is not None and c.value is not None:
         return x if c.value else y
     return x if x is not None and x == y and x.value is not None else None

@@ -1,37 +1,34 @@
-"""Contents of small values: shapes and scales that exporters compute at run time, with unknown sizes as symbols."""
+"""Constant folding of small values with symbols: shapes and scales that exporters compute at run time."""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from numpy.typing import NDArray
 
+from onnxcomp.analysis.known import Content, Known
 from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.analysis.sizes import Dim, Size, add, divide, floor, multiply, product, subtract
 
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
+__all__ = ["CONTENT_RULES", "constant_content", "small"]
 
-__all__ = ["CONTENT_RULES", "Content", "constant_content", "small"]
-
-LIMIT = 64
-Content = NDArray[np.object_]
-Rule = Callable[["Facts", ir.Node], "Content | None"]
+NEAR_INTEGER = 1e-5  # relative; about 80 units in the last place of float32
+MAX_ELEMENTS = 64  # of a value whose content is tracked: shape vectors and scalars, not tables
+Rule = Callable[[Known, ir.Node], Content | None]
 
 
 def small(c: Content | None) -> Content | None:
-    """The content if it is small enough to keep."""
-    return c if c is not None and c.size <= LIMIT else None
+    """The content if it is small enough to track."""
+    return c if c is not None and c.size <= MAX_ELEMENTS else None
 
 
 def constant_content(t: ir.TensorProtocol) -> Content | None:
     """Elements of a small number or bool constant; a large one is not read."""
-    if t.size > LIMIT or t.dtype == ir.DataType.STRING:
+    if t.size > MAX_ELEMENTS or t.dtype == ir.DataType.STRING:
         return None
     a = t.numpy()
     if a.dtype.kind not in "iubf":
@@ -63,7 +60,7 @@ def _arithmetic(on_sizes: Callable[[Size, Size], Size | None], on_floats: Callab
 
 
 def _scaled(x: Any, y: Any) -> Any:
-    """A cast size times one."""
+    """The product of a size that was cast to float and the number one."""
     return x if y == 1.0 and isinstance(x, Dim) else None
 
 
@@ -77,7 +74,7 @@ def _numbers(op: Callable[[Any, Any], Any]) -> Any:
 
 
 def _equal(x: Any, y: Any) -> Any:
-    """Sizes are not negative, so an unknown one never equals -1."""
+    """Equality; sizes are not negative, so an unknown one never equals -1."""
     if isinstance(x, Dim) or isinstance(y, Dim):
         if x == y:
             return True
@@ -105,10 +102,10 @@ def _unary(op: Callable[[float], float | None]) -> Any:
     return f
 
 
-def _whole(op: Callable[[float], int], x: float) -> float | None:
-    """A float rounded by `op`; None so near to an integer that single precision may fall on its other side."""
+def _rounded(op: Callable[[float], int], x: float) -> float | None:
+    """A float rounded by `op`; None so near to an integer that the runtime's float32 may round otherwise."""
     nearest = round(x)
-    if x != nearest and abs(x - nearest) < 1e-5 * max(1.0, abs(x)):
+    if x != nearest and abs(x - nearest) < NEAR_INTEGER * max(1.0, abs(x)):
         return None
     return type(x)(op(x))
 
@@ -123,14 +120,14 @@ def _logic(op: Callable[[bool, bool], bool]) -> Any:
 def _each(f: Any, arity: int) -> Rule:
     ufunc = np.frompyfunc(f, arity, 1)
 
-    def rule(facts: Facts, node: ir.Node) -> Content | None:
+    def rule(facts: Known, node: ir.Node) -> Content | None:
         parts = [facts.content(x) for x in node.inputs]
         known = [p for p in parts if p is not None]
         if len(known) != arity or len(parts) != arity:
             return None
         try:
             result = ufunc(*known)
-        except ValueError:  # shapes that do not broadcast: a broken graph, found elsewhere
+        except ValueError:  # shapes that do not broadcast: an invalid graph, reported elsewhere
             return None
         return _boxed(result)
 
@@ -138,7 +135,7 @@ def _each(f: Any, arity: int) -> Rule:
 
 
 def _boxed(x: Any) -> Content:
-    """An object array of any rank, also of rank 0."""
+    """The content as an object array, also where it is a single element."""
     if isinstance(x, np.ndarray):
         return x
     c = np.empty((), object)
@@ -150,47 +147,47 @@ def _where(c: Any, x: Any, y: Any) -> Any:
     return (x if c else y) if isinstance(c, bool) else (x if x == y else None)
 
 
-def _cast(f: Facts, node: ir.Node) -> Content | None:
+def _cast(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     if c is None:
         return None
     to = ir.DataType(node.attributes.get_int("to", 1))
 
-    def one(x: Any) -> Any:
+    def cast_element(x: Any) -> Any:
         if x is None or isinstance(x, Dim):
             return x if to != ir.DataType.BOOL else None
         if to == ir.DataType.BOOL:
             return bool(x)
         if to.is_floating_point():
             return float(x)
-        whole = _whole(math.trunc, x) if math.isfinite(x) else None
-        return None if whole is None else int(whole)
+        rounded = _rounded(math.trunc, x) if math.isfinite(x) else None
+        return None if rounded is None else int(rounded)
 
-    return _boxed(np.frompyfunc(one, 1, 1)(c))
+    return _boxed(np.frompyfunc(cast_element, 1, 1)(c))
 
 
 # ---- shape arithmetic --------------------------------------------------------------------------------------------
 
 
-def _listed(xs: list[Any]) -> Content:
+def _vector(xs: list[Any]) -> Content:
     c = np.empty(len(xs), object)
     c[:] = xs
     return c
 
 
-def _shape(f: Facts, node: ir.Node) -> Content | None:
+def _shape(f: Known, node: ir.Node) -> Content | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
-    return _listed(list(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]))
+    return _vector(list(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]))
 
 
-def _size(f: Facts, node: ir.Node) -> Content | None:
+def _size(f: Known, node: ir.Node) -> Content | None:
     s = f.shape(node.inputs[0])
     return None if s is None else _boxed(product(s))
 
 
-def _gather(f: Facts, node: ir.Node) -> Content | None:
+def _gather(f: Known, node: ir.Node) -> Content | None:
     c, i = f.content(node.inputs[0]), f.content(node.inputs[1])
     if c is None or i is None or c.ndim == 0 or not all(isinstance(x, int) for x in i.reshape(-1)):
         return None
@@ -200,7 +197,7 @@ def _gather(f: Facts, node: ir.Node) -> Content | None:
     return _boxed(np.take(c, i.astype(np.int64), axis=axis))
 
 
-def _slice(f: Facts, node: ir.Node) -> Content | None:
+def _slice(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     parts = [f.content(x) for x in node.inputs[1:] if x is not None]
     if c is None or len(parts) != len(node.inputs) - 1 or len(parts) < 2:
@@ -219,7 +216,7 @@ def _slice(f: Facts, node: ir.Node) -> Content | None:
     return c[tuple(index)]
 
 
-def _concat(f: Facts, node: ir.Node) -> Content | None:
+def _concat(f: Known, node: ir.Node) -> Content | None:
     parts = [f.content(x) for x in node.inputs]
     known = [p for p in parts if p is not None and p.ndim > 0]
     if len(known) != len(parts):
@@ -227,7 +224,7 @@ def _concat(f: Facts, node: ir.Node) -> Content | None:
     return np.concatenate(known, axis=axis_of(node, known[0].ndim))
 
 
-def _reshaped(f: Facts, node: ir.Node) -> Content | None:
+def _reshaped(f: Known, node: ir.Node) -> Content | None:
     """Reshape, Squeeze, Unsqueeze, Flatten: the elements in order, in the output's shape."""
     c, s = f.content(node.inputs[0]), f.shape(node.outputs[0])
     if c is None or s is None or not all(isinstance(d, int) for d in s):
@@ -236,53 +233,53 @@ def _reshaped(f: Facts, node: ir.Node) -> Content | None:
     return c.reshape(shape) if math.prod(shape) == c.size else None
 
 
-def _expand(f: Facts, node: ir.Node) -> Content | None:
+def _expand(f: Known, node: ir.Node) -> Content | None:
     c, s = f.content(node.inputs[0]), f.shape(node.outputs[0])
     if c is None or s is None or not all(isinstance(d, int) for d in s):
         return None
     shape = tuple(int(d) for d in s if isinstance(d, int))
-    return np.broadcast_to(c, shape) if math.prod(shape) <= LIMIT else None
+    return np.broadcast_to(c, shape) if math.prod(shape) <= MAX_ELEMENTS else None
 
 
-def _of_shape(f: Facts, node: ir.Node) -> Content | None:
+def _of_shape(f: Known, node: ir.Node) -> Content | None:
     s = f.content(node.inputs[0])
     if s is None or not all(isinstance(d, int) for d in s.reshape(-1)):
         return None
     shape = tuple(int(d) for d in s.reshape(-1))
-    if math.prod(shape) > LIMIT:
+    if math.prod(shape) > MAX_ELEMENTS:
         return None
     value = node.attributes.get("value")
     fill = value.as_tensor().numpy().reshape(-1)[0].item() if value is not None else 0.0
     return _boxed(np.full(shape, fill, object))
 
 
-def _range(f: Facts, node: ir.Node) -> Content | None:
+def _range(f: Known, node: ir.Node) -> Content | None:
     parts = [f.content(x) for x in node.inputs]
     numbers = [p.reshape(-1)[0] for p in parts if p is not None and p.size == 1]
     if len(numbers) != 3 or not all(isinstance(x, int) for x in numbers) or numbers[2] == 0:
         return None
-    found = range(*numbers)
-    return _listed(list(found)) if len(found) <= LIMIT else None
+    numbers_in_range = range(*numbers)
+    return _vector(list(numbers_in_range)) if len(numbers_in_range) <= MAX_ELEMENTS else None
 
 
-def _identity(f: Facts, node: ir.Node) -> Content | None:
+def _identity(f: Known, node: ir.Node) -> Content | None:
     return f.content(node.inputs[0])
 
 
-def _transpose(f: Facts, node: ir.Node) -> Content | None:
+def _transpose(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     return None if c is None else c.transpose(node.attributes.get_ints("perm", list(reversed(range(c.ndim)))))
 
 
-def _reduce_prod(f: Facts, node: ir.Node) -> Content | None:
+def _reduce_prod(f: Known, node: ir.Node) -> Content | None:
     c, axes = f.content(node.inputs[0]), axes_of(f, node)
     if c is None or c.ndim != 1 or axes is None or not all(_is_size(x) for x in c):
         return None
     total = product(list(c))
-    return _listed([total]) if node.attributes.get_int("keepdims", 1) else _boxed(total)
+    return _vector([total]) if node.attributes.get_int("keepdims", 1) else _boxed(total)
 
 
-def _divided(x: Size, y: Size) -> Size | None:
+def _quotient(x: Size, y: Size) -> Size | None:
     if isinstance(x, int) and isinstance(y, int):
         return int(x / y) if y else None  # ONNX truncates
     exact = divide(x, y)
@@ -312,7 +309,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Add": _each(_arithmetic(add, operator.add), 2),
     "Sub": _each(_arithmetic(subtract, operator.sub), 2),
     "Mul": _each(_arithmetic(multiply, operator.mul), 2),
-    "Div": _each(_arithmetic(_divided, operator.truediv), 2),
+    "Div": _each(_arithmetic(_quotient, operator.truediv), 2),
     "Mod": _each(_arithmetic(_remainder, math.fmod), 2),
     "Pow": _each(_numbers(lambda x, y: x**y if x > 0 else None), 2),
     "Max": _each(_extreme(max), 2),
@@ -329,7 +326,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Neg": _each(_unary(operator.neg), 1),
     "Sqrt": _each(_unary(math.sqrt), 1),
     "Reciprocal": _each(_unary(lambda x: 1.0 / x), 1),
-    "Floor": _each(_unary(lambda x: _whole(math.floor, x)), 1),
-    "Ceil": _each(_unary(lambda x: _whole(math.ceil, x)), 1),
+    "Floor": _each(_unary(lambda x: _rounded(math.floor, x)), 1),
+    "Ceil": _each(_unary(lambda x: _rounded(math.ceil, x)), 1),
     "Abs": _each(_unary(abs), 1),
 }

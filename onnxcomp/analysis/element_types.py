@@ -1,4 +1,4 @@
-"""Element types where a tool recorded none, from the operators: optimizers often write graphs without them."""
+"""Element types inferred from operators where none are recorded: optimizers often write graphs without them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ FIXED = {
     **dict.fromkeys(("Shape", "Size", "NonZero", "ArgMax", "ArgMin"), ir.DataType.INT64),
     "MatMulInteger": ir.DataType.INT32,
 }
-OTHER = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "RMSNormalization": 1, "MatMulIntegerToFloat": 2}
-OTHER |= {"EmbedLayerNormalization": 2, "GatherBlockQuantized": 2}
-SEVERAL = ("Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Attention", "MultiHeadAttention")
+# The input whose type the output has, where that is not the first one.
+TYPE_INPUT = {"Where": 1, "CastLike": 1, "DequantizeLinear": 1, "RMSNormalization": 1, "MatMulIntegerToFloat": 2}
+TYPE_INPUT |= {"EmbedLayerNormalization": 2, "GatherBlockQuantized": 2}
+# Operators whose outputs all have one type; of others only the first output's is known.
+ALL_OUTPUTS = ("Split", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization", "Attention", "MultiHeadAttention")
 
 
 def fill_types(g: Graph) -> None:
-    """Give every value of a top-level node the type its operator implies, where it has none; no edit."""
+    """Record the type that its operator implies for every value of a top-level node without one; not an edit."""
     for node in g.nodes():
         if node.domain in ("", CONTRIB) and any(v.dtype is None for v in node.outputs):
             dtype = _type_of(node)
-            for v in node.outputs if node.op_type in SEVERAL else node.outputs[:1]:
+            for v in node.outputs if node.op_type in ALL_OUTPUTS else node.outputs[:1]:
                 if v.dtype is None and dtype is not None:
                     v.type = ir.TensorType(dtype)
 
 
 def _type_of(node: ir.Node) -> ir.DataType | None:
-    """The element type of the first output, or None where it cannot be told."""
+    """The element type of the first output, or None where it is unknown."""
     if node.op_type in FIXED:
         return FIXED[node.op_type]
     if node.op_type == "Cast":
@@ -43,29 +45,29 @@ def _type_of(node: ir.Node) -> ir.DataType | None:
         return t.dtype if t is not None else ir.DataType.FLOAT if value is None else value.as_tensor().dtype
     if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
         zero = node.inputs[2] if len(node.inputs) > 2 else None
-        asked = node.attributes.get_int("output_dtype", 0)
-        return zero.dtype if zero is not None else ir.DataType(asked) if asked else ir.DataType.UINT8
-    index = OTHER.get(node.op_type, 0)
+        output_dtype = node.attributes.get_int("output_dtype", 0)
+        return zero.dtype if zero is not None else ir.DataType(output_dtype) if output_dtype else ir.DataType.UINT8
+    index = TYPE_INPUT.get(node.op_type, 0)
     x = node.inputs[index] if index < len(node.inputs) else None
     return x.dtype if x is not None else None
 
 
 def in_half(g: Graph) -> bool:
     """Whether a graph holds weights of a half type."""
-    held = (v.dtype for v in g.model.graph.initializers.values())
-    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in held)
+    types = (v.dtype for v in g.model.graph.initializers.values())
+    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in types)
 
 
 def from_integers(g: Graph) -> set[ir.Value]:
-    """Floats made from integers alone (positions, counts, masks of numbers); a lookup in a float table is none."""
-    found: set[ir.Value] = set()
+    """Float values computed from integers alone (positions, counts, numeric masks), not looked up in a float table."""
+    integral: set[ir.Value] = set()
     for node in g.nodes():
         computed = [v for v in node.inputs if v is not None and not g.is_constant(v)]
         floats = [v for v in computed if is_float(v)]
-        casts = node.op_type == "Cast" and bool(computed) and not floats and computed[0].dtype is not ir.DataType.BOOL
-        if casts or node.op_type == "Range" or (floats and all(v in found for v in floats)):
-            found.update(v for v in node.outputs if is_float(v))
-    return found
+        is_cast = node.op_type == "Cast" and bool(computed) and not floats and computed[0].dtype is not ir.DataType.BOOL
+        if is_cast or node.op_type == "Range" or (floats and all(v in integral for v in floats)):
+            integral.update(v for v in node.outputs if is_float(v))
+    return integral
 
 
 def is_float(v: ir.Value | None) -> bool:

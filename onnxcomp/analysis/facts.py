@@ -1,4 +1,4 @@
-"""One forward walk that learns the shape of every value and the content of small ones (see `contents`).
+"""Symbolic shape inference in one forward pass, with contents of small values (`content_rules`) and bounds (`bounds`).
 
 Weights are not read. Shapes recorded by the exporter are used only where no rule applies.
 """
@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from onnxcomp.analysis.bounds import Uniform, uniform, uniform_of
-from onnxcomp.analysis.content_rules import CONTENT_RULES, Content, constant_content, small
+from onnxcomp.analysis.bounds import uniform, uniform_of
+from onnxcomp.analysis.content_rules import CONTENT_RULES, constant_content, small
 from onnxcomp.analysis.fused_rules import CONTRIB_RULES
+from onnxcomp.analysis.known import Content, Uniform
 from onnxcomp.analysis.shape_rules import SHAPE_RULES, split_shape
 from onnxcomp.analysis.sizes import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.graph import CONTRIB, Graph
@@ -19,11 +20,12 @@ from onnxcomp.graph import CONTRIB, Graph
 __all__ = ["Facts"]
 
 RULES = {"": SHAPE_RULES, "ai.onnx": SHAPE_RULES, CONTRIB: CONTRIB_RULES}
-SUMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")  # their fourth output is what they normalize
+# Their fourth output is the sum that they normalize, of the same shape.
+SKIP_NORMS = ("SkipLayerNormalization", "SkipSimplifiedLayerNormalization")
 
 
 class Facts:
-    """What is known about values before the model runs; new nodes are understood on demand."""
+    """What is known about values before the model runs; nodes added later are analysed on demand."""
 
     def __init__(self, g: Graph) -> None:
         self.g = g
@@ -37,10 +39,10 @@ class Facts:
         for node in g.nodes():
             self._visit(node)
 
-    # ---- questions -----------------------------------------------------------------------------------------------
+    # ---- queries -------------------------------------------------------------------------------------------------
 
     def shape(self, v: ir.Value | None) -> Shape | None:
-        """Sizes of the axes, or None when not even their number is known."""
+        """Sizes of the axes; None where not even the rank is known."""
         if v is None:
             return None
         if v not in self._shapes:
@@ -48,7 +50,7 @@ class Facts:
         return self._shapes[v]
 
     def content(self, v: ir.Value | None) -> Content | None:
-        """Elements of a small value: ints, sizes, floats, bools, None where unknown; else None."""
+        """Elements of a small value (int, `Dim`, float, bool, None where unknown); None for other values."""
         if v is None:
             return None
         if v not in self._contents:
@@ -56,7 +58,7 @@ class Facts:
         return self._contents.get(v)
 
     def uniform(self, v: ir.Value | None) -> Uniform | None:
-        """What is known of all elements at once, whatever the shape: their common value, a lower bound."""
+        """Bounds on all elements, whatever the shape."""
         if v is None:
             return None
         if v not in self._uniform:
@@ -64,7 +66,7 @@ class Facts:
         return self._uniform.get(v)
 
     def scalar(self, v: ir.Value | None) -> float | None:
-        """The number that every element of a value with one element, or of a uniform one-element shape, is."""
+        """The number that a value of one element holds, or None."""
         c = self.content(v)
         if c is None or c.size != 1:
             return None
@@ -77,15 +79,15 @@ class Facts:
         return None if s is None else len(s)
 
     def same(self, a: Size, b: Size) -> bool:
-        """Whether two sizes are proved, or assumed, equal."""
+        """Whether two sizes are equal, by proof or by assumption."""
         return self.equal.same(a, b)
 
     def quotient(self, a: Size, b: Size) -> Size | None:
-        """`a / b` where exact, after replacing equal unknowns by one name."""
+        """`a / b` where it is exact, with equal unknowns replaced by one symbol."""
         return divide(self.equal.plain(a), self.equal.plain(b))
 
     def broadcast(self, shapes: Sequence[Shape]) -> Shape:
-        """The common shape; unlike unknowns broadcast together are assumed equal."""
+        """The broadcast shape; different unknowns that meet are assumed equal."""
         rank = max((len(s) for s in shapes), default=0)
         result: list[Size] = [1] * rank
         for s in shapes:
@@ -101,16 +103,16 @@ class Facts:
         self.equal.assume(a, b)
         if self.rooted(a) != self.rooted(b):
             return a if self.rooted(a) else b
-        # Either may be 1 when the model runs, so the result is neither: equal in proofs, not readable from an input.
+        # Either may be 1 at run time, so the result is neither: equal in proofs, but not readable from an input.
         both = named("|".join(sorted((str(a), str(b)))))
         self.equal.assume(a, both)
         return both
 
     def rooted(self, a: Size) -> bool:
-        """Whether a size can be read off the graph inputs."""
+        """Whether a size can be computed from axes of the graph inputs."""
         return isinstance(a, int) or all(n in self.roots for n in a.names)
 
-    # ---- the walk ------------------------------------------------------------------------------------------------
+    # ---- forward pass --------------------------------------------------------------------------------------------
 
     def _of_input(self, v: ir.Value) -> Shape | None:
         if v.shape is None:
@@ -141,10 +143,10 @@ class Facts:
         rule = RULES.get(node.domain, {}).get(node.op_type)
         first = rule(self, node) if rule is not None else None
         for i, out in enumerate(node.outputs):
-            own = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SUMS) else None
+            inferred = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SKIP_NORMS) else None
             if node.op_type == "Split" and node.domain == "":
-                own = split_shape(self, node, i)
-            self._shapes[out] = own if own is not None else self.recorded(out)
+                inferred = split_shape(self, node, i)
+            self._shapes[out] = inferred if inferred is not None else self.recorded(out)
             self._contents[out] = None
             self._uniform[out] = None
         if node.domain == "" and len(node.outputs) == 1:
@@ -156,7 +158,7 @@ class Facts:
         return None
 
     def _split_contents(self, node: ir.Node) -> None:
-        """Parts of a known vector, such as sizes that an optimizer reads with one Split instead of several Gathers."""
+        """Contents of a Split's outputs, such as sizes that an optimizer reads by one Split for several Gathers."""
         c, shapes = self.content(node.inputs[0]), [self.shape(v) for v in node.outputs]
         sizes = [s[0] for s in shapes if s and len(s) == 1 and isinstance(s[0], int)]
         if c is None or c.ndim != 1 or len(sizes) < len(shapes) or sum(sizes) != c.size:
@@ -167,7 +169,7 @@ class Facts:
             first += size
 
     def recorded(self, v: ir.Value) -> Shape | None:
-        """The shape the exporter wrote down."""
+        """The shape that the exporter recorded."""
         if v.shape is None:
             return None
         return tuple(self._named(v, i, d) for i, d in enumerate(v.shape))
@@ -184,5 +186,5 @@ class Facts:
         return named(str(text))
 
     def fresh(self, v: ir.Value, axis: int) -> Size:
-        """An unknown that belongs to one axis of one value."""
+        """A new unknown for one axis of one value."""
         return named(f"?{v.name}.{axis}")

@@ -1,16 +1,12 @@
-"""Shape rules of ONNX Runtime's fused operators (domain com.microsoft), so that facts reach past them."""
+"""Shape rules of ONNX Runtime's fused operators (domain com.microsoft), so that inference continues behind them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import onnx_ir as ir
 
+from onnxcomp.analysis.known import Known
 from onnxcomp.analysis.shape_rules import SHAPE_RULES, Rule
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
-
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["CONTRIB_RULES"]
 
@@ -21,13 +17,13 @@ SAME = """
 
 
 def _factor(s: Shape, node: ir.Node, side: str) -> Shape:
-    """The shape of a factor as it is multiplied."""
+    """The shape of a factor after its transpositions."""
     if node.attributes.get_int(f"transBatch{side}", 0):
         s = (*s[1:-1], s[0], s[-1])
     return (*s[:-2], s[-1], s[-2]) if node.attributes.get_int(f"trans{side}", 0) else s
 
 
-def _product(f: Facts, node: ir.Node) -> Shape | None:
+def _product(f: Known, node: ir.Node) -> Shape | None:
     a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
@@ -35,18 +31,18 @@ def _product(f: Facts, node: ir.Node) -> Shape | None:
     return (*f.broadcast([a[:-2], b[:-2]]), a[-2], b[-1])
 
 
-def _halved(f: Facts, node: ir.Node) -> Shape | None:
+def _halved(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     half = divide(s[-1], 2) if s else None
     return (*s[:-1], half) if s and half is not None else None
 
 
-def _embedding(f: Facts, node: ir.Node) -> Shape | None:
+def _embedding(f: Known, node: ir.Node) -> Shape | None:
     ids, table = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     return (*ids, table[-1]) if ids is not None and table is not None else None
 
 
-def _packed_attention(f: Facts, node: ir.Node) -> Shape | None:
+def _packed_attention(f: Known, node: ir.Node) -> Shape | None:
     """`[b, s, width of the values]` from the packed weights."""
     x, w = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if x is None or w is None or len(x) != 3:
@@ -56,7 +52,7 @@ def _packed_attention(f: Facts, node: ir.Node) -> Shape | None:
     return None if width is None else (*x[:2], width)
 
 
-def _multi_head(f: Facts, node: ir.Node) -> Shape | None:
+def _multi_head(f: Known, node: ir.Node) -> Shape | None:
     q = f.shape(node.inputs[0])
     v = f.shape(node.inputs[2]) if len(node.inputs) > 2 else None
     if q is None or len(q) not in (3, 5):
@@ -66,7 +62,7 @@ def _multi_head(f: Facts, node: ir.Node) -> Shape | None:
     return (*q[:2], v[2] if len(v) == 3 else multiply(v[1], v[3]))
 
 
-def _grouped(f: Facts, node: ir.Node) -> Shape | None:
+def _grouped(f: Known, node: ir.Node) -> Shape | None:
     q, n, kv = (
         f.shape(node.inputs[0]),
         node.attributes.get_int("num_heads", 0),
@@ -78,7 +74,7 @@ def _grouped(f: Facts, node: ir.Node) -> Shape | None:
     return None if width is None else (*q[:2], multiply(width, n))
 
 
-def _first(f: Facts, node: ir.Node) -> Shape | None:
+def _first(f: Known, node: ir.Node) -> Shape | None:
     return f.shape(node.inputs[0])
 
 

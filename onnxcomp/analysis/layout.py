@@ -1,12 +1,12 @@
-"""Layouts as groups of axes, followed backwards through Transpose, Reshape, Expand and scalings; every step is proved.
+"""Layouts as groups of axes, followed backwards through Transpose, Reshape, Expand and scalar factors; proved stepwise.
 
-A value of shape `[b, s, n * h]` that was split and turned to `[b, n, s, h]` is still `[(b), (s), (n, h)]` in terms of
-the axes it started from. Axes of length 1 carry nothing and are an empty group.
+A value of shape `[b, s, n * h]` that was reshaped and transposed to `[b, n, s, h]` is `[(b), (s), (n, h)]` in terms of
+the axes of the result. An axis of length 1 is an empty group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -15,16 +15,14 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Shape, Size, product
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OPS
 
-__all__ = ["Axis", "Sunk", "Trace", "fold_batch", "reshaped", "simplify_layouts", "sink", "start", "target_of", "trace"]
-
-ALONE = ("Gelu", "Relu", "Tanh")  # activations of one input that stand between linears
-MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity")
+__all__ = ["Axis", "MergedHeads", "Trace", "constant_target", "merge_heads", "reshaped", "start", "target_of", "trace"]
 
 
 @dataclass(frozen=True, eq=False)
 class Axis:
-    """One indivisible axis; equal only to itself."""
+    """One indivisible axis, compared by identity."""
 
     size: Size
 
@@ -34,7 +32,7 @@ Axes = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Trace:
-    """A value seen from a later one: its axes in terms of those, what was repeated on the way, and the scale."""
+    """An earlier value in terms of a later one: its axes, the later axes that repeat it, and the scalar factor."""
 
     value: ir.Value
     axes: tuple[Axes, ...]
@@ -43,7 +41,7 @@ class Trace:
     scale: float = 1.0
 
     def split(self, axis: Axis, parts: Axes) -> Trace:
-        """The same with one axis written as several."""
+        """The same trace with one axis divided into several."""
 
         def cut(groups: tuple[Axes, ...]) -> tuple[Axes, ...]:
             return tuple(tuple(p for a in g for p in (parts if a is axis else (a,))) for g in groups)
@@ -52,7 +50,7 @@ class Trace:
 
 
 def start(f: Facts, v: ir.Value) -> Trace | None:
-    """The trace that begins, and so far ends, at `v`."""
+    """The trace of a value to itself."""
     shape = f.shape(v)
     if shape is None:
         return None
@@ -60,18 +58,18 @@ def start(f: Facts, v: ir.Value) -> Trace | None:
     return Trace(v, axes, axes)
 
 
-def trace(f: Facts, v: ir.Value, *, through: Sequence[str] = MOVES) -> Iterator[Trace]:
-    """Every earlier value that holds the same elements, nearest first; ends where a step cannot be proved."""
+def trace(f: Facts, v: ir.Value, *, through: Collection[str] = LAYOUT_OPS) -> Iterator[Trace]:
+    """Every earlier value with the same elements, nearest first; ends where a step cannot be proved."""
     t = start(f, v)
     while t is not None:
         yield t
         node = t.value.producer()
         if node is None or node.domain or node.op_type not in through or node.inputs[0] is None:
             return
-        t = _step(f, t, node)
+        t = _step_back(f, t, node)
 
 
-def _step(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
+def _step_back(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
     x = node.inputs[0]
     if x is None:
         return None
@@ -92,28 +90,28 @@ def _step(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
 
 
 def _regroup(f: Facts, t: Trace, x: ir.Value, shape: Shape) -> Trace | None:
-    """The flat order of axes, cut into the given sizes; an axis may be split where its size divides."""
+    """Undo a Reshape: the axes in order, grouped to the given sizes; an axis is divided where the quotient is exact."""
     flat = [a for group in t.axes for a in group]
     groups: list[Axes] = []
     for d in shape:
         group: list[Axis] = []
-        left: Size | None = d
-        while left is not None and left != 1:
+        remaining: Size | None = d
+        while remaining is not None and remaining != 1:
             if not flat:
                 return None
             a = flat.pop(0)
-            rest = f.quotient(left, a.size)
-            if rest is None:
-                more = f.quotient(a.size, left)
-                if more is None:
+            quotient = f.quotient(remaining, a.size)
+            if quotient is None:
+                inner = f.quotient(a.size, remaining)
+                if inner is None:
                     return None
-                parts = (Axis(left), Axis(more))
+                parts = (Axis(remaining), Axis(inner))
                 t = t.split(a, parts)
                 groups = [tuple(p for b in g for p in (parts if b is a else (b,))) for g in groups]
                 flat.insert(0, parts[1])
-                a, rest = parts[0], 1
+                a, quotient = parts[0], 1
             group.append(a)
-            left = rest
+            remaining = quotient
         groups.append(tuple(group))
     return None if flat else replace(t, value=x, axes=tuple(groups))
 
@@ -124,14 +122,14 @@ def _unexpand(f: Facts, t: Trace, x: ir.Value) -> Trace | None:
         return None
     added = len(t.axes) - len(shape)
     axes = list(t.axes[added:])
-    gone = [a for group in t.axes[:added] for a in group]
+    repeated = [a for group in t.axes[:added] for a in group]
     for i, d in enumerate(shape):
         if d == 1:
-            gone += axes[i]
+            repeated += axes[i]
             axes[i] = ()
         elif not f.same(d, product(a.size for a in axes[i])):
             return None
-    return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(gone))
+    return replace(t, value=x, axes=tuple(axes), repeated=t.repeated | set(repeated))
 
 
 def _untile(f: Facts, t: Trace, node: ir.Node, x: ir.Value) -> Trace | None:
@@ -150,22 +148,22 @@ def _unscale(f: Facts, t: Trace, node: ir.Node) -> Trace | None:
     return replace(t, value=x, scale=t.scale * number if node.op_type == "Mul" else t.scale / number)
 
 
-# ---- emitting ----------------------------------------------------------------------------------------------------
+# ---- adding nodes ----------------------------------------------------------------------------------------------------
 
 
 def reshaped(g: Graph, f: Facts, x: ir.Value, sizes: Sequence[Size], like: ir.Value | None = None) -> ir.Value | None:
-    """`x` in another shape, with a constant target of 0 and one -1; None if more than one size is open."""
+    """`x` in another shape, by a constant target with zeros and one -1; None where two sizes are unknown."""
     target = constant_target(f, x, sizes)
     return None if target is None else g.op("Reshape", x, np.array(target, np.int64), like=like)
 
 
 def constant_target(f: Facts, x: ir.Value, sizes: Sequence[Size]) -> list[int] | None:
-    """A Reshape target that needs nothing at run time, or None."""
+    """A constant Reshape target for a value, or None."""
     return target_of(f, f.shape(x) or (), sizes)
 
 
 def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None:
-    """The same for a value of a shape."""
+    """A constant Reshape target for an input of a shape, or None where two sizes are unknown."""
     target = []
     for i, d in enumerate(sizes):
         if isinstance(d, int):
@@ -176,8 +174,8 @@ def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None
 
 
 @dataclass(frozen=True)
-class Sunk:
-    """A `[b, n, s, h]` value as `[b, s, n * h]`; `repeat` copies of each of `heads` heads were made on the way."""
+class MergedHeads:
+    """The `[b, s, n * h]` value behind a `[b, n, s, h]` one that holds `repeat` copies of each of its `heads` heads."""
 
     value: ir.Value
     heads: int
@@ -185,215 +183,58 @@ class Sunk:
     scale: float
 
 
-def sink(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> Sunk | None:
-    """Find or make the 3-D value behind a 4-D one; None when head count or width is not static."""
+def merge_heads(g: Graph, f: Facts, v: ir.Value, *, scaled: bool = False, grouped: bool = False) -> MergedHeads | None:
+    """Find or add the 3-D value behind a 4-D one; None where head count or width is not static."""
     shape = f.shape(v)
     if shape is None or len(shape) != 4 or not isinstance(shape[1], int) or not isinstance(shape[3], int):
         return None
-    through = MOVES + (("Mul", "Div") if scaled else ()) + (("Expand",) if grouped else ())
-    best: tuple[int, Trace] | None = None
+    through = {*LAYOUT_OPS, *(("Mul", "Div") if scaled else ()), *(("Expand",) if grouped else ())}
+    nearest: tuple[int, Trace] | None = None
     for t in trace(f, v, through=through):
-        cost = _distance(f, t)
-        if cost is not None and (best is None or cost <= best[0]):
-            best = (cost, t)
-    if best is None:
+        cost = _steps_to_merged(f, t)
+        if cost is not None and (nearest is None or cost <= nearest[0]):
+            nearest = (cost, t)
+    if nearest is None:
         return None
-    cost, t = best
-    kept = [a for a in t.origin[1] if a not in t.repeated]
-    heads, repeat = product(a.size for a in kept), product(a.size for a in t.repeated)
+    cost, t = nearest
+    head_axes = [a for a in t.origin[1] if a not in t.repeated]
+    heads, repeat = product(a.size for a in head_axes), product(a.size for a in t.repeated)
     if not isinstance(heads, int) or not isinstance(repeat, int):
         return None
     value = t.value
     if cost == 2:
-        value = g.op("Transpose", value, perm=_order(t))
+        value = g.op("Transpose", value, perm=_merging_perm(t))
     if cost:
         flat = reshaped(g, f, value, [shape[0], shape[2], heads * shape[3]])
         if flat is None:
             return None
         value = flat
-    return Sunk(value, heads, repeat, t.scale)
+    return MergedHeads(value, heads, repeat, t.scale)
 
 
-def _distance(f: Facts, t: Trace) -> int | None:
-    """0: already `[b, s, n * h]`; 1: a Reshape away; 2: a Transpose and a Reshape; None: not reachable from here."""
+def _steps_to_merged(f: Facts, t: Trace) -> int | None:
+    """Nodes to add for `[b, s, n * h]`: 0, 1 (Reshape), 2 (Transpose and Reshape); None where these do not suffice."""
     b, n, s, h = t.origin
-    kept = tuple(a for a in n if a not in t.repeated)
-    if any(a not in n for a in t.repeated) or n[: len(kept)] != kept:
+    head_axes = tuple(a for a in n if a not in t.repeated)
+    if any(a not in n for a in t.repeated) or n[: len(head_axes)] != head_axes:
         return None
-    if t.axes == (b, s, kept + h):
+    if t.axes == (b, s, head_axes + h):
         return 0
-    wanted = [product(a.size for a in group) for group in (b, s, kept + h)]
-    in_order = tuple(a for group in t.axes for a in group) == (*b, *s, *kept, *h)
-    if in_order and target_of(f, f.shape(t.value) or (), wanted) is not None:
+    merged_sizes = [product(a.size for a in group) for group in (b, s, head_axes + h)]
+    in_order = tuple(a for group in t.axes for a in group) == (*b, *s, *head_axes, *h)
+    if in_order and target_of(f, f.shape(t.value) or (), merged_sizes) is not None:
         return 1
-    return 2 if len(t.axes) == 4 and _order(t) is not None else None
+    return 2 if len(t.axes) == 4 and _merging_perm(t) is not None else None
 
 
-def _order(t: Trace) -> list[int] | None:
-    """Where the batch, sequence, head and width axes are; None if they are not four whole axes."""
+def _merging_perm(t: Trace) -> list[int] | None:
+    """The permutation to batch, sequence, heads, width; None where these are not one axis each."""
     b, n, s, h = t.origin
-    kept = tuple(a for a in n if a not in t.repeated)
+    head_axes = tuple(a for a in n if a not in t.repeated)
     order: list[int] = []
-    for want in (b, s, kept, h):
-        spots = [i for i, got in enumerate(t.axes) if got == want and i not in order]
-        if not spots:
+    for group in (b, s, head_axes, h):
+        places = [i for i, axes in enumerate(t.axes) if axes == group and i not in order]
+        if not places:
             return None
-        order.append(spots[0])
+        order.append(places[0])
     return order
-
-
-# ---- chains ------------------------------------------------------------------------------------------------------
-
-
-def simplify_layouts(g: Graph, f: Facts) -> None:
-    """Collapse chains of layout moves: to nothing, to one Reshape, or to one Transpose, where that is proved."""
-    for node in g.nodes(*MOVES):
-        if node.domain == "":
-            _simplify(g, f, node)
-
-
-def _simplify(g: Graph, f: Facts, node: ir.Node) -> None:
-    out = node.outputs[0]
-    shape = f.shape(out)
-    if shape is None or not (out.is_graph_output() or list(out.uses())):
-        return
-    chain = list(trace(f, out))[1:]
-    for t in reversed(chain):
-        if t.axes == t.origin and len(f.shape(t.value) or ()) == len(shape):
-            if not out.is_graph_output() or not (t.value.producer() is None or t.value.is_graph_output()):
-                g.replace(out, t.value)
-            return
-    for t in reversed(chain[1:]):
-        if _collapse(g, f, out, t, shape):
-            return
-
-
-def _collapse(g: Graph, f: Facts, out: ir.Value, t: Trace, shape: Shape) -> bool:
-    """Replace a chain of several moves by one; False when one is not enough."""
-    flat = [a for group in t.axes for a in group]
-    if flat == [a for group in t.origin for a in group]:
-        new = reshaped(g, f, t.value, shape, like=out)
-        if new is not None:
-            g.replace(out, new)
-        return new is not None
-    if len(t.axes) != len(t.origin) or sum(1 for group in t.axes if not group) > 1:
-        return False
-    order = [t.axes.index(group) for group in t.origin if group in t.axes]
-    if len(order) < len(t.axes):
-        return False
-    g.replace(out, g.op("Transpose", t.value, perm=order, like=out))
-    return True
-
-
-def fold_batch(g: Graph, f: Facts) -> None:
-    """Let linears, their biases and casts work on the original axes: what folds or swaps axes moves below them."""
-    for node in g.nodes("LayerNormalization", "RMSNormalization"):
-        _lift_norm(g, node)
-    for node in g.nodes("Cast"):
-        _lift_cast(g, node)
-    for node in g.nodes("MatMul", "Add", "Sum", *ALONE):
-        if node.domain == "" and node.op_type in ALONE:
-            _lift_alone(g, f, node)
-        elif node.domain == "" and len(node.inputs) == 2:
-            _lift(g, f, node)
-
-
-def _lift_cast(g: Graph, node: ir.Node) -> None:
-    """A cast between floats above the layout moves that nothing else reads: head layouts are found through it."""
-    out, x, moves = node.outputs[0], node.inputs[0], []
-    if x is None or out.is_graph_output() or any(v.dtype is None or not v.dtype.is_floating_point() for v in (x, out)):
-        return
-    while (move := x.producer()) is not None and move.op_type in MOVES and not move.domain and _only_read(x):
-        moves.append(move)
-        above = move.inputs[0]
-        if above is None:
-            return
-        x = above
-    if not moves:
-        return
-    y = g.op("Cast", x, **{k: a.value for k, a in node.attributes.items()})
-    y.type, y.shape = out.type, x.shape
-    for move in reversed(moves):
-        y = g.op(move.op_type, y, *move.inputs[1:], **{k: a.value for k, a in move.attributes.items()})
-        y.type, y.shape = out.type, move.outputs[0].shape
-    g.replace(out, y)
-
-
-def _lift_norm(g: Graph, node: ir.Node) -> None:
-    """A norm over the last axis above a Transpose of the others that nothing else reads, such as that of heads."""
-    x, out = node.inputs[0], node.outputs[0]
-    turn = x.producer() if x is not None else None
-    if node.domain or x is None or turn is None or turn.op_type != "Transpose" or turn.domain or not _only_read(x):
-        return
-    perm = turn.attributes.get_ints("perm", [0])
-    if perm[-1] != len(perm) - 1 or node.attributes.get_int("axis", -1) not in (-1, len(perm) - 1):
-        return
-    if out.is_graph_output() or any(v.uses() or v.is_graph_output() for v in node.outputs[1:]):
-        return
-    attrs = {k: a.value for k, a in node.attributes.items()} | {"axis": -1}
-    y = g.op(node.op_type, turn.inputs[0], *node.inputs[1:], like=turn.inputs[0], **attrs)
-    g.replace(out, g.op("Transpose", y, perm=list(perm), like=out))
-
-
-def _only_read(v: ir.Value) -> bool:
-    return len(v.uses()) == 1 and not v.is_graph_output()
-
-
-def _lift_alone(g: Graph, f: Facts, node: ir.Node) -> None:
-    """The same for an activation between two linears."""
-    folded, shape, out = node.inputs[0], f.shape(node.outputs[0]), node.outputs[0]
-    producer = folded.producer() if folded is not None else None
-    if folded is None or producer is None or shape is None or out.is_graph_output() or not _folds(f, folded):
-        return
-    new = g.op(node.op_type, producer.inputs[0], **{k: a.value for k, a in node.attributes.items()})
-    back = reshaped(g, f, new, shape, like=out)
-    if back is not None:
-        g.replace(out, back)
-
-
-def _lift(g: Graph, f: Facts, node: ir.Node) -> None:
-    index = next((i for i, x in enumerate(node.inputs) if g.is_constant(node.inputs[1 - i]) and x is not None), None)
-    if index is None or (node.op_type == "MatMul" and index != 0):
-        return
-    x, other = node.inputs[index], node.inputs[1 - index]
-    tensor, shape, have = g.tensor(other), f.shape(node.outputs[0]), f.shape(x)
-    if tensor is None or shape is None or x is None or not have or g.is_constant(x):
-        return
-    fits = len(tensor.shape) == 2 if node.op_type == "MatMul" else tuple(tensor.shape.numpy()) == have[-1:]
-    source = _unfolded(f, x) if fits else None
-    if source is None:
-        return
-    value, swapped = source
-    lead = f.shape(value) or ()
-    if target_of(f, (*((lead[1], lead[0]) if swapped else lead[:-1]), shape[-1]), shape) is None:
-        return
-    new = g.op(node.op_type, *((value, other) if index == 0 else (other, value)))
-    if swapped:
-        new = g.op("Transpose", new, perm=[1, 0, 2])
-    back = reshaped(g, f, new, shape, like=node.outputs[0])
-    if back is not None:
-        g.replace(node.outputs[0], back)
-
-
-def _unfolded(f: Facts, x: ir.Value) -> tuple[ir.Value, bool] | None:
-    """The value before a Reshape that folds leading axes, or before a swap of two; and whether they were swapped."""
-    node = x.producer()
-    if _folds(f, x) and node is not None and node.inputs[0] is not None:
-        x = node.inputs[0]
-        found: tuple[ir.Value, bool] | None = (x, False)
-    else:
-        found = None
-    for t in list(trace(f, x))[1:]:
-        lead = tuple(a for group in t.origin[:-1] for a in group)
-        if len(t.axes) == 3 and t.axes[2] == t.origin[-1] and t.axes[0] and t.axes[1] and lead == t.axes[1] + t.axes[0]:
-            return t.value, True
-    return found
-
-
-def _folds(f: Facts, v: ir.Value) -> bool:
-    """Whether a value is a Reshape that keeps the last axis and changes the number of axes before it."""
-    node = v.producer()
-    if node is None or node.op_type != "Reshape" or node.domain:
-        return False
-    a, b = f.shape(node.inputs[0]), f.shape(v)
-    return a is not None and b is not None and len(a) > len(b) >= 2 and f.same(a[-1], b[-1])

@@ -1,22 +1,19 @@
-"""Shape rules of single operators; None where a rule cannot tell (then the recorded shape is used)."""
+"""Shape inference of single operators; a rule returns None where it does not know (the recorded shape is used then)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.conv_rules import CONV_RULES
+from onnxcomp.analysis.known import Known
 from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, named, product
-
-if TYPE_CHECKING:
-    from onnxcomp.analysis.facts import Facts
 
 __all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape", "total_length"]
 
-Rule = Callable[["Facts", ir.Node], "Shape | None"]
+Rule = Callable[[Known, ir.Node], Shape | None]
 
 
 def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
@@ -25,17 +22,17 @@ def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
     return axis % rank if rank else 0
 
 
-def _first(f: Facts, node: ir.Node) -> Shape | None:
+def _first(f: Known, node: ir.Node) -> Shape | None:
     return f.shape(node.inputs[0])
 
 
-def _broadcast(f: Facts, node: ir.Node) -> Shape | None:
+def _broadcast(f: Known, node: ir.Node) -> Shape | None:
     shapes = [f.shape(x) for x in node.inputs if x is not None]
     known = [s for s in shapes if s is not None]
     return f.broadcast(known) if len(known) == len(shapes) else None
 
 
-def _matmul(f: Facts, node: ir.Node) -> Shape | None:
+def _matmul(f: Known, node: ir.Node) -> Shape | None:
     a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
@@ -43,14 +40,14 @@ def _matmul(f: Facts, node: ir.Node) -> Shape | None:
     return (*f.broadcast([a[:-2], b[:-2]]), a[-2], b[-1])
 
 
-def _gemm(f: Facts, node: ir.Node) -> Shape | None:
+def _gemm(f: Known, node: ir.Node) -> Shape | None:
     a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if a is None or b is None or len(a) != 2 or len(b) != 2:
         return None
     return (a[node.attributes.get_int("transA", 0)], b[1 - node.attributes.get_int("transB", 0)])
 
 
-def _transpose(f: Facts, node: ir.Node) -> Shape | None:
+def _transpose(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
@@ -58,46 +55,46 @@ def _transpose(f: Facts, node: ir.Node) -> Shape | None:
     return tuple(s[p] for p in perm)
 
 
-def axes_of(f: Facts, node: ir.Node) -> list[int] | None:
+def axes_of(f: Known, node: ir.Node) -> list[int] | None:
     """Axes given as attribute or as second input; None when computed, empty when absent."""
     if "axes" in node.attributes:
         return list(node.attributes.get_ints("axes"))
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is None:
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    if axes is None:
         return []
-    c = f.content(given)
+    c = f.content(axes)
     if c is None or not all(isinstance(x, int) for x in c.reshape(-1)):
         return None
     return [int(x) for x in c.reshape(-1)]
 
 
-def _unsqueeze(f: Facts, node: ir.Node) -> Shape | None:
+def _unsqueeze(f: Known, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None:
         return None
     rank = len(s) + len(axes)
-    new, rest = {a % rank for a in axes}, iter(s)
-    return tuple(1 if i in new else next(rest) for i in range(rank))
+    added, old = {a % rank for a in axes}, iter(s)
+    return tuple(1 if i in added else next(old) for i in range(rank))
 
 
-def _squeeze(f: Facts, node: ir.Node) -> Shape | None:
+def _squeeze(f: Known, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None or (not axes and any(isinstance(d, Dim) for d in s)):
         return None
-    gone = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
-    return tuple(d for i, d in enumerate(s) if i not in gone)
+    removed = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
+    return tuple(d for i, d in enumerate(s) if i not in removed)
 
 
-def _reduce(f: Facts, node: ir.Node) -> Shape | None:
+def _reduce(f: Known, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None:
         return None
-    gone = {a % len(s) for a in axes} if axes else set(range(len(s)))
+    removed = {a % len(s) for a in axes} if axes else set(range(len(s)))
     keep = node.attributes.get_int("keepdims", 1)
-    return tuple(1 if i in gone else d for i, d in enumerate(s) if keep or i not in gone)
+    return tuple(1 if i in removed else d for i, d in enumerate(s) if keep or i not in removed)
 
 
-def _reshape(f: Facts, node: ir.Node) -> Shape | None:
+def _reshape(f: Known, node: ir.Node) -> Shape | None:
     out, s, target = node.outputs[0], f.shape(node.inputs[0]), f.content(node.inputs[1])
     if target is None or s is None:
         return _rank_only(f, node)
@@ -113,45 +110,50 @@ def _reshape(f: Facts, node: ir.Node) -> Shape | None:
         else:
             dims.append(t if isinstance(t, int | Dim) else f.fresh(out, i))
     if open_axis is not None:
-        rest = f.quotient(product(s), product(dims))
-        rest = _one_batch(f, s, dims, open_axis) if rest is None else rest
-        dims[open_axis] = rest if rest is not None else f.fresh(out, open_axis)
+        inferred = f.quotient(product(s), product(dims))
+        inferred = _one_batch(f, s, dims, open_axis) if inferred is None else inferred
+        dims[open_axis] = inferred if inferred is not None else f.fresh(out, open_axis)
     return tuple(dims)
 
 
-def _one_batch(f: Facts, s: Shape, dims: list[Size], open_axis: int) -> Size | None:
-    """The open size where a value that follows one input's batch is viewed with the batch of another: both are one.
+def _one_batch(f: Known, s: Shape, dims: list[Size], open_axis: int) -> Size | None:
+    """The size that -1 stands for where a value with one input's batch is viewed with another input's batch.
 
-    Decoders view the encoder's states so; unequal batches would mix samples, which no model means.
+    Decoders view the encoder's states so. The two batches are assumed equal: otherwise the view would mix samples.
     """
     batches = [x for x in (*s[:1], *dims[:1]) if isinstance(x, Dim) and x.factor == 1 and len(x.names) == 1]
-    first = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
-    rest = f.quotient(product(s[1:]), product(dims[1:]))
-    if open_axis == 0 or len(first) < 2 or any(axis != 0 for _, axis in first) or not isinstance(rest, int):
+    batch_roots = {f.roots[x.names[0]] for x in batches if x.names[0] in f.roots}
+    inferred = f.quotient(product(s[1:]), product(dims[1:]))
+    if (
+        open_axis == 0
+        or len(batch_roots) < 2
+        or any(axis != 0 for _, axis in batch_roots)
+        or not isinstance(inferred, int)
+    ):
         return None
     f.equal.assume(s[0], dims[0])
-    return rest
+    return inferred
 
 
-def _rank_only(f: Facts, node: ir.Node) -> Shape | None:
-    """A reshape to a computed target: the recorded shape, or unknowns of the right number."""
+def _rank_only(f: Known, node: ir.Node) -> Shape | None:
+    """The shape after a computed target of known length: the recorded shape (None), or one new unknown per axis."""
     out, length = node.outputs[0], f.shape(node.inputs[1])
     if out.shape is not None or length is None or len(length) != 1 or not isinstance(length[0], int):
         return None
     return tuple(f.fresh(out, i) for i in range(length[0]))
 
 
-def _expand(f: Facts, node: ir.Node) -> Shape | None:
+def _expand(f: Known, node: ir.Node) -> Shape | None:
     s, target = f.shape(node.inputs[0]), f.content(node.inputs[1])
     if s is None or target is None:
         return _rank_only(f, node)
-    wanted = tuple(
+    target_shape = tuple(
         t if isinstance(t, int | Dim) else f.fresh(node.outputs[0], i) for i, t in enumerate(target.reshape(-1))
     )
-    return f.broadcast([wanted, s])
+    return f.broadcast([target_shape, s])
 
 
-def _tile(f: Facts, node: ir.Node) -> Shape | None:
+def _tile(f: Known, node: ir.Node) -> Shape | None:
     s, repeats = f.shape(node.inputs[0]), f.content(node.inputs[1])
     if s is None or repeats is None or repeats.size != len(s):
         return None
@@ -161,7 +163,7 @@ def _tile(f: Facts, node: ir.Node) -> Shape | None:
     )
 
 
-def _concat(f: Facts, node: ir.Node) -> Shape | None:
+def _concat(f: Known, node: ir.Node) -> Shape | None:
     shapes = [f.shape(x) for x in node.inputs]
     known = [s for s in shapes if s is not None]
     if len(known) != len(shapes) or not known:
@@ -174,7 +176,7 @@ def _concat(f: Facts, node: ir.Node) -> Shape | None:
     return (*others[:axis], total, *others[axis + 1 :])
 
 
-def _slice(f: Facts, node: ir.Node) -> Shape | None:
+def _slice(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     parts = [f.content(x) if x is not None else None for x in node.inputs[1:]]
     if s is None or len(parts) < 2:
@@ -201,18 +203,18 @@ def _slice(f: Facts, node: ir.Node) -> Shape | None:
     return tuple(dims)
 
 
-def _sliced(f: Facts, out: ir.Value, axis: int, d: Size, start: object, end: object, step: int) -> Size:
+def _sliced(f: Known, out: ir.Value, axis: int, d: Size, start: object, end: object, step: int) -> Size:
     if isinstance(d, int) and isinstance(start, int) and isinstance(end, int):
         return len(range(*slice(start, end if end > -(2**62) else None, step).indices(d)))
     if start == 0 and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
         return d
     if start == 0 and step == 1 and isinstance(end, Dim) and isinstance(d, int | Dim) and f.same(d, end):
         return d
-    written = f.recorded(out)
-    return written[axis] if written is not None else f.fresh(out, axis)
+    recorded = f.recorded(out)
+    return recorded[axis] if recorded is not None else f.fresh(out, axis)
 
 
-def split_shape(f: Facts, node: ir.Node, index: int) -> Shape | None:
+def split_shape(f: Known, node: ir.Node, index: int) -> Shape | None:
     """Shape of one output of a Split."""
     s = f.shape(node.inputs[0])
     if s is None:
@@ -226,7 +228,7 @@ def split_shape(f: Facts, node: ir.Node, index: int) -> Shape | None:
     return (*s[:axis], part, *s[axis + 1 :]) if isinstance(part, int | Dim) else None
 
 
-def _gather(f: Facts, node: ir.Node) -> Shape | None:
+def _gather(f: Known, node: ir.Node) -> Shape | None:
     s, i = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if s is None or i is None:
         return None
@@ -234,11 +236,11 @@ def _gather(f: Facts, node: ir.Node) -> Shape | None:
     return s[:axis] + i + s[axis + 1 :]
 
 
-def _second(f: Facts, node: ir.Node) -> Shape | None:
+def _second(f: Known, node: ir.Node) -> Shape | None:
     return f.shape(node.inputs[1])
 
 
-def _gather_nd(f: Facts, node: ir.Node) -> Shape | None:
+def _gather_nd(f: Known, node: ir.Node) -> Shape | None:
     s, i = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     batch = node.attributes.get_int("batch_dims", 0)
     if s is None or not i or not isinstance(i[-1], int):
@@ -246,7 +248,7 @@ def _gather_nd(f: Facts, node: ir.Node) -> Shape | None:
     return i[:-1] + s[batch + i[-1] :]
 
 
-def _range(f: Facts, node: ir.Node) -> Shape | None:
+def _range(f: Known, node: ir.Node) -> Shape | None:
     start, limit, step = (f.content(x) for x in node.inputs)
     if limit is None or start is None or step is None or start.reshape(-1)[0] != 0 or step.reshape(-1)[0] != 1:
         return None
@@ -254,19 +256,19 @@ def _range(f: Facts, node: ir.Node) -> Shape | None:
     return (n,) if isinstance(n, int | Dim) else None
 
 
-def _shape(f: Facts, node: ir.Node) -> Shape | None:
+def _shape(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
     return (len(s[node.attributes.get_int("start", 0) : node.attributes.get_int("end", len(s))]),)
 
 
-def _of_shape(f: Facts, node: ir.Node) -> Shape | None:
+def _of_shape(f: Known, node: ir.Node) -> Shape | None:
     c = f.content(node.inputs[0])
     return None if c is None else tuple(x if isinstance(x, int | Dim) else named("?") for x in c.reshape(-1))
 
 
-def _flatten(f: Facts, node: ir.Node) -> Shape | None:
+def _flatten(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
@@ -274,12 +276,12 @@ def _flatten(f: Facts, node: ir.Node) -> Shape | None:
     return (product(s[:axis]), product(s[axis:]))
 
 
-def _pad(f: Facts, node: ir.Node) -> Shape | None:
+def _pad(f: Known, node: ir.Node) -> Shape | None:
     s, pads = f.shape(node.inputs[0]), f.content(node.inputs[1])
-    given = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    if s is None or pads is None or (given is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+    axes_input = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
+    if s is None or pads is None or (axes_input is None and len(node.inputs) > 3 and node.inputs[3] is not None):
         return None
-    axes = [int(a) % len(s) for a in given.reshape(-1)] if given is not None else list(range(len(s)))
+    axes = [int(a) % len(s) for a in axes_input.reshape(-1)] if axes_input is not None else list(range(len(s)))
     before, after = pads.reshape(-1)[: len(axes)], pads.reshape(-1)[len(axes) :]
     dims = list(s)
     for axis, b, a in zip(axes, before, after, strict=True):
@@ -289,7 +291,7 @@ def _pad(f: Facts, node: ir.Node) -> Shape | None:
     return tuple(dims)
 
 
-def _attention(f: Facts, node: ir.Node) -> Shape | None:
+def _attention(f: Known, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
         return None
@@ -303,7 +305,7 @@ def _attention(f: Facts, node: ir.Node) -> Shape | None:
     return None if width is None else (q[0], q[1], multiply(width, node.attributes.get_int("q_num_heads", 1)))
 
 
-def total_length(f: Facts, node: ir.Node) -> Size:
+def total_length(f: Known, node: ir.Node) -> Size:
     """How many keys an Attention sees, those of its cache included."""
     new = (f.shape(node.inputs[1]) or (1, 1))[-2]
     past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None

@@ -1,4 +1,4 @@
-"""Sizes of axes: integers, or products of named unknowns; enough algebra to prove two layouts equal."""
+"""Symbolic sizes of axes: integers and products of named unknowns, with enough algebra to prove layouts equal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Dim:
-    """`factor` times the product of named unknowns (sorted); a sum is one unknown named by its text."""
+    """`factor` times the product of named unknowns (sorted); a sum is a single unknown, named by its text."""
 
     factor: int
     names: tuple[str, ...]
@@ -45,13 +45,13 @@ class Sum(str):
 
     def __new__(cls, a: Size, b: Size) -> Sum:
         first, second = sorted((a, b), key=str)
-        made = super().__new__(cls, f"({first}+{second})")
-        made.parts = (first, second)
-        return made
+        name = super().__new__(cls, f"({first}+{second})")
+        name.parts = (first, second)
+        return name
 
 
 def parts_of(a: Size) -> tuple[Size, Size] | None:
-    """The two sizes that `a` is the sum of, if it is one unknown made so."""
+    """The two summands where `a` is a sum, else None."""
     name = a.names[0] if isinstance(a, Dim) and a.factor == 1 and len(a.names) == 1 else None
     return name.parts if isinstance(name, Sum) else None
 
@@ -61,9 +61,9 @@ def named(name: str) -> Dim:
     return Dim(1, (name,))
 
 
-def _made(factor: int, names: Iterable[str]) -> Size:
-    kept = tuple(sorted(names))
-    return Dim(factor, kept) if kept and factor else factor
+def _simplified(factor: int, names: Iterable[str]) -> Size:
+    sorted_names = tuple(sorted(names))
+    return Dim(factor, sorted_names) if sorted_names and factor else factor
 
 
 def _parts(a: Size) -> tuple[int, tuple[str, ...]]:
@@ -73,7 +73,7 @@ def _parts(a: Size) -> tuple[int, tuple[str, ...]]:
 def multiply(a: Size, b: Size) -> Size:
     """The product."""
     (f, x), (g, y) = _parts(a), _parts(b)
-    return _made(f * g, x + y)
+    return _simplified(f * g, x + y)
 
 
 def product(sizes: Iterable[Size]) -> Size:
@@ -85,22 +85,22 @@ def product(sizes: Iterable[Size]) -> Size:
 
 
 def divide(a: Size, b: Size) -> Size | None:
-    """The quotient where it is exact whatever the unknowns are, else None."""
+    """The quotient where it is exact for all values of the unknowns, else None."""
     (f, x), (g, y) = _parts(a), _parts(b)
     if g == 0 or f % g:
         return None
-    left = list(x)
+    remaining = list(x)
     for name in y:
-        if name not in left:
+        if name not in remaining:
             return None
-        left.remove(name)
-    return _made(f // g, left)
+        remaining.remove(name)
+    return _simplified(f // g, remaining)
 
 
 def floor(a: Size, b: Size) -> Size:
-    """Integer division towards minus infinity; an unknown of its own where it is not exact.
+    """Integer division towards minus infinity; a new unknown where it is not exact.
 
-    Multiples of `b` leave the division, `(x - 4) // 4 = x // 4 - 1`, so that equal sizes get one name.
+    Multiples of `b` are taken out of the division, `(x - 4) // 4 = x // 4 - 1`, so that equal sizes get equal names.
     """
     if isinstance(a, int) and isinstance(b, int) and b:
         return a // b
@@ -109,17 +109,17 @@ def floor(a: Size, b: Size) -> Size:
         return exact
     rest, offset = _offset(a)
     if offset and isinstance(b, int) and b > 0:
-        whole = offset // b
-        if whole:
-            return add(floor(add(rest, offset - whole * b), b), whole)
+        multiple = offset // b
+        if multiple:
+            return add(floor(add(rest, offset - multiple * b), b), multiple)
     return named(f"({a}//{b})")
 
 
 def add(a: Size, b: Size) -> Size:
-    """The sum; of unlike unknowns an unknown of its own."""
+    """The sum; of different unknowns a new unknown."""
     (f, x), (g, y) = _parts(a), _parts(b)
     if x == y:
-        return _made(f + g, x)
+        return _simplified(f + g, x)
     if a == 0 or b == 0:
         return b if a == 0 else a
     for size, number in ((a, b), (b, a)):
@@ -130,7 +130,7 @@ def add(a: Size, b: Size) -> Size:
 
 
 def _offset(a: Size) -> tuple[Size, int]:
-    """An unknown without the number added to it, and the number."""
+    """A sum as its unknown part and its integer part."""
     parts = parts_of(a)
     if parts is not None:
         for rest, number in (parts, parts[::-1]):
@@ -140,27 +140,27 @@ def _offset(a: Size) -> tuple[Size, int]:
 
 
 def subtract(a: Size, b: Size) -> Size:
-    """The difference; of `(x + y)` and `y` it is `x`, of unlike unknowns an unknown of its own."""
+    """The difference; `(x + y) - y` is `x`, of different unknowns it is a new unknown."""
     (f, x), (g, y) = _parts(a), _parts(b)
     summed = parts_of(a)
     if summed is not None and b in summed:
         return summed[1] if summed[0] == b else summed[0]
     if x == y:
-        return _made(f - g, x)
+        return _simplified(f - g, x)
     if isinstance(b, int):
         return add(a, -b)
     return named(f"({a}-{b})")
 
 
 class Equalities:
-    """Unknowns that must be equal wherever the model runs, because they were broadcast together."""
+    """Unknowns that must be equal at run time because they were broadcast together (a union-find)."""
 
     def __init__(self, preferred: Iterable[str] = ()) -> None:
         self._parent: dict[str, str] = {}
         self._preferred = set(preferred)
 
     def find(self, name: str) -> str:
-        """The name that stands for all equal ones."""
+        """The representative of all equal names."""
         while name in self._parent:
             name = self._parent[name]
         return name
@@ -171,15 +171,15 @@ class Equalities:
             return
         x, y = self.find(a.names[0]), self.find(b.names[0])
         if x != y:
-            kept, gone = (y, x) if y in self._preferred and x not in self._preferred else (x, y)
-            self._parent[gone] = kept
+            representative, merged = (y, x) if y in self._preferred and x not in self._preferred else (x, y)
+            self._parent[merged] = representative
 
     def plain(self, a: Size) -> Size:
         """The size in terms of the representatives."""
-        return a if isinstance(a, int) else _made(a.factor, (self.find(n) for n in a.names))
+        return a if isinstance(a, int) else _simplified(a.factor, (self.find(n) for n in a.names))
 
     def same(self, a: Size, b: Size) -> bool:
-        """Whether two sizes are proved, or assumed, equal."""
+        """Whether two sizes are equal, by proof or by assumption."""
         return self.plain(a) == self.plain(b)
 
     def match(self, a: Sequence[Size], b: Sequence[Size]) -> bool:

@@ -1,4 +1,4 @@
-"""Typed views of a canonical graph, computed on demand and never stored: they go stale at the next edit."""
+"""Typed views of a canonical graph (attentions, MLPs, layers), computed on demand: an edit makes them invalid."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks.ends import Embedding, Head, embeddings, head
-from onnxcomp.blocks.linears import PASSED, Index, Linear, NormSite, linears, norms, siblings
+from onnxcomp.blocks.linears import Index, Linear, NormSite, linears, norms, siblings
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST
+from onnxcomp.graph.values import users_of
 
 __all__ = [
     "Attention",
@@ -30,6 +32,8 @@ __all__ = [
     "siblings",
 ]
 
+QUICK_GELU_TOLERANCE = 1e-3  # relative; half types round the factor 1.702
+
 
 # ---- attention ---------------------------------------------------------------------------------------------------
 
@@ -38,7 +42,7 @@ __all__ = [
 class Attention:
     """One attention with its four projections; `head_dim` is the width of a query head, `mask` the fourth input.
 
-    `past` and `present` are the cached keys and values, `[b, kv_heads, t, h]`, that it takes and gives.
+    `past` and `present` are its cached keys and values `[b, kv_heads, t, h]`, as inputs and outputs.
     """
 
     node: ir.Node
@@ -79,8 +83,8 @@ class Attention:
 def attentions(g: Graph) -> list[Attention]:
     """Every Attention in three axes whose four projections are linears, in graph order."""
     index = Index.of(g)
-    found = (_attention(index, node) for node in g.nodes("Attention") if node.domain == "")
-    return [a for a in found if a is not None]
+    matches = (_attention(index, node) for node in g.nodes("Attention") if node.domain == "")
+    return [a for a in matches if a is not None]
 
 
 def _attention(index: Index, node: ir.Node) -> Attention | None:
@@ -100,35 +104,35 @@ def _attention(index: Index, node: ir.Node) -> Attention | None:
 
 
 def _pair(values: Sequence[ir.Value | None]) -> tuple[ir.Value, ir.Value] | None:
-    """Keys and values, if both are there."""
-    keys, last = (*values, None, None)[:2]
-    return (keys, last) if keys is not None and last is not None else None
+    """Keys and values, if there are both."""
+    keys, value = (*values, None, None)[:2]
+    return (keys, value) if keys is not None and value is not None else None
 
 
 def _projection(index: Index, v: ir.Value | None, rotary: list[ir.Node], inner: list[NormSite]) -> Linear | None:
-    """The linear behind a query, key or value, past its rotation, its norm and layout moves."""
-    while v is not None and v not in index.made:
+    """The linear behind a query, key or value, before rotation, norm and layout operators, which are collected."""
+    while v is not None and v not in index.by_output:
         node = v.producer()
         if node is None:
             return None
         if node.op_type == "RotaryEmbedding":
             rotary.append(node)
-        elif v in index.norm:
-            inner.append(index.norm[v])
-        elif node.op_type not in PASSED:
+        elif v in index.norm_by_output:
+            inner.append(index.norm_by_output[v])
+        elif node.op_type not in LAYOUT_OR_CAST:
             return None
         v = node.inputs[0]
-    return index.made.get(v) if v is not None else None
+    return index.by_output.get(v) if v is not None else None
 
 
 def _reader(index: Index, v: ir.Value) -> Linear | None:
-    """The one linear that reads a value, past layout moves."""
-    while v not in index.read:
-        users = list(dict.fromkeys(u for u, _ in v.uses()))
-        if len(users) != 1 or users[0].op_type not in PASSED:
+    """The only linear that reads a value, directly or through layout operators."""
+    while v not in index.by_source:
+        users = users_of(v)
+        if len(users) != 1 or users[0].op_type not in LAYOUT_OR_CAST:
             return None
         v = users[0].outputs[0]
-    return index.read[v][0] if len(index.read[v]) == 1 else None
+    return index.by_source[v][0] if len(index.by_source[v]) == 1 else None
 
 
 # ---- feed-forward ------------------------------------------------------------------------------------------------
@@ -165,10 +169,10 @@ class Mlp:
 
 
 def mlps(g: Graph) -> list[Mlp]:
-    """Every feed-forward part that returns to the width it started from, in graph order."""
+    """Every feed-forward part whose output is as wide as its input, in graph order."""
     index = Index.of(g)
-    found = (_mlp(g, index, down) for down in index.made.values())
-    return [m for m in found if m is not None and m.up.sizes[0] == m.down.sizes[1]]
+    matches = (_mlp(g, index, down) for down in index.by_output.values())
+    return [m for m in matches if m is not None and m.up.sizes[0] == m.down.sizes[1]]
 
 
 def _mlp(g: Graph, index: Index, down: Linear) -> Mlp | None:
@@ -180,7 +184,7 @@ def _mlp(g: Graph, index: Index, down: Linear) -> Mlp | None:
         return None
     for a, b in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
         gate = _activated(g, index, a)
-        up = index.made.get(b) if b is not None else None
+        up = index.by_output.get(b) if b is not None else None
         if gate is not None and up is not None and up.source is gate[0].source:
             return Mlp(up, gate[0], down, gate[1])
     return None
@@ -195,13 +199,13 @@ def _activated(g: Graph, index: Index, v: ir.Value | None) -> tuple[Linear, str]
     if node.op_type == "Gelu":
         kind = "gelu-tanh" if node.attributes.get_string("approximate", "none") == "tanh" else "gelu"
     elif node.op_type == "Mul":
-        found = _gated_by_itself(g, node)
-        if found is None:
+        self_gated = _gated_by_itself(g, node)
+        if self_gated is None:
             return None
-        x, kind = found
+        x, kind = self_gated
     elif node.op_type not in ("Relu", "Tanh", "Sigmoid", "Elu", "LeakyRelu", "HardSwish", "Softplus", "Mish", "Selu"):
         return None
-    return (index.made[x], kind) if x in index.made else None
+    return (index.by_output[x], kind) if x in index.by_output else None
 
 
 def _gated_by_itself(g: Graph, node: ir.Node) -> tuple[ir.Value, str] | None:
@@ -217,7 +221,11 @@ def _gated_by_itself(g: Graph, node: ir.Node) -> tuple[ir.Value, str] | None:
         scaled = inner.inputs[0].producer() if inner.op_type == "Sigmoid" and inner.inputs[0] is not None else None
         if scaled is not None and scaled.op_type == "Mul" and x in scaled.inputs:
             number = g.tensor(scaled.inputs[1 - list(scaled.inputs).index(x)])
-            if number is not None and number.size == 1 and np.isclose(float(number.numpy().item()), 1.702, rtol=1e-3):
+            if (
+                number is not None
+                and number.size == 1
+                and np.isclose(float(number.numpy().item()), 1.702, rtol=QUICK_GELU_TOLERANCE)
+            ):
                 return x, "quick-gelu"
     return None
 
@@ -243,33 +251,35 @@ class Layer:
     @property
     def linears(self) -> tuple[Linear, ...]:
         """All linears of the layer."""
-        own = tuple(x for a in self.attentions for x in a.linears)
-        return own + (self.mlp.linears if self.mlp is not None else ())
+        projections = tuple(x for a in self.attentions for x in a.linears)
+        return projections + (self.mlp.linears if self.mlp is not None else ())
 
 
 def layers(g: Graph) -> list[Layer]:
-    """Attentions and the feed-forward part that follows them, layer by layer, with the norms around them."""
-    found = norms(g)
-    parts = _in_order(g, [*attentions(g), *mlps(g)], {n.output: n.input for n in found})
+    """The layers in graph order: attentions, the feed-forward part that follows them, and the norms around them."""
+    norm_sites = norms(g)
+    parts = _in_order(g, [*attentions(g), *mlps(g)], {n.output: n.input for n in norm_sites})
     groups: list[list[Attention | Mlp]] = []
     for part in parts:
-        done = bool(groups) and any(isinstance(p, Mlp) for p in groups[-1])
-        if not groups or done:
+        is_complete = bool(groups) and any(isinstance(p, Mlp) for p in groups[-1])
+        if not groups or is_complete:
             groups.append([])
         groups[-1].append(part)
-    return [_layer(i, group, found) for i, group in enumerate(groups)]
+    return [_layer(i, group, norm_sites) for i, group in enumerate(groups)]
 
 
-def _in_order(g: Graph, parts: Sequence[Attention | Mlp], behind: Mapping[ir.Value, ir.Value]) -> list[Attention | Mlp]:
-    """Parts in graph order; those that read one residual stream side by side belong together, attention first."""
-    place = {node: i for i, node in enumerate(g.nodes())}
+def _in_order(
+    g: Graph, parts: Sequence[Attention | Mlp], norm_inputs: Mapping[ir.Value, ir.Value]
+) -> list[Attention | Mlp]:
+    """Parts in graph order; parallel ones (readers of one value of the stream) are adjacent, attention first."""
+    node_order = {node: i for i, node in enumerate(g.nodes())}
 
     def stream(p: Attention | Mlp) -> ir.Value:
         entry = p.q.source if isinstance(p, Attention) else p.up.source
-        return behind.get(entry, entry)
+        return norm_inputs.get(entry, entry)
 
     def at(p: Attention | Mlp) -> int:
-        return place[p.o.node if isinstance(p, Attention) else p.down.node]
+        return node_order[p.o.node if isinstance(p, Attention) else p.down.node]
 
     first: dict[ir.Value, int] = {}
     for p in parts:
@@ -277,29 +287,29 @@ def _in_order(g: Graph, parts: Sequence[Attention | Mlp], behind: Mapping[ir.Val
     return sorted(parts, key=lambda p: (first[stream(p)], isinstance(p, Mlp), at(p)))
 
 
-def _layer(index: int, group: Sequence[Attention | Mlp], found: Sequence[NormSite]) -> Layer:
+def _layer(index: int, group: Sequence[Attention | Mlp], norm_sites: Sequence[NormSite]) -> Layer:
     heads = tuple(p for p in group if isinstance(p, Attention))
     mlp = next((p for p in group if isinstance(p, Mlp)), None)
     entries, exits = _ends(group)
-    residuals = {out for x in exits for u, _ in x.uses() if u.op_type in ("Add", "Sum") for out in u.outputs}
-    after = [n for n in found if n.input in residuals]
-    before = [n for n in found if n.output in entries]
-    sandwiched = [n for n in found if n.input in exits]
+    residuals = {out for x in exits for u, _ in x.uses() if u.op_type in ADDITIONS for out in u.outputs}
+    after = [n for n in norm_sites if n.input in residuals]
+    before = [n for n in norm_sites if n.output in entries]
+    sandwiched = [n for n in norm_sites if n.input in exits]
     is_pre = any(_bypasses(n) for n in before)
-    own = before if is_pre else [n for n in after if n.output in entries or not _bypasses(n)]
+    placed = before if is_pre else [n for n in after if n.output in entries or not _bypasses(n)]
     inner = [n for a in heads for n in a.inner_norms]
-    kept = [n for n in found if n in own or n in sandwiched or n in inner]
-    position = "pre" if is_pre else "post" if own else "none"
-    return Layer(index, heads, mlp, tuple(kept), "pre and post" if is_pre and sandwiched else position)
+    layer_norms = [n for n in norm_sites if n in placed or n in sandwiched or n in inner]
+    position = "pre" if is_pre else "post" if placed else "none"
+    return Layer(index, heads, mlp, tuple(layer_norms), "pre and post" if is_pre and sandwiched else position)
 
 
 def _ends(group: Sequence[Attention | Mlp]) -> tuple[set[ir.Value], set[ir.Value]]:
-    """What the parts of a layer read and what they add to the stream."""
+    """The values that the parts of a layer read, and those that they add to the residual stream."""
     entries = {p.q.source if isinstance(p, Attention) else p.up.source for p in group}
     exits = {p.o.output if isinstance(p, Attention) else p.down.output for p in group}
     return entries, exits
 
 
 def _bypasses(norm: NormSite) -> bool:
-    """Whether the stream also goes past the norm, unnormalized, into an addition."""
-    return any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses())
+    """Whether an addition reads the norm's input as well: the residual connection around a pre-norm."""
+    return any(u.op_type in ADDITIONS for u, _ in norm.input.uses())

@@ -1,4 +1,4 @@
-"""What attentions and MLPs add to the residual stream, so that a layer or one of its parts can be left out."""
+"""Residual branches of attentions and MLPs, so that a layer or a part of it can be removed."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
-from onnxcomp.blocks.caches import NONE, Ports, ports
+from onnxcomp.blocks.caches import NO_PORTS, CachePorts, cache_ports
 from onnxcomp.blocks.linears import Index
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, BRANCH_OPS
+from onnxcomp.graph.values import sole_use, users_of
 
-__all__ = ["Branch", "Sums", "branches", "joins", "sums", "whole_layers"]
+__all__ = ["Branch", "ResidualSum", "branches", "layer_branches", "residual_add", "residual_sum"]
 
 
 @dataclass(frozen=True)
 class Branch:
-    """A stretch of the stream: `exit` is `entry` with something added (and normalized again, where norms come last).
+    """A residual branch: `exit` is `entry` with the branch's output added (and normalized, in post-norm models).
 
-    `why` says what forbids leaving it out; it is empty where `exit` may be replaced by `entry`. The `ports` go with it.
+    `why` is the reason against removal, empty where `entry` may replace `exit`. The `cache_ports` are removed too.
     """
 
     name: str
@@ -32,7 +34,7 @@ class Branch:
     entry: ir.Value | None
     exit: ir.Value | None
     why: str = ""
-    ports: tuple[Ports, ...] = ()
+    cache_ports: tuple[CachePorts, ...] = ()
 
     @property
     def site(self) -> Site:
@@ -42,113 +44,113 @@ class Branch:
 
 def branches(g: Graph) -> list[Branch]:
     """The branch of every attention and MLP, in the order of the layers."""
-    found, index = layers(g), Index.of(g)
-    outs = {_out(p) for layer in found for p in _parts(layer)}
-    caches = _caches(g, found)
-    return [_branch(g, index, layer, part, outs, caches) for layer in found for part in _parts(layer)]
+    model_layers, index = layers(g), Index.of(g)
+    outs = {_part_output(p) for layer in model_layers for p in _layer_parts(layer)}
+    caches = _caches(g, model_layers)
+    return [_branch(g, index, layer, part, outs, caches) for layer in model_layers for part in _layer_parts(layer)]
 
 
-def _caches(g: Graph, found: Sequence[Layer]) -> dict[str, Ports]:
-    """What of the model's inputs and outputs is there for each attention; other layers' may tell the same sizes."""
-    every = [(layer, a) for layer in found for a in layer.attentions]
-    if not any(a.past or a.present for _, a in every):
+def _caches(g: Graph, model_layers: Sequence[Layer]) -> dict[str, CachePorts]:
+    """The cache ports of each attention; sizes read from them may be read from those of other layers instead."""
+    by_layer = [(layer, a) for layer in model_layers for a in layer.attentions]
+    if not any(a.past or a.present for _, a in by_layer):
         return {}
     facts = Facts(g)
-    return {a.name: ports(g, a, [b for other, b in every if other is not layer], facts) for layer, a in every}
+    return {
+        a.name: cache_ports(g, a, [b for other, b in by_layer if other is not layer], facts) for layer, a in by_layer
+    }
 
 
-class Sums(NamedTuple):
-    """The stream `end` behind a linear that is added to it, what else is added, and the constant it is scaled by."""
+class ResidualSum(NamedTuple):
+    """The stream `end` behind the addition of a linear's output, the other addends, and the output's constant scale."""
 
     end: ir.Value
     others: tuple[ir.Value, ...]
     scale: ir.Value | None = None
 
 
-def sums(x: Linear) -> Sums | None:
-    """How a linear is added to the stream, if it is: parts in parallel make several sums, some models scale a layer."""
+def residual_sum(x: Linear) -> ResidualSum | None:
+    """How a linear's output is added to the stream, if it is: possibly scaled, by several sums for parallel parts."""
     scale, end = _scaled(x.output)
     others: list[ir.Value] = []
-    while (node := _sum(end)) is not None:
+    while (node := _sole_addition(end)) is not None:
         others += [v for v in node.inputs if v is not None and v is not end]
         end = node.outputs[0]
-    return Sums(end, tuple(others), scale) if others else None
+    return ResidualSum(end, tuple(others), scale) if others else None
 
 
 def _scaled(v: ir.Value) -> tuple[ir.Value | None, ir.Value]:
-    """The constant that alone a value is multiplied with, and the product; else None and the value."""
-    users = list(v.uses())
-    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
-    if node is None or node.op_type != "Mul":
+    """The constant factor and the product, where that is a value's only use; else None and the value."""
+    use = sole_use(v)
+    if use is None or use[0].op_type != "Mul":
         return None, v
+    node, _ = use
     scale = next((x for x in node.inputs if x is not v), None)
     return (scale, node.outputs[0]) if Graph.tensor(scale) is not None else (None, v)
 
 
-def joins(x: Linear) -> ir.Node | None:
-    """The addition of two computed values, such as the residual one, that alone reads a linear's output."""
-    return _sum(x.output)
+def residual_add(x: Linear) -> ir.Node | None:
+    """The addition of two computed values, such as the residual one, that is the only use of a linear's output."""
+    return _sole_addition(x.output)
 
 
-def _sum(v: ir.Value) -> ir.Node | None:
-    users = list(v.uses())
-    node = users[0][0] if len(users) == 1 and not v.is_graph_output() else None
-    if node is None or node.op_type not in ("Add", "Sum") or len(node.inputs) != 2:
+def _sole_addition(v: ir.Value) -> ir.Node | None:
+    use = sole_use(v)
+    if use is None or use[0].op_type not in ADDITIONS or len(use[0].inputs) != 2:
         return None
+    node, _ = use
     return node if all(v is not None and Graph.tensor(v) is None for v in node.inputs) else None
 
 
-def whole_layers(g: Graph) -> list[Branch]:
-    """All parts of a layer as one stretch; blocked where they do not follow each other on one stream."""
+def layer_branches(g: Graph) -> list[Branch]:
+    """One branch for all parts of each layer, not removable where the parts are not sequential on one stream."""
     groups: dict[int, list[Branch]] = {}
     for b in branches(g):
         groups.setdefault(b.layer, []).append(b)
     facts = Facts(g)
-    return [_whole(group, facts) for group in groups.values()]
+    return [_layer_branch(group, facts) for group in groups.values()]
 
 
-def _whole(group: list[Branch], facts: Facts) -> Branch:
+def _layer_branch(group: list[Branch], facts: Facts) -> Branch:
     first, last = group[0], group[-1]
     nodes = tuple(dict.fromkeys(n for b in group for n in b.nodes))
-    stream = all(b.exit in (c.entry, _unflattened(c.entry)) for b, c in itertools.pairwise(group))
-    parallel = all((b.entry, b.exit) == (first.entry, first.exit) for b in group)
-    blocked = next((b.why for b in group if b.why and not (parallel and b.why == PARALLEL)), "")
-    if not blocked and not stream and not parallel:
-        blocked = "its parts do not follow each other on one stream"
-    end = _as_flat_as(facts, first.entry, last.exit)
-    if not blocked and end is None:
-        blocked = "its input and its output have different shapes"
+    is_sequential = all(b.exit in (c.entry, _before_reshape(c.entry)) for b, c in itertools.pairwise(group))
+    is_parallel = all((b.entry, b.exit) == (first.entry, first.exit) for b in group)
+    why = next((b.why for b in group if b.why and not (is_parallel and b.why == PARALLEL)), "")
+    if not why and not is_sequential and not is_parallel:
+        why = "its parts do not follow each other on one stream"
+    end = _with_shape_of(facts, first.entry, last.exit)
+    if not why and end is None:
+        why = "its input and its output have different shapes"
     if last.exit is not None and end is not last.exit:
-        nodes = (*nodes, *(str(u.name) for u in _users(last.exit)))
-    name, caches = f"{first.name} (layer {first.layer})", tuple(p for b in group for p in b.ports)
-    return Branch(name, "layer", first.layer, nodes, first.entry, end, blocked, caches)
+        nodes = (*nodes, *(str(u.name) for u in users_of(last.exit)))
+    name, caches = f"{first.name} (layer {first.layer})", tuple(p for b in group for p in b.cache_ports)
+    return Branch(name, "layer", first.layer, nodes, first.entry, end, why, caches)
 
 
-def _unflattened(v: ir.Value | None) -> ir.Value | None:
-    """What a part that works on a list of tokens was flattened from."""
+def _before_reshape(v: ir.Value | None) -> ir.Value | None:
+    """The value before a Reshape to a list of tokens, if there is one."""
     node = v.producer() if v is not None else None
     return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
 
 
-def _as_flat_as(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> ir.Value | None:
-    """The end of a layer in the shape of its entry: where its last part works on a list of tokens, behind that part."""
+def _with_shape_of(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> ir.Value | None:
+    """The end of a layer in the shape of its entry: behind a Reshape where the last part works on a list of tokens."""
     if end is None or facts.rank(end) == facts.rank(entry):
         return end
-    users = _users(end)
+    users = users_of(end)
     after = users[0].outputs[0] if len(users) == 1 and users[0].op_type == "Reshape" else None
     return after if after is not None and facts.shape(after) == facts.shape(entry) else None
 
 
 PARALLEL = "it runs in parallel with another part of the layer"
-MOVED = ("Reshape", "Transpose", "Slice", "Concat", "Split", "Gather", "Squeeze", "Unsqueeze", "Pad")
-PASSED = ("Mul", "Cast", "Identity", "LayerNormalization", "RMSNormalization", *MOVED)
 
 
-def _parts(layer: Layer) -> list[Attention | Mlp]:
+def _layer_parts(layer: Layer) -> list[Attention | Mlp]:
     return [*layer.attentions, *([layer.mlp] if layer.mlp is not None else [])]
 
 
-def _out(part: Attention | Mlp) -> ir.Value:
+def _part_output(part: Attention | Mlp) -> ir.Value:
     return part.o.output if isinstance(part, Attention) else part.down.output
 
 
@@ -158,58 +160,56 @@ def _branch(
     layer: Layer,
     part: Attention | Mlp,
     outs: Collection[ir.Value],
-    caches: Mapping[str, Ports],
+    caches: Mapping[str, CachePorts],
 ) -> Branch:
     kind = "attention" if isinstance(part, Attention) else "mlp"
-    cache = caches.get(part.name, NONE) if isinstance(part, Attention) else NONE
-    found = _climb(g, _out(part), outs)
-    if found is None:
-        why = "what it makes is not simply added to the stream"
+    cache = caches.get(part.name, NO_PORTS) if isinstance(part, Attention) else NO_PORTS
+    addition = _find_residual_add(g, _part_output(part), outs)
+    if addition is None:
+        why = "its output is not simply added to the residual stream"
         return Branch(part.name, kind, layer.index, part.site.nodes, None, None, why)
-    add, entry, parallel = found
+    add, entry, parallel = addition
     end = add.outputs[0]
     norm = _norm_after(index, end) if layer.position == "post" else None
     end = norm.outputs[0] if norm is not None else end
     nodes = (*part.site.nodes, str(add.name), *([str(norm.name)] if norm is not None else []))
     why = cache.why or (PARALLEL if parallel else "")
-    return Branch(part.name, kind, layer.index, nodes, entry, end, why, (cache,) if cache != NONE else ())
+    return Branch(part.name, kind, layer.index, nodes, entry, end, why, (cache,) if cache != NO_PORTS else ())
 
 
-def _climb(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tuple[ir.Node, ir.Value, bool] | None:
-    """The addition to the stream, the stream before it, and whether another part was added to the branch first.
+def _find_residual_add(g: Graph, v: ir.Value, outs: Collection[ir.Value]) -> tuple[ir.Node, ir.Value, bool] | None:
+    """The residual addition, the stream before it, and whether another part's output was added to the branch first.
 
-    Between the two a branch may be scaled, normalized and moved about (windows of an image are put together again).
+    On the way the branch may be scaled, normalized and rearranged (windows of an image are merged again).
     """
-    parallel, seen = False, {v}
-    pending = _users(v)
+    parallel, branch_values = False, {v}
+    pending = users_of(v)
     while pending:
-        node = next((n for n in pending if not _others(g, n, seen)), pending[0])
-        others = _others(g, node, seen)
-        if others:
-            if len(pending) > 1 or len(others) > 1 or node.op_type not in ("Add", "Sum"):
+        node = next((n for n in pending if not _other_operands(g, n, branch_values)), pending[0])
+        operands = _other_operands(g, node, branch_values)
+        if operands:
+            if len(pending) > 1 or len(operands) > 1 or node.op_type not in ADDITIONS:
                 return None
-            if others[0] not in outs:
-                return node, others[0], parallel
+            if operands[0] not in outs:
+                return node, operands[0], parallel
             parallel = True
-        elif node.op_type not in PASSED or any(o.is_graph_output() for o in node.outputs):
+        elif node.op_type not in BRANCH_OPS or any(o.is_graph_output() for o in node.outputs):
             return None
-        seen.update(node.outputs)
-        pending = [n for n in dict.fromkeys([*pending, *(u for o in node.outputs for u in _users(o))]) if n is not node]
+        branch_values.update(node.outputs)
+        pending = [
+            n for n in dict.fromkeys([*pending, *(u for o in node.outputs for u in users_of(o))]) if n is not node
+        ]
     return None
 
 
-def _users(v: ir.Value) -> list[ir.Node]:
-    return list(dict.fromkeys(u for u, _ in v.uses()))
-
-
-def _others(g: Graph, node: ir.Node, seen: Collection[ir.Value]) -> list[ir.Value]:
-    """What a node reads besides the branch: neither constants nor sizes and indices."""
-    read = (x for x in node.inputs if x is not None and x not in seen and not g.is_constant(x))
-    return [x for x in read if x.dtype is None or x.dtype.is_floating_point()]
+def _other_operands(g: Graph, node: ir.Node, branch_values: Collection[ir.Value]) -> list[ir.Value]:
+    """The computed float operands of a node that are not of the branch."""
+    operands = (x for x in node.inputs if x is not None and x not in branch_values and not g.is_constant(x))
+    return [x for x in operands if x.dtype is None or x.dtype.is_floating_point()]
 
 
 def _norm_after(index: Index, v: ir.Value) -> ir.Node | None:
-    """The norm that alone reads the sum, in models that normalize after adding."""
-    users = list(dict.fromkeys(u for u, _ in v.uses()))
-    found = next((n.node for n in index.norm.values() if n.input is v), None)
-    return found if len(users) == 1 and users[0] is found and not v.is_graph_output() else None
+    """The norm that is the only user of a sum, as in post-norm models."""
+    users = users_of(v)
+    norm = next((n.node for n in index.norm_by_output.values() if n.input is v), None)
+    return norm if len(users) == 1 and users[0] is norm and not v.is_graph_output() else None

@@ -1,4 +1,4 @@
-"""Key-value caches as inputs and outputs of a model: which belong to one attention, and how they go with it."""
+"""Key-value caches as inputs and outputs of a model: those of one attention, and how to remove them with it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph, interface
-from onnxcomp.graph.interface import GONE, gone
+from onnxcomp.graph.interface import REMOVED_PORTS, removed_ports
+from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.values import users_of
 
-__all__ = ["NONE", "Ports", "ports", "take_out"]
+__all__ = ["NO_PORTS", "CachePorts", "cache_ports", "remove_ports"]
 
-MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity", "Cast")
-LENGTH = 2  # axis of a cache `[b, kv_heads, t, h]` that grows
+LENGTH = 2  # the axis of a cache `[b, kv_heads, t, h]` that grows with each token
 
 
 @dataclass(frozen=True)
-class Ports:
-    """Inputs and outputs of the model that are there for one attention, by name; `why` says what holds them.
+class CachePorts:
+    """The model's inputs and outputs for the cache of one attention, by name; `why` is the reason why they must stay.
 
-    `sizes` are nodes that read the shape of such an input, each with another input of the same shape.
+    `sizes` are nodes that read the shape of such an input, each with a replacement input of the same shape.
     """
 
     inputs: tuple[str, ...] = ()
@@ -32,95 +33,97 @@ class Ports:
     why: str = ""
 
     def __str__(self) -> str:
-        """Which of the model's inputs and outputs they are, in words."""
+        """The inputs and outputs as text."""
         parts = [("input", self.inputs), ("output", self.outputs)]
         return " and ".join(f"{what}{'s' * (len(n) > 1)} {', '.join(n)}" for what, n in parts if n)
 
 
-NONE = Ports()
+NO_PORTS = CachePorts()
 
 
-def ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Facts | None = None) -> Ports:
-    """The caches of an attention; `others` stay, and may tell the sizes that are read off its own."""
+def cache_ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Facts | None = None) -> CachePorts:
+    """The cache ports of an attention; sizes read from them may be read from the caches of `others` instead."""
     inputs, sizes = dict[str, None](), dict[str, str]()
     for i, v in enumerate(a.past or ()):
-        fed, readers = _fed(v, a.node)
-        if fed is None:
-            return Ports(why=f"its cache '{v.name}' is computed from more than one input of the model")
-        inputs[str(fed.name)] = None
+        source, readers = _graph_input_behind(v, a.node)
+        if source is None:
+            return CachePorts(why=f"its cache '{v.name}' is computed from more than one input of the model")
+        inputs[str(source.name)] = None
         for user in readers:
-            if user.op_type != "Shape" or user.inputs[0] is not fed:
-                return Ports(why=f"its cache '{fed.name}' is also read by '{user.name}' ({user.op_type})")
-            twin = _twin(facts or Facts(g), a, i, others)
+            if user.op_type != "Shape" or user.inputs[0] is not source:
+                return CachePorts(why=f"its cache '{source.name}' is also read by '{user.name}' ({user.op_type})")
+            twin = _same_shaped_cache(facts or Facts(g), a, i, others)
             if twin is None:
-                return Ports(why=f"the shape of its cache '{fed.name}' is read, and no other input is known to have it")
+                return CachePorts(
+                    why=f"the shape of its cache '{source.name}' is read, and no other input is known to have it"
+                )
             sizes[str(user.name)] = str(twin.name)
     outputs = dict[str, None]()
     for v in a.present or ():
-        for x in _onward(v):
+        for x in _rearranged_values(v):
             if x.is_graph_output():
                 outputs[str(x.name)] = None
-            if held := next((u for u, _ in x.uses() if u.op_type not in MOVES), None):
-                return Ports(why=f"its cache '{v.name}' is also read by '{held.name}' ({held.op_type})")
-    if outputs and (first := _compared(g)) in outputs:
-        return Ports(why=f"'{first}' is the output by which models are compared")
-    return Ports(tuple(inputs), tuple(outputs), tuple(sizes.items()))
+            if consumer := next((u for u, _ in x.uses() if u.op_type not in LAYOUT_OR_CAST), None):
+                return CachePorts(why=f"its cache '{v.name}' is also read by '{consumer.name}' ({consumer.op_type})")
+    if outputs and (compared := _compared_output(g)) in outputs:
+        return CachePorts(why=f"'{compared}' is the output by which models are compared")
+    return CachePorts(tuple(inputs), tuple(outputs), tuple(sizes.items()))
 
 
-def take_out(g: Graph, found: Ports) -> None:
-    """Take ports of an attention that is no longer read off the interface; the others keep names, order and axes."""
-    if not found.inputs and not found.outputs:
+def remove_ports(g: Graph, removed: CachePorts) -> None:
+    """Remove the ports of an unused attention from the interface; the other ports keep names, order and axes."""
+    if not removed.inputs and not removed.outputs:
         return
-    for name, twin in found.sizes:
+    for name, twin in removed.sizes:
         g.set_input(g.node(name), 0, g.value(twin))
     graph = g.model.graph
-    for v in [v for v in graph.outputs if v.name in found.outputs]:
+    for v in [v for v in graph.outputs if v.name in removed.outputs]:
         graph.outputs.remove(v)
     g.sweep()
     axes = _axes(graph.inputs)
-    for v in [v for v in graph.inputs if v.name in found.inputs]:
+    for v in [v for v in graph.inputs if v.name in removed.inputs]:
         if not v.uses():
             graph.inputs.remove(v)
     g.edits += 1
     g.interface = interface.interface(graph)
-    lost = {*gone(g.model.metadata_props), *found.inputs, *found.outputs, *axes - _axes(graph.inputs)}
-    g.model.metadata_props[GONE] = json.dumps(sorted(lost))
+    names = {*removed_ports(g.model.metadata_props), *removed.inputs, *removed.outputs, *axes - _axes(graph.inputs)}
+    g.model.metadata_props[REMOVED_PORTS] = json.dumps(sorted(names))
 
 
 def _axes(inputs: Iterable[ir.Value]) -> set[str]:
-    """Names of the open axes."""
+    """Names of the symbolic axes."""
     return {str(d.value) for v in inputs for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value}
 
 
-def _compared(g: Graph) -> str:
+def _compared_output(g: Graph) -> str:
     """The first output that is not of integers."""
     floats = (v for v in g.outputs if v.dtype is None or v.dtype.is_floating_point())
     return str(next(floats, g.outputs[0]).name)
 
 
-def _fed(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
-    """The model's input behind a cache, past moves, and who else reads it on the way."""
-    others: list[ir.Node] = []
+def _graph_input_behind(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, list[ir.Node]]:
+    """The graph input behind a cache, before layout operators, and its other readers."""
+    other_readers: list[ir.Node] = []
     while True:
-        others += [u for u, _ in v.uses() if u is not reader]
+        other_readers += [u for u, _ in v.uses() if u is not reader]
         if v.is_graph_input():
-            return v, list(dict.fromkeys(others))
+            return v, list(dict.fromkeys(other_readers))
         node = v.producer()
-        if node is None or node.op_type not in MOVES or node.inputs[0] is None:
+        if node is None or node.op_type not in LAYOUT_OR_CAST or node.inputs[0] is None:
             return None, []
         v, reader = node.inputs[0], node
 
 
-def _onward(v: ir.Value) -> Iterator[ir.Value]:
-    """A value and what moves make of it."""
+def _rearranged_values(v: ir.Value) -> Iterator[ir.Value]:
+    """A value and all that layout operators produce from it."""
     yield v
-    for user in dict.fromkeys(u for u, _ in v.uses()):
-        if user.op_type in MOVES:
-            yield from _onward(user.outputs[0])
+    for user in users_of(v):
+        if user.op_type in LAYOUT_OR_CAST:
+            yield from _rearranged_values(user.outputs[0])
 
 
-def _twin(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -> ir.Value | None:
-    """The cache of another attention that has the same shape: the same sizes, or one mask over equally many keys."""
+def _same_shaped_cache(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -> ir.Value | None:
+    """Another attention's cache of the same shape: of equal sizes, or of equally many keys under the same mask."""
     assert a.past is not None
     shape = facts.shape(a.past[which])
     for b in others:
@@ -128,14 +131,14 @@ def _twin(facts: Facts, a: Attention, which: int, others: Sequence[Attention]) -
         other = facts.shape(v)
         if v is None or not v.is_graph_input() or shape is None or other is None or not len(shape) == len(other) == 4:
             continue
-        differ = [i for i, (x, y) in enumerate(zip(shape, other, strict=True)) if not facts.same(x, y)]
-        if not differ or (differ == [LENGTH] and _masked_alike(facts, a, b)):
+        differing = [i for i, (x, y) in enumerate(zip(shape, other, strict=True)) if not facts.same(x, y)]
+        if not differing or (differing == [LENGTH] and _masked_alike(facts, a, b)):
             return v
     return None
 
 
 def _masked_alike(facts: Facts, a: Attention, b: Attention) -> bool:
-    """Whether two attentions see equally many keys, since they add one mask, and equally many of them are new."""
+    """Whether two attentions have equally many keys, since they share a mask, and equally many new ones."""
     mask, new, others = (facts.shape(v) for v in (a.mask, a.node.inputs[1], b.node.inputs[1]))
     if a.mask is not b.mask or not mask or not new or not others or mask[-1] == 1:
         return False

@@ -1,4 +1,4 @@
-"""Parameters and multiplications of a canonical model by part."""
+"""Parameters and multiply-accumulates of a canonical model by part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["macs", "parameters"]
 
 
 def parameters(
-    g: Graph, found: Sequence[blocks.Layer], tables: Sequence[blocks.Embedding], end: blocks.Head | None
+    g: Graph, layers: Sequence[blocks.Layer], tables: Sequence[blocks.Embedding], end: blocks.Head | None
 ) -> dict[str, int]:
     """Elements of constants by part; a tensor used twice counts once, where it is used first."""
     counted: set[int] = set()
@@ -32,17 +32,19 @@ def parameters(
 
     parts = {
         "embeddings": count(e.table for e in tables),
-        "attention": of(x for layer in found for a in layer.attentions for x in a.linears),
-        "mlp": of(x for layer in found if layer.mlp is not None for x in layer.mlp.linears),
+        "attention": of(x for layer in layers for a in layer.attentions for x in a.linears),
+        "mlp": of(x for layer in layers if layer.mlp is not None for x in layer.mlp.linears),
         "norms": count(v for n in blocks.norms(g) for v in (n.gain, n.bias)),
         "head": 0 if end is None else count([end.weight, end.linear.bias if end.linear is not None else None]),
     }
-    every = {id(v.const_value): v.const_value for v in g.model.graph.initializers.values() if v.const_value is not None}
-    parts["other"] = sum(t.size for i, t in every.items() if i not in counted)
+    tensors = {
+        id(v.const_value): v.const_value for v in g.model.graph.initializers.values() if v.const_value is not None
+    }
+    parts["other"] = sum(t.size for i, t in tensors.items() if i not in counted)
     return parts | {"total": sum(parts.values())}
 
 
-def macs(g: Graph, found: Sequence[blocks.Layer], end: blocks.Head | None) -> dict[str, int]:
+def macs(g: Graph, layers: Sequence[blocks.Layer], end: blocks.Head | None) -> dict[str, int]:
     """Multiply-accumulates per token by part; those of the scores are per token and key.
 
     `other` holds linears outside the layers, and convolutions per element of their output's grid.
@@ -51,16 +53,16 @@ def macs(g: Graph, found: Sequence[blocks.Layer], end: blocks.Head | None) -> di
     def of(linears: Iterable[blocks.Linear]) -> int:
         return sum(x.sizes[0] * x.sizes[1] for x in linears)
 
-    heads = [a for layer in found for a in layer.attentions]
-    own = {x.node for layer in found for x in layer.linears} | ({end.node} if end is not None else set())
+    heads = [a for layer in layers for a in layer.attentions]
+    counted = {x.node for layer in layers for x in layer.linears} | ({end.node} if end is not None else set())
     last = 0
     if end is not None:
         last = end.linear.sizes[0] * end.outputs if end.linear is not None else _size(g, end.weight)
     return {
         "attention": of(x for a in heads for x in a.linears),
-        "mlp": of(x for layer in found if layer.mlp is not None for x in layer.mlp.linears),
+        "mlp": of(x for layer in layers if layer.mlp is not None for x in layer.mlp.linears),
         "head": last,
-        "other": of(x for x in blocks.linears(g) if x.node not in own)
+        "other": of(x for x in blocks.linears(g) if x.node not in counted)
         + sum(_size(g, n.inputs[1]) for n in g.nodes("Conv")),
         "attention_per_key": sum(a.heads * (a.head_dim + a.v.sizes[1] // a.kv_heads) for a in heads),
     }

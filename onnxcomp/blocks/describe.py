@@ -1,4 +1,4 @@
-"""A canonical model described: stacks of layers, kinds, positions, masks, and what was not recognised and why."""
+"""A report on a canonical model: stacks of layers, kinds, positions, masks, and unrecognized sites with reasons."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from onnxcomp.graph import Graph
 
 __all__ = ["describe"]
 
-Named = Mapping[ir.Value | None, Mask]
+MAX_TABLE = 1 << 22  # elements of a table that is read to see whether it is sinusoidal
+SINUSOID_TOLERANCE = 1e-2  # of a row's squared norm, relative to its width
+
+MaskNames = Mapping[ir.Value | None, Mask]
 
 
 def describe(g: Graph) -> dict[str, Any]:
-    """JSON-able facts; a number where all layers agree, a list (one entry a layer) where they differ."""
-    found = blocks.layers(g)
-    heads = [a for layer in found for a in layer.attentions]
+    """Facts as JSON types; a value where all layers agree, a list with one entry a layer where they differ."""
+    model_layers = blocks.layers(g)
+    heads = [a for layer in model_layers for a in layer.attentions]
     tables, end = blocks.embeddings(g), blocks.head(g)
     named = name_masks(g, [a.mask for a in heads])
     return {
-        "layers": len(found),
-        "hidden": _hidden(found),
+        "layers": len(model_layers),
+        "hidden": _hidden(model_layers),
         "attention": {
             "recognised": sum(1 for n in g.nodes("Attention") if n.domain == ""),
             "with_projections": len(heads),
@@ -35,22 +38,22 @@ def describe(g: Graph) -> dict[str, Any]:
             **_attention(heads, named),
             "cross": sum(a.is_cross for a in heads),
         },
-        "mlp": _mlp(found),
-        "norm": _norm(g, found),
-        "positions": _positions(g, found, tables, named),
-        "stacks": [_stack(g, kind, layers, named) for kind, layers in _stacks(found, named)],
+        "mlp": _mlp(model_layers),
+        "norm": _norm(g, model_layers),
+        "positions": _positions(g, model_layers, tables, named),
+        "stacks": [_stack(g, kind, stack_layers, named) for kind, stack_layers in _stacks(model_layers, named)],
         "vocabulary": next((e.rows for e in tables if e.kind == "tokens"), None),
         "head": None if end is None else {"outputs": end.outputs, "tied": end.tied},
         "quantized_linears": sum(x.quantized for x in blocks.linears(g)),
-        "parameters": parameters(g, found, tables, end),
-        "macs_per_token": macs(g, found, end),
+        "parameters": parameters(g, model_layers, tables, end),
+        "macs_per_token": macs(g, model_layers, end),
         "opset": g.opset,
         "nodes": sum(1 for _ in g.nodes()),
         "not_recognised": _not_recognised(g),
     }
 
 
-def _one(xs: Sequence[Any]) -> Any:
+def _common(xs: Sequence[Any]) -> Any:
     """The common entry, the list if they differ, None for none."""
     if not xs:
         return None
@@ -60,25 +63,25 @@ def _one(xs: Sequence[Any]) -> Any:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _stacks(found: Sequence[blocks.Layer], named: Named) -> list[tuple[str, list[blocks.Layer]]]:
+def _stacks(layers: Sequence[blocks.Layer], named: MaskNames) -> list[tuple[str, list[blocks.Layer]]]:
     """Layers with cross attention are a decoder; the others are one if their masks are causal, else an encoder."""
     kinds: dict[str, list[blocks.Layer]] = {}
-    for layer in found:
+    for layer in layers:
         crosses = any(a.is_cross for a in layer.attentions)
         causal = any("causal" in _mask(a, named) for a in layer.attentions)
         kinds.setdefault("decoder" if crosses or causal else "encoder", []).append(layer)
     return sorted(kinds.items(), key=lambda item: item[1][0].index)
 
 
-def _stack(g: Graph, kind: str, layers: Sequence[blocks.Layer], named: Named) -> dict[str, Any]:
-    own = [a for layer in layers for a in layer.attentions if not a.is_cross]
+def _stack(g: Graph, kind: str, layers: Sequence[blocks.Layer], named: MaskNames) -> dict[str, Any]:
+    self_attentions = [a for layer in layers for a in layer.attentions if not a.is_cross]
     cross = [a for layer in layers for a in layer.attentions if a.is_cross]
     return {
         "kind": kind,
         "layers": len(layers),
         "distinct": len({tuple(id(g.tensor(x.weight)) for x in layer.linears) for layer in layers}),
         "hidden": _hidden(layers),
-        "attention": _attention(own, named),
+        "attention": _attention(self_attentions, named),
         "cross_attention": _attention(cross, named) if cross else None,
         "mlp": _mlp(layers),
         "norm": _norm(g, layers),
@@ -86,22 +89,22 @@ def _stack(g: Graph, kind: str, layers: Sequence[blocks.Layer], named: Named) ->
 
 
 def _hidden(layers: Iterable[blocks.Layer]) -> Any:
-    found = list(layers)
-    widths = [a.q.sizes[0] for layer in found for a in layer.attentions]
-    return _one(widths or [layer.mlp.up.sizes[0] for layer in found if layer.mlp is not None])
+    layer_list = list(layers)
+    widths = [a.q.sizes[0] for layer in layer_list for a in layer.attentions]
+    return _common(widths or [layer.mlp.up.sizes[0] for layer in layer_list if layer.mlp is not None])
 
 
-def _attention(heads: Sequence[blocks.Attention], named: Named) -> dict[str, Any]:
+def _attention(heads: Sequence[blocks.Attention], named: MaskNames) -> dict[str, Any]:
     return {
-        "heads": _one([a.heads for a in heads]),
-        "kv_heads": _one([a.kv_heads for a in heads]),
-        "head_width": _one([a.head_dim for a in heads]),
-        "masks": _one([_mask(a, named) for a in heads]),
-        "bias": _one([named[a.mask].bias or None for a in heads]),
+        "heads": _common([a.heads for a in heads]),
+        "kv_heads": _common([a.kv_heads for a in heads]),
+        "head_width": _common([a.head_dim for a in heads]),
+        "masks": _common([_mask(a, named) for a in heads]),
+        "bias": _common([named[a.mask].bias or None for a in heads]),
     }
 
 
-def _mask(a: blocks.Attention, named: Named) -> str:
+def _mask(a: blocks.Attention, named: MaskNames) -> str:
     name = named[a.mask].name
     if not a.node.attributes.get_int("is_causal", 0) or "causal" in name:
         return name
@@ -109,62 +112,64 @@ def _mask(a: blocks.Attention, named: Named) -> str:
 
 
 def _mlp(layers: Iterable[blocks.Layer]) -> dict[str, Any]:
-    found = [layer.mlp for layer in layers if layer.mlp is not None]
+    mlps = [layer.mlp for layer in layers if layer.mlp is not None]
     return {
-        "kind": _one([("gated " if m.gate is not None else "") + m.activation for m in found]),
-        "width": _one([m.width for m in found]),
-        "count": len(found),
+        "kind": _common([("gated " if m.gate is not None else "") + m.activation for m in mlps]),
+        "width": _common([m.width for m in mlps]),
+        "count": len(mlps),
     }
 
 
 def _norm(g: Graph, layers: Sequence[blocks.Layer]) -> dict[str, Any]:
-    own = {n.node for layer in layers for n in layer.norms}
+    layer_norms = {n.node for layer in layers for n in layer.norms}
     inner = {n.node for layer in layers for a in layer.attentions for n in a.inner_norms}
-    kinds = [n.kind for n in blocks.norms(g) if n.node in own]
+    kinds = [n.kind for n in blocks.norms(g) if n.node in layer_norms]
     positions = [layer.position for layer in layers]
-    return {"kind": _one(kinds), "position": _one(positions), "inside_attention": len(inner)}
+    return {"kind": _common(kinds), "position": _common(positions), "inside_attention": len(inner)}
 
 
 # ---- positions -------------------------------------------------------------------------------------------------------
 
 
-def _positions(g: Graph, found: Sequence[blocks.Layer], tables: Sequence[blocks.Embedding], named: Named) -> str:
-    heads = [a for layer in found for a in layer.attentions]
+def _positions(g: Graph, layers: Sequence[blocks.Layer], tables: Sequence[blocks.Embedding], named: MaskNames) -> str:
+    heads = [a for layer in layers for a in layer.attentions]
     biases = {m.bias for m in named.values()}
     kinds = {
         "rotary": any(a.rotary for a in heads),
         "alibi": "alibi" in biases,
         "relative bias": "relative" in biases or "content" in biases,
-        **_tables(g, found, tables),
-        "convolution": _adds_convolution(g, found),
+        **_tables(g, layers, tables),
+        "convolution": _adds_convolution(g, layers),
     }
-    return " and ".join(k for k, there in kinds.items() if there) or "none"
+    return " and ".join(k for k, present in kinds.items() if present) or "none"
 
 
-def _tables(g: Graph, found: Sequence[blocks.Layer], tables: Iterable[blocks.Embedding]) -> dict[str, bool]:
-    """Whether a table of positions, learned or of sines, is added to the stream."""
-    widths = {layer.linears[0].sizes[0] for layer in found if layer.linears}
+def _tables(g: Graph, layers: Sequence[blocks.Layer], tables: Iterable[blocks.Embedding]) -> dict[str, bool]:
+    """Whether a learned or a sinusoidal table of positions is added to the residual stream."""
+    widths = {layer.linears[0].sizes[0] for layer in layers if layer.linears}
     tables = list(tables)
     widths |= {e.width for e in tables if e.kind == "tokens"}
-    held = {e.table: e.kind for e in tables if e.width in widths} | dict.fromkeys(_added_tables(g, widths), "positions")
-    waves = [_is_sinusoidal(g, v) for v, kind in held.items() if kind == "positions"]
+    kind_by_table = {e.table: e.kind for e in tables if e.width in widths} | dict.fromkeys(
+        _added_tables(g, widths), "positions"
+    )
+    waves = [_is_sinusoidal(g, v) for v, kind in kind_by_table.items() if kind == "positions"]
     return {"learned": not all(waves), "sinusoidal": any(waves)}
 
 
 def _added_tables(g: Graph, widths: set[int]) -> list[ir.Value]:
-    """Constants `[.., s, h]` of more than one row that are added to something, whole or a part of their rows."""
-    found = []
+    """Constants `[.., s, h]` of more than one row of which all or some rows are added to a value."""
+    constants = []
     for node in g.nodes("Add"):
         for x in node.inputs:
             v = _stored_rows(g, x)
             t = g.tensor(v)
             if v is not None and t is not None and len(t.shape) > 1 and t.shape[-1] in widths and t.shape[-2] != 1:
-                found.append(v)
-    return found
+                constants.append(v)
+    return constants
 
 
 def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
-    """The constant behind a value that is a part of it."""
+    """The constant that a value is a part of."""
     while v is not None and not g.is_constant(v):
         node = v.producer()
         if node is None or node.op_type not in ("Slice", "Unsqueeze", "Expand", "Reshape"):
@@ -174,17 +179,17 @@ def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
 
 
 def _is_sinusoidal(g: Graph, v: ir.Value) -> bool:
-    """Sines and cosines of the same angles: every row has the squared length of half its width."""
+    """Whether a table holds sines and cosines of the same angles: each row's squared norm is half its width."""
     t = g.tensor(v)
-    if t is None or not t.dtype.is_floating_point() or t.size > 1 << 22:
+    if t is None or not t.dtype.is_floating_point() or t.size > MAX_TABLE:
         return False
     a = t.numpy().astype(np.float64).reshape(-1, t.shape.numpy()[-1])
-    return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= 1e-2 * a.shape[1])
+    return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= SINUSOID_TOLERANCE * a.shape[1])
 
 
-def _adds_convolution(g: Graph, found: Sequence[blocks.Layer]) -> bool:
+def _adds_convolution(g: Graph, layers: Sequence[blocks.Layer]) -> bool:
     """Whether a grouped convolution of the model's width is added to the stream."""
-    hidden = _hidden(found)
+    hidden = _hidden(layers)
     return any(
         n.attributes.get_int("group", 1) > 1 and (t := g.tensor(n.inputs[1])) is not None and t.shape[0] == hidden
         for n in g.nodes("Conv")
@@ -195,10 +200,10 @@ def _adds_convolution(g: Graph, found: Sequence[blocks.Layer]) -> bool:
 
 
 def _not_recognised(g: Graph) -> list[dict[str, str]]:
-    """Declined sites with their reasons, and what stayed spelled out without one."""
-    said = {d.site for d in g.declined}
-    silent = [s for s in sites(g) if s.name not in said]
+    """Declined sites with their reasons, and sites that stayed without one."""
+    declined = {d.site for d in g.declined}
+    unexplained = [s for s in sites(g) if s.name not in declined]
     return [
         *({"site": d.site, "why": d.why} for d in g.declined),
-        *({"site": s.name, "why": f"{s.kind}: stayed as it was, and no recogniser says why"} for s in silent),
+        *({"site": s.name, "why": f"{s.kind}: not raised, and no recognizer gives a reason"} for s in unexplained),
     ]

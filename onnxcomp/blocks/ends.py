@@ -1,4 +1,4 @@
-"""The ends of a model: the tables it starts from and the product it ends in."""
+"""The ends of a model: its embedding tables and its output projection (the head)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxcomp.blocks.linears import PASSED, Index, Linear, stored
+from onnxcomp.blocks.linears import Index, Linear, stored
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OR_CAST
 
 __all__ = ["Embedding", "Head", "embeddings", "head"]
 
@@ -26,7 +27,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Head:
-    """The product that makes a graph output; `tied` when its weight is an embedding table, seen through a Transpose."""
+    """The product before a graph output; `tied` where its weight is an embedding table, possibly transposed."""
 
     node: ir.Node
     weight: ir.Value
@@ -36,8 +37,8 @@ class Head:
 
 
 def embeddings(g: Graph) -> list[Embedding]:
-    """Every table read by computed or fed indices; the largest one read by a fed index is the tokens' one."""
-    found: list[Embedding] = []
+    """Every table with computed or fed indices; the largest one that a graph input indexes is the tokens' table."""
+    tables: list[Embedding] = []
     for node in g.nodes("Gather"):
         table, _ = stored(g, node.inputs[0]) if node.inputs[0] is not None else (None, None)
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
@@ -47,44 +48,44 @@ def embeddings(g: Graph) -> list[Embedding]:
         if g.is_constant(indices) or (table.dtype is not None and table.dtype.is_integer() and table is node.inputs[0]):
             continue
         kind = "types" if _is_fed(indices) else "positions"
-        found.append(Embedding(node, table, indices, rows, width, kind))
-    fed = [e for e in found if e.kind == "types"]
+        tables.append(Embedding(node, table, indices, rows, width, kind))
+    fed = [e for e in tables if e.kind == "types"]
     most = max((e.rows for e in fed), default=0)
     return [
         Embedding(e.node, e.table, e.indices, e.rows, e.width, "tokens" if e in fed and e.rows == most else e.kind)
-        for e in found
+        for e in tables
     ]
 
 
 def _is_fed(v: ir.Value) -> bool:
-    """Whether indices are a graph input, past layout moves."""
+    """Whether indices are a graph input, directly or through layout operators."""
     node = v.producer()
-    while node is not None and node.op_type in PASSED and node.inputs[0] is not None:
+    while node is not None and node.op_type in LAYOUT_OR_CAST and node.inputs[0] is not None:
         v = node.inputs[0]
         node = v.producer()
     return v.is_graph_input()
 
 
 def head(g: Graph) -> Head | None:
-    """The last product before the first graph output, when nothing but layout moves lies between."""
+    """The last product before the first graph output, where only layout operators or a soft-cap lie between."""
     index = Index.of(g)
     for out in g.outputs:
         v: ir.Value | None = out
-        while v is not None and v not in index.made:
+        while v is not None and v not in index.by_output:
             node = v.producer()
             if node is not None and node.op_type == "MatMul":
                 return _tied_head(g, node)
-            v = _behind(g, node) if node is not None else None
+            v = _layout_source(g, node) if node is not None else None
         if v is not None:
-            linear = index.made[v]
+            linear = index.by_output[v]
             tables = {id(g.tensor(e.table)) for e in embeddings(g)}
             return Head(linear.node, linear.weight, linear.sizes[1], id(g.tensor(linear.weight)) in tables, linear)
     return None
 
 
-def _behind(g: Graph, node: ir.Node) -> ir.Value | None:
-    """What a layout move, or a step of a soft-cap on the logits, starts from."""
-    if node.op_type in PASSED or node.op_type == "Tanh":
+def _layout_source(g: Graph, node: ir.Node) -> ir.Value | None:
+    """The operand of a layout operator or of a step of a soft-cap on the logits."""
+    if node.op_type in LAYOUT_OR_CAST or node.op_type == "Tanh":
         return node.inputs[0]
     if node.op_type in ("Mul", "Div") and (t := g.tensor(node.inputs[1])) is not None and t.size == 1:
         return node.inputs[0]
@@ -92,8 +93,8 @@ def _behind(g: Graph, node: ir.Node) -> ir.Value | None:
 
 
 def _tied_head(g: Graph, node: ir.Node) -> Head | None:
-    turned = node.inputs[1].producer() if node.inputs[1] is not None else None
-    table = turned.inputs[0] if turned is not None and turned.op_type == "Transpose" else None
+    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+    table = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
     if table is None or not g.is_constant(table) or table.shape is None:
         return None
     return Head(node, table, table.shape.numpy()[0], any(e.table is table for e in embeddings(g)), None)

@@ -1,4 +1,4 @@
-"""Linears and norms of a graph as typed values, and where each is made and read."""
+"""Linears and norms of a graph as typed values, with an index by the values that they produce and read."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, NORMS
+from onnxcomp.graph.values import sole_use, users_of
 
-__all__ = ["PASSED", "Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
-
-NORMS = ("LayerNormalization", "RMSNormalization")
-PASSED = ("Reshape", "Transpose", "Identity", "Cast", "Squeeze", "Unsqueeze")
+__all__ = ["Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Linear:
     @property
     def users(self) -> tuple[ir.Node, ...]:
         """Nodes that read the output."""
-        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+        return tuple(users_of(self.output))
 
     @property
     def site(self) -> Site:
@@ -63,19 +62,19 @@ class Linear:
 
 
 def linears(g: Graph, *, tied: bool = False) -> list[Linear]:
-    """Every linear layer in graph order; a Gemm that scales, or transposes its input, is none.
+    """Every linear in graph order; a Gemm that scales or transposes its input does not count.
 
-    With `tied` also products with a constant seen through a Transpose, such as a head that shares the embedding table:
-    their `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
+    With `tied` also products with the Transpose of a constant, such as a head that shares the embedding table: their
+    `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
     """
-    found = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
-    return [x for x in found if x is not None]
+    matches = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
+    return [x for x in matches if x is not None]
 
 
-def siblings(found: Iterable[Linear]) -> list[list[Linear]]:
+def siblings(candidates: Iterable[Linear]) -> list[list[Linear]]:
     """Linears that read the same input (query, key and value; gate and up), in order."""
     groups: dict[ir.Value, list[Linear]] = {}
-    for linear in found:
+    for linear in candidates:
         groups.setdefault(linear.source, []).append(linear)
     return list(groups.values())
 
@@ -85,12 +84,12 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     if x is None or w is None or g.is_constant(x):
         return None
     weight, dequantize = stored(g, w)
-    turned = _turned(g, w) if weight is None and tied and node.op_type == "MatMul" else None
-    if turned is not None:
-        rows = turned.shape[0] if turned.shape is not None else 0
+    table = _transposed_constant(g, w) if weight is None and tied and node.op_type == "MatMul" else None
+    if table is not None:
+        rows = table.shape[0] if table.shape is not None else 0
         bias, add = _bias(g, node.outputs[0], rows)
         output = add.outputs[0] if add is not None else node.outputs[0]
-        return Linear(node, turned, bias, x, _before_quantizing(x), output, add, None, True)
+        return Linear(node, table, bias, x, _before_quantizing(x), output, add, None, True)
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     source = _before_quantizing(x)
@@ -101,7 +100,7 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     return Linear(node, weight, bias, x, source, output, add, dequantize)
 
 
-def _turned(g: Graph, w: ir.Value) -> ir.Value | None:
+def _transposed_constant(g: Graph, w: ir.Value) -> ir.Value | None:
     """The constant matrix that `w` is the transpose of."""
     node = w.producer()
     if node is None or node.op_type != "Transpose" or not g.is_constant(node.inputs[0]):
@@ -124,7 +123,7 @@ def _gemm(
 
 
 def stored(g: Graph, v: ir.Value) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant behind a value, seen through one DequantizeLinear."""
+    """The constant behind a value, directly or through one DequantizeLinear, which is returned as well."""
     if g.is_constant(v):
         return v, None
     node = v.producer()
@@ -145,13 +144,11 @@ def _before_quantizing(x: ir.Value) -> ir.Value:
 
 
 def _bias(g: Graph, product: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value | None, ir.Node | None]:
-    """The constant row added to a product that nothing else reads."""
-    uses = tuple(product.uses())
-    if len(uses) != 1 or product.is_graph_output():
+    """The constant row whose addition is the only use of a product, and the addition."""
+    use = sole_use(product)
+    if use is None or use[0].op_type not in ADDITIONS or len(use[0].inputs) != 2:
         return None, None
-    add, index = uses[0]
-    if add.op_type not in ("Add", "Sum") or len(add.inputs) != 2:
-        return None, None
+    add, index = use
     other = add.inputs[1 - index]
     if other is None:
         return None, None
@@ -185,34 +182,34 @@ class NormSite:
     @property
     def readers(self) -> tuple[ir.Node, ...]:
         """Nodes that read the result."""
-        return tuple(dict.fromkeys(u for u, _ in self.output.uses()))
+        return tuple(users_of(self.output))
 
 
 def norms(g: Graph) -> list[NormSite]:
     """Every norm with a constant gain, in graph order."""
-    found = []
+    sites = []
     for node in g.nodes(*NORMS):
         x, gain = node.inputs[0], node.inputs[1]
         bias = node.inputs[2] if len(node.inputs) > 2 else None
         if x is not None and gain is not None and g.is_constant(gain) and (bias is None or g.is_constant(bias)):
             kind = "layer" if node.op_type == "LayerNormalization" else "rms"
-            found.append(NormSite(node, kind, gain, bias, x, node.outputs[0]))
-    return found
+            sites.append(NormSite(node, kind, gain, bias, x, node.outputs[0]))
+    return sites
 
 
 @dataclass
 class Index:
-    """Linears and norms by the values they make and read."""
+    """Linears by output and by source, norms by output."""
 
-    made: dict[ir.Value, Linear] = field(default_factory=dict)
-    read: dict[ir.Value, list[Linear]] = field(default_factory=dict)
-    norm: dict[ir.Value, NormSite] = field(default_factory=dict)
+    by_output: dict[ir.Value, Linear] = field(default_factory=dict)
+    by_source: dict[ir.Value, list[Linear]] = field(default_factory=dict)
+    norm_by_output: dict[ir.Value, NormSite] = field(default_factory=dict)
 
     @classmethod
     def of(cls, g: Graph) -> Index:
-        """The index of a graph as it is now."""
-        index = cls(norm={x.output: x for x in norms(g)})
+        """The index of a graph's current state."""
+        index = cls(norm_by_output={x.output: x for x in norms(g)})
         for x in linears(g):
-            index.made[x.output] = x
-            index.read.setdefault(x.source, []).append(x)
+            index.by_output[x.output] = x
+            index.by_source.setdefault(x.source, []).append(x)
         return index

@@ -1,6 +1,6 @@
-"""Masks named by probing: what computes a mask is cut out and run alone on small samples, compared with closed forms.
+"""Masks named by probing: the subgraph of a mask is run alone on small samples and compared with closed forms.
 
-The algebra of mask subgraphs differs with every exporter; what they compute does not. A name is evidence, no proof.
+Mask subgraphs differ between exporters; what they compute does not. A name is evidence, not a proof.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
-from onnxcomp.canonical.masks import BLOCKED
+from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYER_OPS
 from onnxcomp.maths import Array
 
 __all__ = ["Mask", "name_masks"]
 
-BATCH, LENGTH = 2, 9
-SHORT = 4  # stands for a window too long to be seen in a sample
-WEIGHTED = {"MatMul", "Gemm", "Conv", "Attention", "LayerNormalization", "RMSNormalization", "Softmax", "Einsum"}
-MOST = 1000  # values
-LARGE = 1 << 20  # elements of a constant that is rather a weight
-FAILS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
+SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9  # sizes of the open axes of a sample
+SHORT_WINDOW = 4  # replaces a window longer than a sample
+MAX_WINDOW = 1 << 20  # integers from here on are not tried as windows
+LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to the largest slope
+MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
+MAX_CONSTANT = 1 << 20  # elements of a constant in it; a larger one counts as a weight
+WEIGHTED_OPS = LAYER_OPS | {"Einsum"}  # a mask behind one of these is computed from activations
+EVALUATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
 OTHER = "other"
 
 
@@ -46,60 +49,64 @@ def name_masks(g: Graph, masks: Iterable[ir.Value | None]) -> dict[ir.Value | No
 
 def _name(g: Graph, mask: ir.Value) -> Mask:
     if g.is_constant(mask):
-        return _of_sample(_Sample(g.array(mask)))
-    read = _read_inputs(g, mask)
-    if read is None:
+        return _name_sample(_Sample(g.array(mask)))
+    inputs_read = _read_inputs(g, mask)
+    if inputs_read is None:
         return Mask(OTHER, "content")
     try:
-        return _probed(_Cut.of(g, mask), read)
-    except FAILS:  # the evaluator refuses what it does not know in its own ways
+        return _name_by_probing(_MaskModel.of(g, mask), inputs_read)
+    except EVALUATOR_ERRORS:  # the evaluator raises all of these for unsupported nodes
         return Mask(OTHER)
 
 
 def _read_inputs(g: Graph, mask: ir.Value) -> list[ir.Value] | None:
-    """Graph inputs whose content the mask depends on; None when it takes a layer's arithmetic to compute it."""
-    every = _above(g, mask, through_shapes=True)
-    if every is None:
+    """Graph inputs whose content the mask depends on; None where a layer's operators are needed to compute it."""
+    upstream = _upstream(g, mask, through_shapes=True)
+    if upstream is None:
         return None
-    return [v for v in _above(g, mask, through_shapes=False) or () if v.producer() is None]
+    return [v for v in _upstream(g, mask, through_shapes=False) or () if v.producer() is None]
 
 
-def _above(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Value] | None:
-    """What a mask is computed from; None when that holds weights, or too much."""
-    todo, seen = [mask], set[ir.Value]()
-    while todo:
-        v = todo.pop()
+def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Value] | None:
+    """All values that a mask is computed from; None where these include weights or are too many."""
+    pending, visited = [mask], set[ir.Value]()
+    while pending:
+        v = pending.pop()
         tensor = g.tensor(v)
-        if v in seen or (tensor is not None and tensor.size <= LARGE):
+        if v in visited or (tensor is not None and tensor.size <= MAX_CONSTANT):
             continue
-        seen.add(v)
+        visited.add(v)
         node = v.producer()
-        if tensor is not None or (node is not None and (node.op_type in WEIGHTED or node.domain)) or len(seen) > MOST:
+        if (
+            tensor is not None
+            or (node is not None and (node.op_type in WEIGHTED_OPS or node.domain))
+            or len(visited) > MAX_VALUES
+        ):
             return None
         if node is not None and (through_shapes or node.op_type != "Shape"):
-            todo.extend(x for x in node.inputs if x is not None)
-    return list(seen)
+            pending.extend(x for x in node.inputs if x is not None)
+    return list(visited)
 
 
 # ---- running ---------------------------------------------------------------------------------------------------------
 
 
-class _Cut:
-    """The part of a model that computes one value."""
+class _MaskModel:
+    """The subgraph that computes a mask, as a model."""
 
     def __init__(self, model: ir.Model, inputs: list[ir.Value]) -> None:
         self.model, self.inputs = model, inputs
 
     @classmethod
-    def of(cls, g: Graph, mask: ir.Value) -> _Cut:
-        """Everything above a mask."""
+    def of(cls, g: Graph, mask: ir.Value) -> _MaskModel:
+        """The subgraph of a mask."""
         copy = g.clone()
         copy.model.graph.outputs[:] = [copy.value(str(mask.name))]
         copy.sweep()
         return cls(copy.model, copy.inputs)
 
     def run(self, contents: Mapping[str, Array] | None = None) -> _Sample:
-        """The mask for inputs of ones, or with the given contents."""
+        """The mask for inputs of ones, or of the given contents."""
         feeds = {str(v.name): np.ones(_sizes(v), _dtype(v)) for v in self.inputs}
         feeds |= {k: a.astype(feeds[k].dtype) for k, a in (contents or {}).items()}
         with np.errstate(all="ignore"):
@@ -107,26 +114,30 @@ class _Cut:
         return _Sample(np.asarray(result))
 
     def numbers(self) -> set[int]:
-        """All whole numbers among the constants."""
+        """All integers among the scalar constants."""
         return {n for _, n in self._scalars()}
 
-    def with_number(self, old: int, new: int) -> _Cut:
-        """A copy with a number replaced wherever it stands."""
-        other = _Cut(self.model.clone(), self.inputs)
-        for v, n in other._scalars():
+    def with_number(self, old: int, new: int) -> _MaskModel:
+        """A copy with a number replaced in all scalar constants."""
+        changed = _MaskModel(self.model.clone(), self.inputs)
+        for v, n in changed._scalars():
             t = v.const_value
             if n == old and t is not None:
                 v.const_value = ir.tensor(np.full(t.shape.numpy(), new, t.dtype.numpy()), name=v.name)
-        return other
+        return changed
 
     def _scalars(self) -> list[tuple[ir.Value, int]]:
-        held = ((v, v.const_value) for v in self.model.graph.initializers.values())
-        return [(v, int(t.numpy().item())) for v, t in held if t is not None and t.size == 1 and t.dtype.is_integer()]
+        initializers = ((v, v.const_value) for v in self.model.graph.initializers.values())
+        return [
+            (v, int(t.numpy().item()))
+            for v, t in initializers
+            if t is not None and t.size == 1 and t.dtype.is_integer()
+        ]
 
 
 def _sizes(v: ir.Value) -> list[int]:
     dims = list(v.shape or ())
-    return [d if isinstance(d, int) else BATCH if i == 0 else LENGTH for i, d in enumerate(dims)]
+    return [d if isinstance(d, int) else SAMPLE_BATCH if i == 0 else SAMPLE_LENGTH for i, d in enumerate(dims)]
 
 
 def _dtype(v: ir.Value) -> np.dtype[np.generic]:
@@ -134,17 +145,17 @@ def _dtype(v: ir.Value) -> np.dtype[np.generic]:
 
 
 class _Sample:
-    """One evaluated mask as `[batch, heads, queries, keys]`: what it allows, and what it adds where it allows."""
+    """One evaluated mask `[batch, heads, queries, keys]`: which keys it allows, and the bias that it adds to these."""
 
     def __init__(self, a: Array) -> None:
-        whole = a.reshape((1,) * (4 - a.ndim) + a.shape)
-        self.allowed: Array = whole if whole.dtype == np.bool_ else whole.astype(np.float64) > BLOCKED
-        added = np.zeros(whole.shape) if whole.dtype == np.bool_ else whole.astype(np.float64)
+        four_axes = a.reshape((1,) * (4 - a.ndim) + a.shape)
+        self.allowed: Array = four_axes if four_axes.dtype == np.bool_ else four_axes.astype(np.float64) > MASKED_BELOW
+        added = np.zeros(four_axes.shape) if four_axes.dtype == np.bool_ else four_axes.astype(np.float64)
         self.added: Array = np.where(self.allowed, added, 0.0)
 
     @property
     def pattern(self) -> Array | None:
-        """What all samples and heads allow alike, `[queries, keys]`; None where they differ."""
+        """The pattern `[queries, keys]` that all samples and heads share; None where they differ."""
         first: Array = self.allowed[0, 0]
         return first if (self.allowed == first).all() else None
 
@@ -152,27 +163,27 @@ class _Sample:
 # ---- names -----------------------------------------------------------------------------------------------------------
 
 
-def _probed(cut: _Cut, read: list[ir.Value]) -> Mask:
-    plain = cut.run()
-    pattern = plain.pattern
+def _name_by_probing(mask_model: _MaskModel, inputs_read: list[ir.Value]) -> Mask:
+    unpadded = mask_model.run()
+    pattern = unpadded.pattern
     if pattern is None:
-        return Mask(OTHER, _bias(plain))
-    padding = _padding(cut, plain, [v for v in cut.inputs if v.name in {x.name for x in read}])
+        return Mask(OTHER, _bias(unpadded))
+    padding = _padding(mask_model, unpadded, [v for v in mask_model.inputs if v.name in {x.name for x in inputs_read}])
     form = _form(pattern)
     if form in ("", "causal"):
-        form = _long_window(cut, form)
+        form = _find_long_window(mask_model, form)
     if form is None or padding is None:
-        return Mask(OTHER, _bias(plain))
-    return Mask("+".join(x for x in (form, padding) if x) or "none", _bias(plain))
+        return Mask(OTHER, _bias(unpadded))
+    return Mask("+".join(x for x in (form, padding) if x) or "none", _bias(unpadded))
 
 
-def _of_sample(sample: _Sample) -> Mask:
+def _name_sample(sample: _Sample) -> Mask:
     form = _form(sample.pattern) if sample.pattern is not None else None
     return Mask(OTHER if form is None else form or "none", _bias(sample))
 
 
 def _form(pattern: Array) -> str | None:
-    """Empty where everything is allowed, None where no closed form fits; queries are the last positions of the keys."""
+    """The closed form, empty where all is allowed, None where none fits; queries are the last positions of the keys."""
     queries, keys = pattern.shape
     if pattern.all():
         return ""
@@ -186,45 +197,47 @@ def _form(pattern: Array) -> str | None:
     return f"window {side}" if np.array_equal(pattern, np.abs(back) <= side) else None
 
 
-def _long_window(cut: _Cut, form: str) -> str:
-    """Whether one of the constants is a window longer than the sample: put a short one in its place and look again."""
-    for number in sorted(cut.numbers()):
-        if not LENGTH <= abs(number) < 1 << 20:
+def _find_long_window(mask_model: _MaskModel, form: str) -> str:
+    """The form with a window longer than the sample, if replacing one of the constants by a short window reveals it."""
+    for number in sorted(mask_model.numbers()):
+        if not SAMPLE_LENGTH <= abs(number) < MAX_WINDOW:
             continue
-        pattern = cut.with_number(number, SHORT if number > 0 else -SHORT).run().pattern
-        found = _form(pattern) if pattern is not None else None
-        if found and "window" in found:
-            kind, _, width = found.rpartition(" ")
-            return f"{kind} {abs(number) + int(width) - SHORT}"
+        pattern = mask_model.with_number(number, SHORT_WINDOW if number > 0 else -SHORT_WINDOW).run().pattern
+        window_form = _form(pattern) if pattern is not None else None
+        if window_form and "window" in window_form:
+            kind, _, width = window_form.rpartition(" ")
+            return f"{kind} {abs(number) + int(width) - SHORT_WINDOW}"
     return form
 
 
-def _padding(cut: _Cut, plain: _Sample, read: Iterable[ir.Value]) -> str | None:
-    """Empty where no input's content matters, None where it does in another way than hiding keys."""
+def _padding(mask_model: _MaskModel, unpadded: _Sample, inputs_read: Iterable[ir.Value]) -> str | None:
+    """The form of padding: empty where no input's content matters, None where it does otherwise than by hiding keys."""
     rng, result = np.random.default_rng(0), ""
-    for v in read:
+    for v in inputs_read:
         sizes = _sizes(v)
         if len(sizes) != 2:
             return None
-        kept = rng.integers(0, 2, sizes)
-        kept[:, 0], kept[:, -1] = 1, 0
-        allowed = cut.run({str(v.name): kept}).allowed
-        if allowed.shape == plain.allowed.shape and np.array_equal(allowed, plain.allowed):
+        token_mask = rng.integers(0, 2, sizes)
+        token_mask[:, 0], token_mask[:, -1] = 1, 0
+        allowed = mask_model.run({str(v.name): token_mask}).allowed
+        if allowed.shape == unpadded.allowed.shape and np.array_equal(allowed, unpadded.allowed):
             continue
-        found = next((name for name, hides in _hidings(kept, plain) if _equal(allowed, hides)), None)
-        if found is None or result:
+        padding_form = next(
+            (name for name, hides in _padding_forms(token_mask, unpadded) if _equal(allowed, hides)), None
+        )
+        if padding_form is None or result:
             return None
-        result = found
+        result = padding_form
     return result
 
 
-def _hidings(kept: Array, plain: _Sample) -> Iterable[tuple[str, Array]]:
+def _padding_forms(token_mask: Array, unpadded: _Sample) -> Iterable[tuple[str, Array]]:
     """Ways in which a `[batch, keys]` input of zeros and ones may hide keys."""
-    keys, queries = kept[:, None, None, :] == 1, kept[:, None, :, None] == 1
-    if kept.shape[1] == plain.allowed.shape[-1]:
-        yield "padding", plain.allowed & keys
-        if plain.allowed.shape[-2] in (1, kept.shape[1]):
-            yield "padding of queries and keys", plain.allowed & keys & queries
+    keys, queries = token_mask[:, None, None, :] == 1, token_mask[:, None, :, None] == 1
+    if token_mask.shape[1] == unpadded.allowed.shape[-1]:
+        yield "padding", unpadded.allowed & keys
+        if unpadded.allowed.shape[-2] in (1, token_mask.shape[1]):
+            yield "padding of queries and keys", unpadded.allowed & keys & queries
 
 
 def _equal(a: Array, b: Array) -> bool:
@@ -236,12 +249,16 @@ def _equal(a: Array, b: Array) -> bool:
 
 
 def _bias(sample: _Sample) -> str:
-    """`alibi` for numbers linear in the key's place, `relative` for any others, empty for none."""
+    """`alibi` for a bias linear in the key's position, `relative` for any other, empty for none."""
     added = sample.added
     if not added.any():
         return ""
     steps = np.diff(added, axis=-1)
-    known = sample.allowed[..., 1:] & sample.allowed[..., :-1]
-    slope = np.where(known, steps, 0).sum((-2, -1), keepdims=True) / np.maximum(known.sum((-2, -1), keepdims=True), 1)
-    linear = np.where(known, np.abs(steps - slope), 0).max() <= 1e-3 * max(float(np.abs(slope).max()), 1e-12)
+    both_allowed = sample.allowed[..., 1:] & sample.allowed[..., :-1]
+    slope = np.where(both_allowed, steps, 0).sum((-2, -1), keepdims=True) / np.maximum(
+        both_allowed.sum((-2, -1), keepdims=True), 1
+    )
+    linear = np.where(both_allowed, np.abs(steps - slope), 0).max() <= LINEAR_TOLERANCE * max(
+        float(np.abs(slope).max()), 1e-12
+    )
     return "alibi" if linear else "relative"

@@ -1,4 +1,4 @@
-"""Heads of products in three, four or five axes: `[b * n, s, h]`, `[b, n, s, h]`, `[b, kv, n / kv, s, h]` to four."""
+"""Layouts of heads in attention products: `[b * n, s, h]` and `[b, kv, n / kv, s, h]` are brought to `[b, n, s, h]`."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import trace
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 from onnxcomp.canonical.shape_targets import Sizes
+from onnxcomp.graph.values import users_of
 
-__all__ = ["Four", "Heads", "NotAttention", "heads_of", "regroups"]
+__all__ = ["Heads", "NotAttention", "Operands", "heads_of", "regroups"]
 
 
 class NotAttention(Exception):
-    """Why a Softmax is not raised; caught where the site is declined."""
+    """The reason why a Softmax is no attention; caught where the site is declined."""
 
 
 @dataclass(frozen=True)
-class Four:
-    """Queries, keys, values and masks of one attention in four axes."""
+class Operands:
+    """Queries, keys, values and masks of one attention, with four axes each."""
 
     q: ir.Value
     k: ir.Value
@@ -31,24 +32,24 @@ class Four:
 
 @dataclass(frozen=True)
 class Heads:
-    """The `heads` of products in `rank` axes, and what stands for the batch in the others."""
+    """How products of `rank` axes hold heads: the number of heads and the batch size of a merged axis."""
 
     rank: int = 4
     heads: int = 0
     batch: Size = 1
 
-    def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Four:
-        """All in four axes; raises `NotAttention` before anything is made where one does not fit."""
+    def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Operands:
+        """All operands in four axes; raises `NotAttention` before any node is added where one does not fit."""
         planned = [(x, self._lead(sizes.f, x)) for x in (q, k, v)]
         planned += [(m, self._mask_lead(sizes.f, m)) for m in masks]
         for x, s in planned:
             if s is not None and not sizes.can_reshape(sizes.f.shape(x) or (), s):
-                raise NotAttention("batch, heads and lengths cannot be told apart")
-        made = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
-        return Four(made[0], made[1], made[2], made[3:])
+                raise NotAttention("batch, heads and lengths cannot be separated")
+        reshaped = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
+        return Operands(reshaped[0], reshaped[1], reshaped[2], reshaped[3:])
 
     def back(self, sizes: Sizes, new: ir.Value, out: ir.Value) -> ir.Value:
-        """The result with the axes of `out`, the product it replaces."""
+        """The result in the layout of `out`, the product that it replaces."""
         shape = sizes.f.shape(out)
         if shape is None or len(shape) == 4:
             new.type, new.shape = out.type, out.shape
@@ -56,7 +57,7 @@ class Heads:
         return sizes.reshaped(new, shape, like=out)
 
     def _lead(self, f: Facts, x: ir.Value) -> Shape | None:
-        """The four sizes of a query, key or value, or None where it has them."""
+        """The four sizes of a query, key or value; None where it has four axes already."""
         s = f.shape(x) or ()
         if len(s) == 4:
             return None
@@ -67,7 +68,7 @@ class Heads:
     def _mask_lead(self, f: Facts, m: ir.Value) -> Shape | None:
         s = f.shape(m)
         if s is None or len(s) > 5:
-            raise NotAttention("the mask's axes are not known")
+            raise NotAttention("the mask's axes are unknown")
         if len(s) == 5:
             if 1 in s[1:3] and s[1:3] != (1, 1):
                 raise NotAttention("a mask differs between the heads of a group or between groups")
@@ -78,7 +79,7 @@ class Heads:
 
 
 def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) -> Heads:
-    """How the operands of an attention's two products hold their heads; raises `NotAttention` when they do not fit."""
+    """How the operands of an attention's two products hold their heads; raises `NotAttention` where they do not fit."""
     shapes = [f.shape(x) for x in (q, k, v)]
     a, b, c = shapes
     if a is None or b is None or c is None or not len(a) == len(b) == len(c) or len(a) not in (3, 4, 5):
@@ -88,7 +89,7 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     if not isinstance(a[-1], int) or not isinstance(c[-1], int):
         raise NotAttention("head width is not static")
     if len(a) == 3:
-        return _unfolded(f, a, (q, k, v, scores))
+        return _heads_from_folded_axis(f, a, (q, k, v, scores))
     n, kv = a[1:-2], b[1:-2]
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
@@ -97,15 +98,15 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     return Heads(len(a))
 
 
-def _unfolded(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
-    """Batch and heads of an axis that holds both, from where either operand was folded."""
+def _heads_from_folded_axis(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
+    """Batch and heads of an axis that merges both, from the Reshape that merged or separates them."""
     for v in values:
         for t in trace(f, v):
             lead = t.origin[0]
             if len(lead) == 2 and isinstance(lead[1].size, int):
                 return Heads(3, lead[1].size, lead[0].size)
     for v in values[-1:]:
-        for user in dict.fromkeys(u for u, _ in v.uses()):
+        for user in users_of(v):
             out = f.shape(user.outputs[0])
             if user.op_type == "Reshape" and out is not None and len(out) == 4 and isinstance(out[1], int):
                 batch = divide(f.equal.plain(shape[0]), out[1])
@@ -113,7 +114,7 @@ def _unfolded(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:
                     return Heads(3, out[1], batch)
     if isinstance(shape[0], int):
         return Heads(3, shape[0], 1)
-    raise NotAttention("batch and heads of the first axis cannot be told apart")
+    raise NotAttention("batch and heads of the first axis cannot be separated")
 
 
 def regroups(f: Facts, x: ir.Value, y: ir.Value) -> bool:

@@ -1,4 +1,4 @@
-"""The core of attention in four axes: from a Softmax up to the product of queries and keys, down to the values."""
+"""The core of attention: from a Softmax back to the product of queries and keys, forward to that with values."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from onnxcomp.canonical.attention_axes import Heads, NotAttention, heads_of, reg
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import users_of
 
 __all__ = ["Core", "NotAttention", "find_core", "raise_core"]
+
+# Scalings, masks and casts between the product and the softmax; bounds the search, which branches at every addition.
+MAX_DEPTH = 12
 
 
 @dataclass
 class Bias:
-    """What is added to the scores, to be multiplied by `factor`; the scores had `rank` axes there."""
+    """A mask or bias that is added to the scores, and its factor: the scale between it and the softmax."""
 
     value: ir.Value
     factor: float = 1.0
@@ -28,10 +32,10 @@ class Bias:
 
 @dataclass
 class Core:
-    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or what guards it.
+    """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or the guard behind it.
 
-    `changes` tells that rows which see no key would come out differently. `precision` is the type the softmax is
-    computed in where that is another than that of the products. `heads` tells how 3 or 5 axes become 4.
+    `changes`: query rows without visible keys would change. `precision`: the type of the softmax where it differs from
+    that of the products. `heads`: how products of 3 or 5 axes become 4.
     """
 
     q: ir.Value
@@ -47,61 +51,61 @@ class Core:
 
 
 @dataclass
-class _Walk:
-    """State of the way up from the Softmax."""
+class _State:
+    """What was collected on the way back from the Softmax to the scores' product."""
 
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[Bias] = field(default_factory=list)
     finite: bool = False
-    wide: bool = False  # the scores were cast up on the way
+    wide: bool = False  # the scores were cast to a wider type
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
-    """The attention around a Softmax; raises `NotAttention` with the reason when it is none."""
+    """The attention around a Softmax; raises `NotAttention` with the reason where it is none."""
     x = softmax.inputs[0]
     rank = f.rank(x)
     if x is None or rank is None:
-        raise NotAttention("the number of axes of the scores is not known")
+        raise NotAttention("the rank of the scores is unknown")
     if axis_of(softmax, rank) != rank - 1:
         raise NotAttention("the softmax is not over the last axis")
-    walk = _Walk()
-    product = _up(f, masks, walk, x)
-    guarded, v, out, narrow = _down(f, softmax.outputs[0])
+    state = _State()
+    product = _to_product(f, masks, state, x)
+    guarded, v, out, cast_back = _to_values(f, softmax.outputs[0])
     q, k = product.inputs[0], product.inputs[1]
     if q is None or k is None or v is None:
         raise NotAttention("an input of a product is missing")
-    if walk.wide != narrow:
+    if state.wide != cast_back:
         raise NotAttention("the scores are cast to another type and not back")
-    only = walk.masks[0].value if len(walk.masks) == 1 else None
+    only = state.masks[0].value if len(state.masks) == 1 else None
     repeated = masks.guarded(out, only)
     exact = repeated is not None and (only is None or masks.is_bool(only))
-    changes = not exact and (walk.finite or not guarded)
-    core = Core(q, k, v, repeated or out, walk.scale, walk.softcap, walk.masks, bool(walk.masks) and changes)
-    core.precision = softmax.outputs[0].dtype or x.dtype if walk.wide else None
+    changes = not exact and (state.finite or not guarded)
+    core = Core(q, k, v, repeated or out, state.scale, state.softcap, state.masks, bool(state.masks) and changes)
+    core.precision = softmax.outputs[0].dtype or x.dtype if state.wide else None
     core.heads = heads_of(f, q, k, v, product.outputs[0])
-    if walk.masks and walk.scale <= 0:
+    if state.masks and state.scale <= 0:
         raise NotAttention("the scale of masked scores is not positive")
     return core
 
 
-def _up(f: Facts, masks: Masks, walk: _Walk, v: ir.Value) -> ir.Node:
-    """Collect scale and masks from `v` up to the product of queries and keys."""
+def _to_product(f: Facts, masks: Masks, state: _State, v: ir.Value) -> ir.Node:
+    """The product of queries and keys behind `v`; scale and masks on the way go into `state`."""
     node = v.producer()
     if v.is_graph_output() or len(set(v.uses())) > 1:
-        raise NotAttention("the scores are read elsewhere")
-    if node is None or node.domain or not _leads_up(f, v):
+        raise NotAttention("the scores have other users")
+    if node is None or node.domain or not _leads_to_product(f, v):
         if node is not None and node.op_type == "DequantizeLinear":
             raise NotAttention("its scores are quantized")
-        raise NotAttention("no product of queries and keys above the softmax")
+        raise NotAttention("no product of queries and keys leads to the softmax")
     step: Callable[..., ir.Value] | None = _STEPS.get(node.op_type)
     if step is None:
         return node
-    return _up(f, masks, walk, step(f, masks, walk, node))
+    return _to_product(f, masks, state, step(f, masks, state, node))
 
 
-def _leads_up(f: Facts, v: ir.Value | None, depth: int = 12) -> bool:
-    """Whether a chain of scalings, masks and casts ends in a product of two computed values."""
+def _leads_to_product(f: Facts, v: ir.Value | None, depth: int = MAX_DEPTH) -> bool:
+    """Whether scalings, masks and casts lead back to a product of two computed values."""
     node = v.producer() if v is not None else None
     if node is None or node.domain or depth == 0:
         return False
@@ -109,147 +113,152 @@ def _leads_up(f: Facts, v: ir.Value | None, depth: int = 12) -> bool:
         return not any(f.g.is_constant(x) for x in node.inputs)
     if node.op_type not in _STEPS:
         return False
-    return any(_leads_up(f, x, depth - 1) for x in node.inputs)
+    return any(_leads_to_product(f, x, depth - 1) for x in node.inputs)
 
 
-def _mask_added(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _mask_added(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     a, b = node.inputs[0], node.inputs[1]
-    scores, mask = (a, b) if _leads_up(f, a) else (b, a)
+    scores, mask = (a, b) if _leads_to_product(f, a) else (b, a)
     if scores is None or mask is None:
         raise NotAttention("an input of the mask addition is missing")
-    if walk.softcap:
+    if state.softcap:
         raise NotAttention("a mask is added inside the soft-cap")
-    meaning = masks.as_bool(mask)
-    walk.masks.append(Bias(meaning) if meaning is not None else Bias(mask, walk.scale))
-    walk.finite |= masks.is_finite(mask)
+    bool_mask = masks.as_bool(mask)
+    state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, state.scale))
+    state.finite |= masks.is_finite(mask)
     return scores
 
 
-def _mask_subtracted(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _mask_subtracted(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     scores, mask = node.inputs[0], node.inputs[1]
-    if scores is None or mask is None or walk.softcap or not _leads_up(f, scores):
-        raise NotAttention("the scores are subtracted from something, or a mask from them inside the soft-cap")
-    meaning = masks.subtracted(mask)
-    walk.masks.append(Bias(meaning) if meaning is not None else Bias(mask, -walk.scale))
-    walk.finite = True
+    if scores is None or mask is None or state.softcap or not _leads_to_product(f, scores):
+        raise NotAttention("the scores are subtracted from another value, or a mask is subtracted inside the soft-cap")
+    bool_mask = masks.subtracted(mask)
+    state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, -state.scale))
+    state.finite = True
     return scores
 
 
-def _mask_selected(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _mask_selected(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     condition, x, y = node.inputs[:3]
-    if walk.softcap:
+    if state.softcap:
         raise NotAttention("a mask is applied inside the soft-cap")
     for scores, fill, positive in ((x, y, True), (y, x, False)):
         low = masks.fill(fill)
-        if scores is not None and condition is not None and low is not None and _leads_up(f, scores):
-            walk.masks.append(Bias(condition if positive else masks.negated(condition)))
-            walk.finite |= low != -np.inf
+        if scores is not None and condition is not None and low is not None and _leads_to_product(f, scores):
+            state.masks.append(Bias(condition if positive else masks.negated(condition)))
+            state.finite |= low != -np.inf
             return scores
-    raise NotAttention("the scores are selected by something that is not a mask")
+    raise NotAttention("a Where that is no mask selects the scores")
 
 
-def _scaled(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _scaled(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     a, b = node.inputs[0], node.inputs[1]
-    for x, shown in ((a, b), (b, a)):
-        if x is not None and node.op_type == "Mul" and _is_masked_already(masks, walk, shown) and _leads_up(f, x):
+    for x, factor in ((a, b), (b, a)):
+        if (
+            x is not None
+            and node.op_type == "Mul"
+            and _is_masked_already(masks, state, factor)
+            and _leads_to_product(f, x)
+        ):
             return x
     x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
     if x is None or number is None or not np.isfinite(number) or (node.op_type == "Div" and (x is b or number == 0)):
-        raise NotAttention("the scores are scaled by something computed")
-    walk.scale *= number if node.op_type == "Mul" else 1 / number
+        raise NotAttention("the scores are scaled by a computed value")
+    state.scale *= number if node.op_type == "Mul" else 1 / number
     return x
 
 
-def _is_masked_already(masks: Masks, walk: _Walk, shown: ir.Value | None) -> bool:
-    """Whether a factor of 0 and 1 is 0 only where a mask met before forbids the key whatever its score."""
-    if not walk.masks or shown is None or (masks.g.is_constant(shown) and masks.f.scalar(shown) is not None):
+def _is_masked_already(masks: Masks, state: _State, factor: ir.Value | None) -> bool:
+    """Whether a factor of zeros and ones is 0 only where a mask found before hides the key anyway."""
+    if not state.masks or factor is None or (masks.g.is_constant(factor) and masks.f.scalar(factor) is not None):
         return False
-    meaning = masks.uncast(shown)
-    return meaning is not None and any(m.value is meaning for m in walk.masks)
+    bool_mask = masks.uncast(factor)
+    return bool_mask is not None and any(m.value is bool_mask for m in state.masks)
 
 
-def _capped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _softcapped(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     """`cap * tanh(a * s) = cap * tanh(scale * s / cap)` with `scale = a * cap`, whatever the order of the factors."""
-    if walk.softcap or walk.scale <= 0 or node.inputs[0] is None:
-        raise NotAttention("the scores go through a Tanh that is no soft-cap")
-    walk.softcap = walk.scale
+    if state.softcap or state.scale <= 0 or node.inputs[0] is None:
+        raise NotAttention("a Tanh that is no soft-cap is applied to the scores")
+    state.softcap = state.scale
     return node.inputs[0]
 
 
-def _passed(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _casts(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     x = node.inputs[0]
     if x is None:
-        raise NotAttention("an input of the scores is missing")
+        raise NotAttention("an operand of the scores is missing")
     if node.op_type == "Cast" and x.dtype != node.outputs[0].dtype:
-        to, have = node.attributes.get_int("to", 1), x.dtype
-        if walk.wide or to != ir.DataType.FLOAT or have not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
+        to, source_type = node.attributes.get_int("to", 1), x.dtype
+        if state.wide or to != ir.DataType.FLOAT or source_type not in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
             raise NotAttention("the scores are cast to another type")
-        if any(not masks.is_bool(m.value) for m in walk.masks):
+        if any(not masks.is_bool(m.value) for m in state.masks):
             raise NotAttention("a float bias is added in a wider type than that of queries and keys")
-        walk.wide = True
+        state.wide = True
     return x
 
 
-def _regrouped(f: Facts, masks: Masks, walk: _Walk, node: ir.Node) -> ir.Value:
+def _regrouped(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     """Heads and batch as one axis or as two: `[b * n, s, t]` and `[b, n, s, t]`."""
     x = node.inputs[0]
     if x is None or not regroups(f, x, node.outputs[0]):
-        raise NotAttention("the scores are reshaped in another way than by their heads")
+        raise NotAttention("a Reshape changes the scores in other axes than batch and heads")
     return x
 
 
-_STEPS: dict[str, Callable[[Facts, Masks, _Walk, ir.Node], ir.Value]] = {
+_STEPS: dict[str, Callable[[Facts, Masks, _State, ir.Node], ir.Value]] = {
     "Add": _mask_added,
     "Sub": _mask_subtracted,
     "Where": _mask_selected,
     "Mul": _scaled,
     "Div": _scaled,
-    "Tanh": _capped,
-    "Cast": _passed,
-    "Identity": _passed,
+    "Tanh": _softcapped,
+    "Cast": _casts,
+    "Identity": _casts,
     "Reshape": _regrouped,
     "Unsqueeze": _regrouped,
     "Squeeze": _regrouped,
 }
 
 
-def _down(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, bool]:
-    """Whether NaN is guarded, the values, the product, and whether a cast came before, from the probabilities on."""
-    guarded = narrow = False
+def _to_values(f: Facts, p: ir.Value) -> tuple[bool, ir.Value | None, ir.Value, bool]:
+    """From the probabilities on: whether NaN is guarded, the values, the product, and whether a cast came before."""
+    guarded = cast_back = False
     while True:
-        users = list(dict.fromkeys(u for u, _ in p.uses()))
+        users = users_of(p)
         guard = _guard(f, p, users)
         if guard is not None:
             guarded, p = True, guard
             continue
         if p.is_graph_output() or len(users) != 1:
-            raise NotAttention("the attention probabilities are read elsewhere")
+            raise NotAttention("the attention probabilities have other users")
         node = users[0]
         if node.op_type == "MatMul" and node.inputs[0] is p and not f.g.is_constant(node.inputs[1]):
-            return guarded, node.inputs[1], node.outputs[0], narrow
+            return guarded, node.inputs[1], node.outputs[0], cast_back
         out = node.outputs[0]
-        if node.op_type == "Cast" and p.dtype != out.dtype and p.dtype == ir.DataType.FLOAT and not narrow:
-            narrow = True
+        if node.op_type == "Cast" and p.dtype != out.dtype and p.dtype == ir.DataType.FLOAT and not cast_back:
+            cast_back = True
         elif node.op_type in ("Reshape", "Squeeze", "Unsqueeze"):
             if not regroups(f, p, out):
-                raise NotAttention("the probabilities are reshaped in another way than by their heads")
+                raise NotAttention("a Reshape changes the probabilities in other axes than batch and heads")
         elif node.op_type not in ("Identity", "Cast") or (node.op_type == "Cast" and p.dtype != out.dtype):
             raise NotAttention(f"the softmax is followed by {node.op_type}, not by a product with values")
         p = out
 
 
 def _guard(f: Facts, p: ir.Value, users: list[ir.Node]) -> ir.Value | None:
-    """`Where(IsNaN(p), 0, p)`, which only tidies up rows that see no key."""
+    """`Where(IsNaN(p), 0, p)`, which only affects rows without visible keys."""
     kinds = {u.op_type: u for u in users}
     if set(kinds) != {"IsNaN", "Where"} or len(users) != 2 or p.is_graph_output():
         return None
     where, zero = kinds["Where"], f.uniform(kinds["Where"].inputs[1])
-    right = where.inputs[0] is kinds["IsNaN"].outputs[0] and where.inputs[2] is p
-    return where.outputs[0] if right and zero is not None and zero.value == 0.0 else None
+    matches = where.inputs[0] is kinds["IsNaN"].outputs[0] and where.inputs[2] is p
+    return where.outputs[0] if matches and zero is not None and zero.value == 0.0 else None
 
 
 def raise_core(g: Graph, sizes: Sizes, masks: Masks, core: Core) -> None:
-    """Replace a core by one Attention in four axes; raises `NotAttention` when its parts do not fit together."""
+    """Replace a core by one Attention in four axes; raises `NotAttention` where its operands do not fit together."""
     four = core.heads.four(sizes, core.q, core.k, core.v, [m.value for m in core.masks])
     dtype = core.q.dtype or core.out.dtype or ir.DataType.FLOAT
     keys = g.op("Transpose", four.k, perm=[0, 1, 3, 2])

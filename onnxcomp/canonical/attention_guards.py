@@ -1,4 +1,4 @@
-"""Guards of rows that see no key, brought where recognition looks for them: right behind the product with values."""
+"""Guards of rows without visible keys (`Where(no key, 0, x)`), moved directly behind the product with the values."""
 
 from __future__ import annotations
 
@@ -13,28 +13,39 @@ __all__ = ["lift_guards"]
 
 
 def lift_guards(g: Graph, f: Facts) -> None:
-    """Move `Where(turned c, 0, turned x)` in front of the Transpose that turned both; optimizers swap the two."""
+    """Move a `Where(c, 0, x)` of transposed operands before their Transpose: optimizers exchange the two."""
     for node in g.nodes("Where"):
         condition, zero, x = node.inputs[:3]
-        turn = condition.producer() if condition is not None else None
-        known = f.uniform(zero)
-        if node.domain or turn is None or turn.op_type != "Transpose" or turn.domain or x is None or zero is None:
+        transpose = condition.producer() if condition is not None else None
+        fill = f.uniform(zero)
+        if (
+            node.domain
+            or transpose is None
+            or transpose.op_type != "Transpose"
+            or transpose.domain
+            or x is None
+            or zero is None
+        ):
             continue
-        if known is None or known.value != 0.0 or zero.dtype is None or f.shape(node.outputs[0]) != f.shape(x):
+        if fill is None or fill.value != 0.0 or zero.dtype is None or f.shape(node.outputs[0]) != f.shape(x):
             continue
-        order = list(turn.attributes.get_ints("perm", []))
-        before = _turned_by(f, x, order) if order else None
-        if before is not None:
-            guarded = g.op("Where", turn.inputs[0], np.array(0, zero.dtype.numpy()), before, like=before)
+        order = list(transpose.attributes.get_ints("perm", []))
+        source = _source_of_transpose(f, x, order) if order else None
+        if source is not None:
+            guarded = g.op("Where", transpose.inputs[0], np.array(0, zero.dtype.numpy()), source, like=source)
             g.replace(node.outputs[0], g.op("Transpose", guarded, perm=order, like=node.outputs[0]))
 
 
-def _turned_by(f: Facts, x: ir.Value, order: list[int]) -> ir.Value | None:
-    """The value of which `x` is the Transpose by `order`, through whatever moves, each read by nothing else."""
+def _source_of_transpose(f: Facts, x: ir.Value, order: list[int]) -> ir.Value | None:
+    """The value that `x` is the Transpose of by `order`, through layout operators without other users."""
     for t in trace(f, x):
         groups = t.axes
-        one = len(groups) == len(order) == len(t.origin) and sum(1 for group in groups if not group) <= 1
-        if one and t.value is not x and [groups.index(group) for group in t.origin if group in groups] == order:
+        is_transpose = len(groups) == len(order) == len(t.origin) and sum(1 for group in groups if not group) <= 1
+        if (
+            is_transpose
+            and t.value is not x
+            and [groups.index(group) for group in t.origin if group in groups] == order
+        ):
             return t.value
         if t.value.is_graph_output() or len(set(t.value.uses())) > 1:
             return None

@@ -1,4 +1,4 @@
-"""Einsum over two values that is a batched matrix product, spelled as Transpose and MatMul, which everything knows."""
+"""Einsum of two values that is a batched matrix product, decomposed to Transpose and MatMul."""
 
 from __future__ import annotations
 
@@ -8,48 +8,54 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 
-__all__ = ["spell_einsum"]
+__all__ = ["decompose_einsum"]
 
 
-def spell_einsum(g: Graph) -> None:
+def decompose_einsum(g: Graph) -> None:
     """Rewrite every Einsum `(batch, rows, k), (batch, k, columns) > (batch, rows, columns)`, axes in any order.
 
-    What repeats a letter, sums one operand alone or has an ellipsis stays as it is.
+    Equations that repeat a letter, sum over an axis of one operand alone or have an ellipsis stay as they are.
     """
     for node in g.nodes("Einsum"):
         if node.domain == "" and len(node.inputs) == 2:
-            _spell(g, node)
+            _decompose(g, node)
 
 
-def _spell(g: Graph, node: ir.Node) -> None:
+def _decompose(g: Graph, node: ir.Node) -> None:
     a, b = node.inputs[0], node.inputs[1]
-    left, arrow, out = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
-    first, _, second = left.partition(",")
-    if a is None or b is None or not arrow or "." in left or any(len(set(x)) < len(x) for x in (first, second, out)):
+    operands, arrow, out = node.attributes.get_string("equation", "").replace(" ", "").partition("->")
+    first, _, second = operands.partition(",")
+    if (
+        a is None
+        or b is None
+        or not arrow
+        or "." in operands
+        or any(len(set(x)) < len(x) for x in (first, second, out))
+    ):
         return
     batch = [x for x in out if x in first and x in second]
     rows = [x for x in out if x in first and x not in second]
     columns = [x for x in out if x in second and x not in first]
     summed = [x for x in first if x in second and x not in out]
-    whole = len(batch) + len(rows) + len(columns) == len(out)
-    alone = (set(first) | set(second)) - {*batch, *rows, *columns, *summed}
-    if alone or not whole or len(summed) != 1 or len(columns) != 1 or (len(rows) != 1 and batch) or not rows:
+    complete = len(batch) + len(rows) + len(columns) == len(out)
+    unmatched = (set(first) | set(second)) - {*batch, *rows, *columns, *summed}
+    if unmatched or not complete or len(summed) != 1 or len(columns) != 1 or (len(rows) != 1 and batch) or not rows:
         return
-    x = _turned(g, a, first, [*batch, *rows, *summed])
-    y = _turned(g, b, second, [*batch, *summed, *columns])
+    x = _transposed(g, a, first, [*batch, *rows, *summed])
+    y = _transposed(g, b, second, [*batch, *summed, *columns])
     product = g.op("MatMul", x, y, name=f"{node.name}_product")
     product.type = node.outputs[0].type
-    result = _turned(g, product, [*batch, *rows, *columns], out)
+    result = _transposed(g, product, [*batch, *rows, *columns], out)
     g.replace(node.outputs[0], result)
     if result.type is None:
         result.type = node.outputs[0].type
 
 
-def _turned(g: Graph, v: ir.Value, axes: Sequence[str], to: Sequence[str]) -> ir.Value:
-    """A value whose named axes stand in another order."""
+def _transposed(g: Graph, v: ir.Value, axes: Sequence[str], to: Sequence[str]) -> ir.Value:
+    """A value with its named axes in another order."""
     perm = [list(axes).index(x) for x in to]
     if perm == sorted(perm):
         return v
-    turned = g.op("Transpose", v, perm=perm)
-    turned.type = v.type
-    return turned
+    transposed = g.op("Transpose", v, perm=perm)
+    transposed.type = v.type
+    return transposed

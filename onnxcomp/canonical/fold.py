@@ -1,4 +1,4 @@
-"""What is known before the model runs is computed once: nodes of small constants, and choices already made."""
+"""Constant folding: nodes of small constants, static sizes, and nodes that always return one of their inputs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.selections import selections
-from onnxcomp.canonical.shape_targets import CARRIERS
+from onnxcomp.canonical.shape_targets import SHAPE_ARITHMETIC
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["choose_known", "fold_constants", "take_constants"]
+__all__ = ["fold_constants", "fold_known", "slice_constants"]
 
-LIMIT = 1 << 14  # elements of a constant worth folding: gains, tables and biases, not weights
-# No Log, Exp or Pow: rounded otherwise than by the runtime, they would move the borders of position buckets.
+MAX_ELEMENTS = 1 << 14  # elements of a constant that is folded: gains, tables and biases, but not weights
+# No Log, Exp or Pow: numpy rounds them differently from the runtime, which would move borders of position buckets.
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Cos", "Sin", "Abs", "Min", "Max", "Mod", "Sign"}
 LOGIC = {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Cast"}
 LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Concat", "Gather", "Slice", "Transpose", "Resize", "Expand", "Range"}
@@ -29,23 +29,23 @@ TYPES = {*FLOATS, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
 
 
 def fold_constants(g: Graph) -> None:
-    """Compute nodes whose inputs are all small constants, such as `1 + gain` or a resized position bias."""
+    """Evaluate nodes whose inputs are all small constants, such as `1 + gain` or a resized position bias."""
     for node in g.nodes(*ARITHMETIC, *LOGIC, *LAYOUT, *SUMS):
         arrays = _inputs(g, node)
         if arrays is None or node.outputs[0].is_graph_output():
             continue
         with np.errstate(all="ignore"):
-            result = _computed(node, arrays, g.opset)
-        if result.size <= LIMIT:
+            result = _evaluate(node, arrays, g.opset)
+        if result.size <= MAX_ELEMENTS:
             g.replace(node.outputs[0], g.constant(result, str(node.outputs[0].name)))
 
 
 def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
-    """The constants a node reads; None unless all are small and of types that numpy has."""
+    """The constants that a node reads; None unless all are small and of numpy's types."""
     tensors = [g.tensor(x) for x in node.inputs]
     missing = any(t is None and x is not None for t, x in zip(tensors, node.inputs, strict=True))
     known = [t for t in tensors if t is not None]
-    if node.domain or missing or not known or any(t.size > LIMIT or t.dtype not in TYPES for t in known):
+    if node.domain or missing or not known or any(t.size > MAX_ELEMENTS or t.dtype not in TYPES for t in known):
         return None
     rounded = node.op_type in SUMS and known[0].dtype.is_floating_point()
     if _is_weight(node, known[0]) or _grows(node, known) or rounded:
@@ -54,51 +54,51 @@ def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
 
 
 def _is_weight(node: ir.Node, t: ir.TensorProtocol) -> bool:
-    """A turned matrix: it belongs to a linear and may be an embedding as well."""
+    """A transposed matrix: it is the weight of a linear, and may be an embedding table as well."""
     return node.op_type == "Transpose" and len(t.shape) == 2 and t.dtype.is_floating_point()
 
 
 def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:
-    """Whether the result is too large to be worth holding."""
+    """Whether the result is too large to be stored."""
     if node.op_type == "Range":
         start, limit, step = (float(t.numpy()) for t in known)
-        return abs(limit - start) > LIMIT * abs(step)
+        return abs(limit - start) > MAX_ELEMENTS * abs(step)
     if node.op_type in ("Expand", "ConstantOfShape", "Tile"):
-        return math.prod(max(1, int(d)) for d in known[-1].numpy().reshape(-1)) > LIMIT
+        return math.prod(max(1, int(d)) for d in known[-1].numpy().reshape(-1)) > MAX_ELEMENTS
     return False
 
 
-def _computed(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
-    """The node's output by ONNX's own reference."""
+def _evaluate(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:
+    """The node's output by ONNX's reference evaluator."""
     feeds = {f"x{i}": a for i, a in enumerate(arrays) if a is not None}
     inputs = {k: ir.Value(name=k, type=ir.TensorType(ir.DataType.from_numpy(a.dtype))) for k, a in feeds.items()}
     args = [inputs.get(f"x{i}") for i in range(len(arrays))]
-    alone = ir.node(node.op_type, args, {k: a.value for k, a in node.attributes.items()})
-    alone.outputs[0].name = "y"
-    graph = ir.Graph([*inputs.values()], alone.outputs, nodes=[alone], opset_imports={"": opset}, name="fold")
-    found: Any = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, feeds)
-    return np.asarray(found[0])
+    single = ir.node(node.op_type, args, {k: a.value for k, a in node.attributes.items()})
+    single.outputs[0].name = "y"
+    graph = ir.Graph([*inputs.values()], single.outputs, nodes=[single], opset_imports={"": opset}, name="fold")
+    results: Any = ReferenceEvaluator(ir.to_proto(ir.Model(graph, ir_version=10))).run(None, feeds)
+    return np.asarray(results[0])
 
 
-def take_constants(g: Graph, f: Facts) -> None:
-    """Make a lazy view of each fixed part of a weight, such as the queries' rows of a packed projection."""
+def slice_constants(g: Graph, f: Facts) -> None:
+    """Replace static selections of a weight by lazy constants, such as the queries' rows of a packed projection."""
     for node in g.nodes("Split", "Slice", "Gather"):
         tensor = g.tensor(node.inputs[0])
         if tensor is None or tensor.dtype not in FLOATS:
             continue
         for part in selections(f, node) or ():
-            index = part.keep[0] if part.squeezed else _run(part.keep)
+            index = part.keep[0] if part.squeezed else _as_index(part.keep)
             if not part.out.is_graph_output() and list(part.out.uses()):
-                g.replace(part.out, g.constant(_part(tensor, part.axis, index), str(part.out.name)))
+                g.replace(part.out, g.constant(_slice_of(tensor, part.axis, index), str(part.out.name)))
 
 
-def _run(keep: tuple[int, ...]) -> slice | list[int]:
-    """Neighbours are sliced, not gathered."""
-    near = bool(keep) and keep == tuple(range(keep[0], keep[0] + len(keep)))
-    return slice(keep[0], keep[0] + len(keep)) if near else list(keep)
+def _as_index(keep: tuple[int, ...]) -> slice | list[int]:
+    """A slice where the positions are contiguous, else their list."""
+    contiguous = bool(keep) and keep == tuple(range(keep[0], keep[0] + len(keep)))
+    return slice(keep[0], keep[0] + len(keep)) if contiguous else list(keep)
 
 
-def _part(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[int]) -> ir.LazyTensor:
+def _slice_of(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[int]) -> ir.LazyTensor:
     where = (slice(None),) * axis + (index,)
     shape = list(tensor.shape.numpy())
     if isinstance(index, int):
@@ -112,19 +112,19 @@ def _part(tensor: ir.TensorProtocol, axis: int, index: int | slice | list[int]) 
     )
 
 
-def choose_known(g: Graph, f: Facts) -> None:
-    """Hold sizes that are fixed, replace a Where by the one value it always takes, drop what adds nothing."""
-    for node in g.nodes(*CARRIERS):
-        _hold_size(g, f, node)
+def fold_known(g: Graph, f: Facts) -> None:
+    """Fold static sizes, a Where with a known condition, and pads and additions of zero."""
+    for node in g.nodes(*SHAPE_ARITHMETIC):
+        _fold_size(g, f, node)
     for node in g.nodes("Where", "Pad", "Add", "Sub"):
-        x, y = _choice(f, node) if node.domain == "" else None, node.outputs[0]
+        x, y = _sole_input(f, node) if node.domain == "" else None, node.outputs[0]
         a, b = f.shape(x), f.shape(y)
         if x is not None and a is not None and a == b and (not y.is_graph_output() or x.producer() is not None):
             g.replace(y, x)
 
 
-def _hold_size(g: Graph, f: Facts, node: ir.Node) -> None:
-    """Make a constant of shape arithmetic over fixed axes."""
+def _fold_size(g: Graph, f: Facts, node: ir.Node) -> None:
+    """Fold shape arithmetic over static axes."""
     v, c = node.outputs[0], f.content(node.outputs[0])
     if (
         node.domain
@@ -138,13 +138,13 @@ def _hold_size(g: Graph, f: Facts, node: ir.Node) -> None:
         g.replace(v, g.constant(c.astype(np.int64), str(v.name)))
 
 
-def _choice(f: Facts, node: ir.Node) -> ir.Value | None:
-    """The input that makes all of the output."""
+def _sole_input(f: Facts, node: ir.Node) -> ir.Value | None:
+    """The input that the output always equals, or None."""
     if node.op_type == "Pad":
         pads = f.content(node.inputs[1])
         return node.inputs[0] if pads is not None and all(n == 0 for n in pads.reshape(-1)) else None
     if node.op_type in ("Add", "Sub"):
         order = ((0, 1), (1, 0)) if node.op_type == "Add" else ((0, 1),)
         return next((node.inputs[i] for i, j in order if f.scalar(node.inputs[j]) == 0), None)
-    known = f.uniform(node.inputs[0])
-    return None if known is None or known.value is None else node.inputs[1 if known.value else 2]
+    condition = f.uniform(node.inputs[0])
+    return None if condition is None or condition.value is None else node.inputs[1 if condition.value else 2]

@@ -1,7 +1,7 @@
-"""The runtime's fused attentions and rotary embedding as products and standard operators, masks written out.
+"""Building blocks for decomposing ONNX Runtime's fused attentions: operands, explicit masks, the standard operator.
 
-Where a mask hides a key the runtime adds `mask_filter_value`; a fill so low that it means -inf becomes a bool mask,
-so rows that see no key are undefined, as everywhere (`exact_rows` leaves those operators alone).
+Where a mask hides a key, the runtime adds `mask_filter_value`. A fill so low that it acts as -inf becomes a bool mask,
+so rows without visible keys are undefined (with `exact_rows` these operators are declined).
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Shape, Size, multiply
-from onnxcomp.canonical.masks import BLOCKED
+from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.graph import Graph
 
 __all__ = [
-    "Fused",
     "Mask",
+    "NotDecomposed",
     "Parts",
     "attend",
-    "count",
-    "cut",
     "dtype_of",
-    "given",
+    "index_range",
     "ints",
     "is_read",
-    "known",
     "length",
     "masked",
+    "optional_input",
     "present",
-    "refuse",
-    "static",
-    "unread",
+    "refuse_inputs",
+    "require_unread",
+    "shape_of",
+    "split_axis",
+    "static_size",
 ]
 
 
-class Fused(Exception):
-    """Why a fused operator stays; caught where the site is declined."""
+class NotDecomposed(Exception):
+    """The reason why a fused operator stays; caught where the site is declined."""
 
 
-def given(node: ir.Node, index: int) -> ir.Value | None:
+def optional_input(node: ir.Node, index: int) -> ir.Value | None:
     """An optional input."""
     return node.inputs[index] if index < len(node.inputs) else None
 
@@ -52,18 +52,18 @@ def is_read(node: ir.Node, index: int) -> bool:
     return v is not None and (bool(list(v.uses())) or v.is_graph_output())
 
 
-def unread(node: ir.Node, *indices: int) -> None:
-    """Raise `Fused` when one of these outputs is used."""
+def require_unread(node: ir.Node, *indices: int) -> None:
+    """Raise `NotDecomposed` where one of these outputs is used."""
     for i in indices:
         if is_read(node, i):
-            raise Fused(f"its output {i} is read, which the standard operator does not have")
+            raise NotDecomposed(f"its output {i} is used, which the standard operator does not have")
 
 
-def refuse(node: ir.Node, **inputs: int) -> None:
-    """Raise `Fused` when one of these inputs, named for the message, is given."""
+def refuse_inputs(node: ir.Node, **inputs: int) -> None:
+    """Raise `NotDecomposed` where one of these inputs, given by name and index, is present."""
     for name, i in inputs.items():
-        if given(node, i) is not None:
-            raise Fused(f"it takes {name.replace('_', ' ')}")
+        if optional_input(node, i) is not None:
+            raise NotDecomposed(f"it has {name.replace('_', ' ')}")
 
 
 @dataclass(frozen=True)
@@ -84,34 +84,34 @@ def ints(*xs: int) -> np.ndarray:
 
 
 def length(g: Graph, x: ir.Value, axis: int) -> ir.Value:
-    """The size of an axis as an int64 without axes."""
+    """The size of an axis as an int64 scalar."""
     return g.op("Squeeze", g.op("Shape", x, start=axis, end=axis + 1), ints(0))
 
 
-def count(g: Graph, length: ir.Value) -> ir.Value:
+def index_range(g: Graph, length: ir.Value) -> ir.Value:
     return g.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
 
 
-def cut(g: Graph, x: ir.Value, axis: int, sizes: list[int]) -> tuple[ir.Value, ...]:
+def split_axis(g: Graph, x: ir.Value, axis: int, sizes: list[int]) -> tuple[ir.Value, ...]:
     """Consecutive parts of one axis."""
     first = g.op("Split", x, np.array(sizes, np.int64), axis=axis, outputs=len(sizes))
-    made = first.producer()
-    assert made is not None
-    for part in made.outputs:
+    producer = first.producer()
+    assert producer is not None
+    for part in producer.outputs:
         part.type = x.type
-    return tuple(made.outputs)
+    return tuple(producer.outputs)
 
 
-def known(f: Facts, v: ir.Value | None, rank: int, what: str) -> Shape:
+def shape_of(f: Facts, v: ir.Value | None, rank: int, what: str) -> Shape:
     shape = f.shape(v)
     if shape is None or len(shape) != rank:
-        raise Fused(f"the shape of {what} is not known to have {rank} axes")
+        raise NotDecomposed(f"the shape of {what} is not known to have {rank} axes")
     return shape
 
 
-def static(size: Size, what: str) -> int:
+def static_size(size: Size, what: str) -> int:
     if not isinstance(size, int) or size <= 0:
-        raise Fused(f"{what} is not static")
+        raise NotDecomposed(f"{what} is not static")
     return size
 
 
@@ -120,7 +120,7 @@ def static(size: Size, what: str) -> int:
 
 @dataclass
 class Mask:
-    """What hides keys: the runtime's mask input, a causal or sliding window, and a float bias."""
+    """The mask of a fused attention: its mask input, a causal or sliding window, and a float bias."""
 
     g: Graph
     f: Facts
@@ -128,70 +128,70 @@ class Mask:
     dtype: ir.DataType
 
     def kind(self, mask: ir.Value | None, batch: Size) -> str:
-        """lengths, spans (ends then starts), keys or rows; raises `Fused` for what cannot be told."""
+        """Form of the mask input: lengths, spans (ends, then starts), keys, rows; raises `NotDecomposed` if unknown."""
         shape = self.f.shape(mask)
         if mask is None:
             return ""
         if shape is None or len(shape) not in (1, 2, 3):
-            raise Fused("the form of its mask is not known" if shape is None else "its mask has 4 axes")
+            raise NotDecomposed("the rank of its mask is unknown" if shape is None else "its mask has 4 axes")
         if len(shape) > 1:
             return "keys" if len(shape) == 2 else "rows"
         if self.f.same(shape[0], batch):
             return "lengths"
         if self.node.op_type == "Attention" and self.f.same(shape[0], multiply(2, batch)):
             return "spans"
-        raise Fused("it is not known whether its mask holds lengths")
+        raise NotDecomposed("its mask may or may not hold lengths")
 
     def padding(self, mask: ir.Value, kind: str, total: ir.Value) -> ir.Value:
         """True where a key may be seen: `[b, 1, 1 or s, t]`."""
         g = self.g
         if kind in ("keys", "rows"):
-            seen = g.op("Greater", mask, np.array(0, (mask.dtype or ir.DataType.INT32).numpy()))
-            return g.op("Unsqueeze", seen, ints(1, 2) if kind == "keys" else ints(1))
-        place = count(g, total)
+            visible = g.op("Greater", mask, np.array(0, (mask.dtype or ir.DataType.INT32).numpy()))
+            return g.op("Unsqueeze", visible, ints(1, 2) if kind == "keys" else ints(1))
+        positions = index_range(g, total)
         if kind == "lengths":
-            return g.op("Less", place, self._column(mask))
+            return g.op("Less", positions, self._column(mask))
         ends, starts = (g.op("Gather", g.op("Reshape", mask, ints(2, -1)), np.array(i, np.int64)) for i in (0, 1))
-        inside = g.op("GreaterOrEqual", place, self._column(starts))
-        return g.op("And", g.op("Less", place, self._column(ends)), inside)
+        inside = g.op("GreaterOrEqual", positions, self._column(starts))
+        return g.op("And", g.op("Less", positions, self._column(ends)), inside)
 
     def _column(self, row: ir.Value) -> ir.Value:
         """A number per sample as `[b, 1, 1, 1]`."""
         return self.g.op("Unsqueeze", self.g.op("Cast", row, to=ir.DataType.INT64), ints(1, 2, 3))
 
     def causal(self, q: ir.Value, total: ir.Value, past: ir.Value | None, window: int = 0) -> ir.Value:
-        """True where key `t` is at or before query `s`, which stands `past` positions later: `[s, t]`."""
+        """True where key `t` is at or before query `s`, which is at position `past + s`: `[s, t]`."""
         g = self.g
-        place = count(g, length(g, q, 1))
-        keys = count(g, total)
-        rows = g.op("Unsqueeze", place if past is None else g.op("Add", place, past), ints(1))
+        queries = index_range(g, length(g, q, 1))
+        keys = index_range(g, total)
+        rows = g.op("Unsqueeze", queries if past is None else g.op("Add", queries, past), ints(1))
         columns = g.op("Unsqueeze", keys, ints(0))
-        seen = g.op("LessOrEqual", columns, rows)
+        visible = g.op("LessOrEqual", columns, rows)
         if window <= 0:
-            return seen
-        return g.op("And", seen, g.op("Greater", columns, g.op("Sub", rows, np.array(window, np.int64))))
+            return visible
+        return g.op("And", visible, g.op("Greater", columns, g.op("Sub", rows, np.array(window, np.int64))))
 
-    def rows(self, seen: ir.Value, parts: Parts, total: ir.Value) -> ir.Value:
-        """The mask `[b, 1, 1, t]` with a row for every query."""
+    def rows(self, visible: ir.Value, parts: Parts, total: ir.Value) -> ir.Value:
+        """The mask `[b, 1, 1, t]`, expanded to a row per query."""
         g = self.g
         end = g.op("Unsqueeze", total, ints(0))
-        return g.op("Expand", seen, g.op("Concat", ints(1, 1), g.op("Shape", parts.q, start=1, end=2), end, axis=0))
+        return g.op("Expand", visible, g.op("Concat", ints(1, 1), g.op("Shape", parts.q, start=1, end=2), end, axis=0))
 
     def joined(self, bools: list[ir.Value], bias: ir.Value | None, fill: float) -> ir.Value | None:
-        """One mask: bool where nothing is added to the scores."""
-        seen: ir.Value | None = None
+        """One mask of all: bool, or float where there is a bias."""
+        visible: ir.Value | None = None
         for b in bools:
-            seen = b if seen is None else self.g.op("And", seen, b)
-        if seen is None or bias is None:
-            return bias if seen is None else seen
+            visible = b if visible is None else self.g.op("And", visible, b)
+        if visible is None or bias is None:
+            return bias if visible is None else visible
         number = self.dtype.numpy()
-        return self.g.op("Where", seen, bias, np.array(fill, number))
+        return self.g.op("Where", visible, bias, np.array(fill, number))
 
 
-def _soft(g: Graph, mask: Mask, seen: ir.Value, bias: ir.Value | None, fill: float) -> ir.Value:
-    """A mask whose fill is a number that still lets keys through, as an addition."""
+def _soft(g: Graph, mask: Mask, visible: ir.Value, bias: ir.Value | None, fill: float) -> ir.Value:
+    """A mask whose fill is too high to hide keys, as a float bias."""
     number = mask.dtype.numpy()
-    added = g.op("Where", seen, np.array(0, number), np.array(fill, number))
+    added = g.op("Where", visible, np.array(0, number), np.array(fill, number))
     return added if bias is None else g.op("Add", added, bias)
 
 
@@ -214,23 +214,23 @@ def attend(g: Graph, f: Facts, node: ir.Node, parts: Parts, mask: ir.Value | Non
         scale=scale,
         **attrs,
     )
-    made = y.producer()
-    assert made is not None
-    for present in made.outputs[1:]:
+    producer = y.producer()
+    assert producer is not None
+    for present in producer.outputs[1:]:
         present.type = ir.TensorType(dtype_of(node))
-    return list(made.outputs)
+    return list(producer.outputs)
 
 
-def present(g: Graph, parts: Parts, made: list[ir.Value]) -> list[ir.Value]:
+def present(g: Graph, parts: Parts, outputs: list[ir.Value]) -> list[ir.Value]:
     """Keys and values `[b, n, t, h]`, with the past ones before them."""
-    if len(made) == 3:
-        return made[1:]
+    if len(outputs) == 3:
+        return outputs[1:]
     split = (g.op("Reshape", x, ints(0, 0, parts.groups, -1)) for x in (parts.k, parts.v))
     return [g.op("Transpose", x, perm=[0, 2, 1, 3]) for x in split]
 
 
 def masked(mask: Mask, parts: Parts, given_mask: ir.Value | None, kind: str, bias: ir.Value | None) -> ir.Value | None:
-    """The whole mask of an Attention or MultiHeadAttention."""
+    """The complete mask of an Attention or MultiHeadAttention."""
     g, node = mask.g, mask.node
     fill = node.attributes.get_float("mask_filter_value", -10000.0)
     past = length(g, parts.past[0], 2) if parts.past else None
@@ -238,9 +238,9 @@ def masked(mask: Mask, parts: Parts, given_mask: ir.Value | None, kind: str, bia
     total = new if past is None else g.op("Add", new, past)
     bools = [mask.causal(parts.q, total, past)] if node.attributes.get_int("unidirectional", 0) else []
     if given_mask is not None:
-        seen = mask.padding(given_mask, kind, total)
-        if fill > BLOCKED:
-            bias = _soft(g, mask, seen, bias, fill)
+        visible = mask.padding(given_mask, kind, total)
+        if fill > MASKED_BELOW:
+            bias = _soft(g, mask, visible, bias, fill)
         else:
-            bools.append(seen if past is None or bools else mask.rows(seen, parts, total))
+            bools.append(visible if past is None or bools else mask.rows(visible, parts, total))
     return mask.joined(bools, bias, -np.inf)

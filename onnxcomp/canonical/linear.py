@@ -1,4 +1,4 @@
-"""Linears as MatMul with a constant `[K, N]` weight and an Add; turned weights become lazy views."""
+"""Linears: Gemm and transposed weights become MatMul with a constant `[K, N]` weight and an Add."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def raise_linears(g: Graph) -> None:
         if node.domain == "":
             _gemm(g, node)
     for node in g.nodes("MatMul"):
-        turned = node.inputs[1].producer() if node.inputs[1] is not None else None
-        if turned is not None and turned.op_type == "Transpose" and node.domain == "":
-            _untranspose(g, node, turned)
+        transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if transpose is not None and transpose.op_type == "Transpose" and node.domain == "":
+            _untranspose(g, node, transpose)
 
 
 def _gemm(g: Graph, node: ir.Node) -> None:
@@ -32,24 +32,24 @@ def _gemm(g: Graph, node: ir.Node) -> None:
     if node.attributes.get_int("transA", 0):
         return g.decline(node, "linear: Gemm that transposes its input")
     if node.attributes.get_int("transB", 0):
-        w = turned(g, w)
+        w = transpose_weight(g, w)
     y = g.op("MatMul", x, w, like=node.outputs[0])
     g.replace(node.outputs[0], y if bias is None else g.op("Add", y, bias, like=node.outputs[0]))
     return None
 
 
-def turned(g: Graph, w: ir.Value) -> ir.Value:
-    """A constant matrix transposed: a lazy view if this is its only use, else a Transpose (tied weights stay one)."""
+def transpose_weight(g: Graph, w: ir.Value) -> ir.Value:
+    """A constant matrix transposed: lazily if it has no other use, else by a Transpose (tied weights stay one)."""
     tensor = g.tensor(w)
     if tensor is None or len(list(w.uses())) > 1 or tensor.dtype.bitwidth < 8:
         return g.op("Transpose", w, perm=[1, 0])
     rows, columns = tensor.shape.numpy()
-    lazy = ir.LazyTensor(
+    transposed = ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(tensor.numpy().T), dtype=tensor.dtype),
         dtype=tensor.dtype,
         shape=ir.Shape([columns, rows]),
     )
-    return g.constant(lazy, str(w.name))
+    return g.constant(transposed, str(w.name))
 
 
 def _untranspose(g: Graph, node: ir.Node, transpose: ir.Node) -> None:
@@ -57,4 +57,4 @@ def _untranspose(g: Graph, node: ir.Node, transpose: ir.Node) -> None:
     tensor = g.tensor(w)
     if w is None or tensor is None or len(tensor.shape) != 2 or len(list(w.uses())) > 1:
         return
-    g.set_input(node, 1, turned(g, w))
+    g.set_input(node, 1, transpose_weight(g, w))

@@ -1,4 +1,4 @@
-"""Norms by dataflow: from the mean of squares down to the scaled value, up to what was squared."""
+"""Norms recognized by dataflow: from the mean of squares forward to the scaled value, back to the squared one."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.shape_rules import axes_of
 from onnxcomp.analysis.sizes import Size
 from onnxcomp.graph import Graph
+from onnxcomp.graph.values import sole_use, users_of
 from onnxcomp.maths import Array
 
 __all__ = ["find_norms", "raise_norms"]
 
 
 @dataclass(frozen=True)
-class Found:
-    """A norm: `x` normalized to `y`, before gain and bias."""
+class NormMatch:
+    """A decomposed norm: `x` normalized to `y`, before gain and bias."""
 
     x: ir.Value
     y: ir.Value
@@ -29,33 +30,33 @@ class Found:
     width: int
 
 
-def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, Found | str]]:
-    """The mean of each spelled-out norm, and the norm or why it is not raised."""
+def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, NormMatch | str]]:
+    """The mean of squares of each decomposed norm, with the match or the reason why it is not raised."""
     for mean in g.nodes("ReduceMean"):
         squared = _squared(f, mean.inputs[0])
         root = _root(f, mean) if squared is not None else None
         normalized = _scaled(f, squared, root[0]) if squared is not None and root is not None else None
         if squared is None or root is None or normalized is None:
             continue
-        x, centred = _centre(f, squared)
-        why, width = _unfit(f, mean), _width(f, x)
-        if why or width is None:
-            yield mean, why or "norm: the normalized width is not static"
+        x, centred = _uncentred(f, squared)
+        reason, width = _why_not_last_axis(f, mean), _width(f, x)
+        if reason or width is None:
+            yield mean, reason or "norm: the normalized width is not static"
         else:
-            yield mean, Found(x, normalized, root[1], centred, width)
+            yield mean, NormMatch(x, normalized, root[1], centred, width)
 
 
 def raise_norms(g: Graph, f: Facts) -> None:
-    """Rewrite spelled-out norms over the last axis to LayerNormalization and RMSNormalization."""
-    for mean, found in find_norms(g, f):
-        if isinstance(found, str):
-            g.decline(mean, found)
+    """Rewrite decomposed norms over the last axis to LayerNormalization and RMSNormalization."""
+    for mean, match in find_norms(g, f):
+        if isinstance(match, str):
+            g.decline(mean, match)
         else:
-            _rewrite(g, found)
+            _rewrite(g, match)
 
 
-def _only(v: ir.Value, *ops: str) -> list[ir.Node]:
-    return [u for u in dict.fromkeys(u for u, _ in v.uses()) if u.op_type in ops and u.domain == ""]
+def _users_of_type(v: ir.Value, *ops: str) -> list[ir.Node]:
+    return [u for u in users_of(v) if u.op_type in ops and u.domain == ""]
 
 
 def _squared(f: Facts, v: ir.Value | None) -> ir.Value | None:
@@ -70,53 +71,58 @@ def _squared(f: Facts, v: ir.Value | None) -> ir.Value | None:
 
 def _root(f: Facts, mean: ir.Node) -> tuple[ir.Value, float] | None:
     """The square root of `mean + eps` (its inverse when it is a Pow), and the epsilon."""
-    for add in _only(mean.outputs[0], "Add"):
+    for add in _users_of_type(mean.outputs[0], "Add"):
         other = add.inputs[1] if add.inputs[0] is mean.outputs[0] else add.inputs[0]
         epsilon = f.scalar(other)
         if epsilon is None:
             continue
-        for node in _only(add.outputs[0], "Sqrt", "Pow"):
+        for node in _users_of_type(add.outputs[0], "Sqrt", "Pow"):
             if node.op_type == "Sqrt" or f.scalar(node.inputs[1]) == -0.5:
                 return node.outputs[0], epsilon
     return None
 
 
 def _scaled(f: Facts, c: ir.Value, root: ir.Value) -> ir.Value | None:
-    """`c / root` however it is spelled."""
+    """`c / root`, written as a quotient or as a product with the inverse."""
     node = root.producer()
     if node is not None and node.op_type == "Pow":
-        return _times(c, root)
-    for div in _only(root, "Div"):
+        return _product_with(c, root)
+    for div in _users_of_type(root, "Div"):
         if div.inputs[0] is c and div.inputs[1] is root:
             return div.outputs[0]
         if f.scalar(div.inputs[0]) == 1 and div.inputs[1] is root:
-            return _times(c, div.outputs[0])
-    for inverse in _only(root, "Reciprocal"):
-        return _times(c, inverse.outputs[0])
+            return _product_with(c, div.outputs[0])
+    for inverse in _users_of_type(root, "Reciprocal"):
+        return _product_with(c, inverse.outputs[0])
     return None
 
 
-def _times(c: ir.Value, r: ir.Value) -> ir.Value | None:
-    for mul in _only(r, "Mul"):
+def _product_with(c: ir.Value, r: ir.Value) -> ir.Value | None:
+    for mul in _users_of_type(r, "Mul"):
         if c in mul.inputs:
             return mul.outputs[0]
     return None
 
 
-def _unfit(f: Facts, mean: ir.Node) -> str:
+def _why_not_last_axis(f: Facts, mean: ir.Node) -> str:
     rank, axes = f.rank(mean.inputs[0]), axes_of(f, mean)
     if rank is None or axes is None or [a % rank for a in axes] != [rank - 1]:
         return "norm: the mean is not over the last axis alone"
     return "" if mean.attributes.get_int("keepdims", 1) else "norm: the mean drops its axis"
 
 
-def _centre(f: Facts, c: ir.Value) -> tuple[ir.Value, bool]:
+def _uncentred(f: Facts, c: ir.Value) -> tuple[ir.Value, bool]:
     """`x` and True where `c` is `x - mean(x)` over the last axis, else `c` itself."""
     node = c.producer()
     if node is None or node.op_type != "Sub" or node.inputs[0] is None or node.inputs[1] is None:
         return c, False
     mean = node.inputs[1].producer()
-    if mean is None or mean.op_type != "ReduceMean" or mean.inputs[0] is not node.inputs[0] or _unfit(f, mean):
+    if (
+        mean is None
+        or mean.op_type != "ReduceMean"
+        or mean.inputs[0] is not node.inputs[0]
+        or _why_not_last_axis(f, mean)
+    ):
         return c, False
     return node.inputs[0], True
 
@@ -127,38 +133,38 @@ def _width(f: Facts, x: ir.Value) -> int | None:
     return last if isinstance(last, int) else None
 
 
-def _rewrite(g: Graph, found: Found) -> None:
-    x, y = found.x, found.y
-    casts = _casts(found)
+def _rewrite(g: Graph, match: NormMatch) -> None:
+    x, y = match.x, match.y
+    casts = _surrounding_casts(match)
     if casts is not None:
         x, y = casts
     dtype = (x.dtype or ir.DataType.FLOAT).numpy()
-    for gain, scaled in _gains(g, y, found.width):
-        _emit(g, found, x, gain if gain is not None else np.ones(found.width, dtype), scaled or y)
+    for gain, scaled in _gains(g, y, match.width):
+        _replace(g, match, x, gain if gain is not None else np.ones(match.width, dtype), scaled or y)
 
 
-def _emit(g: Graph, found: Found, x: ir.Value, scale: ir.Value | Array, out: ir.Value) -> None:
-    """One norm with its gain, and its bias where `out` is only shifted."""
-    attrs: dict[str, Any] = {"axis": -1, "epsilon": found.epsilon, "stash_type": 1}
-    if not found.centred:
+def _replace(g: Graph, match: NormMatch, x: ir.Value, scale: ir.Value | Array, out: ir.Value) -> None:
+    """Add one norm with its gain, and with a bias where an addition is the only use of `out`."""
+    attrs: dict[str, Any] = {"axis": -1, "epsilon": match.epsilon, "stash_type": 1}
+    if not match.centred:
         g.replace(out, g.op("RMSNormalization", x, scale, like=out, **attrs))
         return
-    bias, shifted = _affine(g, out, "Add", found.width)
+    bias, shifted = _affine(g, out, "Add", match.width)
     out = shifted or out
     g.replace(out, g.op("LayerNormalization", x, scale, bias, like=out, **attrs))
 
 
 def _gains(g: Graph, y: ir.Value, width: int) -> list[tuple[ir.Value | None, ir.Value | None]]:
-    """The gains by which `y` is scaled and the results: several where norms of one value share their statistics."""
+    """The gains of `y` and the products: several where norms of one value share their statistics."""
     uses = [] if y.is_graph_output() else list(y.uses())
-    found = [_row(g, user, index, "Mul", width) for user, index in uses]
-    return found if found and all(gain is not None for gain, _ in found) else [(None, None)]
+    gains = [_row(g, user, index, "Mul", width) for user, index in uses]
+    return gains if gains and all(gain is not None for gain, _ in gains) else [(None, None)]
 
 
-def _casts(found: Found) -> tuple[ir.Value, ir.Value] | None:
+def _surrounding_casts(match: NormMatch) -> tuple[ir.Value, ir.Value] | None:
     """The low-precision input and output around a norm computed in float32."""
-    down = [u for u, _ in found.y.uses()]
-    up = found.x.producer()
+    down = [u for u, _ in match.y.uses()]
+    up = match.x.producer()
     if up is None or up.op_type != "Cast" or len(down) != 1 or down[0].op_type != "Cast" or up.inputs[0] is None:
         return None
     source = up.inputs[0]
@@ -168,11 +174,9 @@ def _casts(found: Found) -> tuple[ir.Value, ir.Value] | None:
 
 
 def _affine(g: Graph, y: ir.Value, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:
-    """The constant row that scales or shifts `y`, and the result; only when nothing else reads `y`."""
-    uses = list(y.uses())
-    if len(uses) != 1 or y.is_graph_output():
-        return None, None
-    return _row(g, *uses[0], op, width)
+    """The constant row that scales or shifts `y`, and the result, where that is the only use of `y`."""
+    use = sole_use(y)
+    return (None, None) if use is None else _row(g, *use, op, width)
 
 
 def _row(g: Graph, node: ir.Node, index: int, op: str, width: int) -> tuple[ir.Value | None, ir.Value | None]:

@@ -1,4 +1,4 @@
-"""Operator set conversion; onnxscript's young API stays behind this one function."""
+"""Operator set conversion: the only place that calls onnxscript's converter, whose API is young."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["convert"]
 def convert(graph: Graph, version: int) -> Graph:
     """A graph at operator set `version` or above, in a new `Graph` (the one given is not changed).
 
-    Sources above `version` stay where they are: there is no way down. Raises `ModelError` when the conversion
-    fails or did not arrive (onnxscript only logs that). Handles into the old graph are not valid for the new one.
+    Graphs above `version` are returned unchanged: there is no conversion down. Raises `ModelError` where the conversion
+    fails or is incomplete (onnxscript only logs that). Handles into the old graph are not valid for the new one.
     """
     new = graph.clone()
     if graph.opset >= version:
@@ -25,12 +25,12 @@ def convert(graph: Graph, version: int) -> Graph:
     from onnxscript import version_converter
 
     declared = [(v.type, v.shape) for v in new.model.graph.outputs]
-    new.infer_shapes()  # some adapters are silently wrong without shapes
+    new.infer_shapes()  # some adapters give wrong results without shapes, such as that of GroupNormalization 18
     quiet = logging.getLogger("onnxscript.version_converter")
     level = quiet.level
     quiet.setLevel(logging.CRITICAL)
     try:
-        # Without the fallback, sources below 18 are only stamped with the new number.
+        # Without the fallback, graphs below opset 18 only get the new number: their operators are not converted.
         version_converter.convert_version(new.model, version, fallback=True)
     except (PassError, ValueError, RuntimeError, KeyError, AttributeError, TypeError) as e:
         raise ModelError(f"{_name(graph)}: cannot be converted from opset {graph.opset} to {version}: {e}") from e
@@ -42,7 +42,7 @@ def convert(graph: Graph, version: int) -> Graph:
             "export the model again at opset 18 or above"
         )
     for v, (kind, shape) in zip(new.model.graph.outputs, declared, strict=True):
-        v.type, v.shape = kind, shape  # the converter infers too; the interface stays as it was declared
+        v.type, v.shape = kind, shape  # the converter infers shapes too; the interface stays as declared
     if graph.path is not None:
         external.attach(new.model, graph.path.parent)
     converted = Graph(new.model, graph.path)

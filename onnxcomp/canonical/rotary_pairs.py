@@ -1,6 +1,6 @@
-"""Rotations of pairs of channels: two parts of the last axis, turned against each other and joined again.
+"""Matching rotations of channel pairs: two parts of the last axis are rotated and concatenated again.
 
-Pairs lie half a width apart (`x[i], x[i + h / 2]`) or side by side (`x[2 i], x[2 i + 1]`, called interleaved).
+Pairs are half a width apart (`x[i], x[i + h / 2]`) or adjacent (`x[2 i], x[2 i + 1]`, called interleaved).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from onnxcomp.analysis.selections import Selection, selections
 from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.analysis.sizes import Shape
 
-__all__ = ["Turn", "chosen", "joined", "turns"]
+__all__ = ["RotationMatch", "channel_selection", "joined", "rotations"]
 
 
 @dataclass(frozen=True)
-class Turn:
+class RotationMatch:
     """`out` is `x` rotated by tables `cos` and `sin` as wide as `x` (`full`) or half as wide."""
 
     node: ir.Node
@@ -36,53 +36,57 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChannelSelection:
     """Positions `keep` of the last axis of `x`."""
 
     x: ir.Value
     keep: tuple[int, ...]
 
 
-def chosen(f: Facts, v: ir.Value | None) -> Chosen | None:
-    """Which positions of the last axis of what value `v` is, seen through a split of that axis in two."""
-    found = _selection(f, v)
-    if found is None:
+def channel_selection(f: Facts, v: ir.Value | None) -> ChannelSelection | None:
+    """`v` as a static selection of the last axis of a value, also where a Reshape divided that axis in two."""
+    selection = _selection(f, v)
+    if selection is None:
         return None
-    z = found.node.inputs[0]
+    z = selection.node.inputs[0]
     shape, out = f.shape(z), f.shape(v)
     if z is None or shape is None or out is None or not isinstance(shape[-1], int):
         return None
-    if found.axis == len(shape) - 1 and len(found.keep) == out[-1] and out[:-1] == shape[:-1]:
-        return Chosen(z, found.keep)
-    whole = _joined_axes(f, z, shape)
-    if whole is None or len(found.keep) != 1 or out[:-1] != shape[:-2]:
+    if selection.axis == len(shape) - 1 and len(selection.keep) == out[-1] and out[:-1] == shape[:-1]:
+        return ChannelSelection(z, selection.keep)
+    unsplit = _joined_axes(f, z, shape)
+    if unsplit is None or len(selection.keep) != 1 or out[:-1] != shape[:-2]:
         return None
     rows, columns = int(shape[-2]), int(shape[-1])  # type: ignore[arg-type]
-    if found.axis == len(shape) - 1:
-        return Chosen(whole, tuple(range(found.keep[0], rows * columns, columns)))
-    if found.axis == len(shape) - 2:
-        first = found.keep[0] * columns
-        return Chosen(whole, tuple(range(first, first + columns)))
+    if selection.axis == len(shape) - 1:
+        return ChannelSelection(unsplit, tuple(range(selection.keep[0], rows * columns, columns)))
+    if selection.axis == len(shape) - 2:
+        first = selection.keep[0] * columns
+        return ChannelSelection(unsplit, tuple(range(first, first + columns)))
     return None
 
 
 def _selection(f: Facts, v: ir.Value | None) -> Selection | None:
-    """The fixed selection a value is, perhaps with the axis squeezed away."""
+    """The static selection that produces a value, possibly with the axis squeezed."""
     node = v.producer() if v is not None else None
     if node is None or node.domain or v is None:
         return None
     if node.op_type in ("Squeeze", "Reshape"):
         inner, a, b = node.inputs[0], f.shape(node.inputs[0]), f.shape(v)
-        below = inner.producer() if inner is not None else None
-        if a is None or b is None or below is None or below.op_type in ("Squeeze", "Reshape"):
+        inner_producer = inner.producer() if inner is not None else None
+        if a is None or b is None or inner_producer is None or inner_producer.op_type in ("Squeeze", "Reshape"):
             return None
-        found = _selection(f, inner)
-        return found if found is not None and (*a[: found.axis], *a[found.axis + 1 :]) == b else None
+        inner_selection = _selection(f, inner)
+        return (
+            inner_selection
+            if inner_selection is not None and (*a[: inner_selection.axis], *a[inner_selection.axis + 1 :]) == b
+            else None
+        )
     return next((s for s in selections(f, node) or () if s.out is v), None)
 
 
 def _joined_axes(f: Facts, z: ir.Value, shape: Shape) -> ir.Value | None:
-    """The value whose last axis a Reshape cut into the last two of `z`."""
+    """The value whose last axis a Reshape divided into the last two of `z`."""
     node = z.producer()
     if node is None or node.op_type != "Reshape" or node.domain or not all(isinstance(d, int) for d in shape[-2:]):
         return None
@@ -93,7 +97,7 @@ def _joined_axes(f: Facts, z: ir.Value, shape: Shape) -> ir.Value | None:
 
 
 def joined(f: Facts, v: ir.Value | None) -> tuple[ir.Value, ir.Value, bool] | None:
-    """`a`, `b` and whether interleaved, where `v` is made of two equal parts along its last axis."""
+    """`a`, `b` and whether they are interleaved, where `v` consists of two equally wide parts along its last axis."""
     node = v.producer() if v is not None else None
     rank = f.rank(v)
     if node is None or rank is None or node.domain or node.inputs[0] is None:
@@ -103,11 +107,11 @@ def joined(f: Facts, v: ir.Value | None) -> tuple[ir.Value, ir.Value, bool] | No
         if len(node.inputs) != 2 or axis_of(node, rank) != rank - 1 or a is None or b is None:
             return None
         return (a, b, False) if f.shape(a) == f.shape(b) else None
-    return _stacked(f, node) if node.op_type == "Reshape" else None
+    return _joined_by_stack(f, node) if node.op_type == "Reshape" else None
 
 
-def _stacked(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool] | None:
-    """Two values stacked on a new axis next to the last one, and that axis merged."""
+def _joined_by_stack(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool] | None:
+    """Two values stacked along a new axis next to the last one, then merged with it."""
     stack, out = node.inputs[0], f.shape(node.outputs[0])
     concat, shape = stack.producer() if stack is not None else None, f.shape(stack)
     if concat is None or concat.op_type != "Concat" or len(concat.inputs) != 2 or shape is None or out is None:
@@ -115,13 +119,13 @@ def _stacked(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool] | None:
     axis = axis_of(concat, len(shape))
     if axis < len(shape) - 2 or shape[axis] != 2 or len(out) != len(shape) - 1 or shape[:-2] != out[:-1]:
         return None
-    parts = [_without(f, x, axis) for x in concat.inputs]
+    parts = [_before_unsqueeze(f, x, axis) for x in concat.inputs]
     if parts[0] is None or parts[1] is None:
         return None
     return parts[0], parts[1], axis == len(shape) - 1
 
 
-def _without(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | None:
+def _before_unsqueeze(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | None:
     """The value before an axis of size 1 was added."""
     node, shape = v.producer() if v is not None else None, f.shape(v)
     if node is None or node.op_type not in ("Unsqueeze", "Reshape") or shape is None or shape[axis] != 1:
@@ -132,24 +136,24 @@ def _without(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | None:
 # ---- rotations ---------------------------------------------------------------------------------------------------
 
 
-def turns(f: Facts, node: ir.Node) -> Iterator[Turn]:
-    """Readings of a node as the end of a rotation."""
+def rotations(f: Facts, node: ir.Node) -> Iterator[RotationMatch]:
+    """Possible matches of a rotation that ends at a node."""
     if node.domain:
         return
     if node.op_type == "Add":
-        for x, turned, cos, sin in _products(node):
-            style = _turned(f, turned, x)
-            if style is not None:
-                yield Turn(node, x, cos, sin, style, True)
+        for x, rotated, cos, sin in _products(node):
+            interleaved = _is_rotated_half(f, rotated, x)
+            if interleaved is not None:
+                yield RotationMatch(node, x, cos, sin, interleaved, True)
     elif node.op_type in ("Concat", "Reshape"):
         parts = joined(f, node.outputs[0])
-        found = _crossed(f, *parts[:2]) if parts is not None else None
-        if parts is not None and found is not None and parts[2] in found[3]:
-            yield Turn(node, found[0], found[1], found[2], parts[2], False)
+        match = _cross_products(f, *parts[:2]) if parts is not None else None
+        if parts is not None and match is not None and parts[2] in match[3]:
+            yield RotationMatch(node, match[0], match[1], match[2], parts[2], False)
 
 
 def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.Value]]:
-    """Readings of `Add(Mul, Mul)` as `x * cos + turned * sin`."""
+    """Possible matches of `Add(Mul, Mul)` as `x * cos + rotated * sin`: `x, rotated, cos, sin`."""
     muls = [v.producer() for v in node.inputs if v is not None]
     pairs = [m.inputs for m in muls if m is not None and m.op_type == "Mul" and m.domain == ""]
     if len(pairs) != 2:
@@ -157,19 +161,19 @@ def _products(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value, ir.Value, ir.
     for first, second in ((pairs[0], pairs[1]), (pairs[1], pairs[0])):
         for i in (0, 1):
             for j in (0, 1):
-                x, cos, turned, sin = first[i], first[1 - i], second[j], second[1 - j]
-                if x is not None and cos is not None and turned is not None and sin is not None:
-                    yield x, turned, cos, sin
+                x, cos, rotated, sin = first[i], first[1 - i], second[j], second[1 - j]
+                if x is not None and cos is not None and rotated is not None and sin is not None:
+                    yield x, rotated, cos, sin
 
 
-def _turned(f: Facts, v: ir.Value, x: ir.Value) -> bool | None:
-    """Whether the pairs are interleaved where `v` joins `-x2` and `x1`; None where it does not."""
+def _is_rotated_half(f: Facts, v: ir.Value, x: ir.Value) -> bool | None:
+    """Whether pairs are interleaved, where `v` concatenates `-x2` and `x1`; None where it does not."""
     parts = joined(f, v)
     if parts is None:
         return None
     a, b, interleaved = parts
-    both = _parts(f, _negated(f, a), b)
-    return interleaved if both is not None and both[0] is x and interleaved in both[1] else None
+    pair = _parts(f, _negated(f, a), b)
+    return interleaved if pair is not None and pair[0] is x and interleaved in pair[1] else None
 
 
 def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
@@ -185,8 +189,8 @@ def _negated(f: Facts, v: ir.Value | None) -> ir.Value | None:
 
 
 def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[ir.Value, list[bool]] | None:
-    """The value of which two values are the second and the first part, and whether these are interleaved, or both."""
-    a, b = chosen(f, first), chosen(f, second)
+    """The value whose first and second part two values are, and in which styles (interleaved or not) they can be."""
+    a, b = channel_selection(f, first), channel_selection(f, second)
     if a is None or b is None or a.x is not b.x:
         return None
     width = (f.shape(a.x) or (0,))[-1]
@@ -200,7 +204,7 @@ def _parts(f: Facts, second: ir.Value | None, first: ir.Value | None) -> tuple[i
     return (a.x, styles) if styles else None
 
 
-def _crossed(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, list[bool]] | None:
+def _cross_products(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir.Value, list[bool]] | None:
     """`x`, `cos`, `sin` and the styles where `a` is `x1 cos - x2 sin` and `b` is `x2 cos + x1 sin`."""
     minus, plus = a.producer(), b.producer()
     if minus is None or plus is None or minus.op_type != "Sub" or plus.op_type != "Add":
@@ -208,7 +212,7 @@ def _crossed(f: Facts, a: ir.Value, b: ir.Value) -> tuple[ir.Value, ir.Value, ir
     for x1, x2, cos, sin in _products(minus):
         for y2, y1, c, s in _products(plus):
             if (y1, y2, c, s) == (x1, x2, cos, sin):
-                both = _parts(f, x2, x1)
-                if both is not None:
-                    return both[0], cos, sin, both[1]
+                pair = _parts(f, x2, x1)
+                if pair is not None:
+                    return pair[0], cos, sin, pair[1]
     return None

@@ -1,4 +1,4 @@
-"""Cosine and sine tables of rotary embeddings, halved: whatever writes every entry twice is proved and undone."""
+"""Cosine and sine tables of rotary embeddings, halved: RotaryEmbedding takes one entry a pair, exporters write two."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.analysis.sizes import Shape, product
 from onnxcomp.canonical.rotary_pairs import joined
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import TABLE_REPEATING
 
 __all__ = ["Tables"]
 
-UNARY = ("Cos", "Sin", "Cast", "Identity", "Neg")
-EXPANDED = ("Reshape", "Unsqueeze", "Squeeze", "Expand", "Tile", "Identity")
+ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity", "Neg")
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Tables:
     g: Graph
     f: Facts
     _halves: dict[tuple[ir.Value, bool], ir.Value | None] = field(default_factory=dict)
-    _made: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
+    _cache: dict[tuple[ir.Value, int, bool, bool], ir.Value] = field(default_factory=dict)
 
     def table(self, v: ir.Value, heads_axis: int, *, interleaved: bool, full: bool) -> ir.Value | None:
-        """One entry per pair as `[b or 1, s, h / 2]`; None where a full table is not proved to repeat itself."""
+        """The table as `[b or 1, s, h / 2]`; None where a full table is not proved to hold every entry twice."""
         key = (v, heads_axis, interleaved, full)
-        if key in self._made:
-            return self._made[key]
+        if key in self._cache:
+            return self._cache[key]
         half = self.half(v, interleaved) if full else v
         rank = self.f.rank(half)
         if half is None or rank is None:
@@ -44,13 +44,13 @@ class Tables:
             half = self.g.op("Unsqueeze", half, np.array([0], np.int64))
         elif heads_axis == 2:  # [s, 1, h / 2]
             half = self.g.op("Transpose", half, perm=[1, 0, 2])
-        self._made[key] = half
+        self._cache[key] = half
         return half
 
     def half(self, v: ir.Value | None, interleaved: bool) -> ir.Value | None:
-        """A value proved to hold one of each two equal entries of the last axis of `v`.
+        """One of each two equal entries along the last axis of `v`; None where equality is not proved.
 
-        Equal are entries half a width apart, or side by side when interleaved.
+        The equal entries are half a width apart, or adjacent with `interleaved`.
         """
         if v is None:
             return None
@@ -74,7 +74,7 @@ class Tables:
         index = 0
         if node.op_type in ("Mul", "Div", "Add", "Sub"):
             index = next((i for i in (0, 1) if self.f.scalar(node.inputs[1 - i]) is not None), -1)
-        elif node.op_type not in UNARY and not self._spares_last_axis(node, rank):
+        elif node.op_type not in ELEMENTWISE and not self._keeps_last_axis(node, rank):
             return self._of_repeat(v, node, interleaved)
         inner = self.half(node.inputs[index], interleaved) if index >= 0 else None
         if inner is None:
@@ -83,7 +83,7 @@ class Tables:
         return self.g.op(node.op_type, *inputs, **{k: a.value for k, a in node.attributes.items()})
 
     def _of_reshape(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
-        """The half of what a Reshape takes, in its other axes; None where it changes the last axis."""
+        """The half of a Reshape's input, reshaped; None where it changes the last axis."""
         shape, before = self.f.shape(v), self.f.shape(node.inputs[0])
         if not shape or not before or not isinstance(shape[-1], int) or shape[-1] != before[-1]:
             return None
@@ -91,30 +91,32 @@ class Tables:
         return None if inner is None else reshaped(self.g, self.f, inner, [*shape[:-1], shape[-1] // 2])
 
     def _of_repeat(self, v: ir.Value, node: ir.Node, interleaved: bool) -> ir.Value | None:
-        """What a Gather with doubled positions, a Tile or an Expand between Reshapes repeats."""
+        """The value that a Gather with doubled positions, a Tile, or an Expand between Reshapes repeats."""
         x, shape = node.inputs[0], self.f.shape(v)
         if x is None or shape is None or not isinstance(shape[-1], int) or shape[-1] % 2:
             return None
         half = shape[-1] // 2
         if node.op_type == "Gather":
-            wanted = np.repeat(np.arange(half), 2) if interleaved else np.tile(np.arange(half), 2)
-            taken = self.g.tensor(node.inputs[1])
-            same = taken is not None and taken.size == wanted.size and np.array_equal(taken.numpy(), wanted)
-            return x if same and (self.f.shape(x) or (0,))[-1] == half else None
+            expected = np.repeat(np.arange(half), 2) if interleaved else np.tile(np.arange(half), 2)
+            indices = self.g.tensor(node.inputs[1])
+            matches = (
+                indices is not None and indices.size == expected.size and np.array_equal(indices.numpy(), expected)
+            )
+            return x if matches and (self.f.shape(x) or (0,))[-1] == half else None
         if node.op_type == "Tile":
             repeats = self.f.content(node.inputs[1])
-            fits = repeats is not None and list(repeats) == [*(1 for _ in shape[:-1]), 2]
-            return x if fits and not interleaved else None
+            doubles = repeats is not None and list(repeats) == [*(1 for _ in shape[:-1]), 2]
+            return x if doubles and not interleaved else None
         return self._of_expand(v, shape, half, interleaved)
 
     def _of_expand(self, v: ir.Value, shape: Shape, half: int, interleaved: bool) -> ir.Value | None:
-        for t in trace(self.f, v, through=EXPANDED):
+        for t in trace(self.f, v, through=TABLE_REPEATING):
             last = t.origin[-1]
             if len(last) != 2 or last[1 if interleaved else 0] not in t.repeated or len(t.repeated) != 1:
                 continue
             kept = last[0 if interleaved else 1]
-            rest = tuple(a for own in t.axes for a in own)
-            if kept.size != half or rest != (*(a for own in t.origin[:-1] for a in own), kept):
+            remaining = tuple(a for group in t.axes for a in group)
+            if kept.size != half or remaining != (*(a for group in t.origin[:-1] for a in group), kept):
                 return None
             before = self.f.shape(t.value) or ()
             if before[-1] == 1 and len(before) == len(shape) + 1 and interleaved:
@@ -126,8 +128,8 @@ class Tables:
             return None
         return None
 
-    def _spares_last_axis(self, node: ir.Node, rank: int) -> bool:
-        """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis alone."""
+    def _keeps_last_axis(self, node: ir.Node, rank: int) -> bool:
+        """Whether an Unsqueeze, Squeeze, Slice, Gather or Transpose leaves the last axis unchanged."""
         width = self.f.rank(node.inputs[0]) if node.op_type != "Unsqueeze" else rank
         if node.op_type == "Gather":
             return width is not None and axis_of(node, width, 0) < width - 1
@@ -146,5 +148,5 @@ class Tables:
         half = a.shape[-1] // 2 if a.ndim else 0
         if not half or a.shape[-1] % 2:
             return None
-        one, two = (a[..., ::2], a[..., 1::2]) if interleaved else (a[..., :half], a[..., half:])
-        return self.g.constant(np.ascontiguousarray(one), str(v.name)) if np.array_equal(one, two) else None
+        first, second = (a[..., ::2], a[..., 1::2]) if interleaved else (a[..., :half], a[..., half:])
+        return self.g.constant(np.ascontiguousarray(first), str(v.name)) if np.array_equal(first, second) else None

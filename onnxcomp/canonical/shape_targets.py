@@ -1,7 +1,7 @@
-"""Shape arithmetic rebuilt from the graph inputs: constants where nothing is open, else `Shape` of an input.
+"""Sizes rebuilt from the graph inputs: constants where they are static, else computed from `Shape` of an input.
 
-Whatever else computed it (reads of activations above all) loses its users and goes; what remains is the same for
-every exporter.
+The shape arithmetic that exporters write, much of which reads shapes of activations, loses its users and is removed;
+what replaces it is the same for every exporter.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from onnxcomp.analysis.layout import constant_target, target_of
 from onnxcomp.analysis.sizes import Dim, Size, parts_of
 from onnxcomp.graph import Graph
 
-__all__ = ["Sizes", "reroot"]
+__all__ = ["Sizes", "rebuild_sizes"]
 
 Key = tuple[Size, ...]
-CARRIERS = {
+SHAPE_ARITHMETIC = {
     "Shape",
     "Gather",
     "Slice",
@@ -38,43 +38,43 @@ CARRIERS = {
 
 
 class Sizes:
-    """One shared value per list of sizes, made from graph inputs; what an earlier run made is found again."""
+    """Computes sizes from graph inputs, one shared value per list of sizes; values of an earlier run are reused."""
 
     def __init__(self, g: Graph, f: Facts) -> None:
         self.g, self.f = g, f
         self._vectors: dict[Key, ir.Value] = {}
         self._scalars: dict[Size, ir.Value] = {}
-        made: set[ir.Value] = set()
+        computed: set[ir.Value] = set()
         for node in g.nodes("Shape", "Concat", "Squeeze", "Add"):
-            if node.domain == "" and self._is_ours(node, made):
-                self._remember(node.outputs[0], made)
+            if node.domain == "" and self._is_ours(node, computed):
+                self._remember(node.outputs[0], computed)
 
-    def _is_ours(self, node: ir.Node, made: set[ir.Value]) -> bool:
+    def _is_ours(self, node: ir.Node, computed: set[ir.Value]) -> bool:
         x = node.inputs[0]
         if node.op_type == "Shape":
             c = self.f.content(node.outputs[0])
             d = c[0] if c is not None and c.size == 1 else None
             return isinstance(d, Dim) and self.f.roots.get(d.names[0]) == (x, node.attributes.get_int("start", 0))
         if node.op_type == "Squeeze":
-            return x in made and x is not None and node.inputs[-1] is not x
-        return all(v in made or self._is_number(v) for v in node.inputs)
+            return x in computed and x is not None and node.inputs[-1] is not x
+        return all(v in computed or self._is_number(v) for v in node.inputs)
 
     def _is_number(self, v: ir.Value | None) -> bool:
         t = self.g.tensor(v)
         return t is not None and len(t.shape) == 1
 
-    def _remember(self, v: ir.Value, made: set[ir.Value]) -> None:
+    def _remember(self, v: ir.Value, computed: set[ir.Value]) -> None:
         c = self.f.content(v)
         if c is None or not all(isinstance(x, int | Dim) for x in c.reshape(-1)):
             return
-        made.add(v)
+        computed.add(v)
         if c.ndim == 0:
             self._scalars.setdefault(c.item(), v)
         else:
             self._vectors.setdefault(tuple(c), v)
 
-    def possible(self, sizes: Sequence[object]) -> bool:
-        """Whether every size is a number, a single axis of a graph input, or a sum of such."""
+    def can_compute(self, sizes: Sequence[object]) -> bool:
+        """Whether every size is a number, an axis of a graph input, or a sum of these."""
         return all(self._readable(d) for d in sizes)
 
     def _readable(self, d: object) -> bool:
@@ -86,7 +86,7 @@ class Sizes:
         return self.f.rooted(d) or (parts is not None and all(self._readable(p) for p in parts))
 
     def vector(self, sizes: Sequence[Size]) -> ir.Value:
-        """The sizes as int64 `[len(sizes)]`; they must be `possible`."""
+        """The sizes as int64 `[len(sizes)]`; `can_compute` must hold for them."""
         key = tuple(sizes)
         if all(isinstance(d, int) for d in key):
             return self.g.constant(np.array(key, np.int64), "sizes")
@@ -106,15 +106,15 @@ class Sizes:
         return self.g.op("Concat", *[self.vector([d]) for d in key], axis=0)
 
     def can_reshape(self, shape: Sequence[Size], to: Sequence[Size]) -> bool:
-        """Whether a target for `reshaped` can be written: at most one of its sizes is neither known nor kept."""
+        """Whether `reshaped` can write a target: at most one of the sizes is neither computable nor kept."""
         if target_of(self.f, tuple(shape), to) is not None:
             return True
-        return sum(1 for d in to if not self.possible([d])) <= 1
+        return sum(1 for d in to if not self.can_compute([d])) <= 1
 
     def reshaped(self, x: ir.Value, to: Sequence[Size], like: ir.Value | None = None) -> ir.Value:
-        """`x` in another shape, by a constant target or one read off the graph inputs; `can_reshape` must hold."""
+        """`x` in another shape, by a constant target or one computed from graph inputs; `can_reshape` must hold."""
         constant = constant_target(self.f, x, to)
-        readable = [d if self.possible([d]) else -1 for d in to]
+        readable = [d if self.can_compute([d]) else -1 for d in to]
         target = self.vector(readable) if constant is None else np.array(constant, np.int64)
         y = self.g.op("Reshape", x, target, like=like)
         if y.type is None:
@@ -122,7 +122,7 @@ class Sizes:
         return y
 
     def scalar(self, d: Size) -> ir.Value:
-        """One size as an int64 without axes."""
+        """One size as an int64 scalar."""
         if isinstance(d, int):
             return self.g.constant(np.array(d, np.int64), "size")
         if d not in self._scalars:
@@ -130,16 +130,16 @@ class Sizes:
         return self._scalars[d]
 
 
-def reroot(g: Graph, f: Facts) -> None:
-    """Rebuild every computed size that a node reads; Reshape and Expand targets become constants where they can."""
+def rebuild_sizes(g: Graph, f: Facts) -> None:
+    """Rebuild every computed size that a node reads; Reshape and Expand targets become constants where possible."""
     sizes = Sizes(g, f)
     for node in g.nodes():
         if node.domain:
             continue
         if node.op_type in ("Reshape", "Expand"):
-            _target(g, f, sizes, node)
+            _rewrite_target(g, f, sizes, node)
             continue
-        if node.op_type in CARRIERS and f.content(node.outputs[0]) is not None:
+        if node.op_type in SHAPE_ARITHMETIC and f.content(node.outputs[0]) is not None:
             continue
         for i, v in enumerate(node.inputs):
             if v is not None and not g.is_constant(v) and _is_sizes(f, v):
@@ -151,57 +151,59 @@ def _is_sizes(f: Facts, v: ir.Value) -> bool:
     c = f.content(v)
     known = c is not None and c.ndim <= 1 and c.size > 0
     return (
-        known and node is not None and (v.dtype == ir.DataType.INT64 or (v.dtype is None and node.op_type in CARRIERS))
+        known
+        and node is not None
+        and (v.dtype == ir.DataType.INT64 or (v.dtype is None and node.op_type in SHAPE_ARITHMETIC))
     )
 
 
 def _rebuild(g: Graph, f: Facts, sizes: Sizes, node: ir.Node, index: int, v: ir.Value) -> None:
     c = f.content(v)
-    if c is None or not sizes.possible(list(c.reshape(-1))):
+    if c is None or not sizes.can_compute(list(c.reshape(-1))):
         return
     g.set_input(node, index, sizes.scalar(c.item()) if c.ndim == 0 else sizes.vector(list(c)))
 
 
-def _target(g: Graph, f: Facts, sizes: Sizes, node: ir.Node) -> None:
+def _rewrite_target(g: Graph, f: Facts, sizes: Sizes, node: ir.Node) -> None:
     x, target, shape = node.inputs[0], node.inputs[1], f.shape(node.outputs[0])
     if x is None or target is None or shape is None:
         return
     if node.op_type == "Reshape":
-        wanted = constant_target(f, x, shape)
+        constant = constant_target(f, x, shape)
     else:
-        wanted = _expand_target(f, x, target)
-    if wanted is not None:
+        constant = _expand_target(f, x, target)
+    if constant is not None:
         if node.op_type == "Reshape":
             g.set_attr(node, allowzero=None)
-        _set_constant(g, f, node, wanted)
+        _set_constant(g, f, node, constant)
         return
     c = f.content(target)
-    if c is not None and not g.is_constant(target) and c.ndim == 1 and sizes.possible(list(c)):
+    if c is not None and not g.is_constant(target) and c.ndim == 1 and sizes.can_compute(list(c)):
         g.set_input(node, 1, sizes.vector(list(c)))
 
 
-def _set_constant(g: Graph, f: Facts, node: ir.Node, wanted: list[int]) -> None:
-    """Give the node its own constant, so that cutting one layer leaves the others alone."""
+def _set_constant(g: Graph, f: Facts, node: ir.Node, target: list[int]) -> None:
+    """Give the node a constant of its own, so that pruning one layer does not change others."""
     old = node.inputs[1]
     if old is not None and g.is_constant(old) and old.producer() is None and len(list(old.uses())) == 1:
         c = f.content(old)
-        if c is not None and c.ndim == 1 and list(c) == wanted:
+        if c is not None and c.ndim == 1 and list(c) == target:
             return
-    g.set_input(node, 1, g.constant(np.array(wanted, np.int64), "shape"))
+    g.set_input(node, 1, g.constant(np.array(target, np.int64), "shape"))
 
 
 def _expand_target(f: Facts, x: ir.Value, target: ir.Value) -> list[int] | None:
-    """Sizes to expand to, with 1 where the input already has the size; None if an open size is added."""
+    """An Expand target with 1 where the input already has the size; None where a new axis has an unknown size."""
     shape, c = f.shape(x), f.content(target)
     if shape is None or c is None or c.ndim != 1:
         return None
     padded = (1,) * (c.size - len(shape)) + shape
-    wanted = []
-    for want, have in zip(c, padded[-c.size :], strict=True):
-        if isinstance(want, int):
-            wanted.append(1 if want == have and want != 1 else want)
-        elif isinstance(want, Dim) and want == have:
-            wanted.append(1)
+    result = []
+    for size, input_size in zip(c, padded[-c.size :], strict=True):
+        if isinstance(size, int):
+            result.append(1 if size == input_size and size != 1 else size)
+        elif isinstance(size, Dim) and size == input_size:
+            result.append(1)
         else:
             return None
-    return wanted
+    return result

@@ -1,4 +1,4 @@
-"""What canonicalize is asked to raise: every site ends raised, or declined with a reason under the same name."""
+"""The sites of canonicalization: each ends raised, or declined with a reason under the same name."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["sites"]
 
 
 def sites(g: Graph) -> Iterator[Site]:
-    """Softmaxes, attentions in four axes, spelled-out norms and activations, constant Gemm, the runtime's fusions."""
+    """Softmaxes, attentions in four axes, decomposed norms and activations, constant Gemms, fused operators."""
     f = Facts(g)
     for node in g.nodes():
         if is_fused(node):
             yield Site(str(node.name), (str(node.name),), "fused")
     for node in g.nodes("Softmax", "Attention", "Gemm"):
-        spelled = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
-        if node.domain == "" and (spelled or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):
+        decomposed = node.op_type == "Softmax" or (node.op_type == "Attention" and f.rank(node.inputs[0]) == 4)
+        if node.domain == "" and (decomposed or (node.op_type == "Gemm" and g.is_constant(node.inputs[1]))):
             yield Site(str(node.name), (str(node.name),), "linear" if node.op_type == "Gemm" else "attention")
     for mean, _ in find_norms(g, f):
         yield Site(str(mean.name), (str(mean.name),), "norm")

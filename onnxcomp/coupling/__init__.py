@@ -1,6 +1,7 @@
-"""From any axis of a model to the group of places that must shrink with it, proved by shape inference.
+"""Coupling analysis: from any axis of a model to the group of all places that must shrink with it.
 
-`couple` is the one analysis; heads, feed-forward channels, convolution channels, the residual width are starts of it.
+`Coupling.couple` is the only analysis: attention heads, channels of MLPs and convolutions and the residual width are
+axes to start from. `prove` checks cuts by shape inference.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.sizes import Dim, Shape, Size
-from onnxcomp.blocks import Attention, Mlp
+from onnxcomp.blocks import Attention
 from onnxcomp.coupling.collect import Blocked, collect
 from onnxcomp.coupling.rules import RULES
 from onnxcomp.coupling.trace import Tracer
@@ -21,11 +22,11 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 
-__all__ = ["Blocked", "Coupling", "channels_of", "couple", "ffn_of", "heads_of", "prove"]
+__all__ = ["Blocked", "Coupling", "couple", "prove"]
 
 
 class Coupling:
-    """The analysis of one graph as it is now; shapes are learned once for all questions."""
+    """The coupling analysis of a graph's current state; shapes are inferred once for all queries."""
 
     def __init__(self, g: Graph) -> None:
         self.g, self.facts = g, _facts(g)
@@ -33,8 +34,8 @@ class Coupling:
     def couple(self, v: ir.Value | str, axis: int = -1, *, block: int = 1, io: bool = False) -> Group:
         """The group of one axis of a value, a constant or a computed one, in units of `block` positions or coarser.
 
-        With `io` the group may change axes of the model's inputs and outputs. Raises `ModelError`, with the path to
-        what blocks it, where no unit may go.
+        With `io` the group may change axes of the model's inputs and outputs. Raises `ModelError`, with the path to the
+        cause, where no unit can be cut.
         """
         value = self.g.value(v) if isinstance(v, str) else v
         t = Tracer(self.g, self.facts, RULES, io=io)
@@ -48,13 +49,13 @@ class Coupling:
         return collect(t, start)
 
     def heads(self, attention: Attention | ir.Node, *, whole: bool = True, io: bool = False) -> Group:
-        """The heads of an attention: with `whole` a unit is a key-value head with all its query heads, otherwise a
-        query head, of which each key-value head must keep as many."""
+        """The heads of an attention: with `whole` a unit is a key-value head with all its query heads, else a query
+        head, of which every key-value head must keep equally many."""
         node = attention.node if isinstance(attention, Attention) else attention
         heads, kv = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
         n = self._width(node.outputs[0])
         if not heads or not kv or n % heads:
-            raise ModelError(f"attention '{node.name}' does not say how many heads it has")
+            raise ModelError(f"attention '{node.name}' has no number of heads, or one that does not divide its width")
         return self.couple(node.outputs[0], -1, block=n // (kv if whole else heads), io=io)
 
     def channels(self, node: ir.Node) -> Group:
@@ -71,7 +72,7 @@ class Coupling:
 
 
 def _facts(g: Graph) -> Facts:
-    """What is known of shapes, with what ONNX's inference adds where nothing is recorded; the graph stays as it is."""
+    """Facts, with shapes by ONNX's inference where none are recorded; the graph is not changed."""
     computed = [(v, v.type, v.shape) for node in g.nodes() for v in node.outputs]
     if all(shape is not None for _, _, shape in computed):
         return Facts(g)
@@ -84,27 +85,12 @@ def _facts(g: Graph) -> Facts:
 
 
 def couple(g: Graph, v: ir.Value | str, axis: int = -1, *, block: int = 1, io: bool = False) -> Group:
-    """Everything that must shrink with one axis of a value; see `Coupling.couple`."""
+    """The group of one axis of a value; see `Coupling.couple`."""
     return Coupling(g).couple(v, axis, block=block, io=io)
 
 
-def heads_of(g: Graph, attention: Attention | ir.Node) -> Group:
-    """The heads that share a key-value head, of one attention and whatever is coupled to it."""
-    return Coupling(g).heads(attention)
-
-
-def ffn_of(g: Graph, mlp: Mlp) -> Group:
-    """The channels between up and down: columns of up and gate with their biases, rows of down."""
-    return Coupling(g).channels(mlp.down.node)
-
-
-def channels_of(g: Graph, node: ir.Node) -> Group:
-    """The channels that a linear or convolution reads, back to all that make them."""
-    return Coupling(g).channels(node)
-
-
 def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | Array]]) -> None:
-    """Check by shape inference that a graph after cuts has exactly the shapes that the groups predict.
+    """Check by shape inference that a graph has exactly the shapes that the groups predict after the cuts.
 
     `before` are the facts of the uncut graph. Raises `ModelError` naming the value where they differ.
     """
@@ -114,19 +100,19 @@ def prove(before: Facts, g: Graph, cuts: Iterable[tuple[Group, Sequence[int] | A
     for group, keep in cuts:
         for slot in group.computed:
             if (s := expected.get(slot.value)) is not None:
-                n, was = int(slot.kept(np.asarray(keep)).sum()), s[slot.axis]
-                now = n if isinstance(was, int) else Dim(n, was.names)
-                expected[slot.value] = (*s[: slot.axis], now, *s[slot.axis + 1 :])
+                n, old_size = int(slot.kept(np.asarray(keep)).sum()), s[slot.axis]
+                new_size = n if isinstance(old_size, int) else Dim(n, old_size.names)
+                expected[slot.value] = (*s[: slot.axis], new_size, *s[slot.axis + 1 :])
     after = Facts(g)
     for node in g.nodes():
         for v in node.outputs:
-            is_, wanted = after.shape(v), expected.get(str(v.name))
-            if is_ is not None and wanted is not None and not _agree(is_, wanted):
-                raise ModelError(f"after the cut '{v.name}' has the shape {_text(is_)}, not {_text(wanted)}")
+            actual, predicted = after.shape(v), expected.get(str(v.name))
+            if actual is not None and predicted is not None and not _agree(actual, predicted):
+                raise ModelError(f"after the cut '{v.name}' has the shape {_text(actual)}, not {_text(predicted)}")
 
 
 def _agree(a: Shape, b: Shape) -> bool:
-    """Whether two shapes have equal numbers wherever both have numbers, or multiples of the same unknown."""
+    """Whether two shapes agree wherever both have numbers, or multiples of the same unknown."""
     pairs = zip(a, b, strict=False)
     return len(a) == len(b) and all(x == y for x, y in pairs if _names(x) == _names(y))
 

@@ -1,4 +1,4 @@
-"""From what the walk found to a `Group`: plain data, by names."""
+"""Conversion of the coupling analysis to a `Group`: plain data, by names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from onnxcomp.maths import Array
 
 __all__ = ["Blocked", "collect"]
 
+MAX_PATH = 8  # nodes of a path that a message shows; of a longer one only both ends
 Plain = Callable[[Array], tuple[int, ...]]
 
 
 class Blocked(ModelError):
-    """An axis that cannot be cut; `reached` are the axes (value name, axis) that are coupled to it."""
+    """An axis cannot be cut; `reached` are the axes (value name, axis) that are coupled to it."""
 
     def __init__(self, message: str, reached: frozenset[tuple[str, int]]) -> None:
         super().__init__(message)
@@ -26,12 +27,12 @@ class Blocked(ModelError):
 
 
 def collect(t: Tracer, start: Axis) -> Group:
-    """The group of a walk, units numbered in the order of the starting axis; raises `Blocked` where it is empty."""
+    """The group of an analysis, its units numbered along the starting axis; raises `Blocked` for fewer than two."""
     units = t.at(start)
     free = np.zeros(0, np.int64) if units is None else units[units > FROZEN]
     order = {int(u): i for i, u in enumerate(dict.fromkeys(free.tolist()))}
     if len(order) < 2:
-        raise Blocked(_why_not(t, start, len(order)), frozenset((str(a.value.name), a.axis) for a in t.units))
+        raise Blocked(_reason(t, start, len(order)), frozenset((str(a.value.name), a.axis) for a in t.units))
     plain = _numbering(t, order)
     slots, computed, io = _slots(t, plain)
     return Group(
@@ -41,46 +42,46 @@ def collect(t: Tracer, start: Axis) -> Group:
         parts=_parts(t, order),
         computed=computed,
         entries=_entries(t, plain),
-        attrs=tuple(AttrSlot(str(n.name), a, plain(u)) for (n, a), u in t.attrs.items() if _moves(plain(u))),
-        norms=tuple(NormSlot(str(n.name), plain(u)) for n, u in t.norms.items() if _moves(plain(u))),
-        indices=tuple(IndexSlot(str(n.name), i, plain(u)) for (n, i), u in t.indices.items() if _moves(plain(u))),
+        attrs=tuple(AttrSlot(str(n.name), a, plain(u)) for (n, a), u in t.attrs.items() if _has_units(plain(u))),
+        norms=tuple(NormSlot(str(n.name), plain(u)) for n, u in t.norms.items() if _has_units(plain(u))),
+        indices=tuple(IndexSlot(str(n.name), i, plain(u)) for (n, i), u in t.indices.items() if _has_units(plain(u))),
     )
 
 
-def _moves(units: tuple[int, ...]) -> bool:
+def _has_units(units: tuple[int, ...]) -> bool:
     return any(u != STAYS for u in units)
 
 
 def _numbering(t: Tracer, order: dict[int, int]) -> Plain:
-    """From unit numbers of the walk to those of the group; equal axes share one tuple."""
-    known: dict[bytes, tuple[int, ...]] = {}
+    """The function from unit numbers of the analysis to those of the group; equal axes share one tuple."""
+    renumbered: dict[bytes, tuple[int, ...]] = {}
     table = np.full(len(t.parent), STAYS)
     table[list(order)] = list(order.values())
 
-    def plain(units: Array) -> tuple[int, ...]:
-        found = t.find(units)
-        key = found.tobytes()
-        if key not in known:
-            known[key] = tuple(np.where(found == UNKNOWN, STAYS, table[np.maximum(found, 0)]).tolist())
-        return known[key]
+    def to_group(units: Array) -> tuple[int, ...]:
+        roots = t.find(units)
+        key = roots.tobytes()
+        if key not in renumbered:
+            renumbered[key] = tuple(np.where(roots == UNKNOWN, STAYS, table[np.maximum(roots, 0)]).tolist())
+        return renumbered[key]
 
-    return plain
+    return to_group
 
 
 def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[IoSlot, ...]]:
-    """Constants (readers with equal units together), computed values, graph inputs and outputs."""
+    """Slots of constants (users with equal units together), of computed values, and of graph inputs and outputs."""
     constants: dict[tuple[str, int, tuple[int, ...]], tuple[list[str], set[str]]] = {}
     computed, io = [], []
     for axis, units in t.units.items():
         v, numbers = axis.value, plain(units)
-        if not _moves(numbers):
+        if not _has_units(numbers):
             continue
         if t.g.is_constant(v):
             users, roles = constants.setdefault((str(v.name), axis.axis, numbers), ([], set()))
             users += [str(axis.reader.name)] if axis.reader is not None else []
             roles |= t.roles.get(axis, set())
             continue
-        if axis.reader is None:  # else a copy is cut
+        if axis.reader is None:  # else only the user's copy is cut
             computed.append(Slot(str(v.name), axis.axis, numbers))
         if v.is_graph_input() or v.is_graph_output():
             io.append(IoSlot(str(v.name), axis.axis, numbers))
@@ -92,41 +93,41 @@ def _slots(t: Tracer, plain: Plain) -> tuple[tuple[Slot, ...], tuple[Slot, ...],
 
 
 def _entries(t: Tracer, plain: Plain) -> tuple[Entries, ...]:
-    """Numbers that count units: those for all readers, then those for copies, one for readers with equal numbers."""
-    found: dict[tuple[Entries, bool], list[str]] = {}
+    """Sizes that count units: those for all users, then those for copies, with one copy for users of equal sizes."""
+    users_by_entries: dict[tuple[Entries, bool], list[str]] = {}
     for (node, index, reader), entries in sorted(t.sizes.items(), key=lambda item: item[0][2] is not None):
         sizes = tuple(Size(i, plain(u), sign, times) for i, (u, sign, times) in sorted(entries.items()))
-        if any(_moves(size.units) for size in sizes):
-            made = Entries(str(node.name), index, sizes, t.lengths.get((node, index), 0))
-            users = found.setdefault((made, reader is None), [])
+        if any(_has_units(size.units) for size in sizes):
+            entry = Entries(str(node.name), index, sizes, t.lengths.get((node, index), 0))
+            users = users_by_entries.setdefault((entry, reader is None), [])
             users += [str(reader.name)] if reader is not None else []
-    return tuple(replace(made, users=tuple(users)) for (made, _), users in found.items())
+    return tuple(replace(entry, users=tuple(users)) for (entry, _), users in users_by_entries.items())
 
 
 def _parts(t: Tracer, order: dict[int, int]) -> tuple[int, ...]:
-    """The part of each unit, where some node needs parts of equal size."""
+    """The part of each unit, where a node needs parts of equal size."""
     parts = np.full(len(order), -1)
     for node, rows in t.parts.items():
-        found = t.find(rows)
-        counts = {int((np.isin(row, list(order))).sum()) for row in found}
+        roots = t.find(rows)
+        counts = {int((np.isin(row, list(order))).sum()) for row in roots}
         if len(counts) > 1:
-            raise ModelError(f"'{node.name}' needs as many units of each part, but some of them must stay")
-        for i, row in enumerate(found):
+            raise ModelError(f"'{node.name}' needs equally many units of each part, but some of them must stay")
+        for i, row in enumerate(roots):
             for u in row.tolist():
-                mine = parts[order[u]] if u in order else i
-                if mine not in (-1, i):
-                    raise ModelError(f"'{node.name}' groups the units in another way than a node before it")
+                part = parts[order[u]] if u in order else i
+                if part not in (-1, i):
+                    raise ModelError(f"'{node.name}' groups the units differently from another node")
                 if u in order:
                     parts[order[u]] = i
     return tuple(parts.tolist()) if (parts >= 0).all() else ()
 
 
-def _why_not(t: Tracer, start: Axis, left: int) -> str:
-    """What blocked the cut, with the way to it."""
-    what = f"axis {start.axis} of '{start.value.name}' cannot be cut"
+def _reason(t: Tracer, start: Axis, unit_count: int) -> str:
+    """Why the axis cannot be cut, with the path to the cause."""
+    subject = f"axis {start.axis} of '{start.value.name}' cannot be cut"
     if not t.blocked:
-        return f"{what}: all its positions belong together" if left else f"{what}: it has one unit"
+        return f"{subject}: all its positions belong together" if unit_count else f"{subject}: it has one unit"
     axis, why = t.blocked[0]
     path = t.path(axis)
-    shown = path if len(path) <= 8 else [*path[:3], "...", *path[-4:]]
-    return f"{what}: {why}" + (f" (by way of {' > '.join(shown)})" if shown else "")
+    shown = path if len(path) <= MAX_PATH else [*path[:3], "...", *path[-4:]]
+    return f"{subject}: {why}" + (f" (by way of {' > '.join(shown)})" if shown else "")

@@ -1,4 +1,4 @@
-"""How units pass through operators that only move elements: transposes, concatenations, slices, gathers."""
+"""Coupling rules of operators that only move elements: transposes, concatenations, slices, gathers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.coupling.reshapes import RESHAPE_RULES
-from onnxcomp.coupling.trace import UNKNOWN, Axis, Rule, Tracer, ends
+from onnxcomp.coupling.trace import UNKNOWN, Axis, Rule, Tracer, input_and_output
 
 __all__ = ["LAYOUT_RULES"]
 
-OPEN = 2**31 - 1  # a Slice end at or above it means the end of the axis
+END_OF_AXIS = 2**31 - 1  # a Slice end at or above it means the end of the axis
 
 
 def _transpose(t: Tracer, node: ir.Node) -> None:
-    x, y = ends(node)
+    x, y = input_and_output(node)
     rank = t.f.rank(x) or 0
     for to, at in enumerate(node.attributes.get_ints("perm", list(reversed(range(rank))))):
         a, b = t.axis(x, at, node), t.axis(y, to)
@@ -27,16 +27,16 @@ def _transpose(t: Tracer, node: ir.Node) -> None:
 
 
 def _squeeze(t: Tracer, node: ir.Node) -> None:
-    """Squeeze and Unsqueeze: the axes longer than one, in order."""
-    (x, y), axes = ends(node), axes_of(t.f, node)
+    """Squeeze and Unsqueeze: the axes that both values have, in order."""
+    (x, y), axes = input_and_output(node), axes_of(t.f, node)
     if axes is None:
         return
     longer, shorter = (x, y) if node.op_type == "Squeeze" else (y, x)
     rank, short = t.f.rank(longer) or 0, t.f.rank(shorter) or 0
-    gone = {a % rank for a in axes} if axes or node.op_type != "Squeeze" else {
+    removed = {a % rank for a in axes} if axes or node.op_type != "Squeeze" else {
         i for i in range(rank) if t.size(longer, i) == 1
     }  # fmt: skip
-    kept = [i for i in range(rank) if i not in gone]
+    kept = [i for i in range(rank) if i not in removed]
     for i, j in zip(kept, range(short), strict=False):
         a, b = (i, j) if longer is x else (j, i)
         t.same(t.axis(x, a, node), t.axis(y, b))
@@ -50,64 +50,64 @@ def _concat(t: Tracer, node: ir.Node) -> None:
 
 
 def _split(t: Tracer, node: ir.Node) -> None:
-    x, _ = ends(node)
+    x, _ = input_and_output(node)
     axis = axis_of(node, t.f.rank(x) or 0, 0)
     _pieces(t, node, x, node.outputs, axis)
     units = t.at(t.axis(x, axis, node))
     if units is None:
         return
-    given = node.inputs[1] if len(node.inputs) > 1 else None
-    if given is not None and not t.g.is_constant(given):
+    lengths = node.inputs[1] if len(node.inputs) > 1 else None
+    if lengths is not None and not t.g.is_constant(lengths):
         return t.stop(t.axis(x, axis, node), f"the lengths that Split '{node.name}' reads are computed")
-    at = 0
+    offset = 0
     for i, out in enumerate(node.outputs):
         n = t.size(out, axis) or 0
-        t.counts(node, 1, i, units[at : at + n])
-        at += n
+        t.counts(node, 1, i, units[offset : offset + n])
+        offset += n
     return None
 
 
-def _pieces(t: Tracer, node: ir.Node, whole: ir.Value, parts: Sequence[ir.Value | None], axis: int) -> None:
-    """`whole` is its parts one after the other along the axis."""
-    reader = node if whole in node.inputs else None
+def _pieces(t: Tracer, node: ir.Node, joined: ir.Value, parts: Sequence[ir.Value | None], axis: int) -> None:
+    """`joined` is the concatenation of the parts along the axis."""
+    reader = node if joined in node.inputs else None
     at: int | None = 0
     for v in parts:
         if v is None:
             continue
         n = t.size(v, axis)
-        for i in range(t.f.rank(whole) or 0):
-            mine, all_of = t.axis(v, i, node if reader is None else None), t.axis(whole, i, reader)
+        for i in range(t.f.rank(joined) or 0):
+            part_axis, joined_axis = t.axis(v, i, node if reader is None else None), t.axis(joined, i, reader)
             if i != axis:
-                t.same(mine, all_of)
-            elif n is not None and at is not None and t.size(whole, i) is not None:
-                t.mapped(all_of, mine, np.arange(at, at + n))
+                t.same(part_axis, joined_axis)
+            elif n is not None and at is not None and t.size(joined, i) is not None:
+                t.mapped(joined_axis, part_axis, np.arange(at, at + n))
         at = at + n if at is not None and n is not None else None
 
 
 def _slice(t: Tracer, node: ir.Node) -> None:
-    """Constant bounds with step one follow the units; an axis that is cut in any other way stays."""
-    x, y = ends(node)
+    """Constant bounds with step one are adapted to the units; an axis that is sliced otherwise stays."""
+    x, y = input_and_output(node)
     parts = [t.f.content(v) if v is not None else None for v in node.inputs[1:]]
     starts, stops = (p.reshape(-1) if p is not None else None for p in parts[:2])
     count = next((p.size for p in (starts, stops) if p is not None), 0)
-    given = parts[2].reshape(-1) if len(parts) > 2 and parts[2] is not None else np.arange(count)
+    axes = parts[2].reshape(-1) if len(parts) > 2 and parts[2] is not None else np.arange(count)
     steps = parts[3].reshape(-1) if len(parts) > 3 and parts[3] is not None else np.ones(count, int)
     rank = t.f.rank(x) or 0
-    cut = {int(a) % rank: i for i, a in enumerate(given)} if rank else {}
+    sliced = {int(a) % rank: i for i, a in enumerate(axes)} if rank else {}
     for axis in range(rank):
-        if axis not in cut:
+        if axis not in sliced:
             t.same(t.axis(x, axis, node), t.axis(y, axis))
             continue
-        i, n = cut[axis], t.size(x, axis)
+        i, n = sliced[axis], t.size(x, axis)
         if n is None or starts is None or stops is None or int(steps[i]) != 1:
             continue
         if isinstance(starts[i], int) and isinstance(stops[i], int):
-            _bounds(t, node, axis, i, (n, starts[i], stops[i]))
+            _slice_range(t, node, axis, i, (n, starts[i], stops[i]))
 
 
-def _bounds(t: Tracer, node: ir.Node, axis: int, i: int, what: tuple[int, int, int]) -> None:
+def _slice_range(t: Tracer, node: ir.Node, axis: int, i: int, what: tuple[int, int, int]) -> None:
     n, start, end = what
-    x, _ = ends(node)
+    x, _ = input_and_output(node)
     place = t.axis(x, axis, node)
     t.mapped(place, t.axis(node.outputs[0], axis), range(*slice(start, end).indices(n)))
     units = t.at(place)
@@ -115,7 +115,7 @@ def _bounds(t: Tracer, node: ir.Node, axis: int, i: int, what: tuple[int, int, i
         return
     for index, bound in ((1, start), (2, end)):
         v = node.inputs[index]
-        if 0 < bound < OPEN:
+        if 0 < bound < END_OF_AXIS:
             if bound > n:
                 t.counts(node, index, i, np.concatenate([units, np.full(bound - n, UNKNOWN)]))
             else:
@@ -127,7 +127,7 @@ def _bounds(t: Tracer, node: ir.Node, axis: int, i: int, what: tuple[int, int, i
 
 
 def _gather(t: Tracer, node: ir.Node) -> None:
-    """Rows of a table by computed indices stay; constant indices on a cut axis are renumbered."""
+    """An axis that computed indices select from stays; constant indices on a cut axis are renumbered."""
     data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert data is not None
     assert indices is not None
@@ -146,53 +146,53 @@ def _gather(t: Tracer, node: ir.Node) -> None:
         for i in range(more):
             t.same(t.axis(indices, i, node), t.axis(y, at + i))
         return
-    wanted = t.g.array(indices)
+    picked = t.g.array(indices)
     if more == 1:
         t.same(Axis(indices, 0, node), t.axis(y, at))
-        t.mapped(place, t.axis(y, at), wanted % n)
+        t.mapped(place, t.axis(y, at), picked % n)
     else:
-        t.keep(place, np.unique(wanted % n))  # what is picked one by one stays
+        t.keep(place, np.unique(picked % n))  # positions that are selected one by one stay
     if (units := t.at(place)) is not None:
         t.indices[node, 1] = units
 
 
 def _gather_elements(t: Tracer, node: ir.Node) -> None:
-    """Along its axis it picks one by one; along the others everything is as long and in the same order."""
+    """Its axis stays, since positions are selected one by one; the other axes pass through."""
     data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
     assert data is not None
     assert indices is not None
     rank = t.f.rank(data) or 0
     at = axis_of(node, rank, 0)
     for i in range(rank):
-        wanted = t.axis(indices, i, node)
-        t.same(wanted, t.axis(y, i))
+        picked = t.axis(indices, i, node)
+        t.same(picked, t.axis(y, i))
         if i != at:
-            t.broadcast(t.axis(data, i, node), wanted)
+            t.broadcast(t.axis(data, i, node), picked)
     if rank and t.axis(data, at, node) in t.units:
-        t.stop(t.axis(data, at, node), f"GatherElements '{node.name}' picks along that axis")
+        t.stop(t.axis(data, at, node), f"GatherElements '{node.name}' selects along that axis")
 
 
 def _tile(t: Tracer, node: ir.Node) -> None:
-    (x, y), repeats = ends(node), t.f.content(node.inputs[1])
+    (x, y), repeats = input_and_output(node), t.f.content(node.inputs[1])
     for i in range(t.f.rank(x) or 0):
-        n, many = t.period(x, i), t.period(y, i)
-        if repeats is not None and n is not None and many is not None and many % n == 0:
-            t.mapped(t.axis(x, i, node), t.axis(y, i), np.arange(many) % n)
+        n, repeated = t.period(x, i), t.period(y, i)
+        if repeats is not None and n is not None and repeated is not None and repeated % n == 0:
+            t.mapped(t.axis(x, i, node), t.axis(y, i), np.arange(repeated) % n)
 
 
 def _pad(t: Tracer, node: ir.Node) -> None:
-    """Positions that are added stay; only a constant border keeps the others apart."""
-    (x, y), pads = ends(node), t.f.content(node.inputs[1])
+    """Added positions stay; the others pass through where the padding is constant."""
+    (x, y), pads = input_and_output(node), t.f.content(node.inputs[1])
     rank = t.f.rank(x) or 0
     axes = t.f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    given = [int(a) % rank for a in axes.reshape(-1)] if axes is not None else list(range(rank))
+    padded = [int(a) % rank for a in axes.reshape(-1)] if axes is not None else list(range(rank))
     if pads is None or (len(node.inputs) > 3 and node.inputs[3] is not None and axes is None):
         return
     flat, constant = pads.reshape(-1), node.attributes.get_string("mode", "constant") == "constant"
     for i in range(rank):
         n = t.size(x, i)
-        k = given.index(i) if i in given else None
-        before, after = (0, 0) if k is None else (flat[k], flat[k + len(given)])
+        k = padded.index(i) if i in padded else None
+        before, after = (0, 0) if k is None else (flat[k], flat[k + len(padded)])
         if before == after == 0:
             t.same(t.axis(x, i, node), t.axis(y, i))
         elif n is not None and isinstance(before, int) and before >= 0 and constant:
@@ -201,8 +201,8 @@ def _pad(t: Tracer, node: ir.Node) -> None:
 
 
 def _resize(t: Tracer, node: ir.Node) -> None:
-    """Axes whose length does not change, where the sizes are given as factors."""
-    x, y = ends(node)
+    """Axes with scale 1 pass through."""
+    x, y = input_and_output(node)
     scales = t.f.content(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else None
     for i in range(t.f.rank(x) or 0) if scales is not None and "axes" not in node.attributes else ():
         if scales is not None and i < scales.size and scales.reshape(-1)[i] == 1:

@@ -1,6 +1,6 @@
-"""How units pass through Reshape and Expand, and how the sizes that these read follow a cut.
+"""Coupling rules of Reshape and Expand, and of the sizes that these read.
 
-An axis may be merged with one of unknown length outside it: the composite axis repeats the units (see `Tracer.period`).
+An axis may be merged with an outer one of unknown length: the merged axis repeats the units (see `Tracer.period`).
 """
 
 from __future__ import annotations
@@ -10,25 +10,26 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.analysis.content_rules import Content
+from onnxcomp.analysis.known import Content
 from onnxcomp.analysis.sizes import Dim, Size, multiply, product
-from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, ends
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Repeats, Rule, Tracer, input_and_output
+from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array
 
 __all__ = ["RESHAPE_RULES"]
 
-CARRIES = ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where")
-SIZED = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
+SIZE_PRESERVING = ("Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Unsqueeze", "Where")
+SHAPE_INPUT = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}
 
 
 def _reshape(t: Tracer, node: ir.Node) -> None:
-    """Reshape and Flatten: axes in blocks of equal size; within a block units move where their axis goes."""
-    x, y = ends(node)
+    """Reshape and Flatten: axes are divided into runs of equal product; units pass within each run."""
+    x, y = input_and_output(node)
     s, r = t.f.shape(x), t.f.shape(y)
     if s is None or r is None:
         return
-    for left, right in _regrouped(t, s, r):
-        ins, outs = [t.axis(x, i, node) for i in left], [t.axis(y, i) for i in right]
+    for left_axes, right_axes in _regrouped(t, s, r):
+        ins, outs = [t.axis(x, i, node) for i in left_axes], [t.axis(y, i) for i in right_axes]
         _block(t, node, [a for a in ins if _length(t, a) != 1], [a for a in outs if _length(t, a) != 1])
         t.followed(*(a for a in ins + outs if _length(t, a) == 1))
     if node.op_type == "Reshape":
@@ -36,31 +37,33 @@ def _reshape(t: Tracer, node: ir.Node) -> None:
 
 
 def _regrouped(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> list[tuple[list[int], list[int]]]:
-    """Runs of axes of both shapes with equal products, from the front, or from the back where the front is unknown."""
+    """Runs of axes of both shapes with equal products, from the front, or from the back where that proves nothing."""
     runs = list(_runs(t, s, r))
-    if all(t.f.same(product(s[i] for i in left), product(r[j] for j in right)) for left, right in runs):
+    if all(
+        t.f.same(product(s[i] for i in left_axes), product(r[j] for j in right_axes)) for left_axes, right_axes in runs
+    ):
         return runs
     back = _runs(t, s[::-1], r[::-1])
     return [([len(s) - 1 - i for i in a[::-1]], [len(r) - 1 - j for j in b[::-1]]) for a, b in back]
 
 
 def _runs(t: Tracer, s: Sequence[Size], r: Sequence[Size]) -> Iterator[tuple[list[int], list[int]]]:
-    """The shortest runs with equal products from the front; the last one is what is left over."""
+    """The shortest runs with equal products from the front; the last one holds the remaining axes."""
     i = j = 0
     while i < len(s) and j < len(r):
-        left, right, a, b = [i], [j], s[i], r[j]
+        ins, outs, a, b = [i], [j], s[i], r[j]
         i, j = i + 1, j + 1
         while not t.f.same(a, b):
             grows_right = t.f.quotient(a, b) is not None or not (t.f.quotient(b, a) is not None or i < len(s))
             if (grows_right and j < len(r)) or i >= len(s):
                 if j >= len(r):
                     break
-                right.append(j)
+                outs.append(j)
                 b, j = multiply(b, r[j]), j + 1
             else:
-                left.append(i)
+                ins.append(i)
                 a, i = multiply(a, s[i]), i + 1
-        yield left, right
+        yield ins, outs
     yield list(range(i, len(s))), list(range(j, len(r)))
 
 
@@ -69,7 +72,7 @@ def _length(t: Tracer, a: Axis) -> Size:
 
 
 def _block(t: Tracer, node: ir.Node, ins: list[Axis], outs: list[Axis]) -> None:
-    """Axes `ins` are laid out anew as `outs`, both row by row."""
+    """Pass units between the axes `ins` and `outs` of one run of elements, both in row-major order."""
     if len(ins) == len(outs) == 1:
         t.same(ins[0], outs[0])
         return
@@ -87,7 +90,7 @@ def _block(t: Tracer, node: ir.Node, ins: list[Axis], outs: list[Axis]) -> None:
 
 
 def _flat(t: Tracer, axes: list[Axis], k: int) -> Array | None:
-    """One period of the units of axis `k` along the flat run of all axes; None where what is inside it is unknown.
+    """One period of the units of axis `k` along the flat run of all axes; None where an inner axis is unknown.
 
     The flat position of position `p` is `(... + p) * inner + ...`, so units of period `n` repeat every `n * inner`.
     """
@@ -96,39 +99,41 @@ def _flat(t: Tracer, axes: list[Axis], k: int) -> Array | None:
 
 
 def _project(t: Tracer, flat: Array, source: Axis, to: list[Axis]) -> bool:
-    """Units of a flat run of elements onto the one of several axes along which they change; False where none can be.
+    """Assign the units of a flat run to the axis along which they vary; False where there is no such axis.
 
-    Only axes with nothing unknown inside them are addressed; together they must span whole periods of the run.
+    Only axes inside of all unknown ones are candidates; together they must span whole periods of the run.
     """
     first = max((k for k, a in enumerate(to) if not isinstance(_length(t, a), int)), default=0)
     sizes = [t.period(a.value, a.axis) or 1 for a in to[first:]]
     if int(np.prod(sizes)) % flat.size or any(a in t.units for a in to[:first]):
         return False
     cube = np.tile(flat, int(np.prod(sizes)) // flat.size).reshape(sizes)
-    able = [k for k, a in enumerate(to[first:]) if t.period(a.value, a.axis) is not None]
-    known = [k for k in able if to[first + k] in t.units]
-    chosen = known or [k for k in able if _varies_only(cube, k)] or (able[:1] if t.patient else [])
-    if chosen:
-        k = chosen[0]
+    addressable = [k for k, a in enumerate(to[first:]) if t.period(a.value, a.axis) is not None]
+    reached = [k for k in addressable if to[first + k] in t.units]
+    candidates = (
+        reached or [k for k in addressable if _varies_only(cube, k)] or (addressable[:1] if t.may_split else [])
+    )
+    if candidates:
+        k = candidates[0]
         rows = np.moveaxis(cube, k, 0).reshape(sizes[k], -1)
         t.join(rows.max(axis=1)[:, None], rows)
         t.put(to[first + k], rows.max(axis=1), source)
-    return bool(able)
+    return bool(addressable)
 
 
 def _varies_only(cube: Array, k: int) -> bool:
-    """Whether the entries are the same along every other axis than `k`."""
+    """Whether the entries vary along axis `k` only."""
     rows = np.moveaxis(cube, k, 0).reshape(cube.shape[k], -1)
     return bool((rows == rows[:, :1]).all())
 
 
 def _targets(t: Tracer, node: ir.Node, target: ir.Value | None, index: int) -> None:
-    """Numbers in a target that count units, for all readers of the output and for each that has a copy of its own.
+    """Entries of a target that count units, for all users of the output and for each user with a copy of its own.
 
-    A computed target gets all known numbers, lest they be computed from a cut axis.
+    A computed target gets all known sizes as constants, since they may be computed from a cut axis.
     """
     y = node.outputs[0]
-    for reader in (None, *dict.fromkeys(u for u, _ in y.uses())):
+    for reader in (None, *users_of(y)):
         axes = [t.axis(y, i, reader) for i in range(t.f.rank(y) or 0)]
         if not any(a in t.units and a.reader is reader for a in axes):
             continue
@@ -139,33 +144,33 @@ def _targets(t: Tracer, node: ir.Node, target: ir.Value | None, index: int) -> N
             return
         for i, (entry, a) in enumerate(zip(content.reshape(-1), axes, strict=True)):
             if a in t.units or _overwritten(t, node, index, entry):
-                _entry(t, a, t.sizes.setdefault((node, index, reader), {}), i, entry)
+                _count_entry(t, a, t.sizes.setdefault((node, index, reader), {}), i, entry)
         t.lengths[node, index] = content.size
 
 
 def _overwritten(t: Tracer, node: ir.Node, index: int, entry: object) -> bool:
-    """Whether a number of a target is written though its axis is not cut: it may be computed from one that is."""
+    """Whether a size in a target becomes a constant though its axis is not cut: it may be computed from one that is."""
     if isinstance(entry, Dim):
         return entry.factor > 1 and (node, index) in t.measured
     return isinstance(entry, int) and not t.g.is_constant(node.inputs[index])
 
 
-def _entry(t: Tracer, a: Axis, found: dict[int, tuple[Array, int, Repeats]], i: int, entry: object) -> None:
-    """One number of a target: a count, or one that counts times unknowns, if these can be read off the inputs."""
+def _count_entry(t: Tracer, a: Axis, entries: dict[int, tuple[Array, int, Repeats]], i: int, entry: object) -> None:
+    """One size of a target: a count of units, possibly times unknowns that can be read from the graph inputs."""
     units = t.at(a)
     if isinstance(entry, int):
         if entry > 0 and (units is None or entry == len(units)):
-            found[i] = (np.full(entry, UNKNOWN) if units is None else units, 1, ())
+            entries[i] = (np.full(entry, UNKNOWN) if units is None else units, 1, ())
     elif isinstance(entry, Dim) and t.f.rooted(entry) and (units is None or t.f.same(entry, _length(t, a))):
         times = tuple((str(v.name), axis) for v, axis in (t.f.roots[n] for n in entry.names))
-        found[i] = (np.full(entry.factor, UNKNOWN) if units is None else units, 1, times)
+        entries[i] = (np.full(entry.factor, UNKNOWN) if units is None else units, 1, times)
     else:
         t.stop(a, f"entry {i} of the sizes that make '{a.value.name}' is computed")
 
 
 def _expand(t: Tracer, node: ir.Node) -> None:
-    """Axes that are as long before; what is repeated has its length from the target."""
-    x, y = ends(node)
+    """Axes that are not repeated pass through; lengths of repeated ones are entries of the target."""
+    x, y = input_and_output(node)
     offset = (t.f.rank(y) or 0) - (t.f.rank(x) or 0)
     for i in range(t.f.rank(y) or 0):
         t.followed(t.axis(y, i))
@@ -181,8 +186,8 @@ def _of_shape(t: Tracer, node: ir.Node) -> None:
 
 
 def _shape(t: Tracer, node: ir.Node) -> None:
-    """The size of a cut axis may be read where it becomes a target, which then gets its numbers one by one."""
-    x, _ = ends(node)
+    """The size of a cut axis may be read where it becomes an entry of a target, which gets its sizes as constants."""
+    x, _ = input_and_output(node)
     rank = t.f.rank(x) or 0
     first = node.attributes.get_int("start", 0) % (rank + 1) if rank else 0
     end = node.attributes.get_int("end", rank)
@@ -193,47 +198,51 @@ def _shape(t: Tracer, node: ir.Node) -> None:
         units = t.at(axis)
         if units is None or not first <= i < end or not (units > FROZEN).any():
             continue
-        if why := _misused(t, node.outputs[0], i - first):
+        if why := _why_size_fixed(t, node.outputs[0], i - first):
             t.stop(axis, why)
 
 
-def _misused(t: Tracer, v: ir.Value, entry: int) -> str:
-    """Why the size in one entry of a vector may not change, empty where it may."""
+def _why_size_fixed(t: Tracer, v: ir.Value, entry: int) -> str:
+    """Why the size in one entry of a vector must not change, empty where it may."""
     if v.is_graph_output():
         return f"its size is the model's output '{v.name}'"
     for user, index in v.uses():
-        if index == 0 and not _picks(t, user, entry):
+        if index == 0 and not _may_pick(t, user, entry):
             continue
         if user.op_type == "Equal" and _negative(t.f.content(user.inputs[1 - index])):
             continue
-        if (user.op_type in CARRIES and (index == 0) != (user.op_type == "Where")) or user.op_type == "Concat":
-            whole = user.op_type not in ("Gather", "Concat", "Slice", "Where")
-            if why := _misused(t, user.outputs[0], entry if whole else -1):
+        if (user.op_type in SIZE_PRESERVING and (index == 0) != (user.op_type == "Where")) or user.op_type == "Concat":
+            keeps_positions = user.op_type not in ("Gather", "Concat", "Slice", "Where")
+            if why := _why_size_fixed(t, user.outputs[0], entry if keeps_positions else -1):
                 return why
-        elif SIZED.get(user.op_type) != index:
+        elif SHAPE_INPUT.get(user.op_type) != index:
             return f"{user.op_type} '{user.name}' computes with its size"
-        elif why := _unmet(t, user, index):
+        elif why := _why_unmatched(t, user, index):
             return why
     return ""
 
 
-def _unmet(t: Tracer, node: ir.Node, index: int) -> str:
-    """Why a target may not have its size from a cut axis: something it makes is not cut, so no number is written."""
+def _why_unmatched(t: Tracer, node: ir.Node, index: int) -> str:
+    """Why a target must not read the size of a cut axis: its result is not cut, so the target gets no new size."""
     t.measured.add((node, index))
     y = node.outputs[0]
     readers = [*(r for r, _ in y.uses()), *([None] if y.is_graph_output() else [])]
-    found = ([t.at(t.axis(y, i, r)) for i in range(t.f.rank(y) or 0)] for r in readers)
-    met = (any(u is not None and (u > FROZEN).any() for u in units) for units in found)
-    return "" if all(met) or not t.settled else f"{node.op_type} '{node.name}' makes another value as large"
+    axis_units = ([t.at(t.axis(y, i, r)) for i in range(t.f.rank(y) or 0)] for r in readers)
+    is_cut = (any(u is not None and (u > FROZEN).any() for u in units) for units in axis_units)
+    return (
+        ""
+        if all(is_cut) or not t.settled
+        else f"{node.op_type} '{node.name}' produces another value of that size, which is not cut"
+    )
 
 
 def _negative(c: Content | None) -> bool:
-    """Whether no size can be equal to any of these numbers."""
+    """Whether all elements are negative numbers, which no size equals."""
     return c is not None and all(isinstance(x, int) and x < 0 for x in c.reshape(-1))
 
 
-def _picks(t: Tracer, node: ir.Node, entry: int) -> bool:
-    """Whether a Gather or Slice of a vector may pick an entry (-1: one that is not known)."""
+def _may_pick(t: Tracer, node: ir.Node, entry: int) -> bool:
+    """Whether a Gather or Slice of a vector may select an entry (-1: an unknown one)."""
     parts = [t.f.content(v) for v in node.inputs[1:]]
     numbers = [x for p in parts if p is not None for x in p.reshape(-1)]
     if entry < 0 or node.op_type not in ("Gather", "Slice") or not all(isinstance(x, int) for x in numbers):

@@ -1,4 +1,4 @@
-"""How units pass through arithmetic: one rule per operator, in one table. What no rule follows may not be cut."""
+"""Coupling rules of arithmetic operators, and the table of all rules. An axis without a rule cannot be cut."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.shape_rules import axes_of, axis_of
 from onnxcomp.coupling.layouts import LAYOUT_RULES
-from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Rule, Tracer, ends
+from onnxcomp.coupling.trace import FROZEN, UNKNOWN, Axis, Rule, Tracer, input_and_output
 from onnxcomp.maths import Array
 
 __all__ = ["RULES"]
@@ -24,31 +24,31 @@ REDUCTIONS = """
     ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare
 """
 POOLINGS = "AveragePool GlobalAveragePool GlobalLpPool GlobalMaxPool LpPool MaxPool"
-ALONG = "ArgMax ArgMin CumSum Hardmax LogSoftmax LpNormalization Softmax TopK"
+ALONG_ONE_AXIS = "ArgMax ArgMin CumSum Hardmax LogSoftmax LpNormalization Softmax TopK"
 
 
 def _elementwise(t: Tracer, node: ir.Node) -> None:
-    """Axes aligned from the right; an axis of length 1 is repeated and stays."""
+    """Axes are aligned from the right; an axis of length 1 is broadcast and stays."""
     out = node.outputs[0]
     rank = t.f.rank(out) or 0
     for v in node.inputs:
         offset = rank - (t.f.rank(v) or 0)
         for i in range(t.f.rank(v) or 0) if v is not None else ():
             assert v is not None
-            mine = t.axis(v, i, node)
-            t.broadcast(mine, t.axis(out, i + offset))
+            axis = t.axis(v, i, node)
+            t.broadcast(axis, t.axis(out, i + offset))
             if node.op_type in ("Add", "Sum") and t.g.is_constant(v) and t.size(v, i) == t.size(out, i + offset):
-                t.role(mine, "writes")
-    _rest(t, out, range(rank), node.inputs)
+                t.role(axis, "writes")
+    _stop_repeated(t, out, range(rank), node.inputs)
 
 
-def _rest(t: Tracer, out: ir.Value, axes: Iterable[int], inputs: Iterable[ir.Value | None]) -> None:
-    """Axes of an output that every input repeats may not be cut through it, so they are not followed further."""
+def _stop_repeated(t: Tracer, out: ir.Value, axes: Iterable[int], inputs: Iterable[ir.Value | None]) -> None:
+    """Axes of an output along which every input is broadcast stay: no input holds their units."""
     for i in axes:
         n, rank = t.dim(out, i), t.f.rank(out) or 0
         sizes = [d for v in inputs if v is not None and (d := t.dim(v, i - rank)) is not None]
         if n is not None and n != 1 and not any(t.f.same(d, n) for d in sizes):
-            t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is made by repeating")
+            t.stop(t.axis(out, i), f"axis {i} of '{out.name}' is broadcast from length 1")
 
 
 def _matmul(t: Tracer, node: ir.Node) -> None:
@@ -69,7 +69,7 @@ def _matmul(t: Tracer, node: ir.Node) -> None:
 
 
 def _product(t: Tracer, node: ir.Node, x: Axis, rows: Axis, columns: Axis, y: Axis) -> None:
-    """`y = x @ w`: the axis that is summed over, and the one that is made; a constant has a role on each."""
+    """`y = x @ w`: the contracted axis and the produced one; a constant reads the first or writes the second."""
     t.same(x, rows)
     t.same(columns, y)
     for side in (x, rows):
@@ -82,10 +82,10 @@ def _gemm(t: Tracer, node: ir.Node) -> None:
     a, b, out = node.inputs[0], node.inputs[1], node.outputs[0]
     if a is None or b is None:
         return
-    turned_a, turned_b = (node.attributes.get_int(k, 0) for k in ("transA", "transB"))
-    rows, columns = t.axis(b, turned_b, node), t.axis(b, 1 - turned_b, node)
-    _product(t, node, t.axis(a, 1 - turned_a, node), rows, columns, t.axis(out, 1))
-    t.same(t.axis(a, turned_a, node), t.axis(out, 0))
+    trans_a, trans_b = (node.attributes.get_int(k, 0) for k in ("transA", "transB"))
+    rows, columns = t.axis(b, trans_b, node), t.axis(b, 1 - trans_b, node)
+    _product(t, node, t.axis(a, 1 - trans_a, node), rows, columns, t.axis(out, 1))
+    t.same(t.axis(a, trans_a, node), t.axis(out, 0))
     c = node.inputs[2] if len(node.inputs) > 2 else None
     for i in range(-(t.f.rank(c) or 0), 0) if c is not None else ():
         assert c is not None
@@ -95,21 +95,21 @@ def _gemm(t: Tracer, node: ir.Node) -> None:
 
 
 def _conv(t: Tracer, node: ir.Node) -> None:
-    """Convolutions: channels in and out of a dense one are apart, those of a depthwise one are the same.
+    """Convolutions: a dense one separates input from output channels, a depthwise one couples them.
 
-    Groups of several channels go as a whole, since the weight has one column for all groups.
+    Groups of several channels are cut as units, since all groups share the weight's second axis.
     """
     x, w, y = node.inputs[0], node.inputs[1], node.outputs[0]
     if x is None or w is None:
         return
-    groups, turned = node.attributes.get_int("group", 1), node.op_type == "ConvTranspose"
+    groups, is_transposed = node.attributes.get_int("group", 1), node.op_type == "ConvTranspose"
     t.same(t.axis(x, 0, node), t.axis(y, 0))
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is not None:
         t.same(t.axis(bias, 0, node), t.axis(y, 1))
         t.role(t.axis(bias, 0, node), "writes")
     if groups == 1:
-        rows, columns = (0, 1) if turned else (1, 0)
+        rows, columns = (0, 1) if is_transposed else (1, 0)
         _product(t, node, t.axis(x, 1, node), t.axis(w, rows, node), t.axis(w, columns, node), t.axis(y, 1))
         return
     ins, outs, first = t.size(x, 1), t.size(y, 1), t.size(w, 0)
@@ -122,28 +122,28 @@ def _conv(t: Tracer, node: ir.Node) -> None:
 
 
 def _einsum(t: Tracer, node: ir.Node) -> None:
-    """Axes of the same letter are the same, whether they are summed over or not."""
+    """Axes of the same letter are coupled, whether they are summed over or not."""
     text = node.attributes.get_string("equation", "").replace(" ", "")
     if "..." in text or "->" not in text:
         return
-    left, right = text.split("->")
-    terms = [*zip(left.split(","), node.inputs, strict=True), (right, node.outputs[0])]
-    seen: dict[str, Axis] = {}
+    operands, right = text.split("->")
+    terms = [*zip(operands.split(","), node.inputs, strict=True), (right, node.outputs[0])]
+    axis_of_letter: dict[str, Axis] = {}
     for letters, v in terms:
         for i, letter in enumerate(letters):
             assert v is not None
-            mine = t.axis(v, i, node if v is not node.outputs[0] else None)
-            t.same(seen.setdefault(letter, mine), mine)
+            axis = t.axis(v, i, node if v is not node.outputs[0] else None)
+            t.same(axis_of_letter.setdefault(letter, axis), axis)
             if v is not node.outputs[0]:
-                t.role(mine, "writes" if letter in right else "reads")
+                t.role(axis, "writes" if letter in right else "reads")
 
 
 # ---- norms, pooling, reductions ----------------------------------------------------------------------------------
 
 
 def _per_channel(t: Tracer, node: ir.Node) -> None:
-    """BatchNormalization, InstanceNormalization, PRelu-like: one number a channel, on axis 1; other axes mix."""
-    x, y = ends(node)
+    """BatchNormalization and InstanceNormalization: one parameter a channel, on axis 1."""
+    x, y = input_and_output(node)
     t.same(t.axis(x, 0, node), t.axis(y, 0))
     t.same(t.axis(x, 1, node), t.axis(y, 1))
     for v in node.inputs[1:]:
@@ -155,8 +155,8 @@ def _per_channel(t: Tracer, node: ir.Node) -> None:
 
 
 def _group_norm(t: Tracer, node: ir.Node) -> None:
-    """Statistics of a group are of all its channels, so a group goes as a whole."""
-    (x, y), groups = ends(node), node.attributes.get_int("num_groups", 1)
+    """Statistics are taken over a group of channels, so groups are cut as units."""
+    (x, y), groups = input_and_output(node), node.attributes.get_int("num_groups", 1)
     channels = t.size(x, 1)
     if channels is None:
         return
@@ -175,8 +175,8 @@ def _pooling(t: Tracer, node: ir.Node) -> None:
 
 
 def _along(t: Tracer, node: ir.Node) -> None:
-    """Softmax and its kin: every axis but the one they work along."""
-    x, _ = ends(node)
+    """Softmax and similar operators: every axis but the one along which they work."""
+    x, _ = input_and_output(node)
     rank = t.f.rank(x) or 0
     axis = axis_of(node, rank, 0 if node.op_type in ("ArgMax", "ArgMin") else -1)
     if node.op_type == "CumSum":
@@ -193,8 +193,8 @@ def _along(t: Tracer, node: ir.Node) -> None:
 
 
 def _layer_norm(t: Tracer, node: ir.Node) -> None:
-    """Axes in front are free; over the normalized ones LayerNormalization would lose part of its mean and variance."""
-    x, y = ends(node)
+    """Axes in front pass through; a cut of the normalized ones would change LayerNormalization's mean and variance."""
+    x, y = input_and_output(node)
     rank = t.f.rank(x) or 0
     first = axis_of(node, rank)
     for i in range(first):
@@ -216,27 +216,27 @@ def _layer_norm(t: Tracer, node: ir.Node) -> None:
 
 
 def _reduction(t: Tracer, node: ir.Node) -> None:
-    (x, y), axes = ends(node), axes_of(t.f, node)
+    (x, y), axes = input_and_output(node), axes_of(t.f, node)
     rank = t.f.rank(x) or 0
     if axes is None or (not axes and node.attributes.get_int("noop_with_empty_axes", 0) == 1):
         return
-    gone = {a % rank for a in axes} or set(range(rank))
+    reduced = {a % rank for a in axes} or set(range(rank))
     keep = node.attributes.get_int("keepdims", 1)
     to = 0
     for i in range(rank):
-        if i in gone:
+        if i in reduced:
             t.stop(t.axis(x, i, node), f"{node.op_type} '{node.name}' reduces that axis")
         else:
             t.same(t.axis(x, i, node), t.axis(y, to))
-        to += 1 if keep or i not in gone else 0
+        to += 1 if keep or i not in reduced else 0
 
 
 # ---- quantizers --------------------------------------------------------------------------------------------------
 
 
 def _quantizer(t: Tracer, node: ir.Node) -> None:
-    """QuantizeLinear and DequantizeLinear: scales and zero points per channel or per block follow the tensor."""
-    x, y = ends(node)
+    """QuantizeLinear and DequantizeLinear: scales and zero points per channel or block are cut with the tensor."""
+    x, y = input_and_output(node)
     rank = t.f.rank(x) or 0
     along, block = axis_of(node, rank, 1), node.attributes.get_int("block_size", 0)
     for i in range(rank):
@@ -247,13 +247,13 @@ def _quantizer(t: Tracer, node: ir.Node) -> None:
         if v is None:
             continue
         for i in range(t.f.rank(v) or 0):
-            mine, theirs = t.axis(v, i, node), t.axis(x, i if block else along, node)
+            scale_axis, data_axis = t.axis(v, i, node), t.axis(x, i if block else along, node)
             if block and i == along and (n := t.size(x, i)) is not None:
-                t.mapped(mine, theirs, np.arange(n) // block)
+                t.mapped(scale_axis, data_axis, np.arange(n) // block)
             elif not block or i != along:
-                t.broadcast(mine, theirs)
+                t.broadcast(scale_axis, data_axis)
             else:
-                t.stop(theirs, f"{node.op_type} '{node.name}' has blocks of it")
+                t.stop(data_axis, f"{node.op_type} '{node.name}' has scales per block of it")
 
 
 Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of heads, None for the usual one
@@ -263,7 +263,7 @@ Places = list[tuple[ir.Value | None, int | None]]  # values with the axis of hea
 
 
 def _attention(t: Tracer, node: ir.Node) -> None:
-    """Heads go as a whole. A key-value head goes with all its query heads; or as many query heads of each one go."""
+    """Heads are cut as units: a key-value head with all its query heads, or equally many query heads of each."""
     q, k, v, y = node.inputs[0], node.inputs[1], node.inputs[2], node.outputs[0]
     if q is None or k is None or v is None:
         return
@@ -282,13 +282,13 @@ def _attention(t: Tracer, node: ir.Node) -> None:
     for other, reader in [*((x, node) for x in inputs[3:]), *((x, None) for x in outputs[1:])]:
         if other is not None and t.f.rank(other) == 4:
             t.broadcast(t.axis(other, 0, reader), t.axis(y, 0))
-    asked: Places = [(q, None), (y, None)] + [(x, 1) for x in (inputs[3], outputs[3]) if t.size(x, -3) == heads]
-    shared: Places = [(k, None), (v, None)] + [(x, 1) for x in (inputs[4], inputs[5], outputs[1], outputs[2])]
-    queries = t.blocks(_heads(t, node, asked, heads, flat), heads)
-    keys = t.blocks(_heads(t, node, shared, kv, flat), kv)
-    _tie(t, node, queries, keys, (asked, shared, flat))
+    query_places: Places = [(q, None), (y, None)] + [(x, 1) for x in (inputs[3], outputs[3]) if t.size(x, -3) == heads]
+    kv_places: Places = [(k, None), (v, None)] + [(x, 1) for x in (inputs[4], inputs[5], outputs[1], outputs[2])]
+    queries = t.blocks(_heads(t, node, query_places, heads, flat), heads)
+    keys = t.blocks(_heads(t, node, kv_places, kv, flat), kv)
+    _tie(t, node, queries, keys, (query_places, kv_places, flat))
     if flat:
-        queries, keys = (t.blocks(_heads(t, node, p, n, flat), n) for p, n in ((asked, heads), (shared, kv)))
+        queries, keys = (t.blocks(_heads(t, node, p, n, flat), n) for p, n in ((query_places, heads), (kv_places, kv)))
         for name, units in (("q_num_heads", queries), ("kv_num_heads", keys)):
             if (units > FROZEN).any():
                 t.attrs[node, name] = units
@@ -296,7 +296,7 @@ def _attention(t: Tracer, node: ir.Node) -> None:
 
 def _heads(t: Tracer, node: ir.Node, places: Places, heads: int, flat: bool) -> list[tuple[Axis, int]]:
     """The axes that hold heads, with how many positions each head has there."""
-    found = []
+    axes = []
     for v, axis in places:
         if v is None:
             continue
@@ -304,20 +304,20 @@ def _heads(t: Tracer, node: ir.Node, places: Places, heads: int, flat: bool) -> 
         at = (2 if flat else 1) if axis is None else (t.f.rank(v) or 3) - 3
         n = t.size(v, at)
         if n is not None and n % heads == 0:
-            found.append((t.axis(v, at, reader), n // heads))
-    return found
+            axes.append((t.axis(v, at, reader), n // heads))
+    return axes
 
 
 def _tie(t: Tracer, node: ir.Node, queries: Array, keys: Array, places: tuple[Places, Places, bool]) -> None:
-    """Relate query heads to the key-value heads that they share."""
-    asked, shared, flat = places
+    """Couple query heads to the key-value heads that they share."""
+    query_places, kv_places, flat = places
     kv, repeat = len(keys), len(queries) // len(keys)
     grouped = queries.reshape(kv, repeat)
-    whole = (grouped == grouped[:, :1]).all()
-    if (keys != UNKNOWN).any() or whole:
+    one_group_each = (grouped == grouped[:, :1]).all()
+    if (keys != UNKNOWN).any() or one_group_each:
         merged = np.where(keys != UNKNOWN, keys, grouped.max(axis=1))
         t.join(merged[:, None], grouped)
-        for values, n, units in ((asked, kv, merged), (shared, kv, merged)):
+        for values, n, units in ((query_places, kv, merged), (kv_places, kv, merged)):
             for place, block in _heads(t, node, values, n, flat):
                 t.put(place, np.repeat(units, block), None) if (units != UNKNOWN).any() else None
         t.parts.pop(node, None)
@@ -326,8 +326,8 @@ def _tie(t: Tracer, node: ir.Node, queries: Array, keys: Array, places: tuple[Pl
 
 
 def _rotary(t: Tracer, node: ir.Node) -> None:
-    """A head rotates within itself: whole heads may go, channels of a head may not."""
-    x, y = ends(node)
+    """A rotation mixes channels of a head: heads can be cut, channels of a head cannot."""
+    x, y = input_and_output(node)
     t.same(t.axis(x, 0, node), t.axis(y, 0))
     for v in node.inputs[1:3] if len(node.inputs) == 3 else node.inputs[3:]:
         if v is not None:
@@ -348,7 +348,7 @@ RULES: dict[tuple[str, str], Rule] = LAYOUT_RULES | {
         (_elementwise, ELEMENTWISE),
         (_reduction, REDUCTIONS),
         (_pooling, POOLINGS),
-        (_along, ALONG),
+        (_along, ALONG_ONE_AXIS),
         (_per_channel, "BatchNormalization InstanceNormalization"),
         (_group_norm, "GroupNormalization"),
         (_layer_norm, "LayerNormalization RMSNormalization"),

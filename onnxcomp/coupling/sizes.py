@@ -1,4 +1,4 @@
-"""What a model holds and multiplies after cuts that are not made yet."""
+"""Parameters and multiply-accumulates of a model after planned cuts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
+from onnxcomp.graph.operators import WEIGHT_PRODUCTS
 from onnxcomp.maths import Array
 
 __all__ = ["macs", "parameters"]
@@ -16,24 +17,26 @@ Cuts = Iterable[tuple[Group, Sequence[int] | Array]]
 
 
 def parameters(g: Graph, cuts: Cuts = ()) -> int:
-    """Elements of all floating-point constants, after the cuts; what a cut gives a copy to counts once more."""
+    """Elements of all floating-point constants after the cuts; constants that a cut copies count again."""
     shapes, copies = _shapes(g, cuts)
-    held = {}
+    count_by_tensor = {}
     for v in g.model.graph.initializers.values():
         if v.const_value is not None and v.dtype is not None and v.dtype.is_floating_point():
-            held[id(v.const_value)] = int(np.prod(shapes.get(str(v.name), list(v.const_value.shape.numpy()))))
-    return sum(held.values()) + copies
+            count_by_tensor[id(v.const_value)] = int(
+                np.prod(shapes.get(str(v.name), list(v.const_value.shape.numpy())))
+            )
+    return sum(count_by_tensor.values()) + copies
 
 
 def macs(g: Graph, cuts: Cuts = ()) -> int:
     """Multiply-accumulates of products with constants, per token (or pixel of a convolution's output), after cuts."""
     shapes, _ = _shapes(g, cuts)
     total = 0
-    for node in g.nodes("MatMul", "Gemm", "Conv", "ConvTranspose"):
+    for node in g.nodes(*WEIGHT_PRODUCTS):
         w = node.inputs[1]
-        turned = w.producer() if w is not None else None
-        if turned is not None and turned.op_type in ("Transpose", "DequantizeLinear"):
-            w = turned.inputs[0]
+        producer = w.producer() if w is not None else None
+        if producer is not None and producer.op_type in ("Transpose", "DequantizeLinear"):
+            w = producer.inputs[0]
         t = g.tensor(w)
         if t is not None and w is not None:
             total += int(np.prod(shapes.get(str(w.name), list(t.shape.numpy()))))
@@ -41,22 +44,22 @@ def macs(g: Graph, cuts: Cuts = ()) -> int:
 
 
 def _shapes(g: Graph, cuts: Cuts) -> tuple[dict[str, list[int]], int]:
-    """Shapes of the constants that are cut, and how many elements copies of shared ones add."""
+    """Shapes of the constants that are cut, and the number of elements that copies of shared ones add."""
     shapes: dict[str, list[int]] = {}
     copies = 0
     users = {str(v.name): {str(u.name) for u, _ in v.uses()} for v in g.model.graph.initializers.values()}
-    held = g.model.graph.initializers
+    initializers = g.model.graph.initializers
     for group, keep in cuts:
         kept = np.asarray(keep)
         if kept.size == group.units:
             continue
         for slot in group.slots:
-            t = held[slot.value].const_value if slot.value in held else None
+            t = initializers[slot.value].const_value if slot.value in initializers else None
             if t is None:
                 continue
             n = int(slot.kept(kept).sum())
             if slot.users and set(slot.users) < users[slot.value]:
-                floating = held[slot.value].dtype
+                floating = initializers[slot.value].dtype
                 copies += n if floating is not None and floating.is_floating_point() else 0
                 users[slot.value] -= set(slot.users)
                 continue

@@ -12,7 +12,7 @@ from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.inputs import TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.graph.interface import gone
+from onnxcomp.graph.interface import removed_ports
 from onnxcomp.maths import Array
 
 __all__ = ["default_shapes", "feeds_for", "label", "shapes_of"]
@@ -71,7 +71,7 @@ def shapes_of(g: Graph, shape: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
     for name, n in given.items():
         if n < 1:
             raise DataError(f"axis '{name}' must be at least 1, not {n}")
-        if not (places := _places(ports, name)) and name not in gone(g.model.metadata_props):
+        if not (places := _places(ports, name)) and name not in removed_ports(g.model.metadata_props):
             raise DataError(f"the model has no axis '{name}'; its open axes are {', '.join(known) or 'none'}")
         for p, i in places:
             fixed = p.shape[i]

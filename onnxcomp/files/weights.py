@@ -15,7 +15,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.files.atomic import sync, temporary_path
 from onnxcomp.files.external import tensors
 from onnxcomp.graph.mapped import MappedTensor
-from onnxcomp.graph.scratch import release
+from onnxcomp.graph.scratch import release_pages
 
 __all__ = ["embedded", "externalize", "measure"]
 
@@ -40,7 +40,7 @@ def externalize(model: ir.Model, target: Path) -> Path:
                 if key not in offsets:
                     offsets[key] = _append(f, t, offsets, digest)
                     if not isinstance(t, MappedTensor):  # a mapped one is read from its file, not through the mapping
-                        release([t])
+                        release_pages([t])
                 places.append(offsets[key])
             sync(f)
         data = target.with_name(f"{target.stem}-{digest.hexdigest()[:12]}.onnx.data")

@@ -1,4 +1,4 @@
-"""The owner of a model in memory, what must move together in it, and what makes it valid."""
+"""The model in memory: counted edits, coupled groups of axes, validity, storage of tensors."""
 
 from onnxcomp.graph.graph import CONTRIB, Declined, Graph, Noted, Site
 

@@ -1,4 +1,4 @@
-"""The one owner of a model in memory: every edit goes through `Graph`, which counts it and what it touched."""
+"""The owner of a model in memory: every edit goes through `Graph`, which counts edits and records the nodes touched."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ from onnxcomp.graph import valid
 from onnxcomp.graph.groups import Group
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
-from onnxcomp.graph.scratch import as_tensor, forget
-from onnxcomp.graph.take import cut
+from onnxcomp.graph.scratch import as_tensor, release_weights
+from onnxcomp.graph.take import cut_group
 from onnxcomp.maths import Array
 
 __all__ = ["Declined", "Graph", "Noted", "Site"]
 
 CONTRIB = "com.microsoft"
-FORGET = 256 << 20  # bytes of mapped weights read after which their pages may go
+# Bytes of mapped weights read after which their pages are given back, where a graph is too large to stay in memory.
+RELEASE_AFTER = 256 << 20
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place a pass may edit: `name` for people, `nodes` the names of the nodes it consists of."""
+    """A place in the graph that a pass may edit: a name to report, and the names of its nodes."""
 
     name: str
     nodes: tuple[str, ...]
@@ -46,7 +47,7 @@ class Site:
 
 @dataclass(frozen=True)
 class Declined:
-    """A site left as it was, with the reason."""
+    """A site that a pass left unchanged, with the reason."""
 
     site: str
     why: str
@@ -54,7 +55,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class Noted:
-    """What a pass did to a site, in words, such as `12 > 9 heads`."""
+    """What a pass did to a site, as text such as `12 > 9 heads`."""
 
     site: str
     what: str
@@ -70,7 +71,7 @@ class Graph:
         self.touched: set[str] = set()
         self.declined: list[Declined] = []
         self.noted: list[Noted] = []
-        self.spool: Path | None = None  # where large new constants go instead of memory
+        self.spool: Path | None = None  # folder for large new constants; None keeps them in memory
         self._read = 0
         self._counter = itertools.count()
         self._names = self._give_names()
@@ -96,8 +97,8 @@ class Graph:
     @property
     def nbytes(self) -> int:
         """Bytes of all constants, each counted once however often it is used."""
-        held = (v.const_value for graph in self.model.graphs() for v in graph.initializers.values())
-        return sum({id(t): t.nbytes for t in held if t is not None}.values())
+        tensors = (v.const_value for graph in self.model.graphs() for v in graph.initializers.values())
+        return sum({id(t): t.nbytes for t in tensors if t is not None}.values())
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
         """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating."""
@@ -125,7 +126,7 @@ class Graph:
 
     @staticmethod
     def tensor(v: ir.Value | None) -> ir.TensorProtocol | None:
-        """The constant behind a value without reading its bytes, or None when it is computed or fed."""
+        """The constant behind a value without reading its bytes, or None for a computed value and a graph input."""
         if v is None:
             return None
         if v.const_value is not None and not (v.is_graph_input() and not v.is_initializer()):
@@ -145,10 +146,10 @@ class Graph:
         if t is None:
             raise NotConstant(f"value '{v.name if v is not None else ''}' is computed at run time, not a constant")
         a: Array = t.numpy()
-        if self.spool is not None:  # a large model: what was read before need not stay in memory
+        if self.spool is not None:  # a large model: pages read before need not stay resident
             self._read += a.nbytes
-            if self._read > FORGET:
-                forget(self.model)
+            if self._read > RELEASE_AFTER:
+                release_weights(self.model)
                 self._read = a.nbytes
         return a
 
@@ -156,15 +157,15 @@ class Graph:
 
     def _give_names(self) -> set[str]:
         names = {v.name for v in self.model.graph.initializers.values()} | {v.name for v in self.model.graph.inputs}
-        seen: set[str] = set()
+        node_names: set[str] = set()
         for node in self.model.graph:
-            if not node.name or node.name in seen:
+            if not node.name or node.name in node_names:
                 node.name = f"{node.op_type}_{node.outputs[0].name if node.outputs else next(self._counter)}"
-                while node.name in seen:
+                while node.name in node_names:
                     node.name = f"{node.op_type}_{next(self._counter)}"
-            seen.add(node.name)
+            node_names.add(node.name)
             names.update(v.name for v in node.outputs)
-        return {n for n in names if n} | seen
+        return {n for n in names if n} | node_names
 
     def fresh(self, stem: str) -> str:
         """A name no value or node of the graph has."""
@@ -191,25 +192,25 @@ class Graph:
         return v
 
     def put(self, v: ir.Value, a: Array | ir.TensorProtocol, *, users: Collection[ir.Node] | None = None) -> ir.Value:
-        """Give a constant a new content, for all its users or for the named ones only; no edit if it is equal.
+        """Replace a constant's content, for all users or for the given ones only; no edit where it is equal.
 
         Returns the value that now holds the content. Raises `NotConstant` for a computed value.
         """
         old = self.tensor(v)
         if old is None:
-            raise NotConstant(f"value '{v.name}' is computed at run time, so it cannot be given a content")
+            raise NotConstant(f"value '{v.name}' is computed at run time, so its content cannot be replaced")
         if old is a or (not isinstance(a, ir.TensorProtocol) and _equal(old.numpy(), a)):
             return v
-        everyone = [u for u, _ in v.uses()]
-        chosen = everyone if users is None else [u for u in everyone if u in users]
-        if not v.is_initializer() or len(set(chosen)) < len(set(everyone)) or v.is_graph_output():
+        all_users = [u for u, _ in v.uses()]
+        affected = all_users if users is None else [u for u in all_users if u in users]
+        if not v.is_initializer() or len(set(affected)) < len(set(all_users)) or v.is_graph_output():
             new = self.constant(a, f"{v.name}_new")
-            self.replace(v, new, users=None if users is None else chosen)
+            self.replace(v, new, users=None if users is None else affected)
             return new
         tensor = as_tensor(a, v.name, self.spool)
         v.const_value = tensor
         v.type, v.shape = ir.TensorType(tensor.dtype), ir.Shape(tensor.shape.numpy())
-        self._touch(*chosen)
+        self._touch(*affected)
         return v
 
     def scale(self, v: ir.Value, by: Array, axis: int, *, users: Collection[ir.Node] | None = None) -> ir.Value:
@@ -252,7 +253,7 @@ class Graph:
         return node.outputs[0]
 
     def replace(self, old: ir.Value, new: ir.Value, *, users: Collection[ir.Node] | None = None) -> None:
-        """Feed users of `old` (all, or those named) from `new`, whose maker may read `old`; outputs keep their name."""
+        """Let users of `old` (all, or those given) read `new`, whose producer may read `old`; outputs keep names."""
         if old is new:
             return
         if users is None and old.is_graph_output():
@@ -265,7 +266,7 @@ class Graph:
         self._touch(old.producer(), *consumers)
 
     def _as_output(self, old: ir.Value, new: ir.Value) -> ir.Value:
-        """Put `new` where `old` is a graph output, moving the public name over."""
+        """Make `new` the graph output in place of `old`, under the same name."""
         if new.is_graph_input() or new.is_initializer() or new.is_graph_output() or new.producer() is None:
             new = self.op("Identity", new, like=old)
         public, shape = old.name, old.shape
@@ -281,7 +282,7 @@ class Graph:
         return new
 
     def set_input(self, node: ir.Node, index: int, v: ir.Value | None) -> None:
-        """Feed one input of one node from another value."""
+        """Replace one input of one node."""
         if index < len(node.inputs) and node.inputs[index] is v:
             return
         if index >= len(node.inputs):
@@ -292,14 +293,14 @@ class Graph:
     def set_attr(self, node: ir.Node, **attrs: Any) -> None:
         """Set attributes; None removes one; no edit where nothing differs."""
         for key, a in attrs.items():
-            was = node.attributes.get(key)
+            old = node.attributes.get(key)
             if a is None:
-                if was is not None:
+                if old is not None:
                     node.attributes.pop(key)
                     self._touch(node)
                 continue
             new = ir.convenience.convert_attribute(key, a)
-            if was is None or was.value != new.value:
+            if old is None or old.value != new.value:
                 node.attributes[key] = new
                 self._touch(node)
 
@@ -310,17 +311,17 @@ class Graph:
         """
         kept = group.kept(keep)
         if kept.size < group.units:
-            cut(self, group, kept)
+            cut_group(self, group, kept)
 
     def decline(self, site: Site | ir.Node | str, why: str) -> None:
-        """Leave an eligible site alone and say why; the report shows it."""
+        """Record that an eligible site is left unchanged, and why; the report shows it."""
         name = site if isinstance(site, str) else str(site.name)
         entry = Declined(name, why)
         if entry not in self.declined:
             self.declined.append(entry)
 
     def note(self, site: Site | str, what: str) -> None:
-        """Say in words what became of a site; the report and a dry run show it."""
+        """Record what a pass did to a site; the report and a dry run show it."""
         self.noted.append(Noted(site if isinstance(site, str) else site.name, what))
 
     # ---- upkeep --------------------------------------------------------------------------------------------------
@@ -332,18 +333,18 @@ class Graph:
         return other
 
     def adopt(self, new: Graph) -> None:
-        """Take over the model of another graph, as one edit; names of either are not given again, handles are stale."""
+        """Replace the model by that of another graph, as one edit; handles into the old model become invalid."""
         self.model = new.model
         self._names |= new._names
         self.edits += 1
 
     def sweep(self) -> int:
-        """Remove nodes and constants nobody reads; returns how many nodes went."""
+        """Remove unused nodes and constants; returns the number of nodes removed."""
         before = self.model.graph.num_nodes()
         RemoveUnusedNodesPass()(self.model)
-        gone = before - self.model.graph.num_nodes()
-        self.edits += gone
-        return gone
+        removed = before - self.model.graph.num_nodes()
+        self.edits += removed
+        return removed
 
     def tidy(self) -> None:
         """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
@@ -358,10 +359,10 @@ class Graph:
             before = graph.num_nodes() + len(graph.initializers)
             for step in steps:
                 step(self.model)
-            gone = before - graph.num_nodes() - len(graph.initializers)
-            if gone == 0:
+            removed = before - graph.num_nodes() - len(graph.initializers)
+            if removed == 0:
                 break
-            self.edits += gone
+            self.edits += removed
         RemoveUnusedOpsetsPass()(self.model)
 
     def forget_shapes(self) -> None:

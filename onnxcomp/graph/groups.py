@@ -1,6 +1,6 @@
-"""What must move together when units are cut from a model, as plain data (the idea of Torch-Pruning's groups).
+"""Coupled axes as plain data: all places that shrink together when units are pruned (Torch-Pruning's groups).
 
-Everywhere `units` says which unit each position of an axis belongs to, `STAYS` for positions that are never cut. So a
+`units` always holds the unit that each position of an axis belongs to, `STAYS` for positions that are never cut: a
 contiguous head is `0 0 0 0 1 1 1 1`, a packed `q|k|v` is `0 0 1 1 0 0 1 1 0 0 1 1`, two frozen channels before two free
 ones are `-1 -1 0 1`.
 
@@ -42,8 +42,8 @@ def _kept(units: Units, keep: Array) -> Array:
 class Slot:
     """Units along one axis of a constant, as the named users read it (all of them where none are named).
 
-    `reads`: the constant multiplies what arrives on that axis and sums it up (rows of a weight). `writes`: it makes, or
-    adds to, what leaves on that axis (columns of a weight, a bias, an embedding table). A tied table does both.
+    `reads`: the constant is contracted along the axis (rows of a weight). `writes`: it produces the axis or is added to
+    it (columns of a weight, a bias, an embedding table). A tied table does both.
     """
 
     value: str
@@ -81,10 +81,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Entries:
-    """Numbers in an integer input of a node (a Reshape target, Split lengths, Slice bounds).
+    """Sizes in an integer input of a node (a Reshape target, Split lengths, Slice bounds) that a cut changes.
 
-    Where the input is computed, the numbers take the place of some of its `length` entries; where it is missing (a
-    Split into equal parts), it is made. Where `users` are named, the numbers are theirs: others keep the node as it is.
+    A computed input keeps its other entries (it has `length`); a missing one (a Split into equal parts) is added.
+    With `users` only these get the changed sizes, from a copy of the node; the other users keep the node as it is.
     """
 
     node: str
@@ -96,7 +96,7 @@ class Entries:
 
 @dataclass(frozen=True)
 class IndexSlot:
-    """A constant input of a node that holds positions on an axis: they are renumbered, each must stay or go along."""
+    """A constant input of positions on a cut axis: they are renumbered, and each must stay or be cut as well."""
 
     node: str
     input: int
@@ -123,9 +123,9 @@ class IoSlot:
 
 @dataclass(frozen=True)
 class NormSlot:
-    """An RMSNormalization over the axis: of `d` channels `d'` stay, so its mean would be of fewer squares.
+    """An RMSNormalization over the axis: `d'` of `d` channels stay, so its mean would be taken over fewer squares.
 
-    Its gain times `sqrt(d / d')` and its epsilon times `d / d'` give what zeroed channels would have given.
+    Its gain times `sqrt(d / d')` and its epsilon times `d / d'` give the result that zeroed channels would give.
     """
 
     node: str
@@ -134,10 +134,10 @@ class NormSlot:
 
 @dataclass(frozen=True)
 class Group:
-    """A closed set of places that shrink together when some of `units` go.
+    """A closed set of places that shrink together when some of `units` are removed.
 
-    `parts` names for each unit the part it is of, where every part must keep the same number (query heads that share a
-    key-value head); empty where any may go. `computed` are the same axes on values that are computed, `path` the nodes.
+    `parts` holds the part of each unit where every part must keep the same number of units (query heads that share a
+    key-value head), and is empty without such a rule. `computed` are the same axes on computed values.
     """
 
     units: int
@@ -152,12 +152,12 @@ class Group:
 
     @property
     def readers(self) -> tuple[Slot, ...]:
-        """Constants whose products with the axis are summed up."""
+        """Constants that are contracted along the axis."""
         return tuple(s for s in self.slots if s.reads)
 
     @property
     def writers(self) -> tuple[Slot, ...]:
-        """Constants that make the axis."""
+        """Constants that produce the axis or are added to it."""
         return tuple(s for s in self.slots if s.writes)
 
     def holds(self, value: str, axis: int) -> bool:
@@ -165,7 +165,7 @@ class Group:
         return any(s.value == value and s.axis == axis for s in self.computed)
 
     def kept(self, keep: Array) -> Array:
-        """The units to keep, checked: ascending, at least one, the same number of each part; raises `ModelError`."""
+        """The units to keep, checked: ascending, not empty, equally many of each part; raises `ModelError`."""
         kept = np.asarray(keep, np.int64)
         if kept.ndim != 1 or kept.size == 0 or kept[0] < 0 or kept[-1] >= self.units or np.any(np.diff(kept) <= 0):
             raise ModelError(
@@ -179,7 +179,7 @@ class Group:
         return kept
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `ModelError` for a constant whose axis is not as long as the group says."""
+        """Raise `ModelError` for a constant whose axis has another length than the group expects."""
         for slot in self.slots:
             shape = shapes[slot.value]
             if slot.axis >= len(shape) or len(slot.units) != shape[slot.axis]:

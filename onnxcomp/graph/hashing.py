@@ -1,4 +1,4 @@
-"""What a graph is, as one hash: the key of everything that is kept about it."""
+"""The content hash of a graph: the key of everything that is cached about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The interface of a model as values: its inputs and outputs, and what a pass took away from the original's."""
+"""The interface of a model: its inputs and outputs, and which of the original's a pass removed."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import onnx_ir as ir
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["GONE", "Interface", "gone", "interface", "same_interface"]
+__all__ = ["REMOVED_PORTS", "Interface", "interface", "removed_ports", "same_interface"]
 
-GONE = "onnxcomp.gone"  # metadata: inputs, outputs and open axes of the original that a model no longer has
+REMOVED_PORTS = "onnxcomp.gone"  # metadata key: names of removed inputs, outputs and open axes
 
 
-def gone(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Inputs, outputs and axes of the original that a model says it no longer has: data and shapes may name them."""
-    return frozenset(json.loads(metadata.get(GONE, "[]")))
+def removed_ports(metadata: Mapping[str, str]) -> frozenset[str]:
+    """Removed inputs, outputs and axes from the metadata: calibration data and shapes may still name these."""
+    return frozenset(json.loads(metadata.get(REMOVED_PORTS, "[]")))
 
 
 Port = tuple[str, str, tuple[int | str, ...] | None]
@@ -43,15 +43,15 @@ def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
 
 def same_interface(before: Interface, now: Interface) -> None:
     """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
-    for was, has, what in zip(before, now, ("inputs", "outputs"), strict=True):
-        if not _same(was, has):
-            raise ModelError(f"the model's {what} changed from {was} to {has}")
+    for old, new, what in zip(before, now, ("inputs", "outputs"), strict=True):
+        if not _same(old, new):
+            raise ModelError(f"the model's {what} changed from {old} to {new}")
 
 
-def _same(was: tuple[Port, ...], has: tuple[Port, ...]) -> bool:
-    if [x[:2] for x in was] != [x[:2] for x in has]:
+def _same(old: tuple[Port, ...], new: tuple[Port, ...]) -> bool:
+    if [x[:2] for x in old] != [x[:2] for x in new]:
         return False
-    for (_, _, a), (_, _, b) in zip(was, has, strict=True):
+    for (_, _, a), (_, _, b) in zip(old, new, strict=True):
         if a is None or b is None:
             continue
         if len(a) != len(b) or any(isinstance(q, int) and p not in (q, "?") for p, q in zip(a, b, strict=True)):

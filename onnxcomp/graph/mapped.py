@@ -1,4 +1,4 @@
-"""Tensors that lie in a data file: mapped once, read when asked for, never held."""
+"""Tensors in external data files: the file is mapped once, bytes are read on demand and not kept."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from onnxcomp.maths import Array
 
 __all__ = ["DataFile", "MappedTensor"]
 
-_CHUNK = 1 << 22  # bytes read at a time where a range is copied
-PACKED = {2, 4, 6}  # bits per element of types that numpy cannot view in place
+CHUNK = 1 << 22  # 4 MiB: bytes read at a time where a range is copied, which bounds the memory of a copy
+PACKED = {2, 4, 6}  # bits per element of types that share bytes, so numpy cannot view them in place
 
 
 class DataFile:
-    """A data file held open and mapped once, however many tensors lie in it; it outlives a rename or removal."""
+    """A data file, opened and mapped once for all its tensors; it stays readable after a rename or removal."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,11 +35,11 @@ class DataFile:
     def chunks(self, offset: int, length: int) -> Iterator[bytes]:
         """The bytes of a range in pieces, read without touching the mapping, so that they do not stay resident."""
         while length > 0:
-            piece = self._read(offset, min(_CHUNK, length))
-            if not piece:
+            chunk = self._read(offset, min(CHUNK, length))
+            if not chunk:
                 raise ModelError(f"{self.path}: the file became shorter while it was read")
-            yield piece
-            offset, length = offset + len(piece), length - len(piece)
+            yield chunk
+            offset, length = offset + len(chunk), length - len(chunk)
 
     def _read(self, offset: int, length: int) -> bytes:
         if hasattr(os, "pread"):
@@ -48,7 +48,7 @@ class DataFile:
 
 
 class MappedTensor(ir.ExternalTensor):
-    """An external tensor whose bytes come from a shared `DataFile`; read-only, read when asked for."""
+    """A read-only external tensor over a shared `DataFile`; its bytes are read on demand."""
 
     __slots__ = ("_shared", "_view")
 
@@ -83,8 +83,8 @@ class MappedTensor(ir.ExternalTensor):
 
     def tofile(self, file: Any) -> None:
         """Copy the stored bytes to a file in bounded pieces."""
-        for piece in self._shared.chunks(self.offset or 0, self.nbytes):
-            file.write(piece)
+        for chunk in self._shared.chunks(self.offset or 0, self.nbytes):
+            file.write(chunk)
 
     def numpy(self) -> Array:
         """The tensor as a read-only array over the mapping; sub-byte types are unpacked to a copy each time."""

@@ -1,4 +1,4 @@
-"""Weights made on the way that are too large to hold: written to a scratch file at once, mapped when they are read."""
+"""Large new weights in scratch files: written when they are created, memory-mapped when they are read."""
 
 from __future__ import annotations
 
@@ -15,52 +15,52 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.maths import Array
 
-__all__ = ["as_tensor", "forget", "release"]
+__all__ = ["as_tensor", "release_pages", "release_weights"]
 
-SPOOLED = 1 << 20  # bytes from which on a weight goes to the scratch folder, where a graph has one
+SCRATCH_FROM = 1 << 20  # 1 MiB: bytes from which on a new weight goes to the scratch folder, where a graph has one
 
 
 def as_tensor(a: Array | ir.TensorProtocol, name: str | None = None, folder: Path | None = None) -> ir.TensorProtocol:
     """A constant's content: a tensor as it is, an array in memory, or in the scratch folder where it is large."""
     if isinstance(a, ir.TensorProtocol):
         return a
-    if folder is not None and a.nbytes >= SPOOLED:
-        return _spooled(a, folder)
+    if folder is not None and a.nbytes >= SCRATCH_FROM:
+        return _in_scratch_file(a, folder)
     return ir.tensor(np.ascontiguousarray(a).reshape(np.shape(a)), name=name)
 
 
-def _spooled(a: Array, folder: Path) -> ir.TensorProtocol:
-    """The array as a tensor over a file of its own, which outlives the removal of its name."""
+def _in_scratch_file(a: Array, folder: Path) -> ir.TensorProtocol:
+    """The array as a tensor over a file of its own, whose name is removed at once where the system allows it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(suffix=".weight", dir=folder)
         with os.fdopen(handle, "wb") as f:
             np.ascontiguousarray(a).tofile(f)
     except OSError as e:
-        raise ModelError(f"{folder}: a changed weight cannot be kept there: {e.strerror or e}") from e
+        raise ModelError(f"{folder}: a changed weight cannot be written there: {e.strerror or e}") from e
     mapped = np.memmap(name, dtype=a.dtype, mode="r", shape=a.shape)
     if os.name == "posix":
         Path(name).unlink()
     return ir.Tensor(mapped)
 
 
-def forget(model: ir.Model) -> None:
-    """Let the system drop the pages of mapped weights that were read; they come back when they are asked for."""
-    release(v.const_value for v in model.graph.initializers.values())
+def release_weights(model: ir.Model) -> None:
+    """Give the pages of mapped weights back to the system; they are read again on demand."""
+    release_pages(v.const_value for v in model.graph.initializers.values())
 
 
-def release(tensors: Iterable[ir.TensorProtocol | None]) -> None:
-    """`forget` for some tensors: each with the whole file it lies in."""
+def release_pages(tensors: Iterable[ir.TensorProtocol | None]) -> None:
+    """`release_weights` for some tensors: the pages of the whole file that each lies in."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return
     maps: dict[int, mmap.mmap] = {}
     for t in tensors:
-        held = None
+        mapping = None
         if isinstance(t, MappedTensor):
-            held = t.mapping
+            mapping = t.mapping
         elif isinstance(t, ir.Tensor) and isinstance(t.raw, np.memmap) and t.raw.mode == "r":
-            held = getattr(t.raw, "_mmap", None)
-        if held is not None:
-            maps[id(held)] = held
+            mapping = getattr(t.raw, "_mmap", None)
+        if mapping is not None:
+            maps[id(mapping)] = mapping
     for m in maps.values():
         m.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""How `Graph.take` cuts: constants, counts, attributes, norms and the interface of one group."""
+"""The edits behind `Graph.take`: constants, sizes, attributes, norms and interface of one group shrink together."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from onnxcomp.maths import Array
 if TYPE_CHECKING:
     from onnxcomp.graph.graph import Graph
 
-__all__ = ["cut"]
+__all__ = ["cut_group"]
 
-EPSILON = {"RMSNormalization": 1e-5}
+EPSILON = {"RMSNormalization": 1e-5}  # the default of the ONNX operator
 
 
-def cut(g: Graph, group: Group, keep: Array) -> None:
-    """Cut everything but the units `keep`; all places are looked up and checked before the first edit."""
+def cut_group(g: Graph, group: Group, keep: Array) -> None:
+    """Remove all units but `keep`; all places are looked up and checked before the first edit."""
     nodes = {str(n.name): n for n in g.nodes()}
     values = _values(g, nodes)
-    for name in _named(group):
+    for name in _referenced_nodes(group):
         if name not in nodes:
-            raise ModelError(f"the graph has no node named '{name}', which the group cuts; make the group again")
+            raise ModelError(f"the graph has no node named '{name}', which the group cuts; compute the group again")
     for entries in group.entries:
         if any(nodes[entries.node].outputs[0] not in nodes[u].inputs for u in entries.users):
-            raise ModelError(f"what reads '{entries.node}' was cut meanwhile; make the group again")
+            raise ModelError(f"the users of '{entries.node}' have changed; compute the group again")
     for slot in group.slots:
         if slot.value not in values:
             raise ModelError(f"the graph has no constant named '{slot.value}', which the group cuts")
     tensors = {s.value: g.tensor(values[s.value]) for s in group.slots}
     group.check({name: tuple(t.shape.numpy()) for name, t in tensors.items() if t is not None})
-    for slots in _together(group.slots):
-        _cut(g, values[slots[0].value], slots, keep, nodes)
+    for slots in _slots_by_constant(group.slots):
+        _cut_constant(g, values[slots[0].value], slots, keep, nodes)
     for index in group.indices:
         _renumber(g, nodes[index.node], index, keep)
     for norm in group.norms:
         _rescale(g, nodes[norm.node], norm, keep)
     for entries in group.entries:
-        _count(g, _own(g, nodes[entries.node], [nodes[u] for u in entries.users]), entries, keep)
+        _write_counts(g, _copy_for_users(g, nodes[entries.node], [nodes[u] for u in entries.users]), entries, keep)
     for attr in group.attrs:
         g.set_attr(nodes[attr.node], **{attr.name: int(Slot("", 0, attr.units).kept(keep).sum())})
     _interface(g, group, keep)
@@ -51,52 +51,52 @@ def cut(g: Graph, group: Group, keep: Array) -> None:
 
 def _values(g: Graph, nodes: dict[str, ir.Node]) -> dict[str, ir.Value]:
     """Every constant by name."""
-    held = {str(v.name): v for v in g.model.graph.initializers.values()}
-    made = {str(n.outputs[0].name): n.outputs[0] for n in nodes.values() if n.op_type == "Constant"}
-    return held | made
+    initializers = {str(v.name): v for v in g.model.graph.initializers.values()}
+    constants = {str(n.outputs[0].name): n.outputs[0] for n in nodes.values() if n.op_type == "Constant"}
+    return initializers | constants
 
 
-def _named(group: Group) -> set[str]:
-    edited: tuple[Entries | AttrSlot | NormSlot | IndexSlot, ...] = (
+def _referenced_nodes(group: Group) -> set[str]:
+    edits: tuple[Entries | AttrSlot | NormSlot | IndexSlot, ...] = (
         *group.entries, *group.attrs, *group.norms, *group.indices,
     )  # fmt: skip
-    return {x.node for x in edited} | {u for users in _users(group) for u in users}
+    return {x.node for x in edits} | {u for users in _user_lists(group) for u in users}
 
 
-def _users(group: Group) -> list[tuple[str, ...]]:
+def _user_lists(group: Group) -> list[tuple[str, ...]]:
     return [*(s.users for s in group.slots), *(e.users for e in group.entries)]
 
 
-def _together(slots: tuple[Slot, ...]) -> list[list[Slot]]:
-    """Slots of one constant as the same users read it, so that it is written once."""
-    found: dict[tuple[str, tuple[str, ...]], list[Slot]] = {}
+def _slots_by_constant(slots: tuple[Slot, ...]) -> list[list[Slot]]:
+    """Slots by constant and users, so that each constant is written once."""
+    groups: dict[tuple[str, tuple[str, ...]], list[Slot]] = {}
     for slot in slots:
-        found.setdefault((slot.value, slot.users), []).append(slot)
-    return list(found.values())
+        groups.setdefault((slot.value, slot.users), []).append(slot)
+    return list(groups.values())
 
 
-def _cut(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: dict[str, ir.Node]) -> None:
-    """Drop positions along each axis of one constant; other users than the named ones keep it whole."""
+def _cut_constant(g: Graph, v: ir.Value, slots: list[Slot], keep: Array, nodes: dict[str, ir.Node]) -> None:
+    """Remove positions along each axis of one constant; users that the slots do not name keep the full one."""
     a = g.array(v)
     for slot in slots:
         a = np.compress(slot.kept(keep), a, axis=slot.axis)
     g.put(v, a, users=[nodes[u] for u in slots[0].users] or None)
 
 
-def _own(g: Graph, node: ir.Node, users: list[ir.Node]) -> ir.Node:
-    """The node itself, or a copy for the named users."""
+def _copy_for_users(g: Graph, node: ir.Node, users: list[ir.Node]) -> ir.Node:
+    """The node itself, or a copy for the given users."""
     out = node.outputs[0]
     if not users:
         return node
     copy = g.op(node.op_type, *node.inputs, name=f"{node.name}_cut", like=out)
     g.replace(out, copy, users=users)
-    made = copy.producer()
-    assert made is not None
-    return made
+    producer = copy.producer()
+    assert producer is not None
+    return producer
 
 
-def _count(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
-    """Write the counts that follow from a cut into an input of a node."""
+def _write_counts(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
+    """Write the sizes after the cut into an integer input of a node."""
     v = node.inputs[entries.input] if entries.input < len(node.inputs) else None
     counts = {s.index: s.count(keep) for s in entries.sizes}
     if v is None:
@@ -109,48 +109,48 @@ def _count(g: Graph, node: ir.Node, entries: Entries, keep: Array) -> None:
             a.reshape(-1)[i] = n
         g.put(v, a, users=[node])
         return
-    known = np.array([i in counts for i in range(entries.length)])
-    numbers = np.array([counts.get(i, 0) for i in range(entries.length)], np.int64)
-    sizes = _multiplied(g, numbers, entries)
-    g.set_input(node, entries.input, g.op("Where", known, sizes, v, name=f"{node.name}_sizes", like=v))
+    is_counted = np.array([i in counts for i in range(entries.length)])
+    counted = np.array([counts.get(i, 0) for i in range(entries.length)], np.int64)
+    sizes = _times_lengths(g, counted, entries)
+    g.set_input(node, entries.input, g.op("Where", is_counted, sizes, v, name=f"{node.name}_sizes", like=v))
 
 
-def _multiplied(g: Graph, numbers: Array, entries: Entries) -> Array | ir.Value:
-    """The counts, those of repeated units times the lengths that the model's inputs have when it runs."""
-    sizes: Array | ir.Value = numbers
+def _times_lengths(g: Graph, counts: Array, entries: Entries) -> Array | ir.Value:
+    """The sizes; those of repeated units are multiplied by lengths read from the graph inputs at run time."""
+    sizes: Array | ir.Value = counts
     for size in entries.sizes:
         for name, axis in size.times:
             length = g.op("Shape", g.value(name), start=axis, end=axis + 1)
-            here = np.arange(entries.length) == size.index
-            sizes = g.op("Mul", sizes, g.op("Where", here, length, np.ones(entries.length, np.int64)))
+            at_index = np.arange(entries.length) == size.index
+            sizes = g.op("Mul", sizes, g.op("Where", at_index, length, np.ones(entries.length, np.int64)))
     return sizes
 
 
 def _renumber(g: Graph, node: ir.Node, index: IndexSlot, keep: Array) -> None:
-    """Positions on a cut axis as they are after the cut; what is cut with them is dropped by its own slot."""
+    """Renumber positions on a cut axis; entries that are cut themselves are removed by their own slot."""
     v = node.inputs[index.input]
-    stays = Slot("", 0, index.units).kept(keep)
-    moved = np.cumsum(stays) - 1
+    kept = Slot("", 0, index.units).kept(keep)
+    new_positions = np.cumsum(kept) - 1
     a = g.array(v)
-    new = moved[np.where(a < 0, a + stays.size, a)].astype(a.dtype)
+    new = new_positions[np.where(a < 0, a + kept.size, a)].astype(a.dtype)
     assert v is not None
     g.put(v, np.maximum(new, 0), users=[node])
 
 
 def _rescale(g: Graph, node: ir.Node, norm: NormSlot, keep: Array) -> None:
-    """Make the mean of fewer squares what it was with zeroed channels (see `NormSlot`)."""
-    stays = Slot("", 0, norm.units).kept(keep)
-    share = stays.sum() / stays.size
+    """Scale gain and epsilon so that the norm equals one over zeroed channels (see `NormSlot`)."""
+    kept = Slot("", 0, norm.units).kept(keep)
+    share = kept.sum() / kept.size
     gain = node.inputs[1]
     assert gain is not None
     a = g.array(gain)
     g.put(gain, (a.astype(np.float64) / np.sqrt(share)).astype(a.dtype), users=[node])
-    was = node.attributes.get_float("epsilon", EPSILON[node.op_type])
-    g.set_attr(node, epsilon=float(was / share))
+    epsilon = node.attributes.get_float("epsilon", EPSILON[node.op_type])
+    g.set_attr(node, epsilon=float(epsilon / share))
 
 
 def _interface(g: Graph, group: Group, keep: Array) -> None:
-    """Shrink the axes of graph inputs and outputs; a group that has any declares the change."""
+    """Shrink the axes of graph inputs and outputs, and record the new interface."""
     ports = {str(v.name): v for v in (*g.model.graph.inputs, *g.model.graph.outputs)}
     for io in group.io:
         v = ports[io.value]

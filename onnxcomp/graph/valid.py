@@ -1,4 +1,4 @@
-"""What makes a graph valid: names, order and schemas."""
+"""Checks of a graph's validity: topological order, names, operator schemas."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ __all__ = ["names", "order", "schemas"]
 
 
 def order(graph: ir.Graph) -> None:
-    """Sort the nodes so that each comes after what it reads; raises `ModelError` for a cycle."""
+    """Sort the nodes topologically; raises `ModelError` for a cycle."""
     try:
         graph.sort()
     except ValueError as e:
-        raise ModelError(f"the graph reads its own output: {e}") from e
+        raise ModelError(f"the graph has a cycle: {e}") from e
 
 
 def names(graph: ir.Graph) -> None:
-    """Raise `ModelError` for a value that nothing makes or a name that two values have."""
-    made: dict[str | None, int] = {}
-    known = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
-    fed = set(graph.inputs)
-    for v in itertools.chain(graph.inputs, (v for v in graph.initializers.values() if v not in fed)):
-        made[v.name] = made.get(v.name, 0) + 1
+    """Raise `ModelError` for a value without producer or a name that two values share."""
+    uses_of_name: dict[str | None, int] = {}
+    defined = {id(v) for v in itertools.chain(graph.inputs, graph.initializers.values())}
+    inputs = set(graph.inputs)
+    for v in itertools.chain(graph.inputs, (v for v in graph.initializers.values() if v not in inputs)):
+        uses_of_name[v.name] = uses_of_name.get(v.name, 0) + 1
     for node in graph:
         for x in node.inputs:
-            if x is not None and id(x) not in known:
-                raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which nothing makes")
+            if x is not None and id(x) not in defined:
+                raise ModelError(f"node '{node.name}' ({node.op_type}) reads '{x.name}', which has no producer")
         for v in node.outputs:
-            known.add(id(v))
+            defined.add(id(v))
             if v.name:
-                made[v.name] = made.get(v.name, 0) + 1
-    if twice := [n for n, count in made.items() if count > 1]:
-        raise ModelError(f"two values have the same name: {', '.join(map(str, twice[:3]))}")
-    if lost := [str(v.name) for v in graph.outputs if id(v) not in known]:
-        raise ModelError(f"graph output '{lost[0]}' is made by no node")
+                uses_of_name[v.name] = uses_of_name.get(v.name, 0) + 1
+    if duplicates := [n for n, count in uses_of_name.items() if count > 1]:
+        raise ModelError(f"two values have the same name: {', '.join(map(str, duplicates[:3]))}")
+    if undefined := [str(v.name) for v in graph.outputs if id(v) not in defined]:
+        raise ModelError(f"graph output '{undefined[0]}' has no producer")
 
 
 def schemas(model: ir.Model) -> None:
@@ -52,7 +52,7 @@ def schemas(model: ir.Model) -> None:
 
 def _check(proto: onnx.ModelProto) -> None:
     # The checker would look for external tensors in the current folder; all initializers are listed as inputs here.
-    held = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    inline = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     del proto.graph.initializer[:]
-    proto.graph.initializer.extend(held)
+    proto.graph.initializer.extend(inline)
     onnx.checker.check_model(proto)

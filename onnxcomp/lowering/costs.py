@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxcomp.data.inputs import TensorSpec, specs
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.graph.extract import structure
+from onnxcomp.graph.extract import timing_key
 from onnxcomp.lowering.race import median
 from onnxcomp.maths import Array
 from onnxcomp.runtime.sessions import Session
@@ -119,7 +119,7 @@ def _dims(spec: TensorSpec, shapes: Mapping[str, Sequence[int]]) -> tuple[int, .
 def _key(g: Graph, shapes: Mapping[str, Sequence[int]], target: Target, threads: int) -> str:
     """Hash of all that a time depends on."""
     dims = {spec.name: _dims(spec, shapes) for spec in specs(g)}
-    return hashlib.sha256(f"{structure(g, dims)}\n{target!r}\n{threads}".encode()).hexdigest()[:24]
+    return hashlib.sha256(f"{timing_key(g, dims)}\n{target!r}\n{threads}".encode()).hexdigest()[:24]
 
 
 # ---- by the table ----------------------------------------------------------------------------------------------------

@@ -36,11 +36,11 @@ def probe(g: Graph, values: Sequence[ir.Value]) -> dict[str, str]:
     their padding mask random 0 and 1 with at least one key per sample.
     """
     kinds = dict.fromkeys((str(v.name) for v in values), "other")
-    nodes, light = extract.prefix(g, values)
+    nodes, light = extract.light_prefix(g, values)
     if not light:
         return kinds
     constant = {str(v.name) for v in light if not _reads_inputs(g, v)}
-    model = extract.cut(g, nodes, light)
+    model = extract.extract_subgraph(g, nodes, light)
     try:
         kinds |= _names(g, model, constant)
     except OnnxcompError:

@@ -159,7 +159,7 @@ class Planner:
     # ---- what is equal to the clock ------------------------------------------------------------------------------
 
     def _grouped(self, kind: Kind, spots: Sequence[Spot], rules: str) -> list[_Group]:
-        cuts = [(spot, extract.cut(self.g, spot.nodes, spot.outputs)) for spot in spots]
+        cuts = [(spot, extract.extract_subgraph(self.g, spot.nodes, spot.outputs)) for spot in spots]
         values = self._inputs(cuts)
         self._run_light(values.values())
         groups: dict[str, _Group] = {}
@@ -169,7 +169,7 @@ class Planner:
             complete = len(known) == len(sizes) and bool(known)
             shown = known if complete else [{str(v.name): () for v in model.inputs}]
             masks = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
-            text = "\n".join([kind.name, rules, masks, *(extract.structure(model, s) for s in shown)])
+            text = "\n".join([kind.name, rules, masks, *(extract.timing_key(model, s) for s in shown)])
             key = hashlib.sha256(text.encode()).hexdigest()[:24]
             if key in groups:
                 groups[key].spots.append(spot)
@@ -223,10 +223,10 @@ class Planner:
             return
         self._light = self._light or [{} for _ in self.shapes]
         wanted = [v for v in values if str(v.name) not in self._light[0]]
-        nodes, light = extract.prefix(self.g, wanted)
+        nodes, light = extract.light_prefix(self.g, wanted)
         if not light:
             return
-        model = extract.cut(self.g, nodes, light)
+        model = extract.extract_subgraph(self.g, nodes, light)
         try:
             with Session(model, prepack=False) as session:
                 for known, shape in zip(self._light, self.shapes, strict=True):
@@ -308,8 +308,8 @@ def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> 
     shared = [v for v in ctx.once if v.producer() is not None and v.uses()]
     hoisted = [dict(f) for f in feeds]
     if shared:
-        nodes, light = extract.prefix(model, shared)
-        with Session(extract.cut(model, nodes, light), prepack=False) as session:
+        nodes, light = extract.light_prefix(model, shared)
+        with Session(extract.extract_subgraph(model, nodes, light), prepack=False) as session:
             for f in hoisted:
                 f |= session.run({p.name: f[p.name] for p in session.inputs})
         for v in shared:

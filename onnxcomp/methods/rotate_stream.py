@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.linears import Index, Linear, NormSite
-from onnxcomp.blocks.stream import SUMS, Stream, carried
+from onnxcomp.blocks.stream import Stream, stream_operands
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import as_tensor, release
+from onnxcomp.graph.operators import ADDITIONS
+from onnxcomp.graph.scratch import as_tensor, release_pages
 from onnxcomp.maths import Array, Float64
 
 __all__ = ["basis", "rotate"]
@@ -58,7 +59,7 @@ class _Rotation:
     ) -> None:
         self.g, self.stream, self.bases, self.duals = g, stream, bases, duals
         self.index, self.facts = Index.of(g), Facts(g)
-        self.others = {v: stream.others(v) for v in stream.values}
+        self.others = {v: stream.other_readers(v) for v in stream.values}
         self.members = {v.producer() for v in stream.values} | {n.node for n in stream.norms}
         self.new: dict[ir.Value, ir.Value] = {}
 
@@ -81,7 +82,7 @@ class _Rotation:
         return self._of(self.duals, v)
 
     def _of(self, bases: Mapping[ir.Value, ir.TensorProtocol], v: ir.Value) -> Float64:
-        release([*self.bases.values(), *self.duals.values()])  # those loaded before need not stay in memory
+        release_pages([*self.bases.values(), *self.duals.values()])  # those loaded before need not stay in memory
         return np.asarray(bases[v].numpy(), np.float64)
 
     def _matrix(self, m: Array, like: ir.Value) -> Array:
@@ -92,10 +93,10 @@ class _Rotation:
 
     def _carry(self, v: ir.Value) -> ir.Value:
         """The value in its basis: a sum of terms in that basis, a move of one, or the start of the stream."""
-        node, inputs = v.producer(), carried(v, self.index, self.facts)
+        node, inputs = v.producer(), stream_operands(v, self.index, self.facts)
         if node is None or not inputs:
             return self._written(v, v)
-        if node.op_type in SUMS:
+        if node.op_type in ADDITIONS:
             return self.g.op(node.op_type, *(self._term(x, v) for x in inputs), name=f"{node.name}_sliced")
         attributes = {name: a.value for name, a in node.attributes.items()}
         moved = self.g.op(node.op_type, self.new[inputs[0]], *node.inputs[1:], name=f"{node.name}_sliced", **attributes)
@@ -119,7 +120,7 @@ class _Rotation:
             return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
         readers = {u for u, _ in x.uses()}
         is_internal = not x.is_graph_output() and not self.others.get(x) and readers <= self.members
-        linear = self.index.made.get(x)
+        linear = self.index.by_output.get(x)
         if is_internal and (x is v or len(readers) == 1):
             if linear is not None and _is_free(linear):
                 self._put(linear.weight, q, 0 if linear.transposed else 1)
@@ -160,7 +161,7 @@ class _Rotation:
         restore = q.T * gain  # [d', d]
         unfolded = []
         for node in norm.readers:
-            linear = next((x for x in self.index.read.get(norm.output, []) if x.node is node), None)
+            linear = next((x for x in self.index.by_source.get(norm.output, []) if x.node is node), None)
             if linear is None or not self._let_read(linear, new, restore, shift):
                 unfolded.append(node)
         if unfolded or norm.output.is_graph_output():

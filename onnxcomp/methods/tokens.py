@@ -15,9 +15,10 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention, Layer, layers
-from onnxcomp.blocks.linears import NORMS, Index
+from onnxcomp.blocks.linears import Index
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import NORMS
 from onnxcomp.maths import Array
 
 __all__ = ["PADDING_BIAS", "Place", "Tokens", "places", "removals"]
@@ -86,7 +87,7 @@ def _place(g: Graph, f: Facts, index: Index, layer: Layer) -> Place:
     if a.is_cross or a.rotary:
         raise Blocked("keys come from another sequence" if a.is_cross else "positions are rotated inside attention")
     x = mlp.up.source
-    norm = index.norm.get(x)
+    norm = index.norm_by_output.get(x)
     if norm is not None and any(u.op_type in ("Add", "Sum") for u, _ in norm.input.uses()):
         x = norm.input
     if x in {a.q.source, a.k.source, a.v.source} or not _comes_from(x, a.node):

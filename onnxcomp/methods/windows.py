@@ -48,7 +48,7 @@ class Bands:
         elif mask.dtype is ir.DataType.BOOL:
             narrowed = self.masks.both(mask, band)
         else:
-            narrowed = self.masks.chosen(band, mask)
+            narrowed = self.masks.bias_where_allowed(band, mask)
         narrowed.type = ir.TensorType(ir.DataType.BOOL) if mask is None else mask.type
         self.g.set_input(a.node, 3, narrowed)
 
@@ -72,7 +72,7 @@ class Bands:
     def _positions_of(self, a: Attention) -> tuple[ir.Value, ir.Value]:
         """Positions of the queries, int64 `[s, 1]`, and of the keys, `[1, t]`; queries come after the cached keys."""
         past, new = self._lengths(a)
-        key = (past if self.sizes.possible([past]) else a.past, new if self.sizes.possible([new]) else a.node)
+        key = (past if self.sizes.can_compute([past]) else a.past, new if self.sizes.can_compute([new]) else a.node)
         if key not in self._positions:
             q = a.node.inputs[0]
             assert q is not None
@@ -88,7 +88,7 @@ class Bands:
 
     def _count(self, v: ir.Value, axis: int, size: Size) -> ir.Value:
         """The length of an axis as an int64 scalar, computed from the graph inputs where that is possible."""
-        if self.sizes.possible([size]):
+        if self.sizes.can_compute([size]):
             return self.sizes.scalar(size)
         return self.g.op("Squeeze", self.g.op("Shape", v, start=axis, end=axis + 1), np.array([0], np.int64))
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxcomp.analysis.bounds import MOVES
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import ELEMENT_PRESERVING
 from onnxcomp.runtime.payload import Model, graph_of
 
 __all__ = ["float32_twin", "in_float32"]
@@ -71,7 +71,7 @@ def _round(g: Graph, node: ir.Node, v: ir.Value) -> None:
         g.replace(v, public)
         for u, i in tuple(public.uses()):
             g.set_input(u, i, v)
-    if users and node.op_type not in MOVES:
+    if users and node.op_type not in ELEMENT_PRESERVING:
         g.replace(v, _cast(g, _cast(g, v, HALF), FLOAT), users=users)
 
 

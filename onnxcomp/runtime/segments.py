@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import forget
+from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths import Array
 from onnxcomp.runtime.payload import add_outputs, complete_cache_outputs, prepacks
 from onnxcomp.runtime.sessions import Session
@@ -384,7 +384,7 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         if self._session is not None:
             self._session.close()
-            forget(self.graph.model)
+            release_weights(self.graph.model)
         if kind is not None:
             self._next.clear()
         elif self.to is not None:

@@ -26,7 +26,7 @@ import onnx_ir as ir
 
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
-from onnxcomp.graph.interface import gone
+from onnxcomp.graph.interface import removed_ports
 from onnxcomp.maths import Array
 from onnxcomp.runtime.bf16_twin import float32_twin
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
@@ -247,7 +247,7 @@ class Session:
         self.outputs: list[str] = [*(o.name for o in self._session.get_outputs()), *sorted(self._input_taps)]
         self._by_name = {p.name: p for p in self.inputs}
         self._optional = {i.name for i in self._session.get_overridable_initializers()}
-        self._removed = gone(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
+        self._removed = removed_ports(self._session.get_modelmeta().custom_metadata_map) - set(self._by_name)
 
     def _source(self, ort: Any, model: Model, taps: Sequence[str], options: Any) -> bytes | str:
         """What the runtime loads: the file itself, or a serialized graph that refers to its large constants."""

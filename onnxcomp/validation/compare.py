@@ -256,7 +256,8 @@ class Reference:
         """
         model = _parsed(candidate)
         graph = graph_of(model)
-        vocab, missing = renumbering(graph), interface.gone(graph.model.metadata_props) - {self.view.outputs[0].name}
+        vocab = renumbering(graph)
+        missing = interface.removed_ports(graph.model.metadata_props) - {self.view.outputs[0].name}
         layouts = [r for r in self.view.outputs if r.name not in missing]
         names, drifts = [r.name for r in layouts], {r.name: _drift(r, self.view) for r in layouts}
         sums, count = Sums(self.metrics), 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from onnxcomp.files.atomic import replacing
 from onnxcomp.graph import Graph
 from onnxcomp.graph.hashing import content_hash
-from onnxcomp.graph.scratch import forget
+from onnxcomp.graph.scratch import release_weights
 from onnxcomp.runtime.segments import Cut, Layout, Walk, signature
 from onnxcomp.target import Target
 from onnxcomp.validation.compare import Reference, Validation
@@ -62,7 +62,7 @@ def _edited(g: Graph, edit: Edit) -> Graph:
     variant = g.clone()
     edit(variant)
     if variant.spool is not None:  # pages of weights that this edit read must not add up with those of the next
-        forget(variant.model)
+        release_weights(variant.model)
     variant.model.graph.sort()
     return variant
 

@@ -176,11 +176,11 @@ def computed_scale(g):
 @pytest.mark.parametrize(
     ("make", "why"),
     [
-        (probabilities_read, "the attention probabilities are read elsewhere"),
+        (probabilities_read, "the attention probabilities have other users"),
         (bias_inside_cap, "a mask is added inside the soft-cap"),
-        (computed_scale, "the scores are scaled by something computed"),
+        (computed_scale, "the scores are scaled by a computed value"),
         (lambda g: attend(g, scores(g), softmax_axis=2), "the softmax is not over the last axis"),
-        (lambda g: g.op("Softmax", g.value("q"), axis=-1), "no product of queries and keys above the softmax"),
+        (lambda g: g.op("Softmax", g.value("q"), axis=-1), "no product of queries and keys leads to the softmax"),
     ],
 )
 def test_reasons_for_declining(make, why):
@@ -202,7 +202,7 @@ def scores_read(g):
 @pytest.mark.parametrize(
     ("make", "keys", "why"),
     [
-        (scores_read, "s", "its scores are an output"),
+        (scores_read, "s", "its scores are read or are a model output"),
     ],
 )
 def test_operators_that_stay_as_they_are(make, keys, why):

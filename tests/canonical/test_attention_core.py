@@ -147,7 +147,7 @@ def test_folded_heads_that_cannot_be_told_from_the_batch_are_declined():
     s = g.op("MatMul", g.value("q"), g.op("Transpose", g.value("k"), perm=[0, 2, 1]))
     y = g.op("MatMul", g.op("Softmax", s, axis=-1), g.value("v"))
     _, new = raised(g, y, "m", "s", H)
-    assert [d.why for d in new.declined] == ["attention: batch and heads of the first axis cannot be told apart"]
+    assert [d.why for d in new.declined] == ["attention: batch and heads of the first axis cannot be separated"]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -220,7 +220,7 @@ def test_scores_times_a_table_of_0_and_1_with_a_fill_where_it_is_0(spelling):
 def test_scores_times_a_table_that_no_mask_repeats_are_declined():
     _, new = _tabled("other")
     assert ops(new)["Attention"] == 0
-    assert "scaled by something computed" in new.declined[0].why
+    assert "scaled by a computed value" in new.declined[0].why
 
 
 def _tabled(spelling):

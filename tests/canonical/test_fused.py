@@ -142,7 +142,7 @@ def test_skip_norm_broadcasts_and_its_statistics_are_not_invented():
     op = Op("SkipLayerNormalization", [f32(B, S, 8), f32(B, S, 8), gain, shift], 3)
     del op.graph.model.graph.outputs[1]
     op.graph = Graph(op.graph.model)
-    op.stays("its output 2 is read")
+    op.stays("its output 2 is used")
 
 
 @pytest.mark.parametrize("op", ["LayerNormalization", "SimplifiedLayerNormalization"])
@@ -256,7 +256,7 @@ def test_operators_of_other_tools_are_left_with_a_reason(op):
     inputs = {"MatMulNBits": [x, (packed,), (f32(6, 1),)], "QAttention": [x, (f32(16, 48),)]}.get(op, [x])
     sizes = {"K": 16, "N": 6, "bits": 4, "block_size": 16} if op == "MatMulNBits" else {"num_heads": 2}
     Op(op, inputs, **sizes).stays(
-        "is left to the tool that made it" if op != "PackedAttention" else "is left to the runtime"
+        "stay as the tool that made them wrote them" if op != "PackedAttention" else "it has no exact standard form"
     )
 
 
@@ -298,7 +298,7 @@ def test_packed_attention(kind, causal, bias):
     assert ops(g)["Attention"] == 1
     assert ops(g)["MatMul"] == 3
     if kind not in ("none", "spans"):
-        op.stays("rows that see no key would change", exact_rows=True)
+        op.stays("rows without visible keys would change", exact_rows=True)
 
 
 def test_packed_attention_with_other_value_width_soft_masks_and_no_bias():
@@ -339,10 +339,10 @@ def test_packed_attention_with_cache(causal, kind):
 def test_packed_attention_that_stays():
     x, w = f32(B, S, 6), (f32(6, 3 * D),)
     dims = {0: ["b", "s", 6]}
-    Op("Attention", [x, w], num_heads=N, do_rotary=1, dims=dims).stays("rotates queries itself")
+    Op("Attention", [x, w], num_heads=N, do_rotary=1, dims=dims).stays("applies a rotary embedding")
     Op("Attention", [x, w], num_heads=5, dims=dims).stays("do not fit its heads")
     Op("Attention", [x, w, None, np.ones((B, 1, 8, 8), np.int32)], num_heads=N, dims=dims).stays("4 axes")
-    Op("Attention", [x, w, None, i32(3, 5, 1)], num_heads=N, dims=dims | {3: ["k"]}).stays("holds lengths")
+    Op("Attention", [x, w, None, i32(3, 5, 1)], num_heads=N, dims=dims | {3: ["k"]}).stays("hold lengths")
 
 
 @pytest.mark.parametrize("kind", list(MASKS))
@@ -407,9 +407,11 @@ def test_multi_head_attention_with_cache(causal):
 def test_multi_head_attention_that_stays():
     q, k = f32(B, 3, D), f32(B, S, D)
     dims = {0: ["b", "q", D], 1: ["b", "k", D], 2: ["b", "k", D]}
-    Op("MultiHeadAttention", [q, k, k], num_heads=N, unidirectional=1, dims=dims).stays("not known to be square")
+    Op("MultiHeadAttention", [q, k, k], num_heads=N, unidirectional=1, dims=dims).stays(
+        "possibly more keys than queries"
+    )
     index = [q, k, k, None, i32(*range(3 * B + 2))]
-    Op("MultiHeadAttention", index, num_heads=N, dims=dims | {4: [3 * B + 2]}).stays("holds lengths")
+    Op("MultiHeadAttention", index, num_heads=N, dims=dims | {4: [3 * B + 2]}).stays("hold lengths")
 
 
 @pytest.mark.parametrize("rotary", ["no", "half", "interleaved"])

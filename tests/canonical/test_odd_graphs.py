@@ -204,7 +204,7 @@ def test_turning_the_other_way_is_no_rotary():
 def test_tables_of_unequal_halves_are_declined():
     g = rotary_graph(table="unequal")
     canonicalize(g)
-    assert [d.why for d in g.declined] == ["rotary: the cosine and sine tables are not two equal halves over the width"]
+    assert [d.why for d in g.declined] == ["rotary: the cosine and sine tables do not consist of two equal halves"]
 
 
 def test_a_float_next_to_an_integer_is_not_rounded():

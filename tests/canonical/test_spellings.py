@@ -59,7 +59,9 @@ def test_exact_rows_leaves_finite_masks_spelled_out():
     source, g = tiny.decoder(spelled="dynamo"), tiny.decoder(spelled="dynamo")
     canonicalize(g, exact_rows=True)
     assert ops(g)["Softmax"] == 2
-    assert {d.why for d in g.declined} == {"attention: rows that see no key would change (asked for exact rows)"}
+    assert {d.why for d in g.declined} == {
+        "attention: rows without visible keys would change, and exact rows are requested"
+    }
     x = tiny.feeds(g, 3, 7, padding="left")
     with Session(source) as a, Session(g) as b:
         np.testing.assert_allclose(b.run(x)["logits"], a.run(x)["logits"], rtol=1e-4, atol=1e-5)

@@ -623,7 +623,7 @@ def test_exact_rows_reach_canonicalize(run: Run, place: Path, tmp_path: Path) ->
     found = one_object(run("inspect", place / "decoder", "--exact-rows", "--json")[1])["graphs"]["model"]
     assert found["attention"]["recognised"] == 0
     assert {x["why"] for x in found["not_recognised"]} == {
-        "attention: rows that see no key would change (asked for exact rows)"
+        "attention: rows without visible keys would change, and exact rows are requested"
     }
     args = ("optimize", place / "decoder", "-o", tmp_path / "exact", "--exact-rows", "--no-measure", "--json")
     code, out, _ = run(*args)

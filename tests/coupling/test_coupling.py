@@ -56,7 +56,7 @@ def test_cut_heads_equal_silenced_heads(name, whole):
 @pytest.mark.parametrize("name", ZOO)
 def test_cut_channels_equal_silenced_channels(name):
     g = ZOO[name]()
-    group = coupling.ffn_of(g, blocks.mlps(g)[0])
+    group = coupling.Coupling(g).channels(blocks.mlps(g)[0].down.node)
     assert group.units == blocks.mlps(g)[0].width
     done = cuts.check(g, group, np.array([0, 3, 4, 11]), feeds(g))
     assert blocks.mlps(done)[0].width == blocks.mlps(g)[0].width - 4
@@ -99,7 +99,7 @@ def test_query_heads_go_in_equal_numbers():
 
 def test_keeping_every_unit_is_no_edit():
     g = tiny.decoder()
-    group = coupling.heads_of(g, blocks.attentions(g)[0])
+    group = coupling.Coupling(g).heads(blocks.attentions(g)[0])
     g.take(group, np.arange(group.units))
     assert g.edits == 0
 
@@ -109,7 +109,7 @@ def test_layers_that_share_weights_are_cut_together():
     first, second = blocks.mlps(g)
     for a, b in zip(first.linears, second.linears, strict=True):
         g.set_input(b.node, 1, a.weight)
-    group = coupling.ffn_of(g, blocks.mlps(g)[0])
+    group = coupling.Coupling(g).channels(blocks.mlps(g)[0].down.node)
     done = cuts.check(g, group, np.array([2, 9]), feeds(g))
     assert {m.width for m in blocks.mlps(done)} == {first.width - 2}
 
@@ -118,7 +118,7 @@ def test_an_equal_bias_of_two_layers_is_cut_for_one():
     g = tiny.encoder(layers=2)
     first, second = blocks.mlps(g)
     g.set_input(second.up.add, 1, first.up.bias)
-    done = cuts.check(g, coupling.ffn_of(g, first), np.array([2, 9]), feeds(g))
+    done = cuts.check(g, coupling.Coupling(g).channels(first.down.node), np.array([2, 9]), feeds(g))
     assert [m.width for m in blocks.mlps(done)] == [first.width - 2, second.width]
 
 
@@ -138,7 +138,7 @@ def test_scales_of_a_quantized_weight_follow(scales):
         w = g.op("DequantizeLinear", q, rng.uniform(0.001, 0.01, shape).astype(np.float32), **options)
         g.set_input(linear.node, 1, w)
     g.model.graph.sort()
-    group = coupling.ffn_of(g, blocks.mlps(g)[0])
+    group = coupling.Coupling(g).channels(blocks.mlps(g)[0].down.node)
     assert group.units == (4 if scales == "block" else 16)
     cuts.check(g, group, np.array([0, 2]), feeds(g))
 
@@ -148,5 +148,5 @@ def test_the_weights_of_a_model_with_external_data_are_cut_alike(tmp_path):
 
     g = tiny.decoder()
     loaded = storage.load(tiny.external(g, tmp_path))
-    results = [cuts.cut(m, coupling.heads_of(m, blocks.attentions(m)[0]), [0]) for m in (g, loaded)]
+    results = [cuts.cut(m, coupling.Coupling(m).heads(blocks.attentions(m)[0]), [0]) for m in (g, loaded)]
     cuts.assert_same(*results, feeds(g), tolerance=0)

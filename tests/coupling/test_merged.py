@@ -130,7 +130,7 @@ def test_two_layers_that_share_what_an_expand_repeats_are_cut_apart(size):
     g = finished(g, g.op("Add", *parts))
     names = [str(n.inputs[1].name) for n in g.nodes("MatMul") if str(n.inputs[1].name).startswith("q")]
     if size == "of the scores":
-        return declined(g, "makes another value as large")
+        return declined(g, "produces another value of that size")
     groups = [coupling.couple(g, n, 1, block=DEPTH) for n in names]
     assert not {s.value for s in groups[0].slots} & {s.value for s in groups[1].slots}
     assert [len(group.entries[-1].users) for group in groups] == [1, 1]
@@ -141,7 +141,7 @@ def test_two_layers_that_share_what_an_expand_repeats_are_cut_apart(size):
     cuts.assert_same(mask, done, feeds(2), feeds(3))
     done.sweep()
     assert len(list(done.nodes("Expand"))) == 2
-    with pytest.raises(ModelError, match="make the group again"):
+    with pytest.raises(ModelError, match="compute the group again"):
         done.take(groups[0], np.array([0]))
     return None
 
@@ -175,9 +175,9 @@ def first(g: Graph, s: ir.Value) -> ir.Value:
 
 
 DECLINED = {
-    "another value, maybe as long": (outside, "may be repeated or not"),
+    "another value, maybe as long": (outside, "may or may not be broadcast"),
     "its size is computed with": (counted, "computes with its size"),
-    "another value as large": (as_large, "makes another value as large"),
+    "another value as large": (as_large, "produces another value of that size"),
     "one row": (first, "works along axis 0"),
     "a mean of heads": (lambda g, s: g.op("Sub", s, g.op("ReduceMean", s, i64(0))), "reduces that axis"),
     "running sums": (lambda g, s: g.op("CumSum", s, np.array(0, np.int64)), "works along that axis"),

@@ -73,7 +73,7 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def test_untouched_weights_stay_in_the_file_of_the_source(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scratch, "SPOOLED", LARGE)
+    monkeypatch.setattr(scratch, "SCRATCH_FROM", LARGE)
     monkeypatch.setattr(payload, "PREPACK_BELOW", 0)  # compared block by block, as a large model is
     monkeypatch.setattr(storage, "INLINE_LIMIT", 0)
     path = tiny.external(tiny.decoder(layers=3, hidden=64, heads=4, ffn=160), tmp_path)

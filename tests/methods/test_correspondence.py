@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.blocks.branches import sums, whole_layers
+from onnxcomp.blocks.branches import layer_branches, residual_sum
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.methods.repair.correspondence import counterpart, reference_value
@@ -22,13 +22,13 @@ def pre():
 
 
 def ends(g):
-    return [sums(x).end for layer in blocks.layers(g) for x in (layer.attention.o, layer.mlp.down)]
+    return [residual_sum(x).end for layer in blocks.layers(g) for x in (layer.attention.o, layer.mlp.down)]
 
 
 def without(g, *layers):
     cut = g.clone()
     for i in sorted(layers, reverse=True):
-        leave_out(cut, whole_layers(cut)[i])
+        leave_out(cut, layer_branches(cut)[i])
     return cut
 
 

@@ -46,4 +46,4 @@ class CutRepair(Pass):
                 better = weight.copy()
                 better[kept] = solve.repair(moments, weight, kept).weights
                 g.put(mlp.down.weight, better)
-            g.take(coupling.ffn_of(g, mlp), kept)
+            g.take(coupling.Coupling(g).channels(mlp.down.node), kept)

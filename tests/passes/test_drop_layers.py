@@ -5,7 +5,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.blocks.branches import branches, sums, whole_layers
+from onnxcomp.blocks.branches import branches, layer_branches, residual_sum
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.engine.manager import PassManager
@@ -79,7 +79,7 @@ def test_the_result_is_the_model_with_the_parts_masked(name, part):
 
 def test_the_layer_with_the_least_influence_goes():
     g = pre()
-    found = whole_layers(g)
+    found = layer_branches(g)
     feeds = [b.feeds for b in data(g)]
     cosines = []
     for b in found:
@@ -116,14 +116,14 @@ def test_scores_are_taken_again_after_each_one_that_goes():
 def test_ablation_drops_what_the_outputs_miss_least():
     g = pre()
     losses = {}
-    for b in whole_layers(g)[1:-1]:
+    for b in layer_branches(g)[1:-1]:
         without = g.clone()
-        one = next(x for x in whole_layers(without) if x.name == b.name)
+        one = next(x for x in layer_branches(without) if x.name == b.name)
         without.replace(one.exit, one.entry)
         errors = [np.sum((run(without, x.feeds) - run(g, x.feeds)).astype(np.float64) ** 2) for x in data(g)]
         losses[b.name] = sum(errors)
     _, step = dropped(g, ratio=0.2, score="ablation")
-    assert {b.name for b in whole_layers(g)} - {d.site for d in step.declined} == {min(losses, key=losses.get)}
+    assert {b.name for b in layer_branches(g)} - {d.site for d in step.declined} == {min(losses, key=losses.get)}
 
 
 def test_the_ends_stay():
@@ -212,12 +212,12 @@ def test_no_fit_raises_the_error_at_its_place():
     calibration = [tiny.feeds(g, 2, 7, seed=i) for i in range(4)]  # fewer rows than hidden units
     seen = []
     uncut, work = g.clone(), g.clone()
-    gone = dropped_layers.leave_out(work, whole_layers(work)[2])
-    gone = dropped_layers.leave_out(work, whole_layers(work)[2], gone)
-    assert [(x.entry, x.exit) for x in gone] == [(whole_layers(g)[2].entry.name, whole_layers(g)[3].exit.name)]
+    gone = dropped_layers.leave_out(work, layer_branches(work)[2])
+    gone = dropped_layers.leave_out(work, layer_branches(work)[2], gone)
+    assert [(x.entry, x.exit) for x in gone] == [(layer_branches(g)[2].entry.name, layer_branches(g)[3].exit.name)]
 
     def fitted(g_, uncut_, env, x, target, damp, gauss_newton):
-        end = sums(x).end
+        end = residual_sum(x).end
         wanted = [run(uncut, f, target)[0] for f in calibration]
 
         def off():
@@ -250,10 +250,10 @@ def test_order_of_leaving_out_does_not_matter_to_the_gaps():
     found = {}
     for order in ((1, 2, 3), (3, 2, 1), (2, 1, 3), (1, 3, 2)):
         work, made = g.clone(), []
-        names = [b.name.split(" (")[0] for b in whole_layers(g)]
+        names = [b.name.split(" (")[0] for b in layer_branches(g)]
         for i in order:
             made = dropped_layers.leave_out(
-                work, next(b for b in whole_layers(work) if b.name.startswith(names[i])), made
+                work, next(b for b in layer_branches(work) if b.name.startswith(names[i])), made
             )
         assert len(made) == 1
         found[order] = (made[0].entry, made[0].exit, made[0].read)
@@ -273,7 +273,7 @@ def test_shared_weights_stay_and_are_named():
 
 def test_a_first_layer_has_nothing_before_it():
     g = pre()
-    stay = whole_layers(g)[0]
+    stay = layer_branches(g)[0]
     for x in (blocks.layers(g)[0].attention.o, blocks.layers(g)[0].mlp.down):  # the one that goes
         g.put(x.weight, 0.01 * g.array(x.weight))
         g.put(x.bias, 0.01 * g.array(x.bias))
@@ -286,7 +286,7 @@ def test_a_first_layer_has_nothing_before_it():
 
 def test_a_stream_that_is_an_output_as_well_stays_what_it_is():
     g = pre()
-    entry = whole_layers(g)[2].entry
+    entry = layer_branches(g)[2].entry
     for x in (blocks.layers(g)[2].attention.o, blocks.layers(g)[2].mlp.down):  # the one that goes
         g.put(x.weight, 0.01 * g.array(x.weight))
     g.model.graph.outputs.append(entry)
@@ -341,7 +341,7 @@ def names(values):
 @pytest.mark.parametrize("name", CACHED)
 def test_caches_go_with_their_layer(name, least, part):
     g, feeds = cached(name, least)
-    find = whole_layers if part == "layer" else lambda g: [b for b in branches(g) if b.kind == "attention"]
+    find = layer_branches if part == "layer" else lambda g: [b for b in branches(g) if b.kind == "attention"]
     gone = find(g)[least]
     result = PassManager([DropLayers(ratio=0.5, protect=0, part=part, repair="none")]).run(g, feeds, feeds)
     model, step = result.model, result.report.step("drop-layers")
@@ -422,8 +422,8 @@ def test_a_cache_that_others_read_holds_its_layer():
     out.name, out.type, out.shape = "total", past.type, ir.Shape([])
     g.model.graph.outputs.append(out)
     held = Graph(g.model)
-    assert "its cache 'past_0' is also read by" in whole_layers(held)[0].why
-    assert not whole_layers(held)[1].why
+    assert "its cache 'past_0' is also read by" in layer_branches(held)[0].why
+    assert not layer_branches(held)[1].why
 
 
 def test_a_length_that_no_other_cache_is_known_to_have_holds_its_layer():
@@ -434,8 +434,8 @@ def test_a_length_that_no_other_cache_is_known_to_have_holds_its_layer():
     second = blocks.layers(g)[1].attention
     g.set_input(second.node, 3, g.op("Identity", second.mask, like=second.mask))  # no longer one mask
     held = Graph(g.model)
-    assert "the shape of its cache 'past_0' is read, and no other input" in whole_layers(held)[0].why
-    assert not whole_layers(held)[1].why
+    assert "the shape of its cache 'past_0' is read, and no other input" in layer_branches(held)[0].why
+    assert not layer_branches(held)[1].why
     result = PassManager([DropLayers(ratio=0.5, protect=0)]).run(held, feeds, feeds)
     assert names(result.model.inputs)[2:] == ["past_0", "past_1"]
 
@@ -466,7 +466,7 @@ def test_keys_that_are_the_first_output_hold_their_layer():
     outputs = g.model.graph.outputs
     logits = outputs.pop(0)
     outputs.append(logits)
-    assert "'present_0' is the output by which models are compared" in whole_layers(Graph(g.model))[0].why
+    assert "'present_0' is the output by which models are compared" in layer_branches(Graph(g.model))[0].why
 
 
 # ---- other architectures ---------------------------------------------------------------------------------------------

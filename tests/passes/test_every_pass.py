@@ -14,7 +14,7 @@ from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
-from onnxcomp.graph.interface import gone, interface, same_interface
+from onnxcomp.graph.interface import interface, removed_ports, same_interface
 from onnxcomp.pipeline import Fidelity, Stage
 from onnxcomp.runtime.sessions import Session
 from tests import tiny
@@ -58,7 +58,7 @@ def outputs(g: Graph, batch: Batch) -> dict[str, np.ndarray]:
 
 def kept(g: Graph, result: Graph, pass_name: str) -> tuple[list[str], list[str]]:
     """Inputs and outputs that a result must have, in this order; one that changes them may add to them."""
-    lost = gone(result.model.metadata_props) if catalog.load(pass_name).changes_interface else ()
+    lost = removed_ports(result.model.metadata_props) if catalog.load(pass_name).changes_interface else ()
     return tuple([str(v.name) for v in values if v.name not in lost] for values in (g.inputs, g.outputs))
 
 

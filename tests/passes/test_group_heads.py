@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxcomp import blocks
-from onnxcomp.blocks.branches import joins
+from onnxcomp.blocks.branches import residual_add
 from onnxcomp.coupling.sizes import parameters
 from onnxcomp.data.datasets import Batch, as_dataset, load_data
 from onnxcomp.engine.job import Job
@@ -258,7 +258,7 @@ def test_no_output_projection_ends_further_from_the_stream_for_being_fitted(kind
 
     def watched(work, uncut, env, reader):
         out = next(iter(reader.linears)).output
-        add = joins(reader.linears[0])
+        add = residual_add(reader.linears[0])
         name = str((out if add is None else add.outputs[0]).name)
         before = far(g, work, name)
         fit(work, uncut, env, reader)

@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.blocks.stream import leaders, streams
+from onnxcomp.blocks.stream import basis_values, streams
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.engine.manager import PassManager
@@ -82,8 +82,8 @@ def test_rotation_alone_changes_nothing(name, shared):
     (stream,) = [s for s in streams(turned) if not s.why]
     rng = np.random.default_rng(0)
     one = orthogonal(stream.width, rng)
-    bases = {v: one if shared else orthogonal(stream.width, rng) for v in dict.fromkeys(leaders(stream).values())}
-    rotate(turned, stream, {v: bases[leader] for v, leader in leaders(stream).items()})
+    bases = {v: one if shared else orthogonal(stream.width, rng) for v in dict.fromkeys(basis_values(stream).values())}
+    rotate(turned, stream, {v: bases[leader] for v, leader in basis_values(stream).items()})
     turned.sweep()
     turned.infer_shapes()
     turned.verify()
@@ -97,8 +97,8 @@ def test_parallel_branches_and_raw_readers_are_turned_too():
     turned = g.clone()
     (stream,) = streams(turned)
     rng = np.random.default_rng(1)
-    bases = {v: orthogonal(16, rng) for v in dict.fromkeys(leaders(stream).values())}
-    rotate(turned, stream, {v: bases[leader] for v, leader in leaders(stream).items()})
+    bases = {v: orthogonal(16, rng) for v in dict.fromkeys(basis_values(stream).values())}
+    rotate(turned, stream, {v: bases[leader] for v, leader in basis_values(stream).items()})
     turned.verify()
     batch = tiny.feeds(g)
     for want, got in zip(outputs(g, batch), outputs(turned, batch), strict=True):
@@ -136,7 +136,7 @@ def test_a_stream_that_lies_in_fewer_dimensions_is_cut_without_loss(name, basis)
 
 
 def test_bases_of_a_large_model_lie_in_files_and_change_nothing(monkeypatch):
-    monkeypatch.setattr(scratch, "SPOOLED", 1 << 12)
+    monkeypatch.setattr(scratch, "SCRATCH_FROM", 1 << 12)
     given = []
     monkeypatch.setattr(slice_pass, "rotate", lambda g, s, *of: given.extend(of) or rotate(g, s, *of))
     g = tiny.decoder(layers=2)
@@ -159,8 +159,8 @@ def test_what_is_cut_is_the_least_of_the_stream():
     random = g.clone()
     (stream,) = streams(random)
     rng = np.random.default_rng(0)
-    bases = {v: orthogonal(32, rng, 22) for v in dict.fromkeys(leaders(stream).values())}
-    rotate(random, stream, {v: bases[leader] for v, leader in leaders(stream).items()})
+    bases = {v: orthogonal(32, rng, 22) for v in dict.fromkeys(basis_values(stream).values())}
+    rotate(random, stream, {v: bases[leader] for v, leader in basis_values(stream).items()})
     random.sweep()
     batch = tiny.feeds(g, seed=99)
     want, got = outputs(g, batch)[0], outputs(random, batch)[0]
@@ -233,7 +233,7 @@ def test_what_is_written_along_duals_is_read_as_with_bases_where_nothing_is_cut(
     rng = np.random.default_rng(0)
     one = orthogonal(32, rng)
     bases = {v: one if basis == "shared" else orthogonal(32, rng) for v in {n.input for n in stream.norms}}
-    lead = leaders(stream)
+    lead = basis_values(stream)
     written = duals(turned, stream, bases)
     assert all(np.allclose(written[v].numpy(), q.numpy(), atol=1e-3) for v, q in bases.items())
     rotate(turned, stream, *({v: of[lead[v]] for v in stream.values} for of in (bases, written)))

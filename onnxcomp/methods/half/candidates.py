@@ -15,9 +15,9 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxcomp.analysis.bounds import MOVES
 from onnxcomp.analysis.element_types import from_integers, is_float
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph.operators import ELEMENT_PRESERVING
 from onnxcomp.maths import Array
 
 __all__ = [
@@ -47,7 +47,22 @@ CONTRIB_HALF = {
 }
 INFINITE = 1e8  # constants from this size on stand for infinity in masks: no weight or activation is that large
 FILL = {ir.DataType.FLOAT16: 3e4, ir.DataType.BFLOAT16: 3e38}  # what replaces them; sums of several stay finite
-SOFT = {*MOVES, "Add", "Sub", "Mul", "Div", "Where", "Min", "Max", "Concat", "Cast", "CastLike", "Trilu", "Clip", "Pad"}
+SOFT = {
+    *ELEMENT_PRESERVING,
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Where",
+    "Min",
+    "Max",
+    "Concat",
+    "Cast",
+    "CastLike",
+    "Trilu",
+    "Clip",
+    "Pad",
+}
 CHUNK = 1 << 22  # elements of a weight examined at a time: bounds memory, not the result
 HEAVY = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", *CONTRIB_HALF}
 
@@ -182,9 +197,9 @@ def _pieces(t: ir.TensorProtocol) -> Iterator[Array]:
     flat = t.numpy().reshape(-1)
     for start in range(0, flat.size, CHUNK):
         yield flat[start : start + CHUNK]
-    release = getattr(t, "release", None)
-    if release is not None:
-        release()
+    release_pages = getattr(t, "release", None)
+    if release_pages is not None:
+        release_pages()
 
 
 def _peak(t: ir.TensorProtocol) -> float:

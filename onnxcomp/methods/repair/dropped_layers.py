@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear, NormSite
-from onnxcomp.blocks.branches import Branch, sums
-from onnxcomp.blocks.caches import take_out
+from onnxcomp.blocks.branches import Branch, residual_sum
+from onnxcomp.blocks.caches import remove_ports
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
@@ -46,9 +46,9 @@ def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
     before, downstream = str(b.entry.name), str(b.exit.name)
     public, users = b.entry.is_graph_output(), set(b.entry.uses())
     g.replace(b.exit, b.entry)
-    for port in b.ports:
-        take_out(g, port)
-    g.note(b.site, ", ".join(["dropped", *(f"with {p}" for p in b.ports if str(p))]))
+    for port in b.cache_ports:
+        remove_ports(g, port)
+    g.note(b.site, ", ".join(["dropped", *(f"with {p}" for p in b.cache_ports if str(p))]))
     g.sweep()  # dead nodes must not be recognised as part of a layer in the next round
     read = public or not users.isdisjoint(b.entry.uses())
     known = {x.entry: x for x in gaps}
@@ -68,7 +68,7 @@ def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], gau
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    joined = ((x, sums(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
+    joined = ((x, residual_sum(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
     writers = [(x, into.end) for x, into in joined if into is not None]
     gaps = [gap for gap in gaps if has(g, gap.entry)]  # a value that only a branch used was removed with it
     ends = {end: gap for gap in gaps if (end := _end(g, uncut, gap, writers)) is not None}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from onnxcomp.blocks import Linear, Mlp
-from onnxcomp.blocks.branches import Sums
+from onnxcomp.blocks.branches import ResidualSum
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot
 from onnxcomp.machine import MEMORY
@@ -36,7 +36,7 @@ def fit_mlp(
     target: str,
     env: Env,
     m: Mlp,
-    to: Sums,
+    to: ResidualSum,
     part: Callable[[Float64], Float64] | None = None,
 ) -> None:
     """Fit all weights and biases of a feed-forward part to a stream of the graph `against`, and note the gain.

@@ -14,10 +14,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.blocks.branches import joins, sums
+from onnxcomp.blocks.branches import residual_add, residual_sum
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import forget, release
+from onnxcomp.graph.scratch import release_pages, release_weights
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair.correspondence import has, reference_value
@@ -62,7 +62,7 @@ class Part:
             return a[..., self.of] if self.of.ndim == 1 else np.asarray(a @ self.of)
         basis = np.asarray(self.of.numpy(), np.float64)
         projected = np.asarray(a @ (basis - basis.mean(axis=0) if self.centred else basis))
-        release([self.of])  # a basis for every norm: together they may not fit into memory
+        release_pages([self.of])  # a basis for every norm: together they may not fit into memory
         return projected
 
 
@@ -91,7 +91,7 @@ def refit_in_order(
     changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if gauss_newton else set()
     targets: dict[blocks.Linear, tuple[str, Part | None]] = {}  # of linears that are added to the stream
     for x in blocks.linears(g):
-        end = "" if (joined := sums(x)) is None else str(joined.end.name)
+        end = "" if (joined := residual_sum(x)) is None else str(joined.end.name)
         if end in (streams or {}) and not unfit_reason(g, x):
             part = (streams or {})[end]
             targets[x] = part.name, part
@@ -106,7 +106,7 @@ def refit_in_order(
             name, represented = targets[step]
             refit_to_stream(g, uncut, env, step, name, part=represented, gauss_newton=gauss_newton)
         if g.spool is not None:
-            forget(g.model)
+            release_weights(g.model)
     if gauss_newton and steps:
         fit_logits(g, env)
 
@@ -127,7 +127,7 @@ def refit_to_stream(
     linear is then fitted too, all its weights together. Law: the squared error of the stream on the calibration data
     does not grow.
     """
-    joined = sums(x)
+    joined = residual_sum(x)
     assert joined is not None
     free = x.bias is not None
     moments = _moments(g, uncut, env, x, free, (uncut.value(target), joined.others), part)
@@ -146,7 +146,7 @@ def unfit_reason(g: Graph, x: blocks.Linear) -> str:
         return "its weights are quantized"
     if len(list(x.weight.uses())) > 1:
         return "its weights are shared, so they cannot be fitted for one place"
-    joined = sums(x)
+    joined = residual_sum(x)
     factors = np.ones(1) if joined is None or joined.scale is None else g.array(joined.scale)
     if factors.size not in (1, x.sizes[1]) or not factors.all():
         return "what it gives is scaled by zeros, or not channel by channel"
@@ -186,7 +186,7 @@ def _solve(g: Graph, reader: Reader, calls: Sequence[_Moments], free: bool, damp
 
 def _place(x: blocks.Linear) -> tuple[ir.Value, tuple[ir.Value, ...]]:
     """The value after a linear that is compared, and what else is added there."""
-    add = joins(x)
+    add = residual_add(x)
     return (x.output, ()) if add is None else (add.outputs[0], tuple(v for v in add.inputs if v and v is not x.output))
 
 
@@ -205,12 +205,12 @@ def _moments(
 
     Raises `ModelError` where the target has another width.
     """
-    out, carried = place
+    out, stream_operands = place
     source = x.source
     against, target = reference_value(env.original, uncut, uncut.value(str(out.name)))
     needs: dict[str, Need] = {"gram": gram(source), "cross": cross_gram(source, target, other_of="original")}
     needs |= {"mean": mean(source), "var": var(source), "norm": norm2(source), "y": mean(target, of="original")}
-    for i, v in enumerate(carried):
+    for i, v in enumerate(stream_operands):
         needs |= {f"less {i}": cross_gram(source, v), f"less y {i}": mean(v)}
     stats = env.collect(g, needs.values(), against)
     values: Mapping[str, Array] = {k: np.asarray(stats[n], np.float64) for k, n in needs.items()}
@@ -218,7 +218,7 @@ def _moments(
     y, cross = (values["y"], values["cross"]) if part is None else (part(values["y"]), part(values["cross"]))
     if len(y) != x.sizes[1]:
         raise ModelError(f"'{target}' was {len(y)} wide in the model to fit to, and is {x.sizes[1]} now")
-    for i in range(len(carried)):
+    for i in range(len(stream_operands)):
         y, cross = y - values[f"less y {i}"], cross - values[f"less {i}"]
     if not free and x.bias is not None:
         bias = g.array(x.bias).reshape(-1).astype(np.float64)

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks.stream import Stream
 from onnxcomp.graph import Graph
-from onnxcomp.graph.scratch import release
+from onnxcomp.graph.scratch import release_pages
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.repair.readers import numbers
@@ -37,7 +37,7 @@ def readers_moment(g: Graph, linears: Iterable[blocks.Linear], width: int) -> Fl
         for i in range(0, weight.shape[1], step):
             rows = weight[:, i : i + step].astype(np.float32) * gains.get(x.source, np.ones(1, np.float32))
             total += rows @ rows.T
-        release([x.weight.const_value])
+        release_pages([x.weight.const_value])
     return total
 
 
@@ -59,5 +59,5 @@ def duals(g: Graph, stream: Stream, bases: Mapping[ir.Value, ir.TensorProtocol])
     for q in bases.values():
         if id(q) not in dual_of:
             dual_of[id(q)] = basis(g, dual(matrix, np.asarray(q.numpy(), np.float64)))
-            release([q])
+            release_pages([q])
     return {v: dual_of[id(q)] for v, q in bases.items()}

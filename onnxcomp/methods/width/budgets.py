@@ -148,7 +148,7 @@ def _sizes(same: Sequence[Linear], group: Group, units: int) -> tuple[int, list[
 
 def _attention(g: Graph, node: ir.Node, env: Env) -> Float64:
     """Seconds of one uncut attention `[shapes]`, as the standard operator."""
-    model = extract.cut(g, [node], [node.outputs[0]])
+    model = extract.extract_subgraph(g, [node], [node.outputs[0]])
     dims = {str(v.name): _known(g.value(str(v.name)), env) for v in model.inputs}
     site = Site(str(node.name), (str(node.name),), "attention")
     shapes = [{name: d[i] for name, d in dims.items()} for i in range(len(env.shapes))]

@@ -1,0 +1,57 @@
+"""Sets of operator types that several analyses share, named after what their members do to elements.
+
+The sets differ on purpose: each site follows an operator only where its own proof holds for it.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ADDITIONS",
+    "BRANCH_OPS",
+    "BRANCH_REARRANGING",
+    "ELEMENT_PRESERVING",
+    "LAYER_OPS",
+    "LAYOUT_OPS",
+    "LAYOUT_OR_CAST",
+    "MASK_LAYOUT_OPS",
+    "NORMS",
+    "PROJECTION_TO_ATTENTION",
+    "REARRANGING",
+    "TABLE_REPEATING",
+    "TIMED_OPS",
+    "TOKEN_SELECTING",
+    "WEIGHT_PRODUCTS",
+]
+
+ADDITIONS = ("Add", "Sum")
+NORMS = ("LayerNormalization", "RMSNormalization")
+
+# ---- operators that move elements --------------------------------------------------------------------------------
+
+REARRANGING = frozenset({"Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+# All elements, each once: a layout is followed backwards through these.
+LAYOUT_OPS = REARRANGING | {"Flatten", "Identity"}
+# Between a projection, an attention, a cache and a graph output, where a cast may stand; Flatten would merge heads.
+LAYOUT_OR_CAST = REARRANGING | {"Cast", "Identity"}
+# Through these a mask keeps its meaning, whatever its type: every element of the result is one of the mask's.
+MASK_LAYOUT_OPS = REARRANGING | {"Expand", "Identity", "Slice"}
+# Every element of the result is one of the first input's, so bounds on all elements hold for it too.
+ELEMENT_PRESERVING = LAYOUT_OPS | {"Expand", "Gather", "GatherElements", "GatherND", "Slice", "Tile"}
+# Repetitions of the entries of a table; a Transpose would change which axis is the last.
+TABLE_REPEATING = frozenset({"Expand", "Identity", "Reshape", "Squeeze", "Tile", "Unsqueeze"})
+# May select tokens of a residual stream; its width stays.
+TOKEN_SELECTING = frozenset({"Gather", "Identity", "Slice"})
+# What cuts an image into windows and puts these together again inside a residual branch.
+BRANCH_REARRANGING = REARRANGING | {"Concat", "Gather", "Pad", "Slice", "Split"}
+# Through these a branch reaches the residual addition.
+BRANCH_OPS = BRANCH_REARRANGING | {"Cast", "Identity", "Mul", *NORMS}
+# Between a projection and the Attention that reads it: layout, rotation, norm, scale, copies of heads, cached keys.
+PROJECTION_TO_ATTENTION = LAYOUT_OPS | {"Cast", "Concat", "Div", "Expand", "Mul", "RotaryEmbedding", *NORMS}
+
+# ---- operators that do a layer's work ----------------------------------------------------------------------------
+
+# Products whose second input may be a weight.
+WEIGHT_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
+LAYER_OPS = frozenset({"Attention", "Conv", "Gemm", "MatMul", "Softmax", *NORMS})
+# Besides these, bodies of loops and branches have a run time of their own.
+TIMED_OPS = LAYER_OPS | {"If", "Loop", "Scan"}

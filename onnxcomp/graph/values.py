@@ -1,0 +1,23 @@
+"""Who reads a value: questions that every recognizer and pass asks."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+__all__ = ["has_one_use", "sole_use", "users_of"]
+
+
+def users_of(v: ir.Value) -> list[ir.Node]:
+    """Nodes that read a value, each once, in the order of their uses; a graph output has no node."""
+    return list(dict.fromkeys(user for user, _ in v.uses()))
+
+
+def sole_use(v: ir.Value) -> tuple[ir.Node, int] | None:
+    """The only node that reads a value with the index of the input; None for several uses and for graph outputs."""
+    uses = tuple(v.uses())
+    return (uses[0][0], uses[0][1]) if len(uses) == 1 and not v.is_graph_output() else None
+
+
+def has_one_use(v: ir.Value) -> bool:
+    """Whether one input of one node is all that reads a value."""
+    return sole_use(v) is not None
