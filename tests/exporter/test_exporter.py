@@ -15,7 +15,7 @@ from onnxcomp.errors import ExportError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.slow]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")

@@ -97,6 +97,7 @@ AFTER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", AFTER)
 def test_later_passes_do_not_undo_the_repair_of_a_gap(after):
     g = pre()

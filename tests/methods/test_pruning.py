@@ -173,6 +173,7 @@ def test_every_score_runs_and_finds_what_does_nothing(name, score):
     np.testing.assert_allclose(output(result.model, batch), output(g, batch), atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
 def test_repair_brings_the_output_nearer(name, bias):
@@ -187,6 +188,7 @@ def test_repair_brings_the_output_nearer(name, bias):
     assert fitted < by_bias < none
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
 def test_repair_in_order_makes_up_for_the_layers_before(name):
     """On the inputs that the cut model gives, the last layer comes nearer the uncut stream than when fitted alone."""

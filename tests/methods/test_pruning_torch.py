@@ -8,7 +8,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="compared with PyTorch")
 pytest.importorskip("transformers", reason="the reference model is a transformers checkpoint")
 pytest.importorskip("onnxruntime")
-pytestmark = pytest.mark.export
+pytestmark = [pytest.mark.export, pytest.mark.slow]
 
 from models import vit_digits  # noqa: E402
 from onnxcomp.canonical import canonicalize  # noqa: E402

@@ -163,6 +163,7 @@ def error(g, model, feeds):
 REPAIRED = {"pre": trained, "post": lambda: trained("post"), "decoder": lambda: tiny.decoder(layers=LAYERS)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["layer", "attention", "mlp"])
 @pytest.mark.parametrize("name", REPAIRED)
 def test_repair_lowers_the_error_on_other_data(name, part):
@@ -360,6 +361,7 @@ def test_caches_go_with_their_layer(name, least, part):
     assert set(step.drift["outputs"]) == set(names(model.outputs))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CACHED)
 def test_a_model_with_caches_is_repaired(name):
     g, feeds = cached(name)
@@ -483,6 +485,7 @@ REACHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), REACHED)
 def test_repair_reaches_what_is_added_to_the_stream(name, part):
     a, _ = zoo.kept()[name]

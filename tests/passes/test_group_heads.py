@@ -238,6 +238,7 @@ def samples(g, seed):
     return as_dataset([Batch(tiny.feeds(g, 8, 16, seed=seed + i, padding="right")) for i in range(24)], g)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", BUILDS)
 def test_repair_brings_held_out_samples_closer(kind):
     g = BUILDS[kind]()
@@ -245,6 +246,7 @@ def test_repair_brings_held_out_samples_closer(kind):
     assert with_repair < 0.9 * without
 
 
+@pytest.mark.slow
 def test_repair_lowers_the_divergence_of_a_language_model():
     g = tiny.decoder(heads=4, kv_heads=4)
     kl = [held_out(g, r, share=4).report.validation.values()["kl"] for r in ("least-squares", "none")]

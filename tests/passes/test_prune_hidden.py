@@ -32,6 +32,7 @@ def outputs(g: Graph, data: list[Batch]) -> np.ndarray:
         return np.concatenate([next(iter(s.run(b.feeds).values())).ravel() for b in data])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("score", ["energy", "magnitude"])
 def test_repair_brings_held_out_outputs_closer(score, tied):
@@ -72,7 +73,7 @@ def test_the_target_is_what_all_readers_of_the_stream_make_best_of_the_channels_
     ).astype(np.float64)
     assert len(linears) == 5 * len(blocks.layers(g)) + 1
     keep = np.arange(0, place.group.units, 2)
-    found = prune_hidden._target(g, place, keep)
+    found = prune_hidden._projection(g, place, keep)
     want = np.linalg.lstsq(read[keep].T, read.T, rcond=None)[0].T
     np.testing.assert_allclose(found, want, atol=1e-4)
     np.testing.assert_allclose(found[keep], np.eye(len(keep)), atol=1e-4)
@@ -84,5 +85,5 @@ def test_channels_that_nothing_reads_are_no_part_of_the_target():
     keep = np.arange(place.group.units - 4)
     gone = np.setdiff1d(np.arange(place.group.units), keep)
     readers.silence(g, place.group, gone)
-    found = prune_hidden._target(g, place, keep)
+    found = prune_hidden._projection(g, place, keep)
     np.testing.assert_allclose(found, np.eye(place.group.units)[:, keep], atol=1e-6)

@@ -63,6 +63,7 @@ def drift(g, passes, held):
     return values["rel-l2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder])
 @pytest.mark.parametrize(
     "cut",
