@@ -28,7 +28,7 @@ def explain(e: OnnxcompError, *, json: bool, verbose: bool) -> int:
         code, first = REFUSED, "refused"
         report, tail = _refusal(e)
     elif isinstance(e, PassFault):
-        code, first, tail = FAULT, f"error: {OURS}, or to whoever wrote the pass", ""
+        code, first, tail = FAULT, "error: a pass is at fault, please report it to its author", ""
     else:
         code, first, tail = USAGE, "error", ""
     sys.stderr.write(f"{first}: {e}\n{tail}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
@@ -13,26 +14,37 @@ from onnxcomp.maths import Array
 
 __all__ = ["macs", "parameters"]
 
+INTEGER_PRODUCTS = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul")  # their weight is input 1
 Cuts = Iterable[tuple[Group, Sequence[int] | Array]]
 
 
-def parameters(g: Graph, cuts: Cuts = ()) -> int:
-    """Elements of all floating-point constants after the cuts; constants that a cut copies count again."""
+def parameters(g: Graph, cuts: Cuts = (), *, codes: bool = False) -> int:
+    """Elements of all floating-point constants after the cuts; constants that a cut copies count again.
+
+    With `codes`, matrices of integers of at most 8 bits count too: they are what a quantizer made of weights.
+    """
     shapes, copies = _shapes(g, cuts)
     count_by_tensor = {}
     for v in g.model.graph.initializers.values():
-        if v.const_value is not None and v.dtype is not None and v.dtype.is_floating_point():
+        if (
+            v.const_value is not None
+            and v.dtype is not None
+            and (v.dtype.is_floating_point() or (codes and _is_code(v)))
+        ):
             count_by_tensor[id(v.const_value)] = int(
                 np.prod(shapes.get(str(v.name), list(v.const_value.shape.numpy())))
             )
     return sum(count_by_tensor.values()) + copies
 
 
-def macs(g: Graph, cuts: Cuts = ()) -> int:
-    """Multiply-accumulates of products with constants, per token (or pixel of a convolution's output), after cuts."""
+def macs(g: Graph, cuts: Cuts = (), *, codes: bool = False) -> int:
+    """Multiply-accumulates of products with constants, per token (or pixel of a convolution's output), after cuts.
+
+    With `codes`, products of integers, as quantizers write them, count too.
+    """
     shapes, _ = _shapes(g, cuts)
     total = 0
-    for node in g.nodes(*WEIGHT_PRODUCTS):
+    for node in g.nodes(*WEIGHT_PRODUCTS, *(INTEGER_PRODUCTS if codes else ())):
         w = node.inputs[1]
         producer = w.producer() if w is not None else None
         if producer is not None and producer.op_type in ("Transpose", "DequantizeLinear"):
@@ -41,6 +53,12 @@ def macs(g: Graph, cuts: Cuts = ()) -> int:
         if t is not None and w is not None:
             total += int(np.prod(shapes.get(str(w.name), list(t.shape.numpy()))))
     return total
+
+
+def _is_code(v: ir.Value) -> bool:
+    """Whether a constant is a matrix of integers of at most 8 bits."""
+    t = v.const_value
+    return t is not None and t.dtype.is_integer() and t.dtype.bitwidth <= 8 and len(t.shape) >= 2
 
 
 def _shapes(g: Graph, cuts: Cuts) -> tuple[dict[str, list[int]], int]:

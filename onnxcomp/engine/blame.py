@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.pipeline import Pass, PassFault
 
-__all__ = ["blaming", "described"]
+__all__ = ["blaming", "described", "listed"]
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def blaming(p: Pass | type[Pass]) -> Iterator[None]:
-    """Raise `PassFault` for an exception from the pass's own files that is no error on purpose (`OnnxcompError`)."""
+    """Raise `PassFault` for an exception that is no error on purpose (`OnnxcompError`) and comes from the pass's files.
+
+    Of a pass that did not come with onnxcomp every such exception is one, wherever the engine tripped over it.
+    """
     try:
         yield
     except (OnnxcompError, MemoryError):
@@ -32,9 +40,25 @@ def described(e: BaseException) -> str:
     return f"{type(e).__name__}: {e}".removesuffix(": ").replace("\n", " ")
 
 
+def listed(p: Pass, method: str, given: object, kind: type[T]) -> list[T]:
+    """What a method of a pass returned, as a list of `kind`; raises `PassFault` for anything else."""
+    if not isinstance(given, Iterable):
+        raise PassFault(f"pass '{p.name}': {method} must give values of {kind.__name__}, not {type(given).__name__}")
+    values = list(given)
+    for x in values:
+        if not isinstance(x, kind):
+            raise PassFault(f"pass '{p.name}': {method} must give values of {kind.__name__}, not {x!r}")
+    return values
+
+
 def _place(cls: type[Pass], e: Exception) -> str:
-    """File and line of the innermost code of the pass that was running, empty if none was."""
+    """File and line of the innermost code of the pass that was running; for a pass of others at least its file."""
     files = {getattr(sys.modules.get(c.__module__), "__file__", None) for c in cls.__mro__ if issubclass(c, Pass)}
     files.discard(getattr(sys.modules[Pass.__module__], "__file__", None))
-    own = [f for f in traceback.extract_tb(e.__traceback__) if f.filename in files]
-    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+    others = cls.__module__.partition(".")[0] != Pass.__module__.partition(".")[0]
+    homes = {str(Path(f).parent) for f in files if f and others and "." in cls.__module__}
+    frames = traceback.extract_tb(e.__traceback__)
+    own = [f for f in frames if f.filename in files or str(Path(f.filename).parent) in homes]
+    if own:
+        return f"{own[-1].filename}:{own[-1].lineno}"
+    return (inspect.getsourcefile(cls) or cls.__module__) if others else ""

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 
 from onnxcomp.engine.blame import described
 from onnxcomp.errors import OnnxcompError, RecipeError, UnknownPass
-from onnxcomp.pipeline import Pass, PassFault, default_of, plain
+from onnxcomp.pipeline import Fidelity, Pass, PassFault, Stage, default_of, plain
 
 __all__ = [
     "GROUP",
@@ -94,7 +94,7 @@ def listing() -> Listing:
         try:
             cls = load(name)
             options_schema(cls)
-        except Exception as e:  # noqa: BLE001 - whatever a stranger's package raises
+        except (Exception, SystemExit) as e:  # noqa: BLE001 - whatever a third-party package raises
             problems.append(str(e) if isinstance(e, OnnxcompError) else f"the pass '{name}' is broken: {described(e)}")
         else:
             found[name] = cls
@@ -156,7 +156,7 @@ def _owner(point: EntryPoint) -> str:
 def _from_entry_point(point: EntryPoint) -> type[Pass]:
     try:
         cls: object = point.load()
-    except Exception as e:  # importing runs a stranger's code
+    except (Exception, SystemExit) as e:  # importing runs third-party code
         why = described(e)
         raise PassFault(f"{_owner(point)}: the pass '{point.name}' cannot be imported from {point.value}: {why}") from e
     if not (isinstance(cls, type) and issubclass(cls, Pass)):
@@ -165,13 +165,15 @@ def _from_entry_point(point: EntryPoint) -> type[Pass]:
         raise PassFault(
             f"{_owner(point)}: the pass is called '{cls.name}', its entry point '{point.name}'; make them equal"
         )
+    if why := _lacks(cls):
+        raise PassFault(f"{_owner(point)}: the pass '{point.name}', {point.value}, {why}")
     return cls
 
 
 def _only_pass(module_name: str) -> type[Pass]:
     try:
         module = import_module(module_name)
-    except Exception as e:  # the file may be the user's
+    except (Exception, SystemExit) as e:  # the file may be the user's
         raise PassFault(f"{module_name} cannot be imported: {described(e)}") from e
     found = [
         x
@@ -180,7 +182,25 @@ def _only_pass(module_name: str) -> type[Pass]:
     ]
     if len(found) != 1:
         raise PassFault(f"{module_name} must define exactly one pass, not {len(found)}")
+    if why := _lacks(found[0]):
+        raise PassFault(f"{module_name}: the pass '{found[0].name}' {why}")
     return found[0]
+
+
+def _lacks(cls: type[Pass]) -> str:
+    """What a class lacks to be a pass that the engine can call; empty where nothing."""
+    if not isinstance(getattr(cls, "stage", None), Stage):
+        return "has no `stage`, which is a Stage"
+    if not isinstance(getattr(cls, "fidelity", None), Fidelity):
+        return "has no `fidelity`, which is a Fidelity"
+    if not is_dataclass(cls) or "__dataclass_params__" not in cls.__dict__:
+        return "is no dataclass: decorate it with @dataclass(frozen=True)"
+    for method in (cls.run, cls.sites, cls.needs):
+        try:
+            inspect.signature(method).bind(None, None, None)
+        except TypeError as e:
+            return f"has a method '{method.__name__}' that the engine cannot call with two arguments: {e}"
+    return ""
 
 
 # ---- options as text -------------------------------------------------------------------------------------------------

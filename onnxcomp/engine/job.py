@@ -106,10 +106,10 @@ class Job:
         graph = source.graph
         result = dry.manager(watch, dry=True).run(graph, *dry._data(graph))
         self._describe(result.report, source)
-        report = result.report
+        report, planned = result.report, result.unlowered or result.model  # lowering writes products in other ways
         report.plan = Plan(
-            (parameters(graph), parameters(result.model)),
-            (macs(graph), macs(result.model)),
+            (parameters(graph, codes=True), parameters(planned, codes=True)),
+            (macs(graph, codes=True), macs(planned, codes=True)),
             (source.nbytes, storage.written_bytes(result.model, report.metadata)),
             () if with_data else tuple(unplanned),
         )

@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
-from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.blame import blaming, listed
 from onnxcomp.engine.exactness import floor_db
+from onnxcomp.engine.host import host_of
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
-from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError, TargetError
+from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
@@ -28,15 +29,13 @@ from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
 from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.reports.outcome import DataUsed, Report, Result, Step
-from onnxcomp.runtime import sessions
 from onnxcomp.stats import Need, Stats, calibrate
-from onnxcomp.target import CPU, Target
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
 from onnxcomp.validation.variants import Variants
 from onnxcomp.version import __version__
 
-__all__ = ["PassManager", "check_order", "host_of"]
+__all__ = ["PassManager", "check_order"]
 
 EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
@@ -154,9 +153,9 @@ class PassManager:
         before = walk.graph
         work = before.clone()
         work.sweep()
-        sites = list(p.sites(work, self.target))
+        sites = listed(p, "sites", p.sites(work, self.target), Site)
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
-        stats = self._collect(walk, work, list(p.needs(work, self.target)), p.name)
+        stats = self._collect(walk, work, self._needs(walk, work, p), p.name)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
         step.choices = walk.planner.chosen if walk.planner is not None else []
@@ -173,6 +172,16 @@ class PassManager:
         walk.graph = self._judge(walk, p, step, before, work)
         step.seconds, step.peak_mib = time.perf_counter() - started, peak_mib()
         walk.report.steps.append(step)
+
+    def _needs(self, walk: _Walk, work: Graph, p: Pass) -> list[Need]:
+        """The statistics a pass asks for; raises `PassFault` where it asks for a value that is not there."""
+        needs = listed(p, "needs", p.needs(work, self.target), Need)
+        for need in needs:
+            try:
+                (work if need.of == "current" else walk.exact).value(need.value)
+            except ModelError as e:
+                raise PassFault(f"pass '{p.name}' asks for a statistic of a value that is not there: {e}") from e
+        return needs
 
     def _verify(self, work: Graph, p: Pass) -> None:
         try:
@@ -357,16 +366,6 @@ class PassManager:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
-
-
-def host_of(target: Target) -> tuple[Target, str]:
-    """Where calibration and comparison run: the target, or the CPU where it is not on this machine, with a note."""
-    try:
-        sessions.check_target(target)
-    except TargetError as e:
-        sessions.check_target(CPU)
-        return CPU, f"calibrated and compared on this machine's CPU, speed not measured: {e}"
-    return target, ""
 
 
 def check_order(passes: Sequence[Pass]) -> None:

@@ -9,8 +9,8 @@ from onnxcomp.benchmarking import benchmark
 from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
-from onnxcomp.engine.manager import host_of
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage

@@ -137,10 +137,10 @@ def kinds() -> dict[str, type[Statistic]]:
 
 
 def statistic(stat: Stat) -> type[Statistic]:
-    """The class of a statistic or of a family; raises `OnnxcompError` for a kind that nobody registered."""
+    """The class of a statistic or of a family; raises `ValueError` for a kind that nobody registered."""
     found = _KINDS.get(stat.kind) or _FAMILIES.get(stat.kind)
     if found is None:
-        raise OnnxcompError(f"there is no statistic '{stat.kind}'; there are {', '.join(sorted(_KINDS))}")
+        raise ValueError(f"there is no statistic '{stat.kind}'; there are {', '.join(sorted(_KINDS))}")
     return found
 
 

@@ -133,3 +133,62 @@ def test_errors_on_purpose_and_faults_of_the_engine_stay_what_they_are() -> None
         raise DataError("no data")
     with pytest.raises(ValueError, match="of the engine"), blaming(Cleanup()):
         raise ValueError("of the engine")
+
+
+CONTRACT = """
+from dataclasses import dataclass
+from typing import ClassVar
+from onnxcomp import Fidelity, Pass, Stage
+{decorator}
+class Odd(Pass):
+    "Does nothing."
+    {stage}
+    fidelity: ClassVar = Fidelity.EXACT
+    {body}
+"""
+FINE = {"decorator": "@dataclass(frozen=True)", "stage": "stage: ClassVar = Stage.WEIGHTS", "body": ""}
+RUN = "def run(self, g, env): ..."
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"stage": "", "body": RUN}, "has no `stage`"),
+        ({"decorator": "", "body": RUN}, "is no dataclass"),
+        ({"body": "def run(self, g): ..."}, "method 'run' that the engine cannot call"),
+        ({"decorator": "raise SystemExit(3)\n", "body": RUN}, "cannot be imported: SystemExit: 3"),
+    ],
+)
+def test_a_class_that_cannot_be_called_is_left_out_by_name(changes, says, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(CONTRACT.format(**FINE | changes))
+    monkeypatch.setattr(catalog.passes, "__path__", [*catalog.passes.__path__, str(tmp_path)])
+    try:
+        with pytest.raises(PassFault, match=says):
+            catalog.load("odd")
+        listing = catalog.listing()
+        assert "odd" not in listing.passes
+        assert any(says in p for p in listing.problems)
+    finally:
+        sys.modules.pop("onnxcomp.passes.odd", None)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("def sites(self, g, target): return ['name']", "sites must give values of Site, not 'name'"),
+        ("def sites(self, g, target): return None", "sites must give values of Site, not NoneType"),
+        (
+            "def needs(self, g, target):\n        from onnxcomp.stats import mean\n        return [mean('nowhere')]",
+            "nowhere",
+        ),
+    ],
+)
+def test_what_a_pass_returns_is_checked(body, says, tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(CONTRACT.format(**FINE | {"body": f"{RUN}\n    {body}"}))
+    monkeypatch.setattr(catalog.passes, "__path__", [*catalog.passes.__path__, str(tmp_path)])
+    g = tiny.mlp()
+    try:
+        with pytest.raises(PassFault, match=says):
+            PassManager([catalog.load("odd")()]).run(g, [tiny.feeds(g, 2, 3)])
+    finally:
+        sys.modules.pop("onnxcomp.passes.odd", None)

@@ -1,5 +1,6 @@
 """A job end to end: published whole or not at all, judged on the written file, resumed from its cache."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 
 import onnxcomp as oc
+from onnxcomp import target
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.engine.compress import compress_each
+from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
@@ -203,3 +206,24 @@ def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_
     [first, second] = smoke(bad, bad, CPU)
     assert "the original fails" in first
     assert "'batch': 3" in second
+
+
+@pytest.mark.parametrize("quantizer", ["qdq: {min_size: 1}", "dynamic-quant: {min_size: 1}"])
+def test_a_plan_counts_weights_and_products_whatever_type_they_get(source, batches, quantizer):
+    (cut,) = compress_each(source, None, passes=["canonicalize", "prune-ffn: {ratio: 0.25}"], plan=True).values()
+    passes = ["canonicalize", "prune-ffn: {ratio: 0.25}", quantizer, "lower"]
+    (both,) = compress_each(source, None, passes=passes, calibration=batches, plan=True).values()
+    assert both.report.plan.macs == cut.report.plan.macs
+    scales = both.report.plan.parameters[1] - cut.report.plan.parameters[1]
+    assert 0 <= scales < 0.1 * cut.report.plan.parameters[1]
+
+
+def test_figures_of_another_machine_are_said_to_be_so(monkeypatch):
+    elsewhere = dataclasses.replace(CPU, name="elsewhere", here=False)
+    monkeypatch.setattr(target, "cpu_features", lambda: frozenset({"avx2", "vnni"}))
+    assert host_of(elsewhere) == (elsewhere, host_of(elsewhere)[1])
+    assert "'elsewhere' is another one" in host_of(elsewhere)[1]
+    assert "saturate" not in host_of(elsewhere)[1]
+    monkeypatch.setattr(target, "cpu_features", lambda: frozenset({"avx2"}))
+    assert "int8 sums saturate here and not there" in host_of(elsewhere)[1]
+    assert host_of(CPU)[1] == ""
