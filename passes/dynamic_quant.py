@@ -57,7 +57,9 @@ class DynamicQuant(Pass):
         codes = linears.WeightCodes(g, self.weights, env.target)
         for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size)):
             source = group[0].source
-            if source.dtype is not ir.DataType.FLOAT:
+            if source.dtype is None:
+                why = "the type of its input is unknown; run canonicalize first"
+            elif source.dtype is not ir.DataType.FLOAT:
                 why = "dynamic quantization takes float32 inputs only"
             else:
                 why = payoff.loses(group, env, dynamic=True)

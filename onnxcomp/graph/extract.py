@@ -141,9 +141,17 @@ def _fixed(v: ir.Value) -> str:
 
 
 def describe(g: Graph, shapes: Mapping[str, Sequence[int]]) -> str:
-    """One line about a site: its operators, and the sizes of its inputs and weights."""
+    """One line about a site: its operators, and the sizes of its inputs and weights; `shapes` may lack unknown ones."""
     ops = list(dict.fromkeys(n.op_type for n in g.nodes() if n.op_type != "DequantizeLinear"))
     weights = [list(t.shape.numpy()) for n in g.nodes() for v in n.inputs if (t := g.tensor(v)) and len(t.shape) == 2]
     by_weights = f" by {', '.join('x'.join(map(str, w)) for w in weights)}" if weights else ""
-    sizes = ", ".join("x".join(map(str, shapes[str(v.name)])) or "scalar" for v in g.inputs[:2])
+    sizes = ", ".join(_size(v, shapes.get(str(v.name))) for v in g.inputs[:2])
     return f"{'+'.join(ops)} of {sizes}{by_weights}"
+
+
+def _size(v: ir.Value, known: Sequence[int] | None) -> str:
+    """The size of a value as text, `?` for what is not known."""
+    dims = v.shape if known is None else known
+    if dims is None:
+        return "?"
+    return "x".join(str(d) if isinstance(d, int) else "?" for d in dims) or "scalar"

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks.mask_names import name_masks
+from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.data import open_axes
 from onnxcomp.data.inputs import TensorSpec, roles, specs
 from onnxcomp.errors import OnnxcompError
@@ -24,7 +25,6 @@ __all__ = ["name_of", "probe"]
 
 SHAPES = ({"batch": 2, "sequence": 5}, {"batch": 3, "sequence": 8})
 TRIES = 3  # random inputs per shape
-MASKED_BELOW = -9e3  # exporters add -1e4 and less to hide a key
 WINDOWS = range(5, 1 << 20)  # constants that may be the width of a window: too wide to show in samples of 5 to 8 tokens
 SHORT_WINDOW = 3  # replaces them in a second run, so that a window shows
 

@@ -174,7 +174,8 @@ class Planner:
             if key in groups:
                 groups[key].spots.append(spot)
                 continue
-            groups[key] = _Group(key, [spot], model, known if complete else [], extract.describe(model, shown[0]))
+            what = extract.describe(model, known[0] if complete else {})
+            groups[key] = _Group(key, [spot], model, known if complete else [], what)
         return list(groups.values())
 
     def _inputs(self, cuts: Sequence[tuple[Spot, Graph]]) -> dict[str, ir.Value]:

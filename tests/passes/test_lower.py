@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -14,7 +15,7 @@ from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.catalog import load
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, extract
 from onnxcomp.lowering import costs, race
 from onnxcomp.lowering.choices import Choices
 from onnxcomp.methods.quantize import payoff
@@ -226,6 +227,41 @@ def test_unknown_sizes_leave_the_table_in_charge(clock):
     result = PassManager([Lower()], measure=True).run(g)
     assert made.laps == 0
     assert any("--shape" in w for w in result.report.warnings)
+    sites = [c.site for c in result.report.step("lower").choices]
+    assert any("?" in w for w in sites)
+    assert not any("scalar" in w for w in sites)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes", "says"),
+    [
+        (None, {}, "?"),
+        (["b", None, 8], {}, "?x?x8"),
+        ([], {}, "scalar"),
+        (None, {"x": ()}, "scalar"),
+        (["b", 8], {"x": (2, 8)}, "2x8"),
+    ],
+)
+def test_a_site_is_described_by_the_sizes_that_are_known(shape, sizes, says):
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=None if shape is None else ir.Shape(shape))
+    node = ir.node("Relu", [x])
+    g = Graph(ir.Model(ir.Graph([x], [node.outputs[0]], nodes=[node], opset_imports={"": 18}), ir_version=10))
+    assert extract.describe(g, sizes) == f"Relu of {says}"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "why"),
+    [
+        (None, "the type of its input is unknown; run canonicalize first"),
+        (ir.DataType.FLOAT16, "dynamic quantization takes float32 inputs only"),
+    ],
+)
+def test_dynamic_quantization_says_why_an_input_does_not_suit(dtype, why):
+    g = tiny.linear()
+    (linear,) = blocks.linears(g)
+    linear.source.type = None if dtype is None else ir.TensorType(dtype)
+    DynamicQuant(min_size=1).run(g, SimpleNamespace(target=CPU))  # nothing else is read before it declines
+    assert [d.why for d in g.declined] == [why]
 
 
 # ---- what is remembered ----------------------------------------------------------------------------------------------
