@@ -49,7 +49,11 @@ NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the
 ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
 ExactRows = Annotated[
-    bool, typer.Option("--exact-rows", help="Keep what rows that see no key give; such attentions stay spelled out.")
+    bool,
+    typer.Option(
+        "--exact-rows",
+        help="Keep the result of queries whose mask hides every key; such attentions stay decomposed.",
+    ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 lets the runtime choose.")]
@@ -156,7 +160,7 @@ def optimize(
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder (or .onnx file) to write.")] = None,
-    preset: Annotated[str | None, typer.Option(help="int8, int8-dynamic or optimize.")] = None,
+    preset: Annotated[str | None, typer.Option(help="int8, int8-dynamic, fp16, bf16 or optimize.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe as YAML.")] = None,
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="SPEC", help="qdq, or 'qdq: {clip: mse}'.")
@@ -306,7 +310,7 @@ def passes(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """List the passes there are, or explain one."""
+    """List all available passes, or explain one."""
     import dataclasses
 
     from onnxcomp.engine import catalog

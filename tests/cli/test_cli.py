@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ import jsonschema
 import numpy as np
 import onnx
 import pytest
+import typer
 
 import onnxcomp
 from onnxcomp import cli
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.cli import console, diagnosis
 from onnxcomp.engine import compress as compressing
+from onnxcomp.engine.recipe import presets
 from onnxcomp.errors import RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
@@ -270,6 +273,12 @@ def test_help_names_every_command(run: Run) -> None:
         assert name in out
         assert run(name, "--help")[0] == 0
     assert run("--version")[1] == f"onnxcomp {onnxcomp.__version__}\n"
+
+
+def test_help_names_every_preset() -> None:
+    command = typer.main.get_command(cli.app).commands["compress"]
+    (option,) = (p for p in command.params if p.name == "preset")
+    assert sorted(re.findall(r"[\w-]+", option.help.removesuffix(".").replace(" or ", ", "))) == presets()
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
