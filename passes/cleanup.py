@@ -19,5 +19,5 @@ class Cleanup(Pass):
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
 
     def run(self, g: Graph, env: Env) -> None:
-        """Tidy the whole graph; there are no sites to decline."""
+        """Tidy the whole graph."""
         g.tidy()

@@ -26,7 +26,7 @@ class DropLayers(Pass):
 
     Block influence is `1 - mean cos(x_in, x_out)` over tokens (Men et al., ShortGPT, 2024, arXiv 2403.03853, eq. 1);
     `ablation` measures instead how far the model's outputs move without the layer. The remaining layers are then
-    refitted to the original residual stream, from the linear before each gap on (see `repair.dropped_layers.close`).
+    refitted to the original residual stream, from the linear before each gap on.
     """
 
     stage: ClassVar[Stage] = Stage.DEPTH
@@ -44,7 +44,7 @@ class DropLayers(Pass):
     rescore: bool = True
     """Score again after each one that is dropped; otherwise once."""
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
-    """How they are compensated: linears that write to the stream from there on, refitted to the original, or not."""
+    """How it is compensated: later linears that write to the stream refitted to the original, none: no repair."""
     protect: Annotated[int, Field(ge=0)] = 1
     """Layers at each end that are never dropped."""
 

@@ -24,11 +24,10 @@ class GroupHeads(Pass):
     """Replace the key and value heads of each group by their mean, after aligning the heads.
 
     Means of key and value heads are Ainslie et al., GQA, 2023 (arXiv 2305.13245, section 2.1). Before the mean, each
-    head is mapped towards the others (`maths.procrustes`), values freely, keys as their rotary embedding allows;
-    queries and the output projection apply the inverse maps. Without repair the maps are rotations. With repair they
-    are low-rank factors of the heads by a singular value decomposition (Yu et al., 2024, arXiv 2406.07056), weighted by
-    the queries and the output projection, and the output projections are then refitted. Law: no fit raises its
-    attention's squared error.
+    head is mapped towards the others, values freely, keys as their rotary embedding allows; queries and the output
+    projection apply the inverse maps. Without repair the maps are rotations. With repair they are low-rank factors of
+    the heads by a singular value decomposition (Yu et al., 2024, arXiv 2406.07056), weighted by the queries and the
+    output projection, and the output projections are then refitted. Law: no fit raises its attention's squared error.
     """
 
     stage: ClassVar[Stage] = Stage.ATTENTION
@@ -44,7 +43,7 @@ class GroupHeads(Pass):
     max_loss: Annotated[float, Field(ge=0, le=1)] = 1.0
     """An attention whose keys or values would lose more than this share of their energy on calibration data is kept."""
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
-    """How it is compensated: low-rank factors in place of rotations, then refitted output projections; or not."""
+    """How it is compensated: low-rank factors instead of rotations, output projections refitted; none: no repair."""
 
     @property
     def _factorizes(self) -> bool:

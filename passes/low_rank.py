@@ -27,7 +27,7 @@ SIDES = ("left", "right")
 
 @dataclass(frozen=True)
 class LowRank(Pass):
-    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N` (formulas: `maths.lowrank`)."""
+    """Replace `W [K, N]` by `A [K, r]` and `B [r, N]` where `r (K + N) < K N`."""
 
     stage: ClassVar[Stage] = Stage.WIDTH
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -45,7 +45,7 @@ class LowRank(Pass):
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Power of the inputs' root mean square in asvd."""
     repair: bool = True
-    """Fit the second factor to the data by least squares (for svd-llm it is the optimum already)."""
+    """Fit the second factor to the data by least squares (svd-llm's factors already are the least-squares solution)."""
     multiple: Annotated[int, Field(ge=0)] = 0
     """Ranks are multiples of this; 0 takes the target's width multiple."""
     margin: Annotated[float, Field(gt=0, le=1)] = 0.9

@@ -17,11 +17,11 @@ __all__ = ["Lower"]
 
 @dataclass(frozen=True)
 class Lower(Pass):
-    """Choose the fastest of equivalent spellings of attention, norms, activations, linears and quantized linears.
+    """Choose the fastest of equivalent forms of attention, norms, activations, linears and quantized linears.
 
     What is timed, on the target and at the asked shapes, are micro-models of each distinct site; a form takes the
-    place of the one in the target's table only where it is surely faster. Without measuring the table decides, the
-    same on every machine. A target that takes only older operator sets gets attention, RMS norm, rotary embedding
+    place of the one in the target's table only where it is significantly faster. Without measuring the table decides,
+    the same on every machine. A target that takes only older operator sets gets attention, RMS norm, rotary embedding
     and GELU spelled out.
     """
 

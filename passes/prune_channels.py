@@ -44,7 +44,7 @@ class PruneChannels(Width):
     cost.
     """
     repair: Literal["least-squares", "bias", "none"] = "least-squares"
-    """How the cut is compensated: remaining kernels refitted to the uncut output, its mean in the bias, or not."""
+    """How it is compensated: remaining kernels refitted to the uncut output, its mean in the bias, none: no repair."""
     latency: None = None
     """No budget here: only linears and attentions are timed; say macs instead."""
 

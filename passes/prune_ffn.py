@@ -19,7 +19,7 @@ __all__ = ["PruneFfn"]
 class PruneFfn(Width):
     """Remove hidden channels of every feed-forward part, gated or not: columns of up and gate, rows of down.
 
-    How units are scored, chosen, removed and repaired is `methods.width`; this pass names the axis.
+    Channels are scored, chosen, removed and repaired as by every pass that prunes widths.
     """
 
     unit: ClassVar[str] = "channels"

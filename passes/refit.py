@@ -42,7 +42,7 @@ class Refit(SequentialPass):
     norms: bool = True
     """Fit the gain (and bias) of every norm, channel by channel."""
     damp: Annotated[float, Field(ge=0)] = 0.01
-    """Pull towards the weights as they are, relative to the mean of the inputs' squares."""
+    """Damping towards the current weights, relative to the mean of the inputs' squares."""
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Linears that are added to the stream, and norms."""

@@ -50,8 +50,7 @@ class Slice(Pass):
     repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
     """Refit the linears that read the stream or add to it to the uncut model (the logits by `gauss-newton` only).
 
-    Weights that write to the stream are then projected obliquely, so that the weights which read it lose least
-    (see `repair.stream_projection`).
+    Weights that write to the stream are then projected obliquely, so that the weights which read it lose least.
     """
 
     @property

@@ -310,7 +310,7 @@ def _interleave(
 def _warnings(rounds: Rounds, shape: str) -> Iterator[str]:
     total, clean = len(rounds.blocks), len(rounds.clean)
     if any(b.foreign is None for row in rounds.blocks for b in row):
-        yield f"{shape}: this system does not tell how much CPU others use, so disturbed runs could not be dropped"
+        yield f"{shape}: CPU use of other processes is not available here, so disturbed runs could not be dropped"
     elif clean < 3 and clean < total:
         yield f"{shape}: noisy machine: {total - clean} of {total} rounds were disturbed by others, all are shown"
     elif total - clean > total / 2:

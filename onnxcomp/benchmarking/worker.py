@@ -119,7 +119,7 @@ class Watch:
         self._begin = (time.perf_counter(), self._busy(), time.process_time())
 
     def foreign(self) -> float | None:
-        """Average number of cores that other processes used since `start`; None where the system does not tell."""
+        """Average number of cores that other processes used since `start`; None where it is not available."""
         wall, busy, cpu = self._begin
         elapsed = time.perf_counter() - wall
         if not self._known or elapsed <= 0:

@@ -189,7 +189,7 @@ class Masks:
         return self.uncast(count.inputs[0]) if last and count.attributes.get_int("keepdims", 1) == 1 else None
 
     def guarded(self, out: ir.Value, mask: ir.Value | None) -> ir.Value | None:
-        """`Where(no key, 0, out)` when it only repeats what `mask`, bool or float, does to rows that see no key."""
+        """`Where(no key, 0, out)` when it repeats what `mask` does to queries whose mask hides every key."""
         users = users_of(out)
         where = users[0] if len(users) == 1 and not out.is_graph_output() else None
         if where is None or where.op_type != "Where" or where.inputs[2] is not out:

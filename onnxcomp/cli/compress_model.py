@@ -28,13 +28,13 @@ def show(output: Output, out: Path | None, run: Callable[[Watch | None], dict[st
 
 
 def _planned(result: Result) -> str:
-    """What a dry run says first: sites, parameters, multiplications, bytes, and what needs data to be told."""
-    steps, told = result.report.steps, result.report.plan
-    assert told is not None, "only a dry run is told of"
-    before, after = told.nbytes
+    """What a dry run says first: sites, parameters, multiplications, bytes, and passes that need data."""
+    steps, plan = result.report.steps, result.report.plan
+    assert plan is not None, "only a dry run has a plan"
+    before, after = plan.nbytes
     changed, eligible = sum(s.changed for s in steps), sum(s.eligible for s in steps)
     counts = [
-        f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", told.parameters), ("macs", told.macs))
+        f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", plan.parameters), ("macs", plan.macs))
     ]
     line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
-    return line + (f"; not planned without data: {', '.join(told.needs_data)}" if told.needs_data else "")
+    return line + (f"; not planned without data: {', '.join(plan.needs_data)}" if plan.needs_data else "")

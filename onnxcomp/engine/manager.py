@@ -1,4 +1,4 @@
-"""The pass manager: snapshot, collect, run, verify, compare with the original, gate; nothing is believed."""
+"""The pass manager: snapshot, collect, run, verify, compare with the original, gate; every step is verified."""
 
 from __future__ import annotations
 

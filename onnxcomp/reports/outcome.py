@@ -107,9 +107,9 @@ class Lowering:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a dry run tells of original and result: parameters, multiplications per token, and bytes of the files.
+    """What a dry run predicts of original and result: parameters, multiplications per token, and bytes of the files.
 
-    `needs_data` names the passes whose effect cannot be told without data.
+    `needs_data` names the passes whose effect needs data to be predicted.
     """
 
     parameters: tuple[int, int]

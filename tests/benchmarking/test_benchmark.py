@@ -73,7 +73,7 @@ def test_a_system_that_does_not_tell_is_not_guessed(monkeypatch: pytest.MonkeyPa
     assert Watch().foreign() is None
     told = list(benchmark._warnings(rounds((1, 1), foreign=(None,)), "batch=1"))
     assert len(told) == 1
-    assert "does not tell" in told[0]
+    assert "CPU use of other processes is not available here" in told[0]
 
 
 def test_memory_is_read_from_the_system_or_from_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ class Width(Pass):
     score: Score = "energy"
     """How much a unit matters: weight norm, |W||X|, fluctuation, output error after a refit, loss of the model."""
     repair: Repair = "least-squares"
-    """How the cut is compensated: remaining weights refitted to the uncut layer, its mean output in the bias, not.
+    """How it is compensated: remaining weights refitted to the uncut layer, its mean in the bias, none: no repair.
 
     `gauss-newton` refits every linear that adds to the residual stream after the cut, and whole feed-forward parts.
     """
