@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, OnnxcompError
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.storage import graphs_of, read
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
@@ -265,9 +265,9 @@ class _Run:
     def measure(self, shape: Mapping[str, int]) -> None:
         """Measure one shape in fresh processes, so that peak memory is that of the shape."""
         feeds, children, loaded = self.inputs(shape), [], []
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder, contextlib.ExitStack() as stack:
+        with scratch_folder() as folder, contextlib.ExitStack() as stack:
             for i, (c, arrays) in enumerate(zip(self.models, feeds, strict=True)):
-                file = Path(folder) / f"{i}.npz"
+                file = folder / f"{i}.npz"
                 np.savez(file, allow_pickle=False, **arrays)
                 children.append(stack.enter_context(Child(c.name)))
                 fields = {"model": str(c.path.resolve()), "feeds": str(file), "threads": self.plan.threads}

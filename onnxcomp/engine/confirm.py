@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from onnxcomp.benchmarking.benchmark import BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.reports.outcome import Lowering, Report, Result
@@ -82,8 +82,8 @@ def _time(
     """Source, result and unlowered model in turns; the unlowered one stays where the result is surely slower."""
     other = result.unlowered
     assert other is not None
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-        plain = storage.save(other, Path(folder), name="unlowered.onnx")
+    with scratch_folder() as folder:
+        plain = storage.save(other, folder, name="unlowered.onnx")
         found = benchmark.bench([source, written, plain], target, shapes, runs=ROUNDS)
     ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
     worse = [shape for shape, x in ratios.items() if x.high < 1]

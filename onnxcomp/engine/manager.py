@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from onnxcomp.engine.host import host_of
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.storage import load
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
@@ -100,8 +100,7 @@ class PassManager:
         original = load(model) if not isinstance(model, Graph) else model
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
         report = Report(warnings=notes, calibration=_described(calib), evaluation=_described(evalu))
-        with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-            scratch = Path(folder)
+        with scratch_folder() as scratch:
             reference = None
             if evalu is not None:
                 reference = self._reference(original, evalu, self.gate.metrics, scratch / "reference")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
+from onnxcomp.engine.report_file import check_report_file, report_file
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
@@ -27,29 +29,32 @@ from onnxcomp.validation.gates import Gate
 __all__ = ["publish"]
 
 
-def publish(jobs: Mapping[str, Job], out: Path, report_file: Path | None, watch: Watch | None) -> dict[str, Result]:
+def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watch | None) -> dict[str, Result]:
     """Run all jobs into a staging folder, judge the written files, then move everything into place at once."""
     folder, file_name = (out.parent, out.name) if out.suffix == ".onnx" else (out, None)
     if file_name and len(jobs) > 1:
         raise ModelError(f"{out}: several graphs need a folder as output, not a file")
+    source = next(iter(jobs.values())).model.parent
+    whole = file_name is None and not (folder.exists() and folder.samefile(source))
+    names = {name: _file_name(job, folder, file_name) for name, job in jobs.items()}
+    check_report_file(report)
     results = {}
     try:
-        with storage.publish(folder) as staging:
+        with contextlib.ExitStack() as late:
+            put_report = late.enter_context(report_file(report))
+            staging = late.enter_context(storage.publish(folder, storage.companions(source) if whole else ()))
             for name, job in jobs.items():
-                results[name] = _stage(job, staging, _file_name(job, folder, file_name), watch)
-            source = next(iter(jobs.values())).model.parent
-            whole = file_name is None and not (folder.exists() and folder.samefile(source))
+                results[name] = _stage(job, staging, names[name], watch)
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
                     config_file.rewrite(staging, result.config)
             _rewrite_companions(jobs, results, staging, whole=whole)
+            put_report(next(iter(results.values())).report)
     except GateFailed as e:
-        if report_file is not None and isinstance(e.report, Report):
-            write(e.report, report_file)
+        if report is not None and isinstance(e.report, Report):
+            write(e.report, report)
         raise
-    if report_file is not None:
-        write(next(iter(results.values())).report, report_file)
     return results
 
 
@@ -74,10 +79,12 @@ def _companions(job: Job, result: Result) -> list[Companions]:
 def _file_name(job: Job, folder: Path, asked: str | None) -> str:
     """The source's file name, or one with the recipe's name where that would overwrite the source."""
     name = asked or job.model.name
-    if folder.exists() and folder.samefile(job.model.parent) and name == job.model.name:
-        if asked:
-            raise ModelError(f"{job.model}: is the source model and is never overwritten; choose another output")
-        return f"{job.model.stem}-{job.recipe.name}.onnx"
+    if not (folder.exists() and folder.samefile(job.model.parent)):
+        return name
+    if not asked:
+        name = f"{job.model.stem}-{job.recipe.name}.onnx"
+    if (folder / name).exists() and (folder / name).samefile(job.model):
+        raise ModelError(f"{job.model}: is the source model and is never overwritten; choose another output")
     return name
 
 

@@ -29,7 +29,7 @@ _ELEMENT_FIELDS = {  # protobuf field of a tensor's elements where they are not 
 
 def locations(proto: onnx.ModelProto) -> set[str]:
     """Names of the data files a model refers to."""
-    return {_entries(t)["location"] for t in _protos(proto) if t.data_location == onnx.TensorProto.EXTERNAL}
+    return {_entries(t).get("location", "") for t in _protos(proto) if t.data_location == onnx.TensorProto.EXTERNAL}
 
 
 def check(proto: onnx.ModelProto, path: Path) -> None:

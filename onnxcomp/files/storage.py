@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,13 +18,23 @@ from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import external, weights
-from onnxcomp.files.atomic import remove_stale, replacing, sync, sync_folder, temporary_path
+from onnxcomp.files.atomic import (
+    locked,
+    remove_stale,
+    replacing,
+    staging_folder,
+    sync,
+    sync_folder,
+    temporary_file,
+)
 from onnxcomp.files.stored import Stored, digest
+from onnxcomp.files.switch import finish, switch
 from onnxcomp.graph import Graph
 
 __all__ = [
     "COMPANIONS",
     "chosen_graphs",
+    "companions",
     "copy_companions",
     "file_bytes",
     "fingerprint",
@@ -73,6 +83,7 @@ COMPANIONS = (  # files beside a checkpoint or model that users of the result ne
 def graphs_of(path: str | Path) -> dict[str, Path]:
     """`.onnx` files by name, for a file or a folder; raises `ModelError` when there is none."""
     source = Path(path)
+    finish(source if source.is_dir() else source.parent)
     if source.is_dir():
         graphs = {f.stem: f for f in sorted(source.glob("*.onnx")) if f.is_file()}
         if not graphs:
@@ -218,22 +229,23 @@ def _is_large(model: ir.Model) -> bool:
 
 
 def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
-    model = _prepared(graph, metadata)
-    data, done = None, False
-    try:
-        with replacing(target) as temporary:
-            if _is_large(model):
-                data = weights.externalize(model, target)
-            proto = ir.to_proto(weights.embedded(model, data))
-            with temporary.open("xb") as f:
-                f.write(proto.SerializeToString(deterministic=True))
-                sync(f)
-        done = True
-    finally:
-        if data is not None and not done:
-            _drop_old_data(target, None)
-    sync_folder(target.parent)
-    _drop_old_data(target, data)
+    """Write the files under temporary names, then rename them while no other run writes there: the model decides."""
+    model, folder = _prepared(graph, metadata), target.parent
+    with temporary_file(folder) as weights_file, temporary_file(folder) as model_file:
+        data = weights.externalize(model, weights_file, target.stem) if _is_large(model) else None
+        proto = ir.to_proto(weights.embedded(model, data))
+        with model_file.open("wb") as f:
+            f.write(proto.SerializeToString(deterministic=True))
+            sync(f)
+        with locked(folder):
+            if data is not None:
+                os.replace(weights_file, folder / data)
+            os.replace(model_file, target)
+            sync_folder(folder)
+            if old := _data_of({target.name}, folder) - {data}:
+                used = _referenced(folder.glob("*.onnx"))
+                for name in old - used if used is not None else ():
+                    (folder / name).unlink(missing_ok=True)
     return target
 
 
@@ -265,72 +277,78 @@ def _make_folder(folder: Path) -> list[Path]:
     return created
 
 
-def _drop_old_data(target: Path, current: Path | None) -> None:
-    """Remove data files of earlier results of this name to which no model of the folder refers."""
-    pattern = re.compile(re.escape(target.stem) + r"-[0-9a-f]{12}\.onnx\.data")
-    old = [p for p in target.parent.iterdir() if pattern.fullmatch(p.name) and p != current]
-    if not old:
-        return
+def _data_of(models: Set[str], folder: Path) -> set[str]:
+    """Names of data files that results of these names have or had in a folder."""
+    pattern = re.compile(f"({'|'.join(re.escape(Path(x).stem) for x in models)})-[0-9a-f]{{12}}\\.onnx\\.data")
+    return {p.name for p in folder.iterdir() if pattern.fullmatch(p.name)}
+
+
+def _referenced(models: Iterable[Path]) -> set[str] | None:
+    """Names of external data of models; None where one cannot be read, which may refer to any file."""
     try:
-        referenced = {x for p in target.parent.glob("*.onnx") for x in external.locations(_read(p))}
+        return {x for p in models if p.is_file() for x in external.locations(_read(p))}
     except ModelError:
-        return  # a model that cannot be read may refer to them
-    for p in old:
-        if p.name not in referenced:
-            p.unlink(missing_ok=True)
+        return None
 
 
 @contextmanager
-def publish(out: Path) -> Iterator[Path]:
-    """A staging folder beside `out`; at the end its files are moved to `out`, models last; an error leaves nothing."""
+def publish(out: Path, owned: Collection[str] = ()) -> Iterator[Path]:
+    """A staging folder whose files become those of `out`, all at once (`files/switch.py`); an error leaves nothing.
+
+    Of the names in `owned` those that were not staged are removed: files of an earlier result that the new one lacks.
+    """
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
+    out = out.resolve()
     created = _make_folder(out.parent)
-    remove_stale(out.parent)
-    staging = temporary_path(out)
-    staging.mkdir()
+    inside = out.exists() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))
     try:
-        yield staging
-        if not out.exists():
-            os.replace(staging, out)
-        else:
-            _merge(staging, out)
-        sync_folder(out.parent)
+        remove_stale(out.parent)
+        if out.exists():
+            remove_stale(out)
+        with staging_folder(out if inside else out.parent) as staging:
+            yield staging
+            _place(staging, out, owned)
     except OSError as e:
         raise ModelError(f"{out}: cannot be written: {e.strerror or e}") from e
     finally:
-        if staging.exists():
-            shutil.rmtree(staging, ignore_errors=True)
         for folder in created:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
 
-def _merge(staging: Path, out: Path) -> None:
-    staged = (p for p in staging.rglob("*") if p.is_file())
-    files = sorted(staged, key=lambda p: (p.suffix == ".onnx", p.suffix != ".data", p))
-    for p in files:
-        goal = out / p.relative_to(staging)
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(p, goal)
-    sync_folder(out)
-    for p in files:
-        if p.suffix == ".onnx":
-            data = [out / x for x in external.locations(_read(out / p.name))] if (out / p.name).exists() else []
-            _drop_old_data(out / p.name, data[0] if data else None)
+def _place(staging: Path, out: Path, owned: Collection[str]) -> None:
+    staged = {p.name for p in staging.iterdir()}
+    if not out.exists():
+        try:
+            os.rename(staging, out)
+            return sync_folder(out.parent)
+        except OSError:
+            if not out.is_dir():
+                raise  # else another run was first
+    finish(out)
+    with locked(out):
+        models = {x for x in staged if x.endswith(".onnx")}
+        used = _referenced(p for p in out.glob("*.onnx") if p.name not in models)
+        rooted = set(os.listdir(out)) if used is None else used
+        switch(staging, out, (_data_of(models, out) | set(owned)) - staged - rooted, rooted)
+
+
+def companions(source: Path) -> list[str]:
+    """Names of tokenizer, processor and configuration files in a folder."""
+    return [name for name in COMPANIONS if (source / name).is_file()]
 
 
 def copy_companions(source: Path, out: Path) -> list[Path]:
     """Copy tokenizer, processor and configuration files from one folder to another; returns the copies."""
     folder = source if source.is_dir() else source.parent
+    if out.exists() and folder.samefile(out):
+        return []
     copies = []
-    for name in COMPANIONS:
-        p = folder / name
-        if p.is_file() and not (out.exists() and folder.samefile(out)):
-            goal = out / name
-            with replacing(goal) as temporary:
-                shutil.copyfile(p, temporary)
-            copies.append(goal)
+    for name in companions(folder):
+        with replacing(out / name) as temporary:
+            shutil.copyfile(folder / name, temporary)
+        copies.append(out / name)
     return copies
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from onnxcomp.errors import ModelError
-from onnxcomp.files.atomic import sync, temporary_path
+from onnxcomp.files.atomic import sync
 from onnxcomp.files.external import tensors
 from onnxcomp.graph.mapped import MappedTensor
 from onnxcomp.graph.scratch import release_pages
@@ -23,33 +23,28 @@ SMALL = 1024  # bytes up to which a tensor stays in the model file, where shape 
 PAGE = 4096  # bytes; tensors of at least a page begin at one, so that each can be mapped by itself
 
 
-def externalize(model: ir.Model, target: Path) -> Path:
-    """Move tensors over `SMALL` bytes to a data file beside `target`, one tensor in memory at a time; returns the file.
+def externalize(model: ir.Model, file: Path, stem: str) -> str:
+    """Write tensors over `SMALL` bytes to `file`, one in memory at a time; returns the name that the model refers to.
 
-    It is named by a hash of its content, so that an earlier result's model file never reads a later one's weights.
+    It tells a hash of the content, so that an earlier result's model file never reads a later one's weights.
     """
     tensors_to_move = _movable(model)
     offsets: dict[object, int] = {}
     digest = hashlib.sha256()
     places: list[int] = []
-    temporary = temporary_path(target)
-    try:
-        with temporary.open("xb") as f:
-            for _, t in tensors_to_move:
-                key = _identity(t)
-                if key not in offsets:
-                    offsets[key] = _append(f, t, offsets, digest)
-                    if not isinstance(t, MappedTensor):  # a mapped one is read from its file, not through the mapping
-                        release_pages([t])
-                places.append(offsets[key])
-            sync(f)
-        data = target.with_name(f"{target.stem}-{digest.hexdigest()[:12]}.onnx.data")
-        os.replace(temporary, data)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with file.open("wb") as f:
+        for _, t in tensors_to_move:
+            key = _identity(t)
+            if key not in offsets:
+                offsets[key] = _append(f, t, offsets, digest)
+                if not isinstance(t, MappedTensor):  # a mapped one is read from its file, not through the mapping
+                    release_pages([t])
+            places.append(offsets[key])
+        sync(f)
+    name = f"{stem}-{digest.hexdigest()[:12]}.onnx.data"
     for (v, t), offset in zip(tensors_to_move, places, strict=True):
-        _refer(v, t, data.name, offset)
-    return data
+        _refer(v, t, name, offset)
+    return name
 
 
 def measure(model: ir.Model) -> int:
@@ -87,10 +82,10 @@ def _aligned(end: int, t: ir.TensorProtocol) -> int:
     return -(-end // align) * align
 
 
-def embedded(model: ir.Model, data: Path | None) -> ir.Model:
-    """Copy tensors of other files than `data` into the model file."""
+def embedded(model: ir.Model, data: str | None) -> ir.Model:
+    """Copy tensors of other files than the one called `data` into the model file."""
     for t, holder in list(tensors(model)):
-        if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data.name):
+        if not isinstance(t, ir.ExternalTensor) or (data is not None and t.location == data):
             continue
         proto = onnx.TensorProto(name=t.name or "", data_type=t.dtype.value, dims=t.shape.numpy(), raw_data=t.tobytes())
         tensor = ir.TensorProtoTensor(proto)

@@ -34,6 +34,7 @@ __all__ = [
     "schema",
     "slower",
     "speed_headline",
+    "text",
     "to_json",
     "versions",
     "write",
@@ -244,13 +245,18 @@ def to_json(report: Report) -> ReportPart:
     return plain
 
 
+def text(report: Report) -> str:
+    """The content of report.json."""
+    return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+
+
 def write(report: Report, path: Path) -> Path:
     """Write report.json whole or not at all; raises `OnnxcompError` where the place cannot be written."""
-    text = json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    content = text(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(content, encoding="utf-8")
     except OSError as e:
         raise OnnxcompError(f"{path}: cannot write the report: {e}") from e
     return path

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.graph import CONTRIB
 from onnxcomp.maths import Array
 from onnxcomp.runtime.payload import Model, graph_of
@@ -54,8 +53,8 @@ def placement(model: Model, target: Target, feeds: Mapping[str, Array] | None, w
         unsupported = {n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks}
         misplaced = unsupported_contrib | unsupported
         return Placement(target.provider, False, {}, tuple(sorted(misplaced)), f"not run: {why}" if why else "not run")
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-        profile = Path(folder) / "profile.json"
+    with scratch_folder() as folder:
+        profile = folder / "profile.json"
         try:
             with Session(model, target, prepack=False, profile=profile) as session:
                 session.run(feeds)

@@ -14,7 +14,6 @@ import io
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import removed_ports
 from onnxcomp.maths import Array
@@ -371,8 +371,8 @@ def _port(i: Any) -> Port:
 @contextlib.contextmanager
 def rewritten(model: Model, target: Target = CPU) -> Iterator[ir.Model]:
     """The graph after the runtime's own optimizations; its weights are readable only inside the `with`."""
-    with tempfile.TemporaryDirectory(prefix="onnxcomp-") as folder:
-        path = Path(folder) / "optimized.onnx"
+    with scratch_folder() as folder:
+        path = folder / "optimized.onnx"
         Session(model, target, prepack=False, optimized_path=path).close()
         yield ir.load(path)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
 import math
-import shutil
-import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import numpy as np
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
 from onnxcomp.data.vocabulary import Renumbering, renumbering
 from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.storage import read
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph, interface
@@ -110,8 +110,9 @@ class _Kept:
 
     def _folder(self) -> Path:
         if self._scratch is None:
-            self._scratch = Path(tempfile.mkdtemp(prefix="onnxcomp-"))
-            weakref.finalize(self, shutil.rmtree, self._scratch, ignore_errors=True)
+            stack = contextlib.ExitStack()
+            self._scratch = stack.enter_context(scratch_folder())
+            weakref.finalize(self, stack.close)
         return self._scratch
 
     def _write(self, a: Array, index: int) -> Path:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from onnxcomp.canonical.opset import convert
 from onnxcomp.errors import ModelError
-from onnxcomp.files import external, storage
+from onnxcomp.files import atomic, external, storage
 from onnxcomp.files import weights as datafile
 from onnxcomp.graph import Graph, mapped
 from tests import tiny
@@ -399,21 +399,14 @@ def test_saving_again_replaces_the_old_data(tmp_path: Path) -> None:
     """Row 24 of pains.md: nothing is appended, nothing stays behind, not even what a killed run left."""
     for i in range(3):
         storage.save(holding(np.arange(5000, dtype=np.float32) + i), tmp_path)
-    (tmp_path / f".model.onnx.onnxcomp-{_dead()}-01234567.tmp").write_bytes(b"half")
-    (tmp_path / f".model.onnx.onnxcomp-{_dead()}-01234567.data.tmp").write_bytes(b"half")
-    (tmp_path / f".other.onnx.onnxcomp-{os.getpid()}-01234567.tmp").write_bytes(b"of a living run")
+    (tmp_path / ".onnxcomp-0123456789ab.tmp").write_bytes(b"of a run that was killed")
     (tmp_path / "model-0123456789ab.onnx.data").write_bytes(b"orphan")
-    storage.save(holding(np.arange(5000, dtype=np.float32) + 9), tmp_path)
-    kept = names(tmp_path)
-    assert kept[0] == f".other.onnx.onnxcomp-{os.getpid()}-01234567.tmp"
-    assert len(kept) == 3
+    with atomic.temporary_file(tmp_path) as living:
+        storage.save(holding(np.arange(5000, dtype=np.float32) + 9), tmp_path)
+        assert len(names(tmp_path)) == 3
+        assert living.exists()
+    assert len(names(tmp_path)) == 2
     assert storage.load(tmp_path).nbytes == 20000
-
-
-def _dead() -> int:
-    done = subprocess.Popen([sys.executable, "-c", ""])
-    done.wait()
-    return done.pid
 
 
 @pytest.mark.usefixtures("outside")
@@ -458,7 +451,7 @@ def test_a_kill_at_any_step_leaves_a_whole_model(tmp_path: Path, step: int) -> N
         import os, signal, sys
         from pathlib import Path
         import numpy as np
-        from onnxcomp.files import storage
+        from onnxcomp.files import atomic, storage
         from tests.files.test_storage import holding
         storage.INLINE_LIMIT = 0
         out, step = Path(sys.argv[1]), int(sys.argv[2])
