@@ -77,6 +77,7 @@ _CPU_FORMS = {
     "linear": ("Add",),
     "silu": ("spelled",),
     "residual": ("Sum",),
+    "table": ("gathered",),
 }
 # In the oldest supported runtime the standard Attention has no CUDA kernel and runs on the CPU (onnxruntime #28025).
 _GPU_FORMS = {
@@ -89,12 +90,14 @@ _GPU_FORMS = {
     "linear": ("Add",),
     "silu": ("spelled",),
     "residual": ("Add",),
+    "table": ("gathered",),
 }
 _CPU_CONTRIB = (
     "Attention",
     "BiasGelu",
     "DynamicQuantizeMatMul",
     "FastGelu",
+    "GatherBlockQuantized",
     "GroupQueryAttention",
     "MatMulIntegerToFloat",
     "MultiHeadAttention",
@@ -152,7 +155,7 @@ TENSORRT = Target(
     package="onnxcomp[tensorrt]",
     max_opset=22,
     quantized=Quantized(activations=("s8",), zero_points=False),
-    forms={**_GPU_FORMS, "attention": ("decomposed",)},
+    forms={**_GPU_FORMS, "attention": ("decomposed",), "table": ("dequantized",)},
     lacks=("Attention", "QLinearMatMul"),
     sparse=("2:4",),
     gflops={"fp32": 40000.0, "int8": 400000.0},

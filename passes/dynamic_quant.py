@@ -13,7 +13,7 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.methods.quantize import linears, payoff
+from onnxcomp.methods.quantize import linears, payoff, tables
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Granularity, Target
 
@@ -38,10 +38,14 @@ class DynamicQuant(Pass):
     """Patterns of node or weight names that stay float."""
     min_size: Annotated[int, Field(ge=0)] = 1024
     """Weights with fewer elements stay float."""
+    embeddings: bool = False
+    """Store embedding tables as int8 too, one scale per row; a head that shares its table keeps sharing it."""
+    only_faster: bool = True
+    """Linears that integers would make slower at the asked shapes stay float; false puts size first."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether every linear is skipped."""
+        """Whether everything is skipped."""
         return "*" in self.skip
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
@@ -50,19 +54,21 @@ class DynamicQuant(Pass):
             raise TargetError(
                 f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target"
             )
-        return [linear.site for linear in linears.quantizable(g)]
+        return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
-        """Quantize the chosen linears; siblings share one run-time range."""
-        codes = linears.WeightCodes(g, self.weights, env.target)
-        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size)):
+        """Quantize the chosen linears, siblings with one run-time range, and tables."""
+        found = self._tables(g)
+        eligible = tables.chosen(g, self.skip, self.min_size) if found else []
+        codes = linears.WeightCodes(g, self.weights, env.target, eligible)
+        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
             source = group[0].source
             if source.dtype is None:
                 why = "the type of its input is unknown; run canonicalize first"
             elif source.dtype is not ir.DataType.FLOAT:
                 why = "dynamic quantization takes float32 inputs only"
             else:
-                why = payoff.loses(group, env, dynamic=True)
+                why = payoff.loses(group, env, dynamic=True) if self.only_faster else ""
             if why:
                 for linear in group:
                     g.decline(linear.site, why)
@@ -71,6 +77,10 @@ class DynamicQuant(Pass):
             assert x is not None
             for linear in group:
                 self._replace(g, linear, x, codes)
+        tables.store(g, eligible, codes)
+
+    def _tables(self, g: Graph) -> list[blocks.Embedding]:
+        return tables.quantizable(g) if self.embeddings else []
 
     def _replace(self, g: Graph, linear: Linear, x: ir.Node, codes: linears.WeightCodes) -> None:
         weight, scale = codes(linear)

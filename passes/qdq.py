@@ -15,7 +15,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import formats
 from onnxcomp.maths.clipping import clip_range
-from onnxcomp.methods.quantize import linears, payoff
+from onnxcomp.methods.quantize import linears, payoff, tables
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, histogram
 from onnxcomp.target import Granularity, Target
@@ -52,16 +52,20 @@ class Qdq(Pass):
     """Patterns of node or weight names that stay float."""
     min_size: Annotated[int, Field(ge=0)] = 1024
     """Weights with fewer elements stay float."""
+    embeddings: bool = False
+    """Store embedding tables as int8 too, one scale per row; a head that shares its table keeps sharing it."""
+    only_faster: bool = True
+    """Linears that integers would make slower at the asked shapes stay float; false puts size first."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether every linear is skipped."""
+        """Whether everything is skipped."""
         return "*" in self.skip
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight; raises `TargetError` where the options are not legal on the target."""
         self._legal(target)
-        return [linear.site for linear in linears.quantizable(g)]
+        return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
@@ -71,10 +75,12 @@ class Qdq(Pass):
             yield from dict.fromkeys(histogram(linear.output) for linear in eligible)
 
     def run(self, g: Graph, env: Env) -> None:
-        """Quantize the chosen linears; siblings share one pair."""
-        codes = linears.WeightCodes(g, self.weights, env.target)
-        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size)):
-            if why := payoff.loses(group, env):
+        """Quantize the chosen linears, siblings with one pair, and tables."""
+        found = self._tables(g)
+        eligible = tables.chosen(g, self.skip, self.min_size) if found else []
+        codes = linears.WeightCodes(g, self.weights, env.target, eligible)
+        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
+            if self.only_faster and (why := payoff.loses(group, env)):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
@@ -84,6 +90,10 @@ class Qdq(Pass):
                 if self.outputs:
                     users = linear.users
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
+        tables.store(g, eligible, codes)
+
+    def _tables(self, g: Graph) -> list[blocks.Embedding]:
+        return tables.quantizable(g) if self.embeddings else []
 
     def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target) -> ir.Value:
         fmt, symmetric = "int8" if self._type(target) == "s8" else "uint8", self._is_symmetric(target)

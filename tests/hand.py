@@ -36,11 +36,11 @@ def weight(*shape: int) -> np.ndarray:
 
 
 def graph(opset: int = 18, **inputs) -> Graph:
-    """An empty graph with float inputs of the given shapes; a shape ending in `bool` makes a bool input."""
+    """An empty graph with float inputs of the given shapes; one ending in `bool` or `int` makes such an input."""
     values = []
     for name, shape in inputs.items():
-        kind = ir.DataType.BOOL if shape[-1] is bool else ir.DataType.FLOAT
-        dims = [d for d in shape if d is not bool]
+        kind = {bool: ir.DataType.BOOL, int: ir.DataType.INT64}.get(shape[-1], ir.DataType.FLOAT)
+        dims = [d for d in shape if d not in (bool, int)]
         values.append(ir.Value(name=name, type=ir.TensorType(kind), shape=ir.Shape(dims)))
     return Graph(ir.Model(ir.Graph(values, [], nodes=[], opset_imports={"": opset}, name="hand"), ir_version=10))
 

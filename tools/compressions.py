@@ -19,7 +19,14 @@ from typing import Any
 SIZES = {"samples": 16, "batch": 8, "sequence": 32}
 # Later gates replace a preset's: a result that few samples judge badly is to be compared all the same.
 GATES = ("sqnr>=-200", "accuracy-drop<=1?", "perplexity-rise<=1000000?")
-PRESETS = {"int8": "cpu", "int8-dynamic": "cpu", "fp16": "cuda", "bf16": "tensorrt", "optimize": "cpu"}
+PRESETS = {
+    "int8": "cpu",
+    "int8-dynamic": "cpu",
+    "int8-small": "cpu",
+    "fp16": "cuda",
+    "bf16": "tensorrt",
+    "optimize": "cpu",
+}
 # Behind canonicalize unless they begin with it or cleanup; " > " separates passes. `half` is in the presets.
 TRANSFORMER = (
     "canonicalize",

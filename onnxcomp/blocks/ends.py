@@ -9,6 +9,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.linears import Index, Linear, stored
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.values import untransposed
 
 __all__ = ["Embedding", "Head", "embeddings", "head"]
 
@@ -93,8 +94,9 @@ def _layout_source(g: Graph, node: ir.Node) -> ir.Value | None:
 
 
 def _tied_head(g: Graph, node: ir.Node) -> Head | None:
-    transpose = node.inputs[1].producer() if node.inputs[1] is not None else None
-    table = transpose.inputs[0] if transpose is not None and transpose.op_type == "Transpose" else None
-    if table is None or not g.is_constant(table) or table.shape is None:
+    made = node.inputs[1].producer() if node.inputs[1] is not None else None
+    codes = made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else node.inputs[1]
+    table = untransposed(codes)
+    if table is None or table is codes or not g.is_constant(table) or table.shape is None:
         return None
     return Head(node, table, table.shape.numpy()[0], any(e.table is table for e in embeddings(g)), None)

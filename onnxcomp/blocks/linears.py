@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.operators import ADDITIONS, NORMS
-from onnxcomp.graph.values import sole_use, users_of
+from onnxcomp.graph.values import sole_use, untransposed, users_of
 
 __all__ = ["Index", "Linear", "NormSite", "linears", "norms", "siblings", "stored"]
 
@@ -64,8 +64,8 @@ class Linear:
 def linears(g: Graph, *, tied: bool = False) -> list[Linear]:
     """Every linear in graph order; a Gemm that scales or transposes its input does not count.
 
-    With `tied` also products with the Transpose of a constant, such as a head that shares the embedding table: their
-    `weight` is the shared table and `transposed` is set, so it may be read but not overwritten.
+    With `tied` also products with the Transpose of a constant, such as a head that shares the embedding table, also
+    behind DequantizeLinear: `weight` is the shared table and `transposed` is set: it may be read but not overwritten.
     """
     matches = (_linear(g, node, tied) for node in g.nodes("MatMul", "Gemm") if node.domain == "")
     return [x for x in matches if x is not None]
@@ -84,12 +84,17 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
     if x is None or w is None or g.is_constant(x):
         return None
     weight, dequantize = stored(g, w)
-    table = _transposed_constant(g, w) if weight is None and tied and node.op_type == "MatMul" else None
+    table = None
+    if weight is None and tied and node.op_type == "MatMul":
+        made = w.producer()
+        dequantize = made if made is not None and made.op_type == "DequantizeLinear" else None
+        codes = dequantize.inputs[0] if dequantize is not None else w
+        table = _transposed_constant(g, codes) if codes is not None else None
     if table is not None:
         rows = table.shape[0] if table.shape is not None else 0
         bias, add = _bias(g, node.outputs[0], rows)
         output = add.outputs[0] if add is not None else node.outputs[0]
-        return Linear(node, table, bias, x, _before_quantizing(x), output, add, None, True)
+        return Linear(node, table, bias, x, _before_quantizing(x), output, add, dequantize, True)
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     source = _before_quantizing(x)
@@ -102,10 +107,9 @@ def _linear(g: Graph, node: ir.Node, tied: bool) -> Linear | None:
 
 def _transposed_constant(g: Graph, w: ir.Value) -> ir.Value | None:
     """The constant matrix that `w` is the transpose of."""
-    node = w.producer()
-    if node is None or node.op_type != "Transpose" or not g.is_constant(node.inputs[0]):
+    table = untransposed(w)
+    if table is w or not g.is_constant(table):
         return None
-    table = node.inputs[0]
     return table if table is not None and table.shape is not None and len(table.shape) == 2 else None
 
 

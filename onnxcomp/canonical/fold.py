@@ -55,7 +55,7 @@ def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
 
 def _is_weight(node: ir.Node, t: ir.TensorProtocol) -> bool:
     """A transposed matrix: it is the weight of a linear, and may be an embedding table as well."""
-    return node.op_type == "Transpose" and len(t.shape) == 2 and t.dtype.is_floating_point()
+    return node.op_type == "Transpose" and len(t.shape) == 2 and (t.dtype.is_floating_point() or t.dtype.bitwidth <= 8)
 
 
 def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:

@@ -160,7 +160,7 @@ def optimize(
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder (or .onnx file) to write.")] = None,
-    preset: Annotated[str | None, typer.Option(help="int8, int8-dynamic, fp16, bf16 or optimize.")] = None,
+    preset: Annotated[str | None, typer.Option(help="int8, int8-dynamic, int8-small, fp16, bf16 or optimize.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe as YAML.")] = None,
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="SPEC", help="qdq, or 'qdq: {clip: mse}'.")

@@ -100,10 +100,13 @@ def _is_light(g: Graph, v: ir.Value, is_light: dict[ir.Value, bool]) -> bool:
 
 def _reads_embedding_table(g: Graph, node: ir.Node) -> bool:
     """Whether a node looks up rows of an embedding table: there the model's main computation starts."""
-    table = g.tensor(node.inputs[0]) if node.op_type == "Gather" else None
-    return (
-        table is not None and len(table.shape) == 2 and table.dtype.is_floating_point() and table.size > MIN_EMBEDDING
-    )
+    if node.op_type != "Gather" or node.inputs[0] is None:
+        return False
+    made = node.inputs[0].producer()
+    table = g.tensor(made.inputs[0] if made is not None and made.op_type == "DequantizeLinear" else node.inputs[0])
+    if table is None or len(table.shape) != 2 or table.size <= MIN_EMBEDDING:
+        return False
+    return table.dtype.is_floating_point() or table.dtype.bitwidth <= 8
 
 
 def _collect_producers(g: Graph, v: ir.Value, needed: dict[ir.Node, None]) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-__all__ = ["has_one_use", "sole_use", "users_of"]
+__all__ = ["has_one_use", "sole_use", "untransposed", "users_of"]
 
 
 def users_of(v: ir.Value) -> list[ir.Node]:
     """Nodes that read a value, each once, in the order of their uses; a graph output has no node."""
     return list(dict.fromkeys(user for user, _ in v.uses()))
+
+
+def untransposed(v: ir.Value | None) -> ir.Value | None:
+    """The value that `v` is the Transpose of, or `v` itself: weights that an embedding table stores are read so."""
+    node = v.producer() if v is not None else None
+    return node.inputs[0] if node is not None and node.op_type == "Transpose" and not node.domain else v
 
 
 def sole_use(v: ir.Value) -> tuple[ir.Node, int] | None:

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph.values import untransposed
 from onnxcomp.maths import Array
 from onnxcomp.maths.saturation import breaks
 
@@ -94,7 +95,9 @@ def _weights(model: ir.Model) -> Iterator[tuple[ir.Value, Array]]:
             continue
         if w is None or not _is_s8_matrix(w) or x is None or _is_signed(x):
             continue
-        codes = np.asarray(Graph.tensor(w).numpy())  # type: ignore[union-attr]
+        stored = untransposed(w)
+        codes = np.asarray(Graph.tensor(stored).numpy())  # type: ignore[union-attr]
+        transposed ^= stored is not w
         for matrix in codes.reshape(-1, *codes.shape[-2:]):
             yield w, matrix.T if transposed else matrix
 
@@ -121,7 +124,8 @@ def _is_signed(codes: ir.Value) -> bool:
 
 
 def _is_s8_matrix(v: ir.Value | None) -> bool:
-    return _is_integer_matrix(v) and v is not None and v.dtype is ir.DataType.INT8
+    w = untransposed(v)
+    return _is_integer_matrix(v) and w is not None and w.dtype is ir.DataType.INT8
 
 
 def _nodes(model: ir.Model) -> Iterator[ir.Node]:
@@ -131,7 +135,7 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 
 def _is_integer_matrix(v: ir.Value | None) -> bool:
     """Whether a value is a constant matrix of integers of at most 8 bits."""
-    t = Graph.tensor(v)
+    t = Graph.tensor(untransposed(v))
     return t is not None and t.dtype.is_integer() and t.dtype.bitwidth <= 8 and len(t.shape) >= 2
 
 

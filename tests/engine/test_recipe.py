@@ -182,7 +182,7 @@ def test_presets_are_whole(name: str) -> None:
 
 
 def test_the_issue_s_presets_exist() -> None:
-    assert {"int8", "int8-dynamic", "optimize"} <= set(recipe.presets())
+    assert {"int8", "int8-dynamic", "int8-small", "optimize"} <= set(recipe.presets())
     with pytest.raises(RecipeError, match="unknown preset 'int9'; did you mean 'int8'"):
         Recipe.preset("int9")
     with pytest.raises(RecipeError, match="unknown preset"):

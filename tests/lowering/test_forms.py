@@ -180,6 +180,21 @@ def dynamic(bias: bool):
     return tiny.finish(g, g.op("Concat", *parts, axis=-1), "y", ["b", "s", 40]), {"x": data(B, S, H)}, {}
 
 
+def table(rows: bool = True, shared: bool = False):
+    """An int8 embedding table with one scale per row or in all; `shared` with a quantized head that reads its codes."""
+    g = graph(23, ids=("b", "s", int))
+    codes = g.constant(RNG.integers(-64, 65, (40, H)).astype(np.int8), "codes")
+    scale = g.constant(f32(RNG.uniform(0.001, 0.01, 40 if rows else ())), "scale")
+    shape, kind = ir.Shape(["b", "s", H]), ir.TensorType(ir.DataType.FLOAT)
+    x = g.op("Gather", g.op("DequantizeLinear", codes, scale, axis=0 if rows else None), g.inputs[0])
+    x.type, x.shape = kind, shape
+    if shared:
+        w = g.op("DequantizeLinear", g.op("Transpose", codes, perm=[1, 0]), scale, axis=1 if rows else None)
+        x = g.op("MatMul", through_codes(g, x), w)
+    feeds = {"ids": RNG.integers(0, 40, (B, S))}
+    return tiny.finish(g, x, "y", ["b", "s", 40 if shared else H]), feeds, {}
+
+
 # Per case: how it is made, its kind, the forms that must be legal on the CPU.
 FLOAT = ("residual", "linear", "activation", "silu", "siblings", "tied")
 OWN = {"MultiHeadAttention", "decomposed", "Attention"}
@@ -241,6 +256,10 @@ CASES = {
         "dynamic",
         {"standard", "MatMulIntegerToFloat", "DynamicQuantizeMatMul"},
     ),
+    "table": (table, "table", {"gathered", "GatherBlockQuantized", "dequantized"}),
+    "table-one-scale": (lambda: table(rows=False), "table", {"gathered", "dequantized"}),
+    "table-shared": (lambda: table(shared=True), "table", {"gathered", "dequantized"}),
+    "head-shared": (lambda: table(shared=True), "quantized", {"Add", "Sum", "MatMulIntegerToFloat"}),
 }
 PAIRS = [(case, form) for case, (_, _, forms) in CASES.items() for form in sorted(forms)]
 
@@ -384,6 +403,8 @@ def test_tables_of_targets():
     assert first("quantized", TENSORRT) == "Add"
     assert first("layer-norm", CPU) == "Sum"
     assert first("layer-norm", CUDA) == "Add"
+    assert first("table", CPU) == "gathered"
+    assert first("table", TENSORRT) == "dequantized"
 
 
 @pytest.mark.parametrize("target", [CUDA, TENSORRT], ids=lambda t: t.name)

@@ -1,5 +1,7 @@
 """`qdq` against a numpy formula, and what its options do to the graph."""
 
+import dataclasses
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -8,6 +10,8 @@ from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import TargetError
+from onnxcomp.methods.quantize import payoff
+from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session, integer_check
@@ -90,3 +94,79 @@ def test_layers_that_share_a_weight_share_its_codes():
     one, other = (a.q for a in blocks.attentions(model))
     assert one.weight is other.weight
     assert one.weight.dtype == ir.DataType.INT8
+
+
+# ---- embedding tables ------------------------------------------------------------------------------------------------
+
+QUANTIZERS = [Qdq(min_size=1, embeddings=True), DynamicQuant(min_size=1, embeddings=True)]
+
+
+def tables(g):
+    return {e.kind: g.tensor(e.table).dtype for e in blocks.embeddings(g)}
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda p: p.name)
+@pytest.mark.parametrize("passes", [(), (Lower(),), (Lower(standard=True),)], ids=["unlowered", "lowered", "standard"])
+def test_tables_are_stored_as_int8_and_read_by_row(quantizer, passes):
+    g = tiny.encoder(layers=1)
+    plain = dataclasses.replace(quantizer, embeddings=False)
+    base, model = quantized(g, plain, *passes), quantized(g, quantizer, *passes)
+    elements = sum(e.rows * e.width for e in blocks.embeddings(g))
+    rows = sum(e.rows for e in blocks.embeddings(g))
+    assert base.nbytes - model.nbytes == 3 * elements - 4 * rows
+    floats = {v.name for v in model.model.graph.initializers.values() if v.dtype is ir.DataType.FLOAT}
+    assert not {str(e.table.name) for e in blocks.embeddings(g)} & floats
+    for batch in feeds(g, 3):
+        want, got = (Session(m).run(batch)["last_hidden_state"] for m in (base, model))
+        assert 20 * np.log10(np.linalg.norm(want) / np.linalg.norm(want - got)) > 35
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda p: p.name)
+@pytest.mark.parametrize("passes", [(), (Lower(),)], ids=["unlowered", "lowered"])
+def test_a_head_shares_the_codes_of_its_table(quantizer, passes):
+    g = tiny.decoder(tied=True)
+    model = quantized(g, quantizer, *passes)
+    (table,) = (e for e in blocks.embeddings(g) if e.kind == "tokens")
+    whole = [
+        t for t in map(model.tensor, model.model.graph.initializers.values()) if t.size == table.rows * table.width
+    ]
+    assert [t.dtype for t in whole] == [ir.DataType.INT8]
+    assert tuple(whole[0].shape) == (table.rows, table.width)
+    assert integer_check(model).ok or not passes
+    assert blocks.head(model) is None or blocks.head(model).tied
+    for batch in feeds(g, 3):
+        want, got = (Session(m).run(batch)["logits"] for m in (g, model))
+        assert 20 * np.log10(np.linalg.norm(want) / np.linalg.norm(want - got)) > 25
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=lambda p: p.name)
+def test_a_table_that_its_head_reads_as_float_stays(quantizer):
+    g = tiny.decoder(tied=True)
+    head = blocks.head(g)
+    skipping = dataclasses.replace(quantizer, skip=(str(head.node.name), "nothing*"))
+    result = PassManager([skipping]).run(g, as_dataset(feeds(g), g))
+    assert tables(result.model)["tokens"] is ir.DataType.FLOAT
+    why = {d.site: d.why for d in result.report.steps[0].declined}
+    assert any("reads the table as float" in text for text in why.values())
+    assert "matches no linear" in why["skip: nothing*"]
+
+
+def test_a_pattern_keeps_a_table_in_float():
+    g = tiny.encoder(layers=1)
+    tokens, *_ = (e for e in blocks.embeddings(g) if e.kind == "tokens")
+    pattern = str(tokens.table.name)
+    result = PassManager([Qdq(min_size=1, embeddings=True, skip=(pattern,))]).run(g, as_dataset(feeds(g), g))
+    assert tables(result.model)["tokens"] is ir.DataType.FLOAT
+    assert tables(result.model)["positions"] is ir.DataType.INT8
+    assert [d.why for d in result.report.steps[0].declined] == [f"skipped by the pattern '{pattern}'"]
+
+
+def test_size_first_quantizes_what_gets_slower(monkeypatch):
+    monkeypatch.setattr(payoff, "loses", lambda *a, **k: "slower")
+    g = tiny.encoder(layers=1)
+    for cls in (Qdq, DynamicQuant):
+        first, last = (
+            PassManager([cls(min_size=1, only_faster=only)], allow_unchanged=True).run(g, as_dataset(feeds(g), g))
+            for only in (True, False)
+        )
+        assert (first.report.steps[0].changed, last.report.steps[0].changed) == (0, len(blocks.linears(g)))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import CONTRIB, Graph
+from onnxcomp.graph.values import untransposed
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
 
 __all__ = ["DYNAMIC", "QUANTIZED"]
@@ -33,13 +34,14 @@ def _pair(linear: Linear) -> tuple[ir.Node, ir.Node] | None:
 def _find(g: Graph) -> list[Spot]:
     """Products with a dequantized weight; where the input is float, only the addition of the bias has other forms."""
     spots = []
-    for x in blocks.linears(g):
+    for x in blocks.linears(g, tied=True):
         pair = _pair(x)
         if x.dequantize is None or x.node.op_type != "MatMul" or (pair is None and x.add is None):
             continue
         present = x.add.op_type if x.add is not None else "Sum"
         last = x.add if x.add is not None else _requantize(g, x)
-        nodes = tuple(n for n in (*(pair or (x.dequantize,)), x.node, last) if n is not None)
+        shared = x.dequantize.inputs[0].producer() if x.dequantize.inputs[0] is not None else None  # a Transpose
+        nodes = tuple(n for n in (shared, *(pair or (x.dequantize,)), x.node, last) if n is not None)
         spots.append(Spot("quantized", x.name, nodes, present, x))
     return spots
 
@@ -190,7 +192,12 @@ def _dynamic(g: Graph, product: ir.Node) -> Dynamic | None:
     """The chain of nodes from a MatMulInteger, each the only user of the one before; None where it is another."""
     x, w = product.inputs[:2]
     quantize = x.producer() if x is not None else None
-    if quantize is None or quantize.op_type != "DynamicQuantizeLinear" or w is None or not g.is_constant(w):
+    if (
+        quantize is None
+        or quantize.op_type != "DynamicQuantizeLinear"
+        or w is None
+        or not g.is_constant(untransposed(w))
+    ):
         return None
     if len(product.inputs) < 3 or product.inputs[2] is not quantize.outputs[2] or len(product.inputs) > 3:
         return None
@@ -209,7 +216,7 @@ def _dynamic(g: Graph, product: ir.Node) -> Dynamic | None:
     bias = next((v for v in add.inputs if v is not mul.outputs[0]), None) if add is not None else None
     if bias is None or not g.is_constant(bias) or bias.shape is None or len(bias.shape) != 1:
         add = bias = None
-    nodes = tuple(n for n in (product, cast, both, mul, add) if n is not None)
+    nodes = tuple(n for n in (w.producer(), product, cast, both, mul, add) if n is not None)
     return Dynamic(product, quantize, w, scale, bias, nodes[-1].outputs[0], nodes)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.blocks import Linear
+from onnxcomp.blocks import Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
@@ -28,9 +28,13 @@ def quantizable(g: Graph) -> list[Linear]:
     return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
 
 
-def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
-    """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name."""
-    patterns, kept, used = tuple(skip), [], set()
+def chosen(g: Graph, skip: Iterable[str], min_size: int, tables: Iterable[Embedding] = ()) -> list[Linear]:
+    """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name.
+
+    So is a pattern that matches neither a linear nor one of the `tables`.
+    """
+    patterns, kept = tuple(skip), []
+    used = {skipped(patterns, str(e.node.name), str(e.table.name)) for e in tables}
     for linear in quantizable(g):
         hit = skipped(patterns, linear.name, str(linear.weight.name))
         k, n = linear.sizes
@@ -41,7 +45,7 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
             g.decline(linear.site, f"its {k}x{n} weight is smaller than min_size={min_size}: nothing to gain")
         else:
             kept.append(linear)
-    for pattern in set(patterns) - used - {"*"}:
+    for pattern in sorted(set(patterns) - used - {"*"}):
         g.decline(
             f"skip: {pattern}", f"matches no linear; they are called like '{kept[0].name}'" if kept else "matches none"
         )
@@ -51,45 +55,61 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Linear]:
 class WeightCodes:
     """Integer forms of weights, one per stored tensor, so that layers sharing a weight share its codes too.
 
-    Where the target's sums saturate, scales are as large as `maths.saturation` asks for.
+    Where the target's sums saturate, scales are as large as `maths.saturation` asks for. Of `tables`, embedding tables
+    that are quantized as well, the codes are stored as the tables are, `[N, K]`; products read their Transpose, which
+    the runtime computes once, when it loads the model.
     """
 
-    def __init__(self, g: Graph, granularity: Granularity, target: Target) -> None:
+    def __init__(self, g: Graph, granularity: Granularity, target: Target, tables: Collection[Embedding] = ()) -> None:
         self.g, self.axis = g, 1 if granularity == "channel" else None
         self.saturates = resolved(target).quantized.saturates
+        self._tables = {e.table for e in tables}
         self._made: dict[tuple[ir.Value, bool], tuple[ir.Value, ir.Value]] = {}
+        self._rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def __call__(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
         """Symmetric int8 codes `[K, N]` and their scale, `[N]` per channel or `[]`."""
         key = (linear.weight, linear.transposed)
         if key not in self._made:
-            self._made[key] = self._make(linear)
+            if linear.transposed and linear.weight in self._tables:
+                q, scale = self._rows[linear.weight] = self._make(linear.weight, True, self.saturates, stored=True)
+                like = ir.Value(type=q.type, shape=ir.Shape(linear.sizes))
+                self._made[key] = self.g.op("Transpose", q, perm=[1, 0], name=f"{q.name}_head", like=like), scale
+            else:
+                self._made[key] = self._make(linear.weight, linear.transposed, self.saturates)
         return self._made[key]
 
-    def _make(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
-        tensor, axis, fmt = self.g.tensor(linear.weight), self.axis, FORMATS["int8"]
+    def rows(self, table: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Symmetric int8 codes `[rows, width]` of a table and their scale, `[rows]` or `[]`."""
+        if table not in self._rows:
+            self._rows[table] = self._make(table, True, False, stored=True)
+        return self._rows[table]
+
+    def _make(self, v: ir.Value, transposed: bool, limited: bool, *, stored: bool = False) -> tuple[ir.Value, ir.Value]:
+        """Codes and scale of the columns of a weight, transposed first or not; `stored` gives codes as it is stored."""
+        tensor, axis, fmt = self.g.tensor(v), self.axis, FORMATS["int8"]
         assert tensor is not None
 
         def weight() -> Array:
-            return tensor.numpy().T if linear.transposed else tensor.numpy()
+            return tensor.numpy().T if transposed else tensor.numpy()
 
-        if self.saturates:
+        if limited:
             scale, zero = saturation.scales(weight(), fmt, axis=axis, scale_type=tensor.dtype.numpy())
         else:
             limit = np.abs(weight()).max(axis=None if axis is None else 0)
             scale, zero = formats.affine(-limit, limit, fmt, symmetric=True, scale_type=tensor.dtype.numpy())
 
         def codes() -> Array:
-            return formats.quantize(weight(), scale, zero, fmt, axis=axis)
+            q = formats.quantize(weight(), scale, zero, fmt, axis=axis)
+            return np.ascontiguousarray(q.T) if stored else q
 
-        stored: Array | ir.LazyTensor = (
-            codes() if tensor.nbytes < LAZY_BYTES or isinstance(tensor, ir.Tensor) else _lazy(codes, linear.sizes)
-        )
-        stem = str(linear.weight.name)
-        return self.g.constant(stored, f"{stem}_int8"), self.g.constant(scale, f"{stem}_scale")
+        shape = tuple(tensor.shape.numpy())[:: -1 if transposed and not stored else 1]
+        eager = tensor.nbytes < LAZY_BYTES or isinstance(tensor, ir.Tensor)
+        content: Array | ir.LazyTensor = codes() if eager else _lazy(codes, shape)
+        return self.g.constant(content, f"{v.name}_int8"), self.g.constant(scale, f"{v.name}_scale")
 
 
-def _lazy(codes: Callable[[], Array], shape: tuple[int, int]) -> ir.LazyTensor:
+def _lazy(codes: Callable[[], Array], shape: tuple[int, ...]) -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.tensor(codes()), dtype=ir.DataType.INT8, shape=ir.Shape(shape))
 
 
