@@ -6,7 +6,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 
-__all__ = ["fill_types", "from_integers", "in_half", "is_float"]
+__all__ = ["fill_types", "from_integers", "is_float", "narrowest_float"]
 
 BOOLS = """
     And Equal Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Not Or Xor
@@ -52,10 +52,10 @@ def _type_of(node: ir.Node) -> ir.DataType | None:
     return x.dtype if x is not None else None
 
 
-def in_half(g: Graph) -> bool:
-    """Whether a graph holds weights of a half type."""
-    types = (v.dtype for v in g.model.graph.initializers.values())
-    return any(t in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) for t in types)
+def narrowest_float(g: Graph) -> ir.DataType:
+    """The float type with the fewest digits that a graph computes in: bfloat16, float16, else float32."""
+    types = {v.dtype for v in g.model.graph.initializers.values()} | {v.dtype for n in g.nodes() for v in n.outputs}
+    return next((t for t in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16) if t in types), ir.DataType.FLOAT)
 
 
 def from_integers(g: Graph) -> set[ir.Value]:

@@ -245,6 +245,8 @@ def validate(
         reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
     )
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
+    if len(result.validation.outputs) > 1:
+        shown.append(tables.outputs(result.validation, every=verbose))
     output.show(result.json(), result.headline(), *shown)
     if result.refused:
         sys.stderr.write(f"refused: {result.refused}\n")

@@ -11,8 +11,9 @@ from typing import Any
 from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
-from onnxcomp.validation.compare import Validation, validate
+from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
+from onnxcomp.validation.results import Validation
 
 __all__ = ["Compared", "compare"]
 
@@ -52,6 +53,7 @@ def compare(
     """Run both models on the settings' evaluation data and judge the candidate; metrics of gates are computed too."""
     gate = Gate(gates)
     first, second = (storage.read(storage.one_graph(x, graph)) for x in (reference, candidate))
+    gate.check(str(v.name) for v in first.graph.outputs)
     data = settings.dataset(settings.evaluation, first.graph, first.path.parent)
     assert data is not None, "there is nothing to judge on"
     wanted = list(dict.fromkeys([*metrics, *gate.metrics]))

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
+from onnxcomp.analysis.element_types import narrowest_float
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
@@ -22,7 +24,8 @@ from onnxcomp.target import Target
 
 __all__ = ["confirm", "pick"]
 
-NOISE = 1e-3  # relative difference of outputs that equivalent forms never reach in float32
+# Relative difference of outputs that equivalent forms never reach, by the element type that they compute in.
+NOISE = {ir.DataType.FLOAT: 1e-3, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
 ROUNDS = 12  # at least so many timed runs of each model and shape; the benchmark does more where they are short
 
 
@@ -68,10 +71,11 @@ def _differs(other: Graph, written: Stored, r: Report) -> str:
             got = session.run(feeds)
     except OnnxcompError as e:
         return f"does not run: {e}"
+    noise = NOISE[narrowest_float(other)]
     for name, a in want.items():
         if a.dtype.kind == "f" and a.size and np.isfinite(a).all():
             error = float(np.abs(a.astype(np.float64) - got[name]).max() / max(float(np.abs(a).max()), 1e-30))
-            if not error <= NOISE:
+            if not error <= noise:
                 return f"differs from the unlowered one by {error:.1e} in '{name}'"
     return ""
 

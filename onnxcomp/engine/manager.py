@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.engine.blame import blaming, listed
-from onnxcomp.engine.exactness import floor_db
+from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
@@ -55,7 +55,7 @@ class _Walk:
     planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
-    few: Reference | None = None  # the answers that exact passes are compared with
+    exactness: Exactness | None = None
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
@@ -98,6 +98,7 @@ class PassManager:
     def run(self, model: Graph | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
+        self.gate.check(str(v.name) for v in original.outputs)
         calib, evalu, notes = self._datasets(original, calibration, evaluation)
         report = Report(warnings=notes, calibration=_described(calib), evaluation=_described(evalu))
         with scratch_folder() as scratch:
@@ -235,13 +236,11 @@ class PassManager:
     def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
         """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
-        few = walk.few = walk.few or walk.reference.head(EXACT_SAMPLES)
-        validation = few.against(work)
+        judge = walk.exactness = walk.exactness or Exactness(walk.original, walk.reference.head(EXACT_SAMPLES))
+        validation = judge.few.against(work)
         step.drift = validation.json()
         done = zip(self.passes, walk.report.steps, strict=False)
-        floor = floor_db(walk.original, done, lambda: few.against(before).values()["sqnr"])
-        sqnr = validation.values()["sqnr"]
-        return "" if sqnr >= floor else f"left them {sqnr:.1f} dB from the original, {floor:.1f} dB was the floor"
+        return judge.moved(validation, done, lambda: judge.few.against(before))
 
     # ---- what passes may ask -------------------------------------------------------------------------------------
 

@@ -18,13 +18,20 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.files.atomic import replacing
 from onnxcomp.machine import machine
 from onnxcomp.reports.outcome import Origin
-from onnxcomp.reports.schema import SCHEMA_VERSION, ChoicePart, Interval, LoweringPart, PlacementPart
+from onnxcomp.reports.schema import (
+    SCHEMA_VERSION,
+    ChoicePart,
+    Interval,
+    LoweringPart,
+    PlacementPart,
+    ValidationPart,
+)
 from onnxcomp.version import __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.reports.outcome import Lowering, Report, Step
-    from onnxcomp.validation.compare import Validation
+    from onnxcomp.validation.results import Validation
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -98,30 +105,6 @@ class VerdictPart(TypedDict):
     gate: str
     value: float | None
     passed: bool
-
-
-class MetricPart(TypedDict):
-    """A task metric of both models; `change` has a 95 % bootstrap interval from `low` to `high`."""
-
-    name: str
-    reference: float | None
-    candidate: float | None
-    change: float | None
-    low: float | None
-    high: float | None
-
-
-class ValidationPart(TypedDict):
-    """Result against original on held-out data; `values` by gate name, `outputs` the drift of each output."""
-
-    samples: int
-    data: str
-    random: bool
-    notes: list[str]
-    finite: bool
-    values: dict[str, float | None]
-    outputs: dict[str, dict[str, Any]]
-    metrics: dict[str, MetricPart]
 
 
 class RatioPart(Interval):
@@ -341,14 +324,18 @@ def headline(report: Report) -> str:
 
 
 def quality(v: Validation) -> list[str]:
-    """Task metrics of original and result, and the drift."""
+    """Task metrics of original and result, and the drift of the worst output, by name where there are several."""
     shown = [f"{m.name} {m.reference:.4g} > {m.candidate:.4g}" for m in v.metrics.values()]
-    if not v.finite:
-        return [*shown, "the result's outputs are not finite"]
-    sqnr = v.values().get("sqnr")
-    if sqnr is not None:
-        shown.append("equal outputs" if math.isinf(sqnr) else f"SQNR {sqnr:.1f} dB")
-    return shown
+    broken = [name for name, d in v.outputs.items() if not d.finite]
+    if broken:
+        return [*shown, f"the result's output '{broken[0]}' is not finite"]
+    if v.equal:
+        return [*shown, "equal outputs"]
+    d = v.drift
+    if d.equal:
+        return [*shown, f"equal outputs ({', '.join(v.uncompared)} not compared)"]
+    drift = f"SQNR {d.sqnr:.1f} dB" if d.sqnr is not None else f"{d.exact_match:.2%} of entries equal"
+    return [*shown, drift + (f" in '{v.worst}', the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else "")]
 
 
 def speed(ratios: list[dict[str, Any]]) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport, Ratio
     from onnxcomp.runtime.placement import Placement
     from onnxcomp.runtime.sessions import IntegerCheck
-    from onnxcomp.validation.compare import Validation
+    from onnxcomp.validation.results import Validation
 
 __all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Report", "Result", "Size", "Step"]
 

@@ -1,10 +1,21 @@
-"""Parts of report.json's schema that tell how sites were lowered and where their operators ran."""
+"""Parts of report.json's schema: how sites were lowered, where their operators ran, and how far outputs moved."""
 
 from __future__ import annotations
 
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-__all__ = ["SCHEMA_VERSION", "CandidatePart", "ChoicePart", "Interval", "LoweringPart", "PlacementPart", "ShapeRatio"]
+__all__ = [
+    "SCHEMA_VERSION",
+    "CandidatePart",
+    "ChoicePart",
+    "Interval",
+    "LoweringPart",
+    "MetricPart",
+    "OutputPart",
+    "PlacementPart",
+    "ShapeRatio",
+    "ValidationPart",
+]
 
 SCHEMA_VERSION = 1
 
@@ -64,3 +75,52 @@ class PlacementPart(TypedDict):
     nodes: dict[str, dict[str, int]]
     elsewhere: list[str]
     detail: str
+
+
+class MetricPart(TypedDict):
+    """A task metric of both models; `change` has a 95 % bootstrap interval from `low` to `high`."""
+
+    name: str
+    reference: float | None
+    candidate: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
+class OutputPart(TypedDict):
+    """An output against the original's; null where undefined. Integers have `exact_match` alone, floats all others."""
+
+    equal: bool
+    max_abs: float | None
+    rel_l2: float | None
+    sqnr: float | None
+    cosine: float | None
+    agreement: float | None
+    kl: float | None
+    pooled_sqnr: float | None
+    pooled_cosine: float | None
+    exact_match: float | None
+    finite: bool
+    rows: int
+    undefined: int
+
+
+class ValidationPart(TypedDict):
+    """Result against original on held-out data: `outputs` has each output, `values` by gate name the worst of them.
+
+    Task metrics read the output that is `scored`; outputs that are no tensors are `uncompared`.
+    """
+
+    samples: int
+    data: str
+    random: bool
+    notes: list[str]
+    finite: bool
+    equal: bool
+    worst: str
+    scored: str
+    uncompared: list[str]
+    values: dict[str, float | None]
+    outputs: dict[str, OutputPart]
+    metrics: dict[str, MetricPart]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
     from onnxcomp.reports.outcome import Report, Step
-    from onnxcomp.validation.compare import Validation
     from onnxcomp.validation.gates import Verdict
+    from onnxcomp.validation.results import Validation
 
 __all__ = [
     "anatomy",
@@ -24,6 +25,7 @@ __all__ = [
     "checks",
     "choices",
     "option_table",
+    "outputs",
     "pass_table",
     "report_tables",
     "validation",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 SHOWN = 3  # declined sites named per reason
+OUTPUTS = 8  # outputs listed unless all are asked for, the worst ones
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> Table:
@@ -56,6 +59,8 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
         found.append(verdicts(report.verdicts))
     if report.validation is not None:
         found.append(validation(report.validation))
+        if len(report.validation.outputs) > 1:
+            found.append(outputs(report.validation, every=verbose))
     if report.benchmark is not None:
         found.append(benchmark(report.benchmark, ("original", "result")))
     if (check := report.integer) is not None and check.quantized_linears:
@@ -121,13 +126,27 @@ def verdicts(found: Sequence[Verdict]) -> Table:
 
 def validation(v: Validation) -> Table:
     """Drift and task metrics on held-out data, metrics with their interval."""
+    of = f" of '{v.scored}'" if len(v.outputs) > 1 else ""
     rows: list[tuple[Any, ...]] = [
-        (m.name, _number(m.reference), _number(m.candidate), _number(m.change), f"[{m.low:.4g}, {m.high:.4g}]")
+        (m.name + of, _number(m.reference), _number(m.candidate), _number(m.change), f"[{m.low:.4g}, {m.high:.4g}]")
         for m in v.metrics.values()
     ]
-    rows += [(name, "", _number(value), "", "") for name, value in v.values().items() if not _is_change(name, v)]
+    rows += [(name, "", _number(value), "", "") for name, value in v.summary().items() if not _is_change(name, v)]
     title = f"Against the original, {v.samples} samples" + (" of random data" if v.random else "")
+    title += f", the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else ""
     return table(title, ("metric", "original", "result", "change", "95 % interval"), rows)
+
+
+def outputs(v: Validation, *, every: bool = False) -> Table:
+    """One row per output, the worst first; of many only the worst unless `every`."""
+    ranked = sorted(v.outputs.items(), key=lambda x: -math.inf if math.isnan(x[1].decibels) else x[1].decibels)
+    shown = ranked if every else ranked[:OUTPUTS]
+    keys = ("sqnr", "cosine", "max_abs", "agreement", "kl", "exact_match")
+    used = [k for k in keys if any(getattr(d, k) is not None for _, d in shown)]
+    rows = [(name, *("" if (x := getattr(d, k)) is None else _number(x) for k in used)) for name, d in shown]
+    if rest := len(ranked) - len(shown):
+        rows.append((f"and {rest} others, none of them worse (-v)", *("" for _ in used)))
+    return table("Outputs", ("output", *(k.replace("_", "-") for k in used)), rows)
 
 
 def benchmark(b: BenchReport, names: Sequence[str] = ()) -> Table:

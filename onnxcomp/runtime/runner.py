@@ -22,14 +22,23 @@ class Runner:
 
     A model with 1 GiB of weights and more (`payload.PREPACK_BELOW`) runs in segments, each over all batches with only
     its own weights in memory; values carried between segments go to files in `scratch` once they are large. With a
-    `walk` the model runs from the cut where the walk stands, on the same batches; the walk is not moved.
+    `walk` the model runs from the cut where the walk stands, on the same batches; the walk is not moved. A session that
+    is not `optimized` runs the graph as it is, without the runtime's own optimizations.
     """
 
-    def __init__(self, model: Model, target: Target, *, scratch: Path | None = None, walk: Walk | None = None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        target: Target,
+        *,
+        scratch: Path | None = None,
+        walk: Walk | None = None,
+        optimized: bool = True,
+    ) -> None:
         self.session: Session | None = None
         self._walk = walk
         if walk is None and prepacks(model, None):
-            self.session = Session(model, target)
+            self.session = Session(model, target, optimized=optimized)
             self.inputs = {p.name for p in self.session.inputs}
             self.outputs = self.session.outputs
             return

@@ -202,8 +202,9 @@ class Session:
 
     `taps` are names of intermediate values to return as additional outputs; `prepack` copies weights into the layout
     of the kernels (faster, more memory; default: only for small models); `profile` is the file that `close` writes the
-    profile to; `optimized_path` the file that gets the graph after the runtime's own optimizations. Raises
-    `TargetError` where the runtime falls back to another provider, `ModelError` where it rejects the model.
+    profile to; `optimized_path` the file that gets the graph after the runtime's own optimizations, which are left out
+    where it is not `optimized`. Raises `TargetError` where the runtime falls back to another provider, `ModelError`
+    where it rejects the model.
     """
 
     def __init__(
@@ -216,6 +217,7 @@ class Session:
         prepack: bool | None = None,
         profile: Path | None = None,
         optimized_path: Path | None = None,
+        optimized: bool = True,
     ) -> None:
         ort = _available(target)
         _preload(ort, target.provider)
@@ -223,6 +225,8 @@ class Session:
         self._input_taps: set[str] = set()
         self._profile = profile
         options = _options(ort, target, threads, prepack=prepacks(model, prepack))
+        if not optimized:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile.with_suffix(""))

@@ -1,5 +1,6 @@
 """Gates: conditions a result must meet, written `NAME OP VALUE`, such as `sqnr>=20` or `perplexity-rise<=1%`.
 
+The worst output decides, unless a condition names one: `sqnr[end_logits]>=20`.
 A trailing `?` makes a condition optional: it counts only where the value can be measured (needs labels, a language
 model). Presets use it, since they do not know the task.
 """
@@ -14,19 +15,21 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from onnxcomp.errors import OnnxcompError, RecipeError
+from onnxcomp.validation.results import HIGHER_IS_BETTER
 
 if TYPE_CHECKING:
-    from onnxcomp.validation.compare import Validation
+    from onnxcomp.validation.results import Validation
 
 __all__ = ["Condition", "Gate", "Verdict", "score_of"]
 
 # What each name measures: -drop is absolute, -rise relative to the original; latency and size are ratios to it.
 NAMES = {
-    "sqnr": "signal to quantization noise of the first output, dB",
+    "sqnr": "signal to quantization noise, dB",
     "pooled-sqnr": "the same on mean-pooled embeddings, dB",
     "cosine": "mean cosine between the outputs",
     "pooled-cosine": "the same on mean-pooled embeddings",
     "agreement": "share of equal top-1 answers",
+    "exact-match": "share of equal entries of integer outputs",
     "kl": "KL divergence from the original's distribution, nats",
     "max-abs": "largest absolute difference",
     "rel-l2": "relative L2 difference",
@@ -37,19 +40,20 @@ NAMES = {
     "size": "file size over the original's",
 }
 MEASURED_ON_FILES = frozenset({"latency", "size"})
-_EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*(\?)?\s*$")
+_EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(?:\[(.+)\])?\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*(\?)?\s*$")
 _HOLDS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One condition; `text` is what the user wrote."""
+    """One condition; `text` is what the user wrote, `output` the output it is about (None: the worst of all)."""
 
     name: str
     op: str
     bound: float
     text: str
     optional: bool = False
+    output: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -57,18 +61,25 @@ class Condition:
         match = _EXPR.match(text)
         if match is None:
             raise RecipeError(f"gate '{text}' is not NAME OP VALUE, such as sqnr>=20 or perplexity-rise<=1%")
-        name, op, number, unit, optional = match.groups()
+        name, output, op, number, unit, optional = match.groups()
         if name not in NAMES and not (":" in name and name.endswith(("-drop", "-rise"))):
             near = get_close_matches(name, NAMES, 1)
             hint = f"; did you mean '{near[0]}'?" if near else f"; there are {', '.join(NAMES)}"
             raise RecipeError(f"gate '{text}': unknown name '{name}'{hint}")
+        if output and (name in MEASURED_ON_FILES or name.endswith(("-drop", "-rise"))):
+            raise RecipeError(f"gate '{text}': '{name}' is not measured for each output; write it without [{output}]")
         try:
             bound = float(number)
         except ValueError:
             raise RecipeError(f"gate '{text}': '{number}' is not a number") from None
         if not math.isfinite(bound):
             raise RecipeError(f"gate '{text}': the bound must be finite")
-        return cls(name, op, bound / 100 if unit == "%" else bound, text.strip(), optional is not None)
+        return cls(name, op, bound / 100 if unit == "%" else bound, text.strip(), optional is not None, output)
+
+    @property
+    def measured(self) -> str:
+        """The key of the value it is about, as in `Validation.values()`."""
+        return self.name if self.output is None else f"{self.name}[{self.output}]"
 
     @property
     def metric(self) -> str | None:
@@ -103,7 +114,7 @@ class Gate:
         chosen: dict[tuple[str, str], Condition] = {}
         for text in expressions:
             c = Condition.parse(text)
-            chosen[c.name, c.op[0]] = c
+            chosen[c.measured, c.op[0]] = c
         self.conditions = tuple(chosen.values())
 
     def __repr__(self) -> str:
@@ -119,6 +130,15 @@ class Gate:
         """Whether a benchmark is needed to judge."""
         return any(c.name == "latency" for c in self.conditions)
 
+    def check(self, outputs: Iterable[str]) -> None:
+        """Raise `RecipeError` where a condition names an output that is not one of these."""
+        known = list(outputs)
+        for c in self.conditions:
+            if c.output is not None and c.output not in known:
+                near = get_close_matches(c.output, known, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"its outputs are {', '.join(known)}"
+                raise RecipeError(f"gate '{c.text}': the model has no output '{c.output}'; {hint}")
+
     def judge(self, values: Mapping[str, float], *, files: bool = False) -> list[Verdict]:
         """Verdicts on quality conditions, or with `files` on those measured on the written model.
 
@@ -127,7 +147,7 @@ class Gate:
         verdicts = []
         for c in self.conditions:
             if (c.name in MEASURED_ON_FILES) is files:
-                value = values.get(c.name)
+                value = values.get(c.measured)
                 if value is None and c.optional:
                     continue
                 verdicts.append(Verdict(c.text, value, value is not None and c.holds(value)))
@@ -135,9 +155,15 @@ class Gate:
 
 
 def score_of(validation: Validation, metric: str | None) -> float:
-    """A gate value by name (default: `kl`, else `rel-l2`), negated where higher is better, so that lower is better."""
+    """A gate value by name (default: `kl`, else `rel-l2`), negated where higher is better, so that lower is better.
+
+    It is that of the worst output; of the one that task metrics read where the worst is zero in the original.
+    """
     values = validation.values()
     name = metric or ("kl" if "kl" in values else "rel-l2")
     if name not in values:
-        raise OnnxcompError(f"no '{name}' was measured; there are {', '.join(values)}")
-    return -values[name] if name in ("sqnr", "pooled-sqnr", "agreement", "cosine", "pooled-cosine") else values[name]
+        raise OnnxcompError(f"no '{name}' was measured; there are {', '.join(validation.summary())}")
+    value = values[name]
+    if math.isinf(value):
+        value = values.get(f"{name}[{validation.scored}]", value)
+    return -value if name.replace("-", "_") in HIGHER_IS_BETTER else value

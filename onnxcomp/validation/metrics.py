@@ -1,71 +1,25 @@
-"""Distance of two models' outputs (drift) and task metrics of each, as per-sample sums that bootstrap can resample."""
+"""Task metrics of two models, as per-sample sums that bootstrap can resample."""
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from onnxcomp.errors import DataError, RecipeError
 from onnxcomp.maths import Array, Float64
+from onnxcomp.validation.rows import OutputRows, row_cosine, row_nll
 
-__all__ = ["METRICS", "Drift", "DriftSums", "Metric", "MetricResult", "OutputRows", "Sums", "bootstrap", "find"]
+__all__ = ["METRICS", "Metric", "MetricResult", "Sums", "bootstrap", "find"]
 
 RESAMPLES = 1000  # of the bootstrap: 25 lie beyond each bound of the 95 % interval
 MAX_GROUPS = 4096  # samples are summed in so many groups for the bootstrap, whose cost then depends on no data size
 # Infinities and NaN of a broken candidate are results here, not accidents.
 _QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
-CHUNK = 1 << 20  # elements widened to float64 at once: 8 MB, whatever the vocabulary
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Distance of an output from the original's over all rows; `sqnr` in dB, `kl` in nats, None where undefined.
-
-    `pooled_*` compare the mean over the tokens of each sample (embeddings); `agreement` is of the top-1 class.
-    """
-
-    max_abs: float
-    rel_l2: float
-    sqnr: float
-    cosine: float
-    agreement: float | None = None
-    kl: float | None = None
-    pooled_sqnr: float | None = None
-    pooled_cosine: float | None = None
-    finite: bool = True
-    rows: int = 0
-
-
-@dataclass(frozen=True)
-class OutputRows:
-    """One output of a batch as rows without padding, in the form that metrics read.
-
-    `rows` is the model's output `[n, C]`, `reference` the original's (the same when the original itself is scored),
-    `sample` the sample of the batch that each row belongs to and `position` its index there `[n]`.
-    """
-
-    rows: Array
-    reference: Array
-    sample: Array
-    position: Array
-    samples: int
-    per_token: bool = False
-    tokens: Array | None = None
-    labels: Array | None = None
-    outputs: Mapping[str, Array] = field(default_factory=dict)
-    feeds: Mapping[str, Array] = field(default_factory=dict)
-
-    def per_sample(self, values: Array, keep: Array | None = None) -> Float64:
-        """Sum and count of a value per row, by sample: `[samples, 2]`."""
-        sample = self.sample if keep is None else self.sample[keep]
-        values = values if keep is None else values[keep]
-        total = np.bincount(sample, values.astype(np.float64), self.samples)
-        return np.stack([total, np.bincount(sample, minlength=self.samples).astype(np.float64)], axis=1)
 
 
 @dataclass(frozen=True)
@@ -91,123 +45,6 @@ class MetricResult:
     change: float
     low: float
     high: float
-
-
-# ---- rows ------------------------------------------------------------------------------------------------------------
-
-
-def chunks(*arrays: Array) -> Iterator[tuple[slice, tuple[Float64, ...]]]:
-    """The same row ranges of `[n, C]` arrays as float64, of at most `CHUNK` elements."""
-    n, width = arrays[0].shape
-    step = max(1, CHUNK // max(1, width))
-    for start in range(0, n, step):
-        part = slice(start, min(n, start + step))
-        yield part, tuple(a[part].astype(np.float64) for a in arrays)
-
-
-def row_cosine(a: Array, b: Array) -> Float64:
-    """Cosine per row, `[n]`; two zero rows agree, a zero and a non-zero row do not."""
-    result = np.empty(len(a))
-    for part, (x, y) in chunks(a, b):
-        norms = np.sqrt(np.einsum("ij,ij->i", x, x) * np.einsum("ij,ij->i", y, y))
-        equal = (x == y).all(axis=1).astype(np.float64)
-        result[part] = np.where(norms > 0, np.einsum("ij,ij->i", x, y) / np.where(norms > 0, norms, 1), equal)
-    return result
-
-
-def _log_softmax(x: Float64) -> Float64:
-    shifted: Float64 = x - x.max(axis=1, keepdims=True)
-    result: Float64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-    return result
-
-
-def row_kl(reference: Array, candidate: Array) -> Float64:
-    """KL(reference || candidate) of the softmax of each row, `[n]`, nats."""
-    result = np.empty(len(reference))
-    for part, (x, y) in chunks(reference, candidate):
-        p, q = _log_softmax(x), _log_softmax(y)
-        result[part] = np.where(np.isneginf(p), 0.0, np.exp(p) * (p - q)).sum(axis=1)
-    return np.maximum(result, 0.0)
-
-
-def row_nll(logits: Array, targets: Array) -> Float64:
-    """Negative log-likelihood of class `targets[i]` under row `i`, `[n]`, nats."""
-    result = np.empty(len(logits))
-    for part, (x,) in chunks(logits):
-        result[part] = -_log_softmax(x)[np.arange(len(x)), targets[part]]
-    return result
-
-
-class DriftSums:
-    """Streaming sums behind a `Drift`; `pooled` also compares the mean of each sample's rows."""
-
-    def __init__(self, *, logits: bool, pooled: bool = False) -> None:
-        self._logits, self._pooled = logits, pooled
-        self._rows = self._cosine = self._agree = self._kl = 0.0
-        self._signal = self._noise = self._max = 0.0
-        self._means = np.zeros(4)  # signal, noise, cosine and number of pooled rows
-        self._finite = self._classes = True
-
-    @_QUIET
-    def update(self, batch: OutputRows) -> None:
-        """Add one batch; infinities both models share (masked scores) count as equal."""
-        reference, candidate = batch.reference, batch.rows
-        self._finite &= not bool((~np.isfinite(candidate) & (candidate != reference)).any())
-        self._classes &= reference.shape[1] > 1
-        for _, (x, y) in chunks(reference, candidate):
-            noise = np.where(x == y, 0.0, y - x)
-            signal = np.where(np.isfinite(x), x, 0.0)
-            self._signal += float(np.vdot(signal, signal))
-            self._noise += float(np.vdot(noise, noise))
-            self._max = max(self._max, float(np.abs(noise).max(initial=0.0)))
-        defined = np.isfinite(reference).all(axis=1)
-        self._cosine += float(row_cosine(reference[defined], candidate[defined]).sum() + (~defined).sum())
-        self._rows += len(reference)
-        if self._classes:
-            self._agree += float((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
-        if self._logits:
-            self._kl += float(row_kl(reference, candidate).sum())
-        if self._pooled and len(reference):
-            self._pool(_means(reference, batch.sample), _means(candidate, batch.sample))
-
-    def _pool(self, x: Float64, y: Float64) -> None:
-        self._means += [float((x * x).sum()), float(((y - x) ** 2).sum()), float(row_cosine(x, y).sum()), len(x)]
-
-    def result(self) -> Drift:
-        """The drift over all batches; raises `DataError` when every row was padding."""
-        n = self._rows
-        if n == 0:
-            raise DataError("every token of the evaluation data is padding; check its attention mask")
-        signal, noise, cosine, pooled = self._means
-        return Drift(
-            max_abs=self._max,
-            rel_l2=math.sqrt(self._noise / self._signal) if self._signal > 0 else (math.inf if self._noise else 0.0),
-            sqnr=decibel(self._signal, self._noise),
-            cosine=self._cosine / n,
-            agreement=self._agree / n if self._classes else None,
-            kl=self._kl / n if self._logits and self._classes else None,
-            pooled_sqnr=decibel(signal, noise) if pooled else None,
-            pooled_cosine=float(cosine / pooled) if pooled else None,
-            finite=self._finite,
-            rows=int(n),
-        )
-
-
-def _means(rows: Array, sample: Array) -> Float64:
-    """Mean row of each sample that has any, `[<=B, C]`; `sample` ascends."""
-    starts = np.flatnonzero(np.diff(sample, prepend=-1))
-    counts = np.diff(starts, append=len(sample))[:, None]
-    result: Float64 = np.add.reduceat(rows.astype(np.float64), starts, axis=0) / counts
-    return result
-
-
-def decibel(signal: float, noise: float) -> float:
-    """`10 log10(signal / noise)`: infinite for no noise, NaN when a sum is."""
-    if math.isnan(signal) or math.isnan(noise):
-        return math.nan
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(signal / noise) if signal > 0 and math.isfinite(noise) else -math.inf
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------

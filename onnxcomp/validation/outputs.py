@@ -14,38 +14,61 @@ from onnxcomp.data.inputs import Batch, roles, specs, vocabulary
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.validation.metrics import OutputRows
+from onnxcomp.validation.rows import OutputRows
 
-__all__ = ["OutputLayout", "View", "output_rows"]
+__all__ = ["OutputLayout", "View", "as_float", "output_rows"]
 
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """How an output is read: the axis of its tokens (None: one row per sample), and whether rows are class scores."""
+    """How an output is read: the axis of its tokens (None: one row per sample), and whether rows are class scores.
+
+    One that is not `floating` holds integers, booleans or strings, which are compared for equality.
+    """
 
     name: str
     tokens: int | None
     logits: bool
+    floating: bool = True
 
 
 @dataclass(frozen=True)
 class View:
-    """What comparison needs of a model's interface: inputs by role, vocabulary size, floating-point outputs."""
+    """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs that are tensors.
+
+    Outputs that are sequences or optional are `uncompared`.
+    """
 
     roles: Mapping[str, str]
     vocabulary: int | None
     outputs: tuple[OutputLayout, ...]
+    uncompared: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, g: Graph) -> View:
-        """From a graph; raises `ModelError` when it has no floating-point output to compare."""
+        """From a graph; raises `ModelError` when it has no tensor among its outputs."""
         role = dict(roles(specs(g)))
         words = vocabulary(g).get(role.get("tokens", ""))
         axis = _sequence_axis(g, role)
-        floats = [v for v in g.outputs if v.dtype is None or v.dtype.is_floating_point()]
-        if not floats:
-            raise ModelError("the model has no floating-point output, so there is nothing to compare")
-        return cls(role, words, tuple(_reading(v, axis, words) for v in floats))
+        tensors = [v for v in g.outputs if v.type is None or isinstance(v.type, ir.TensorType)]
+        if not tensors:
+            raise ModelError("no output of the model is a tensor, so there is nothing to compare")
+        others = tuple(str(v.name) for v in g.outputs if v not in tensors)
+        return cls(role, words, tuple(_reading(v, axis, words) for v in tensors), others)
+
+    @property
+    def scored(self) -> OutputLayout:
+        """The output that task metrics read: the first of class scores, else the first of floats, else the first."""
+        floats = [r for r in self.outputs if r.floating]
+        return next((r for r in floats if r.logits), (floats or self.outputs)[0])
+
+    def with_types(self, made: Mapping[str, Array]) -> View:
+        """The same where the element types of the outputs are those of arrays that were made."""
+        kinds = {r.name: made[r.name].dtype.kind not in "iubOSU" for r in self.outputs}
+        changed = [
+            dataclasses.replace(r, floating=kinds[r.name], logits=r.logits and kinds[r.name]) for r in self.outputs
+        ]
+        return dataclasses.replace(self, outputs=tuple(changed))
 
     def visible(self, feeds: Mapping[str, Array]) -> Array | None:
         """Which tokens are not padding, bool `[B, S]`; None for a model without an attention mask."""
@@ -88,11 +111,17 @@ def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> OutputLa
     if at is None and len(dims) >= 3 and not isinstance(dims[1], int):
         at = 1
     logits = "logit" in name.lower() or bool(dims and words is not None and dims[-1] == words)
-    return OutputLayout(name, at, logits or (len(dims) == 2 and not _embedding(name)))
+    floating = v.dtype is None or v.dtype.is_floating_point()
+    return OutputLayout(name, at, floating and (logits or (len(dims) == 2 and not _embedding(name))), floating)
 
 
 def _embedding(name: str) -> bool:
     return any(word in name.lower() for word in ("pool", "embed", "hidden"))
+
+
+def as_float(a: Array) -> Array:
+    """An output as it is compared: types of less than four bytes as float32, which holds them exactly."""
+    return a.astype(np.float32) if a.dtype.kind in "fV" and a.dtype.itemsize < 4 else a
 
 
 def output_rows(
@@ -100,7 +129,7 @@ def output_rows(
 ) -> Iterator[OutputRows]:
     """One output of a batch as rows without padding; per sample where a row's length differs between samples."""
     y, x, feeds = out[layout.name], reference[layout.name], batch.feeds
-    samples = next(iter(feeds.values())).shape[0] if feeds else len(y)
+    samples = batch.size if feeds else len(y)
     if y.ndim == 0 or len(y) != samples:
         y, x, samples = y.reshape(1, -1), x.reshape(1, -1), 1
     y, x = (a.reshape(samples, -1) if a.ndim == 1 else a for a in (y, x))

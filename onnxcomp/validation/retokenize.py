@@ -20,8 +20,9 @@ from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64
 from onnxcomp.runtime.runner import Runner
-from onnxcomp.validation.metrics import Metric, OutputRows, Sums
-from onnxcomp.validation.outputs import View, output_rows
+from onnxcomp.validation.metrics import Metric, Sums
+from onnxcomp.validation.outputs import View, as_float, output_rows
+from onnxcomp.validation.rows import OutputRows
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -163,7 +164,7 @@ def retokenize(
 ) -> Retokenized:
     """Score the samples with removed tokens again, on their texts as the reduced tokenizer encodes them."""
     view, count = View.of(original), len(removed.samples)
-    first, labels = view.outputs[0], next(iter(data)).labels
+    first, labels = view.scored, next(iter(data)).labels
     chosen = [m for m in metrics if m.name in TEXT_METRICS and (labels is None or labels.ndim == 1)]
     if not chosen:
         return Retokenized({}, count, "no metric was computed that two tokenizations share")
@@ -180,7 +181,7 @@ def retokenize(
         start += len(masks)
     sums: dict[str, dict[int, Float64]] = {m.name: {} for m in chosen}
     for at, (b, out) in zip(samples, session.each(list(samples.values()), [first.name]), strict=True):
-        answers = {k: a.astype(np.float32, copy=False) for k, a in out.items()}
+        answers = {k: as_float(a) for k, a in out.items()}
         scored = Sums(chosen)
         for rows in output_rows(first, view, b, answers, answers):
             scored.update(rows)

@@ -17,7 +17,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.passes import canonicalize
 from onnxcomp.runtime.sessions import Session
-from onnxcomp.validation import compare
+from onnxcomp.validation import compare, kept
 from onnxcomp.validation.compare import Reference
 from tests import tiny
 
@@ -120,7 +120,7 @@ def test_metrics_that_gates_ask_for_are_not_those_of_the_head():
 
 
 def test_answers_on_disk_outlive_the_reference(tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "_IN_MEMORY", 0)
+    monkeypatch.setattr(kept, "IN_MEMORY", 0)
     g = tiny.decoder()
     few = Reference(g, as_dataset(batches([5, 5]), g, batch=4)).head(4)
     assert few.against(g).values()["sqnr"] > 100

@@ -23,9 +23,10 @@ from onnxcomp.reports import json_report, tables
 from onnxcomp.reports.outcome import DataUsed, Lowering, Origin, Report, Size, Step
 from onnxcomp.runtime.placement import Placement
 from onnxcomp.runtime.sessions import IntegerCheck
-from onnxcomp.validation.compare import Validation
+from onnxcomp.validation.drift import Drift
 from onnxcomp.validation.gates import Verdict
-from onnxcomp.validation.metrics import Drift, MetricResult
+from onnxcomp.validation.metrics import MetricResult
+from onnxcomp.validation.results import Validation
 from tests import tiny
 
 SCHEMA = json_report.schema()
@@ -65,7 +66,7 @@ def bench(ratio: float, spread: float = 0.0) -> BenchReport:
 def validation(sqnr: float = 20.0, finite: bool = True) -> Validation:
     drift = Drift(0.1, 0.01, sqnr, 0.999, finite=finite)
     metrics = {"accuracy": MetricResult("accuracy", 0.9, 0.88, -0.02, -0.04, math.nan)}
-    return Validation(drift, metrics, 40, {"logits": drift}, "x.npz", True)
+    return Validation({"logits": drift}, metrics, 40, "x.npz", True, scored="logits")
 
 
 def full() -> Report:
@@ -122,7 +123,10 @@ def test_the_names_in_a_report_stay() -> None:
         "quantized_linears", "integer_products", "dequantized_weights", "ok", "detail",
     ]  # fmt: skip
     assert list(data["benchmark"]) == ["machine", "rows", "ratios", "slower", "warnings"]
-    assert list(data["validation"]) == ["samples", "data", "random", "notes", "finite", "values", "outputs", "metrics"]
+    assert list(data["validation"]) == [
+        "samples", "data", "random", "notes", "finite", "equal", "worst", "scored", "uncompared", "values", "outputs",
+        "metrics",
+    ]  # fmt: skip
     assert r.metadata == {
         "onnxcomp.version": oc.__version__, "onnxcomp.source": "5a", "onnxcomp.recipe": "4e",
         "onnxcomp.target": "cpu", "onnxcomp.schema": "1",
