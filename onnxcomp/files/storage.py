@@ -27,8 +27,10 @@ from onnxcomp.files.atomic import (
     sync_folder,
     temporary_file,
 )
+from onnxcomp.files.normalized import normalize
 from onnxcomp.files.stored import Stored, digest
 from onnxcomp.files.switch import finish, switch
+from onnxcomp.files.verified import verify
 from onnxcomp.graph import Graph
 
 __all__ = [
@@ -107,7 +109,8 @@ def _hint(folder: Path) -> str:
 def load(path: str | Path) -> Graph:
     """A model from an `.onnx` file, or from a folder holding one; weights stay on disk until they are read.
 
-    Local functions are inlined. Raises `ModelError` for anything unsafe, damaged or ambiguous.
+    What runtimes accept is normalized, local functions are inlined; nothing of the file is changed. Raises `ModelError`
+    for anything unsafe, invalid, damaged or ambiguous.
     """
     return read(path).graph
 
@@ -121,8 +124,12 @@ def read(path: str | Path) -> Stored:
     proto = _read(file)
     files = _files(proto, file)
     try:
+        normalize(proto)
+        verify(proto)
         model = ir.from_proto(proto)
-    except (ir.serde.SerdeError, ValueError, TypeError, KeyError) as e:
+    except ModelError as e:
+        raise ModelError(f"{file}: not a valid ONNX model: {e}") from e
+    except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise ModelError(f"{file}: not a valid ONNX model: {_first_line(e)}") from e
     external.attach(model, file.parent)
     if model.functions:
@@ -131,6 +138,8 @@ def read(path: str | Path) -> Stored:
         except (ir.passes.PassError, ValueError, KeyError) as e:
             raise ModelError(f"{file}: its local functions cannot be inlined: {_first_line(e)}") from e
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    if any(v.type is None or v.shape is None for v in model.graph.outputs):
+        Graph(model).infer_shapes()  # what the file leaves to the runtime belongs to the interface
     return Stored(file, Graph(model, file), files)
 
 

@@ -17,6 +17,7 @@ __all__ = [
     "NORMS",
     "PROJECTION_TO_ATTENTION",
     "REARRANGING",
+    "RUNTIME_OPS",
     "TABLE_REPEATING",
     "TIMED_OPS",
     "TOKEN_SELECTING",
@@ -55,3 +56,23 @@ WEIGHT_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 LAYER_OPS = frozenset({"Attention", "Conv", "Gemm", "MatMul", "Softmax", *NORMS})
 # Besides these, bodies of loops and branches have a run time of their own.
 TIMED_OPS = LAYER_OPS | {"If", "Loop", "Scan"}
+
+# ---- operators that are not ONNX's -------------------------------------------------------------------------------
+
+# ONNX Runtime has these in the default domain whatever the operator set, with a schema of its own.
+RUNTIME_OPS = frozenset(
+    [
+        "Affine",
+        "Crop",
+        "DynamicSlice",
+        "GRUUnit",
+        "GivenTensorFill",
+        "ImageScaler",
+        "LayerNormalization",
+        "ParametricSoftplus",
+        "Scale",
+        "ScaledTanh",
+        "SimplifiedLayerNormalization",
+        "ThresholdedRelu",
+    ]
+)

