@@ -36,7 +36,7 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def holding(*arrays: np.ndarray, dtype: ir.DataType | None = None) -> Graph:
     """A model whose outputs are its constants."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": 23}, name="holding")
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": onnx.defs.onnx_opset_version()}, name="holding")
     g = Graph(ir.Model(graph, ir_version=10))
     for i, a in enumerate(arrays):
         tensor = ir.tensor(a, dtype=dtype, name=f"w{i}")
