@@ -170,6 +170,10 @@ class Pass(abc.ABC):
     """Counts of layers or heads, or widths, may be others afterwards: the model's configuration follows them."""
     plans: ClassVar[bool] = False
     """Sizes do not depend on the data: a dry run (`env.dry`) has no statistics."""
+    any_place: ClassVar[bool] = False
+    """It may stand anywhere in a recipe, whatever its stage."""
+    runs_code: ClassVar[bool] = False
+    """It runs code that is no part of it: a job needs `allow_code`."""
     rounding_db: ClassVar[float] = 1.0
     """What exact passes behind this one may lose, decibels: float noise moves values over its rounding edges."""
 
@@ -213,6 +217,15 @@ class Pass(abc.ABC):
     def wants_data(self) -> bool:
         """Whether the pass asks for statistics, so that missing data can be refused before any work."""
         return type(self).needs is not Pass.needs or isinstance(self, SequentialPass)
+
+    @property
+    def content(self) -> str:
+        """What else than its options the result depends on, such as the hash of a file: a part of keys and hashes."""
+        return ""
+
+    def beside(self, folder: Path) -> Pass:
+        """The pass as it stands in a recipe file of that folder, to which paths in its options are relative."""
+        return self
 
     def planning(self) -> Pass | None:
         """The pass as a dry run makes it: results of the same sizes without data; None where sizes need the data."""

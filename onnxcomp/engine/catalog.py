@@ -105,7 +105,8 @@ def describe(name: str) -> PassInfo:
     """Stage, fidelity, documentation and options of one pass; raises `UnknownPass`."""
     cls = load(name)
     origin = "onnxcomp" if name in _built_in() else _owner(_third_party()[0][name])
-    return PassInfo(name, cls.stage.name.lower(), cls.fidelity.value, inspect.getdoc(cls) or "", _options(cls), origin)
+    stage = "any" if cls.any_place else cls.stage.name.lower()
+    return PassInfo(name, stage, cls.fidelity.value, inspect.getdoc(cls) or "", _options(cls), origin)
 
 
 def options_schema(cls: type[Pass]) -> dict[str, Any]:

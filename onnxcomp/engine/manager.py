@@ -94,6 +94,7 @@ class PassManager:
         self.on_fail = on_fail
         if not any_order:
             check_order(self.passes)
+        allowed(self.passes, s.allow_code)
 
     def run(self, model: Graph | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
@@ -130,7 +131,7 @@ class PassManager:
         return StepCache(self.cache, content_hash(original), *data, *settings, choices)
 
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
-        walk.steps.enter(str(p))
+        walk.steps.enter(f"{p}{p.content}")
         walk.report.warnings += p.advice(self.target)
         known, before = walk.steps.load(), walk.graph
         if known is None:
@@ -368,12 +369,20 @@ class PassManager:
 
 def check_order(passes: Sequence[Pass]) -> None:
     """Raise `RecipeError` where a pass comes after one of a later stage."""
-    for a, b in itertools.pairwise(passes):
+    for a, b in itertools.pairwise(p for p in passes if not p.any_place):
         if a.stage > b.stage:
             raise RecipeError(
                 f"'{b.name}' ({b.stage.name.lower()}) must come before '{a.name}' ({a.stage.name.lower()}); "
                 "reorder them, or say any_order: true in the recipe"
             )
+
+
+def allowed(passes: Iterable[Pass], allow_code: bool) -> None:
+    """Raise `RecipeError` where a pass runs code that is not allowed, or that is not there."""
+    for p in passes:
+        if p.runs_code and not allow_code:
+            raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code (allow_code=True)")
+        _ = p.content
 
 
 def _given(data: Any) -> bool:

@@ -96,7 +96,8 @@ class Recipe:
         path = Path(source)
         try:
             text = path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else " " * (LARGEST + 1)
-            return cls._from(read_yaml(text, str(path)), path.stem)
+            recipe = cls._from(read_yaml(text, str(path)), path.stem)
+            return dataclasses.replace(recipe, passes=tuple(p.beside(path.parent) for p in recipe.passes))
         except (OSError, UnicodeDecodeError) as e:
             raise RecipeError(f"{path}: cannot read the recipe: {e}") from e
         except RecipeError as e:
@@ -141,11 +142,16 @@ class Recipe:
         return text
 
     def hash(self) -> str:
-        """SHA-256 of what changes the result: every option with its value, not the recipe's name nor its advice."""
+        """SHA-256 of what changes the result: every option with its value, not the recipe's name nor its advice.
+
+        Of a pass that runs a file also its content.
+        """
         content = {k: v for k, v in self.plain().items() if k not in ("name", "advice")}
         content["passes"] = [
             {p.name: plain({f.name: getattr(p, f.name) for f in dataclasses.fields(p)})} for p in self.passes
         ]
+        if code := [p.content for p in self.passes if p.content]:
+            content["code"] = code
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from onnx_ir.passes.common import (
     IdentityEliminationPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
-    ShapeInferencePass,
 )
 
 from onnxcomp.errors import ModelError, NotConstant
-from onnxcomp.graph import valid
+from onnxcomp.graph import graphsurgeon, valid
 from onnxcomp.graph.groups import Group
+from onnxcomp.graph.inference import infer_shapes
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
 from onnxcomp.graph.scratch import as_tensor, release_weights
@@ -332,6 +331,15 @@ class Graph:
         other.interface, other.spool = self.interface, self.spool
         return other
 
+    @classmethod
+    def from_graphsurgeon(cls, graph: Any) -> Graph:
+        """The model of an `onnx_graphsurgeon.Graph`; raises `ModelError`."""
+        return cls(graphsurgeon.from_graphsurgeon(graph))
+
+    def to_graphsurgeon(self) -> Any:
+        """A copy as an `onnx_graphsurgeon.Graph`, whose constants are read when their values are."""
+        return graphsurgeon.to_graphsurgeon(self.model)
+
     def adopt(self, new: Graph) -> None:
         """Replace the model by that of another graph, as one edit; handles into the old model become invalid."""
         self.model = new.model
@@ -375,17 +383,7 @@ class Graph:
 
     def infer_shapes(self) -> None:
         """Record what ONNX's shape inference can tell; best effort, never fatal, weights are not read."""
-        log = logging.getLogger("onnx_ir")
-        level = log.level
-        log.setLevel(logging.CRITICAL)
-        outputs = [(v, v.type, v.shape) for v in self.model.graph.outputs]
-        try:
-            ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(self.model)
-        finally:
-            log.setLevel(level)
-        for v, kind, shape in outputs:
-            v.type = kind or v.type
-            v.shape = shape if shape is not None else v.shape
+        infer_shapes(self.model)
 
     def verify(self, *, interface: bool = True) -> None:
         """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
