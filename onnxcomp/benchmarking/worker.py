@@ -1,7 +1,7 @@
 """The worker process of the benchmark, its handle, and a watch on the CPU use of other processes.
 
-A worker holds one model. It reads and answers one JSON object per line: `load`, then any number of `run`; the end of
-the input ends the process.
+A worker holds one model. It reads and answers one JSON object per line: `ready`, `load`, then any number of `run`; the
+end of the input ends the process.
 """
 
 from __future__ import annotations
@@ -139,10 +139,15 @@ class _Worker:
         self.session: Session | None = None
         self.feeds: dict[str, Any] = {}
 
+    def ready(self, m: Mapping[str, Any]) -> dict[str, Any]:
+        """Load the runtime's library, which is no part of loading the model."""
+        check_target(_target(m["target"]))
+        return {}
+
     def load(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Create the session, read the inputs, and run once."""
         target = _target(m["target"])
-        check_target(target)  # also loads the library, which is no part of loading the model
+        check_target(target)
         threads_before, base = status("Threads"), peak_mib()
         started = time.perf_counter()
         self.session = Session(Path(m["model"]), target, threads=m["threads"], prepack=True)
@@ -188,7 +193,7 @@ def serve(lines: TextIO, replies: TextIO) -> None:
     for line in lines:
         message = json.loads(line)
         try:
-            reply = {"load": worker.load, "run": worker.run}[message["do"]](message)
+            reply = {"ready": worker.ready, "load": worker.load, "run": worker.run}[message["do"]](message)
         except OnnxcompError as e:
             reply = {"error": type(e).__name__, "message": str(e)}
         replies.write(json.dumps(reply) + "\n")

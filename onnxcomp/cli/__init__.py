@@ -13,7 +13,35 @@ import typer
 
 import onnxcomp
 from onnxcomp.cli import failures
-from onnxcomp.cli.console import Output, parse_memory, parse_shape
+from onnxcomp.cli.catalogue import doctor, passes, presets, schema
+from onnxcomp.cli.console import Output, parse_memory, parse_seconds, parse_shape
+from onnxcomp.cli.options import (
+    AllowCode,
+    Batch,
+    Budget,
+    Calibration,
+    ChoicesFile,
+    Evaluation,
+    ExactRows,
+    Gates,
+    GraphName,
+    Json,
+    Model,
+    NoMeasure,
+    Out,
+    Preset,
+    Quiet,
+    ReportFile,
+    Samples,
+    Seed,
+    Sequence_,
+    Shapes,
+    Source,
+    Target,
+    TargetOrRecipes,
+    Threads,
+    Verbose,
+)
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.version import __version__
 
@@ -24,42 +52,8 @@ app = typer.Typer(
     help="Make trained transformers small and fast as ONNX graphs, and prove it.",
     epilog="Exit codes: 0 done, 1 a fault of onnxcomp or of a pass, 2 bad usage or input, 3 a gate refused the result.",
     no_args_is_help=True,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file, or a folder holding one.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or .onnx file) to write.", show_default=False)]
-Target = Annotated[
-    str, typer.Option(help="Where it will run: cpu, cpu-vnni, cpu-avx2, cpu-arm64, cuda, tensorrt, a file.")
-]
-Source = "an .npz, .jsonl or .txt file, a folder of images or .npz files, package.module:function, or random"
-Calibration = Annotated[str | None, typer.Option(metavar="SRC", help=f"Data for statistics: {Source}.")]
-Evaluation = Annotated[
-    str | None, typer.Option("--evaluation", "--eval", metavar="SRC", help="Data to judge on, of the same kinds.")
-]
-Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
-Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
-Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
-Gates = Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help="Such as sqnr>=20 or size<=0.3x.")]
-Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="AXES", help="Such as batch=1,sequence=128.")]
-GraphName = Annotated[str | None, typer.Option("--graph", help="Only this graph of a folder with several.")]
-AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let package.module:function sources run code.")]
-NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the same bytes on every machine.")]
-ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
-ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
-ExactRows = Annotated[
-    bool,
-    typer.Option(
-        "--exact-rows",
-        help="Keep the result of queries whose mask hides every key; such attentions stay decomposed.",
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Threads = Annotated[int, typer.Option(min=0, help="Threads; 0 lets the runtime choose.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result in one line, and errors.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that was left alone; warnings, tracebacks.")]
 
 
 def _version(wanted: bool) -> None:
@@ -136,6 +130,8 @@ def optimize(
     opset: Annotated[int | None, typer.Option(help="Highest operator set to write.")] = None,
     graph: GraphName = None,
     no_measure: NoMeasure = False,
+    budget: Budget = None,
+    threads: Threads = 0,
     exact_rows: ExactRows = False,
     choices: ChoicesFile = None,
     cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
@@ -151,7 +147,8 @@ def optimize(
     shapes = [parse_shape(s) for s in shape or ()]
     run = functools.partial(
         compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
-        measure=not no_measure, report=report, exact_rows=exact_rows, choices=choices, cache=cache,
+        measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads, report=report,
+        exact_rows=exact_rows, choices=choices, cache=cache,
     )  # fmt: skip
     show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
@@ -160,12 +157,12 @@ def optimize(
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder (or .onnx file) to write.")] = None,
-    preset: Annotated[str | None, typer.Option(help="int8, int8-dynamic, int8-small, fp16, bf16 or optimize.")] = None,
+    preset: Preset = None,
     recipe: Annotated[Path | None, typer.Option(help="A recipe as YAML.")] = None,
     passes: Annotated[
         list[str] | None, typer.Option("--pass", metavar="SPEC", help="qdq, or 'qdq: {clip: mse}'.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="Where it will run; by default the recipe's.")] = None,
+    target: TargetOrRecipes = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     samples: Samples = None,
@@ -178,6 +175,8 @@ def compress(
     memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Limit for statistics, such as 4GiB.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
     no_measure: NoMeasure = False,
+    budget: Budget = None,
+    threads: Threads = 0,
     exact_rows: ExactRows = False,
     choices: ChoicesFile = None,
     cache: Annotated[
@@ -204,8 +203,9 @@ def compress(
         preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration, evaluation=evaluation,
         samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=rule,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
-        plan=plan, measure=not no_measure, cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code,
-        exact_rows=exact_rows, choices=choices,
+        plan=plan, measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads,
+        cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, exact_rows=exact_rows,
+        choices=choices,
     )  # fmt: skip
     show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
 
@@ -258,7 +258,10 @@ def bench(
     models: Annotated[list[Path], typer.Argument(help="Models to time; the first is what others are compared with.")],
     target: Target = "cpu",
     shape: Shapes = None,
-    runs: Annotated[int, typer.Option(min=1, help="Undisturbed runs of each model at each shape, at least.")] = 30,
+    runs: Annotated[
+        int | None, typer.Option(min=1, help="Undisturbed runs of each, at least; by default until ratios are sure.")
+    ] = None,
+    budget: Budget = None,
     threads: Threads = 0,
     json: Json = False,
     quiet: Quiet = False,
@@ -271,9 +274,9 @@ def bench(
 
     output = Output(json, quiet, verbose)
     shapes = [parse_shape(s) for s in shape or ()]
+    limit = parse_seconds(budget) if budget else None
     with output.progress() as watch:
-        step = (lambda done, total: watch("measuring", done, total)) if watch else None
-        found = onnxcomp.bench(models, find(target), shapes, runs=runs, threads=threads, watch=step)
+        found = onnxcomp.bench(models, find(target), shapes, runs=runs, budget=limit, threads=threads, watch=watch)
     notes = [f"note: {w}" for w in found.warnings]
     output.show(report.finite(found.json()), report.speed_headline(found), tables.benchmark(found), *notes)
 
@@ -283,9 +286,11 @@ def tune(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="The file of choices to write.", show_default=False)],
     target: Target = "cpu",
-    preset: Annotated[str, typer.Option(help="Measure what this preset leaves of the model.")] = "optimize",
+    preset: Preset = "optimize",
     recipe: Annotated[Path | None, typer.Option(help="A recipe as YAML, in place of a preset.")] = None,
     shape: Shapes = None,
+    budget: Budget = None,
+    threads: Threads = 0,
     graph: GraphName = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -293,75 +298,25 @@ def tune(
 ) -> None:
     """Measure the equivalent forms of each site on this machine; optimize and compress take the file as --choices."""
     from onnxcomp.cli.tune_model import tune as measure
+    from onnxcomp.engine.settings import Settings
     from onnxcomp.reports import json_report as report
     from onnxcomp.reports import tables
     from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
-    shapes = [parse_shape(s) for s in shape or ()]
-    choices, found = measure(model, out, target=find(target), preset=preset, recipe=recipe, shapes=shapes, graph=graph)
+    settings = Settings(
+        target=find(target), shapes=tuple(parse_shape(s) for s in shape or ()), threads=threads,
+        budget=2 * parse_seconds(budget) if budget else None,  # choosing forms gets half of it
+    )  # fmt: skip
+    with output.progress() as watch:
+        choices, found = measure(model, out, settings, preset=preset, recipe=recipe, graph=graph, watch=watch)
     changed = sum(c.form != c.default for c in found)
     line = f"{len(found)} kinds of sites, {changed} in another form than the table's; written to {out}"
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-@app.command()
-def passes(
-    name: Annotated[str | None, typer.Argument(help="Show this pass with its options.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """List all available passes, or explain one."""
-    import dataclasses
-
-    from onnxcomp.engine import catalog
-    from onnxcomp.reports import tables
-
-    output = Output(json, quiet, verbose)
-    if name is None:
-        known = catalog.listing()
-        found = [catalog.describe(n) for n in known.passes]
-        names = "\n".join(known.passes) if quiet else ""
-        facts = {"passes": [dataclasses.asdict(i) for i in found], "left_out": known.problems}
-        output.show(facts, names, tables.pass_table(found))
-        _left_out(known.problems)
-        return
-    info = catalog.describe(name)
-    line = f"{info.name}: stage {info.stage}, {info.fidelity}, from {info.origin}"
-    output.show(dataclasses.asdict(info), line, f"\n{info.doc}\n", tables.option_table(info))
-
-
-def _left_out(problems: Sequence[str]) -> None:
-    """Warn of passes that were left out of what is shown."""
-    for problem in problems:
-        sys.stderr.write(f"warning: {problem}; it is left out\n")
-
-
-@app.command()
-def schema(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Print the JSON schemas of recipes, of report.json and of what `inspect --json` prints."""
-    from onnxcomp.cli import inspect_model
-    from onnxcomp.engine import catalog, recipe
-    from onnxcomp.reports import json_report as report
-
-    _left_out(catalog.listing().problems)
-    whole = {"recipe": recipe.schema(), "report": report.schema(), "inspect": inspect_model.schema()}
-    Output(json=True).show(whole, "")
-
-
-@app.command()
-def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
-    """Check this machine and installation; exit code 1 if something is broken."""
-    from onnxcomp.cli.diagnosis import diagnose
-    from onnxcomp.reports import tables
-
-    found = diagnose()
-    broken = [c["check"] for c in found["checks"] if c["status"] == "broken"]
-    line = f"broken: {', '.join(broken)}" if broken else "everything needed works"
-    Output(json, quiet, verbose).show(found, line, tables.checks(found["checks"]))
-    if broken:
-        raise typer.Exit(failures.FAULT)
+for _command in (presets, passes, schema, doctor):
+    app.command()(_command)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from onnxcomp.errors import RecipeError
 
-__all__ = ["Output", "parse_memory", "parse_shape", "show"]
+__all__ = ["Output", "parse_memory", "parse_seconds", "parse_shape", "show"]
 
 Watch = Callable[[str, int, int], None]
 _UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNITS |= {f"{u}b": n for u, n in list(_UNITS.items()) if u not in ("", "b")}
 _UNITS |= {f"{u}ib": 2 ** (10 * (i + 1)) for i, u in enumerate("kmgt")}
 WIDE = 140  # columns where output is no terminal, so that nothing is cut off
+# Seconds before the first line of progress and between two, where output is no terminal: short commands print none.
+SILENT, EVERY = 3.0, 5.0
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,12 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Watch | None]:
-        """A progress bar on stderr, where that is a terminal; yields what is called with (label, done, total)."""
-        if self.quiet or not sys.stderr.isatty():
+        """Progress on stderr: a bar on a terminal, else now and then a line; yields what takes (label, done, total)."""
+        if self.quiet:
             yield None
+            return
+        if not sys.stderr.isatty():
+            yield _lines()
             return
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -61,6 +68,21 @@ class Output:
                 bar.update(task, description=label, completed=done, total=total)
 
             yield watch
+
+
+def _lines() -> Watch:
+    """Progress as plain lines, few enough for a log."""
+    began, last = time.monotonic(), -math.inf
+
+    def watch(label: str, done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - began >= SILENT and now - last >= EVERY:
+            sys.stderr.write(f"[{now - began:.0f} s] {label}: {done} of {total}\n")
+            sys.stderr.flush()
+            last = now
+
+    return watch
 
 
 def show(console: Any, item: Any) -> None:
@@ -94,3 +116,12 @@ def parse_memory(text: str) -> int:
     if match is None or unit not in _UNITS or (size := int(float(match.group(1)) * _UNITS[unit])) <= 0:
         raise RecipeError(f"memory '{text}' is not a size such as 4GiB or 500MB")
     return size
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from `60s`, `1.5m` or a plain number; raises `RecipeError`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|m|h)?\s*", text)
+    seconds = float(match.group(1)) * {"s": 1, "m": 60, "h": 3600}[match.group(2) or "s"] if match else 0.0
+    if seconds <= 0:
+        raise RecipeError(f"time '{text}' is not a duration such as 60s or 2m")
+    return seconds

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from onnxcomp.cli.console import Watch
 from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
@@ -14,7 +14,6 @@ from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.lowering.choices import Choice, Choices
 from onnxcomp.reports.outcome import Report
-from onnxcomp.target import CPU, Target
 
 __all__ = ["tune"]
 
@@ -24,25 +23,24 @@ SAMPLES = 4
 def tune(
     model: str | Path,
     out: str | Path,
+    settings: Settings,
     *,
-    target: Target = CPU,
-    preset: str = "optimize",
+    preset: str | None = "optimize",
     recipe: Path | None = None,
-    shapes: Sequence[Mapping[str, int]] = (),
     graph: str | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Choices, list[Choice]]:
     """Measure the forms of every site that a recipe leaves, and write the choices; nothing else is kept.
 
     Data that the recipe's passes need is made up: a time depends on sizes and types alone. Raises `RecipeError` where
     the target does not run here.
     """
-    chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe.preset(preset)
-    choices, found = None, []
+    chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe.preset(preset or "optimize")
+    choices, found, target = None, [], settings.target
     for path in chosen_graphs(Path(model), graph).values():
         g = storage.load(path)
         manager = PassManager(
-            chosen.passes, Settings(target=target, shapes=tuple(shapes)), allow_unchanged=True,
-            any_order=chosen.any_order,
+            chosen.passes, settings, allow_unchanged=True, any_order=chosen.any_order, watch=watch,
         )  # fmt: skip
         if manager.host_note or not target.here:
             raise RecipeError(f"'{target.name}' cannot be measured here: run tune on the machine it stands for")

@@ -45,6 +45,8 @@ def compress(
     memory: int | None = None,
     plan: bool = False,
     measure: bool = True,
+    budget: float | None = None,
+    threads: int = 0,
     exact_rows: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
@@ -63,8 +65,9 @@ def compress(
     (result,) = compress_each(
         model, out, preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration,
         evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, gates=gates, on_fail=on_fail,
-        shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, exact_rows=exact_rows, choices=choices,
-        cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, watch=watch,
+        shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, budget=budget, threads=threads,
+        exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, seed=seed,
+        allow_code=allow_code, watch=watch,
     ).values()  # fmt: skip
     return result
 
@@ -89,6 +92,8 @@ def compress_each(
     memory: int | None = None,
     plan: bool = False,
     measure: bool = True,
+    budget: float | None = None,
+    threads: int = 0,
     exact_rows: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
@@ -102,6 +107,7 @@ def compress_each(
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
+    `budget` is the time for measuring in seconds, `threads` how many what is timed uses (0: the runtime's choice);
     `choices` is a file that `tune` wrote; `exact_rows` sets that option of the passes that have it; `memory` is in
     bytes.
     """
@@ -119,6 +125,8 @@ def compress_each(
         shapes=tuple(shapes),
         memory=memory,
         measure=measure and not plan,
+        budget=budget,
+        threads=threads,
         cache=Path(cache) if cache else None,
         choices=Path(choices) if choices else None,
         allow_code=allow_code,
@@ -139,6 +147,8 @@ def optimize(
     shapes: Sequence[Mapping[str, int]] = (),
     opset: int | None = None,
     measure: bool = True,
+    budget: float | None = None,
+    threads: int = 0,
     exact_rows: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
@@ -148,8 +158,8 @@ def optimize(
 ) -> Result:
     """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
     return compress(
-        model, out, preset="optimize", target=target, shapes=shapes, opset=opset, measure=measure,
-        exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, watch=watch,
+        model, out, preset="optimize", target=target, shapes=shapes, opset=opset, measure=measure, budget=budget,
+        threads=threads, exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, watch=watch,
     )  # fmt: skip
 
 

@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.element_types import narrowest_float
 from onnxcomp.benchmarking import benchmark
-from onnxcomp.benchmarking.benchmark import BenchReport, Ratio, Rounds
+from onnxcomp.benchmarking.benchmark import Progress
+from onnxcomp.benchmarking.results import BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
+from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.files.atomic import scratch_folder
@@ -22,17 +24,15 @@ from onnxcomp.reports.outcome import Lowering, Report, Result
 from onnxcomp.runtime import sessions
 from onnxcomp.target import Target
 
-__all__ = ["confirm", "pick"]
+__all__ = ["confirm", "pick", "timed"]
 
 # Relative difference of outputs that equivalent forms never reach, by the element type that they compute in.
 NOISE = {ir.DataType.FLOAT: 1e-3, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
-ROUNDS = 12  # at least so many timed runs of each model and shape; the benchmark does more where they are short
 
 
 def confirm(
-    source: Stored, written: Stored, result: Result, target: Target, shapes: Sequence[Mapping[str, int]], *,
-    measure: bool,
-) -> Stored:  # fmt: skip
+    source: Stored, written: Stored, result: Result, settings: Settings, *, measure: bool, watch: Progress | None = None
+) -> Stored:
     """Compare the written result with its unlowered form; write that one instead where it is the better one.
 
     Returns what is written in the end. Without `measure` only the outputs are compared. What was found goes into the
@@ -41,12 +41,12 @@ def confirm(
     r, other = result.report, result.unlowered
     if other is None:
         return written
-    if why := _illegal(other, target):
+    if why := _illegal(other, settings.target):
         r.lowering = Lowering("lowered", f"not compared with the unlowered model: {why}")
         return written
     if why := _differs(other, written, r):
         return _keep(result, written.path, f"the lowered model {why}")
-    return _time(source, written, result, target, shapes) if measure else written
+    return _time(source, written, result, settings, watch) if measure else written
 
 
 def _illegal(g: Graph, target: Target) -> str:
@@ -80,15 +80,21 @@ def _differs(other: Graph, written: Stored, r: Report) -> str:
     return ""
 
 
-def _time(
-    source: Stored, written: Stored, result: Result, target: Target, shapes: Sequence[Mapping[str, int]]
-) -> Stored:
+def timed(models: Sequence[Stored], r: Report, s: Settings, watch: Progress | None) -> BenchReport:
+    """The benchmark of models in what is left of the time for measuring."""
+    spent = sum(step.choosing for step in r.steps if not step.cached)
+    left = None if s.budget is None else max(0.0, s.budget - spent)
+    return benchmark.bench(models, s.target, s.shapes, budget=left, threads=s.threads, watch=watch)
+
+
+def _time(source: Stored, written: Stored, result: Result, settings: Settings, watch: Progress | None) -> Stored:
     """Source, result and unlowered model in turns; the unlowered one stays where the result is surely slower."""
     other = result.unlowered
     assert other is not None
     with scratch_folder() as folder:
-        plain = storage.save(other, folder, name="unlowered.onnx")
-        found = benchmark.bench([source, written, plain], target, shapes, runs=ROUNDS)
+        path = storage.save(other, folder, name="unlowered.onnx")
+        plain = Stored(path, other, tuple(sorted(folder.glob(f"{path.stem}*"))))
+        found = timed([source, written, plain], result.report, settings, watch)
     ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
     worse = [shape for shape, x in ratios.items() if x.high < 1]
     better = [shape for shape, x in ratios.items() if x.low > 1]

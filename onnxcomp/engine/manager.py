@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.data.datasets import Dataset, as_dataset, overlap
+from onnxcomp.data.datasets import Dataset
+from onnxcomp.engine import data_used
 from onnxcomp.engine.blame import blaming, listed
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
@@ -25,10 +26,10 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.lowering import costs
 from onnxcomp.lowering.costs import Cost
-from onnxcomp.lowering.planner import Planner, asked_shapes, known_choices
+from onnxcomp.lowering.planner import BUDGET, Planner, asked_shapes, known_choices
 from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
-from onnxcomp.reports.outcome import DataUsed, Report, Result, Step
+from onnxcomp.reports.outcome import Report, Result, Step
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
@@ -85,10 +86,11 @@ class PassManager:
         self.passes = tuple(passes)
         self.target, self.seed, self.measure, self.shapes = s.target, s.seed, s.measure, s.shapes
         self.memory, self.cache, self.allow_code = s.memory, s.cache, s.allow_code
+        self.threads, self.budget = s.threads, BUDGET if s.budget is None else s.budget / 2
         self.host, self.host_note = host_of(self.target)
         self.gate = gate or Gate()
         self.allow_unchanged = allow_unchanged
-        self.choices = known_choices(self.target, s.choices, s.cache)
+        self.choices = known_choices(self.target, s.choices, s.cache, s.threads)
         if on_fail not in ("raise", "rollback"):
             raise RecipeError(f"on_fail is 'raise' or 'rollback', not '{on_fail}'")
         self.on_fail = on_fail
@@ -100,8 +102,11 @@ class PassManager:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
         original = load(model) if not isinstance(model, Graph) else model
         self.gate.check(str(v.name) for v in original.outputs)
-        calib, evalu, notes = self._datasets(original, calibration, evaluation)
-        report = Report(warnings=notes, calibration=_described(calib), evaluation=_described(evalu))
+        calib, evalu, notes = data_used.datasets(original, calibration, evaluation)
+        if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
+            raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
+        report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
+        report.warnings += [*([self.host_note] if self.host_note else []), *notes]
         with scratch_folder() as scratch:
             reference = None
             if evalu is not None:
@@ -127,7 +132,8 @@ class PassManager:
             return StepCache(None)
         data = [d.fingerprint() if d is not None else "" for d in (calib, evalu)]
         choices = self.choices.json() if self.choices.pinned else self.choices.header.forms
-        settings = (self.target, self.gate, self.on_fail, self.seed, self.measure, self.shapes, __version__)
+        timing = (self.measure, self.shapes, self.threads, self.budget)
+        settings = (self.target, self.gate, self.on_fail, self.seed, *timing, __version__)
         return StepCache(self.cache, content_hash(original), *data, *settings, choices)
 
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
@@ -266,10 +272,16 @@ class PassManager:
     def _costs(
         self, walk: _Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
     ) -> list[Cost]:
-        began, now = time.perf_counter(), measured and not self.choices.pinned
-        found = costs.costs(forms, shapes, self.target, measure=now, known=self.choices.numbers)
+        began = time.perf_counter()
+        now = measured and not self.choices.pinned and self._spare(walk) > 0
+        known = self.choices.numbers
+        found = costs.costs(forms, shapes, self.target, measure=now, threads=self.threads, known=known)
         walk.costing += time.perf_counter() - began
         return found
+
+    def _spare(self, walk: _Walk) -> float:
+        """Seconds that choosing among forms may still take."""
+        return self.budget - walk.costing - sum(s.choosing for s in walk.report.steps if not s.cached)
 
     def _plan(self, walk: _Walk, work: Graph, measured: bool) -> Planner:
         """The planner of the step under way; what it had to leave to the table for want of sizes is a note."""
@@ -280,7 +292,9 @@ class PassManager:
                 if not shapes:
                     note = "forms were taken from the table: say the size of every open axis with --shape to measure"
                     walk.report.warnings.append(note)
-            walk.planner = Planner(work, self.target, shapes, self.choices, measure=measured)
+            walk.planner = Planner(
+                work, self.target, shapes, self.choices, measured, self._spare(walk), self.threads, self.watch
+            )
         return walk.planner
 
     def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:
@@ -335,26 +349,6 @@ class PassManager:
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 
-    def _datasets(
-        self, g: Graph, calibration: Any, evaluation: Any
-    ) -> tuple[Dataset | None, Dataset | None, list[str]]:
-        """Normalise the two sources; without evaluation data one fifth of the calibration data is held out."""
-        notes = [self.host_note] if self.host_note else []
-        calib = as_dataset(calibration, g) if _given(calibration) else None
-        evalu = as_dataset(evaluation, g) if _given(evaluation) else None
-        if calib is not None and evalu is None and len(calib) >= 5:
-            calib, evalu = calib.split()
-            total = len(calib) + len(evalu)
-            notes.append(f"no evaluation data: {len(evalu)} of {total} calibration samples were held out to judge")
-        elif calib is not None and evalu is not None and (shared := overlap(calib, evalu)):
-            notes.append(f"{shared} evaluation samples are also in the calibration data: accuracy is overrated")
-        if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
-            raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
-        if any(d is not None and d.random for d in (calib, evalu)):
-            notes.append("random data was used: it proves shapes and speed, not accuracy")
-        notes += dict.fromkeys(f"{d.name}: {note}" for d in (calib, evalu) if d is not None for note in d.notes)
-        return calib, evalu, notes
-
     def _finish(self, walk: _Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
@@ -383,11 +377,3 @@ def allowed(passes: Iterable[Pass], allow_code: bool) -> None:
         if p.runs_code and not allow_code:
             raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code (allow_code=True)")
         _ = p.content
-
-
-def _given(data: Any) -> bool:
-    return data is not None and not (isinstance(data, (tuple, list)) and not data)
-
-
-def _described(data: Dataset | None) -> DataUsed | None:
-    return None if data is None else DataUsed(data.name, len(data))

@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from onnxcomp.benchmarking import benchmark
 from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
@@ -102,14 +101,14 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     path = storage.save(result.model, staging, metadata=result.report.metadata, name=name)
     settings = job.settings
     timed = settings.measure and settings.target.here and not host_of(settings.target)[1]
-    written = confirm.confirm(source, storage.read(path), result, settings.target, settings.shapes, measure=timed)
-    _check(job, source, written, result)
+    written = confirm.confirm(source, storage.read(path), result, settings, measure=timed, watch=watch)
+    _check(job, source, written, result, watch)
     stem = Path(name).stem
     write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
     return result
 
 
-def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
+def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Watch | None) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r, target = result.report, job.settings.target
     r.size = Size(source.nbytes, written.nbytes)
@@ -121,7 +120,7 @@ def _check(job: Job, source: Stored, written: Stored, result: Result) -> None:
         r.integer = sessions.integer_check(written, host)
     r.placement = _placed(written, target, host, elsewhere)
     if job.settings.measure and target.here and not elsewhere:
-        r.benchmark = r.benchmark or benchmark.bench([source, written], target, job.settings.shapes)
+        r.benchmark = r.benchmark or confirm.timed([source, written], r, job.settings, watch)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     elif gate.wants_latency:
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.resources
 import json
 import typing
 from collections.abc import Hashable, Mapping
@@ -19,6 +18,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from onnxcomp.engine import recipes
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.catalog import listing, load, nearest, options_schema
 from onnxcomp.errors import RecipeError
@@ -75,6 +75,8 @@ class Recipe:
     """Allow a lossy pass that changes nothing."""
     data: RecipeData = field(default_factory=RecipeData)
     """Where calibration and evaluation data come from."""
+    about: str = ""
+    """What the recipe is for."""
     advice: str = ""
     """What to try when a gate refuses the result."""
 
@@ -121,8 +123,14 @@ class Recipe:
         """One of the recipes that come with onnxcomp; raises `RecipeError` with the nearest name."""
         if name not in presets():
             raise RecipeError(f"unknown preset '{name}'{nearest(name, presets())}")
-        file = importlib.resources.files("onnxcomp.engine.recipes") / f"{name}.yaml"
-        return cls._from(read_yaml(file.read_text(encoding="utf-8"), f"preset {name}"), name)
+        return cls._from(read_yaml(recipes.text(name), f"preset {name}"), name)
+
+    @property
+    def data_needed(self) -> str:
+        """Which data it needs: `calibration` (which can judge too), `evaluation` (for its gates only) or `none`."""
+        if any(p.wants_data for p in self.passes):
+            return "calibration"
+        return "evaluation" if self.gates else "none"
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values; of the options only those that differ from their defaults."""
@@ -142,11 +150,11 @@ class Recipe:
         return text
 
     def hash(self) -> str:
-        """SHA-256 of what changes the result: every option with its value, not the recipe's name nor its advice.
+        """SHA-256 of what changes the result: every option with its value, but no words of it.
 
         Of a pass that runs a file also its content.
         """
-        content = {k: v for k, v in self.plain().items() if k not in ("name", "advice")}
+        content = {k: v for k, v in self.plain().items() if k not in ("name", "about", "advice")}
         content["passes"] = [
             {p.name: plain({f.name: getattr(p, f.name) for f in dataclasses.fields(p)})} for p in self.passes
         ]
@@ -157,8 +165,7 @@ class Recipe:
 
 def presets() -> list[str]:
     """Names of the recipes that come with onnxcomp."""
-    folder = importlib.resources.files("onnxcomp.engine.recipes")
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+    return recipes.names()
 
 
 def parse_pass(entry: str | Mapping[str, Any] | Pass) -> Pass:

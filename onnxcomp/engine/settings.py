@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.errors import RecipeError
 from onnxcomp.target import CPU, Target, resolved
 
 if TYPE_CHECKING:
@@ -22,7 +23,9 @@ class Settings:
     """Where a model will run, on which data it is made and judged, and within which limits; what is done a recipe says.
 
     `samples`, `sequence` (tokens per sample) and `memory` (bytes) are upper limits; without `measure` nothing is timed;
-    `choices` is a file that `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run.
+    `budget` (seconds) is how long measuring may take, choosing forms half of it at most; `threads` are those of what is
+    timed, 0 leaves them to the runtime; `choices` is a file that `onnxcomp tune` wrote; `allow_code` lets data sources
+    of the form module:function run.
     """
 
     target: Target = CPU
@@ -34,12 +37,18 @@ class Settings:
     shapes: tuple[Mapping[str, int], ...] = ()
     memory: int | None = None
     measure: bool = True
+    budget: float | None = None
+    threads: int = 0
     cache: Path | None = None
     choices: Path | None = None
     allow_code: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.budget is not None and self.budget <= 0:
+            raise RecipeError(f"the time for measuring must be more than 0 s, not {self.budget:g} s")
+        if self.threads < 0:
+            raise RecipeError(f"the number of threads must be at least 0 (the runtime's choice), not {self.threads}")
         object.__setattr__(self, "target", resolved(self.target))
         object.__setattr__(self, "shapes", tuple(dict(s) for s in self.shapes))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,9 @@ from onnxcomp.target import CPU, Target, resolved
 __all__ = ["Cost", "costs", "forget", "operations"]
 
 ROUNDS = 5  # each form is timed so often, in turns with the others; the median is taken
+# Rounds after which timing ends where no form's times come near those of another: two more rounds would have to lie
+# beyond all others by this factor to move a median across the 5 % that decisions are made by.
+FEW, APART = 3, 1.25
 _SECONDS = 0.02  # of timed runs per form and round
 
 _times: dict[str, float] = {}
@@ -78,6 +82,8 @@ def _time(
     feeds = {name: _feeds(g, shapes) for name, g in forms.items()}
     rounds: dict[str, list[float]] = {name: [] for name in forms}
     for turn in range(ROUNDS):
+        if turn >= FEW and _apart(rounds.values()):
+            break
         order = list(forms) if turn % 2 == 0 else list(forms)[::-1]
         for name in order:
             try:
@@ -85,6 +91,12 @@ def _time(
             except OnnxcompError as e:
                 raise type(e)(f"form '{name}': {e}") from e
     return {name: float(np.median(seconds)) for name, seconds in rounds.items()}
+
+
+def _apart(times: Iterable[Sequence[float]]) -> bool:
+    """Whether there are several forms, and the times of every two of them are wholly apart."""
+    ordered = sorted(times, key=min)
+    return len(ordered) > 1 and all(min(b) > APART * max(a) for a, b in itertools.pairwise(ordered))
 
 
 def _median(g: Graph, feeds: Mapping[str, Array], target: Target, threads: int) -> float:

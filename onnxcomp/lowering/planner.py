@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,7 +28,8 @@ from onnxcomp.target import Target
 
 __all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]
 
-BUDGET = 50.0  # seconds of measuring per graph; sites that are not measured by then take the table's form
+# Seconds of measuring per graph where nobody sets them; sites that are not measured by then take the table's form.
+BUDGET = 50.0
 
 
 @dataclass
@@ -47,7 +48,8 @@ class Planner:
     """Chooses forms for one graph; `chosen` collects all choices.
 
     Without `measure` nothing is timed: remembered choices are taken, else the table's, so that results are the same on
-    every machine. `seconds` is the time that choosing took so far; `exact_rows` is passed to all forms.
+    every machine. `budget` is in seconds, `threads` are those of the sessions that are timed, and `watch` is told what
+    is being timed. `seconds` is the time that choosing took so far; `exact_rows` is passed to all forms.
     """
 
     g: Graph
@@ -56,6 +58,8 @@ class Planner:
     choices: Choices
     measure: bool = True
     budget: float = BUDGET
+    threads: int = 0
+    watch: Callable[[str, int, int], None] | None = None
     chosen: list[Choice] = field(default_factory=list)
     seconds: float = 0.0
     exact_rows: bool = False
@@ -76,7 +80,10 @@ class Planner:
             return []
         ctx = self.context(spots)
         chosen: list[tuple[Spot, Form | None, str]] = []
-        for group in self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows}"):
+        groups = self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows}")
+        for i, group in enumerate(groups):
+            if self.watch and self.measure:
+                self.watch(f"timing forms of {kind.name}, kinds of sites", i, len(groups))
             names = legal(ctx, group.spots[0], standard=standard, approximate=approximate)
             choice = self._choice(kind, group, names, default(ctx, kind.name, names))
             self.chosen.append(choice)
@@ -144,7 +151,7 @@ class Planner:
         if entries[0].note:
             why, failed = f"{names[0]} {entries[0].note}", tuple(e.candidate(e) for e in entries)
             return replace(base, reason=why, candidates=failed), True
-        race(ready, self.target, deadline=began + self.budget - self._spent)
+        race(ready, self.target, threads=self.threads, deadline=began + self.budget - self._spent)
         best, complete = winner(ready), not unfinished(ready)
         self._spent += time.perf_counter() - began
         candidates = tuple(e.candidate(entries[0]) for e in entries)
@@ -259,12 +266,12 @@ class Planner:
 # ---- what is known beforehand ----------------------------------------------------------------------------------------
 
 
-def known_choices(target: Target, file: Path | None = None, cache: Path | None = None) -> Choices:
+def known_choices(target: Target, file: Path | None = None, cache: Path | None = None, threads: int = 0) -> Choices:
     """The choices of a file of `onnxcomp tune`, else those cached for this machine, else none."""
     facts = machine()
     where = f"{facts['cpu']}, {facts['cores']} cores, {' '.join(facts['features'])}"
     runtime = " ".join(f"{n} {v}" for n, v in installed_runtimes().items())
-    header = Header(target.name, where, runtime)
+    header = Header(target.name, where, runtime, threads)
     if file is not None:
         return Choices.load(file, header)
     return Choices.cached(cache, header) if cache is not None else Choices(header)

@@ -27,6 +27,7 @@ __all__ = [
     "option_table",
     "outputs",
     "pass_table",
+    "preset_table",
     "report_tables",
     "validation",
     "verdicts",
@@ -169,6 +170,16 @@ def pass_table(found: Iterable[PassInfo]) -> Table:
     """All passes, one line each."""
     rows = [(i.name, i.stage, i.fidelity, i.doc.partition("\n")[0]) for i in found]
     return table("Passes", ("name", "stage", "fidelity", "what it does"), rows, left=4)
+
+
+def preset_table(found: Iterable[Mapping[str, Any]], *, every: bool = False) -> Table:
+    """All presets; with `every` their passes and gates too."""
+    rows: list[tuple[str, ...]] = []
+    for p in found:
+        rows.append((p["name"], p["target"], p["data"], p["about"]))
+        if every:
+            rows += [("", "", "passes", ", ".join(map(str, p["passes"]))), ("", "", "gates", ", ".join(p["gates"]))]
+    return table("Presets", ("name", "target", "data", "what it is for"), rows, left=4)
 
 
 def option_table(info: PassInfo) -> Table | str:

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from onnxcomp import machine
 from onnxcomp.benchmarking import benchmark, worker
-from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, bench
+from onnxcomp.benchmarking.benchmark import bench
+from onnxcomp.benchmarking.results import LEAST, NARROW, BenchReport, Block, Rounds, disturbed
 from onnxcomp.benchmarking.worker import Child, Watch, busy_seconds
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import as_dataset
@@ -87,8 +88,13 @@ def test_memory_is_read_from_the_system_or_from_usage(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("foreign", "dirty"), [(0.0, False), (0.15, False), (0.16, True), (1.9, True), (None, False)])
-def test_blocks_are_dirty_above_the_limit(foreign: float | None, dirty: bool) -> None:
-    assert Block((1.0,), foreign).dirty is dirty
+def test_blocks_are_disturbed_above_the_limit(foreign: float | None, dirty: bool) -> None:
+    assert disturbed([Block((1.0,), foreign)]) is dirty
+
+
+def test_a_round_is_judged_as_a_whole_by_the_time_of_its_blocks() -> None:
+    assert not disturbed([Block((1.0,) * 3, 0.0), Block((1.0,), 0.4), Block((9.0,), None)])
+    assert disturbed([Block((1.0,), 0.0), Block((1.0,) * 3, 0.4)])
 
 
 def test_disturbed_rounds_are_dropped_for_all_models() -> None:
@@ -145,6 +151,7 @@ def test_a_ratio_that_was_not_measured_names_what_was() -> None:
 def test_the_plan_asks_for_enough_rounds() -> None:
     plan = benchmark._Plan(runs=30, threads=0, window=0.3)
     assert [plan.count(s) for s in (0.0001, 0.01, 0.8)] == [1000, 30, 2]
+    assert benchmark._Plan(runs=None, threads=0, window=0.3).rounds([2]) == benchmark.ROUNDS
     assert plan.rounds([1000, 30]) == benchmark.ROUNDS
     assert plan.rounds([30, 2]) == 15
     assert benchmark._Plan(runs=2, threads=0, window=0.3).rounds([100]) == 2
@@ -165,11 +172,12 @@ class FakeChild:
         return {"samples": [self.seconds] * message["count"], "foreign": foreign, "peak_mib": 5.0}
 
 
-def interleaved(dirty: int) -> tuple[Rounds, list[tuple[int, int]]]:
+def interleaved(dirty: int, runs: int | None = 4, deadline: float = math.inf) -> tuple[Rounds, list[tuple[int, int]]]:
+    """Two models of 0.1 and 0.05 s measured with a fake clock, and what was told meanwhile."""
     FakeChild.log, seen = [], []
     children: Any = [FakeChild("A", 0.1), FakeChild("B", 0.05, dirty)]
-    plan = benchmark._Plan(4, 0, 0.3)
-    made, peaks = benchmark._interleave(children, plan, lambda done, total: seen.append((done, total)))
+    plan = benchmark._Plan(runs, 0, 0.3)
+    made, peaks = benchmark._interleave(children, plan, deadline, lambda done, total: seen.append((done, total)))
     assert peaks == [5.0, 5.0]
     return made, seen
 
@@ -178,7 +186,7 @@ def test_blocks_alternate_their_order() -> None:
     r, seen = interleaved(dirty=0)
     assert FakeChild.log == list("AB" + "ABBAABBA")
     assert [len(b.samples) for b in r.blocks[0]] == [3, 6]
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
 
 
 def test_disturbed_rounds_are_measured_again_up_to_a_limit() -> None:
@@ -186,6 +194,42 @@ def test_disturbed_rounds_are_measured_again_up_to_a_limit() -> None:
     assert (len(r.blocks), len(r.clean)) == (6, 4)
     r, _ = interleaved(dirty=99)
     assert (len(r.blocks), len(r.clean)) == (12, 0)
+
+
+def test_measuring_ends_when_the_ratios_are_sure() -> None:
+    r, seen = interleaved(dirty=0, runs=None)
+    assert len(r.blocks) == len(seen) == LEAST
+    assert seen[0] == (0, benchmark.ROUNDS)
+    assert len(interleaved(dirty=2, runs=None)[0].blocks) == LEAST + 2
+
+
+def test_a_wide_interval_is_measured_on() -> None:
+    spread = 1 + 2 * NARROW
+    wide = rounds(*[(1.0, 1.0), (spread, 1.0), (1.0, spread)] * 3)
+    assert not wide.narrow
+    assert rounds(*[(1.0, 1.0)] * LEAST).narrow
+    assert not rounds(*[(1.0, 1.0)] * (LEAST - 1)).narrow
+    plan = benchmark._Plan(None, 0, 0.3)
+    assert not plan.done(wide, benchmark.ROUNDS, math.inf)
+    assert plan.done(rounds(*[(1.0, 1.0)] * LEAST), benchmark.ROUNDS, math.inf)
+    assert not benchmark._Plan(30, 0, 0.3).done(rounds(*[(1.0, 1.0)] * LEAST), benchmark.ROUNDS, math.inf)
+
+
+def test_no_round_begins_after_the_deadline() -> None:
+    assert len(interleaved(dirty=0, deadline=0.0)[0].blocks) == benchmark.FEWEST
+    assert len(interleaved(dirty=0, runs=2, deadline=0.0)[0].blocks) == 2
+    told = list(benchmark._warnings(rounds(*[(1.0, 1.0)] * 3), "batch=1", late=True))
+    assert told == ["batch=1: time was up after 3 rounds, so the interval is wide; --budget gives more"]
+
+
+def test_the_time_for_measuring_is_shared_by_the_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: 100.0)
+    monkeypatch.setattr(benchmark._Run, "measure", lambda run, shape: given.append((run.end - 100.0) / run.left))
+    path, shapes = tiny.external(tiny.linear(), tmp_path), [{"batch": n, "sequence": 2} for n in (1, 2, 3)]
+    for options in ({}, {"budget": 6.0}, {"runs": 3}, {"runs": 3, "budget": 6.0}):
+        bench([path], CPU, shapes, **options)
+    assert given[::3] == [benchmark.BUDGET / 3, 2.0, math.inf, 2.0]
 
 
 # ---- child processes -------------------------------------------------------------------------------------------------
@@ -210,7 +254,7 @@ def test_two_models_are_measured_and_the_processes_are_gone(
 ) -> None:
     (tmp_path / "deep").mkdir()
     a, b = tiny.external(tiny.encoder(), tmp_path), tiny.external(tiny.encoder(layers=3), tmp_path / "deep")
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[str, int, int]] = []
     r = bench([a, tmp_path / "deep"], CPU, SMALL, runs=2, window=0.01, threads=1, watch=lambda *x: seen.append(x))
     assert [(row.model, row.shape) for row in r.rows] == [
         (str(a), "batch=2,sequence=7"),
@@ -227,7 +271,7 @@ def test_two_models_are_measured_and_the_processes_are_gone(
         assert row.size_mib == pytest.approx(files / (1 << 20))
         assert row.throughput == pytest.approx(2000 / row.median_ms)
         assert row.tokens == pytest.approx(14000 / row.median_ms)
-    assert seen[-1][1] == 2
+    assert seen[0] == ("measuring batch=2,sequence=7, rounds", 0, 2)
     ratio = r.ratio(1, SMALL[0])
     assert ratio.low <= ratio.value <= ratio.high
     assert r.machine["runtime"]
@@ -303,10 +347,12 @@ def test_the_worker_speaks_lines(tmp_path: Path) -> None:
     target = benchmark.dataclasses.asdict(CPU)
     load = {"do": "load", "model": str(tmp_path / "m.onnx"), "feeds": str(tmp_path / "x.npz"), "target": target}
     run = {"do": "run", "warmup": 1, "count": 3}
-    lines = [run, {**load, "threads": 1}, run, {**load, "threads": 1, "model": str(tmp_path / "none.onnx")}]
+    ready = {"do": "ready", "target": target}
+    lines = [ready, run, {**load, "threads": 1}, run, {**load, "threads": 1, "model": str(tmp_path / "none.onnx")}]
     out = io.StringIO()
     worker.serve(io.StringIO("".join(json.dumps(x) + "\n" for x in lines)), out)
-    early, loaded, ran, lost = (json.loads(x) for x in out.getvalue().splitlines())
+    first, early, loaded, ran, lost = (json.loads(x) for x in out.getvalue().splitlines())
+    assert first == {}
     assert early["error"] == "OnnxcompError"
     assert loaded["provider"] == "CPUExecutionProvider"
     assert len(ran["samples"]) == 3

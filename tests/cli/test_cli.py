@@ -4,7 +4,6 @@ import functools
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -41,6 +40,7 @@ Run = Callable[..., tuple[int, str, str]]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Run the command line in this process: exit code, stdout, stderr."""
     monkeypatch.setattr(logging.getLogger("onnxcomp"), "level", logging.NOTSET)  # put back after -v
+    monkeypatch.setattr(console, "SILENT", 1e9)  # no progress, however slow the machine is
 
     def go(*args: object) -> tuple[int, str, str]:
         code = cli.main([str(a) for a in args])
@@ -278,7 +278,57 @@ def test_help_names_every_command(run: Run) -> None:
 def test_help_names_every_preset() -> None:
     command = typer.main.get_command(cli.app).commands["compress"]
     (option,) = (p for p in command.params if p.name == "preset")
-    assert sorted(re.findall(r"[\w-]+", option.help.removesuffix(".").replace(" or ", ", "))) == presets()
+    assert option.help.partition(";")[0].removeprefix("One of ").split(", ") == presets()
+
+
+def test_presets_say_what_they_are_for_and_need(run: Run) -> None:
+    found = {p["name"]: p for p in one_object(run("presets", "--json")[1])["presets"]}
+    assert list(found) == presets() == run("presets", "-q")[1].split()
+    assert all(p["about"] and p["passes"][0] == "canonicalize" for p in found.values())
+    assert {n: (p["data"].partition(" ")[0], p["target"]) for n, p in found.items() if n in ("int8", "fp16")} == {
+        "int8": ("calibration", "cpu"),
+        "fp16": ("calibration", "cuda"),
+    }
+    assert found["optimize"]["data"] == "none"
+    assert "--eval" in found["int8-dynamic"]["data"]
+    code, out, err = run("presets")
+    assert (code, err) == (0, "")
+    assert {line.split()[0] for line in out.splitlines() if line.strip()} >= set(found)
+    assert "sqnr>=12" not in out
+    assert "sqnr>=12" in run("presets", "-v")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [("compress m --preset int", {"int8", "int8-dynamic"}), ("bench m --target ten", {"tensorrt"}), ("tun", {"tune"})],
+)
+def test_shells_complete_commands_presets_and_targets(words: str, offered: set[str]) -> None:
+    typed = f"onnxcomp {words}"
+    env = os.environ | {"_ONNXCOMP_COMPLETE": "complete_bash", "COMP_WORDS": typed}
+    env["COMP_CWORD"] = str(len(typed.split()) - 1)
+    found = subprocess.run(
+        [sys.executable, "-m", "onnxcomp"], env=env, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert set(found.stdout.split()) >= offered
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 101.0, 104.0, 106.0, 109.5])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.Output().progress() as watch:
+        for i in range(4):
+            watch("measuring batch=1, rounds", i, 12)
+    told = ["[4 s] measuring batch=1, rounds: 1 of 12", "[10 s] measuring batch=1, rounds: 3 of 12"]
+    assert capsys.readouterr().err.splitlines() == told
+    with console.Output(quiet=True).progress() as watch:
+        assert watch is None
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("90", 90), ("1.5m", 90), ("1h", 3600)])
+def test_durations(text: str, seconds: float) -> None:
+    assert console.parse_seconds(text) == seconds
 
 
 # ---- doctor ----------------------------------------------------------------------------------------------------------
@@ -384,6 +434,9 @@ OPTIONS = {
     ("--preset", "int8", "--on-fail", "ignore"): "rollback",
     ("--preset", "int8", "--shape", "batch"): "AXIS=SIZE",
     ("--preset", "int8", "--memory", "much"): "4GiB",
+    ("--preset", "int8", "--budget", "soon"): "60s or 2m",
+    ("--preset", "int8", "--budget", "0s"): "60s or 2m",
+    ("--preset", "int8", "--threads", "-1"): "--threads",
     ("--preset", "int8", "--graph", "decoder"): "no graph 'decoder'",
     ("--preset", "int8", "--samples", "0"): "--samples",
     ("--preset", "int8", "--no-such-option"): "--no-such-option",
@@ -615,9 +668,7 @@ class Terminal:
         return True
 
 
-def test_progress_goes_to_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    with console.Output().progress() as watch:
-        assert watch is None
+def test_progress_on_a_terminal_is_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with console.Output(quiet=True).progress() as watch:

@@ -112,6 +112,24 @@ def test_measured_forms_take_turns_and_are_remembered_by_structure(monkeypatch: 
     costs.forget()
 
 
+def test_forms_that_are_far_apart_take_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"fast": iter([1.0, 1.1, 0.9, 1.0, 1.0]), "slow": iter([2.0, 1.5, 1.9, 1.6, 1.7])}
+    order: list[str] = []
+
+    def fake(g: Graph, *_: object) -> float:
+        name = "fast" if next(iter(g.nodes("Add")), None) is None else "slow"
+        order.append(name)
+        return next(seconds[name])
+
+    monkeypatch.setattr(costs, "_median", fake)
+    forms = {"fast": tiny.linear(bias=False), "slow": tiny.linear(bias=True)}
+    assert [c.seconds for c in costs.costs(forms, SHAPE, known={})] == [1.0, 1.9]
+    assert len(order) == 2 * costs.FEW
+    seconds = {"fast": iter([1.0, 1.1, 0.9, 1.0, 1.0]), "slow": iter([2.0, 1.3, 1.9, 1.6, 1.7])}
+    costs.costs(forms, SHAPE, known={})
+    assert len(order) == 2 * costs.FEW + 2 * costs.ROUNDS
+
+
 def test_a_real_measurement_gives_seconds() -> None:
     costs.forget()
     found = costs.costs({"float": tiny.linear(), "int8": quantized()}, SHAPE)

@@ -197,11 +197,29 @@ def test_one_disturbed_round_is_forgiven_and_two_are_not():
 
     assert race.winner(entries(1)).form == "b"
     assert race.winner(entries(2)).form == "a"
-    half = entries(0)
+    half = entries(1)
     half[1].ratios.pop()
     assert race.winner(half).form == "a"
     assert race.unfinished(half)
     assert not race.unfinished(entries(2))
+
+
+@pytest.mark.parametrize(
+    ("won", "rounds"),
+    [("wwwwwwww", 6), ("lwwwwwww", 8), ("wwwwwlww", 8), ("llwwwwww", 2), ("wlwlwwww", 4)],
+)
+def test_a_race_ends_when_the_form_has_won_or_lost(monkeypatch, won, rounds):
+    def lap(entry: race.Entry, target, threads, *, fetch: bool):
+        entry.laps.append((1.0 if entry.form == "a" or won[len(entry.laps)] == "l" else 0.5,))
+        return {}
+
+    monkeypatch.setattr(race, "_lap", lap)
+    g = tiny.linear()
+    default, other = race.Entry("a", g, []), race.Entry("b", g, [])
+    race.race([default, other], CPU)
+    assert len(other.laps) == len(default.laps) == rounds
+    assert race.winner([default, other]).form == ("b" if rounds >= race.STRAIGHT else "a")
+    assert not race.unfinished([default, other])
 
 
 def test_a_real_race_runs_every_form_and_gives_times():

@@ -1,0 +1,89 @@
+"""The options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnxcomp.engine import recipes
+from onnxcomp.target import TARGETS
+
+__all__ = [
+    "AllowCode",
+    "Batch",
+    "Budget",
+    "Calibration",
+    "ChoicesFile",
+    "Evaluation",
+    "ExactRows",
+    "Gates",
+    "GraphName",
+    "Json",
+    "Model",
+    "NoMeasure",
+    "Out",
+    "Preset",
+    "Quiet",
+    "ReportFile",
+    "Samples",
+    "Seed",
+    "Sequence_",
+    "Shapes",
+    "Source",
+    "Target",
+    "TargetOrRecipes",
+    "Threads",
+    "Verbose",
+]
+
+
+def _presets() -> list[str]:
+    return [*recipes.names()]
+
+
+def _targets() -> list[str]:
+    return [*TARGETS]
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="An .onnx file, or a folder holding one.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Folder (or .onnx file) to write.", show_default=False)]
+Target = Annotated[
+    str, typer.Option(help=f"Where it will run: {', '.join(TARGETS)}, or a YAML file.", autocompletion=_targets)
+]
+TargetOrRecipes = Annotated[
+    str | None, typer.Option("--target", help="Where it will run; by default the recipe's.", autocompletion=_targets)
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help=f"One of {', '.join(recipes.names())}; see onnxcomp presets.", autocompletion=_presets),
+]
+Source = "an .npz, .jsonl or .txt file, a folder of images or .npz files, package.module:function, or random"
+Calibration = Annotated[str | None, typer.Option(metavar="SRC", help=f"Data for statistics: {Source}.")]
+Evaluation = Annotated[
+    str | None, typer.Option("--evaluation", "--eval", metavar="SRC", help="Data to judge on, of the same kinds.")
+]
+Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
+Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
+Gates = Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help="Such as sqnr>=20 or size<=0.3x.")]
+Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="AXES", help="Such as batch=1,sequence=128.")]
+GraphName = Annotated[str | None, typer.Option("--graph", help="Only this graph of a folder with several.")]
+AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let package.module:function sources run code.")]
+NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the same bytes on every machine.")]
+ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
+ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
+ExactRows = Annotated[
+    bool,
+    typer.Option(
+        "--exact-rows",
+        help="Keep the result of queries whose mask hides every key; such attentions stay decomposed.",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of what is timed; 0 lets the runtime choose.")]
+Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Stop measuring after so long, such as 60s or 2m.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result in one line, and errors.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that was left alone; warnings, tracebacks.")]
