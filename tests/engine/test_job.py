@@ -18,6 +18,7 @@ from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import GateFailed, ModelError, RecipeError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
+from onnxcomp.pipeline import PassFault
 from onnxcomp.target import CPU
 from tests import tiny
 
@@ -206,6 +207,25 @@ def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_
     [first, second] = smoke(bad, bad, CPU)
     assert "the original fails" in first
     assert "'batch': 3" in second
+
+
+def test_a_result_that_takes_other_inputs_or_does_not_load_is_a_fault(source, tmp_path):
+    """Feeds come from the original: a result made for other inputs is a fault, not a model that fails as well."""
+    from onnxcomp.engine.smoke import smoke
+
+    original = storage.read(source)
+    g = storage.load(source)
+    g.inputs[0].name = "renamed"
+    with pytest.raises(PassFault, match=r"fails on random inputs .* 'renamed'"):
+        smoke(original, storage.read(storage.save(g, tmp_path / "renamed")), CPU)
+    h = storage.load(source)
+    x = h.outputs[0].producer().inputs[0]
+    h.replace(x, h.op("NoSuchOperator", x, like=x, domain="com.microsoft"))
+    h.model.graph.sort()
+    broken = storage.read(storage.save(h, tmp_path / "broken"))
+    for first in (original, broken):
+        with pytest.raises(PassFault, match="does not load"):
+            smoke(first, broken, CPU)
 
 
 @pytest.mark.parametrize("quantizer", ["qdq: {min_size: 1}", "dynamic-quant: {min_size: 1}"])

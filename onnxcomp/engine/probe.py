@@ -1,0 +1,49 @@
+"""Random inputs of the original's interface: for the comparison where nobody gives data, and for the written result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.data.arrays import Rows
+from onnxcomp.data.datasets import Batch, Dataset, load_data, roles, specs
+from onnxcomp.data.inputs import InputCheck, vocabulary
+from onnxcomp.data.vocabulary import renumbering
+from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
+
+__all__ = ["SHAPES", "Probe", "fitted", "random_feeds"]
+
+SHAPES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
+
+
+def random_feeds(g: Graph, folder: Path | None, shape: Mapping[str, int]) -> dict[str, Array]:
+    """One batch for a model at a shape, where its axes are open; `folder` holds its configuration."""
+    sizes: dict[str, Any] = {"batch": shape["batch"], "samples": shape["batch"], "sequence": shape["sequence"]}
+    return next(iter(load_data("random", g, folder, **sizes))).feeds
+
+
+class Probe(Dataset):
+    """Two random batches that a model takes, to compare a result on where no data was given."""
+
+    def __init__(self, g: Graph, folder: Path | None) -> None:
+        parts = [Batch(random_feeds(g, folder, shape)) for shape in SHAPES]
+        source = Rows(parts, "random", random=True)
+        super().__init__(source, source.widest, InputCheck(specs(g), vocabulary(g), "random"))
+
+
+def fitted(feeds: Mapping[str, Array], original: Graph, result: Graph) -> dict[str, Array]:
+    """Inputs of the original as its result takes them: ids of a reduced vocabulary, narrower caches, none removed."""
+    ports = {s.name: s for s in specs(result)}
+    made = dict(feeds)
+    if (words := renumbering(result)) is not None:
+        tokens = roles(specs(original)).get("tokens")
+        made = words.feeds(made, [tokens] if tokens else [])
+    for name in ports.keys() & made.keys():
+        for axis, n in enumerate(ports[name].shape):
+            if isinstance(n, int) and made[name].ndim == len(ports[name].shape) and n < made[name].shape[axis]:
+                made[name] = np.take(made[name], np.arange(n), axis=axis)
+    return made
