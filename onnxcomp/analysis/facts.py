@@ -169,8 +169,8 @@ class Facts:
             first += size
 
     def recorded(self, v: ir.Value) -> Shape | None:
-        """The shape that the exporter recorded."""
-        if v.shape is None:
+        """The shape that the exporter recorded; what is declared of an output is a claim that runtimes ignore."""
+        if v.shape is None or v.is_graph_output():
             return None
         return tuple(self._named(v, i, d) for i, d in enumerate(v.shape))
 

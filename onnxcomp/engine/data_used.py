@@ -8,7 +8,9 @@ from onnxcomp.data.datasets import Dataset, as_dataset, overlap
 from onnxcomp.graph import Graph
 from onnxcomp.reports.outcome import DataUsed
 
-__all__ = ["datasets", "described"]
+__all__ = ["HELD_OUT", "datasets", "described"]
+
+HELD_OUT = 5  # calibration samples from which on one in so many is held out where there is no evaluation data
 
 
 def datasets(g: Graph, calibration: Any, evaluation: Any) -> tuple[Dataset | None, Dataset | None, list[str]]:
@@ -16,8 +18,8 @@ def datasets(g: Graph, calibration: Any, evaluation: Any) -> tuple[Dataset | Non
     notes = []
     calib = as_dataset(calibration, g) if _given(calibration) else None
     evalu = as_dataset(evaluation, g) if _given(evaluation) else None
-    if calib is not None and evalu is None and len(calib) >= 5:
-        calib, evalu = calib.split()
+    if calib is not None and evalu is None and len(calib) >= HELD_OUT:
+        calib, evalu = calib.split(HELD_OUT)
         total = len(calib) + len(evalu)
         notes.append(f"no evaluation data: {len(evalu)} of {total} calibration samples were held out to judge")
     elif calib is not None and evalu is not None and (shared := overlap(calib, evalu)):

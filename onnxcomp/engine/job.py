@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.engine.blame import blaming
-from onnxcomp.engine.heldout import HELD_OUT
+from onnxcomp.engine.data_used import HELD_OUT
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.probe import Probe
 from onnxcomp.engine.recipe import Recipe
@@ -97,7 +97,7 @@ class Job:
         source = source or storage.read(self.model)
         try:
             calib, evalu, note = self._judged_on(source.graph)
-            result = self.manager(watch).run(source.graph, calib, evalu)
+            result = self.manager(watch).run(source, calib, evalu)
             result.report.warnings[:0] = [note] if note else []
         except GateFailed as e:
             if isinstance(e.report, Report):

@@ -15,6 +15,7 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
 from onnxcomp.engine.blame import blaming, listed
+from onnxcomp.engine.compared import NoKernel, compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.probe import Probe
@@ -22,7 +23,8 @@ from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files.atomic import scratch_folder
-from onnxcomp.files.storage import load
+from onnxcomp.files.storage import read
+from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.lowering import costs
@@ -31,6 +33,7 @@ from onnxcomp.lowering.planner import BUDGET, Planner, asked_shapes, known_choic
 from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.reports.outcome import Report, Result, Step
+from onnxcomp.runtime.payload import graph_of
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
@@ -99,9 +102,13 @@ class PassManager:
             check_order(self.passes)
         allowed(self.passes, s.allow_code)
 
-    def run(self, model: Graph | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
-        """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts."""
-        original = load(model) if not isinstance(model, Graph) else model
+    def run(self, model: Graph | Stored | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
+        """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts.
+
+        What is in a file answers as the runtime reads that file, not as it was read here.
+        """
+        given = read(model) if isinstance(model, (str, Path)) else model
+        original = graph_of(given)
         self.gate.check(str(v.name) for v in original.outputs)
         calib, evalu, notes = data_used.datasets(original, calibration, evaluation)
         if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
@@ -109,7 +116,7 @@ class PassManager:
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
         report.warnings += [*([self.host_note] if self.host_note else []), *notes]
         with scratch_folder() as scratch:
-            reference = None if evalu is None else self._answers(original, evalu, report, scratch / "reference")
+            reference = None if evalu is None else self._answers(given, evalu, report, scratch / "reference")
             steps = self._steps(original, calib, evalu)
             work = original.clone()
             if original.nbytes > (self.memory or MEMORY) // 2:
@@ -123,7 +130,7 @@ class PassManager:
             self._finish(walk)
         return Result(walk.graph, report, walk.unlowered, walk.exact)
 
-    def _answers(self, original: Graph, evalu: Dataset, report: Report, scratch: Path) -> Reference | None:
+    def _answers(self, original: Graph | Stored, evalu: Dataset, report: Report, scratch: Path) -> Reference | None:
         """The original's answers; None where it does not run on random inputs that nobody asked for."""
         try:
             return self._reference(original, evalu, self.gate.metrics, scratch)
@@ -133,7 +140,7 @@ class PassManager:
             report.warnings.append(f"the result was not compared with the original, which fails on random inputs: {e}")
             return None
 
-    def _reference(self, model: Graph, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
+    def _reference(self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
 
     def _steps(self, original: Graph, calib: Dataset | None, evalu: Dataset | None) -> StepCache:
@@ -230,33 +237,41 @@ class PassManager:
         """Compare with the original; keep the new graph, or the one before where the pass is refused."""
         if step.edits == 0:
             return before
+        walk.report.validation = None  # of the graph before
         if walk.reference is None:
             return work
-        walk.report.validation = None  # of the graph before
-        if p.fidelity is Fidelity.EXACT:
-            refused = self._inexact(walk, step, before, work)
-            if refused and self.on_fail == "raise":
-                raise PassFault(f"pass '{p.name}' promised equal outputs but {refused}")
-        else:
-            validation = walk.reference.against(work)
-            step.drift = validation.json()
-            failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
-            refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
-            walk.report.validation = None if refused else validation
+        try:
+            refused = (self._inexact if p.fidelity is Fidelity.EXACT else self._failed)(walk, p, step, before, work)
+        except NoKernel as e:  # a later pass may write other operators; the result is compared again at the end
+            walk.report.warnings.append(f"not compared after pass '{p.name}': {e}")
+            return work
         if not refused:
             return work
-        step.rolled_back, step.changed = refused, 0
+        step.roll_back(refused)
         walk.report.warnings.append(f"pass '{p.name}' was rolled back: {refused}")
         return before
 
-    def _inexact(self, walk: _Walk, step: Step, before: Graph, work: Graph) -> str:
+    def _failed(self, walk: _Walk, p: Pass, step: Step, _before: Graph, work: Graph) -> str:
+        """The gates that refuse a lossy pass, empty if it stays."""
+        assert walk.reference is not None
+        validation = compared(walk.reference, work, p.name)
+        step.drift = validation.json()
+        failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
+        refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
+        walk.report.validation = None if refused else validation
+        return refused
+
+    def _inexact(self, walk: _Walk, p: Pass, step: Step, before: Graph, work: Graph) -> str:
         """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
         judge = walk.exactness = walk.exactness or Exactness(walk.original, walk.reference.head(EXACT_SAMPLES))
-        validation = judge.few.against(work)
+        validation = compared(judge.few, work, p.name)
         step.drift = validation.json()
         done = zip(self.passes, walk.report.steps, strict=False)
-        return judge.moved(validation, done, lambda: judge.few.against(before))
+        moved = judge.moved(validation, done, lambda: judge.few.against(before))
+        if moved and self.on_fail == "raise":
+            raise PassFault(f"pass '{p.name}' promised equal outputs but {moved}")
+        return moved
 
     # ---- what passes may ask -------------------------------------------------------------------------------------
 
@@ -363,7 +378,7 @@ class PassManager:
         report = walk.report
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
         if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
-            report.validation = walk.reference.against(walk.graph)
+            report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcomp.engine.compared import NO_KERNEL
 from onnxcomp.engine.probe import SHAPES, fitted, random_feeds
 from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.files.stored import Stored
@@ -62,10 +63,10 @@ def _finite(y: Any) -> bool:
 
 
 def _refuse(found: _Run, shape: Mapping[str, int]) -> None:
-    if not found.loaded and "find an implementation" not in found.trouble:
+    if not found.loaded and NO_KERNEL not in found.trouble:
         raise PassFault(f"the result does not load: {found.trouble}")
     what = f"the result fails on random inputs at {shape}, the original does not: {found.trouble}"
-    if "find an implementation" in found.trouble:
+    if NO_KERNEL in found.trouble:
         raise ModelError(f"{what}; --opset 21 writes older operators")
     if found.ran:
         raise ModelError(what)

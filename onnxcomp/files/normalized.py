@@ -112,6 +112,10 @@ def _graph(graph: onnx.GraphProto) -> None:
     graph.name = graph.name or "graph"
     _keep(graph.initializer, lambda t: t.name)  # no node can read what has no name
     _keep(graph.input, lambda v: v.name)
+    given = {v.name: v.type for v in graph.input}
+    for v in graph.output:
+        if v.name in given:  # an input that is an output as well: what the runtime makes of it is the input
+            v.type.CopyFrom(given[v.name])
     for v in itertools.chain(graph.input, graph.output, graph.value_info):
         _open_axes(v.type)
     _nodes(graph.node)

@@ -48,6 +48,12 @@ class Step:
     choices: list[Choice] = field(default_factory=list)
     noted: list[Noted] = field(default_factory=list)
 
+    def roll_back(self, why: str) -> None:
+        """Say that the pass left nothing behind: no edits, sizes as before; its drift stays, as the reason."""
+        self.rolled_back, self.changed, self.edits = why, 0, 0
+        self.nodes, self.nbytes = (self.nodes[0],) * 2, (self.nbytes[0],) * 2
+        self.declined, self.noted, self.choices = [], [], []
+
 
 @dataclass(frozen=True)
 class DataUsed:

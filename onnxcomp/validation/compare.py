@@ -25,7 +25,7 @@ from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
 from onnxcomp.validation.kept import KeptAnswers, digest
 from onnxcomp.validation.metrics import Metric, Sums
-from onnxcomp.validation.outputs import OutputLayout, View, as_float, output_rows
+from onnxcomp.validation.outputs import OutputLayout, View, as_float, declared_otherwise, output_rows
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.retokenize import RemovedTokens, Retokenized, retokenize
 
@@ -57,6 +57,7 @@ class Reference:
         self._seen: list[bytes] = []
         self._fitting: list[Metric] = []
         self._types: dict[str, str] = {}
+        self._notes: tuple[str, ...] = ()
         self.samples = 0
         self._sums = self._run(model)
 
@@ -84,6 +85,7 @@ class Reference:
         """Take the types of the outputs from the first ones made; raises `DataError` where no metric can read them."""
         self.view = self.view.with_types(made)
         self._types = {k: a.dtype.name for k, a in made.items()}
+        self._notes = tuple(declared_otherwise(self._graph, made))
         unread = [m.name for m in self.metrics if m.name in scoring.METRICS]
         if unread and not self.view.scored.floating:
             what = f"'{self.view.scored.name}' is {self._types[self.view.scored.name]}"
@@ -204,6 +206,7 @@ class Reference:
             results[m.name] = scoring.bootstrap(
                 m, reference, candidate if more is None else more.put(m, reference, candidate)
             )
+        notes = (*self._notes, *notes)
         undefined = [name for name, d in drifts.items() if d.undefined]
         if undefined:
             notes = (*notes, f"entries that are NaN in the original are not compared: {', '.join(undefined)}")

@@ -16,7 +16,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.validation.rows import OutputRows
 
-__all__ = ["OutputLayout", "View", "as_float", "output_rows"]
+__all__ = ["OutputLayout", "View", "as_float", "declared_otherwise", "output_rows"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,19 @@ def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> OutputLa
 
 def _embedding(name: str) -> bool:
     return any(word in name.lower() for word in ("pool", "embed", "hidden"))
+
+
+def declared_otherwise(g: Graph, made: Mapping[str, Array]) -> Iterator[str]:
+    """A sentence for every output whose declared shape is not that of what the model gives."""
+    for v in g.outputs:
+        a = made.get(str(v.name))
+        if a is None or v.shape is None:
+            continue
+        fits = len(v.shape) == a.ndim and all(
+            not isinstance(d, int) or d == n for d, n in zip(v.shape, a.shape, strict=True)
+        )
+        if not fits:
+            yield f"output '{v.name}' is declared as {v.shape}, but the original gives {list(a.shape)}"
 
 
 def as_float(a: Array) -> Array:
