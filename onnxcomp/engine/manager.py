@@ -7,6 +7,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
 from onnxcomp.engine.blame import blaming, listed
-from onnxcomp.engine.compared import NoKernel, compared
+from onnxcomp.engine.compared import NoKernel, answers, compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
-from onnxcomp.engine.probe import Probe
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
@@ -116,7 +116,10 @@ class PassManager:
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
         report.warnings += [*([self.host_note] if self.host_note else []), *notes]
         with scratch_folder() as scratch:
-            reference = None if evalu is None else self._answers(given, evalu, report, scratch / "reference")
+            reference = None
+            if evalu is not None:
+                judge = partial(self._reference, given, evalu, self.gate.metrics, scratch / "reference")
+                reference = answers(judge, evalu, report)
             steps = self._steps(original, calib, evalu)
             work = original.clone()
             if original.nbytes > (self.memory or MEMORY) // 2:
@@ -129,16 +132,6 @@ class PassManager:
                     self._resume_or_step(walk, p)
             self._finish(walk)
         return Result(walk.graph, report, walk.unlowered, walk.exact)
-
-    def _answers(self, original: Graph | Stored, evalu: Dataset, report: Report, scratch: Path) -> Reference | None:
-        """The original's answers; None where it does not run on random inputs that nobody asked for."""
-        try:
-            return self._reference(original, evalu, self.gate.metrics, scratch)
-        except (DataError, ModelError) as e:
-            if not isinstance(evalu, Probe):
-                raise
-            report.warnings.append(f"the result was not compared with the original, which fails on random inputs: {e}")
-            return None
 
     def _reference(self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
