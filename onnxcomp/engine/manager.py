@@ -148,7 +148,8 @@ class PassManager:
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
         walk.steps.enter(f"{p}{p.content}")
         walk.report.warnings += p.advice(self.target)
-        known, before = walk.steps.load(), walk.graph
+        before = walk.graph
+        known = walk.steps.load(p, before)
         if known is None:
             self._step(walk, p)
             walk.steps.save(walk.graph, walk.report.steps[-1])
@@ -330,6 +331,7 @@ class PassManager:
             memory=self.memory,
             scratch=walk.scratch,
             cache=self.cache,
+            notes=walk.steps.notes,
         )
 
     def _collector(self, walk: _Walk, name: str) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
@@ -361,7 +363,8 @@ class PassManager:
                 data = data.rebatch(1)
             reference = self._reference(walk.original, data, metrics, kept)
             known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
-            walk.variants[metric, samples] = Variants(reference, self.host, self.memory or MEMORY, kept, known)
+            memory, notes = self.memory or MEMORY, walk.steps.notes
+            walk.variants[metric, samples] = Variants(reference, self.host, memory, kept, known, notes)
         return [Score(x) for x in walk.variants[metric, samples].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
@@ -369,6 +372,7 @@ class PassManager:
     def _finish(self, walk: _Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
+        report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes])
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
         if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.files.atomic import replacing
+from onnxcomp.files.seal import seal
 from onnxcomp.lowering.forms import FORMS_VERSION
 
 __all__ = ["Candidate", "Choice", "Choices", "Header"]
@@ -64,13 +65,18 @@ class Header:
 
 @dataclass
 class Choices:
-    """Choices by signature and measured numbers by key, for one header; `pinned` ones are never measured again."""
+    """Choices by signature and measured numbers by key, for one header; `pinned` ones are never measured again.
+
+    `notes` say that a cached file was left out and why.
+    """
 
     header: Header
     sites: dict[str, Choice] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     pinned: bool = False
+    proven: bool = True  # the file holds what was written
     path: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def load(cls, path: Path, header: Header) -> Choices:
@@ -90,8 +96,9 @@ class Choices:
         """The choices of earlier runs on this machine in a cache folder; none where the file is damaged or foreign."""
         path = folder / f"choices-{header.digest}.json"
         choices = _read(path) if path.exists() else None
-        if choices is None or choices.header != header:
-            choices = cls(header)
+        if choices is None or choices.header != header or not choices.proven:
+            notes = [f"the cached choices {path.name} are not those that were written; made again"]
+            choices = cls(header, notes=notes if path.exists() else [])
         choices.path = path
         return choices
 
@@ -103,9 +110,13 @@ class Choices:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as temporary:
-                temporary.write_text(json.dumps(self.json(), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+                plain = {**self.json(), "seal": self._seal()}
+                temporary.write_text(json.dumps(plain, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         except OSError as e:
             raise OnnxcompError(f"{target}: cannot write the choices: {e}") from e
+
+    def _seal(self) -> str:
+        return seal([json.dumps(self.json(), sort_keys=True)])
 
     def json(self) -> dict[str, Any]:
         """Plain values."""
@@ -124,4 +135,6 @@ def _read(path: Path) -> Choices | None:
         numbers = TypeAdapter(dict[str, float]).validate_python(raw.get("numbers", {}))
     except (OSError, ValueError, ValidationError):
         return None
-    return Choices(header, sites, numbers)
+    choices = Choices(header, sites, numbers)
+    choices.proven = raw.get("seal") == choices._seal()
+    return choices

@@ -43,14 +43,15 @@ def collect(
     memory: int | None = None,
     scratch: Path | None = None,
     cache: Path | None = None,
+    notes: list[str] | None = None,
     watch: Callable[[int, int], None] | None = None,
 ) -> Stats:
     """The statistics that are asked for, of the current graph and the original; only the nodes they need are run.
 
     `memory` (bytes) bounds what is held at once: beyond it the graph runs segment by segment (`runtime.segments`), in
     smaller batches, with the same results. With `scratch`, results that exceed it go to files there; with `cache`, they
-    are read back where model, needs and data are the same. Raises `DataError` for empty data and for NaN or infinity,
-    naming the value and the batch.
+    are read back where model, needs and data are the same, and `notes` gets what is said of damaged entries. Raises
+    `DataError` for empty data and for NaN or infinity, naming the value and the batch.
     """
     asked = tuple(dict.fromkeys(needs))
     if not asked:
@@ -58,7 +59,7 @@ def collect(
     collector = Collector(data, target, original=original, memory=memory, scratch=scratch)
     graphs = collector.graphs(graph, asked)
     path = None if cache is None else cache / f"{disk_cache.key(graphs, asked, data, target)}.npz"
-    if path is not None and (cached := disk_cache.read(path, asked)) is not None:
+    if path is not None and (cached := disk_cache.read(path, asked, notes)) is not None:
         return cached
     stats = collector.collect(graph, asked, watch)
     if path is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +13,9 @@ import onnx_ir as ir
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.files.atomic import replacing
+from onnxcomp.files.seal import seal
 from onnxcomp.graph import Graph
+from onnxcomp.maths import Array
 from onnxcomp.runtime.segments import segment
 from onnxcomp.stats.statistic import Need, Of, Stats, fetched, statistic
 from onnxcomp.target import Target
@@ -51,17 +54,33 @@ def key(graphs: Mapping[Of, Graph], asked: Sequence[Need], data: Dataset, target
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def read(path: Path, asked: Sequence[Need]) -> Stats | None:
-    """Statistics from a cache file; None where it does not exist or is damaged."""
+def read(path: Path, asked: Sequence[Need], notes: list[str] | None = None) -> Stats | None:
+    """Statistics from a cache file; None where it does not exist, or, with a note, where it is not what was written."""
+    if not path.exists():
+        return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
-            return Stats({n: f[f"s{i}"] for i, n in enumerate(asked)})
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+            arrays = {f"s{i}": f[f"s{i}"] for i in range(len(asked))}
+            known = str(f["seal"]) == _seal(path, arrays)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        known = False
+    if not known:
+        if notes is not None:
+            notes.append(f"the cached statistics {path.name} are not those that were written; collected again")
         return None
+    return Stats({n: arrays[f"s{i}"] for i, n in enumerate(asked)})
 
 
 def write(path: Path, asked: Sequence[Need], stats: Stats) -> None:
     """Write a cache entry atomically, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {f"s{i}": np.asarray(stats[n]) for i, n in enumerate(asked)}
     with replacing(path) as temporary, temporary.open("wb") as f:
-        np.savez(f, allow_pickle=False, **{f"s{i}": stats[n] for i, n in enumerate(asked)})
+        np.savez(f, allow_pickle=False, **arrays, seal=np.array(_seal(path, arrays)))
+
+
+def _seal(path: Path, arrays: Mapping[str, Array]) -> str:
+    parts: list[str | bytes] = [path.name]
+    for name, a in sorted(arrays.items()):
+        parts += [f"{name} {a.dtype.str} {a.shape}", np.ascontiguousarray(a).tobytes()]
+    return seal(parts)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from onnxcomp.files.atomic import replacing
+from onnxcomp.files.seal import seal
 from onnxcomp.graph import Graph
 from onnxcomp.graph.hashing import content_hash
 from onnxcomp.graph.scratch import release_weights
@@ -23,13 +24,19 @@ class Variants:
 
     The walk keeps its position between calls, so that a caller who proceeds layer by layer computes no layer of the
     unedited graph twice. Results equal those of running every variant in one session, to float noise. The folder
-    `known`, if given, caches numbers by the content of a variant.
+    `known`, if given, caches numbers by the content of a variant; `notes` gets what is said of damaged entries.
     """
 
     def __init__(
-        self, reference: Reference, target: Target, memory: int, scratch: Path, known: Path | None = None
+        self,
+        reference: Reference,
+        target: Target,
+        memory: int,
+        scratch: Path,
+        known: Path | None = None,
+        notes: list[str] | None = None,
     ) -> None:
-        self.reference, self.known = reference, known
+        self.reference, self.known, self.notes = reference, known, notes
         self.walk = Walk(target, memory, scratch)
 
     def compare(self, g: Graph, edits: Sequence[Edit], value: Callable[[Validation], float]) -> list[float]:
@@ -41,14 +48,27 @@ class Variants:
         if self.known is None or variant.spool is not None:  # hashing large weights takes as long as running them
             return value(self._compared(g, layout, variant))
         entry = self.known / content_hash(variant)
+        if (remembered := self._remembered(entry)) is not None:
+            return remembered
+        number = value(self._compared(g, layout, variant))
+        self.known.mkdir(parents=True, exist_ok=True)
+        with replacing(entry) as temporary:
+            temporary.write_text(f"{number.hex()} {_seal(entry, number.hex())}")
+        return number
+
+    def _remembered(self, entry: Path) -> float | None:
+        """The number of an entry; None where there is none, or, with a note, where it is not what was written."""
+        if not entry.exists():
+            return None
         try:
-            return float.fromhex(entry.read_text())
+            number, known = entry.read_text().split()
+            if known == _seal(entry, number):
+                return float.fromhex(number)
         except (OSError, ValueError):
-            number = value(self._compared(g, layout, variant))
-            self.known.mkdir(parents=True, exist_ok=True)
-            with replacing(entry) as temporary:
-                temporary.write_text(number.hex())
-            return number
+            pass
+        if self.notes is not None:
+            self.notes.append("cached scores of variants are not those that were written; measured again")
+        return None
 
     def _compared(self, g: Graph, layout: Layout, variant: Graph) -> Validation:
         cut = _shared(g, variant, layout.cuts)
@@ -56,6 +76,10 @@ class Variants:
             return self.reference.against(variant)
         self.walk.go(g, layout, cut, lambda: (b.feeds for b in self.reference.data))
         return self.reference.against(variant, self.walk)
+
+
+def _seal(entry: Path, number: str) -> str:
+    return seal([entry.parent.parent.name, entry.parent.name, entry.name, number])
 
 
 def _edited(g: Graph, edit: Edit) -> Graph:
