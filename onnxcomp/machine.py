@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MEMORY", "cpu_features", "machine", "peak_mib", "status"]
+__all__ = ["MEMORY", "MIB", "cpu_features", "machine", "peak_mib", "size_text", "status"]
 
 # The budget of a job in bytes where nobody sets one (`--memory`): what statistics, activations and fits hold at once.
-MEMORY = 2 << 30
+MEMORY = 2 * 10**9
+MIB = 1 << 20  # what the system counts memory in; people are told MB of 10^6 and GB of 10^9 bytes everywhere
 _STATUS = Path("/proc/self/status")
 
 
@@ -73,3 +74,10 @@ def peak_mib() -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes as people read them, such as 58.5 MB or 3.41 GB."""
+    if nbytes >= 1e9:
+        return f"{nbytes / 1e9:.2f} GB"
+    return f"{nbytes / 1e6:.{2 if nbytes < 1e6 else 1 if nbytes < 1e8 else 0}f} MB"

@@ -172,7 +172,7 @@ def compress(
     on_fail: Annotated[str | None, typer.Option(help="raise, or rollback to undo a refused pass.")] = None,
     shape: Shapes = None,
     opset: Annotated[int | None, typer.Option(help="Highest operator set to write.")] = None,
-    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Limit for statistics, such as 4GiB.")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Limit for statistics, such as 4GB.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
     no_measure: NoMeasure = False,
     budget: Budget = None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.cli.console import Output, Watch
+from onnxcomp.machine import size_text
 from onnxcomp.reports import json_report as report
 from onnxcomp.reports import tables
 from onnxcomp.reports.outcome import Result
@@ -36,5 +37,5 @@ def _planned(result: Result) -> str:
     counts = [
         f"{k} {a / 1e6:.2f} > {b / 1e6:.2f} M" for k, (a, b) in (("parameters", plan.parameters), ("macs", plan.macs))
     ]
-    line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {before / 1e6:.1f} > {after / 1e6:.1f} MB"
+    line = f"would change {changed} of {eligible} sites; {'; '.join(counts)}; {size_text(before)} > {size_text(after)}"
     return line + (f"; not planned without data: {', '.join(plan.needs_data)}" if plan.needs_data else "")

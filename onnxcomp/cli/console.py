@@ -110,11 +110,11 @@ def parse_shape(text: str) -> dict[str, int]:
 
 
 def parse_memory(text: str) -> int:
-    """Bytes from `4GiB`, `500MB` or a plain number; raises `RecipeError`."""
+    """Bytes from `4GB`, `500MiB` or a plain number; raises `RecipeError`."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
     unit = match.group(2).lower() if match else "?"
     if match is None or unit not in _UNITS or (size := int(float(match.group(1)) * _UNITS[unit])) <= 0:
-        raise RecipeError(f"memory '{text}' is not a size such as 4GiB or 500MB")
+        raise RecipeError(f"memory '{text}' is not a size such as 4GB or 500MB")
     return size
 
 

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxcomp.engine import catalog
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
-from onnxcomp.machine import cpu_features, machine
+from onnxcomp.machine import MEMORY, cpu_features, machine, size_text
 from onnxcomp.reports.json_report import versions
 from onnxcomp.runtime import sessions
 from onnxcomp.target import CPU, CUDA, TENSORRT, Target
@@ -125,9 +125,9 @@ def _memory() -> Check:
     total, free = memory()
     if total is None or free is None:
         return Check("info", "memory", "unknown on this system")
-    text = f"{free / 2**30:.1f} GiB free of {total / 2**30:.1f} GiB"
-    if free < 2 << 30:
-        return Check("warning", "memory", text, "limit calibration with --memory 1GiB")
+    text = f"{size_text(free)} free of {size_text(total)}"
+    if free < MEMORY:
+        return Check("warning", "memory", text, "limit calibration with --memory 1GB")
     return Check("ok", "memory", text)
 
 

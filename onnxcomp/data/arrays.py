@@ -17,11 +17,12 @@ import numpy as np
 from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
+from onnxcomp.machine import size_text
 from onnxcomp.maths import Array
 
 __all__ = ["Npz", "Random", "Rows", "from_function", "read_json"]
 
-LIMIT = 2 << 30  # bytes of batches from Python that are kept in memory; more belongs in files
+LIMIT = 2 * 10**9  # bytes of batches from Python that are kept in memory; more belongs in files
 
 
 class Rows:
@@ -78,7 +79,9 @@ class Rows:
             size += 0 if isinstance(x, (list, tuple)) else sum(a.nbytes for a in part.feeds.values())
             if size > LIMIT:
                 what = "A generator can be read only once, and this one" if once else "It"
-                raise DataError(f"{name}: {what} gives more than {LIMIT >> 30} GiB; write it to a folder of .npz files")
+                raise DataError(
+                    f"{name}: {what} gives more than {size_text(LIMIT)}; write it to a folder of .npz files"
+                )
             parts.append(part)
         return cls(parts, name)
 

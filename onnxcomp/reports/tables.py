@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from onnxcomp.machine import MIB
+
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
@@ -48,14 +50,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], lef
 
 
 def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableType]:
-    """What was done, what was left alone and why, and what was measured."""
-    found: list[RenderableType] = [steps(report.steps)]
-    if any(s.noted for s in report.steps):
-        found.append(noted(report.steps, every=verbose))
-    if any(s.declined for s in report.steps):
-        found.append(declined(report.steps, every=verbose))
-    if any(s.choices for s in report.steps):
-        found.append(choices([c for s in report.steps for c in s.choices], every=verbose))
+    """What was measured; with `verbose`, or for a dry run, also what was done, and what was left alone and why."""
+    found = _work(report, verbose) if verbose or report.plan is not None else _changed(report.steps)
     if report.verdicts:
         found.append(verdicts(report.verdicts))
     if report.validation is not None:
@@ -63,18 +59,36 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
         if len(report.validation.outputs) > 1:
             found.append(outputs(report.validation, every=verbose))
     if report.benchmark is not None:
-        found.append(benchmark(report.benchmark, ("original", "result")))
-    if (check := report.integer) is not None and check.quantized_linears:
+        found.append(benchmark(report.benchmark, ("original", "result"), every=verbose))
+    if (check := report.integer) is not None and check.quantized_linears and (verbose or not check.ok):
         found.append(
             f"integer check {'passed' if check.ok else 'FAILED'}: {check.integer_products} integer products for "
             f"{check.quantized_linears} quantized linears, {check.dequantized_weights} weights dequantized at run time"
         )
-    if (said := report.lowering) is not None:
+    if (said := report.lowering) is not None and verbose:
         found.append(f"lowering: the {said.kept} model was kept: {said.why}")
     if (where := report.placement) is not None and (where.elsewhere or not where.ran):
         lost = f"; not on {where.provider}: {', '.join(where.elsewhere)}" if where.elsewhere else ""
         found.append(f"placement: {where.detail or 'run'}{lost}")
     return [*found, *(f"note: {w}" for w in report.warnings)]
+
+
+def _work(report: Report, verbose: bool) -> list[RenderableType]:
+    """Passes, what they cut and left alone, and the forms that were chosen."""
+    found: list[RenderableType] = [steps(report.steps)]
+    if any(s.noted for s in report.steps):
+        found.append(noted(report.steps, every=verbose))
+    if any(s.declined for s in report.steps):
+        found.append(declined(report.steps, every=verbose))
+    if any(s.choices for s in report.steps):
+        found.append(choices([c for s in report.steps for c in s.choices], every=verbose))
+    return found
+
+
+def _changed(found: Sequence[Step]) -> list[RenderableType]:
+    """One line on what lossy passes changed of what they found."""
+    lossy = [f"{s.name} {s.changed} of {s.eligible}" for s in found if s.fidelity == "lossy"]
+    return [f"changed: {', '.join(lossy)} sites (-v: each pass, form and reason)"] if lossy else []
 
 
 def steps(found: Sequence[Step]) -> Table:
@@ -150,19 +164,23 @@ def outputs(v: Validation, *, every: bool = False) -> Table:
     return table("Outputs", ("output", *(k.replace("_", "-") for k in used)), rows)
 
 
-def benchmark(b: BenchReport, names: Sequence[str] = ()) -> Table:
-    """Times per model and shape; the ratio is how many times faster than the first model."""
+def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) -> Table:
+    """Times per model and shape; the ratio is how many times faster than the first model.
+
+    Without `every` no tail of the times, and no time to load.
+    """
     data = b.json()
     called = dict(zip(b.models, names, strict=False))
     rows = []
     for r, x in zip(b.rows, data["ratios"], strict=True):
         rate = f"{r.throughput:.1f}/s" if r.tokens is None else f"{r.tokens:.0f} tok/s"
-        times = (f"{r.median_ms:.2f}", f"{r.p90:.2f}", f"{r.p99:.2f}")
+        times = (f"{r.median_ms:.2f}", *((f"{r.p90:.2f}", f"{r.p99:.2f}") if every else ()))
         ratio = f"{x['value']:.2f}x [{x['low']:.2f}, {x['high']:.2f}]"
-        sizes = (f"{r.peak_mib:.0f}", f"{r.size_mib:.1f}", f"{r.load_s:.2f}")
+        sizes = (f"{r.peak_mib * MIB / 1e6:.0f}", _mb(r.size_mib * MIB), *((f"{r.load_s:.2f}",) if every else ()))
         rows.append((called.get(r.model, r.model), r.shape, *times, ratio, rate, *sizes))
     where = f"{b.rows[0].provider}, {b.rows[0].threads} threads" if b.rows else ""
-    columns = ("model", "shape", "ms", "p90", "p99", "speed", "rate", "peak MiB", "file MiB", "load s")
+    tail, load = (("p90", "p99"), ("load s",)) if every else ((), ())
+    columns = ("model", "shape", "ms", *tail, "speed", "rate", "memory MB", "file MB", *load)
     return table(f"Speed on {data['machine'].get('cpu', 'this machine')}, {where}", columns, rows, left=2)
 
 
@@ -267,7 +285,7 @@ def _default(x: Any) -> str:
     return "none" if x is None or x == [] else str(x)
 
 
-def _mb(nbytes: int) -> str:
+def _mb(nbytes: float) -> str:
     return f"{nbytes / 1e6:.{2 if nbytes < 1e6 else 1 if nbytes < 1e8 else 0}f}"
 
 

@@ -170,7 +170,8 @@ def test_passes_on_the_command_line(run: Run, place: Path, tmp_path: Path) -> No
 def test_optimize_needs_no_data(run: Run, place: Path, tmp_path: Path) -> None:
     code, out, err = run("optimize", place / "model", "-o", tmp_path / "fast", "--no-measure")
     assert (code, err) == (0, "")
-    assert "canonicalize" in out
+    assert "canonicalize" not in out
+    assert "canonicalize" in run("optimize", place / "model", "-o", tmp_path / "fast", "--no-measure", "-v")[1]
     assert (tmp_path / "fast" / "model.onnx").is_file()
 
 
@@ -433,7 +434,7 @@ OPTIONS = {
     ("--preset", "int8", "--gate", "fast"): "NAME OP VALUE",
     ("--preset", "int8", "--on-fail", "ignore"): "rollback",
     ("--preset", "int8", "--shape", "batch"): "AXIS=SIZE",
-    ("--preset", "int8", "--memory", "much"): "4GiB",
+    ("--preset", "int8", "--memory", "much"): "4GB",
     ("--preset", "int8", "--budget", "soon"): "60s or 2m",
     ("--preset", "int8", "--budget", "0s"): "60s or 2m",
     ("--preset", "int8", "--threads", "-1"): "--threads",

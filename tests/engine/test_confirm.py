@@ -137,7 +137,7 @@ def test_the_report_lists_candidates_and_reasons(source):
     assert all(c["reason"] and c["sites"] for c in step["choices"])
     assert found["placement"]["ran"]
     assert list(found["placement"]["nodes"]) == ["CPUExecutionProvider"]
-    shown = [t.title for t in tables.report_tables(result.report) if not isinstance(t, str)]
+    shown = [t.title for t in tables.report_tables(result.report, verbose=True) if not isinstance(t, str)]
     assert "Forms" in shown
 
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import onnxcomp as oc
+from onnxcomp import machine
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Ratio, Rounds, Row
 from onnxcomp.cli.console import show
 from onnxcomp.data.datasets import Batch
@@ -194,7 +195,7 @@ def test_a_benchmark_s_headline_names_models() -> None:
 
 
 def test_tables_hold_what_was_done_declined_and_measured() -> None:
-    shown = text(tables.report_tables(full()))
+    shown = text(tables.report_tables(full(), verbose=True))
     for part in (
         "qdq: {clip: mse}",
         "10 > 12",
@@ -209,6 +210,27 @@ def test_tables_hold_what_was_done_declined_and_measured() -> None:
     for part in ("not measured", "random data", "0.88", "[-0.04, nan]", "2.00x [", "integer check FAILED", "a cpu"):
         assert part in shown, shown
     assert "/data/stage" not in shown
+
+
+def test_without_v_only_what_was_measured_is_shown() -> None:
+    r = full()
+    r.lowering = Lowering("lowered", "faster at batch=1")
+    shown = text(tables.report_tables(r))
+    for part in ("qdq 1 of 3 sites", "REFUSED", "20", "2.00x [", "integer check FAILED", "random data", "memory MB"):
+        assert part in shown, shown
+    for part in ("10 > 12", "too small", "p90", "load s", "faster at", "MiB"):
+        assert part not in shown, shown
+    r.integer = IntegerCheck(2, 2, 0, True)
+    assert "integer check" not in text(tables.report_tables(r))
+    whole = text(tables.report_tables(r, verbose=True))
+    assert all(part in whole for part in ("integer check passed", "faster at", "p90", "load s"))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "says"), [(12_345, "0.01 MB"), (58_480_000, "58.5 MB"), (173 << 20, "181 MB"), (3.41e9, "3.41 GB")]
+)
+def test_sizes_are_in_units_of_ten(nbytes: float, says: str) -> None:
+    assert machine.size_text(nbytes) == says
 
 
 def test_declined_sites_are_grouped_unless_all_are_asked_for() -> None:

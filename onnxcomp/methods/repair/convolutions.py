@@ -18,7 +18,7 @@ from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
-from onnxcomp.machine import MEMORY
+from onnxcomp.machine import MEMORY, size_text
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair import sequential
@@ -215,7 +215,7 @@ def collect(g: Graph, env: Env, needs: Sequence[Need], scorer: str = "") -> Stat
         value, width = large[0].value, widths[large[0].value]
         raise RecipeError(
             f"{scorer}: score energy needs the Gram matrix of {width} patch channels of '{value.partition(':')[0]}', "
-            f"{width * width * 8 >> 20} MiB, and the copies of its solver: say score: wanda, or --memory more"
+            f"{size_text(width * width * 8)}, and the copies of its solver: say score: wanda, or --memory more"
         )
     asked = {n.value for n in needs}
     outputs = [str(n.outputs[0].name) for n in g.nodes(*OPS) if _patches_name(n) in asked]
