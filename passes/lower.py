@@ -22,7 +22,7 @@ class Lower(Pass):
     What is timed, on the target and at the asked shapes, are micro-models of each distinct site; a form takes the
     place of the one in the target's table only where it is significantly faster. Without measuring the table decides,
     the same on every machine. A target that takes only older operator sets gets attention, RMS norm, rotary embedding
-    and GELU spelled out.
+    and GELU decomposed.
     """
 
     stage: ClassVar[Stage] = Stage.LOWER

@@ -11,7 +11,7 @@ import numpy as np
 
 from onnxcomp.data.open_axes import label
 from onnxcomp.errors import OnnxcompError
-from onnxcomp.maths import Float64
+from onnxcomp.maths import RESAMPLES, Float64
 
 __all__ = ["LEAST", "BenchReport", "Block", "Ratio", "Rounds", "Row"]
 
@@ -22,7 +22,6 @@ MAX_FOREIGN = 0.15
 # Statistics 36, 1965), that is, the first time that no interval reaches further from its ratio than `NARROW`.
 NARROW = 0.02  # relative: a ratio is shown with two decimals
 LEAST = 6  # rounds: the range of six values holds their median with 97 %, fewer give no interval of 95 %
-RESAMPLES = 1000  # of the bootstrap: 25 lie beyond each bound of the 95 % interval
 
 
 @dataclass(frozen=True)

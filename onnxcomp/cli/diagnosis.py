@@ -145,7 +145,7 @@ def memory() -> tuple[int | None, int | None]:
 
 
 def _passes() -> list[Check]:
-    """The passes there are, and packages whose passes cannot be used."""
+    """The available passes, and packages whose passes cannot be used."""
     known = catalog.listing()
     advice = "update or uninstall the package that provides it; the others work"
     broken = [Check("warning", "passes", problem, advice) for problem in known.problems]

@@ -14,10 +14,10 @@ from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
 from onnxcomp.files.storage import chosen_graphs, read
 from onnxcomp.graph import Graph
+from onnxcomp.version import INSPECT_SCHEMA
 
-__all__ = ["SCHEMA_VERSION", "headline", "inspect", "schema"]
+__all__ = ["headline", "inspect", "schema"]
 
-SCHEMA_VERSION = 1
 Sizes = int | list[int] | None  # one where all layers agree, else one a layer; null for none
 Names = str | list[str | None] | None
 
@@ -141,7 +141,7 @@ class ModelPart(TypedDict):
 def schema() -> dict[str, Any]:
     """JSON schema of what `inspect --json` prints."""
     whole = TypeAdapter(ModelPart).json_schema(mode="serialization")
-    whole["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
+    whole["properties"]["schema_version"] = {"const": INSPECT_SCHEMA}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "onnxcomp anatomy"}
 
 
@@ -149,7 +149,7 @@ def inspect(model: Path, graph: str | None = None, *, exact_rows: bool = False) 
     """Facts of every graph of a model, or of the named one; nothing is written. Raises `ModelError`."""
     found = chosen_graphs(model, graph)
     facts = {name: _facts(name, path, exact_rows) for name, path in found.items()}
-    return {"schema_version": SCHEMA_VERSION, "model": str(model), "graphs": facts}
+    return {"schema_version": INSPECT_SCHEMA, "model": str(model), "graphs": facts}
 
 
 def headline(found: dict[str, Any]) -> str:

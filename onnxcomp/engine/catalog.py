@@ -1,4 +1,4 @@
-"""The passes there are: named from their files without importing any, loaded one module at a time."""
+"""All available passes: named from their files without importing any, loaded one module at a time."""
 
 from __future__ import annotations
 

@@ -87,8 +87,8 @@ def follow(folder: Path, original: Graph, result: Graph) -> tuple[dict[str, int]
     if len(storage.graphs_of(folder)) > 1:
         return {}, [f"{CONFIG} beside the result describes the original: it is of several graphs"]
     entries, notes = update(config, sizes(original), sizes(result))
-    told = ", ".join(f"{k} {config.get(k, 'not said')} > {v}" for k, v in entries.items())
-    return entries, [*([f"{CONFIG} beside the result: {told}"] if told else []), *notes]
+    changed = ", ".join(f"{k} {config.get(k, 'not said')} > {v}" for k, v in entries.items())
+    return entries, [*([f"{CONFIG} beside the result: {changed}"] if changed else []), *notes]
 
 
 def rewrite(folder: Path, entries: Mapping[str, int]) -> None:

@@ -88,7 +88,7 @@ def timed(models: Sequence[Stored], r: Report, s: Settings, watch: Progress | No
 
 
 def _time(source: Stored, written: Stored, result: Result, settings: Settings, watch: Progress | None) -> Stored:
-    """Source, result and unlowered model in turns; the unlowered one stays where the result is surely slower."""
+    """Source, result and unlowered model in turns; the result gives way where it is slower with 95 % confidence."""
     other = result.unlowered
     assert other is not None
     with scratch_folder() as folder:

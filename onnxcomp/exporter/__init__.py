@@ -11,11 +11,11 @@ from onnxcomp.errors import ExportError
 from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
 from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_verified
 from onnxcomp.files.storage import publish
+from onnxcomp.version import EXPORT_SCHEMA
 
 __all__ = ["TASKS", "export"]
 
 OPSETS = (18, 23)
-SCHEMA = 1
 
 
 def export(
@@ -45,7 +45,7 @@ def export(
             job = Work(cast(model, dtype), task, dtype, opset, dict(static or {}), inputs_of(model, source))
             record = first_verified(job, staging, say)
             companions(job.model, source, revision, staging, log)
-        record |= {"schema": SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
+        record |= {"schema": EXPORT_SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
         record |= {"static": job.static, "failed": job.attempts, "versions": versions(), "log": log[-200:]}
         (staging / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(out)

@@ -8,4 +8,9 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 Float64 = NDArray[np.float64]
 
-__all__ = ["Array", "Float64"]
+RESAMPLES = 1000  # of a bootstrap: 25 lie beyond each bound of the 95 % interval
+# In-channels between two updates of all later ones, as a matrix product ("lazy batch", GPTQ, section 3); SparseGPT
+# chooses its zeros in spans of as many.
+LAZY = 128
+
+__all__ = ["LAZY", "RESAMPLES", "Array", "Float64"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnxcomp.errors import DataError
-from onnxcomp.maths import Array, Float64
+from onnxcomp.maths import LAZY, Array, Float64
 from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 
 __all__ = [
@@ -33,7 +33,6 @@ SINGULAR_DAMP = 1e-6
 GPTQ_DAMP = 0.01  # of the GPTQ paper: spreads errors less over in-channels that the calibration data hardly shows
 FIRST_DAMP = 1e-10  # where none was asked for and the factorisation fails; then tenfold
 DAMP_LIMIT = 1e6  # a matrix that is not positive even then is no Gram matrix
-LAZY = 128  # in-channels between two updates of all later ones, as a matrix product ("lazy batch", GPTQ, section 3)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnxcomp.errors import DataError
-from onnxcomp.maths import Array, Float64
+from onnxcomp.maths import LAZY, Array, Float64
 from onnxcomp.maths.scores import wanda
 from onnxcomp.maths.solve import error, inverse_factor
 
@@ -22,7 +22,6 @@ __all__ = ["Pattern", "Sparse", "compensate", "mask", "order", "sparsegpt", "zer
 
 Mask = NDArray[np.bool_]
 Choose = Callable[[Float64, Float64, int], Mask]  # weights of a span, their diagonal of U, where the span starts
-LAZY = 128  # in-channels between two updates of all later ones, and the span in which SparseGPT chooses its zeros
 SWEEP_DAMP = 0.01  # of a Gram matrix, relative to the mean of its diagonal, as in the SparseGPT and GPTQ papers
 ROUNDING = 1e-6  # relative gain of a swap below which it is float32 noise
 

@@ -19,14 +19,13 @@ from onnxcomp.files.atomic import replacing
 from onnxcomp.machine import machine
 from onnxcomp.reports.outcome import Origin
 from onnxcomp.reports.schema import (
-    SCHEMA_VERSION,
     ChoicePart,
     Interval,
     LoweringPart,
     PlacementPart,
     ValidationPart,
 )
-from onnxcomp.version import __version__
+from onnxcomp.version import REPORT_SCHEMA, __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from onnxcomp.validation.results import Validation
 
 __all__ = [
-    "SCHEMA_VERSION",
     "finite",
     "headline",
     "quality",
@@ -115,7 +113,7 @@ class RatioPart(Interval):
 
 
 class BenchmarkPart(TypedDict):
-    """Original against result, interleaved on this machine; `slower` names models surely slower than the original."""
+    """Original against result, interleaved on this machine; `slower`: models slower than it with 95 % confidence."""
 
     machine: dict[str, Any]
     rows: list[dict[str, Any]]
@@ -192,7 +190,7 @@ class ReportPart(TypedDict):
 def schema() -> dict[str, Any]:
     """JSON schema of report.json."""
     whole = TypeAdapter(ReportPart).json_schema(mode="serialization")
-    whole["properties"]["schema_version"] = {"const": SCHEMA_VERSION}
+    whole["properties"]["schema_version"] = {"const": REPORT_SCHEMA}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **whole, "title": "onnxcomp report"}
 
 
@@ -204,7 +202,7 @@ def to_json(report: Report) -> ReportPart:
     origin = report.origin or Origin("", "", "", "", "", "", "", "", 0)
     validation, benchmark = report.validation, report.benchmark
     whole: ReportPart = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": REPORT_SCHEMA,
         "summary": headline(report),
         "job": origin.job_hash,
         "source": {"path": origin.source, "sha256": origin.source_hash},
@@ -303,7 +301,7 @@ def _step(s: Step) -> StepPart:
 
 
 def slower(report: Report) -> list[str]:
-    """Where the benchmark shows the result surely slower than the original: one line per shape."""
+    """Where the benchmark shows the result slower than the original at 95 % confidence: one line per shape."""
     if report.benchmark is None:
         return []
     return [speed([r]) for r in _ratios(report.benchmark) if r["high"] < 1]

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Declined, Graph, Noted
 from onnxcomp.lowering.choices import Choice
-from onnxcomp.reports.schema import SCHEMA_VERSION
 from onnxcomp.validation.gates import Verdict
-from onnxcomp.version import __version__
+from onnxcomp.version import REPORT_SCHEMA, __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport, Ratio
@@ -85,7 +84,7 @@ class Origin:
             "onnxcomp.source": self.source_hash,
             "onnxcomp.recipe": self.recipe_hash,
             "onnxcomp.target": self.target,
-            "onnxcomp.schema": str(SCHEMA_VERSION),
+            "onnxcomp.schema": str(REPORT_SCHEMA),
         }
 
 

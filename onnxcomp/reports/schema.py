@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
 __all__ = [
-    "SCHEMA_VERSION",
     "CandidatePart",
     "ChoicePart",
     "Interval",
@@ -16,8 +15,6 @@ __all__ = [
     "ShapeRatio",
     "ValidationPart",
 ]
-
-SCHEMA_VERSION = 1
 
 
 class Interval(TypedDict):

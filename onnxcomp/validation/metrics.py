@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.errors import DataError, RecipeError
-from onnxcomp.maths import Array, Float64
+from onnxcomp.maths import RESAMPLES, Array, Float64
 from onnxcomp.validation.rows import OutputRows, row_cosine, row_nll
 
 __all__ = ["METRICS", "Metric", "MetricResult", "Sums", "bootstrap", "find"]
 
-RESAMPLES = 1000  # of the bootstrap: 25 lie beyond each bound of the 95 % interval
 MAX_GROUPS = 4096  # samples are summed in so many groups for the bootstrap, whose cost then depends on no data size
 # Infinities and NaN of a broken candidate are results here, not accidents.
 _QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
