@@ -31,7 +31,7 @@ from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.reports import json_report
-from onnxcomp.runtime import sessions
+from onnxcomp.runtime import installed, sessions
 from onnxcomp.runtime.placement import placement
 from onnxcomp.stats import histogram, minmax
 from onnxcomp.stats.calibrate import collect
@@ -234,7 +234,7 @@ def test_row_43_two_runtimes_overwriting_each_other_are_noticed(monkeypatch):
     monkeypatch.setattr(
         importlib.metadata, "version", lambda name: "1.31.1" if name == "onnxruntime-gpu" else real(name)
     )
-    assert set(sessions.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
+    assert set(installed.installed_runtimes()) >= {"onnxruntime", "onnxruntime-gpu"}
 
 
 def test_row_44_an_onnx_file_is_pruned_directly(tmp_path):

@@ -22,7 +22,8 @@ import numpy as np
 from onnxcomp import errors
 from onnxcomp.errors import OnnxcompError, TargetError
 from onnxcomp.machine import peak_mib, status
-from onnxcomp.runtime.sessions import Session, check_target, installed_runtimes
+from onnxcomp.runtime.installed import installed_runtimes
+from onnxcomp.runtime.sessions import Session, check_target
 from onnxcomp.target import Quantized, Target
 
 __all__ = ["Child", "Watch", "busy_seconds", "main"]

@@ -17,7 +17,7 @@ from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import MEMORY, cpu_features, machine, size_text
 from onnxcomp.reports.json_report import versions
-from onnxcomp.runtime import sessions
+from onnxcomp.runtime import installed, sessions
 from onnxcomp.target import CPU, CUDA, TENSORRT, Target
 
 __all__ = ["Check", "diagnose"]
@@ -66,7 +66,7 @@ def _python() -> Check:
 
 
 def _runtimes() -> list[Check]:
-    found = sessions.installed_runtimes()
+    found = installed.installed_runtimes()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
         return [Check("broken", "runtime", "ONNX Runtime is not installed", "pip install 'onnxcomp[cpu]'")]

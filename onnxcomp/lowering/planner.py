@@ -23,7 +23,8 @@ from onnxcomp.lowering.forms import KINDS, Context, Form, Kind, Spot, default, l
 from onnxcomp.lowering.race import Entry, race, unfinished, winner
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array
-from onnxcomp.runtime.sessions import Session, installed_runtimes
+from onnxcomp.runtime.installed import installed_runtimes
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
 __all__ = ["BUDGET", "Planner", "asked_shapes", "known_choices"]

@@ -1,4 +1,4 @@
-"""ONNX Runtime sessions that refuse to fall back to another provider; the only file that imports onnxruntime.
+"""ONNX Runtime sessions that refuse to fall back to another provider.
 
 Also here: whether a target can run on this machine, and how many quantized linears run as integer products.
 """
@@ -6,11 +6,6 @@ Also here: whether a target can run on this machine, and how many quantized line
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
-import importlib.metadata
-import importlib.util
-import io
 import logging
 import re
 import shutil
@@ -23,30 +18,21 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
+from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import removed_ports
 from onnxcomp.maths import Array
 from onnxcomp.runtime.bf16_twin import float32_twin
+from onnxcomp.runtime.installed import available, failures, preload, short, unavailable
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
 from onnxcomp.runtime.payload import Model, add_outputs, graph_of, payload, prepacks, write_optimized
 from onnxcomp.target import CPU, CUDA, Target
 
-__all__ = ["IntegerCheck", "Port", "Session", "check_target", "installed_runtimes", "integer_check", "rewritten"]
+__all__ = ["IntegerCheck", "Port", "Session", "check_target", "integer_check", "rewritten"]
 
-FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
-LIBRARIES = {
-    "CUDAExecutionProvider": ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcudnn.so.9"),
-    "TensorrtExecutionProvider": ("libcuda.so.1", "libcublas.so.13", "libnvinfer.so.10", "libnvonnxparser.so.10"),
-}
-INSTALL = {
-    "CUDAExecutionProvider": "an NVIDIA driver and "
-    "pip install 'onnxruntime-gpu[cuda,cudnn]>=1.28' (the extra onnxcomp[gpu])",
-    "TensorrtExecutionProvider": "an NVIDIA driver, pip install 'onnxruntime-gpu[cuda,cudnn]>=1.28' and "
-    "pip install 'tensorrt-cu13>=10.13,<11' (the extra onnxcomp[tensorrt])",
-}
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+THREADS = 0  # of a session for which none are asked; 0 = as the runtime likes, one for each core
 DTYPES: dict[str, Any] = {
     "float": np.float32,
     "double": np.float64,
@@ -81,92 +67,9 @@ class IntegerCheck:
     detail: str = ""
 
 
-# ---- what is installed ---------------------------------------------------------------------------------------------
-
-
-def installed_runtimes() -> dict[str, str]:
-    """Versions of the installed distributions that provide the module onnxruntime; more than one is a broken setup."""
-    versions = {}
-    for name in FLAVOURS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-@functools.cache
-def _ort() -> Any:
-    """The module onnxruntime; raises `TargetError` where it is missing, an empty package, or installed twice."""
-    installed = installed_runtimes()
-    if len(installed) > 1:
-        both = " and ".join(f"{n} {v}" for n, v in installed.items())
-        raise TargetError(
-            f"{both} are installed together and overwrite each other's files: "
-            f"pip uninstall -y {' '.join(installed)}, then install one: pip install 'onnxcomp[cpu]' or 'onnxcomp[gpu]'"
-        )
-    try:
-        import onnxruntime as ort  # noqa: TID251
-    except ImportError as e:
-        raise TargetError(f"ONNX Runtime is not installed or does not load ({e}): pip install 'onnxcomp[cpu]'") from e
-    if not hasattr(ort, "InferenceSession"):
-        raise TargetError("package onnxruntime is empty: pip uninstall -y onnxruntime, pip install 'onnxcomp[cpu]'")
-    return ort
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(x) for x in re.findall(r"\d+", text)[:2])
-
-
-def _available(target: Target) -> Any:
-    """The module onnxruntime, if it is new enough and built with the target's provider; raises `TargetError`."""
-    ort = _ort()
-    if _version(ort.__version__) < _version(target.min_runtime):
-        need = f"needs ONNX Runtime {target.min_runtime} or newer, {ort.__version__} is installed"
-        raise TargetError(f"target '{target.name}' {need}: pip install -U '{target.package}'")
-    if target.provider not in ort.get_available_providers():
-        have = " ".join(installed_runtimes()) or "onnxruntime"
-        raise TargetError(
-            f"target '{target.name}' needs {target.provider}, which {have} {ort.__version__} does not have: "
-            f"pip uninstall -y {have}, then pip install '{target.package}'"
-        )
-    return ort
-
-
-def _preload(ort: Any, provider: str) -> None:
-    """Load NVIDIA's libraries from their Python packages, which the dynamic loader does not search."""
-    if provider not in LIBRARIES:
-        return
-    if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):
-            ort.preload_dlls()
-    spec = importlib.util.find_spec("tensorrt_libs") if provider == "TensorrtExecutionProvider" else None
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for name in ("libnvinfer.so.10", "libnvonnxparser.so.10"):
-            with contextlib.suppress(OSError):
-                ctypes.CDLL(str(Path(folder) / name), mode=ctypes.RTLD_GLOBAL)
-
-
-def _missing(provider: str) -> list[str]:
-    """Shared libraries that the provider needs and that cannot be loaded."""
-    missing = []
-    for name in LIBRARIES.get(provider, ()):
-        try:
-            ctypes.CDLL(name)
-        except OSError:
-            missing.append(name)
-    return missing
-
-
-def _unavailable(target: Target, otherwise: str) -> TargetError:
-    """The error for a target that does not run: missing libraries where there are any, else the reason given."""
-    missing = _missing(target.provider)
-    why = f"not found: {', '.join(missing)}" if missing else otherwise
-    need = INSTALL.get(target.provider, target.package)
-    return TargetError(f"target '{target.name}' does not run on this machine ({why}); it needs {need}")
-
-
 def check_target(target: Target) -> None:
     """Run a one-node model on the target; raises `TargetError` that says what is missing and what to install."""
-    _available(target)
+    available(target)
     if target.provider == "CPUExecutionProvider":
         return
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
@@ -175,23 +78,6 @@ def check_target(target: Target) -> None:
     graph = ir.Graph([x], list(node.outputs), nodes=[node], opset_imports={"": 18}, name="probe")
     with Session(Graph(ir.Model(graph, ir_version=8)), target) as s:
         s.run({"x": np.ones(2, np.float32)})
-
-
-def _short(e: Exception) -> str:
-    """The runtime's error message without its source paths, at most 300 characters."""
-    text = re.sub(r"\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(e).strip())
-    text = re.sub(r"\S*onnxruntime\S*\.(cc|h|cpp):\d+ ?\S*\([^)]*\) ?", "", text)
-    text = " ".join(text.split())
-    return text if len(text) <= 300 else text[:297] + "..."
-
-
-@functools.cache
-def _failures() -> tuple[type[Exception], ...]:
-    """The exceptions that the runtime raises; its own ones have no common base class."""
-    from onnxruntime.capi import onnxruntime_pybind11_state as state  # noqa: TID251
-
-    runtime_errors = [c for c in vars(state).values() if isinstance(c, type) and issubclass(c, Exception)]
-    return (*runtime_errors, RuntimeError, ValueError, TypeError)
 
 
 # ---- sessions ------------------------------------------------------------------------------------------------------
@@ -219,8 +105,8 @@ class Session:
         optimized_path: Path | None = None,
         optimized: bool = True,
     ) -> None:
-        ort = _available(target)
-        _preload(ort, target.provider)
+        ort = available(target)
+        preload(ort, target.provider)
         self._name = str(model if not isinstance(model, Graph) else model.path or "the model")
         self._input_taps: set[str] = set()
         self._profile = profile
@@ -246,7 +132,7 @@ class Session:
         self.provider: str = self._session.get_providers()[0]
         if self.provider != target.provider:
             self.close()
-            raise _unavailable(target, f"the session fell back to {self.provider}")
+            raise unavailable(target, f"the session fell back to {self.provider}")
         self.inputs = [_port(i) for i in self._session.get_inputs()]
         self.outputs: list[str] = [*(o.name for o in self._session.get_outputs()), *sorted(self._input_taps)]
         self._by_name = {p.name: p for p in self.inputs}
@@ -285,7 +171,7 @@ class Session:
         known = {n: a for n, a in feeds.items() if n not in self._removed}
         try:
             arrays = self._session.run(fetched, known) if fetched else []
-        except _failures() as e:
+        except failures() as e:
             raise self._explain(e, feeds) from e
         results = dict(zip(fetched, arrays, strict=True))
         return {n: results[n] if n in results else feeds[n] for n in names}
@@ -294,8 +180,8 @@ class Session:
         shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in feeds.items())
         if "out of data bounds" in str(e):
             why = "an id is outside its embedding table, so the data was not made for this model"
-            return DataError(f"{self._name} on {shapes}: {why}: {_short(e)}")
-        return ModelError(f"{self._name} failed to run on {shapes}: {_short(e)}")
+            return DataError(f"{self._name} on {shapes}: {why}: {short(e)}")
+        return ModelError(f"{self._name} failed to run on {shapes}: {short(e)}")
 
     def _check(self, feeds: Mapping[str, Array]) -> None:
         if missing := [p.name for p in self.inputs if p.name not in feeds]:
@@ -334,7 +220,7 @@ def _options(ort: Any, target: Target, threads: int, *, prepack: bool) -> Any:
     options.log_severity_level = 2 if debug else 4
     if target.provider != "CPUExecutionProvider" and not debug:
         ort.set_default_logger_severity(4)  # a provider that cannot load logs there; `_unavailable` says it better
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or THREADS
     entries = {
         # Threads of an idle session must not spin on the cores of the one that runs: rates were off by a factor of two.
         "session.force_spinning_stop": "1",
@@ -355,10 +241,10 @@ def _create(ort: Any, source: bytes | str, options: Any, target: Target, name: s
     providers = [(p, extra.get(p, {})) for p in target.providers if p in has]
     try:
         return ort.InferenceSession(source, options, providers=providers, enable_fallback=0)
-    except _failures() as e:
+    except failures() as e:
         if target.provider != "CPUExecutionProvider" and re.search(r"(?i)cuda|cudnn|cublas|nvinfer|provider", str(e)):
-            raise _unavailable(target, _short(e)) from e
-        raise ModelError(f"ONNX Runtime {ort.__version__} rejects {name}: {_short(e)}") from e
+            raise unavailable(target, short(e)) from e
+        raise ModelError(f"ONNX Runtime {ort.__version__} rejects {name}: {short(e)}") from e
 
 
 def _port(i: Any) -> Port:

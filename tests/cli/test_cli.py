@@ -29,7 +29,7 @@ from onnxcomp.files import storage
 from onnxcomp.lowering import costs, race
 from onnxcomp.pipeline import PassFault
 from onnxcomp.reports import json_report
-from onnxcomp.runtime import sessions
+from onnxcomp.runtime import installed, sessions
 from tests import tiny
 
 RECIPE = "passes: [canonicalize, cleanup, {qdq: {min_size: 1}}, lower]\n"
@@ -354,7 +354,7 @@ def test_doctor_finds_this_machine_able(run: Run) -> None:
 def test_doctor_sees_a_broken_runtime(
     run: Run, monkeypatch: pytest.MonkeyPatch, found: dict[str, str], says: str
 ) -> None:
-    monkeypatch.setattr(sessions, "installed_runtimes", lambda: found)
+    monkeypatch.setattr(installed, "installed_runtimes", lambda: found)
     code, out, _ = run("doctor", "--json")
     assert code == 1
     data = one_object(out)

@@ -17,7 +17,7 @@ import pytest
 from onnxcomp.errors import DataError, ModelError, OnnxcompError, TargetError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import formats
-from onnxcomp.runtime import payload, sessions
+from onnxcomp.runtime import installed, payload, sessions
 from onnxcomp.runtime.sessions import Session, integer_check
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
@@ -256,14 +256,14 @@ def test_a_failing_run_names_the_shapes() -> None:
 
 def test_the_cpu_target_runs_here() -> None:
     sessions.check_target(CPU)
-    assert len(sessions.installed_runtimes()) == 1
+    assert len(installed.installed_runtimes()) == 1
 
 
 @pytest.mark.parametrize(("target", "package"), [(CUDA, "onnxcomp[gpu]"), (TENSORRT, "onnxcomp[tensorrt]")])
 def test_a_build_without_the_provider_is_refused_with_the_package_to_install(
     target: Any, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sessions._ort(), "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(installed.ort_module(), "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(TargetError, match=package.replace("[", r"\[")):
         Session(tiny.mlp(), target)
 
@@ -300,8 +300,8 @@ class Fallback:
 def test_a_silent_fallback_to_the_cpu_is_an_error(
     target: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    fake = Fallback(sessions._ort())
-    monkeypatch.setattr(sessions, "_ort", lambda: fake)
+    fake = Fallback(installed.ort_module())
+    monkeypatch.setattr(installed, "ort_module", lambda: fake)
     with pytest.raises(TargetError, match="does not run on this machine") as e:
         sessions.check_target(target)
     assert "onnxruntime-gpu[cuda,cudnn]" in str(e.value)
@@ -312,17 +312,17 @@ def test_a_silent_fallback_to_the_cpu_is_an_error(
 
 
 def test_a_provider_that_fails_to_start_is_a_target_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = Fallback(sessions._ort(), "CUDA failure 35: CUDA driver version is insufficient")
-    monkeypatch.setattr(sessions, "_ort", lambda: fake)
-    monkeypatch.setattr(sessions, "_missing", lambda provider: [])
+    fake = Fallback(installed.ort_module(), "CUDA failure 35: CUDA driver version is insufficient")
+    monkeypatch.setattr(installed, "ort_module", lambda: fake)
+    monkeypatch.setattr(installed, "_missing", lambda provider: [])
     with pytest.raises(TargetError, match="CUDA failure 35"):
         Session(tiny.mlp(), CUDA)
 
 
 def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sessions.LIBRARIES, "CUDAExecutionProvider", ("libc.so.6", "libsurely-not-there.so.1"))
-    assert sessions._missing("CUDAExecutionProvider") == ["libsurely-not-there.so.1"]
-    assert "libsurely-not-there.so.1" in str(sessions._unavailable(CUDA, ""))
+    monkeypatch.setitem(installed.LIBRARIES, "CUDAExecutionProvider", ("libc.so.6", "libsurely-not-there.so.1"))
+    assert installed._missing("CUDAExecutionProvider") == ["libsurely-not-there.so.1"]
+    assert "libsurely-not-there.so.1" in str(installed.unavailable(CUDA, ""))
 
 
 def test_an_old_runtime_is_refused() -> None:
@@ -337,8 +337,8 @@ def test_two_runtimes_at_once_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", version)
-    assert sessions.installed_runtimes() == {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
-    sessions._ort.cache_clear()
+    assert installed.installed_runtimes() == {"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}
+    installed.ort_module.cache_clear()
     with pytest.raises(TargetError, match="pip uninstall -y onnxruntime onnxruntime-gpu"):
         Session(tiny.mlp())
 
@@ -349,7 +349,7 @@ def test_two_runtimes_at_once_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_missing_or_empty_runtime_is_a_target_error(
     module: Any, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sessions._ort.cache_clear()
+    installed.ort_module.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", module)
     with pytest.raises(TargetError, match=message) as e:
         Session(tiny.mlp())
