@@ -142,14 +142,14 @@ class _Run:
 
     def measure_shorter(self, shape: Mapping[str, int]) -> None:
         """Measure at a default shape, with a quarter of the tokens as long as the model does not take as many."""
-        length = shape.get("sequence", 0)
+        lengths = {k: shape[k] for k in ("sequence", "past") if shape.get(k, 0) > 1}
         while True:
             try:
-                return self.measure({**shape, "sequence": length} if length else shape)
+                return self.measure({**shape, **lengths})
             except (DataError, ModelError):
-                if length <= 8:
+                if max(lengths.values(), default=0) <= 8:
                     raise
-                length //= 4
+                lengths = {k: n // 4 for k, n in lengths.items()}
 
     def measure(self, shape: Mapping[str, int]) -> None:
         """Measure one shape in fresh processes, so that peak memory is that of the shape."""

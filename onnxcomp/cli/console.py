@@ -103,7 +103,7 @@ def parse_shape(text: str) -> dict[str, int]:
     shape: dict[str, int] = {}
     for part in text.split(","):
         name, equals, number = (x.strip() for x in part.partition("="))
-        if not (name and equals and number.isdecimal() and int(number) > 0) or name in shape:
+        if not (name and equals and number.isdecimal()) or name in shape:
             raise RecipeError(f"shape '{text}' is not AXIS=SIZE,..., such as batch=1,sequence=128")
         shape[name] = int(number)
     return shape

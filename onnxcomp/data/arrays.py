@@ -14,22 +14,34 @@ from typing import Any, overload
 
 import numpy as np
 
-from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, total_mask, vocabulary
+from onnxcomp.data.random_feeds import random_feeds
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import size_text
 from onnxcomp.maths import Array
 
-__all__ = ["Npz", "Random", "Rows", "from_function", "read_json"]
+__all__ = ["Axes", "Npz", "Random", "Rows", "axes_of", "from_function", "read_json"]
+
+Axes = Mapping[str, int | None]  # by input: the axis of its samples, None for one that all samples share
 
 LIMIT = 2 * 10**9  # bytes of batches from Python that are kept in memory; more belongs in files
 
 
-class Rows:
-    """Samples of batches in memory; only consecutive samples of equal shapes and types share a batch."""
+def axes_of(inputs: Sequence[TensorSpec]) -> Axes:
+    """The axis of the samples of each input."""
+    return {s.name: s.samples for s in inputs}
 
-    def __init__(self, parts: Sequence[Batch], name: str, random: bool = False) -> None:
+
+class Rows:
+    """Samples of batches in memory; only consecutive samples of equal shapes and types share a batch.
+
+    Samples are along the first axis of all arrays but those that they share.
+    """
+
+    def __init__(self, parts: Sequence[Batch], name: str, random: bool = False, axes: Axes | None = None) -> None:
         self.name, self.random, self.notes = name, random, list[str]()
+        self.shared = {n for n, axis in (axes or {}).items() if axis is None}
         self.parts = parts
         self.index: list[tuple[int, int]] = []
         self.keys: list[object] = []
@@ -50,11 +62,11 @@ class Rows:
         return self.keys[self.index[index][0]]
 
     def rows(self, indices: Sequence[int]) -> Batch:
-        """The samples as one batch; a scalar input is that of the first sample's batch."""
+        """The samples as one batch; a scalar or shared input is that of the first sample's batch."""
         spans = [(p, slice(rows[0], rows[-1] + 1)) for p, rows in _runs([self.index[i] for i in indices])]
         first = self.parts[spans[0][0]]
         feeds = {
-            n: a if not a.ndim else _stack([self.parts[p].feeds[n][s] for p, s in spans])
+            n: a if not a.ndim or n in self.shared else _stack([self.parts[p].feeds[n][s] for p, s in spans])
             for n, a in first.feeds.items()
         }
         labels = [self.parts[p].labels for p, _ in spans]
@@ -66,8 +78,8 @@ class Rows:
         return Batch(feeds, stacked)
 
     @classmethod
-    def of(cls, x: Any, name: str) -> Rows:
-        """From a dict of arrays, or from an iterable of such dicts or of `Batch`."""
+    def of(cls, x: Any, name: str, axes: Axes | None = None) -> Rows:
+        """From a dict of arrays, or from an iterable of such dicts or of `Batch`, in the model's `axes`."""
         if isinstance(x, (Mapping, Batch)):
             x = [x]
         if not isinstance(x, Iterable):
@@ -75,7 +87,7 @@ class Rows:
         parts, size = [], 0
         once = isinstance(x, Iterator)
         for n, item in enumerate(x):
-            part = _batch(item, f"{name}, batch {n}")
+            part = _batch(item, f"{name}, batch {n}", axes)
             size += 0 if isinstance(x, (list, tuple)) else sum(a.nbytes for a in part.feeds.values())
             if size > LIMIT:
                 what = "A generator can be read only once, and this one" if once else "It"
@@ -83,7 +95,7 @@ class Rows:
                     f"{name}: {what} gives more than {size_text(LIMIT)}; write it to a folder of .npz files"
                 )
             parts.append(part)
-        return cls(parts, name)
+        return cls(parts, name, axes=axes)
 
 
 def _runs(places: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -101,8 +113,8 @@ def _stack(arrays: Sequence[Array]) -> Array:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _batch(item: Any, where: str) -> Batch:
-    """A `Batch` from a dict of arrays (labels under their own name) or a `Batch`; first axes must agree."""
+def _batch(item: Any, where: str, axes: Axes | None = None) -> Batch:
+    """A `Batch` from a dict of arrays (labels under their own name) or a `Batch`, samples first; they must agree."""
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], Mapping):
         item = Batch(dict(item[0]), None if item[1] is None else np.asarray(item[1]))
     if isinstance(item, Mapping):
@@ -111,30 +123,35 @@ def _batch(item: Any, where: str) -> Batch:
         item = Batch(arrays, labels)
     if not isinstance(item, Batch):
         raise DataError(f"{where}: is a {type(item).__name__}, not a dict of arrays by input name")
-    feeds = {k: np.asarray(v) for k, v in item.feeds.items()}
+    axes = axes or {}
+    feeds = {k: _samples_first(np.asarray(v), axes.get(k, 0)) for k, v in item.feeds.items()}
     every = feeds if item.labels is None else feeds | {"labels": np.asarray(item.labels)}
-    counts = {k: v.shape[0] for k, v in every.items() if v.ndim}
+    counts = {k: v.shape[0] for k, v in every.items() if v.ndim and axes.get(k, 0) is not None}
     if not feeds:
         raise DataError(f"{where}: holds no arrays")
     if len(set(counts.values())) > 1:
         raise DataError(f"{where}: the first axes differ: {counts}; the first axis counts samples")
-    return Batch(feeds, None if item.labels is None else np.asarray(item.labels))
+    return Batch(feeds, None if item.labels is None else np.asarray(item.labels), next(iter(counts.values()), None))
+
+
+def _samples_first(a: Array, axis: int | None) -> Array:
+    return np.moveaxis(a, axis, 0) if axis and a.ndim > axis else a
 
 
 class Npz(Rows):
     """Samples of `.npz` files, arrays by input name; `labels` is optional. No pickled objects."""
 
-    def __init__(self, files: Sequence[Path], name: str) -> None:
-        super().__init__(_Files(files), name)
+    def __init__(self, files: Sequence[Path], name: str, axes: Axes | None = None) -> None:
+        super().__init__(_Files(files, axes or {}), name, axes=axes)
 
 
 class _Files(Sequence[Batch]):
     """The batches of several files, read on access; all stay in memory below `LIMIT / 4` bytes of files, else two."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
+    def __init__(self, files: Sequence[Path], axes: Axes) -> None:
         self.files = files
         size = sum(f.stat().st_size for f in files)
-        self._read = lru_cache(maxsize=None if size < LIMIT // 4 else 2)(_read_npz)
+        self._read = lru_cache(maxsize=None if size < LIMIT // 4 else 2)(lambda path: _read_npz(path, axes))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -147,16 +164,16 @@ class _Files(Sequence[Batch]):
         return [self._read(f) for f in self.files[index]] if isinstance(index, slice) else self._read(self.files[index])
 
 
-def _read_npz(path: Path) -> Batch:
+def _read_npz(path: Path, axes: Axes) -> Batch:
     try:
         with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
-            return _batch({k: z[k] for k in z.files}, str(path))
+            return _batch({k: z[k] for k in z.files}, str(path), axes)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         why = "it holds Python objects (pickle)" if "pickle" in str(e).lower() and zipfile.is_zipfile(path) else str(e)
         raise DataError(f"{path}: cannot be read as .npz: {why}") from e
 
 
-def from_function(src: str, allow_code: bool) -> Rows:
+def from_function(src: str, allow_code: bool, axes: Axes | None = None) -> Rows:
     """The batches that `package.module:function` yields; raises `DataError` where running code was not allowed."""
     if not allow_code:
         raise DataError(f"{src}: names Python code, which is run only with --allow-code")
@@ -168,7 +185,7 @@ def from_function(src: str, allow_code: bool) -> Rows:
         raise DataError(f"{src}: cannot be found: {e}") from e
     finally:
         sys.path.remove(str(Path.cwd()))
-    return Rows.of(call(), src)
+    return Rows.of(call(), src, axes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -185,33 +202,29 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Random(Rows):
-    """Random samples of the model's shapes: ids within the vocabulary, normally distributed floats, masks of ones."""
+    """Random samples of the model's shapes, of `sequence` new tokens behind half as many in caches, if it has any."""
 
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
         inputs, vocab = specs(graph), vocabulary(graph)
         config = read_json(folder / "config.json") if folder is not None else {}
-        role = {name: r for r, name in roles(inputs).items()}
-        limit = vocab.get(roles(inputs).get("positions", ""), config.get("max_position_embeddings", 1 << 30))
-        sizes = {"length": min(sequence or 32, int(limit)), "pixels": int(config.get("image_size") or 32)}
-        rng = np.random.default_rng(seed)
-        feeds = {}
+        role = roles(inputs)
+        limit = vocab.get(role.get("positions", ""), config.get("max_position_embeddings", 1 << 30))
+        length = min(sequence or 32, int(limit))
+        past = min(length // 2, int(limit) - length)
+        pixels = int(config.get("image_size") or 32)
+        mask = total_mask(inputs)
+        free = {s.name: length for s in inputs} | ({mask.name: past + length} if mask is not None else {})
+        if "pixels" in role:
+            free[role["pixels"]] = pixels
+        dims = {}
         for s in inputs:
-            kind = role.get(s.name, "")
-            free = sizes["pixels" if kind == "pixels" else "length"]
-            shape = tuple(samples if i == 0 else d if isinstance(d, int) else free for i, d in enumerate(s.shape))
-            rows = vocab.get(s.name) or (config.get("vocab_size") if kind == "tokens" else None)
-            feeds[s.name] = random_input(s, shape, kind, rows, rng)
-        super().__init__([Batch(feeds)], "random", random=True)
-
-
-def random_input(s: TensorSpec, shape: tuple[int, ...], kind: str, rows: int | None, rng: np.random.Generator) -> Array:
-    """A valid random value of an input by its role; ids stay below `rows`, other integers are zero."""
-    if kind == "mask" or s.dtype.kind == "b":
-        return np.ones(shape, s.dtype)
-    if kind == "positions":
-        return np.broadcast_to(np.arange(shape[-1]), shape).astype(s.dtype)
-    if s.integer and kind != "types" and (kind == "tokens" or rows):
-        return rng.integers(0, rows or 2, shape).astype(s.dtype)
-    if s.integer:
-        return np.zeros(shape, s.dtype)
-    return rng.standard_normal(shape, np.float32).astype(s.dtype)
+            sizes = {s.cache: past, s.samples: samples}
+            dims[s.name] = tuple(
+                sizes.get(i, d if isinstance(d, int) else free[s.name]) if i != s.cache or isinstance(d, str) else d
+                for i, d in enumerate(s.shape)
+            )
+        if isinstance(words := config.get("vocab_size"), int):
+            vocab = {role[r]: words for r in ("tokens", "decoder_tokens") if r in role} | vocab
+        rng = np.random.default_rng(seed)
+        feeds = random_feeds(inputs, dims, vocab, lambda name: rng)
+        super().__init__([_batch(feeds, "random", axes_of(inputs))], "random", random=True, axes=axes_of(inputs))

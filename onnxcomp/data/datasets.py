@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import arrays
-from onnxcomp.data.inputs import Batch, InputCheck, Source, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.input_check import InputCheck
+from onnxcomp.data.inputs import Batch, Source, TensorSpec, roles, specs, vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 
@@ -157,7 +158,8 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
         if graph is None:
             raise DataError(f"{x}: reading data needs the model it is for; call load_data(source, graph, folder)")
         return load_data(x, graph, graph.path.parent if graph.path else None, batch=batch)
-    source = arrays.Rows.of(x, name or f"{type(x).__name__} of batches")
+    axes = None if graph is None else arrays.axes_of(specs(graph))
+    source = arrays.Rows.of(x, name or f"{type(x).__name__} of batches", axes)
     check = None if graph is None else InputCheck(specs(graph), vocabulary(graph), source.name)
     fixed = _static_batch(graph)
     return Dataset(source, fixed or max(batch, source.widest), check, fixed_batch=fixed is not None).checked()
@@ -165,7 +167,8 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
 
 def _static_batch(graph: Graph | None) -> int | None:
     """The batch size of a model with a static batch axis."""
-    sizes = {s.shape[0] for s in specs(graph) if s.shape} if graph is not None else set()
+    ports = specs(graph) if graph is not None else []
+    sizes = [s.shape[s.samples] for s in ports if s.samples is not None]
     return next((d for d in sizes if isinstance(d, int)), None)
 
 
@@ -211,14 +214,14 @@ def _open(
 ) -> Source:
     from onnxcomp.data import images, texts
 
-    path = Path(src)
+    path, axes = Path(src), arrays.axes_of(specs(graph))
     if src == "random":
         return arrays.Random(graph, folder, samples or 32, sequence, seed)
     if not path.exists() and ":" in src:
-        return arrays.from_function(src, allow_code)
+        return arrays.from_function(src, allow_code, axes)
     if path.is_dir():
         if sorted(path.glob("*.npz")):
-            return arrays.Npz(sorted(path.glob("*.npz")), src)
+            return arrays.Npz(sorted(path.glob("*.npz")), src, axes)
         return images.Images(path, graph, folder)
     if not path.exists():
         raise DataError(
@@ -226,7 +229,7 @@ def _open(
             "package.module:function, or the word random"
         )
     if path.suffix == ".npz":
-        return arrays.Npz([path], src)
+        return arrays.Npz([path], src, axes)
     if path.suffix in (".jsonl", ".txt"):
         return texts.open_text(path, graph, folder, sequence)
     raise DataError(f"{src}: unknown kind of data '{path.suffix}'; use .npz, .jsonl, .txt or a folder of images")

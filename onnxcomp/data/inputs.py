@@ -1,43 +1,68 @@
-"""The inputs of a model: their specification, the role each plays, and the checks that batches must pass."""
+"""The inputs of a model: their specification, the role each plays, and what follows from the tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.data.input_axes import cache_axis, sample_axes
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Batch", "InputCheck", "Source", "TensorSpec", "completed", "roles", "specs", "vocabulary"]
+__all__ = [
+    "Batch",
+    "Source",
+    "TensorSpec",
+    "completed",
+    "past_length",
+    "roles",
+    "specs",
+    "total_mask",
+    "vocabulary",
+]
 
 LABELS = ("labels", "label")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Arrays by input name, first axis = samples, and the labels of the samples where the task has any."""
+    """Arrays by input name, and the labels of the samples where the task has any; `samples` where it is known."""
 
     feeds: dict[str, Array]
     labels: Array | None = None
+    samples: int | None = None
 
     @property
     def size(self) -> int:
-        """Samples in the batch: the first axis of any input of rank 1 or more."""
+        """Samples in the batch: as it was made, else the first axis of any input of rank 1 or more."""
+        if self.samples is not None:
+            return self.samples
         return next((a.shape[0] for a in self.feeds.values() if a.ndim), 1)
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Name, numpy type and shape of an input or output; a dynamic axis is a name ('?' where it has none)."""
+    """Name, numpy type and shape of an input or output; a dynamic axis is a name ('?' where it has none).
+
+    `samples` is the axis that counts samples (None for scalars, flags and fixed states), `cache` that of the tokens so
+    far of a key-value cache.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...]
+    samples: int | None = 0
+    cache: int | None = None
+
+    @property
+    def flag(self) -> bool:
+        """Whether it is one boolean for the whole batch, such as the one that switches to the branch with a cache."""
+        return self.dtype.kind == "b" and self.shape in ((), (1,)) and self.samples is None
 
     @property
     def integer(self) -> bool:
@@ -62,7 +87,11 @@ class Source(Protocol):
 
 def specs(graph: Graph) -> list[TensorSpec]:
     """The inputs a model must be fed, in order."""
-    return [spec(v) for v in graph.inputs]
+    ports = [spec(v) for v in graph.inputs]
+    axes = sample_axes({s.name: s.shape for s in ports})
+    return [
+        replace(s, samples=axes[s.name], cache=cache_axis(v, s.shape)) for s, v in zip(ports, graph.inputs, strict=True)
+    ]
 
 
 def spec(v: ir.Value) -> TensorSpec:
@@ -76,24 +105,37 @@ def spec(v: ir.Value) -> TensorSpec:
 
 
 def roles(inputs: Sequence[TensorSpec]) -> dict[str, str]:
-    """Input name by role: `tokens`, `mask`, `types`, `positions` or `pixels`, by name, then by shape."""
+    """Input name by role: `tokens`, `mask`, `types`, `positions` or `pixels`, by name, then by shape.
+
+    Those of a decoder behind an encoder that takes tokens too are `decoder_tokens` and so on; a mask of encoder states
+    is `encoder_mask`, these `encoder_states`. Caches have no role here: see `TensorSpec.cache`.
+    """
     names: dict[str, str] = {}
-    for s in inputs:
+    found = [(s, kind) for s in inputs if (kind := _kind(s))]
+    encoded = any(kind == "tokens" and "decoder" not in s.name.lower() for s, kind in found)
+    for s, kind in found:
         name = s.name.lower()
-        if len(s.shape) == 4 and not s.integer and s.dtype.kind != "b":
-            role = "pixels"
-        elif "mask" in name:
-            role = "mask"
-        elif "position" in name:
-            role = "positions"
-        elif "token_type" in name or "segment" in name:
-            role = "types"
-        elif s.integer and len(s.shape) == 2:
-            role = "tokens"
-        else:
-            continue
-        names.setdefault(role, s.name)
+        side = "decoder_" if encoded and "decoder" in name else "encoder_" if name.startswith("encoder") else ""
+        names.setdefault(side + kind, s.name)
     return names
+
+
+def _kind(s: TensorSpec) -> str:
+    """What an input holds, empty where that is not known."""
+    name = s.name.lower()
+    if s.cache is not None or "past_key" in name or "past_value" in name or s.flag:
+        return ""
+    if len(s.shape) == 4 and not s.integer and s.dtype.kind != "b":
+        return "pixels"
+    if "mask" in name:
+        return "mask"
+    if "position" in name:
+        return "positions"
+    if "token_type" in name or "segment" in name:
+        return "types"
+    if name.startswith("encoder") and len(s.shape) == 3 and not s.integer:
+        return "states"
+    return "tokens" if s.integer and len(s.shape) == 2 else ""
 
 
 def vocabulary(graph: Graph) -> dict[str, int]:
@@ -124,112 +166,56 @@ def _stays_integer(v: ir.Value, node: ir.Node) -> bool:
     return node.attributes.get_int("to", 0) in (int(ir.DataType.INT32), int(ir.DataType.INT64))
 
 
+def past_length(feeds: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> int:
+    """How many tokens the caches among the feeds hold."""
+    given = (feeds[s.name].shape[s.cache] for s in inputs if s.cache is not None and s.name in feeds)
+    return next(given, 0)
+
+
+def total_mask(inputs: Sequence[TensorSpec]) -> TensorSpec | None:
+    """The mask `[b, past + new]` of a model with caches, whose length is not that of the tokens; None without one."""
+    role, by_name = roles(inputs), {s.name: s for s in inputs}
+    mask, tokens = (by_name.get(role.get(r, "")) for r in ("mask", "tokens"))
+    if mask is None or tokens is None or len(mask.shape) != 2 or all(s.cache is None for s in inputs):
+        return None
+    return None if mask.shape[1] == tokens.shape[1] and mask.shape[1] != "?" else mask
+
+
 def completed(feeds: Mapping[str, Array], inputs: Sequence[TensorSpec]) -> tuple[dict[str, Array], list[str]]:
-    """Feeds with the mask, positions and token types that the model needs and the tokens imply, and notes on these."""
+    """Feeds with what the model needs and the tokens imply, and notes on these.
+
+    Mask, positions, token types and, where none is given, empty caches; a flag says whether there is a cache.
+    """
     out = dict(feeds)
     notes: list[str] = []
     role = roles(inputs)
     tokens = out.get(role.get("tokens", ""))
     if tokens is None or tokens.ndim != 2:
         return out, notes
-    mask = out.get(role.get("mask", ""), np.ones_like(tokens))
-    derived = {"mask": mask, "types": np.zeros_like(tokens), "positions": np.maximum(np.cumsum(mask, 1) - 1, 0)}
+    past = past_length(out, inputs)
+    width = tokens.shape[1] + (past if total_mask(inputs) is not None else 0)
+    mask = out.get(role.get("mask", ""), np.ones((len(tokens), width), tokens.dtype))
+    positions = np.maximum(np.cumsum(mask, 1) - 1, 0) if mask.ndim == 2 else np.zeros_like(tokens)
+    derived = {"mask": mask, "types": np.zeros_like(tokens), "positions": positions[:, -tokens.shape[1] :]}
     for s in inputs:
         kind = next((r for r in derived if role.get(r) == s.name), None)
-        if s.name not in out and kind is not None and len(s.shape) == 2:
+        if s.name in out:
+            continue
+        if kind is not None and len(s.shape) == 2:
             out[s.name] = derived[kind].astype(s.dtype)
             notes.append(f"input '{s.name}' is not in the data and was derived from the tokens")
-    return out, notes
+        elif s.flag:
+            out[s.name] = np.full([1] * len(s.shape), past > 0)
+        elif (empty := _empty(s, len(tokens))) is not None:
+            out[s.name] = empty
+            notes.append("caches are not in the data: they were fed empty")
+    return out, list(dict.fromkeys(notes))
 
 
-class InputCheck:
-    """The checks that every batch must pass before it is fed; a failure is a `DataError` naming input and sample."""
-
-    def __init__(self, inputs: Sequence[TensorSpec], vocab: Mapping[str, int], source: str) -> None:
-        self.inputs, self.vocab, self.source = list(inputs), dict(vocab), source
-
-    def __call__(self, batch: Batch, first: int = 0, notes: list[str] | None = None) -> Batch:
-        """The batch in the model's types and input order; `first` is the index of its first sample, for errors."""
-        given = {
-            s.name: self._tensor(s, np.asarray(batch.feeds[s.name]), first)
-            for s in self.inputs
-            if s.name in batch.feeds
-        }
-        feeds, notes_made = completed(batch.feeds | given, self.inputs)
-        wanted = [s.name for s in self.inputs]
-        unknown = [n for n in feeds if n not in wanted]
-        if missing := [n for n in wanted if n not in feeds]:
-            extra = f"; it has {', '.join(map(repr, unknown))} instead" if unknown else ""
-            raise DataError(f"{self.source}: the model's input '{missing[0]}' is missing{extra}")
-        for note in [*notes_made, *(f"array '{n}' is no input of the model and was ignored" for n in unknown)]:
-            if notes is not None and note not in notes:
-                notes.append(note)
-        out = {s.name: self._tensor(s, np.asarray(feeds[s.name]), first) for s in self.inputs}
-        self._axes(out, first)
-        labels = batch.labels
-        if labels is not None and len(labels) != Batch(out).size:
-            raise DataError(
-                f"{self.source}: {len(labels)} labels for {Batch(out).size} samples, from sample {first} on"
-            )
-        return Batch(out, labels)
-
-    def _where(self, s: TensorSpec, first: int, bad: Array | None = None) -> str:
-        row = int(np.argwhere(bad)[0][0]) if bad is not None and bad.ndim else 0
-        return f"{self.source}: input '{s.name}', sample {first + row}"
-
-    def _tensor(self, s: TensorSpec, a: Array, first: int) -> Array:
-        if a.ndim != len(s.shape):
-            raise DataError(f"{self._where(s, first)}: has rank {a.ndim} {a.shape}, the model takes {_show(s)}")
-        for axis, (have, want) in enumerate(zip(a.shape, s.shape, strict=True)):
-            if isinstance(want, int) and have != want:
-                raise DataError(f"{self._where(s, first)}: axis {axis} is {have}, the model takes {_show(s)}")
-        if a.size == 0:
-            raise DataError(f"{self._where(s, first)}: is empty, shape {a.shape}")
-        a = self._cast(s, a, first)
-        if a.dtype.kind not in "iubSUO":
-            bad = ~np.isfinite(a.astype(np.float32) if a.dtype.kind == "V" or a.itemsize < 2 else a)
-            if bad.any():
-                raise DataError(f"{self._where(s, first, bad)}: holds NaN or infinity")
-        rows = self.vocab.get(s.name)
-        if rows is not None and s.integer:
-            bad = (a < 0) | (a >= rows)
-            if bad.any():
-                raise DataError(
-                    f"{self._where(s, first, bad)}: id {a[bad][0]} is outside 0 to {rows - 1}, the rows of the model's "
-                    "embedding; was it made with another tokenizer?"
-                )
-        return a
-
-    def _cast(self, s: TensorSpec, a: Array, first: int) -> Array:
-        """The array in the model's type; raises `DataError` where a value changes or a narrower float overflows."""
-        if a.dtype == s.dtype:
-            return a
-        real = "f" if a.dtype.kind == "V" else a.dtype.kind
-        wanted_real = s.dtype.kind in "fV"
-        if a.dtype.kind in "OSU" or (real == "f" and not wanted_real) or real == "c":
-            raise DataError(f"{self._where(s, first)}: has type {a.dtype}, the model takes {s.dtype}; convert it first")
-        with np.errstate(over="ignore", invalid="ignore"):
-            out = a.astype(s.dtype)
-            same = np.isfinite(out.astype(np.float64)) | ~np.isfinite(a) if real == "f" else out.astype(a.dtype) == a
-        if not same.all():
-            raise DataError(
-                f"{self._where(s, first, ~same)}: {a[~same][0]} of type {a.dtype} does not fit the model's {s.dtype}"
-            )
-        return out
-
-    def _axes(self, feeds: dict[str, Array], first: int) -> None:
-        """Check that axes of one name have one size in all inputs, and that all first axes are equally long."""
-        sizes: dict[str, tuple[int, str]] = {}
-        for s in self.inputs:
-            for axis, (have, want) in enumerate(zip(feeds[s.name].shape, s.shape, strict=True)):
-                name = "first axis" if axis == 0 else f"axis '{want}'"
-                if axis and (isinstance(want, int) or want == "?"):
-                    continue
-                was, other = sizes.setdefault(name, (have, s.name))
-                if was != have:
-                    places = f"is {was} in '{other}' but {have} in '{s.name}'"
-                    raise DataError(f"{self.source}: from sample {first} on, the {name} {places}")
-
-
-def _show(s: TensorSpec) -> str:
-    return f"{s.dtype.name}[{', '.join(map(str, s.shape))}]"
+def _empty(s: TensorSpec, samples: int) -> Array | None:
+    """A cache without tokens; None for another input and where another axis than samples and tokens is open."""
+    sizes = {s.samples: samples, s.cache: 0}
+    shape = [d if isinstance(d, int) else sizes.get(i) for i, d in enumerate(s.shape)]
+    if s.cache is None or any(d is None for d in shape):
+        return None
+    return np.zeros([d or 0 for d in shape], s.dtype)

@@ -34,6 +34,7 @@ class Padding:
     kind: int
     left: bool
     length: int | None
+    start: int = 0  # what a decoder behind an encoder begins with
 
     def fill(self, rows: Sequence[Array], value: int) -> Array:
         """Rows of different length as one array `[samples, tokens]` (int64)."""
@@ -86,6 +87,10 @@ class Text:
             "types": self.pad.fill([self.types[i] for i in indices], self.pad.kind),
             "positions": np.maximum(np.cumsum(mask, 1) - 1, 0),
         }
+        if "decoder_tokens" in self.role:  # the same text, shifted by the token that it begins with
+            shifted = [np.concatenate([[self.pad.start], r[:-1]]) for r in ids]
+            arrays["decoder_tokens"] = self.pad.fill(shifted, self.pad.token)
+            arrays |= {f"decoder_{kind}": arrays[kind] for kind in ("mask", "positions")}
         feeds = {self.role[r]: a for r, a in arrays.items() if r in self.role}
         return Batch(feeds, None if self.labels is None else self.labels[list(indices)])
 
@@ -135,7 +140,7 @@ def _tokenizer(folder: Path | None, path: Path) -> Tokenizer:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from e
 
@@ -153,7 +158,9 @@ def _padding(
     side = settings.get("padding_side") or padding.get("direction") or "right"
     tokens = next((s for s in inputs if s.name == roles(inputs).get("tokens")), None)
     static = tokens.shape[1] if tokens is not None and isinstance(tokens.shape[1], int) else None
-    return Padding(pad_id, int(settings.get("pad_token_type_id") or 0), side == "left", static)
+    start = config.get("decoder_start_token_id")
+    kind = int(settings.get("pad_token_type_id") or 0)
+    return Padding(pad_id, kind, side == "left", static, start if isinstance(start, int) else pad_id)
 
 
 def _limit(

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.data import open_axes
-from onnxcomp.data.inputs import TensorSpec, roles, specs
+from onnxcomp.data.inputs import TensorSpec, roles, specs, total_mask
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph, extract
 from onnxcomp.maths import Array
@@ -101,9 +101,13 @@ def _samples(g: Graph, model: Graph) -> Iterable[Mapping[str, Array]]:
 def _fitting(g: Graph, shape: Mapping[str, int]) -> dict[str, int]:
     """The shape with a size for every dynamic axis; other axes than the batch get the length of the sequence."""
     sizes = dict(shape)
-    names = {d for s in specs(g) for d in s.shape if isinstance(d, str)}
+    names = {d for s in specs(g) if s.cache is None for d in s.shape if isinstance(d, str)}
     known = dict(open_axes.default_shapes(g)[0])
     picked = {k: n for k, n in sizes.items() if k in known}
+    if "past" in known:
+        picked["past"] = sizes["sequence"]
+        total = total_mask(specs(g))
+        names -= {d for d in (total.shape if total is not None else ()) if isinstance(d, str)}
     for name in sorted(names):
         if name not in picked and name != "?":
             picked[name] = sizes["batch"] if "batch" in name else sizes["sequence"]

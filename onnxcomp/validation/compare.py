@@ -132,13 +132,13 @@ class Reference:
 
     def _is_causal(self, session: Runner, batch: Batch, tokens: Array, scores: Array) -> bool:
         """Whether another last token leaves all scores before it as they were; tried, since names do not tell."""
-        visible = self.view.visible(batch.feeds)
+        visible = self.view.visible(batch.feeds, self.view.scored.side)
         mask = np.ones(tokens.shape, bool) if visible is None else visible
         last = tokens.shape[1] - 1 - mask[:, ::-1].argmax(axis=1)
         changed = tokens.copy()
         changed[np.arange(len(last)), last] = (changed[np.arange(len(last)), last] + 1) % (self.view.vocabulary or 1)
-        name = self.view.scored.name
-        repeated = session.run({**batch.feeds, self.view.roles["tokens"]: changed}, [name])[name]
+        name, fed = self.view.scored.name, self.view.tokens(self.view.scored)
+        repeated = session.run({**batch.feeds, fed: changed}, [name])[name]
         before = mask & (np.arange(tokens.shape[1]) < last[:, None])
         moved = np.abs(repeated.astype(np.float32) - scores.astype(np.float32))[before].max(initial=0)
         return bool(before.any() and moved < 1e-4 * np.abs(scores[before]).max(initial=0))

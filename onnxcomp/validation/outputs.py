@@ -23,13 +23,15 @@ __all__ = ["OutputLayout", "View", "as_float", "declared_otherwise", "output_row
 class OutputLayout:
     """How an output is read: the axis of its tokens (None: one row per sample), and whether rows are class scores.
 
-    One that is not `floating` holds integers, booleans or strings, which are compared for equality.
+    One that is not `floating` holds integers, booleans or strings, which are compared for equality. `side` is
+    `decoder_` where its tokens are those of a decoder behind an encoder, whose inputs have roles of their own.
     """
 
     name: str
     tokens: int | None
     logits: bool
     floating: bool = True
+    side: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,13 @@ class View:
     def of(cls, g: Graph) -> View:
         """From a graph; raises `ModelError` when it has no tensor among its outputs."""
         role = dict(roles(specs(g)))
-        words = vocabulary(g).get(role.get("tokens", ""))
-        axis = _sequence_axis(g, role)
+        words = vocabulary(g).get(role.get("decoder_tokens", role.get("tokens", "")))
+        axes = {side: _sequence_axis(g, role, side) for side in ("decoder_", "") if f"{side}tokens" in role or not side}
         tensors = [v for v in g.outputs if v.type is None or isinstance(v.type, ir.TensorType)]
         if not tensors:
             raise ModelError("no output of the model is a tensor, so there is nothing to compare")
         others = tuple(str(v.name) for v in g.outputs if v not in tensors)
-        return cls(role, words, tuple(_reading(v, axis, words) for v in tensors), others)
+        return cls(role, words, tuple(_reading(v, axes, words) for v in tensors), others)
 
     @property
     def scored(self) -> OutputLayout:
@@ -70,9 +72,13 @@ class View:
         ]
         return dataclasses.replace(self, outputs=tuple(changed))
 
-    def visible(self, feeds: Mapping[str, Array]) -> Array | None:
-        """Which tokens are not padding, bool `[B, S]`; None for a model without an attention mask."""
-        name = self.roles.get("mask")
+    def tokens(self, layout: OutputLayout) -> str:
+        """The input whose tokens an output has rows for; empty without one."""
+        return self.roles.get(f"{layout.side}tokens", "")
+
+    def visible(self, feeds: Mapping[str, Array], side: str = "") -> Array | None:
+        """Which tokens are not padding, bool `[B, S]`; None for a model (or its decoder) without an attention mask."""
+        name = self.roles.get(f"{side}mask")
         if name is None:
             return None
         mask = feeds[name]
@@ -83,15 +89,15 @@ class View:
             visible = np.logical_or.reduce(visible, axis=1)
         if visible.ndim == 3:
             visible = visible[:, 0] if visible.shape[1] == 1 else np.logical_or.reduce(visible, axis=2)
-        tokens = feeds.get(self.roles.get("tokens", ""))
+        tokens = feeds.get(self.roles.get(f"{side}tokens", ""))
         if tokens is not None and tokens.ndim == visible.ndim == 2 and 0 < tokens.shape[1] < visible.shape[1]:
             visible = visible[:, -tokens.shape[1] :]  # earlier columns are keys in the cache
         return visible
 
 
-def _sequence_axis(g: Graph, role: Mapping[str, str]) -> int | str | None:
-    """The length or symbol of the token axis of the inputs."""
-    for name in (role.get("mask"), role.get("tokens")):
+def _sequence_axis(g: Graph, role: Mapping[str, str], side: str) -> int | str | None:
+    """The length or symbol of the token axis of the inputs of a side."""
+    for name in (role.get(f"{side}mask"), role.get(f"{side}tokens")):
         shape = g.value(name).shape if name else None
         if shape is not None and len(shape) == 2:
             return _dim(shape[1])
@@ -102,9 +108,13 @@ def _dim(d: int | ir.SymbolicDim) -> int | str | None:
     return d if isinstance(d, int) else d.value
 
 
-def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> OutputLayout:
+def _reading(v: ir.Value, axes: Mapping[str, int | str | None], words: int | None) -> OutputLayout:
     name, shape = str(v.name), v.shape
     dims = [] if shape is None else [_dim(d) for d in shape]
+    sides = [side for side in axes if side or len(axes) == 1 or name.startswith("encoder")]
+    side = next((x for x in axes if axes[x] is not None and axes[x] in dims[1:]), sides[0])
+    side = side if len(set(axes.values())) == len(axes) else sides[-1] if name.startswith("encoder") else sides[0]
+    axis = axes[side]
     at = next((i for i, d in enumerate(dims) if i and d is not None and d == axis), None)
     if at is not None and at == len(dims) - 1 and isinstance(axis, int):
         at = None  # as many classes as tokens by coincidence
@@ -112,7 +122,7 @@ def _reading(v: ir.Value, axis: int | str | None, words: int | None) -> OutputLa
         at = 1
     logits = "logit" in name.lower() or bool(dims and words is not None and dims[-1] == words)
     floating = v.dtype is None or v.dtype.is_floating_point()
-    return OutputLayout(name, at, floating and (logits or (len(dims) == 2 and not _embedding(name))), floating)
+    return OutputLayout(name, at, floating and (logits or (len(dims) == 2 and not _embedding(name))), floating, side)
 
 
 def _embedding(name: str) -> bool:
@@ -146,8 +156,8 @@ def output_rows(
     if y.ndim == 0 or len(y) != samples:
         y, x, samples = y.reshape(1, -1), x.reshape(1, -1), 1
     y, x = (a.reshape(samples, -1) if a.ndim == 1 else a for a in (y, x))
-    mask = view.visible(feeds)
-    tokens = feeds.get(view.roles.get("tokens", ""))
+    mask = view.visible(feeds, layout.side)
+    tokens = feeds.get(view.tokens(layout))
     shared = OutputRows(y, x, y, y, samples, tokens=tokens, labels=batch.labels, outputs=out, feeds=feeds)
     if layout.tokens == y.ndim - 1:  # one score per token, as in question answering
         yield from _score_per_token(shared, mask)
@@ -180,7 +190,8 @@ def _per_token(rows_of: OutputRows, axis: int, mask: Array | None) -> OutputRows
 
 def _score_per_token(scores: OutputRows, mask: Array | None) -> Iterator[OutputRows]:
     for b in range(scores.samples):
-        keep = np.ones(scores.rows.shape[-1], bool) if mask is None else mask[b]
+        fits = mask is not None and mask.shape[1] == scores.rows.shape[-1]
+        keep = mask[b] if mask is not None and fits else np.ones(scores.rows.shape[-1], bool)
         y, x = (a[b].reshape(-1, len(keep))[:, keep] for a in (scores.rows, scores.reference))
         rows = np.arange(len(y) if keep.any() else 0)
         yield OutputRows(

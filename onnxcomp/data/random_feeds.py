@@ -1,0 +1,45 @@
+"""Random but valid inputs of given shapes: ids within the vocabulary, masks of ones, positions behind the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from onnxcomp.data.inputs import TensorSpec, roles
+from onnxcomp.maths import Array
+
+__all__ = ["random_feeds"]
+
+
+def random_feeds(
+    inputs: Sequence[TensorSpec],
+    dims: Mapping[str, tuple[int, ...]],
+    rows: Mapping[str, int],
+    rng: Callable[[str], np.random.Generator],
+) -> dict[str, Array]:
+    """Every input of its shape in `dims`; ids stay below `rows`, other integers are zero; `rng` by input name."""
+    role = {name: r.removeprefix("decoder_") for r, name in roles(inputs).items()}
+    past = next((dims[s.name][s.cache] for s in inputs if s.cache is not None), 0)
+    return {s.name: _value(s, dims[s.name], role.get(s.name, ""), rows.get(s.name), past, rng) for s in inputs}
+
+
+def _value(
+    s: TensorSpec,
+    shape: tuple[int, ...],
+    kind: str,
+    rows: int | None,
+    past: int,
+    rng: Callable[[str], np.random.Generator],
+) -> Array:
+    if s.flag:
+        return np.full(shape, past > 0)
+    if kind.endswith("mask") or s.dtype.kind == "b":
+        return np.ones(shape, s.dtype)
+    if kind == "positions":
+        return np.broadcast_to(past + np.arange(shape[-1]), shape).astype(s.dtype)
+    if s.integer and kind != "types" and (kind == "tokens" or rows):
+        return rng(s.name).integers(0, rows or 2, shape).astype(s.dtype)
+    if s.integer:
+        return np.zeros(shape, s.dtype)
+    return rng(s.name).standard_normal(shape, np.float32).astype(s.dtype)
