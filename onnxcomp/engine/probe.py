@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.data.arrays import Rows
-from onnxcomp.data.datasets import Batch, Dataset, load_data, roles, specs
-from onnxcomp.data.inputs import InputCheck, vocabulary
+from onnxcomp.data.arrays import Rows, axes_of
+from onnxcomp.data.datasets import Dataset, load_data, roles, specs
+from onnxcomp.data.input_check import InputCheck
+from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.vocabulary import renumbering
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -30,8 +31,8 @@ class Probe(Dataset):
     """Two random batches that a model takes, to compare a result on where no data was given."""
 
     def __init__(self, g: Graph, folder: Path | None) -> None:
-        parts = [Batch(random_feeds(g, folder, shape)) for shape in SHAPES]
-        source = Rows(parts, "random", random=True)
+        source = Rows.of([random_feeds(g, folder, shape) for shape in SHAPES], "random", axes_of(specs(g)))
+        source.random = True
         super().__init__(source, source.widest, InputCheck(specs(g), vocabulary(g), "random"))
 
 
