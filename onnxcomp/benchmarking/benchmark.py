@@ -175,13 +175,21 @@ class _Run:
             facts = {**loaded[i], "peak_mib": peaks[i]}
             self.report.rows.append(_row(c, named, rounds, i, facts, feeds[i]))
 
-    def _watcher(self, shape: str) -> Callable[[int, int], None] | None:
+    def _watcher(self, shape: str) -> Callable[[Rounds, int], None] | None:
         watch = self.watch
-        return None if watch is None else lambda done, total: watch(f"measuring {shape}, rounds", done, total)
+        if watch is None:
+            return None
+
+        def told(rounds: Rounds, needed: int) -> None:
+            clean = min(len(rounds.clean), needed)
+            lost = len(rounds.blocks) - clean
+            watch(f"measuring {shape}, rounds" + (f" ({lost} disturbed by others)" if lost else ""), clean, needed)
+
+        return told
 
 
 def _interleave(
-    children: Sequence[Child], plan: _Plan, deadline: float, watch: Callable[[int, int], None] | None
+    children: Sequence[Child], plan: _Plan, deadline: float, watch: Callable[[Rounds, int], None] | None
 ) -> tuple[Rounds, list[float]]:
     """Measure blocks A B, B A, A B ... until the plan has enough; and peak MiB."""
     counts, warmups, peaks = [], [], []
@@ -194,7 +202,7 @@ def _interleave(
     needed, rounds = plan.rounds(counts), Rounds(())
     while not plan.done(rounds, needed, deadline):
         if watch:
-            watch(min(len(rounds.clean), needed), needed)
+            watch(rounds, needed)
         order = list(range(len(children)))
         row: dict[int, Block] = {}
         for i in order if len(rounds.blocks) % 2 == 0 else reversed(order):

@@ -46,16 +46,17 @@ def _refusal(e: GateFailed) -> tuple[Any, str]:
     from rich.console import Console
 
     from onnxcomp.reports.json_report import to_json
-    from onnxcomp.reports.tables import report_tables
+    from onnxcomp.reports.tables import remedy, report_tables
 
     text = io.StringIO()
     console = Console(file=text, width=WIDE, highlight=False)
     for table in report_tables(e.report):
         show(console, table)
     advice = e.report.origin.advice.strip() if e.report.origin is not None else ""
-    return to_json(e.report), text.getvalue() + "\nNothing was written.\n" + (
-        f"What to try:\n{advice}\n" if advice else ""
-    )
+    parts = [text.getvalue(), "Nothing was written."]
+    parts += [f"What to try:\n{advice}"] if advice else []
+    parts += [remedy(r)] if (r := e.report.remedy) is not None else []  # last, so that its recipe can be copied
+    return to_json(e.report), "\n".join([*parts, ""])
 
 
 def as_json(kind: str, message: str, code: int, report: Any = None) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.engine.blame import blaming
@@ -22,7 +22,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
 from onnxcomp.pipeline import Fidelity, Pass
-from onnxcomp.reports.outcome import Origin, Plan, Report, Result
+from onnxcomp.reports.outcome import Origin, Plan, Remedy, Report, Result
 from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
 
@@ -102,10 +102,20 @@ class Job:
         except GateFailed as e:
             if isinstance(e.report, Report):
                 self._describe(e.report, source)
+                if (r := e.report.remedy) is not None and r.skip:
+                    e.report.remedy = dataclasses.replace(r, recipe=self._remedied(r).to_yaml())
             raise
         self._describe(result.report, source)
         result.report.warnings += tensorrt.require(result.model, self.settings.target)
         return result
+
+    def _remedied(self, r: Remedy) -> Recipe:
+        """The recipe whose refused pass leaves alone what the remedy names; its advice has been given."""
+        at = max(i for i, p in enumerate(self.recipe.passes) if p.name == r.name)
+        passes = list(self.recipe.passes)
+        skip: Any = (*getattr(passes[at], "skip", ()), *r.skip)
+        passes[at] = dataclasses.replace(passes[at], **{"skip": skip})
+        return dataclasses.replace(self.recipe, passes=tuple(passes), about="", advice="")
 
     def plan(self, watch: Watch | None = None) -> Result:
         """A dry run in memory: sizes as they will be, nothing measured, judged or written; data where sizes need it.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,8 @@ from onnxcomp.engine.blame import blaming, listed
 from onnxcomp.engine.compared import NoKernel, answers, compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
+from onnxcomp.engine.order import allowed, check_order
+from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
@@ -32,7 +33,7 @@ from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import BUDGET, Planner, asked_shapes, known_choices
 from onnxcomp.machine import MEMORY, peak_mib
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
-from onnxcomp.reports.outcome import Report, Result, Step
+from onnxcomp.reports.outcome import Remedy, Report, Result, Step
 from onnxcomp.runtime.payload import graph_of
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.validation.compare import Reference
@@ -40,7 +41,7 @@ from onnxcomp.validation.gates import Gate, score_of
 from onnxcomp.validation.variants import Variants
 from onnxcomp.version import __version__
 
-__all__ = ["PassManager", "check_order"]
+__all__ = ["PassManager"]
 
 EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
@@ -61,6 +62,7 @@ class _Walk:
     costing: float = 0.0
     unlowered: Graph | None = None
     exactness: Exactness | None = None
+    lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
@@ -159,6 +161,8 @@ class PassManager:
             walk.report.validation = None  # stale: the last step's comparison is made again at the end
         if p.fidelity is Fidelity.EXACT and walk.exact is before:
             walk.exact = walk.graph
+        if p.fidelity is Fidelity.LOSSY and walk.graph is not before:
+            walk.lossy = p, before
         lowered = p.stage is Stage.LOWER and walk.report.steps[-1].edits
         if lowered and walk.unlowered is None and walk.graph is not before:
             walk.unlowered = before
@@ -379,22 +383,17 @@ class PassManager:
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
+            report.remedy = self._remedy(walk)
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
 
-
-def check_order(passes: Sequence[Pass]) -> None:
-    """Raise `RecipeError` where a pass comes after one of a later stage."""
-    for a, b in itertools.pairwise(p for p in passes if not p.any_place):
-        if a.stage > b.stage:
-            raise RecipeError(
-                f"'{b.name}' ({b.stage.name.lower()}) must come before '{a.name}' ({a.stage.name.lower()}); "
-                "reorder them, or say any_order: true in the recipe"
-            )
-
-
-def allowed(passes: Iterable[Pass], allow_code: bool) -> None:
-    """Raise `RecipeError` where a pass runs code that is not allowed, or that is not there."""
-    for p in passes:
-        if p.runs_code and not allow_code:
-            raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code (allow_code=True)")
-        _ = p.content
+    def _remedy(self, walk: _Walk) -> Remedy | None:
+        """What the last lossy pass should leave alone for the gates to pass, where it can leave something alone."""
+        if walk.lossy is None or walk.reference is None or not hasattr(walk.lossy[0], "skip"):
+            return None
+        p, before = walk.lossy
+        stats = self._collect(walk, before, self._needs(walk, before, p), p.name)
+        env = dataclasses.replace(self._env(walk, before, stats, p), measures=False, shapes=())
+        few = walk.reference.head(RANKED_ON)
+        variants = Variants(few, self.host, self.memory or MEMORY, walk.scratch / "remedy")
+        declined = [d.site for d in walk.report.step(p.name).declined]
+        return find_remedy(p, before, env, declined, walk.reference, variants, self.gate, self.watch)

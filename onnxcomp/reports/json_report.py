@@ -23,13 +23,14 @@ from onnxcomp.reports.schema import (
     Interval,
     LoweringPart,
     PlacementPart,
+    RemedyPart,
     ValidationPart,
 )
 from onnxcomp.version import REPORT_SCHEMA, __version__
 
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
-    from onnxcomp.reports.outcome import Lowering, Report, Step
+    from onnxcomp.reports.outcome import Lowering, Remedy, Report, Step
     from onnxcomp.validation.results import Validation
 
 __all__ = [
@@ -177,6 +178,7 @@ class ReportPart(TypedDict):
     size: SizePart | None
     steps: list[StepPart]
     verdicts: list[VerdictPart]
+    remedy: RemedyPart | None
     validation: ValidationPart | None
     benchmark: BenchmarkPart | None
     lowering: LoweringPart | None
@@ -213,6 +215,7 @@ def to_json(report: Report) -> ReportPart:
         "size": _plain(report.size),
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
+        "remedy": None if report.remedy is None else _remedy(report.remedy),
         "validation": None if validation is None else finite(validation.json()),
         "benchmark": None if benchmark is None else _benchmark(benchmark),
         "lowering": None if report.lowering is None else _lowering(report.lowering),
@@ -285,6 +288,12 @@ def _plain(part: Any) -> Any:
 def _lowering(x: Lowering) -> LoweringPart:
     ratios = [{"shape": shape, **dataclasses.asdict(r)} for shape, r in x.ratios.items()]
     part: LoweringPart = finite({"kept": x.kept, "why": x.why, "ratios": ratios})
+    return part
+
+
+def _remedy(x: Remedy) -> RemedyPart:
+    shares = [{"site": site, "share": share} for site, share in x.shares]
+    part: RemedyPart = finite({**dataclasses.asdict(x), "shares": shares})
     return part
 
 

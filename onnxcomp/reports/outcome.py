@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcomp.runtime.sessions import IntegerCheck
     from onnxcomp.validation.results import Validation
 
-__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Report", "Result", "Size", "Step"]
+__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Remedy", "Report", "Result", "Size", "Step"]
 
 
 @dataclass
@@ -111,6 +111,23 @@ class Lowering:
 
 
 @dataclass(frozen=True)
+class Remedy:
+    """What a refused pass should leave alone: sites with their share of the error, each changed alone, the worst first.
+
+    `measured` of `sites` sites were ranked; `skip` are the patterns that let the gates pass, with the verdicts then;
+    empty where leaving half of the sites alone is not enough. `recipe` is the recipe with them, as a file's text.
+    """
+
+    name: str
+    shares: tuple[tuple[str, float], ...]
+    measured: int
+    sites: int
+    skip: tuple[str, ...] = ()
+    verdicts: tuple[str, ...] = ()
+    recipe: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a dry run predicts of original and result: parameters, multiplications per token, and bytes of the files.
 
@@ -140,6 +157,7 @@ class Report:
     size: Size | None = None
     lowering: Lowering | None = None
     plan: Plan | None = None
+    remedy: Remedy | None = None
 
     @property
     def metadata(self) -> dict[str, str]:

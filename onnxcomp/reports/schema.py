@@ -12,9 +12,29 @@ __all__ = [
     "MetricPart",
     "OutputPart",
     "PlacementPart",
+    "RemedyPart",
     "ShapeRatio",
     "ValidationPart",
 ]
+
+
+class SharePart(TypedDict):
+    """A site with its share of the errors that all measured ones make, each changed alone."""
+
+    site: str
+    share: float
+
+
+class RemedyPart(TypedDict):
+    """What a refused pass should leave alone: the worst sites, patterns that let the gates pass, verdicts, recipe."""
+
+    name: str
+    shares: list[SharePart]
+    measured: int
+    sites: int
+    skip: list[str]
+    verdicts: list[str]
+    recipe: str
 
 
 class Interval(TypedDict):

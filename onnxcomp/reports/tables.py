@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
-    from onnxcomp.reports.outcome import Report, Step
+    from onnxcomp.reports.outcome import Remedy, Report, Step
     from onnxcomp.validation.gates import Verdict
     from onnxcomp.validation.results import Validation
 
@@ -30,6 +30,7 @@ __all__ = [
     "outputs",
     "pass_table",
     "preset_table",
+    "remedy",
     "report_tables",
     "validation",
     "verdicts",
@@ -182,6 +183,20 @@ def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) 
     tail, load = (("p90", "p99"), ("load s",)) if every else ((), ())
     columns = ("model", "shape", "ms", *tail, "speed", "rate", "memory MB", "file MB", *load)
     return table(f"Speed on {data['machine'].get('cpu', 'this machine')}, {where}", columns, rows, left=2)
+
+
+def remedy(r: Remedy) -> str:
+    """What this model loses most by, and the recipe that leaves it alone, ready to paste."""
+    of = f"{r.measured} of {r.sites} sites of {r.name}" if r.measured < r.sites else f"the {r.sites} sites of {r.name}"
+    lines = [f"What loses most, {of} measured one at a time (share of their errors):"]
+    lines += [f"  {share:4.0%}  {name}" for name, share in r.shares]
+    if not r.skip:
+        return "\n".join(
+            [*lines, f"Leaving as many as 50 % of them as they were is not enough: {'; '.join(r.verdicts)}."]
+        )
+    kept = f"the first {len(r.skip)} of them as they were" if len(r.skip) > 1 else "the first of them as it was"
+    lines.append(f"Leaving {kept} lets the gates pass ({'; '.join(r.verdicts)}). As a recipe, for --recipe FILE:")
+    return "\n".join([*lines, "", r.recipe])
 
 
 def pass_table(found: Iterable[PassInfo]) -> Table:

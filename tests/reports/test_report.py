@@ -104,7 +104,8 @@ def test_the_names_in_a_report_stay() -> None:
     data = valid(json_report.to_json(r))
     assert list(data) == [
         "schema_version", "summary", "job", "source", "recipe", "target", "seed", "data", "size", "steps", "verdicts",
-        "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine", "versions",
+        "remedy", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
+        "versions",
     ]  # fmt: skip
     assert data["source"] == {"path": "a.onnx", "sha256": "5a"}
     assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}
