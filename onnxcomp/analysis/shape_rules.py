@@ -89,7 +89,8 @@ def _reduce(f: Known, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None:
         return None
-    removed = {a % len(s) for a in axes} if axes else set(range(len(s)))
+    none = node.attributes.get_int("noop_with_empty_axes", 0)
+    removed = {a % len(s) for a in axes} if axes else set() if none else set(range(len(s)))
     keep = node.attributes.get_int("keepdims", 1)
     return tuple(1 if i in removed else d for i, d in enumerate(s) if keep or i not in removed)
 
@@ -272,12 +273,17 @@ def _flatten(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
-    axis = axis_of(node, len(s) + 1, 1)
+    axis = node.attributes.get_int("axis", 1)
+    axis += len(s) if axis < 0 else 0
     return (product(s[:axis]), product(s[axis:]))
 
 
 def _pad(f: Known, node: ir.Node) -> Shape | None:
-    s, pads = f.shape(node.inputs[0]), f.content(node.inputs[1])
+    s = f.shape(node.inputs[0])
+    if len(node.inputs) < 2:  # attributes, below opset 11
+        pads = np.array(node.attributes.get_ints("pads", node.attributes.get_ints("paddings", [])), object)
+    else:
+        pads = f.content(node.inputs[1])
     axes_input = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
     if s is None or pads is None or (axes_input is None and len(node.inputs) > 3 and node.inputs[3] is not None):
         return None

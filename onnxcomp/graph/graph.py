@@ -13,7 +13,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
-    IdentityEliminationPass,
     RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
 )
@@ -21,6 +20,7 @@ from onnx_ir.passes.common import (
 from onnxcomp.errors import ModelError, NotConstant
 from onnxcomp.graph import graphsurgeon, valid
 from onnxcomp.graph.groups import Group
+from onnxcomp.graph.identities import drop_identities
 from onnxcomp.graph.inference import infer_shapes
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
@@ -358,7 +358,6 @@ class Graph:
         """Remove identities, repeated subexpressions, small equal constants, dead nodes and unused operator sets."""
         steps = (
             DeduplicateInitializersPass(size_limit=4096),
-            IdentityEliminationPass(),
             CommonSubexpressionEliminationPass(),
             RemoveUnusedNodesPass(),
         )
@@ -367,6 +366,7 @@ class Graph:
             before = graph.num_nodes() + len(graph.initializers)
             for step in steps:
                 step(self.model)
+            drop_identities(self.model)
             removed = before - graph.num_nodes() - len(graph.initializers)
             if removed == 0:
                 break
