@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MEMORY", "MIB", "cpu_features", "machine", "peak_mib", "size_text", "status"]
+__all__ = [
+    "FLAVOURS",
+    "MEMORY",
+    "MIB",
+    "cpu_features",
+    "installed_runtimes",
+    "machine",
+    "peak_mib",
+    "runtime_opset",
+    "size_text",
+    "status",
+]
 
 # The budget of a job in bytes where nobody sets one (`--memory`): what statistics, activations and fits hold at once.
 MEMORY = 2 * 10**9
 MIB = 1 << 20  # what the system counts memory in; people are told MB of 10^6 and GB of 10^9 bytes everywhere
 _STATUS = Path("/proc/self/status")
+FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
+# The newest operator set that ONNX Runtime loads, from the given version of it on; a test asks the installed one.
+_RUNTIME_OPSETS = (((1, 32), 28), ((0, 0), 26))
 
 
 @cache
@@ -31,6 +47,22 @@ def cpu_features() -> frozenset[str]:
     if "asimddp" in words:
         features.add("dotprod")
     return frozenset(features)
+
+
+def installed_runtimes() -> dict[str, str]:
+    """Versions of the installed distributions that provide the module onnxruntime; more than one is a broken setup."""
+    versions = {}
+    for name in FLAVOURS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@cache
+def runtime_opset() -> int:
+    """The newest operator set of the installed ONNX Runtime; that of the oldest one supported where there is none."""
+    installed = min((tuple(map(int, re.findall(r"\d+", v)[:2])) for v in installed_runtimes().values()), default=(0, 0))
+    return next(opset for first, opset in _RUNTIME_OPSETS if installed >= first)
 
 
 def machine() -> dict[str, Any]:

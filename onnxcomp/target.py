@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxcomp.errors import TargetError
-from onnxcomp.machine import cpu_features
+from onnxcomp.machine import cpu_features, runtime_opset
 
 __all__ = ["CPU", "CPU_ARM64", "CPU_AVX2", "CPU_VNNI", "CUDA", "TARGETS", "TENSORRT", "Target", "find", "resolved"]
 
@@ -47,7 +47,7 @@ class Target:
     session_options: Mapping[str, str] = field(default_factory=dict)
     package: str = "onnxcomp[cpu]"
     min_runtime: str = "1.28"
-    max_opset: int = 23
+    max_opset: int | None = None
     max_ir: int = 10
     width_multiple: int = 8
     quantized: Quantized = field(default_factory=Quantized)
@@ -62,6 +62,11 @@ class Target:
     def provider(self) -> str:
         """The provider that must really run the model."""
         return self.providers[0]
+
+    @property
+    def newest_opset(self) -> int:
+        """The newest operator set that is written: `max_opset`, by default the newest of the installed runtime."""
+        return self.max_opset or runtime_opset()
 
 
 # The fastest forms on x86-64 with ONNX Runtime 1.32: its fusions of `Add` with a norm and with GELU

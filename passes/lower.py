@@ -45,7 +45,7 @@ class Lower(Pass):
         """Sites that do not stand in the form of the target's table, and operators that are too new for it."""
         spots = [spot for kind in KINDS.values() for spot in kind.find(g) if self._first(g, target, spot)]
         names = {spot.name for spot in spots}
-        newer = [s for s in older_opsets.newer_sites(g, target.max_opset) if s.name not in names]
+        newer = [s for s in older_opsets.newer_sites(g, target.newest_opset) if s.name not in names]
         return [*(spot.site for spot in spots), *newer]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -62,8 +62,8 @@ class Lower(Pass):
                     g.decline(spot.site, f"stays {spot.present}: {why}")
             g.model.graph.sort()
             g.sweep()  # replaced nodes must not be sites of the later kinds
-        if g.opset > env.target.max_opset:
-            older_opsets.lower_opset(g, env.target.max_opset, exact_rows=self.exact_rows)
+        if g.opset > env.target.newest_opset:
+            older_opsets.lower_opset(g, env.target.newest_opset, exact_rows=self.exact_rows)
 
     def _first(self, g: Graph, target: Target, spot: Spot) -> bool:
         """Whether the table asks for another form than the present one."""

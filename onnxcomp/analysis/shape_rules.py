@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.conv_rules import CONV_RULES
-from onnxcomp.analysis.known import Known
+from onnxcomp.analysis.known import Content, Known
 from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, named, product
 
 __all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape", "total_length"]
@@ -280,8 +280,9 @@ def _flatten(f: Known, node: ir.Node) -> Shape | None:
 
 def _pad(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
-    if len(node.inputs) < 2:  # attributes, below opset 11
-        pads = np.array(node.attributes.get_ints("pads", node.attributes.get_ints("paddings", [])), object)
+    if len(node.inputs) < 2:  # an attribute, below opset 11; called otherwise below opset 2
+        given = node.attributes.get_ints("pads", node.attributes.get_ints("paddings", []))
+        pads: Content | None = np.array(given, object)
     else:
         pads = f.content(node.inputs[1])
     axes_input = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None

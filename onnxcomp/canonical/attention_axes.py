@@ -69,6 +69,8 @@ class Heads:
         s = f.shape(m)
         if s is None or len(s) > 5:
             raise NotAttention("the mask's axes are unknown")
+        if len(s) < 2:
+            return (1,) * (2 - len(s)) + s
         if len(s) == 5:
             if 1 in s[1:3] and s[1:3] != (1, 1):
                 raise NotAttention("a mask differs between the heads of a group or between groups")

@@ -22,6 +22,10 @@ def convert(graph: Graph, version: int) -> Graph:
     new = graph.clone()
     if graph.opset >= version:
         return new
+    if graph.opset < 9 and (scan := next(graph.nodes("Scan"), None)) is not None:
+        raise ModelError(
+            f"{_name(graph)}: node '{scan.name}' is a Scan over a batch, of opset 8; export at opset 9 or above"
+        )
     from onnxscript import version_converter
 
     declared = [(v.type, v.shape) for v in new.model.graph.outputs]

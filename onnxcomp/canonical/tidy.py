@@ -136,11 +136,16 @@ def _as_clip(g: Graph, f: Facts, node: ir.Node) -> None:
 
 
 def lift_constants(g: Graph) -> None:
-    """Turn Constant nodes into initializers."""
+    """Turn Constant nodes into initializers, but for those of strings, which no recognizer asks for."""
     for node in g.nodes("Constant"):
         out = node.outputs[0]
         tensor = g.tensor(out)
-        if tensor is not None and node.domain == "" and not out.is_graph_output():
+        if (
+            tensor is not None
+            and tensor.dtype != ir.DataType.STRING
+            and node.domain == ""
+            and not out.is_graph_output()
+        ):
             g.replace(out, g.constant(_renamed_view(tensor), str(out.name)))
 
 

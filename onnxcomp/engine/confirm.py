@@ -50,8 +50,8 @@ def confirm(
 
 
 def _illegal(g: Graph, target: Target) -> str:
-    if g.opset > target.max_opset:
-        return f"'{target.name}' takes operators up to opset {target.max_opset}"
+    if g.opset > target.newest_opset:
+        return f"'{target.name}' takes operators up to opset {target.newest_opset}"
     lacking = sorted({n.op_type for n in g.nodes() if n.domain == "" and n.op_type in target.lacks})
     return f"'{target.name}' has no {lacking[0]}" if lacking else ""
 

@@ -120,7 +120,9 @@ def _random(g: Graph, shape: Mapping[str, int], seed: int) -> dict[str, Array]:
     ports: Sequence[TensorSpec] = specs(g)
     mask = roles(ports).get("mask")
     for name, a in feeds.items():
-        if name == mask or (a.dtype.kind == "b" and a.ndim == 2):
+        if name == mask and a.ndim == 1:  # lengths
+            feeds[name] = rng.integers(1, 1 + max(shape.values(), default=1), a.shape).astype(a.dtype)
+        elif a.ndim == 2 and (name == mask or a.dtype.kind == "b"):
             visible = rng.random(a.shape) < 0.6
             visible[np.arange(len(visible)), rng.integers(0, a.shape[1], len(visible))] = True
             feeds[name] = visible.astype(a.dtype)

@@ -16,6 +16,7 @@ from onnxcomp.graph import Graph, Site
 __all__ = ["decompose_attention", "lower_opset", "newer_sites", "not_decomposable", "scale_of"]
 
 OLDEST = 18
+FLOAT_MOD = 28  # the opset in which Mod takes floats without fmod=1
 # The opset that introduced an operator.
 INTRODUCED = {"Attention": 23, "RMSNormalization": 23, "RotaryEmbedding": 23, "Gelu": 20}
 
@@ -33,7 +34,7 @@ def lower_opset(g: Graph, version: int, *, exact_rows: bool = False) -> None:
     `exact_rows` is that of `decompose_attention`.
     """
     if version < OLDEST:
-        raise TargetError(f"opset {version} is too old: results are written for opset {OLDEST} to 23")
+        raise TargetError(f"opset {version} is too old: results are written for opset {OLDEST} and newer ones")
     if g.opset <= version:
         return
     for site in newer_sites(g, version):
@@ -43,43 +44,39 @@ def lower_opset(g: Graph, version: int, *, exact_rows: bool = False) -> None:
         g.replace(node.outputs[0], spelled)
     g.sweep()
     for node in g.nodes():
-        if node.domain == "":
-            _must_exist(node, version)
+        if node.domain == "" and (why := _lacks(node, version)):
+            keeps = f"--opset {g.opset} keeps the model's own operator set, where the runtime has it"
+            raise TargetError(f"node '{node.name}': {why} in opset {version}; {keeps}")
     g.model.opset_imports[""] = version
     g.edits += 1
 
 
-def _must_exist(node: ir.Node, version: int) -> None:
+def _lacks(node: ir.Node, version: int) -> str:
+    """What an operator set has not that a node needs, empty if it has everything."""
+    op = node.op_type
     try:
-        schema = onnx.defs.get_schema(node.op_type, version, "")
+        schema = onnx.defs.get_schema(op, version, "")
     except onnx.defs.SchemaError:
-        raise TargetError(f"node '{node.name}': opset {version} has no {node.op_type}") from None
+        return f"there is no {op}"
     if unknown := [a for a in node.attributes if a not in schema.attributes]:
-        raise TargetError(f"node '{node.name}': {node.op_type} has no attribute '{unknown[0]}' in opset {version}")
+        return f"{op} has no attribute '{unknown[0]}'"
     if len(node.inputs) > schema.max_input:
-        raise TargetError(f"node '{node.name}': {node.op_type} takes fewer inputs in opset {version}")
+        return f"{op} takes fewer inputs"
     allowed = {c.type_param_str: set(c.allowed_type_strs) for c in schema.type_constraints}
     for formal, x in zip(schema.inputs, node.inputs, strict=False):
-        if (
-            x is not None
-            and x.dtype is not None
-            and formal.type_str in allowed
-            and _type(x) not in allowed[formal.type_str]
-        ):
-            raise TargetError(f"node '{node.name}': {node.op_type} does not take {_type(x)} in opset {version}")
+        kind = _type(x)
+        if kind and kind not in allowed.get(formal.type_str, (kind,)):
+            return f"{op} does not take {kind}"
+    x = node.inputs[0] if node.inputs else None
+    floats = x is not None and x.dtype is not None and x.dtype.is_floating_point()
+    if op == "Mod" and version < FLOAT_MOD and floats and not node.attributes.get_int("fmod", 0):
+        return "Mod of floats must have fmod=1"
+    return ""
 
 
-def _type(x: ir.Value) -> str:
-    names = {
-        "FLOAT": "float",
-        "FLOAT16": "float16",
-        "DOUBLE": "double",
-        "BFLOAT16": "bfloat16",
-        "BOOL": "bool",
-        "STRING": "string",
-    }
-    name = x.dtype.name if x.dtype else ""
-    return f"tensor({names.get(name, name.lower())})"
+def _type(x: ir.Value | None) -> str:
+    """The type of a tensor as schemas write it, empty for others and where it is unknown."""
+    return f"tensor({x.type.dtype.name.lower()})" if x is not None and isinstance(x.type, ir.TensorType) else ""
 
 
 def _ints(*xs: int) -> np.ndarray:

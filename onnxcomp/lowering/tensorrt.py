@@ -76,8 +76,8 @@ def _standard(g: Graph, target: Target) -> Violations:
 
 def _opset(g: Graph, target: Target) -> Violations:
     """The operator set is one the oldest supported parser reads."""
-    if g.opset > target.max_opset:
-        why = f"opset {g.opset} is newer than {target.max_opset}; end the recipe with a pass of the last stage"
+    if g.opset > target.newest_opset:
+        why = f"opset {g.opset} is newer than {target.newest_opset}; end the recipe with a pass of the last stage"
         yield "the model", why
 
 

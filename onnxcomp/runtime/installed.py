@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import importlib.metadata
 import importlib.util
 import io
 import re
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import TargetError
+from onnxcomp.machine import installed_runtimes
 from onnxcomp.target import Target
 
 __all__ = ["available", "failures", "installed_runtimes", "ort_module", "preload", "short", "unavailable"]
 
-FLAVOURS = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn")
 LIBRARIES = {
     "CUDAExecutionProvider": ("libcuda.so.1", "libcudart.so.13", "libcublas.so.13", "libcudnn.so.9"),
     "TensorrtExecutionProvider": ("libcuda.so.1", "libcublas.so.13", "libnvinfer.so.10", "libnvonnxparser.so.10"),
@@ -28,15 +27,6 @@ INSTALL = {
     "TensorrtExecutionProvider": "an NVIDIA driver, pip install 'onnxruntime-gpu[cuda,cudnn]>=1.28' and "
     "pip install 'tensorrt-cu13>=10.13,<11' (the extra onnxcomp[tensorrt])",
 }
-
-
-def installed_runtimes() -> dict[str, str]:
-    """Versions of the installed distributions that provide the module onnxruntime; more than one is a broken setup."""
-    versions = {}
-    for name in FLAVOURS:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
 
 
 @functools.cache

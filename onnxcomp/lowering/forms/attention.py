@@ -33,12 +33,12 @@ def _dim(v: ir.Value | None, axis: int) -> int | str | None:
 
 def _full_rows(ctx: Context, mask: ir.Value, q: ir.Value) -> ir.Value:
     """The mask with a row for every query, as kernels do not broadcast that axis."""
-    if _dim(mask, -2) != 1 or _dim(q, 1) == 1 or mask.shape is None:
+    if _dim(mask, -2) != 1 or _dim(q, -2) == 1 or mask.shape is None:
         return mask
     ones = np.ones(len(mask.shape) - 2, np.int64)
 
     def make() -> ir.Value:
-        rows = ctx.g.op("Shape", q, start=1, end=2)
+        rows = ctx.g.op("Shape", q, start=-2, end=-1)
         parts: list[ir.Value | np.ndarray] = [ones, rows, ints(1)] if len(ones) else [rows, ints(1)]
         expanded = ctx.g.op("Expand", mask, ctx.g.op("Concat", *parts, axis=0), name=f"{mask.name}_rows")
         expanded.type = mask.type

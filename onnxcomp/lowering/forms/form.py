@@ -99,7 +99,7 @@ class Form:
                 return "not standard ONNX"
             if domain == CONTRIB and op not in ctx.target.contrib:
                 return f"'{ctx.target.name}' has no kernel for {op}"
-            if domain == "" and (op in ctx.target.lacks or INTRODUCED.get(op, 0) > ctx.target.max_opset):
+            if domain == "" and (op in ctx.target.lacks or INTRODUCED.get(op, 0) > ctx.target.newest_opset):
                 return f"'{ctx.target.name}' has no {op}"
         if self.approximate and not approximate:
             return "an approximation, which the recipe does not allow"
