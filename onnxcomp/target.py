@@ -165,6 +165,7 @@ TENSORRT = Target(
     sparse=("2:4",),
     gflops={"fp32": 40000.0, "int8": 400000.0},
 )
+LARGEST = 64 << 10  # bytes of a file of a target
 TARGETS = {t.name: t for t in (CPU, CPU_VNNI, CPU_AVX2, CPU_ARM64, CUDA, TENSORRT)}
 
 
@@ -190,6 +191,8 @@ def find(name: str | Target) -> Target:
     """
     if isinstance(name, Target):
         return name
+    if not isinstance(name, str) or "\0" in name:
+        raise TargetError(f"a target is a name or a Target, not {str(name)[:80]!r}")
     if name in TARGETS:
         return TARGETS[name]
     path = Path(name)
@@ -203,8 +206,13 @@ def _read(path: Path) -> Target:
     from pydantic import TypeAdapter, ValidationError
 
     try:
-        fields: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as e:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            raise TargetError(f"{path}: is no file of a target")
+        text = path.read_text(encoding="utf-8")
+        if any(isinstance(x, yaml.AliasEvent) for x in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise TargetError(f"{path}: YAML aliases are not allowed in a target; write the value out")
+        fields: Any = yaml.safe_load(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
         raise TargetError(f"{path}: cannot read the target: {e}") from e
     if not isinstance(fields, dict):
         raise TargetError(f"{path}: a target file is a mapping with the fields of a target, such as name and providers")

@@ -1,96 +1,43 @@
-"""The worker process of the benchmark, its handle, and a watch on the CPU use of other processes.
+"""The worker process of the benchmark, and a watch on the CPU use of other processes.
 
-A worker holds one model. It reads and answers one JSON object per line: `ready`, `load`, then any number of `run`; the
-end of the input ends the process.
+A worker holds one model: it answers `ready`, `load`, then any number of `run`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self, TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
-from onnxcomp import errors
 from onnxcomp.errors import OnnxcompError, TargetError
 from onnxcomp.machine import peak_mib, status
+from onnxcomp.runtime import child
 from onnxcomp.runtime.installed import installed_runtimes
 from onnxcomp.runtime.sessions import Session, check_target
-from onnxcomp.target import Quantized, Target
 
-__all__ = ["Child", "Watch", "busy_seconds", "main"]
+__all__ = ["Child", "Watch", "busy_seconds", "serve"]
 
 _STAT = Path("/proc/stat")
 
 
-class Child:
+class Child(child.Child):
     """The handle of a worker process, which ends with the `with` statement."""
 
     def __init__(self, name: str, command: Sequence[str] = ()) -> None:
-        self._name = name
-        self._log: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  closed by __exit__
-        home = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(p for p in (home, os.environ.get("PYTHONPATH", "")) if p)
-        self.process = subprocess.Popen(
-            command or [sys.executable, "-P", "-m", "onnxcomp.benchmarking.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env={**os.environ, "PYTHONPATH": path},
-            text=True,
-        )
+        ours = [sys.executable, "-P", "-m", "onnxcomp.benchmarking.worker"]
+        super().__init__(name, command or ours, "the benchmark's process")
 
-    def ask(self, do: str, **message: Any) -> dict[str, Any]:
-        """Send one line and wait for the answer; raises the worker's own error, or one that says how it ended."""
-        if self.process.stdin is None or self.process.stdout is None:
-            raise OnnxcompError(f"{self._name}: the benchmark's worker has no pipes")
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **message}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise OnnxcompError(f"{self._name}: {self._ending()}")
-        reply: dict[str, Any] = json.loads(line)
-        if "error" in reply:
-            kind = getattr(errors, reply["error"], OnnxcompError)
-            raise kind(reply["message"])
-        return reply
-
-    def _ending(self) -> str:
-        code = self.process.wait()
-        self._log.seek(0)
-        last = self._log.read().decode(errors="replace").strip().splitlines()[-1:]
-        if code == -9:
-            return "the benchmark's process was killed, most likely for using too much memory; try smaller shapes"
-        return f"the benchmark's process ended with code {code}{': ' + last[0] if last else ''}"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        if exc[0] is not None:
-            self.process.kill()
-        try:
-            self.process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
-        self._log.close()
+    def ask(self, do: str, seconds: float | None = None, /, **message: Any) -> dict[str, Any]:
+        """As for any worker; loading, with its first run, must come to an end."""
+        if do == "load" and "model" in message:
+            files = Path(message["model"]).parent.iterdir()  # with the model's data, of whatever name
+            seconds = child.patience(sum(p.stat().st_size for p in files if p.is_file()))
+        return super().ask(do, seconds, **message)
 
 
 def busy_seconds(stat: str, cpus: frozenset[int], ticks: int) -> float:
@@ -128,11 +75,6 @@ class Watch:
         return max(0.0, (self._busy() - busy - (time.process_time() - cpu)) / elapsed)
 
 
-def _target(fields: Mapping[str, Any]) -> Target:
-    """A target from its fields as JSON holds them."""
-    return Target(**{**fields, "providers": tuple(fields["providers"]), "quantized": Quantized(**fields["quantized"])})
-
-
 class _Worker:
     """The state of the worker process between two requests."""
 
@@ -142,12 +84,12 @@ class _Worker:
 
     def ready(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Load the runtime's library, which is no part of loading the model."""
-        check_target(_target(m["target"]))
+        check_target(child.target_of(m["target"]))
         return {}
 
     def load(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Create the session, read the inputs, and run once."""
-        target = _target(m["target"])
+        target = child.target_of(m["target"])
         check_target(target)
         threads_before, base = status("Threads"), peak_mib()
         started = time.perf_counter()
@@ -189,24 +131,10 @@ class _Worker:
 
 
 def serve(lines: TextIO, replies: TextIO) -> None:
-    """Answer every line; errors of this package are answers too."""
+    """Answer every line."""
     worker = _Worker()
-    for line in lines:
-        message = json.loads(line)
-        try:
-            reply = {"ready": worker.ready, "load": worker.load, "run": worker.run}[message["do"]](message)
-        except OnnxcompError as e:
-            reply = {"error": type(e).__name__, "message": str(e)}
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-def main() -> None:
-    """Run the worker with replies on a copy of stdout, since providers print to the real one."""
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
-        os.dup2(2, 1)
-        serve(sys.stdin, replies)
+    child.serve(lines, replies, {"ready": worker.ready, "load": worker.load, "run": worker.run})
 
 
 if __name__ == "__main__":
-    main()
+    child.work(serve)

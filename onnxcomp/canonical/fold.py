@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,8 +36,12 @@ def fold_constants(g: Graph) -> None:
         arrays = _inputs(g, node)
         if arrays is None or node.outputs[0].is_graph_output():
             continue
-        with np.errstate(all="ignore"):
-            result = _evaluate(node, arrays, g.opset)
+        try:
+            with np.errstate(all="ignore"):
+                result = _evaluate(node, arrays, g.opset)
+        except Exception as e:  # noqa: BLE001  the evaluator raises anything for inputs an operator does not take
+            g.decline(str(node.name), f"is not folded: {type(e).__name__}")
+            continue
         if result.size <= MAX_ELEMENTS:
             g.replace(node.outputs[0], g.constant(result, str(node.outputs[0].name)))
 
@@ -48,7 +54,7 @@ def _inputs(g: Graph, node: ir.Node) -> list[Array | None] | None:
     if node.domain or missing or not known or any(t.size > MAX_ELEMENTS or t.dtype not in TYPES for t in known):
         return None
     rounded = node.op_type in SUMS and known[0].dtype.is_floating_point()
-    if _is_weight(node, known[0]) or _grows(node, known) or rounded:
+    if _is_weight(node, known[0]) or rounded or not _elements(node, tensors) <= MAX_ELEMENTS:
         return None
     return [None if t is None else t.numpy() for t in tensors]
 
@@ -58,14 +64,37 @@ def _is_weight(node: ir.Node, t: ir.TensorProtocol) -> bool:
     return node.op_type == "Transpose" and len(t.shape) == 2 and (t.dtype.is_floating_point() or t.dtype.bitwidth <= 8)
 
 
-def _grows(node: ir.Node, known: list[ir.TensorProtocol]) -> bool:
-    """Whether the result is too large to be stored."""
+def _elements(node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> float:
+    """At most so many elements has the result; it is asked before anything is computed."""
+    shapes = [tuple(t.shape.numpy()) for t in tensors if t is not None]
+    first, size = shapes[0], math.prod(shapes[0])
     if node.op_type == "Range":
-        start, limit, step = (float(t.numpy()) for t in known)
-        return abs(limit - start) > MAX_ELEMENTS * abs(step)
+        start, limit, step = (float(t.numpy().reshape(-1)[0]) for t in tensors if t is not None)
+        return abs(limit - start) / abs(step) if step else math.inf
     if node.op_type in ("Expand", "ConstantOfShape", "Tile"):
-        return math.prod(max(1, int(d)) for d in known[-1].numpy().reshape(-1)) > MAX_ELEMENTS
-    return False
+        asked = [max(1, int(d)) for d in _last(tensors)]
+        if node.op_type != "Expand":
+            return math.prod(asked) * (size if node.op_type == "Tile" else 1)
+        return _broadcast([first, tuple(asked)])
+    if node.op_type == "Resize":
+        return math.prod(_last(tensors)) * (1 if len(tensors) == 4 else size)
+    if node.op_type == "Gather":
+        axis = node.attributes.get_int("axis", 0)
+        return math.prod(shapes[1]) * (size / max(1, first[axis]) if -len(first) <= axis < len(first) else math.inf)
+    if node.op_type == "GatherND":
+        return math.prod(shapes[1][:-1]) * math.prod(first[shapes[1][-1] if shapes[1] else 0 :])
+    return _broadcast(shapes) if node.op_type in ARITHMETIC | LOGIC else MAX_ELEMENTS
+
+
+def _last(tensors: list[ir.TensorProtocol | None]) -> list[float]:
+    """The elements of the last tensor: what a result's shape is made of."""
+    last = next(t for t in reversed(tensors) if t is not None)
+    return [float(x) for x in last.numpy().reshape(-1)]
+
+
+def _broadcast(shapes: Sequence[tuple[int, ...]]) -> float:
+    axes = itertools.zip_longest(*(reversed(s) for s in shapes), fillvalue=1)
+    return math.prod(max(sizes) for sizes in axes)
 
 
 def _evaluate(node: ir.Node, arrays: list[Array | None], opset: int) -> Array:

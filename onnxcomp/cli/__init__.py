@@ -328,6 +328,7 @@ def main(args: Sequence[str] | None = None) -> int:
         logging.getLogger("onnxcomp").setLevel(logging.DEBUG)  # the runtime's own warnings as well
     if args is None:
         sys.excepthook = functools.partial(failures.crash, json, verbose)
+    before, OnnxcompError.on_command_line = OnnxcompError.on_command_line, True
     try:
         typer.main.get_command(app).main(args=given, prog_name="onnxcomp")
     except SystemExit as e:
@@ -337,4 +338,8 @@ def main(args: Sequence[str] | None = None) -> int:
         return code
     except OnnxcompError as e:
         return failures.explain(e, json=json, verbose=verbose)
+    except (OSError, MemoryError) as e:
+        return failures.explain(failures.of_the_system(e), json=json, verbose=verbose)
+    finally:
+        OnnxcompError.on_command_line = before
     return 0

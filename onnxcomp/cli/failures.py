@@ -11,7 +11,7 @@ from typing import Any
 from onnxcomp.cli.console import WIDE, Output, show
 from onnxcomp.errors import GateFailed, OnnxcompError
 
-__all__ = ["FAULT", "REFUSED", "USAGE", "as_json", "crash", "explain"]
+__all__ = ["FAULT", "REFUSED", "USAGE", "as_json", "crash", "explain", "of_the_system"]
 
 FAULT, USAGE, REFUSED = 1, 2, 3
 OURS = "this is a fault of ours, please report it"
@@ -35,6 +35,14 @@ def explain(e: OnnxcompError, *, json: bool, verbose: bool) -> int:
     if json:
         as_json(type(e).__name__, str(e), code, report)
     return code
+
+
+def of_the_system(e: OSError | MemoryError) -> OnnxcompError:
+    """What the system refuses: a file, or memory."""
+    if isinstance(e, OSError):
+        where = f"{e.filename}: " if e.filename else ""
+        return OnnxcompError(f"{where}{e.strerror or e}")
+    return OnnxcompError(f"there is not enough memory for this: {e or 'use smaller shapes or fewer samples'}")
 
 
 def _refusal(e: GateFailed) -> tuple[Any, str]:

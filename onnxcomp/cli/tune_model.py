@@ -9,6 +9,7 @@ from onnxcomp.data.datasets import Dataset, load_data
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
+from onnxcomp.engine.smoke import prove
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
@@ -38,12 +39,14 @@ def tune(
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe.preset(preset or "optimize")
     choices, found, target = None, [], settings.target
     for path in chosen_graphs(Path(model), graph).values():
-        g = storage.load(path)
+        source = storage.read(path)
+        g = source.graph
         manager = PassManager(
             chosen.passes, settings, allow_unchanged=True, any_order=chosen.any_order, watch=watch,
         )  # fmt: skip
         if manager.host_note or not target.here:
             raise RecipeError(f"'{target.name}' cannot be measured here: run tune on the machine it stands for")
+        prove(source, target)
         if choices is not None:
             manager.choices = choices
         data: Dataset | tuple[()] = ()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
-import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -16,6 +16,7 @@ import numpy as np
 
 from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, total_mask, vocabulary
 from onnxcomp.data.random_feeds import random_feeds
+from onnxcomp.data.untrusted import guarded, read_npz, whole_number
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import size_text
@@ -165,12 +166,7 @@ class _Files(Sequence[Batch]):
 
 
 def _read_npz(path: Path, axes: Axes) -> Batch:
-    try:
-        with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
-            return _batch({k: z[k] for k in z.files}, str(path), axes)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        why = "it holds Python objects (pickle)" if "pickle" in str(e).lower() and zipfile.is_zipfile(path) else str(e)
-        raise DataError(f"{path}: cannot be read as .npz: {why}") from e
+    return _batch(read_npz(path), str(path), axes)
 
 
 def from_function(src: str, allow_code: bool, axes: Axes | None = None) -> Rows:
@@ -180,12 +176,12 @@ def from_function(src: str, allow_code: bool, axes: Axes | None = None) -> Rows:
     module, _, function = src.partition(":")
     sys.path.insert(0, str(Path.cwd()))
     try:
-        call = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as e:
-        raise DataError(f"{src}: cannot be found: {e}") from e
+        with guarded(f"{src}: cannot be found"):
+            call = getattr(importlib.import_module(module), function)
     finally:
         sys.path.remove(str(Path.cwd()))
-    return Rows.of(call(), src, axes)
+    with guarded(f"{src}: failed"):
+        return Rows.of(call(), src, axes)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -194,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise DataError(f"{path}: cannot be read as JSON: {e}") from e
     if not isinstance(raw, dict):
         raise DataError(f"{path}: is not a JSON object")
@@ -207,11 +203,12 @@ class Random(Rows):
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
         inputs, vocab = specs(graph), vocabulary(graph)
         config = read_json(folder / "config.json") if folder is not None else {}
-        role = roles(inputs)
-        limit = vocab.get(role.get("positions", ""), config.get("max_position_embeddings", 1 << 30))
-        length = min(sequence or 32, int(limit))
-        past = min(length // 2, int(limit) - length)
-        pixels = int(config.get("image_size") or 32)
+        role, where = roles(inputs), f"{folder}/config.json"
+        table = vocab.get(role.get("positions", ""))
+        limit = table or whole_number(config, "max_position_embeddings", 1 << 30, where)
+        length = min(sequence or 32, limit)
+        past = min(length // 2, limit - length)
+        pixels = whole_number(config, "image_size", 32, where)
         mask = total_mask(inputs)
         free = {s.name: length for s in inputs} | ({mask.name: past + length} if mask is not None else {})
         if "pixels" in role:
@@ -223,7 +220,10 @@ class Random(Rows):
                 sizes.get(i, d if isinstance(d, int) else free[s.name]) if i != s.cache or isinstance(d, str) else d
                 for i, d in enumerate(s.shape)
             )
-        if isinstance(words := config.get("vocab_size"), int):
+            if math.prod(dims[s.name]) * s.dtype.itemsize > LIMIT:
+                raise DataError(f"random: input '{s.name}' of shape {list(dims[s.name])} needs over {size_text(LIMIT)}")
+        if "vocab_size" in config:
+            words = whole_number(config, "vocab_size", 2, where)
             vocab = {role[r]: words for r in ("tokens", "decoder_tokens") if r in role} | vocab
         rng = np.random.default_rng(seed)
         feeds = random_feeds(inputs, dims, vocab, lambda name: rng)

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import arrays
+from onnxcomp.data.arguments import whole
 from onnxcomp.data.input_check import InputCheck
 from onnxcomp.data.inputs import Batch, Source, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.untrusted import guarded
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 
@@ -188,10 +190,23 @@ def load_data(
     `.npz`, a folder of those, `.jsonl`, `.txt`, a folder of images, `package.module:function` (with `allow_code`) or
     `random`. Every batch is checked here; raises `DataError` naming the source, the input and the sample.
     """
+    for name, number, least in (
+        ("samples", samples, 1),
+        ("batch", batch, 1),
+        ("sequence", sequence, 1),
+        ("seed", seed, 0),
+    ):
+        whole(name, number, least)
+    with guarded(f"{src}: cannot be used with the files beside the model"):
+        return _loaded(str(src), graph, folder, batch, samples, sequence, allow_code, seed)
+
+
+def _loaded(
+    src: str, graph: Graph, folder: Path | None, batch: int, samples: int | None, sequence: int | None, code: bool,
+    seed: int,
+) -> Dataset:  # fmt: skip
     inputs, vocab = specs(graph), vocabulary(graph)
-    if samples is not None and samples < 1:
-        raise DataError(f"the number of samples must be at least 1, got {samples}")
-    source = _open(str(src), graph, folder, samples=samples, sequence=sequence, allow_code=allow_code, seed=seed)
+    source = _open(src, graph, folder, samples=samples, sequence=sequence, allow_code=code, seed=seed)
     fixed = _static_batch(graph)
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:

@@ -116,7 +116,7 @@ def prepare(file: Path, settings: Mapping[str, Any], spec: TensorSpec) -> Array:
     try:
         with Image.open(file) as opened:
             image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as e:
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"{file}: cannot be read as an image: {e}") from e
     size = _size(settings, spec, image.size)
     if size is not None and size != image.size:

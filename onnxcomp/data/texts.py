@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxcomp.data.arrays import read_json
 from onnxcomp.data.inputs import Batch, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.untrusted import guarded, plain_file
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -132,17 +133,15 @@ def _tokenizer(folder: Path | None, path: Path) -> Tokenizer:
     file = folder / "tokenizer.json" if folder is not None else None
     if file is None or not file.is_file():
         raise DataError(f"{path}: text needs a tokenizer.json beside the model{f' in {folder}' if folder else ''}")
-    try:
+    plain_file(file)
+    with guarded(f"{file}: cannot be read as a tokenizer"):
         return Tokenizer.from_str(file.read_text(encoding="utf-8"))
-    except Exception as e:
-        raise DataError(f"{file}: cannot be read as a tokenizer: {e}") from e
 
 
 def _lines(path: Path) -> list[str]:
-    try:
+    plain_file(path)
+    with guarded(f"{path}: cannot be read as UTF-8 text"):
         return path.read_text(encoding="utf-8").replace("\r\n", "\n").split("\n")
-    except (OSError, UnicodeDecodeError) as e:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {e}") from e
 
 
 def _padding(
@@ -198,12 +197,10 @@ def longest(graph: Graph, folder: Path | None) -> int | None:
 
 def tokenizer(content: str) -> Tokenizer:
     """A tokenizer from the text of its tokenizer.json, without padding and truncation; raises `DataError`."""
-    try:
+    with guarded("the tokenizer cannot be read"):
         from tokenizers import Tokenizer
 
         tok = Tokenizer.from_str(content)
-    except Exception as e:
-        raise DataError(f"the tokenizer cannot be read: {e}") from e
     tok.no_padding()
     tok.no_truncation()
     return tok
@@ -223,7 +220,7 @@ def _jsonl(path: Path, config: Mapping[str, Any]) -> tuple[list[tuple[str, str |
             continue
         try:
             row = json.loads(line)
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise DataError(f"{path}, line {number}: is not JSON: {e}") from e
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise DataError(f"{path}, line {number}: needs an object with a string 'text'")
@@ -269,11 +266,9 @@ def _encode(
     limit: int,
     pad: Padding,
 ) -> Text:
-    try:
+    with guarded(f"{path}: the tokenizer failed"):
         tok.enable_truncation(limit)
         encodings: list[Encoding] = tok.encode_batch([a if b is None else (a, b) for a, b in pairs])
-    except Exception as e:
-        raise DataError(f"{path}: the tokenizer failed: {e}") from e
     for n, one in enumerate(encodings):
         if not one.ids:
             raise DataError(f"{path}: sample {n} has no tokens")
@@ -288,9 +283,10 @@ def _stream(
     path: Path, lines: Sequence[str], tok: Tokenizer, inputs: Sequence[TensorSpec], length: int, pad: Padding
 ) -> Text:
     """All lines as one stream of tokens in samples of `length`, each after the tokenizer's start token, if any."""
-    tok.no_truncation()
-    start = tok.encode("").ids[:1]
-    encodings = tok.encode_batch([f"{x}\n" for x in lines], add_special_tokens=False)
+    with guarded(f"{path}: the tokenizer failed"):
+        tok.no_truncation()
+        start = tok.encode("").ids[:1]
+        encodings = tok.encode_batch([f"{x}\n" for x in lines], add_special_tokens=False)
     stream = np.array([i for e in encodings for i in e.ids], np.int64)
     room = length - len(start)
     if room < 1 or stream.size == 0:

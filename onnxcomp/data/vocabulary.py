@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from onnxcomp.maths import Array
 __all__ = ["KEY", "Renumbering", "closure", "renumbering", "rewrite", "rounded", "tokenizers"]
 
 KEY = "onnxcomp.token_ids"  # metadata of a model with a reduced vocabulary: `Renumbering.text`
+LARGEST = 1 << 24  # tokens of a vocabulary; the largest of today have a quarter of a million
 UNREADABLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # binary duplicates of tokenizer.json
 LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
 
@@ -52,10 +54,19 @@ class Renumbering:
 
     @classmethod
     def parse(cls, text: str) -> Renumbering:
-        """The inverse of `text`."""
-        size, unknown, runs = text.split(";")
-        ends = [(r.split("-")[0], r.split("-")[-1]) for r in runs.split(",")]
-        return cls(np.concatenate([np.arange(int(a), int(b) + 1) for a, b in ends]), int(size), int(unknown))
+        """The inverse of `text`; raises `ValueError` for what no `text` gives."""
+        match = re.fullmatch(r"(\d{1,9});(\d{1,9});(\d{1,9}(?:-\d{1,9})?(?:,\d{1,9}(?:-\d{1,9})?)*)", text)
+        if match is None:
+            raise ValueError("it is not 'size;unknown;0-99,105'")
+        size, unknown = int(match[1]), int(match[2])
+        ends = [(int(r.split("-")[0]), int(r.split("-")[-1])) for r in match[3].split(",")]
+        flat = [x for a, b in ends for x in ((a,) if a == b else (a, b))]
+        if size > LARGEST or flat != sorted(set(flat)) or flat[-1] >= size:
+            raise ValueError(f"its ids are not ascending numbers below {min(size, LARGEST)}")
+        kept = np.concatenate([np.arange(a, b + 1) for a, b in ends])
+        if unknown >= len(kept):
+            raise ValueError(f"removed tokens get the id {unknown} of {len(kept)}")
+        return cls(kept, size, unknown)
 
     def after(self, earlier: Renumbering | None) -> Renumbering:
         """The composition with an earlier renumbering, in ids of the first model."""
@@ -65,7 +76,12 @@ class Renumbering:
 def renumbering(g: Graph) -> Renumbering | None:
     """The renumbering recorded in a model's metadata, None where its vocabulary was not reduced."""
     text = g.model.metadata_props.get(KEY)
-    return None if text is None else Renumbering.parse(text)
+    if text is None:
+        return None
+    try:
+        return Renumbering.parse(text)
+    except ValueError as e:
+        raise ModelError(f"{g.path or 'the model'}: its metadata '{KEY}' is damaged: {e}") from e
 
 
 # ---- what must stay --------------------------------------------------------------------------------------------------
@@ -102,7 +118,7 @@ def _json(folder: Path | None, name: str) -> Any:
         return None
     try:
         return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ModelError(f"{path}: cannot be read as JSON: {e}") from e
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
 from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
@@ -20,6 +21,7 @@ from onnxcomp.target import Target, find
 
 __all__ = ["compress", "compress_each", "optimize"]
 
+LOWEST = 7  # operator set: the oldest that ONNX Runtime still promises to run
 Passes = Iterable[Pass | str | Mapping[str, Any]]
 # Options are called as on the command line, in the plural where they can be given several times there (`--gate`,
 # `--shape`, `--pass`); `--eval` is short for `--evaluation`, and `--no-measure` is `measure=False`.
@@ -61,7 +63,7 @@ def compress(
     Raises `GateFailed` when a gate refuses the result, and `ModelError` for a folder of several graphs of which none is
     named; nothing is written then.
     """
-    _one_of(model, graph)
+    _one_of(path_of("model", model) or Path(), graph)
     (result,) = compress_each(
         model, out, preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration,
         evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, gates=gates, on_fail=on_fail,
@@ -111,32 +113,36 @@ def compress_each(
     `choices` is a file that `tune` wrote; `exact_rows` sets that option of the passes that have it; `memory` is in
     bytes.
     """
+    path, place = path_of("model", model), path_of("out", out)
+    graphs = chosen_graphs(path or Path(), graph)
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen
-    chosen = dataclasses.replace(chosen, gates=(*chosen.gates, *gates), on_fail=on_fail or chosen.on_fail)
+    chosen = dataclasses.replace(
+        chosen, gates=(*chosen.gates, *texts_of("gates", gates, "sqnr>=20")), on_fail=on_fail or chosen.on_fail
+    )
     data = chosen.data
     settings = Settings(
         target=_aim(target or chosen.target, opset),
         calibration=data.calibration if calibration is None else calibration,
         evaluation=data.evaluation if evaluation is None else evaluation,
-        samples=samples or data.samples,
-        batch=batch or data.batch or 8,
-        sequence=sequence or data.sequence,
-        shapes=tuple(shapes),
+        samples=data.samples if samples is None else samples,
+        batch=next(n for n in (batch, data.batch, 8) if n is not None),
+        sequence=data.sequence if sequence is None else sequence,
+        shapes=shapes_of(shapes),
         memory=memory,
         measure=measure and not plan,
         budget=budget,
         threads=threads,
-        cache=Path(cache) if cache else None,
-        choices=Path(choices) if choices else None,
+        cache=path_of("cache", cache),
+        choices=path_of("choices", choices),
         allow_code=allow_code,
         seed=seed,
     )
     _needs_data(chosen, settings.calibration, plan)
-    jobs = {name: Job(path, chosen, settings) for name, path in chosen_graphs(Path(model), graph).items()}
-    if plan or out is None:
+    jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}
+    if plan or place is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
-    return publish(jobs, Path(out), Path(report) if report else None, watch)
+    return publish(jobs, place, path_of("report", report), watch)
 
 
 def optimize(
@@ -172,20 +178,22 @@ def _one_of(model: str | Path, graph: str | None) -> None:
 def _aim(target: str | Target, opset: int | None) -> Target:
     """The target by name or as given, with an older operator set where one is asked for."""
     aim = find(target)
-    return aim if opset is None else dataclasses.replace(aim, max_opset=opset)
+    return aim if opset is None else dataclasses.replace(aim, max_opset=whole("opset", opset, LOWEST, 1000))
 
 
 def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Passes | None) -> Recipe:
-    given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x]
+    given = [name for name, x in (("preset", preset), ("recipe", recipe), ("passes", passes)) if x is not None]
     if len(given) != 1:
         raise RecipeError(
             f"say what to do with exactly one of preset, recipe and pass; got {', '.join(given) or 'none'}"
         )
-    if preset:
+    if preset is not None:
         return Recipe.preset(preset)
     if recipe is not None:
-        return recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe))
-    return Recipe(name="custom", passes=tuple(map(parse_pass, passes or ())))
+        return recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(path_of("recipe", recipe) or "")
+    if isinstance(passes, (str, bytes)) or not isinstance(passes, Iterable):
+        raise RecipeError(f"passes is a list of names or of entries of a recipe, not {passes!r:.80}")
+    return Recipe(name="custom", passes=tuple(map(parse_pass, passes)))
 
 
 def _needs_data(recipe: Recipe, calibration: Any, plan: bool) -> None:

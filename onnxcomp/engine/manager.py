@@ -22,9 +22,9 @@ from onnxcomp.engine.order import allowed, check_order
 from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
+from onnxcomp.engine.smoke import proven
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files.atomic import scratch_folder
-from onnxcomp.files.storage import read
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.hashing import content_hash
@@ -109,7 +109,7 @@ class PassManager:
 
         What is in a file answers as the runtime reads that file, not as it was read here.
         """
-        given = read(model) if isinstance(model, (str, Path)) else model
+        given = proven(model, self.host)
         original = graph_of(given)
         self.gate.check(str(v.name) for v in original.outputs)
         calib, evalu, notes = data_used.datasets(original, calibration, evaluation)

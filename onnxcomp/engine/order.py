@@ -25,5 +25,5 @@ def allowed(passes: Iterable[Pass], allow_code: bool) -> None:
     """Raise `RecipeError` where a pass runs code that is not allowed, or that is not there."""
     for p in passes:
         if p.runs_code and not allow_code:
-            raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code (allow_code=True)")
+            raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code")
         _ = p.content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import typing
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ __all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema",
 VERSION = 1
 LARGEST = 256 << 10  # characters of a recipe file
 DEEPEST = 16  # levels of nesting
+_FILE_NAME = re.compile(r"\w[\w .+-]{0,63}")
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -87,18 +89,27 @@ class Recipe:
                 object.__setattr__(self, name, _checked(kind, getattr(self, name), name))
         if self.version > VERSION:
             raise RecipeError(_too_new(self.version))
+        if not _FILE_NAME.fullmatch(self.name):
+            raise RecipeError(
+                "recipe: 'name' becomes a part of file names: letters, digits, spaces and -_.+, at most 64, the first "
+                f"a letter or digit; not {_shown(self.name)}"
+            )
         Gate(self.gates)
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:
         """Read a recipe from a file (a `Path`, or a string ending in .yaml or .yml) or from YAML text."""
+        if not isinstance(source, (str, Path)):
+            raise RecipeError(f"a recipe is a Recipe, a path or YAML text, not {_shown(source)}")
         is_file = isinstance(source, Path) or ("\n" not in source and source.endswith((".yaml", ".yml")))
         if not is_file:
             return cls._from(read_yaml(str(source), "recipe"), "custom")
         path = Path(source)
         try:
+            if path.exists() and not path.is_file():
+                raise RecipeError(f"{path}: is not a plain file")
             text = path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else " " * (LARGEST + 1)
-            recipe = cls._from(read_yaml(text, str(path)), path.stem)
+            recipe = cls._from(read_yaml(text, str(path)), _file_name(path.stem))
             return dataclasses.replace(recipe, passes=tuple(p.beside(path.parent) for p in recipe.passes))
         except (OSError, UnicodeDecodeError) as e:
             raise RecipeError(f"{path}: cannot read the recipe: {e}") from e
@@ -122,7 +133,7 @@ class Recipe:
     def preset(cls, name: str) -> Self:
         """One of the recipes that come with onnxcomp; raises `RecipeError` with the nearest name."""
         if name not in presets():
-            raise RecipeError(f"unknown preset '{name}'{nearest(name, presets())}")
+            raise RecipeError(f"unknown preset '{name}'{nearest(str(name), presets())}")
         return cls._from(read_yaml(recipes.text(name), f"preset {name}"), name)
 
     @property
@@ -237,7 +248,7 @@ def read_yaml(text: str, where: str) -> Any:
             if depth > DEEPEST:
                 raise RecipeError(f"{where}: nested deeper than {DEEPEST} levels; that is no recipe")
         return yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError) as e:
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise RecipeError(f"{where}: not valid YAML: {' '.join(str(e).split())}") from e
 
 
@@ -287,6 +298,11 @@ def _checked(kind: Any, value: Any, name: str) -> Any:
         raise RecipeError(f"recipe: '{where}': {first['msg']}, not {_shown(first['input'])}") from None
 
 
+def _file_name(stem: str) -> str:
+    """A name for a recipe file whose own one is not given."""
+    return re.sub(r"[^\w .+-]", "-", stem).lstrip("-. +")[:64] or "custom"
+
+
 def _entry(p: Pass) -> str | dict[str, Any]:
     return {p.name: plain(p.options)} if p.options else p.name
 
@@ -306,7 +322,7 @@ def with_exact_rows(recipe: Recipe) -> Recipe:
     having = [any(f.name == option for f in dataclasses.fields(p)) for p in recipe.passes]
     if not any(having):
         known = [n for n, cls in listing().passes.items() if any(f.name == option for f in dataclasses.fields(cls))]
-        raise RecipeError(f"--exact-rows is an option of {' and '.join(known)}, which this recipe does not run")
+        raise RecipeError(f"exact_rows is an option of {' and '.join(known)}, which this recipe does not run")
     passes = (
         dataclasses.replace(p, **{option: True}) if has else p for p, has in zip(recipe.passes, having, strict=True)
     )

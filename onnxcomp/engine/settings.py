@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.data.arguments import shapes_of, whole
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.target import CPU, Target, resolved
@@ -45,12 +48,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.budget is not None and self.budget <= 0:
-            raise RecipeError(f"the time for measuring must be more than 0 s, not {self.budget:g} s")
-        if self.threads < 0:
-            raise RecipeError(f"the number of threads must be at least 0 (the runtime's choice), not {self.threads}")
-        object.__setattr__(self, "target", resolved(self.target))
-        object.__setattr__(self, "shapes", tuple(dict(s) for s in self.shapes))
+        put = functools.partial(object.__setattr__, self)
+        if self.budget is not None and not (isinstance(self.budget, (int, float)) and 0 < self.budget < math.inf):
+            raise RecipeError(f"the time for measuring must be more than 0 s, not {str(self.budget)[:80]} s")
+        put("threads", whole("threads", self.threads, 0, 1 << 16))
+        put("target", resolved(self.target))
+        put("shapes", shapes_of(self.shapes))
+        for name in ("samples", "batch", "sequence", "memory"):
+            put(name, whole(name, getattr(self, name), 1))
+        put("seed", whole("seed", self.seed, 0))
 
     def dataset(self, source: Any, graph: Graph, folder: Path) -> Dataset | None:
         """The data behind a source given as text, path or batches; None where nothing is given.

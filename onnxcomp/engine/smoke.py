@@ -4,19 +4,49 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from onnxcomp.data import open_axes
 from onnxcomp.engine.compared import NO_KERNEL
 from onnxcomp.engine.probe import SHAPES, fitted, random_feeds
 from onnxcomp.errors import ModelError, OnnxcompError
+from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
+from onnxcomp.graph import Graph
 from onnxcomp.pipeline import PassFault
-from onnxcomp.runtime.runner import Runner
+from onnxcomp.runtime import trial
 from onnxcomp.target import Target
 
-__all__ = ["smoke"]
+__all__ = ["prove", "proven", "smoke"]
+
+
+def prove(source: Stored, target: Target) -> None:
+    """Run a model nobody has run yet in a worker; raises `ModelError` where it crashes the runtime or does not end."""
+    try:
+        feeds = _small(source)
+    except OnnxcompError:
+        return  # nothing can be made up for it, so nothing made up will run either
+    trial.prove(source, feeds, target)
+
+
+def proven(model: Graph | Stored | str | Path, target: Target) -> Graph | Stored:
+    """A model, read where a path is given; one in a file is proven."""
+    given = storage.read(model) if isinstance(model, (str, Path)) else model
+    if isinstance(given, Stored):
+        prove(given, target)
+    return given
+
+
+def _small(model: Stored) -> Mapping[str, Any]:
+    """Made-up inputs of a small size; from the roles of inputs where an open axis has no size of its own."""
+    g = model.graph
+    try:
+        return open_axes.feeds_for(g, {k: min(n, 8) for k, n in open_axes.default_shapes(g)[0].items()})
+    except OnnxcompError:
+        return random_feeds(g, model.path.parent, SHAPES[0])
 
 
 def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
@@ -31,7 +61,10 @@ def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
         found = _Run.of(written, fitted(feeds, original.graph, written.graph), target)
         if not found.trouble:
             continue
-        if not found.loaded or not _Run.of(original, feeds, target).trouble:
+        before = _Run.of(original, feeds, target)
+        if not (found.loaded or before.loaded or NO_KERNEL in found.trouble):
+            raise ModelError(f"{original}: the runtime loads neither it nor what was made of it: {before.trouble}")
+        if not found.loaded or not before.trouble:
             _refuse(found, shape)
         notes.append(f"the original fails on random inputs at {shape} as well as the result: {found.trouble}")
     return notes
@@ -49,9 +82,9 @@ class _Run:
     def of(cls, model: Stored, feeds: Mapping[str, Any], target: Target) -> _Run:
         loaded = False
         try:
-            with Runner(model, target) as session:
-                loaded = True
-                outputs = session.run(feeds)
+            trial.load(model, target)
+            loaded = True
+            outputs = trial.run(model, feeds, target)
         except OnnxcompError as e:
             return cls(str(e), loaded)
         bad = [name for name, y in outputs.items() if hasattr(y, "dtype") and y.dtype.kind == "f" and not _finite(y)]

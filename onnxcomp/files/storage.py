@@ -14,10 +14,9 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp.errors import ModelError
-from onnxcomp.files import external, weights
+from onnxcomp.files import external, inlining, weights
 from onnxcomp.files.atomic import (
     locked,
     remove_stale,
@@ -126,18 +125,14 @@ def read(path: str | Path) -> Stored:
     try:
         normalize(proto)
         verify(proto)
+        inlining.check_growth(proto)
         model = ir.from_proto(proto)
     except ModelError as e:
         raise ModelError(f"{file}: not a valid ONNX model: {e}") from e
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
         raise ModelError(f"{file}: not a valid ONNX model: {_first_line(e)}") from e
     external.attach(model, file.parent)
-    if model.functions:
-        try:
-            InlinePass()(model)
-        except (ir.passes.PassError, ValueError, KeyError) as e:
-            raise ModelError(f"{file}: its local functions cannot be inlined: {_first_line(e)}") from e
-        RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+    inlining.inline(model, file)
     if any(v.type is None or v.shape is None for v in model.graph.outputs):
         Graph(model).infer_shapes()  # what the file leaves to the runtime belongs to the interface
     return Stored(file, Graph(model, file), files)
@@ -366,7 +361,7 @@ def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:
     graphs = graphs_of(model)
     if graph is None:
         return graphs
-    if graph not in graphs:
+    if not isinstance(graph, str) or graph not in graphs:
         raise ModelError(f"{model}: has no graph '{graph}'; there are {', '.join(graphs)}")
     return {graph: graphs[graph]}
 

@@ -15,8 +15,15 @@ REMOVED_PORTS = "onnxcomp.gone"  # metadata key: names of removed inputs, output
 
 
 def removed_ports(metadata: Mapping[str, str]) -> frozenset[str]:
-    """Removed inputs, outputs and axes from the metadata: calibration data and shapes may still name these."""
-    return frozenset(json.loads(metadata.get(REMOVED_PORTS, "[]")))
+    """Removed inputs, outputs and axes from the metadata: calibration data and shapes may still name these.
+
+    Anyone can write metadata: what is no list of names removes nothing, and names that are still there stay.
+    """
+    try:
+        names = json.loads(metadata.get(REMOVED_PORTS, "[]"))
+    except (ValueError, RecursionError):
+        return frozenset()
+    return frozenset(x for x in names if isinstance(x, str)) if isinstance(names, list) else frozenset()
 
 
 Port = tuple[str, str, tuple[int | str, ...] | None]

@@ -20,6 +20,9 @@ from onnxcomp.lowering.forms import FORMS_VERSION
 __all__ = ["Candidate", "Choice", "Choices", "Header"]
 
 
+LARGEST = 64 << 20  # bytes of a file of choices; those of a model of 1,000 sites have one
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One form of a site: milliseconds per shape, and how many times faster than the default with its interval."""
@@ -127,13 +130,15 @@ class Choices:
 
 def _read(path: Path) -> Choices | None:
     try:
+        if not path.is_file() or path.stat().st_size > LARGEST:
+            return None
         raw = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(raw, Mapping):
             return None
         header = TypeAdapter(Header).validate_python(raw.get("header"))
         sites = TypeAdapter(dict[str, Choice]).validate_python(raw.get("sites", {}))
         numbers = TypeAdapter(dict[str, float]).validate_python(raw.get("numbers", {}))
-    except (OSError, ValueError, ValidationError):
+    except (OSError, ValueError, RecursionError, ValidationError):
         return None
     choices = Choices(header, sites, numbers)
     choices.proven = raw.get("seal") == choices._seal()

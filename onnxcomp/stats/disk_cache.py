@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,6 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.data.datasets import Dataset
+from onnxcomp.data.untrusted import read_npz
+from onnxcomp.errors import DataError
 from onnxcomp.files.atomic import replacing
 from onnxcomp.files.seal import seal
 from onnxcomp.graph import Graph
@@ -59,10 +59,10 @@ def read(path: Path, asked: Sequence[Need], notes: list[str] | None = None) -> S
     if not path.exists():
         return None
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as f:
-            arrays = {f"s{i}": f[f"s{i}"] for i in range(len(asked))}
-            known = str(f["seal"]) == _seal(path, arrays)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        held = read_npz(path)
+        arrays = {f"s{i}": held[f"s{i}"] for i in range(len(asked))}
+        known = str(held["seal"]) == _seal(path, arrays)
+    except (DataError, KeyError):
         known = False
     if not known:
         if notes is not None:

@@ -17,6 +17,7 @@ from onnxcomp.files.storage import read
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph, interface
 from onnxcomp.maths import Array
+from onnxcomp.runtime import trial
 from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.runner import Runner
 from onnxcomp.runtime.segments import Walk
@@ -153,6 +154,7 @@ class Reference:
         graph = graph_of(model)
         vocab = renumbering(graph)
         missing = interface.removed_ports(graph.model.metadata_props) - {self.view.scored.name}
+        missing -= {str(v.name) for v in (*graph.inputs, *graph.outputs)}  # metadata may claim what is not so
         layouts = [r for r in self.view.outputs if r.name not in missing]
         names, drifts = [r.name for r in layouts], {r.name: _drift(r, self.view) for r in layouts}
         sums, count = Sums(self.metrics), 0
@@ -278,8 +280,12 @@ def validate(
         folder = graph.path.parent if graph.path else None
         sizes: dict[str, Any] = {"batch": batch, "samples": samples, "sequence": sequence, "seed": seed}
         data = load_data(data, graph, folder, **sizes, allow_code=allow_code)
+    data = as_dataset(data, graph_of(first))
+    for m in (first, second := _parsed(candidate)):
+        if isinstance(m, Stored):
+            trial.prove(m, next(iter(data)).feeds, find(target))
     original = Reference(first, data, find(target), metrics=metrics, scratch=scratch, allow_code=allow_code)
-    return original.against(candidate)
+    return original.against(second)
 
 
 def _parsed(model: Model) -> Graph | Stored:

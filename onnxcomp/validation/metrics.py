@@ -152,7 +152,7 @@ def find(name: str, *, allow_code: bool = False) -> Metric:
     if not colon:
         raise RecipeError(f"unknown metric '{name}'; there are {', '.join(METRICS)}, or package.module:function")
     if not allow_code:
-        raise RecipeError(f"metric '{name}' runs code of yours; allow it with --allow-code (allow_code=True)")
+        raise RecipeError(f"metric '{name}' runs code of yours; allow it with --allow-code")
     try:
         call = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as e:

@@ -245,7 +245,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
         made.append(real(*args, **kwargs))
         return made[-1]
 
-    monkeypatch.setattr(worker.subprocess, "Popen", keep)
+    monkeypatch.setattr(subprocess, "Popen", keep)
     return made
 
 

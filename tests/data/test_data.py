@@ -103,7 +103,7 @@ def test_nothing_depends_on_the_batch_size(lengths: list[int], sizes: list[int],
 
 
 def test_split_refuses_what_is_too_small(model: Graph) -> None:
-    with pytest.raises(DataError, match=r"4 samples are too few.*--eval"):
+    with pytest.raises(DataError, match=r"4 samples are too few.*evaluation="):
         as_dataset({"input_ids": tokens(4)}, model).split()
 
 
@@ -256,7 +256,7 @@ def test_functions_run_only_when_allowed(tmp_path: Path, model: Graph, monkeypat
         "import numpy as np\ndef batches():\n    for i in range(3):\n        yield {'input_ids': np.full((2, 4), i)}\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="--allow-code"):
+    with pytest.raises(DataError, match="allow_code=True"):
         load_data("my_batches:batches", model, None)
     assert "my_batches" not in sys.modules
     data = load_data("my_batches:batches", model, None, allow_code=True)

@@ -130,7 +130,7 @@ def test_one_fifth_is_held_out_and_said():
 
 
 def test_pass_that_needs_data_says_how_to_give_it():
-    with pytest.raises(DataError, match="--calibration"):
+    with pytest.raises(DataError, match="calibration="):
         PassManager([Qdq(min_size=1)]).run(tiny.encoder())
 
 

@@ -61,7 +61,7 @@ def test_by_default_it_is_sensitivity_where_data_is_asked_for():
 
 def test_sensitivity_without_data_is_refused_with_the_way_out():
     p = catalog.load("prune-ffn")(ratio=0.3, score="magnitude", repair="none", ranking="sensitivity")
-    with pytest.raises(DataError, match="--calibration"):
+    with pytest.raises(DataError, match="calibration="):
         PassManager([p]).run(tiny.encoder())
 
 

@@ -179,7 +179,7 @@ def test_faults_of_a_script_are_told_with_file_and_line(script, tmp_path, text, 
 
 
 def test_code_needs_leave_before_anything_is_done(script):
-    with pytest.raises(RecipeError, match="--allow-code"):
+    with pytest.raises(RecipeError, match="allow_code=True"):
         PassManager([Graphsurgeon(script=script("raise SystemExit"))])
 
 
