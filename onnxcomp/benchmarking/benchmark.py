@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp.benchmarking.results import LEAST, BenchReport, Block, Ratio, Rounds, Row
 from onnxcomp.benchmarking.worker import Child
+from onnxcomp.data.arguments import MOST_THREADS, shapes_of, whole
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError
@@ -81,10 +82,11 @@ def bench(
     truncated or repeated to the shape; a block lasts `window` seconds. Raises `TargetError` where the runtime falls
     back to another provider.
     """
-    if not models:
-        raise ModelError("there is no model to benchmark")
+    if isinstance(models, (str, bytes, Path, Stored)) or not models:
+        raise ModelError("there is no model to benchmark" if not models else "models is a list, also of one model")
+    runs, threads, shapes = whole("runs", runs, 1), whole("threads", threads, 0, MOST_THREADS), shapes_of(shapes)
     loaded_models = [_model(m) for m in models]
-    asked = [dict(s) for s in shapes] or default_shapes(loaded_models[0].graph)
+    asked = list(shapes) or default_shapes(loaded_models[0].graph)
     limit = BUDGET if budget is None and runs is None else budget
     end = math.inf if limit is None else time.perf_counter() + limit
     report = BenchReport(machine=machine(), models=[c.name for c in loaded_models])

@@ -24,8 +24,10 @@ def show(output: Output, out: Path | None, run: Callable[[Watch | None], dict[st
         line = report.headline(result.report) if out else _planned(result)
         lines.append(line if len(results) == 1 else f"{name}: {line}")
         shown += tables.report_tables(result.report, verbose=output.verbose)
-    shown.append(f"written to {out}" if out else "nothing was written (--plan)")
-    output.show({"out": str(out) if out else None, "graphs": graphs}, "\n".join(lines), *shown)
+    files = {name: str(r.path) for name, r in results.items() if r.path is not None}
+    shown.append(f"written to {', '.join(files.values())}" if files else "nothing was written (--plan)")
+    facts = {"out": str(out) if out else None, "files": files, "graphs": graphs}
+    output.show(facts, "\n".join(lines), *shown)
 
 
 def _planned(result: Result) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 from onnxcomp.errors import RecipeError
 
-__all__ = ["MOST", "path_of", "shapes_of", "texts_of", "whole"]
+__all__ = ["MOST", "MOST_THREADS", "path_of", "shapes_of", "texts_of", "whole"]
 
+MOST_THREADS = 1 << 10  # a runtime that is asked for more than a machine gives takes its process down
 MOST = 1 << 62  # of any number: larger ones do not fit the integers of ONNX
 
 

@@ -19,6 +19,7 @@ __all__ = ["Images"]
 
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CACHE_BYTES = 256 << 20  # bytes of preprocessed images kept in memory
+LARGEST_SIDE = 1 << 13  # pixels; the largest images that models take today have 2,000
 BILINEAR = 2  # Pillow's number, as in preprocessor_config.json
 
 
@@ -119,6 +120,10 @@ def prepare(file: Path, settings: Mapping[str, Any], spec: TensorSpec) -> Array:
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise DataError(f"{file}: cannot be read as an image: {e}") from e
     size = _size(settings, spec, image.size)
+    if size is not None and not all(0 < n <= LARGEST_SIDE for n in size):
+        raise DataError(
+            f"{file}: the image processor asks for {size[0]} x {size[1]} pixels; 1 to {LARGEST_SIDE} a side"
+        )
     if size is not None and size != image.size:
         image = image.resize(size, Image.Resampling(int(settings.get("resample", BILINEAR))))
     a = np.asarray(image, np.float32)
@@ -141,9 +146,11 @@ def _scaled(a: Array, settings: Mapping[str, Any], file: Path) -> Array:
 
 def _height_width(size: Any, file: Path) -> tuple[int, int]:
     if isinstance(size, int):
-        return size, size
+        size = {"height": size, "width": size}
     if isinstance(size, dict) and "height" in size and "width" in size:
-        return int(size["height"]), int(size["width"])
+        height, width = int(size["height"]), int(size["width"])
+        if 0 < height <= LARGEST_SIDE and 0 < width <= LARGEST_SIDE:
+            return height, width
     raise DataError(f"{file}: the processor's crop size {size!r} is not understood")
 
 

@@ -50,6 +50,8 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
                     config_file.rewrite(staging, result.config)
             _rewrite_companions(jobs, results, staging, whole=whole)
             put_report(next(iter(results.values())).report)
+        for name, result in results.items():
+            result.path = folder / names[name]
     except GateFailed as e:
         if report is not None and isinstance(e.report, Report):
             write(e.report, report)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onnxcomp.data.arguments import shapes_of, whole
+from onnxcomp.data.arguments import MOST_THREADS, shapes_of, whole
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.errors import RecipeError
 from onnxcomp.target import CPU, Target, resolved
@@ -51,7 +51,7 @@ class Settings:
         put = functools.partial(object.__setattr__, self)
         if self.budget is not None and not (isinstance(self.budget, (int, float)) and 0 < self.budget < math.inf):
             raise RecipeError(f"the time for measuring must be more than 0 s, not {str(self.budget)[:80]} s")
-        put("threads", whole("threads", self.threads, 0, 1 << 16))
+        put("threads", whole("threads", self.threads, 0, MOST_THREADS))
         put("target", resolved(self.target))
         put("shapes", shapes_of(self.shapes))
         for name in ("samples", "batch", "sequence", "memory"):

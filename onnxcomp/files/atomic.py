@@ -84,7 +84,11 @@ def scratch_folder() -> Iterator[Path]:
     """A folder in the system's place for temporary files; what killed processes left there is removed first."""
     place = Path(tempfile.gettempdir())
     _sweep(place, f"{_SCRATCH}*")
-    with _locked_folder(lambda: place / f"{_SCRATCH}{uuid.uuid4().hex[:12]}", 0o700) as path:
+    with contextlib.ExitStack() as held:
+        try:
+            path = held.enter_context(_locked_folder(lambda: place / f"{_SCRATCH}{uuid.uuid4().hex[:12]}", 0o700))
+        except OSError as e:
+            raise OnnxcompError(f"{place}: no folder for temporary files can be made: {e.strerror or e}") from e
         yield path
 
 

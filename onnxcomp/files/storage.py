@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 INLINE_LIMIT = 64 << 20  # bytes of weights up to which a model is one file; protobuf's own limit is 2 GiB
+LARGEST = (1 << 31) - 1  # bytes of a model file, data files not counted
 MIN_IR = 10  # the lowest IR version that is written
 _IR_OF = {  # the first IR version with an element type
     ir.DataType.FLOAT4E2M1: 11,
@@ -83,8 +84,13 @@ COMPANIONS = (  # files beside a checkpoint or model that users of the result ne
 
 def graphs_of(path: str | Path) -> dict[str, Path]:
     """`.onnx` files by name, for a file or a folder; raises `ModelError` when there is none."""
-    source = Path(path)
-    finish(source if source.is_dir() else source.parent)
+    try:
+        source = Path(path)
+        finish(source if source.is_dir() else source.parent)
+    except TypeError:
+        raise ModelError(f"a model is a path, not {str(path)[:80]!r}") from None
+    except OSError as e:
+        raise ModelError(f"{str(path)[:80]}: cannot be read: {e.strerror or e}") from e
     if source.is_dir():
         graphs = {f.stem: f for f in sorted(source.glob("*.onnx")) if f.is_file()}
         if not graphs:
@@ -154,6 +160,8 @@ def _read(path: Path) -> onnx.ModelProto:
     """The protobuf of a model without its external data; raises `ModelError`."""
     try:
         proto = onnx.ModelProto()
+        if (size := path.stat().st_size) > LARGEST:
+            raise ModelError(f"{path}: has {size} bytes, and no model file has more than {LARGEST} (protobuf's limit)")
         proto.ParseFromString(path.read_bytes())
     except OSError as e:
         raise ModelError(f"{path}: cannot be read: {e.strerror or e}") from e

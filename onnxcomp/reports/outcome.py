@@ -177,7 +177,8 @@ class Result:
     """The compressed model with its report, and what it was before lowering, where that changed it.
 
     `exact` is the original as the exact passes before any lossy one left it. `config` are the entries of a
-    configuration beside the model that the result has otherwise, such as head counts.
+    configuration beside the model that the result has otherwise, such as head counts; `path` is the file it was
+    published in.
     """
 
     model: Graph
@@ -185,6 +186,7 @@ class Result:
     unlowered: Graph | None = None
     exact: Graph | None = None
     config: dict[str, int] = field(default_factory=dict)
+    path: Path | None = None
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

@@ -43,7 +43,10 @@ def run(model: Stored, feeds: Mapping[str, Array], target: Target = CPU) -> dict
     """The outputs of one run in the worker; raises what a run here would, or `WorkerEnded` for a crash or a hang."""
     with _lock, scratch_folder() as folder:
         given, made = folder / "feeds.npz", folder / "outputs.npz"
-        write_arrays(given, feeds)
+        try:
+            write_arrays(given, feeds)
+        except OSError as e:
+            raise OnnxcompError(f"{folder}: inputs for a first run cannot be written: {e.strerror or e}") from e
         fields = {"model": str(model.path.resolve()), "target": dataclasses.asdict(target)}
         reply = _ask("run", model, {**fields, "feeds": str(given), "outputs": str(made)})
         return read_arrays(made, {k: _dtype(t) for k, t in reply["types"].items()})

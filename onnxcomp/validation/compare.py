@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from onnxcomp.data.arguments import texts_of
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
 from onnxcomp.data.vocabulary import Renumbering, renumbering
 from onnxcomp.errors import DataError, ModelError
@@ -274,7 +275,7 @@ def validate(
     `samples`, `batch`, `sequence` and `seed` are for a source. Options are called as on the command line; what its
     `--gate` does is `Gate([...]).judge(validation.values())`.
     """
-    first, data = _parsed(reference), evaluation
+    first, data, metrics = _parsed(reference), evaluation, texts_of("metrics", metrics, "accuracy")
     if isinstance(data, (str, Path)):
         graph = graph_of(first)
         folder = graph.path.parent if graph.path else None

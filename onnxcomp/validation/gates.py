@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from onnxcomp.data.arguments import texts_of
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.validation.results import HIGHER_IS_BETTER
 
@@ -112,7 +113,7 @@ class Gate:
 
     def __init__(self, expressions: Iterable[str] = ()) -> None:
         chosen: dict[tuple[str, str], Condition] = {}
-        for text in expressions:
+        for text in texts_of("gates", expressions, "sqnr>=20"):
             c = Condition.parse(text)
             chosen[c.measured, c.op[0]] = c
         self.conditions = tuple(chosen.values())

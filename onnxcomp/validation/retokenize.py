@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp.data import texts, vocabulary
 from onnxcomp.data.inputs import Batch, specs
+from onnxcomp.data.untrusted import guarded
 from onnxcomp.data.vocabulary import Renumbering
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
@@ -191,5 +192,6 @@ def retokenize(
 
 
 def _split(tok: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = tok.encode(text, add_special_tokens=False).ids
+    with guarded("the tokenizer failed"):
+        ids: list[int] = tok.encode(text, add_special_tokens=False).ids
     return ids

@@ -17,6 +17,7 @@ from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import ModelError, OnnxcompError, RecipeError
 from onnxcomp.files import storage
+from onnxcomp.validation.gates import Gate
 from tests import tiny
 
 ODD: list[Any] = [-1, 0, 1.5, True, "x", "1zib", "", b"x", [], [1], {}, {"a": 1}, ["batch=1"], [{"batch": "1"}]]
@@ -135,8 +136,53 @@ def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "deep" / "r.json").read_text())["schema_version"] == 1
 
 
+def test_a_result_beside_its_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage.save(tiny.linear(), tmp_path)
+    assert main(["optimize", str(tmp_path), "-o", str(tmp_path), "--no-measure"]) == 0
+    assert "model-optimize.onnx" in capsys.readouterr().out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"runs": 0},
+        {"runs": "x"},
+        {"threads": -1},
+        {"threads": 1 << 40},
+        {"shapes": ["batch=1"]},
+        {"shapes": {"batch": 1}},
+    ],
+)
+def test_a_benchmark_takes_numbers(source: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=next(iter(options))):
+        oc.bench([source], **options)
+    with pytest.raises(ModelError, match="models is a list"):
+        oc.bench(str(source))
+
+
 def test_the_source_is_never_the_output(tmp_path: Path) -> None:
     storage.save(tiny.linear(), tmp_path)
     (tmp_path / "model-optimize.onnx").hardlink_to(tmp_path / "model.onnx")
     with pytest.raises(ModelError, match="never overwritten"):
         oc.optimize(tmp_path / "model.onnx", tmp_path, measure=False)
+
+
+def test_other_functions_check_what_they_are_given(source: Path) -> None:
+    for call in (
+        lambda: oc.validate(source, source, "random", metrics="accuracy"),
+        lambda: oc.validate(source, source, "random", samples="x"),  # type: ignore[arg-type]
+        lambda: oc.validate(source, source, "random", seed=-1),
+        lambda: oc.validate(3, source, "random"),  # type: ignore[arg-type]
+        lambda: storage.load("n" * 5000),
+        lambda: storage.load(None),  # type: ignore[arg-type]
+        lambda: Gate("sqnr>=20"),
+    ):
+        with pytest.raises(OnnxcompError):
+            call()
+
+
+def test_a_file_larger_than_any_model_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "m.onnx").open("wb") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(ModelError, match="no model file has more than"):
+        storage.load(tmp_path)
