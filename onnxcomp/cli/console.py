@@ -65,6 +65,9 @@ class Output:
             task = bar.add_task("", total=None)
 
             def watch(label: str, done: int, total: int) -> None:
+                if not total:
+                    bar.console.print(f"note: {label}", markup=False, soft_wrap=True)
+                    return
                 bar.update(task, description=label, completed=done, total=total)
 
             yield watch
@@ -76,6 +79,9 @@ def _lines() -> Watch:
 
     def watch(label: str, done: int, total: int) -> None:
         nonlocal last
+        if not total:
+            sys.stderr.write(f"note: {label}\n")
+            return
         now = time.monotonic()
         if now - began >= SILENT and now - last >= EVERY:
             sys.stderr.write(f"[{now - began:.0f} s] {label}: {done} of {total}\n")

@@ -14,6 +14,7 @@ from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.data_used import HELD_OUT
 from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.order import advice
 from onnxcomp.engine.probe import Probe
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Job"]
 
-Watch = Callable[[str, int, int], None]
+Watch = Callable[[str, int, int], None]  # what is done, how much of it, of how much; a remark where that is nothing
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,15 @@ class Job:
 
         `source` is the model where the caller has parsed it already.
         """
-        source = source or storage.read(self.model)
+        source, manager, notes = source or storage.read(self.model), self.manager(watch), advice(self.recipe.passes)
+        if watch:  # before minutes of work; the report has these as well
+            of_passes = (remark for p in manager.passes for remark in p.advice(manager.target))
+            for remark in filter(None, (manager.host_note, *of_passes, *notes)):
+                watch(remark, 0, 0)
         try:
             calib, evalu, note = self._judged_on(source.graph)
-            result = self.manager(watch).run(source, calib, evalu)
-            result.report.warnings[:0] = [note] if note else []
+            result = manager.run(source, calib, evalu)
+            result.report.warnings[:0] = [*([note] if note else []), *notes]
         except GateFailed as e:
             if isinstance(e.report, Report):
                 self._describe(e.report, source)

@@ -9,6 +9,7 @@ from typing import Any
 
 from onnxcomp.errors import ExportError
 from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
+from onnxcomp.exporter.preflight import check_installed, check_source
 from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_verified
 from onnxcomp.files.storage import publish
 from onnxcomp.version import EXPORT_SCHEMA
@@ -37,6 +38,9 @@ def export(
     """
     say = watch or (lambda _: None)
     _check_options(task, opset, dtype, static or {})
+    check_installed()
+    if isinstance(source, (str, Path)):
+        check_source(source, task, allow_pickle)
     log: list[str] = []
     with publish(Path(out)) as staging:
         with quiet(log):
@@ -63,8 +67,3 @@ def _check_options(task: str | None, opset: int, dtype: str, static: Mapping[str
             raise ExportError(
                 f"static axis {axis}={size} is not possible; use batch=N or sequence=N with N of at least 1"
             )
-    try:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-    except ImportError as e:
-        raise ExportError(f"export needs torch and transformers: pip install 'onnxcomp[export]' ({e})") from e

@@ -46,19 +46,19 @@ def load_checkpoint(
     import transformers
 
     if not isinstance(source, (str, Path)):
-        return _prepared(source), task or _task_of(source.config, type(source).__name__)
-    name = _located(source)
+        return _prepared(source), task or task_of(source.config, type(source).__name__)
+    name = located(source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     try:
         config = transformers.AutoConfig.from_pretrained(name, **common)
-        task = task or _task_of(config, source)
+        task = task or task_of(config, source)
         loader = getattr(transformers, TASKS[task][0])
         model, info = loader.from_pretrained(
             name, config=config, dtype="float32", use_safetensors=None if allow_pickle else True,
             output_loading_info=True, **common,
         )  # fmt: skip
     except Exception as e:  # transformers, safetensors and torch raise many kinds
-        raise ExportError(_why_not_loaded(source, e, allow_pickle)) from e
+        raise ExportError(_why_not_loaded(source, e)) from e
     ignored = ("pooler.", ".pooler.") if task == "feature-extraction" else ()
     missing = sorted(k for k in info["missing_keys"] if not any(k.startswith(x) or f".{x}" in f".{k}" for x in ignored))
     if missing:
@@ -70,7 +70,8 @@ def load_checkpoint(
     return _prepared(model), task
 
 
-def _located(source: str | Path) -> str:
+def located(source: str | Path) -> str:
+    """The folder of a checkpoint, or its name on the hub; raises `ExportError`."""
     path = Path(source)
     text = str(source)
     if path.is_file():
@@ -84,21 +85,17 @@ def _located(source: str | Path) -> str:
     return text
 
 
-def _why_not_loaded(source: str | Path, e: BaseException, allow_pickle: bool) -> str:
+def _why_not_loaded(source: str | Path, e: BaseException) -> str:
     folder = Path(source)
     if isinstance(e, ExportError):
         return str(e)
-    if folder.is_dir():
-        if not allow_pickle and list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
-            return f"{source}: its weights are pickled (.bin), which can run code; use --allow-pickle if you trust them"
-        if not list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin")):
-            return f"{source}: holds no weights (model.safetensors)"
-    elif isinstance(e, OSError):
+    if not folder.is_dir() and isinstance(e, OSError):
         return f"{source}: no such folder, and it could not be loaded from the hub: {one_line(e)}"
     return f"{source}: cannot be loaded: {one_line(e)}"
 
 
-def _task_of(config: Any, source: object) -> str:
+def task_of(config: Any, source: object) -> str:
+    """The task that a configuration's architecture is for; raises `ExportError`."""
     if getattr(config, "is_encoder_decoder", False):
         raise ExportError(f"{source}: encoder-decoder models are not supported yet; there are {', '.join(TASKS)}")
     names = list(getattr(config, "architectures", None) or []) or [str(source)]

@@ -316,6 +316,9 @@ def test_shells_complete_commands_presets_and_targets(words: str, offered: set[s
 def test_progress_without_a_terminal_is_a_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with console.Output().progress() as watch:
+        watch("fp16 is not faster on 'cpu'", 0, 0)
+    assert capsys.readouterr().err == "note: fp16 is not faster on 'cpu'\n"
     clock = iter([100.0, 101.0, 104.0, 106.0, 109.5])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.Output().progress() as watch:

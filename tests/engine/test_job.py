@@ -186,6 +186,26 @@ def test_absent_target_compresses_on_the_cpu_and_says_so(source, batches, tmp_pa
         oc.bench([source / "model.onnx"], oc.CUDA)
 
 
+@pytest.mark.parametrize(
+    ("passes", "said"),
+    [
+        (["canonicalize", {"half": {"dtype": "fp16"}}, "lower"], ["not faster"]),
+        ([{"qdq": {"min_size": 1}}, "lower"], ["canonicalize"]),
+        (["canonicalize", {"qdq": {"min_size": 1}}], ["lower"]),
+        (["canonicalize", {"qdq": {"min_size": 1}}, "lower"], []),
+        (["canonicalize", "cleanup"], []),
+    ],
+)
+def test_remarks_come_before_the_work_and_stand_in_the_report(source, passes, said):
+    told: list[tuple[str, int, int]] = []
+    result = oc.compress(source, None, passes=passes, calibration="random", samples=8, measure=False,
+                         watch=lambda *x: told.append(x))  # fmt: skip
+    remarks = [x[0] for x in told if x[2] == 0]
+    assert [x[2] == 0 for x in told] == sorted((x[2] == 0 for x in told), reverse=True)
+    assert len(remarks) == len(said)
+    assert all(word in remark and remark in result.report.warnings for word, remark in zip(said, remarks, strict=True))
+
+
 def test_older_opset_on_request(source, tmp_path):
     result = oc.optimize(source, tmp_path / "old", opset=18, measure=False)
     assert result.model.opset == 18

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,45 @@ def test_a_checkpoint_that_cannot_be_loaded_is_one_error(checkpoint: Path, tmp_p
     t5 = transformers.T5Config(architectures=["T5ForConditionalGeneration"])
     t5.save_pretrained(bad)
     assert "encoder-decoder" in refused(bad, out)
+
+
+BAD = {
+    "unknown": (
+        {"model_type": "telepathy", "architectures": ["TelepathyModel"]},
+        "does not know the model type 'telepathy'",
+    ),
+    "own_code": (
+        {"model_type": "telepathy", "auto_map": {"AutoModel": "m.M"}},
+        "brings its own code, which is never run",
+    ),
+    "no_type": ({"architectures": ["BertModel"]}, "names no model_type"),
+    "list": ([1, 2], "is no JSON object"),
+    "text": ("{", "config.json cannot be read"),
+    "encoder_decoder": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    "no_weights": ({"model_type": "bert", "architectures": ["BertModel"]}, "holds no weights"),
+}
+
+
+def test_what_the_files_say_is_said_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, (config, _) in BAD.items():
+        (tmp_path / name).mkdir()
+        text = config if isinstance(config, str) else json.dumps(config)
+        (tmp_path / name / "config.json").write_text(text)
+    code = (
+        "import sys\nfrom onnxcomp.cli import main\n"
+        "for name in sys.argv[2:]:\n    main(['export', sys.argv[1] + '/' + name, '-o', sys.argv[1] + '/out'])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path), *BAD, "nothing"], capture_output=True, text=True, timeout=60,
+        check=True,
+    )  # fmt: skip
+    lines = run.stderr.splitlines()
+    assert len(lines) == len(BAD) + 1, run.stderr
+    for line, said in zip(lines, [*(said for _, said in BAD.values()), "no such folder"], strict=True):
+        assert line.startswith("error: ")
+        assert said in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_pickled_weights_need_permission(checkpoint: Path, tmp_path: Path) -> None:
