@@ -19,6 +19,8 @@ from onnxcomp.graph import Graph
 
 __all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs"]
 
+RANDOM_SAMPLES = 32  # where nobody says how many
+
 
 class Dataset:
     """Samples in batches; every iteration gives the same batches.
@@ -87,7 +89,10 @@ class Dataset:
     def checked(self) -> Dataset:
         """This dataset, after checking every batch; raises `DataError`."""
         if not len(self):
-            raise DataError(f"{self.name}: holds no samples")
+            few = (
+                f"fewer than the {self.batch} samples of the model's fixed batch" if self._fixed_batch else "no samples"
+            )
+            raise DataError(f"{self.name}: holds {few}")
         for _ in self:
             pass
         return self
@@ -116,14 +121,20 @@ class Dataset:
         return self._select(self.indices, batch)
 
     def split(self, holdout: int = 5) -> tuple[Dataset, Dataset]:
-        """Calibration and evaluation parts: every `holdout`-th sample is held out; raises `DataError`."""
-        if len(self) < holdout:
+        """Calibration and evaluation parts: every `holdout`-th sample is held out; raises `DataError`.
+
+        Where the model takes batches of one size only, whole batches are held out, the last one at least.
+        """
+        size = self.batch if self._fixed_batch else 1
+        units = [self.indices[i : i + size] for i in range(0, len(self), size)]
+        if len(units) < (2 if self._fixed_batch else holdout):
             raise DataError(
                 f"{self.name}: {len(self)} samples are too few to hold one in {holdout} out for evaluation; "
                 "give evaluation data of its own (--eval)"
             )
-        held = self.indices[holdout - 1 :: holdout]
-        kept = [i for n, i in enumerate(self.indices) if (n + 1) % holdout]
+        every = min(holdout, len(units))
+        held = [i for n, unit in enumerate(units, 1) for i in unit if n % every == 0]
+        kept = [i for n, unit in enumerate(units, 1) for i in unit if n % every]
         return self._select(kept), self._select(held)
 
     def _hash(self, i: int) -> bytes:
@@ -206,8 +217,11 @@ def _loaded(
     seed: int,
 ) -> Dataset:  # fmt: skip
     inputs, vocab = specs(graph), vocabulary(graph)
-    source = _open(src, graph, folder, samples=samples, sequence=sequence, allow_code=code, seed=seed)
     fixed = _static_batch(graph)
+    if fixed:  # whole batches, at least one
+        asked = samples or (RANDOM_SAMPLES if src == "random" else 0)
+        samples = -(-asked // fixed) * fixed or None
+    source = _open(src, graph, folder, samples=samples, sequence=sequence, allow_code=code, seed=seed)
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
@@ -231,7 +245,7 @@ def _open(
 
     path, axes = Path(src), arrays.axes_of(specs(graph))
     if src == "random":
-        return arrays.Random(graph, folder, samples or 32, sequence, seed)
+        return arrays.Random(graph, folder, samples or RANDOM_SAMPLES, sequence, seed)
     if not path.exists() and ":" in src:
         return arrays.from_function(src, allow_code, axes)
     if path.is_dir():
