@@ -218,9 +218,8 @@ def _loaded(
 ) -> Dataset:  # fmt: skip
     inputs, vocab = specs(graph), vocabulary(graph)
     fixed = _static_batch(graph)
-    if fixed:  # whole batches, at least one
-        asked = samples or (RANDOM_SAMPLES if src == "random" else 0)
-        samples = -(-asked // fixed) * fixed or None
+    if fixed and (samples is not None or src == "random"):  # at least one whole batch
+        samples = max(samples or RANDOM_SAMPLES, fixed)
     source = _open(src, graph, folder, samples=samples, sequence=sequence, allow_code=code, seed=seed)
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:

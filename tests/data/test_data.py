@@ -19,7 +19,7 @@ from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data, overla
 from onnxcomp.data.inputs import vocabulary
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from tests import tiny
+from tests import hand, tiny
 
 
 @pytest.fixture(scope="module")
@@ -513,4 +513,24 @@ def test_a_model_of_fixed_batch_gets_whole_batches_only() -> None:
     everything = as_dataset([tiny.feeds(g, seed=i) for i in range(8)], g)
     for part in (everything, *everything.split(), everything.head(5)):
         assert {b.feeds["input_ids"].shape for b in part} == {(2, 7)}
-    assert [len(x) for x in everything.split()] == [12, 2]
+    assert [len(x) for x in everything.split()] == [14, 2]
+
+
+@pytest.mark.parametrize(("fixed", "samples", "found"), [(2, 1, 2), (3, None, 30), (64, None, 64), (3, 7, 6)])
+def test_random_data_fills_the_batches_of_a_fixed_size(fixed: int, samples: int | None, found: int) -> None:
+    g = hand.graph(x=(fixed, 4))
+    g = tiny.finish(g, g.op("Relu", g.model.graph.inputs[0]), "y", [fixed, 4])
+    data = load_data("random", g, None, samples=samples)
+    assert len(data) == found
+    assert {b.size for b in data} == {fixed}
+
+
+def test_whole_batches_are_held_out_where_the_batch_is_fixed() -> None:
+    g = hand.graph(x=(4, 3))
+    g = tiny.finish(g, g.op("Relu", g.model.graph.inputs[0]), "y", [4, 3])
+    kept, held = load_data("random", g, None, samples=12).split()
+    assert ([b.size for b in kept], [b.size for b in held]) == ([4, 4], [4])
+    with pytest.raises(DataError, match="too few"):
+        load_data("random", g, None, samples=4).split()
+    with pytest.raises(DataError, match="fewer than the 4 samples of the model's fixed batch"):
+        as_dataset({"x": np.ones((3, 3), np.float32)}, g)
