@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data import open_axes
+from onnxcomp.data.vocabulary import renumbering
 from onnxcomp.engine.compared import NO_KERNEL
 from onnxcomp.engine.probe import SHAPES, fitted, random_feeds
 from onnxcomp.errors import ModelError, OnnxcompError
@@ -25,6 +26,7 @@ __all__ = ["prove", "proven", "smoke"]
 
 def prove(source: Stored, target: Target) -> None:
     """Run a model nobody has run yet in a worker; raises `ModelError` where it crashes the runtime or does not end."""
+    renumbering(source.graph)  # metadata that is damaged is the file's fault, not that of a pass
     try:
         feeds = _small(source)
     except OnnxcompError:

@@ -9,6 +9,7 @@ pytest.importorskip("onnxruntime")
 from onnxcomp.canonical import fold
 from tests.canonical.test_attention import B, H, N, S, attend, attention_graph, merged, only_attention, qkv, scores
 from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
+from tests.tiny import finish
 
 
 def test_a_resized_position_bias_is_computed_once():
@@ -168,3 +169,38 @@ def test_parts_of_a_packed_weight_are_views(packed):
     assert ops(new)["MatMul"] == 3
     assert not set(ops(new)) & {"Split", "Slice"}
     same(source, new, x=f32(RNG.standard_normal((2, 3, 8))), z=f32(RNG.standard_normal((2, 5, 8))))
+
+
+LARGE = {  # operators of small constants whose result is large: what would be computed is known before it is
+    "ConstantOfShape": lambda g: g.op("ConstantOfShape", i64(30000, 30000)),
+    "Expand": lambda g: g.op("Expand", f32(np.ones((1, 2000))), i64(2000, 1)),
+    "Tile": lambda g: g.op("Tile", f32(np.ones(4000)), i64(100000)),
+    "Add": lambda g: g.op("Add", f32(np.ones((4000, 1))), f32(np.ones((1, 4000)))),
+    "Gather": lambda g: g.op("Gather", f32(np.ones((2, 8000))), i64(*[0] * 8000)),
+    "Resize": lambda g: g.op("Resize", f32(np.ones((1, 1, 9, 9))), None, f32([1, 1, 1e4, 1e4]), mode="nearest"),
+    "Range": lambda g: g.op("Range", i64(0).reshape(()), i64(1 << 40).reshape(()), i64(1).reshape(())),
+}
+
+
+@pytest.mark.parametrize("op", LARGE)
+def test_a_large_result_is_not_computed(op, monkeypatch):
+    g = graph(x=["b"])
+    small = g.op("ReduceSum", LARGE[op](g), keepdims=0)
+    y = g.op("Add", g.value("x"), g.op("Cast", small, to=1))
+
+    def evaluated(node, *args):
+        raise AssertionError(f"{node.op_type} was computed")
+
+    monkeypatch.setattr(fold, "_evaluate", evaluated)
+    finish(g, y, "y", ["b"])
+    fold.fold_constants(g)
+    assert op in ops(g)
+
+
+@pytest.mark.parametrize("sizes", [(2, -1), (-3, 4)])
+def test_what_the_evaluator_refuses_stays_as_it_is(sizes):
+    g = graph(x=["b"])
+    y = g.op("Add", g.value("x"), g.op("ReduceSum", g.op("Expand", f32([1.0]), i64(*sizes)), keepdims=0))
+    finish(g, y, "y", ["b"])
+    fold.fold_constants(g)
+    assert "Expand" in ops(g)
