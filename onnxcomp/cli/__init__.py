@@ -26,6 +26,7 @@ from onnxcomp.cli.options import (
     Gates,
     GraphName,
     Json,
+    LabelColumn,
     Model,
     NoMeasure,
     Out,
@@ -39,6 +40,7 @@ from onnxcomp.cli.options import (
     Source,
     Target,
     TargetOrRecipes,
+    TextColumn,
     Threads,
     Verbose,
 )
@@ -168,6 +170,8 @@ def compress(
     samples: Samples = None,
     batch: Batch = None,
     sequence: Sequence_ = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     gate: Gates = None,
     on_fail: Annotated[str | None, typer.Option(help="raise, or rollback to undo a refused pass.")] = None,
     shape: Shapes = None,
@@ -201,7 +205,8 @@ def compress(
     run = functools.partial(
         compress_each, model, out,
         preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration, evaluation=evaluation,
-        samples=samples, batch=batch, sequence=sequence, gates=gate or (), on_fail=rule,
+        samples=samples, batch=batch, sequence=sequence, text_column=text_column, label_column=label_column,
+        gates=gate or (), on_fail=rule,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads,
         cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, exact_rows=exact_rows,
@@ -223,6 +228,8 @@ def validate(
     samples: Samples = None,
     batch: Batch = None,
     sequence: Sequence_ = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
@@ -238,7 +245,8 @@ def validate(
 
     output = Output(json, quiet, verbose)
     settings = Settings(
-        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence, seed=seed,
+        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence,
+        text_column=text_column, label_column=label_column, seed=seed,
         allow_code=allow_code,
     )  # fmt: skip
     result = validate_models.compare(

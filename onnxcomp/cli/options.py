@@ -21,6 +21,7 @@ __all__ = [
     "Gates",
     "GraphName",
     "Json",
+    "LabelColumn",
     "Model",
     "NoMeasure",
     "Out",
@@ -34,6 +35,7 @@ __all__ = [
     "Source",
     "Target",
     "TargetOrRecipes",
+    "TextColumn",
     "Threads",
     "Verbose",
 ]
@@ -67,6 +69,10 @@ Evaluation = Annotated[
 Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many samples.")]
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
 Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
+TextColumn = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The field of .jsonl that holds the text; of pairs NAME,NAME.")
+]
+LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="The field of .jsonl that holds the label.")]
 Gates = Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help="Such as sqnr>=20 or size<=0.3x.")]
 Shapes = Annotated[list[str] | None, typer.Option("--shape", metavar="AXES", help="Such as batch=1,sequence=128.")]
 GraphName = Annotated[str | None, typer.Option("--graph", help="Only this graph of a folder with several.")]

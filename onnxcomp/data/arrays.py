@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, roles, specs, total_mask, vocabulary
+from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, id_ranges, roles, specs, total_mask
 from onnxcomp.data.random_feeds import random_feeds
 from onnxcomp.data.untrusted import guarded, read_npz, whole_number
 from onnxcomp.errors import DataError
@@ -201,7 +201,7 @@ class Random(Rows):
     """Random samples of the model's shapes, of `sequence` new tokens behind half as many in caches, if it has any."""
 
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
-        inputs, vocab = specs(graph), vocabulary(graph)
+        inputs, vocab = specs(graph), id_ranges(graph)
         config = read_json(folder / "config.json") if folder is not None else {}
         role, where = roles(inputs), f"{folder}/config.json"
         table = vocab.get(role.get("positions", ""))

@@ -193,13 +193,16 @@ def load_data(
     batch: int = 8,
     samples: int | None = None,
     sequence: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
     allow_code: bool = False,
     seed: int = 0,
 ) -> Dataset:
     """Samples for a model from a `SRC`; `folder` holds its tokenizer or image processor, `samples` limits their number.
 
     `.npz`, a folder of those, `.jsonl`, `.txt`, a folder of images, `package.module:function` (with `allow_code`) or
-    `random`. Every batch is checked here; raises `DataError` naming the source, the input and the sample.
+    `random`; columns are those of `.jsonl` (`a,b` for pairs). Every batch is checked here; raises `DataError` naming the
+    source, the input and the sample.
     """
     for name, number, least in (
         ("samples", samples, 1),
@@ -209,18 +212,21 @@ def load_data(
     ):
         whole(name, number, least)
     with guarded(f"{src}: cannot be used with the files beside the model"):
-        return _loaded(str(src), graph, folder, batch, samples, sequence, allow_code, seed)
+        columns = (text_column, label_column)
+        return _loaded(str(src), graph, folder, batch, samples, sequence, columns, allow_code, seed)
 
 
 def _loaded(
-    src: str, graph: Graph, folder: Path | None, batch: int, samples: int | None, sequence: int | None, code: bool,
-    seed: int,
+    src: str, graph: Graph, folder: Path | None, batch: int, samples: int | None, sequence: int | None,
+    columns: tuple[str | None, str | None], code: bool, seed: int,
 ) -> Dataset:  # fmt: skip
     inputs, vocab = specs(graph), vocabulary(graph)
     fixed = _static_batch(graph)
     if fixed and (samples is not None or src == "random"):  # at least one whole batch
         samples = max(samples or RANDOM_SAMPLES, fixed)
-    source = _open(src, graph, folder, samples=samples, sequence=sequence, allow_code=code, seed=seed)
+    source = _open(
+        src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed
+    )
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
@@ -237,6 +243,7 @@ def _open(
     *,
     samples: int | None,
     sequence: int | None,
+    columns: tuple[str | None, str | None],
     allow_code: bool,
     seed: int,
 ) -> Source:
@@ -259,5 +266,5 @@ def _open(
     if path.suffix == ".npz":
         return arrays.Npz([path], src, axes)
     if path.suffix in (".jsonl", ".txt"):
-        return texts.open_text(path, graph, folder, sequence)
+        return texts.open_text(path, graph, folder, sequence, texts.Columns(*columns))
     raise DataError(f"{src}: unknown kind of data '{path.suffix}'; use .npz, .jsonl, .txt or a folder of images")

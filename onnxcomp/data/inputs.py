@@ -19,6 +19,7 @@ __all__ = [
     "Source",
     "TensorSpec",
     "completed",
+    "id_ranges",
     "past_length",
     "roles",
     "specs",
@@ -27,6 +28,7 @@ __all__ = [
 ]
 
 LABELS = ("labels", "label")
+MOST_CLASSES = 1 << 20  # entries of a constant that ids are compared with, up to which its content is read
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,31 @@ def vocabulary(graph: Graph) -> dict[str, int]:
                         rows = int(table.shape.numpy()[0])
                         sizes[str(v.name)] = min(rows, sizes.get(str(v.name), rows))
     return sizes
+
+
+def id_ranges(graph: Graph) -> dict[str, int]:
+    """Below which number ids mean something, by input name: rows of an embedding table, classes of a one-hot code."""
+    classes: dict[str, int] = {}
+    for v in graph.inputs:
+        reach = [v] if v.dtype is not None and v.dtype.is_integer() else []
+        for x in reach:
+            for user, index in x.uses():
+                if user.op_type in ("Cast", "Identity", "Unsqueeze", "Reshape", "Expand") and index == 0:
+                    reach.append(user.outputs[0])
+                elif user.op_type in ("Equal", "OneHot") and (n := _classes(user, index)):
+                    classes[str(v.name)] = n
+    return classes | vocabulary(graph)
+
+
+def _classes(node: ir.Node, index: int) -> int:
+    """The number of classes of a OneHot, or of an Equal with 0, 1, 2, ...; 0 for another comparison."""
+    other = Graph.tensor(node.inputs[1 - index]) if index < 2 else None
+    if other is None or other.size > MOST_CLASSES:
+        return 0
+    a = other.numpy().reshape(-1)
+    if node.op_type == "OneHot":
+        return int(a[0]) if index == 0 and a.size == 1 else 0
+    return a.size if a.size > 2 and bool((a == np.arange(a.size)).all()) else 0
 
 
 def _stays_integer(v: ir.Value, node: ir.Node) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from onnxcomp.data.datasets import Dataset
-from onnxcomp.data.inputs import TensorSpec, roles, specs, total_mask, vocabulary
+from onnxcomp.data.inputs import TensorSpec, id_ranges, roles, specs, total_mask
 from onnxcomp.data.random_feeds import random_feeds
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
@@ -142,7 +142,7 @@ def feeds_for(g: Graph, shape: Mapping[str, int], data: Dataset | None = None) -
             raise DataError(f"the data '{data.name}' has no input '{missing[0]}'")
         return {name: _resized(batch.feeds[name], to) for name, to in dims.items()}
     # Seeded by name, so that two models with the same inputs get the same values.
-    return random_feeds(specs(g), dims, vocabulary(g), lambda name: np.random.default_rng(zlib.crc32(name.encode())))
+    return random_feeds(specs(g), dims, id_ranges(g), lambda name: np.random.default_rng(zlib.crc32(name.encode())))
 
 
 def _resized(a: Array, to: tuple[int, ...]) -> Array:

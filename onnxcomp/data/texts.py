@@ -20,7 +20,7 @@ from onnxcomp.maths import Array
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["Text", "longest", "open_text", "tokenizer"]
+__all__ = ["Columns", "Text", "longest", "open_text", "tokenizer"]
 
 DEFAULT_LENGTH = 512  # tokens a text is truncated to where no length is asked for
 UNLIMITED = 1_000_000  # transformers writes a number far above it (1e30) where a tokenizer has no limit
@@ -96,8 +96,32 @@ class Text:
         return Batch(feeds, None if self.labels is None else self.labels[list(indices)])
 
 
-def open_text(path: Path, graph: Graph, folder: Path | None, sequence: int | None) -> Text:
-    """Samples of a `.jsonl` file (`text`, `text_pair`, `label`) or a `.txt` file.
+@dataclass(frozen=True)
+class Columns:
+    """The fields of a line of JSONL that hold the text (of two fields the pair, `a,b`) and the label."""
+
+    text: str | None = None
+    label: str | None = None
+
+    def read(self, row: Mapping[str, Any], where: str) -> tuple[str, str | None, Any]:
+        """Text, second text and label of a line; raises `DataError` where there are none."""
+        names = [x.strip() for x in self.text.split(",")] if self.text else ["text", "text_pair"]
+        texts = [row.get(n) for n in names]
+        has = f"it has {', '.join(map(repr, row)) or 'none'}"
+        if not isinstance(texts[0], str):
+            raise DataError(f"{where}: needs a string '{names[0]}'; {has}: name the column with --text-column")
+        if len(texts) > 1 and not (isinstance(texts[1], str) or (texts[1] is None and not self.text)):
+            raise DataError(f"{where}: '{names[1]}' must be a string; {has}")
+        if self.label is not None and self.label not in row:
+            raise DataError(f"{where}: has no label '{self.label}'; {has}")
+        label = row[self.label] if self.label is not None else row.get("label", row.get("labels"))
+        return texts[0], texts[1] if len(texts) > 1 else None, label
+
+
+def open_text(
+    path: Path, graph: Graph, folder: Path | None, sequence: int | None, columns: Columns | None = None
+) -> Text:
+    """Samples of a `.jsonl` file (`text`, `text_pair`, `label`, or the columns given) or a `.txt` file.
 
     A line of `.txt` is a sample; for a causal language model all lines are one stream, split every `sequence` tokens.
     """
@@ -117,7 +141,7 @@ def open_text(path: Path, graph: Graph, folder: Path | None, sequence: int | Non
         return _encode(
             path, [(x, None) for x in lines], None, tokenizer, inputs, sequence or min(limit, DEFAULT_LENGTH), pad
         )
-    pairs, labels = _jsonl(path, config)
+    pairs, labels = _jsonl(path, config, columns or Columns())
     return _encode(path, pairs, labels, tokenizer, inputs, sequence or min(limit, DEFAULT_LENGTH), pad)
 
 
@@ -212,7 +236,9 @@ def _causal(graph: Graph, config: Mapping[str, Any]) -> bool:
     return task == "text-generation" or (not task and ("ForCausalLM" in names or "LMHeadModel" in names))
 
 
-def _jsonl(path: Path, config: Mapping[str, Any]) -> tuple[list[tuple[str, str | None]], Array | None]:
+def _jsonl(
+    path: Path, config: Mapping[str, Any], columns: Columns
+) -> tuple[list[tuple[str, str | None]], Array | None]:
     pairs: list[tuple[str, str | None]] = []
     labels: list[Any] = []
     for number, line in enumerate(_lines(path), 1):
@@ -222,13 +248,12 @@ def _jsonl(path: Path, config: Mapping[str, Any]) -> tuple[list[tuple[str, str |
             row = json.loads(line)
         except (ValueError, RecursionError) as e:
             raise DataError(f"{path}, line {number}: is not JSON: {e}") from e
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise DataError(f"{path}, line {number}: needs an object with a string 'text'")
-        pair = row.get("text_pair")
-        if pair is not None and not isinstance(pair, str):
-            raise DataError(f"{path}, line {number}: 'text_pair' must be a string")
-        pairs.append((row["text"], pair))
-        labels.append(_label(row.get("label", row.get("labels")), config, f"{path}, line {number}"))
+        where = f"{path}, line {number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: needs an object with a string 'text'")
+        first, second, label = columns.read(row, where)
+        pairs.append((first, second))
+        labels.append(_label(label, config, where))
     if not pairs:
         raise DataError(f"{path}: holds no samples")
     if all(x is None for x in labels):

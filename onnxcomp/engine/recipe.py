@@ -51,6 +51,10 @@ class RecipeData:
     """Samples per batch."""
     sequence: Annotated[int, Field(ge=1)] | None = None
     """Tokens per sample at most."""
+    text_column: str | None = None
+    """The field of .jsonl that holds the text, of two texts a,b; by default text and text_pair."""
+    label_column: str | None = None
+    """The field of .jsonl that holds the label; by default label."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ class Settings:
     samples: int | None = None
     batch: int = 8
     sequence: int | None = None
+    text_column: str | None = None
+    label_column: str | None = None
     shapes: tuple[Mapping[str, int], ...] = ()
     memory: int | None = None
     measure: bool = True
@@ -74,6 +76,8 @@ class Settings:
             batch=self.batch,
             samples=self.samples,
             sequence=self.sequence,
+            text_column=self.text_column,
+            label_column=self.label_column,
             allow_code=self.allow_code,
             seed=self.seed,
         )

@@ -266,6 +266,8 @@ def validate(
     samples: int | None = None,
     batch: int = 8,
     sequence: int | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
     seed: int = 0,
     allow_code: bool = False,
     scratch: Path | None = None,
@@ -280,6 +282,7 @@ def validate(
         graph = graph_of(first)
         folder = graph.path.parent if graph.path else None
         sizes: dict[str, Any] = {"batch": batch, "samples": samples, "sequence": sequence, "seed": seed}
+        sizes |= {"text_column": text_column, "label_column": label_column}
         data = load_data(data, graph, folder, **sizes, allow_code=allow_code)
     data = as_dataset(data, graph_of(first))
     for m in (first, second := _parsed(candidate)):

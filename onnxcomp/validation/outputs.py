@@ -153,12 +153,15 @@ def output_rows(
     """One output of a batch as rows without padding; per sample where a row's length differs between samples."""
     y, x, feeds = out[layout.name], reference[layout.name], batch.feeds
     samples = batch.size if feeds else len(y)
-    if y.ndim == 0 or len(y) != samples:
+    if whole := y.ndim == 0 or len(y) != samples:  # such as a state, whose samples are along another axis
         y, x, samples = y.reshape(1, -1), x.reshape(1, -1), 1
     y, x = (a.reshape(samples, -1) if a.ndim == 1 else a for a in (y, x))
     mask = view.visible(feeds, layout.side)
     tokens = feeds.get(view.tokens(layout))
     shared = OutputRows(y, x, y, y, samples, tokens=tokens, labels=batch.labels, outputs=out, feeds=feeds)
+    if whole:
+        yield dataclasses.replace(shared, sample=np.zeros(1, np.int64), position=np.zeros(1, np.int64))
+        return
     if layout.tokens == y.ndim - 1:  # one score per token, as in question answering
         yield from _score_per_token(shared, mask)
         return
@@ -202,5 +205,5 @@ def _score_per_token(scores: OutputRows, mask: Array | None) -> Iterator[OutputR
             1,
             labels=None if scores.labels is None else scores.labels[b : b + 1],
             outputs={k: a[b : b + 1] for k, a in scores.outputs.items()},
-            feeds={k: a[b : b + 1] for k, a in scores.feeds.items()},
+            feeds={k: a[b : b + 1] if a.ndim else a for k, a in scores.feeds.items()},
         )
