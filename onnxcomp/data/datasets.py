@@ -201,8 +201,8 @@ def load_data(
     """Samples for a model from a `SRC`; `folder` holds its tokenizer or image processor, `samples` limits their number.
 
     `.npz`, a folder of those, `.jsonl`, `.txt`, a folder of images, `package.module:function` (with `allow_code`) or
-    `random`; columns are those of `.jsonl` (`a,b` for pairs). Every batch is checked here; raises `DataError` naming the
-    source, the input and the sample.
+    `random`; columns are those of `.jsonl` (`a,b` for pairs). Every batch is checked here; raises `DataError` with
+    source, input and sample.
     """
     for name, number, least in (
         ("samples", samples, 1),
