@@ -46,7 +46,7 @@ def test_columns_can_be_named(home, tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({}, "line 1: needs a string 'text'; it has 'sentence', 'n': name the column with --text-column"),
+        ({}, "line 1: needs a string 'text'; it has 'sentence', 'n': name the column with"),
         ({"text_column": "sentense"}, "needs a string 'sentense'; it has 'sentence', 'n'"),
         ({"text_column": "n"}, "needs a string 'n'"),
         ({"text_column": "sentence,n"}, "'n' must be a string"),

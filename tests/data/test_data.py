@@ -399,7 +399,7 @@ def test_lines_are_samples_but_one_stream_for_causal_models(tmp_path: Path) -> N
 
 TEXT_FAULTS = {
     "not-json": ("{", "line 1: is not JSON"),
-    "no-text": ({"txt": "a"}, "line 1: needs a string 'text'; it has 'txt': name the column with --text-column"),
+    "no-text": ({"txt": "a"}, "line 1: needs a string 'text'; it has 'txt': name the column with"),
     "list": ([1], "needs an object"),
     "pair": ({"text": "a", "text_pair": 3}, "'text_pair' must be a string"),
     "name": ({"text": "a", "label": "maybe"}, r"'maybe' is not in the model's config\.json \(none\)"),
