@@ -224,9 +224,7 @@ def _loaded(
     fixed = _static_batch(graph)
     if fixed and (samples is not None or src == "random"):  # at least one whole batch
         samples = max(samples or RANDOM_SAMPLES, fixed)
-    source = _open(
-        src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed
-    )
+    source = _open(src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed)
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
