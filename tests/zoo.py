@@ -55,6 +55,10 @@ class Architecture:
     revision: int = FORMAT  # of this model's graphs; raise it when they are built otherwise
     past: int = 0  # heads of the key-value cache it takes and gives; 0 = none
     routes: tuple[str, ...] = ("dynamo", "legacy", "transformers")
+    moes: int = 0  # feed-forward parts of experts
+    experts: str = ""  # how transformers computes experts: batched_mm, or looped (one product per expert)
+    image: int = 8  # height and width of its images
+    only: tuple[str, ...] = ()  # its spellings, where not all are made
 
     @functools.cached_property
     def key(self) -> str:
@@ -69,6 +73,7 @@ class Architecture:
             self.output,
             versions,
             self.revision,
+            *([self.experts] if self.experts else []),
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:10]
 
@@ -85,7 +90,7 @@ class Architecture:
     @property
     def spellings(self) -> dict[str, Spelling]:
         """The ways to write it, by name."""
-        return {name: s for name, s in SPELLINGS.items() if s.route in self.routes}
+        return {n: s for n, s in SPELLINGS.items() if s.route in self.routes and (not self.only or n in self.only)}
 
     def build(self, attention: str = "sdpa") -> Any:
         """The PyTorch module with distinct random weights, the same at every call."""
@@ -96,7 +101,10 @@ class Architecture:
         config = getattr(transformers, self.config)(**self.options)
         module, _, name = self.model.rpartition(".")
         home = importlib.import_module(f"transformers.{module}") if module else transformers
-        model = getattr(home, name)._from_config(config, attn_implementation=attention).eval()
+        more = {"experts_implementation": "batched_mm"} if self.experts else {}
+        model = getattr(home, name)._from_config(config, attn_implementation=attention, **more).eval()
+        if self.experts == "looped":
+            _loop_experts(model)
         for p in model.parameters():
             if p.ndim == 1:
                 torch.nn.init.normal_(p, float(p.float().mean().round()), 0.1)
@@ -105,6 +113,25 @@ class Architecture:
             elif p.min() == p.max():  # tables that start at zero: tools drop what adds nothing
                 torch.nn.init.normal_(p, 0.0, 0.1)
         return model
+
+
+def _loop_experts(model: Any) -> None:
+    """Compute experts one after another, each on the tokens that chose it, as implementations before batching do."""
+    import torch
+    from torch.nn import functional
+
+    def forward(self: Any, x: Any, index: Any, weights: Any) -> Any:
+        out, hit = torch.zeros_like(x), functional.one_hot(index, self.num_experts).permute(2, 1, 0)
+        for i in range(self.num_experts):
+            slot, token = torch.where(hit[i])
+            gate, up = functional.linear(x[token], self.gate_up_proj[i]).chunk(2, dim=-1)
+            y = functional.linear(self.act_fn(gate) * up, self.down_proj[i]) * weights[token, slot, None]
+            out = out.index_add(0, token, y)
+        return out
+
+    for module in model.modules():
+        if hasattr(module, "gate_up_proj") and module.gate_up_proj.ndim == 3:
+            module.forward = functools.partial(forward, module)
 
 
 def _text(name: str, model: str, config: str, options: dict[str, Any], norms: int, **more: Any) -> Architecture:
@@ -120,9 +147,11 @@ def _image(name: str, model: str, config: str, options: dict[str, Any], norms: i
     return Architecture(name, model, config, options, ("pixel_values",), norms=norms, **counts)
 
 
-def _pair(name: str, model: str, config: str, options: dict[str, Any], norms: int, first: str) -> Architecture:
+def _pair(
+    name: str, model: str, config: str, options: dict[str, Any], norms: int, first: str, **more: Any
+) -> Architecture:
     inputs = (first, "attention_mask", "decoder_input_ids") if first == "input_ids" else (first, "decoder_input_ids")
-    counts = {"attentions": 3 * LAYERS, "mlps": 2 * LAYERS, "norms": norms}
+    counts = {"attentions": 3 * LAYERS, "mlps": 2 * LAYERS, "norms": norms, **more}
     return Architecture(name, model, config, options, inputs, "last_hidden_state", causal=True, **counts)
 
 
@@ -336,7 +365,7 @@ def feeds(a: Architecture, batch: int, length: int, padding: str = "none", dtype
         "input_ids": rng.integers(3, VOCAB, (batch, length)),
         "attention_mask": mask,
         "decoder_input_ids": rng.integers(3, VOCAB, (batch, length // 2 + 1)),
-        "pixel_values": rng.standard_normal((batch, 1, 8, 8)).astype(floats),
+        "pixel_values": rng.standard_normal((batch, 1, a.image, a.image)).astype(floats),
         "input_features": rng.standard_normal((batch, 8, 20)).astype(floats),
         "input_values": rng.standard_normal((batch, 16 * length + 40)).astype(floats),
         "encoder_hidden_states": rng.standard_normal((batch, length + 2, H)).astype(floats),
