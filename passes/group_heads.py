@@ -96,6 +96,8 @@ class GroupHeads(Pass):
             return "a weight is quantized or shared with another layer"
         if a.node.inputs[2] is not a.v.output or shared_heads.key_path(a) is None or a.inner_norms:
             return "keys or values are moved between their projection and the attention"
+        if a.inner:
+            return f"'{a.inner[0].name}' ({a.inner[0].op_type}) lies between a projection and the attention"
         return ""
 
     def _alignment(self, g: Graph, a: Attention, x: Linear, env: Env) -> Alignment:

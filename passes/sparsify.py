@@ -113,8 +113,8 @@ class Sparsify(SequentialPass):
         pattern = Pattern.parse(self.pattern)
         for mlp in blocks.mlps(g):
             constants = [v for x in mlp.linears for v in (x.weight, x.bias) if v is not None]
-            if any(len(list(v.uses())) > 1 for v in constants) or pattern.refuses(*mlp.down.sizes):
-                continue  # used elsewhere too: the channels keep their order
+            if mlp.inner or any(len(list(v.uses())) > 1 for v in constants) or pattern.refuses(*mlp.down.sizes):
+                continue  # used or changed elsewhere too: the channels keep their order
             down = mlp.down
             weight = np.abs(g.array(down.weight))
             new = sparse.order(weight.T if down.transposed else weight, pattern, ROUNDS, env.rng)

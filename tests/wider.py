@@ -69,7 +69,13 @@ LEVIT = {"image_size": 64, "num_channels": 1, "hidden_sizes": [16, 16, 32], "num
 LEVIT |= {"depths": [1, 1, 1], "key_dim": [4, 4, 4], "patch_size": 16}
 FOUR = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
 CONFORMER = {**WAV, "position_embeddings_type": "relative", "conv_depthwise_kernel_size": 3}
-MPT = {"vocab_size": VOCAB, "d_model": H, "n_layers": LAYERS, "n_heads": HEADS, "max_seq_len": SPAN_PAIR["max_position_embeddings"]}
+MPT = {
+    "vocab_size": VOCAB,
+    "d_model": H,
+    "n_layers": LAYERS,
+    "n_heads": HEADS,
+    "max_seq_len": SPAN_PAIR["max_position_embeddings"],
+}
 MPT |= {"expansion_ratio": 2, "use_cache": False}
 
 NEW = (
@@ -100,7 +106,12 @@ NEW = (
         "Hiera",
         {"embed_dim": 8, "image_size": [32, 32], "patch_size": [7, 7], "patch_stride": [4, 4], "patch_padding": [3, 3]}
         | {"depths": [1, 1], "num_heads": [1, 2], "embed_dim_multiplier": 2.0, "num_query_pool": 1, "num_channels": 1}
-        | {"query_stride": [2, 2], "masked_unit_size": [4, 4], "masked_unit_attention": [True, False], "mlp_ratio": 2.0},
+        | {
+            "query_stride": [2, 2],
+            "masked_unit_size": [4, 4],
+            "masked_unit_attention": [True, False],
+            "mlp_ratio": 2.0,
+        },
         4,
         image=32,
     ),
@@ -121,7 +132,14 @@ NEW = (
         "xlm",
         "XLMModel",
         "XLMConfig",
-        {"vocab_size": VOCAB, "emb_dim": H, "n_layers": LAYERS, "n_heads": HEADS, "max_position_embeddings": 40, "n_langs": 1},
+        {
+            "vocab_size": VOCAB,
+            "emb_dim": H,
+            "n_layers": LAYERS,
+            "n_heads": HEADS,
+            "max_position_embeddings": 40,
+            "n_langs": 1,
+        },
         5,
         only=SPELLINGS,
         square=True,
@@ -137,7 +155,13 @@ NEW = (
     ),
     _experts("mixtral", "Mixtral", {**GROUPED, **FOUR}, 5),
     _experts("mixtral-looped", "Mixtral", {**GROUPED, **FOUR}, 5, experts="looped"),
-    _experts("qwen2-moe", "Qwen2Moe", {**GROUPED, **FOUR, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 8}, 5, mlps=LAYERS),
+    _experts(
+        "qwen2-moe",
+        "Qwen2Moe",
+        {**GROUPED, **FOUR, "moe_intermediate_size": 12, "shared_expert_intermediate_size": 8},
+        5,
+        mlps=LAYERS,
+    ),
     _experts("qwen3-moe", "Qwen3Moe", {**WIDE, **FOUR, "moe_intermediate_size": 12, "norm_topk_prob": True}, 9),
     _experts("olmoe", "Olmoe", {**GROUPED, **FOUR, **EOS}, 9),
     _experts("gpt-oss", "GptOss", {**WIDE, **FOUR, "sliding_window": 4}, 5, window=4),
@@ -145,7 +169,21 @@ NEW = (
     _experts("phimoe", "Phimoe", {**GROUPED, **FOUR}, 5),
     _language("cohere", "Cohere", {**GROUPED, **EOS}, 3),
     _language("cohere2", "Cohere2", {**WIDE, **EOS, "sliding_window": 4}, 3, window=4),
-    _language("gptj", "GPTJ", {"vocab_size": VOCAB, "n_embd": H, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 40, "rotary_dim": 2, "n_inner": FF, "use_cache": False}, 3),
+    _language(
+        "gptj",
+        "GPTJ",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": H,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_positions": 40,
+            "rotary_dim": 2,
+            "n_inner": FF,
+            "use_cache": False,
+        },
+        3,
+    ),
     _language("glm", "Glm", {**WIDE, **EOS, "partial_rotary_factor": 0.5}, 5),
     _language("glm4", "Glm4", {**WIDE, **EOS, "partial_rotary_factor": 0.5}, 9),
     _language("phi", "Phi", {**GROUPED, **EOS, "num_key_value_heads": 4}, 3),
@@ -154,14 +192,43 @@ NEW = (
     _language("olmo2", "Olmo2", {**GROUPED, **EOS}, 9),
     _language("nemotron", "Nemotron", {**GROUPED, **EOS}, 5),
     _language("granite", "Granite", {**GROUPED, **EOS}, 5),
-    _language("exaone4", "Exaone4", {**GROUPED, **EOS, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, 9, window=4),
-    _language("gpt-bigcode", "GPTBigCode", {"vocab_size": VOCAB, "n_embd": H, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 40, "n_inner": FF, "use_cache": False}, 5),
+    _language(
+        "exaone4",
+        "Exaone4",
+        {**GROUPED, **EOS, "sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]},
+        9,
+        window=4,
+    ),
+    _language(
+        "gpt-bigcode",
+        "GPTBigCode",
+        {
+            "vocab_size": VOCAB,
+            "n_embd": H,
+            "n_layer": LAYERS,
+            "n_head": HEADS,
+            "n_positions": 40,
+            "n_inner": FF,
+            "use_cache": False,
+        },
+        5,
+    ),
     _encoder("xlm-roberta", "XLMRoberta", {**TEXT, "max_position_embeddings": 42, "pad_token_id": 1}, 5),
     _encoder("megatron-bert", "MegatronBert", TEXT, 5),
-    _encoder("esm", "Esm", {**TEXT, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 4, "token_dropout": False}, 5),
+    _encoder(
+        "esm",
+        "Esm",
+        {**TEXT, "position_embedding_type": "rotary", "pad_token_id": 1, "mask_token_id": 4, "token_dropout": False},
+        5,
+    ),
     _encoder("roformer", "RoFormer", {**TEXT, "embedding_size": H}, 5),
     _encoder("nomic-bert", "NomicBert", {**TEXT, "type_vocab_size": 1}, 5),
-    _encoder("xmod", "Xmod", {**TEXT, "max_position_embeddings": 42, "pad_token_id": 1, "languages": ["en_XX"], "default_language": "en_XX"}, 7),
+    _encoder(
+        "xmod",
+        "Xmod",
+        {**TEXT, "max_position_embeddings": 42, "pad_token_id": 1, "languages": ["en_XX"], "default_language": "en_XX"},
+        7,
+    ),
     _pair("pegasus", "PegasusModel", "PegasusConfig", SPAN_PAIR, 12, "input_ids", only=SPELLINGS),
     _pair("mbart", "MBartModel", "MBartConfig", SPAN_PAIR, 14, "input_ids", only=SPELLINGS),
     _pair("mt5", "MT5Model", "MT5Config", T5, 12, "input_ids", only=SPELLINGS),

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
-from onnxcomp.blocks import Attention, Layer, Linear, Mlp, layers
+from onnxcomp.blocks import Attention, Experts, Layer, Linear, Mlp, layers
 from onnxcomp.blocks.caches import NO_PORTS, CachePorts, cache_ports
 from onnxcomp.blocks.linears import Index
+from onnxcomp.blocks.residual import Residual, stream_before
 from onnxcomp.graph import Graph, Site
-from onnxcomp.graph.operators import ADDITIONS, BRANCH_OPS
+from onnxcomp.graph.operators import ADDITIONS, BRANCH_OPS, LAYOUT_OR_CAST, NORMS
 from onnxcomp.graph.values import sole_use, users_of
 
 __all__ = ["Branch", "ResidualSum", "branches", "layer_branches", "residual_add", "residual_sum"]
@@ -45,9 +46,9 @@ class Branch:
 def branches(g: Graph) -> list[Branch]:
     """The branch of every attention and MLP, in the order of the layers."""
     model_layers, index = layers(g), Index.of(g)
-    outs = {_part_output(p) for layer in model_layers for p in _layer_parts(layer)}
+    outs = {_part_output(p) for layer in model_layers for p in _single_parts(layer)}
     caches = _caches(g, model_layers)
-    return [_branch(g, index, layer, part, outs, caches) for layer in model_layers for part in _layer_parts(layer)]
+    return [_branch(g, index, layer, part, outs, caches) for layer in model_layers for part in _single_parts(layer)]
 
 
 def _caches(g: Graph, model_layers: Sequence[Layer]) -> dict[str, CachePorts]:
@@ -103,35 +104,65 @@ def _sole_addition(v: ir.Value) -> ir.Node | None:
 
 
 def layer_branches(g: Graph) -> list[Branch]:
-    """One branch for all parts of each layer, not removable where the parts are not sequential on one stream."""
-    groups: dict[int, list[Branch]] = {}
-    for b in branches(g):
-        groups.setdefault(b.layer, []).append(b)
-    facts = Facts(g)
-    return [_layer_branch(group, facts) for group in groups.values()]
+    """One branch for each layer, not removable where it is not what a residual stream adds up from one value on."""
+    model_layers, index, facts = layers(g), Index.of(g), Facts(g)
+    caches = _caches(g, model_layers)
+    ends = {u.residual.end: u.residual for layer in model_layers for u in layer.units if u.residual is not None}
+    entries = {id(before): u for layer in model_layers if (u := layer.units[0].residual) is not None
+               and (before := stream_before(u.entry, ends)) is not None}  # fmt: skip
+    exits = {layer.index: _exit(layer, entries) for layer in model_layers}
+    with_norm = any(v is not None and v in index.norm_by_output for v in exits.values())
+    return [_layer_branch(layer, exits[layer.index], with_norm, index, facts, caches) for layer in model_layers]
 
 
-def _layer_branch(group: list[Branch], facts: Facts) -> Branch:
-    first, last = group[0], group[-1]
-    nodes = tuple(dict.fromkeys(n for b in group for n in b.nodes))
-    is_sequential = all(b.exit in (c.entry, _before_reshape(c.entry)) for b, c in itertools.pairwise(group))
-    is_parallel = all((b.entry, b.exit) == (first.entry, first.exit) for b in group)
-    why = next((b.why for b in group if b.why and not (is_parallel and b.why == PARALLEL)), "")
-    if not why and not is_sequential and not is_parallel:
+def _exit(layer: Layer, entries: Mapping[int, Residual]) -> ir.Value | None:
+    """The entry of the next layer, where only norms and layout lie between; None where there is none."""
+    last = layer.units[-1].residual
+    following = entries.get(id(last)) if last is not None else None
+    v = following.entry if following is not None else None
+    while last is not None and v is not None and v is not last.end:
+        node = v.producer()
+        if node is None or node.op_type not in (*NORMS, *LAYOUT_OR_CAST):
+            return None
+        v = node.inputs[0]
+    return following.entry if following is not None else None
+
+
+def _layer_branch(
+    layer: Layer, end: ir.Value | None, with_norm: bool, index: Index, facts: Facts, caches: Mapping[str, CachePorts]
+) -> Branch:
+    first, last = layer.units[0].residual, layer.units[-1].residual
+    name = f"{_first_name(layer)} (layer {layer.index})"
+    parts = [residual for u in layer.units if (residual := u.residual) is not None]
+    nodes = [str(n.name) for r in parts for n in (*_in_order(r), *r.adds)]
+    nodes += [n for p in _layer_parts(layer) for n in p.site.nodes]
+    ports = tuple(caches[a.name] for a in layer.attentions if caches.get(a.name, NO_PORTS) != NO_PORTS)
+    why = next((p.why for p in ports if p.why), "")
+    if len(parts) < len(layer.units):
+        why = "its output is not simply added to the residual stream"
+    elif not all(stream_before(b.entry, {a.end: a}) for a, b in itertools.pairwise(parts)):
         why = "its parts do not follow each other on one stream"
-    end = _with_shape_of(facts, first.entry, last.exit)
-    if not why and end is None:
+    elif any(len(n.inputs) > 4 or len(n.outputs) > 1 for n in layer.unknown):
+        why = "the cache of an attention that was not recognised cannot be removed"
+    entry = first.entry if first is not None else None
+    if end is None and last is not None:
+        norm = _norm_after(index, last.end) if with_norm or layer.position == "post" else None
+        end = norm.outputs[0] if norm is not None else _with_shape_of(facts, entry, last.end)
+    if not why and (end is None or facts.rank(end) != facts.rank(entry) or facts.shape(end) != facts.shape(entry)):
         why = "its input and its output have different shapes"
-    if last.exit is not None and end is not last.exit:
-        nodes = (*nodes, *(str(u.name) for u in users_of(last.exit)))
-    name, caches = f"{first.name} (layer {first.layer})", tuple(p for b in group for p in b.cache_ports)
-    return Branch(name, "layer", first.layer, nodes, first.entry, end, why, caches)
+    if last is not None and end is not None and end is not last.end:
+        nodes += [str(u.name) for u in users_of(last.end) if end in u.outputs]
+    return Branch(name, "layer", layer.index, tuple(dict.fromkeys(nodes)), entry, end, why, ports)
 
 
-def _before_reshape(v: ir.Value | None) -> ir.Value | None:
-    """The value before a Reshape to a list of tokens, if there is one."""
-    node = v.producer() if v is not None else None
-    return node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+def _in_order(r: Residual) -> list[ir.Node]:
+    return sorted(r.nodes, key=lambda n: str(n.name))
+
+
+def _first_name(layer: Layer) -> str:
+    """The name of a layer's first part."""
+    parts = _layer_parts(layer)
+    return parts[0].name if parts else str(layer.unknown[0].name)
 
 
 def _with_shape_of(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -> ir.Value | None:
@@ -146,8 +177,13 @@ def _with_shape_of(facts: Facts, entry: ir.Value | None, end: ir.Value | None) -
 PARALLEL = "it runs in parallel with another part of the layer"
 
 
-def _layer_parts(layer: Layer) -> list[Attention | Mlp]:
-    return [*layer.attentions, *([layer.mlp] if layer.mlp is not None else [])]
+def _layer_parts(layer: Layer) -> list[Attention | Mlp | Experts]:
+    return [*layer.attentions, *layer.mlps, *layer.experts]
+
+
+def _single_parts(layer: Layer) -> list[Attention | Mlp]:
+    """The parts of a layer that can be dropped by themselves."""
+    return [*layer.attentions, *layer.mlps]
 
 
 def _part_output(part: Attention | Mlp) -> ir.Value:

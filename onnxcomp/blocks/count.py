@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -33,7 +33,8 @@ def parameters(
     parts = {
         "embeddings": count(e.table for e in tables),
         "attention": of(x for layer in layers for a in layer.attentions for x in a.linears),
-        "mlp": of(x for layer in layers if layer.mlp is not None for x in layer.mlp.linears),
+        "mlp": of(x for layer in layers for m in layer.mlps for x in m.linears),
+        **_experts(layers, lambda e: of(e.linears) + count(e.tables)),
         "norms": count(v for n in blocks.norms(g) for v in (n.gain, n.bias)),
         "head": 0 if end is None else count([end.weight, end.linear.bias if end.linear is not None else None]),
     }
@@ -60,12 +61,26 @@ def macs(g: Graph, layers: Sequence[blocks.Layer], end: blocks.Head | None) -> d
         last = end.linear.sizes[0] * end.outputs if end.linear is not None else _size(g, end.weight)
     return {
         "attention": of(x for a in heads for x in a.linears),
-        "mlp": of(x for layer in layers if layer.mlp is not None for x in layer.mlp.linears),
+        "mlp": of(x for layer in layers for m in layer.mlps for x in m.linears),
+        **_experts(layers, lambda e: _per_token(g, e)),
         "head": last,
         "other": of(x for x in blocks.linears(g) if x.node not in counted)
         + sum(_size(g, n.inputs[1]) for n in g.nodes("Conv")),
         "attention_per_key": sum(a.heads * (a.head_dim + a.v.sizes[1] // a.kv_heads) for a in heads),
     }
+
+
+def _experts(layers: Iterable[blocks.Layer], number: Callable[[blocks.Experts], int]) -> dict[str, int]:
+    """An entry for experts with their routers, where there are any."""
+    every = [e for layer in layers for e in layer.experts]
+    return {"experts": sum(number(e) for e in every)} if every else {}
+
+
+def _per_token(g: Graph, e: blocks.Experts) -> int:
+    """Multiplications of the router and of the experts that one token is sent to."""
+    router, *looped = (x.sizes[0] * x.sizes[1] for x in e.linears)
+    tables = (_size(g, v) for v in e.tables if v.shape is not None and len(v.shape) > 2)
+    return router + (sum(looped) + sum(tables)) * e.chosen // e.count
 
 
 def _size(g: Graph, v: ir.Value | None) -> int:

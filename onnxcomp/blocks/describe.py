@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
+from onnxcomp.blocks.attentions import unlinked
 from onnxcomp.blocks.count import macs, parameters
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical.sites import sites
@@ -39,6 +40,7 @@ def describe(g: Graph) -> dict[str, Any]:
             "cross": sum(a.is_cross for a in heads),
         },
         "mlp": _mlp(model_layers),
+        "experts": _experts(model_layers),
         "norm": _norm(g, model_layers),
         "positions": _positions(g, model_layers, tables, named),
         "stacks": [_stack(g, kind, stack_layers, named) for kind, stack_layers in _stacks(model_layers, named)],
@@ -91,7 +93,7 @@ def _stack(g: Graph, kind: str, layers: Sequence[blocks.Layer], named: MaskNames
 def _hidden(layers: Iterable[blocks.Layer]) -> Any:
     layer_list = list(layers)
     widths = [a.q.sizes[0] for layer in layer_list for a in layer.attentions]
-    return _common(widths or [layer.mlp.up.sizes[0] for layer in layer_list if layer.mlp is not None])
+    return _common(widths or [layer.linears[0].sizes[0] for layer in layer_list if layer.linears])
 
 
 def _attention(heads: Sequence[blocks.Attention], named: MaskNames) -> dict[str, Any]:
@@ -112,12 +114,20 @@ def _mask(a: blocks.Attention, named: MaskNames) -> str:
 
 
 def _mlp(layers: Iterable[blocks.Layer]) -> dict[str, Any]:
-    mlps = [layer.mlp for layer in layers if layer.mlp is not None]
+    mlps = [m for layer in layers for m in layer.mlps]
     return {
         "kind": _common([("gated " if m.gate is not None else "") + m.activation for m in mlps]),
         "width": _common([m.width for m in mlps]),
         "count": len(mlps),
     }
+
+
+def _experts(layers: Iterable[blocks.Layer]) -> dict[str, Any] | None:
+    experts = [e for layer in layers for e in layer.experts]
+    if not experts:
+        return None
+    each = {"per_layer": "count", "chosen": "chosen", "width": "width", "form": "form"}
+    return {"layers": len(experts), **{k: _common([getattr(e, name) for e in experts]) for k, name in each.items()}}
 
 
 def _norm(g: Graph, layers: Sequence[blocks.Layer]) -> dict[str, Any]:
@@ -205,5 +215,6 @@ def _not_recognised(g: Graph) -> list[dict[str, str]]:
     unexplained = [s for s in sites(g) if s.name not in declined]
     return [
         *({"site": d.site, "why": d.why} for d in g.declined),
+        *({"site": str(n.name), "why": f"attention: not linked to projections: {why}"} for n, why in unlinked(g)),
         *({"site": s.name, "why": f"{s.kind}: not raised, and no recognizer gives a reason"} for s in unexplained),
     ]

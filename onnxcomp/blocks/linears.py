@@ -203,11 +203,12 @@ def norms(g: Graph) -> list[NormSite]:
 
 @dataclass
 class Index:
-    """Linears by output and by source, norms by output."""
+    """Linears by output and by source, norms by output, and every value that is computed from a linear's output."""
 
     by_output: dict[ir.Value, Linear] = field(default_factory=dict)
     by_source: dict[ir.Value, list[Linear]] = field(default_factory=dict)
     norm_by_output: dict[ir.Value, NormSite] = field(default_factory=dict)
+    after_linears: set[ir.Value] = field(default_factory=set)
 
     @classmethod
     def of(cls, g: Graph) -> Index:
@@ -216,4 +217,8 @@ class Index:
         for x in linears(g):
             index.by_output[x.output] = x
             index.by_source.setdefault(x.source, []).append(x)
+        index.after_linears |= set(index.by_output)
+        for node in g.nodes():
+            if any(v in index.after_linears for v in node.inputs):
+                index.after_linears.update(node.outputs)
         return index

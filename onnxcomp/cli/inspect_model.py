@@ -53,6 +53,20 @@ class MlpPart(TypedDict):
 
 
 @with_config(ConfigDict(extra="forbid"))
+class ExpertsPart(TypedDict):
+    """Mixtures of experts: layers that have one, experts in each, how many a token is sent to, their inner width.
+
+    `form` is `batched` (the chosen weights are gathered for each token) or `looped` (one product for each expert).
+    """
+
+    layers: int
+    per_layer: Sizes
+    chosen: Sizes
+    width: Sizes
+    form: Names
+
+
+@with_config(ConfigDict(extra="forbid"))
 class NormPart(TypedDict):
     """Norms: `layer` or `rms`; `pre`, `post` or `pre and post`; how many sit on queries and keys."""
 
@@ -117,6 +131,7 @@ class GraphPart(TypedDict):
     hidden: Sizes
     attention: AllAttentionPart
     mlp: MlpPart
+    experts: ExpertsPart | None
     norm: NormPart
     positions: str
     stacks: list[StackPart]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
+
 from onnxcomp import blocks
+from onnxcomp.analysis.facts import Facts
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 
@@ -23,6 +26,7 @@ NAMES = {
     "head_dim": ("head_dim",),
     "ffn": ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "hidden_dim"),
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"),
 }
 
 
@@ -36,15 +40,30 @@ class Sizes:
     head_dim: tuple[int, ...]
     ffn: tuple[int, ...]
     hidden: tuple[int, ...]
+    experts: tuple[int, ...] = ()
 
 
 def sizes(g: Graph) -> Sizes:
-    """The sizes of a graph in the canonical form, quantized or not."""
-    attentions, mlps = blocks.attentions(g), blocks.mlps(g)
-    widths = {a.o.sizes[1] for a in attentions} | {m.down.sizes[1] for m in mlps}
-    per = [{getattr(a, k) for a in attentions} for k in ("heads", "kv_heads", "head_dim")]
-    layers, ffn = {len(blocks.layers(g))}, {m.width for m in mlps}
-    return Sizes(*(tuple(sorted(x)) for x in (layers, *per, ffn, widths)))
+    """The sizes of a graph in the canonical form, quantized or not: of every attention, linked to projections or not."""
+    linked, mlps = blocks.attentions(g), blocks.mlps(g)
+    widths = {a.o.sizes[1] for a in linked} | {m.down.sizes[1] for m in mlps}
+    per = [{getattr(a, k) for a in linked} for k in ("heads", "kv_heads", "head_dim")]
+    for heads, kv_heads, width in _others(g, {a.node for a in linked}):
+        for numbers, n in zip(per, (heads, kv_heads, width), strict=True):
+            numbers.update({n} if n else ())
+    layers, ffn, experts = {len(blocks.layers(g))}, {m.width for m in mlps}, {e.count for e in blocks.experts(g)}
+    return Sizes(*(tuple(sorted(x)) for x in (layers, *per, ffn, widths, experts)))
+
+
+def _others(g: Graph, linked: Container[ir.Node]) -> Iterator[tuple[int, int, int]]:
+    """Heads, key and value heads, and width of a head of attentions without projections; 0 for an unknown width."""
+    others = [n for n in g.nodes("Attention") if n.domain == "" and n not in linked]
+    facts = Facts(g) if others else None
+    for node in others:
+        heads, kv = node.attributes.get_int("q_num_heads", 0), node.attributes.get_int("kv_num_heads", 0)
+        shape = facts.shape(node.inputs[0]) if facts is not None else None
+        width = shape[-1] if shape else 0
+        yield heads, kv, width // heads if isinstance(width, int) and heads else 0
 
 
 def update(config: Mapping[str, Any], before: Sizes, after: Sizes) -> tuple[dict[str, int], list[str]]:

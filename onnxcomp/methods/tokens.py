@@ -82,7 +82,7 @@ def places(g: Graph) -> tuple[list[Place], list[tuple[Site, str]]]:
 
 def _place(g: Graph, f: Facts, index: Index, layer: Layer) -> Place:
     a, mlp = layer.attention, layer.mlp
-    if a is None or mlp is None or len(layer.attentions) != 1:
+    if a is None or mlp is None or len(layer.attentions) != 1 or layer.unknown or layer.experts or mlp.inner:
         raise Blocked("it is not one attention followed by one MLP")
     if a.is_cross or a.rotary:
         raise Blocked("keys come from another sequence" if a.is_cross else "positions are rotated inside attention")

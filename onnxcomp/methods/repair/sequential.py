@@ -135,7 +135,7 @@ def refit_to_stream(
         factors = g.array(joined.scale).reshape(-1).astype(np.float64)
         moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
     _solve(g, reader_of(x), [moments], free, damp)
-    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node), None) if gauss_newton else None
+    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node and not m.inner), None) if gauss_newton else None
     if mlp is not None:
         fit_mlp(g, *reference_value(env.original, uncut, uncut.value(target)), env, mlp, joined, part)
 

@@ -1,0 +1,172 @@
+"""Mixtures of experts: a router that chooses few of several feed-forward parts for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxcomp.blocks.linears import Index, Linear
+from onnxcomp.blocks.mlps import Mlp, mlps
+from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST
+from onnxcomp.graph.values import users_of
+
+__all__ = ["Experts", "Selected", "experts"]
+
+ROUTER_OPS = LAYOUT_OR_CAST | {"Softmax", "Sigmoid", *ADDITIONS, "Sub", "ReduceMax"}
+ROUTED = LAYOUT_OR_CAST | {"Flatten"}
+ACCUMULATIONS = ("ScatterElements", "ScatterND")
+MAX_NODES = 64  # from the selection of an expert's tokens to its results: exporters write about thirty
+
+
+@dataclass(frozen=True)
+class Selected:
+    """One expert of a loop: the node that selects its tokens, its part, and the node that adds its results."""
+
+    select: ir.Node
+    mlp: Mlp | None
+    accumulate: ir.Node | None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """`count` feed-forward parts of which `TopK` chooses `chosen` for each token, by scores from `router`.
+
+    Batched: `tables` hold the weights of all experts along their first axis, and the chosen ones are gathered for each
+    token. Looped: every expert of `loop` works on the tokens that chose it.
+    """
+
+    router: Linear
+    top_k: ir.Node
+    count: int
+    chosen: int
+    width: int
+    tables: tuple[ir.Value, ...] = ()
+    loop: tuple[Selected, ...] = ()
+    nodes: frozenset[ir.Node] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """The name of the router's node."""
+        return self.router.name
+
+    @property
+    def form(self) -> str:
+        """`batched` or `looped`."""
+        return "looped" if self.loop else "batched"
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """The router and, in a loop, the linears of every expert."""
+        return (self.router, *(x for e in self.loop if e.mlp is not None for x in e.mlp.linears))
+
+    @property
+    def site(self) -> Site:
+        """The place in the graph."""
+        own = (str(self.top_k.name), *(n for x in self.linears for n in x.site.nodes))
+        return Site(self.name, own, "experts")
+
+
+def experts(g: Graph) -> list[Experts]:
+    """Every mixture of experts whose router is a linear, in graph order."""
+    index = Index.of(g)
+    parts = {n: m for m in mlps(g) for n in (m.up.node, m.down.node)}
+    found = (_experts(g, index, node, parts) for node in g.nodes("TopK") if node.domain == "")
+    return [e for e in found if e is not None]
+
+
+def _experts(g: Graph, index: Index, node: ir.Node, parts: dict[ir.Node, Mlp]) -> Experts | None:
+    router, k = _router(index, node.inputs[0]), g.tensor(node.inputs[1])
+    if router is None or k is None or k.size != 1:
+        return None
+    count, chosen = router.sizes[1], int(k.numpy().item())
+    routed = [u for v in _routed(node.outputs[1]) for u in users_of(v)]
+    tables = [u for u in routed if _is_table(g, u, count)]
+    deep = [u for u in tables if len(u.inputs[0].shape or ()) == 3]  # type: ignore[union-attr]
+    if deep:
+        width = _width(deep[-1])
+        values = tuple(u.inputs[0] for u in tables if u.inputs[0] is not None)
+        return Experts(router, node, count, chosen, width, values, nodes=frozenset(tables))
+    loop = [_selected(s, parts) for s in _selections(g, routed, count)]
+    widths = {e.mlp.width for e in loop if e.mlp is not None}
+    if len(loop) != count or not widths:
+        return None
+    return Experts(router, node, count, chosen, max(widths), loop=tuple(loop), nodes=frozenset(e.select for e in loop))
+
+
+def _router(index: Index, v: ir.Value | None) -> Linear | None:
+    """The linear that makes a router's scores, before softmax or sigmoid and a correction per expert."""
+    while v is not None and v not in index.by_output:
+        node = v.producer()
+        if node is None or node.op_type not in ROUTER_OPS:
+            return None
+        v = next((x for x in node.inputs if x is not None and x in index.after_linears), None)
+    return index.by_output.get(v) if v is not None else None
+
+
+def _routed(v: ir.Value) -> Iterator[ir.Value]:
+    """The chosen experts' numbers in every layout."""
+    yield v
+    for user in users_of(v):
+        if user.op_type in ROUTED and user.inputs[0] is v:
+            yield from _routed(user.outputs[0])
+
+
+def _is_table(g: Graph, node: ir.Node, count: int) -> bool:
+    """Whether a node gathers rows of a constant by the numbers of experts."""
+    if node.op_type not in ("Gather", "GatherND") or node.attributes.get_int("axis", 0) != 0:
+        return False
+    table = g.tensor(node.inputs[0])
+    return table is not None and len(table.shape) > 1 and table.shape[0] == count
+
+
+def _width(gather: ir.Node) -> int:
+    """The width of the experts, by the product that reads the gathered weights of the last linear; 0 if unknown."""
+    for v in _routed(gather.outputs[0]):
+        for user in users_of(v):
+            if user.op_type == "MatMul" and gather.inputs[0] is not None and gather.inputs[0].shape is not None:
+                sizes, transposed = gather.inputs[0].shape.numpy(), v is not gather.outputs[0]
+                is_first = user.inputs[0] is v
+                return int(sizes[2] if is_first != transposed else sizes[1])
+    return 0
+
+
+# ---- loops -----------------------------------------------------------------------------------------------------------
+
+
+def _selections(g: Graph, routed: list[ir.Node], count: int) -> list[ir.Node]:
+    """The nodes that select the tokens of one expert each: of a one-hot matrix, or by comparison with a number."""
+    masks = [u for u in routed if u.op_type in ("OneHot", "Equal")]
+    numbers = {u: g.tensor(x) for u in masks for x in u.inputs if u.op_type == "Equal" and g.tensor(x) is not None}
+    single = [u for u, t in numbers.items() if t is not None and t.size == 1]
+    if single:
+        return single if len(single) == count else []
+    picks = [u for m in masks for v in _one_hots(m.outputs[0]) for u in users_of(v) if u.op_type == "Gather"]
+    return [u for u in picks if (t := g.tensor(u.inputs[1])) is not None and t.size == 1]
+
+
+def _one_hots(v: ir.Value) -> Iterator[ir.Value]:
+    """A one-hot matrix in every layout."""
+    yield v
+    for user in users_of(v):
+        if user.op_type in ROUTED:
+            yield from _one_hots(user.outputs[0])
+
+
+def _selected(select: ir.Node, parts: dict[ir.Node, Mlp]) -> Selected:
+    """The expert behind a selection of its tokens, as far as the node that adds its results."""
+    mlp, accumulate = None, None
+    pending, visited = list(select.outputs), set[ir.Node]()
+    while pending and len(visited) < MAX_NODES:
+        for user in users_of(pending.pop(0)):
+            if user in visited:
+                continue
+            visited.add(user)
+            mlp = mlp or parts.get(user)
+            if user.op_type in ACCUMULATIONS:
+                accumulate = user
+            else:
+                pending += user.outputs
+    return Selected(select, mlp, accumulate)
