@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -41,4 +41,23 @@ class PruneHeads(Width):
         """The heads of one attention; a cache of keys and values shrinks with them."""
         node = start.producer()
         assert node is not None
-        return c.heads(node, whole=self.heads == "groups", io=True)
+        group = c.heads(node, whole=self.heads == "groups", io=True)
+        if self.heads == "groups" or not _is_normalized(node, {n.node for n in group.norms}):
+            return group
+        return c.heads(node, whole=True, io=True)
+
+
+def _is_normalized(attention: ir.Node, norms: Container[str]) -> bool:
+    """Whether a norm takes its mean over all heads of an output.
+
+    Then heads go with the values they attend to: a query head alone would leave these in the mean of the others.
+    """
+    pending, visited = list(attention.outputs[:1]), set[ir.Node]()
+    while pending:
+        for user, _ in pending.pop().uses():
+            if str(user.name) in norms:
+                return True
+            if user not in visited and user.op_type not in ("MatMul", "Gemm", "Add"):
+                visited.add(user)
+                pending += user.outputs
+    return False

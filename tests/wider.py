@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.zoo import ALL as KNOWN
 from tests.zoo import (
-    BASE,
     EOS,
     FF,
     GROUPED,
     HEADS,
     IMAGE,
     LAYERS,
-    PAIR,
     SPAN_PAIR,
+    T5,
     TEXT,
     VOCAB,
+    WAV,
     WIDE,
     Architecture,
     H,
@@ -23,8 +24,6 @@ from tests.zoo import (
     _pair,
     _text,
 )
-from tests.zoo import ALL as KNOWN
-from tests.zoo import T5, WAV
 
 SPELLINGS = ("dynamo-sdpa-18", "dynamo-eager-20", "legacy-sdpa-14", "legacy-eager-17", "transformers-sdpa-18")
 
@@ -55,13 +54,13 @@ def _experts(name: str, family: str, options: dict[str, Any], norms: int, **more
 
 
 PYRAMID = {"num_channels": 1, "image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1]}
-PYRAMID |= {"patch_sizes": [3, 3], "strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2]}
+PYRAMID |= {"patch_sizes": [3, 3], "strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [2, 4]}
 SEGFORMER = {**PYRAMID, "mlp_ratios": [2, 2]}
 PVT = {"num_channels": 1, "image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "patch_sizes": [4, 2]}
-PVT |= {"strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+PVT |= {"strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]}
 PVT |= {"sequence_reduction_ratios": [2, 1]}
 PVT2 = {"num_channels": 1, "image_size": 32, "num_encoder_blocks": 2, "depths": [1, 1], "patch_sizes": [7, 3]}
-PVT2 |= {"strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [1, 2], "mlp_ratios": [2, 2]}
+PVT2 |= {"strides": [4, 2], "hidden_sizes": [8, 16], "num_attention_heads": [2, 4], "mlp_ratios": [2, 2]}
 PVT2 |= {"sr_ratios": [2, 1]}
 SHIFTED = {"embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 16, "patch_size": 1}
 SHIFTED |= {"num_channels": 1}
@@ -123,7 +122,7 @@ NEW = (
     _vision("ijepa", "IJepa", IMAGE, 5),
     _vision("vit-msn", "ViTMSN", IMAGE, 5),
     _vision("data2vec-vision", "Data2VecVision", {**IMAGE, "use_relative_position_bias": True}, 4),
-    _language("stablelm", "StableLm", {**GROUPED, "qk_layernorm": True, **EOS}, 17),
+    _language("stablelm", "StableLm", {**GROUPED, "qk_layernorm": True, **EOS}, 9),
     _language("bitnet", "BitNet", {**GROUPED, **EOS}, 9),
     _audio("wavlm", "WavLM", WAV, 6),
     _audio("hubert", "Hubert", WAV, 6),
@@ -178,14 +177,14 @@ NEW = (
             "n_layer": LAYERS,
             "n_head": HEADS,
             "n_positions": 40,
-            "rotary_dim": 2,
+            "rotary_dim": 4,
             "n_inner": FF,
             "use_cache": False,
         },
         3,
     ),
-    _language("glm", "Glm", {**WIDE, **EOS, "partial_rotary_factor": 0.5}, 5),
-    _language("glm4", "Glm4", {**WIDE, **EOS, "partial_rotary_factor": 0.5}, 9),
+    _language("glm", "Glm", {**WIDE, **EOS, "head_dim": 8, "partial_rotary_factor": 0.5}, 5),
+    _language("glm4", "Glm4", {**WIDE, **EOS, "head_dim": 8, "partial_rotary_factor": 0.5}, 9),
     _language("phi", "Phi", {**GROUPED, **EOS, "num_key_value_heads": 4}, 3),
     _language("persimmon", "Persimmon", {**GROUPED, **EOS}, 9),
     _language("starcoder2", "Starcoder2", GROUPED, 5),

@@ -122,7 +122,7 @@ def _derived(index: Index, x: Linear, base: Linear) -> bool:
         if v in visited or v in index.by_output or node is None or node.op_type in ("Attention", *ADDITIONS):
             continue
         visited.add(v)
-        pending += [y for y in node.inputs if y is not None and y in index.after_linears]
+        pending += [y for y in node.inputs if y is not None]
     return False
 
 

@@ -258,7 +258,7 @@ def _bias(sample: _Sample) -> str:
     slope = np.where(both_allowed, steps, 0).sum((-2, -1), keepdims=True) / np.maximum(
         both_allowed.sum((-2, -1), keepdims=True), 1
     )
-    linear = np.where(both_allowed, np.abs(steps - slope), 0).max() <= LINEAR_TOLERANCE * max(
+    linear = np.where(both_allowed, np.abs(steps - slope), 0).max(initial=0) <= LINEAR_TOLERANCE * max(
         float(np.abs(slope).max()), 1e-12
     )
     return "alibi" if linear else "relative"

@@ -9,15 +9,17 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.canonical.activation import raise_activations
 from onnxcomp.canonical.attention import raise_attention
 from onnxcomp.canonical.attention_guards import lift_guards
+from onnxcomp.canonical.batch_norm import fold_batch_norms
 from onnxcomp.canonical.einsum import decompose_einsum
 from onnxcomp.canonical.fold import fold_constants, fold_known, slice_constants
 from onnxcomp.canonical.fused import move_to_contrib, unfuse
 from onnxcomp.canonical.group_norm import decompose_group_norms
-from onnxcomp.canonical.layouts import simplify_layouts, sink_layouts
+from onnxcomp.canonical.layouts import clips_after_parts, simplify_layouts, sink_layouts
 from onnxcomp.canonical.linear import raise_linears
 from onnxcomp.canonical.norm import raise_norms
 from onnxcomp.canonical.opset import convert
 from onnxcomp.canonical.packed import split_packed
+from onnxcomp.canonical.per_head import join_head_norms
 from onnxcomp.canonical.quantized import raise_quantized
 from onnxcomp.canonical.rotary import raise_rotary
 from onnxcomp.canonical.shape_targets import rebuild_sizes
@@ -71,7 +73,10 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
     raise_activations(graph, f)
     raise_norms(graph, f)
     raise_linears(graph)
+    fold_batch_norms(graph, f)
     raise_quantized(graph)
+    join_head_norms(graph, f)
+    clips_after_parts(graph)
     _clean_up(graph, f)
     sink_layouts(graph, f)
     simplify_layouts(graph, f)

@@ -11,7 +11,7 @@ from onnxcomp.analysis.layout import MergedHeads, merge_heads, reshaped, trace
 from onnxcomp.analysis.shape_rules import total_length
 from onnxcomp.analysis.sizes import Shape
 from onnxcomp.canonical.attention_cache import Cache, cache_of, give_present
-from onnxcomp.canonical.attention_core import NotAttention, find_core, raise_core
+from onnxcomp.canonical.attention_core import NotAttention, find_core, is_routing, raise_core
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
@@ -35,7 +35,7 @@ def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     """Raise every recognized attention; the others are declined with a reason."""
     masks, sizes = Masks(g, f), Sizes(g, f)
     for softmax in g.nodes("Softmax"):
-        if softmax.domain == "":
+        if softmax.domain == "" and not is_routing(softmax):
             _raise_core(g, sizes, masks, softmax, exact_rows)
     g.model.graph.sort()
     g.sweep()  # remaining users of the keys tell whether they are a cache

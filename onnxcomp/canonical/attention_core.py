@@ -14,12 +14,14 @@ from onnxcomp.canonical.attention_axes import Heads, NotAttention, heads_of, reg
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import LAYOUT_OR_CAST
 from onnxcomp.graph.values import users_of
 
-__all__ = ["Core", "NotAttention", "find_core", "raise_core"]
+__all__ = ["Core", "NotAttention", "find_core", "is_routing", "raise_core"]
 
 # Scalings, masks and casts between the product and the softmax; bounds the search, which branches at every addition.
 MAX_DEPTH = 12
+ROUTER_LAYOUT = LAYOUT_OR_CAST | {"Sub"}  # between a router's softmax and the choice; Sub takes the maximum away
 
 
 @dataclass
@@ -59,6 +61,22 @@ class _State:
     masks: list[Bias] = field(default_factory=list)
     finite: bool = False
     wide: bool = False  # the scores were cast to a wider type
+
+
+def is_routing(softmax: ir.Node) -> bool:
+    """Whether a Softmax makes the scores of a router of experts: TopK chooses of them, or chose them."""
+    v: ir.Value | None = softmax.inputs[0]
+    while v is not None and (node := v.producer()) is not None and node.op_type in ROUTER_LAYOUT:
+        v = node.inputs[0]
+    if v is not None and (node := v.producer()) is not None and node.op_type == "TopK":
+        return True
+    pending = list(softmax.outputs)
+    while pending:
+        for user in users_of(pending.pop()):
+            if user.op_type == "TopK":
+                return True
+            pending += user.outputs if user.op_type in ROUTER_LAYOUT else ()
+    return False
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:

@@ -14,7 +14,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OPS, NORMS
 from onnxcomp.graph.values import has_one_use
 
-__all__ = ["simplify_layouts", "sink_layouts"]
+__all__ = ["clips_after_parts", "simplify_layouts", "sink_layouts"]
 
 ACTIVATIONS = ("Gelu", "Relu", "Tanh")  # of one input, as they stand between the linears of a feed-forward part
 
@@ -70,6 +70,23 @@ def sink_layouts(g: Graph, f: Facts) -> None:
             _lift_activation(g, f, node)
         elif node.domain == "" and len(node.inputs) == 2:
             _lift_linear(g, f, node)
+
+
+def clips_after_parts(g: Graph) -> None:
+    """Move a Clip that only a Split reads behind it, so that the parts are known to be those of a packed linear."""
+    for node in g.nodes("Split"):
+        clip = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if node.domain or clip is None or clip.op_type != "Clip" or not has_one_use(clip.outputs[0]):
+            continue
+        g.set_input(node, 0, clip.inputs[0])
+        for part in list(node.outputs):
+            if part.is_graph_output():
+                continue
+            uses = list(part.uses())
+            clipped = g.op("Clip", part, *clip.inputs[1:])
+            clipped.type, clipped.shape = part.type, part.shape
+            for user, i in uses:
+                g.set_input(user, i, clipped)
 
 
 def _lift_cast(g: Graph, node: ir.Node) -> None:

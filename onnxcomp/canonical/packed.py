@@ -110,7 +110,7 @@ def _plan(f: Facts, packed: Packed, part: Selection) -> Plan | None:
     position = next((i for i in range(len(last)) if last[i : i + len(group)] == group), None)
     if not group or position is None or not is_static(a.size for a in last):
         return None
-    if position and not _feeds_attention_only(part.out):
+    if position and not (_feeds_attention_only(part.out) or _gates_attention(part.out)):
         return None  # an inner part of a head's width, such as the halves of a rotation, is no packing
     selected, group_axis = Axis(len(part.keep)), Axis(product(a.size for a in group))
     split_axes = (*last[:position], group_axis, *last[position + len(group) :])
@@ -166,6 +166,30 @@ def _feeds_attention_only(v: ir.Value, depth: int = MAX_DEPTH) -> bool:
         or (u.op_type in PROJECTION_TO_ATTENTION and _feeds_attention_only(u.outputs[0], depth - 1))
         for u in users
     )
+
+
+def _gates_attention(v: ir.Value) -> bool:
+    """Whether only a sigmoid reads a value, and its result is only multiplied with the output of an Attention."""
+    gate = False
+    while (use := sole_use(v)) is not None:
+        node = use[0]
+        if node.op_type == "Mul" and gate:
+            return _is_attention_output(node.inputs[1 - use[1]])
+        if node.op_type != "Sigmoid" and node.op_type not in LAYOUT_OPS:
+            return False
+        gate |= node.op_type == "Sigmoid"
+        v = node.outputs[0]
+    return False
+
+
+def _is_attention_output(v: ir.Value | None) -> bool:
+    while v is not None and (node := v.producer()) is not None:
+        if node.op_type == "Attention":
+            return True
+        if node.op_type not in LAYOUT_OPS:
+            return False
+        v = node.inputs[0]
+    return False
 
 
 def _unpack(g: Graph, packed: Packed, plan: Plan) -> None:

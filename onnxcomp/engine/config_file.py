@@ -44,7 +44,7 @@ class Sizes:
 
 
 def sizes(g: Graph) -> Sizes:
-    """The sizes of a graph in the canonical form, quantized or not: of every attention, linked to projections or not."""
+    """The sizes of a graph in the canonical form, quantized or not; attentions without projections count as well."""
     linked, mlps = blocks.attentions(g), blocks.mlps(g)
     widths = {a.o.sizes[1] for a in linked} | {m.down.sizes[1] for m in mlps}
     per = [{getattr(a, k) for a in linked} for k in ("heads", "kv_heads", "head_dim")]
