@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from onnxcomp import coupling
+from onnxcomp import blocks, coupling
 from onnxcomp.blocks import branches
 from onnxcomp.canonical import canonicalize
 from onnxcomp.coupling.sizes import macs, parameters
@@ -106,7 +106,23 @@ def compared(mask: Graph, result: Graph, data: Feeds) -> Any:
     return next(iter(cuts.run(result, data[0]).values()))
 
 
+def experts(a: zoo.Architecture, g: Graph) -> Cut:
+    """A quarter of the experts of every mixture, by usage on random inputs; the masked model never chooses them."""
+    data, mask = feeds(a, g), g.clone()
+    if not blocks.experts(g):
+        return Cut(declined=("it has no experts",))
+    result = PassManager([catalog.load("prune-experts")(ratio=0.25)], allow_unchanged=True).run(g, data, data)
+    step = result.report.steps[0]
+    if step.declined:
+        return Cut(declined=tuple(d.why for d in step.declined))
+    for whole, cut in zip(blocks.experts(mask), blocks.experts(result.model), strict=True):
+        assert cut.count == whole.count - whole.count // 4
+        cuts.never_choose(mask, whole, cuts.removed_experts(mask, whole, result.model, cut))
+    return Cut(result.model, compared(mask, result.model, data))
+
+
 KINDS: dict[str, Callable[[zoo.Architecture, Graph], Cut]] = {"heads": heads, "channels": channels, "layers": layers}
+EXPERTS = {"experts": experts}  # of mixtures only
 
 # A cache with fewer heads is another interface: tests/coupling/test_rules.py compares one with a cache cut alike.
 OTHERWISE = {("gpt2-cache", "heads")}

@@ -4,9 +4,12 @@ import numpy as np
 
 from onnxcomp import coupling
 from onnxcomp.analysis.facts import Facts
+from onnxcomp.blocks import Experts
 from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group
 from onnxcomp.runtime.sessions import Session
+
+NEVER = -1e9  # a score that a softmax makes zero
 
 
 def masked(g: Graph, group: Group, gone) -> Graph:
@@ -29,6 +32,21 @@ def cut(g: Graph, group: Group, gone) -> Graph:
     copy.infer_shapes()
     copy.verify()
     return copy
+
+
+def removed_experts(g: Graph, whole: Experts, cut: Graph, left: Experts) -> list[int]:
+    """Numbers of the experts whose columns a cut router does not have any more."""
+    columns, kept = g.array(whole.router.weight).T, cut.array(left.router.weight).T
+    return [i for i, column in enumerate(columns) if not any(np.array_equal(column, k) for k in kept)]
+
+
+def never_choose(g: Graph, e: Experts, gone) -> None:
+    """Give some experts scores that are never among the highest."""
+    low = np.zeros(e.count, np.float32)
+    low[list(gone)] = NEVER
+    out = e.router.output
+    g.replace(out, g.op("Add", out, low, like=out), users=[u for u, _ in out.uses()])
+    g.model.graph.sort()
 
 
 def run(g: Graph, feeds) -> dict[str, np.ndarray]:
