@@ -18,7 +18,7 @@ from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.arguments import MOST_THREADS, shapes_of, whole
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
-from onnxcomp.errors import DataError, ModelError
+from onnxcomp.errors import DataError, ModelError, TargetError
 from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.storage import graphs_of, read
 from onnxcomp.files.stored import Stored
@@ -85,6 +85,11 @@ def bench(
     if isinstance(models, (str, bytes, Path, Stored)) or not models:
         raise ModelError("there is no model to benchmark" if not models else "models is a list, also of one model")
     runs, threads, shapes = whole("runs", runs, 1), whole("threads", threads, 0, MOST_THREADS), shapes_of(shapes)
+    if not (aim := find(target)).here:
+        raise TargetError(
+            f"'{aim.name}' is another kind of machine, whose speed cannot be measured here: run onnxcomp bench there, "
+            "or leave --target out to time this machine"
+        )
     loaded_models = [_model(m) for m in models]
     asked = list(shapes) or default_shapes(loaded_models[0].graph)
     limit = BUDGET if budget is None and runs is None else budget
@@ -225,9 +230,9 @@ def _warnings(rounds: Rounds, shape: str, late: bool = False) -> Iterator[str]:
     total, clean = len(rounds.blocks), len(rounds.clean)
     if any(b.foreign is None for row in rounds.blocks for b in row):
         yield f"{shape}: CPU use of other processes is not available here, so disturbed runs could not be dropped"
-    elif clean < 3 and clean < total:
+    elif rounds.busy and clean < 3:
         yield f"{shape}: noisy machine: {total - clean} of {total} rounds were disturbed by others, all are shown"
-    elif total - clean > total / 2:
+    elif rounds.busy:
         yield f"{shape}: noisy machine: {total - clean} of {total} rounds were disturbed and dropped"
     if late:
         yield f"{shape}: time was up after {total} rounds, so the interval is wide; --budget gives more"

@@ -88,6 +88,12 @@ class Rounds:
         """The clean rounds, or all where fewer than three are clean."""
         return clean if len(clean := self.clean) >= min(3, len(self.blocks)) else list(range(len(self.blocks)))
 
+    @property
+    def busy(self) -> bool:
+        """Whether others disturbed so many rounds that disturbed ones are used, or more than half were dropped."""
+        dirty = len(self.blocks) - len(self.clean)
+        return dirty > 0 and (len(self.clean) < 3 or dirty > len(self.blocks) / 2)
+
     def samples(self, model: int) -> Float64:
         """Seconds of one model in the used rounds, `[rounds, runs]`."""
         return np.array([self.blocks[i][model].samples for i in self.used], np.float64)
@@ -127,6 +133,11 @@ class BenchReport:
     def shapes(self) -> list[str]:
         """The measured shapes, as labels."""
         return list(self.rounds)
+
+    @property
+    def busy(self) -> list[str]:
+        """The shapes at which other processes disturbed the measurement."""
+        return [shape for shape, r in self.rounds.items() if r.busy]
 
     def ratio(self, index: int, shape: str | Mapping[str, int], base: int = 0) -> Ratio:
         """Speed-up of model `index` over model `base`; raises `OnnxcompError` for what was not measured."""

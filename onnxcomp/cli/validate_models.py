@@ -11,6 +11,7 @@ from typing import Any
 from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
+from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
 from onnxcomp.validation.results import Validation
@@ -58,5 +59,8 @@ def compare(
     assert data is not None, "there is nothing to judge on"
     wanted = list(dict.fromkeys([*metrics, *gate.metrics]))
     v = validate(first, second, data, settings.target, wanted, allow_code=settings.allow_code)
+    if settings.target.quantized.saturates and (broken := saturating(second.graph.model)):
+        can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
+        v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
     sizes = {"size": second.nbytes / max(1, first.nbytes)}
     return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Pass, PassFault
+from onnxcomp.runtime.integer import quantized_linears
 
-__all__ = ["blaming", "described", "listed"]
+__all__ = ["blaming", "described", "listed", "nothing_found"]
 
 T = TypeVar("T")
 
@@ -62,3 +64,9 @@ def _place(cls: type[Pass], e: Exception) -> str:
     if own:
         return f"{own[-1].filename}:{own[-1].lineno}"
     return (inspect.getsourcefile(cls) or cls.__module__) if others else ""
+
+
+def nothing_found(g: Graph) -> str:
+    """That a pass found no site, and that linears are integers already where that may be why."""
+    done = quantized_linears(g.model)
+    return "found nothing to change in it" + (f", whose {done} quantized linears stay as they are" if done else "")

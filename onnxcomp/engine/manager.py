@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
-from onnxcomp.engine.blame import blaming, listed
+from onnxcomp.engine.blame import blaming, listed, nothing_found
 from onnxcomp.engine.compared import NoKernel, answers, compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
@@ -222,7 +222,7 @@ class PassManager:
             )
         if p.fidelity is Fidelity.LOSSY and not changed and not self.allow_unchanged and not self._idle(p, work):
             why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
-            found = f"changed none of the {len(sites)} sites it found" if sites else "found nothing to change in it"
+            found = f"changed none of the {len(sites)} sites it found" if sites else nothing_found(work)
             raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
         return len(changed)
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 
+from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
@@ -20,7 +21,7 @@ from onnxcomp.pipeline import Companions
 from onnxcomp.reports.json_report import write
 from onnxcomp.reports.outcome import Report, Result, Size
 from onnxcomp.runtime import sessions
-from onnxcomp.runtime.integer import saturating
+from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.runtime.placement import Placement, placement
 from onnxcomp.target import CPU, Target
 from onnxcomp.validation.gates import Gate
@@ -113,7 +114,7 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
 def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Watch | None) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r, target = result.report, job.settings.target
-    r.size = Size(source.nbytes, written.nbytes)
+    r.size = Size(source.nbytes, written.nbytes, stored_parts(written.graph))
     values = {"size": r.size.ratio}
     gate = Gate(job.recipe.gates)
     host, elsewhere = host_of(target)
@@ -142,9 +143,12 @@ def _saturating(source: Stored, written: Stored, r: Report) -> list[str]:
     if not (broken := saturating(model)):
         return []
     made = saturating(model, source.graph.model)
-    can = "on this CPU sums of its products can saturate at 16 bits, so results may be wrong"
-    r.warnings += [f"weight '{w}' is int8 in the source already: {can}" for w in broken if w not in made]
-    return [f"weight '{w}': {can}; a pass that cuts its inputs belongs before the one that quantizes" for w in made]
+    can = "on this CPU sums of their products can saturate at 16 bits, so results may be wrong"
+    if old := [w for w in broken if w not in made]:
+        r.warnings.append(f"{counted(old)} int8 in the source already: {can}")
+    return (
+        [f"{counted(made)} int8: {can}; a pass that cuts inputs belongs before the one that quantizes"] if made else []
+    )
 
 
 def _placed(written: Stored, target: Target, host: Target, elsewhere: str) -> Placement:

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,11 +149,20 @@ class RecipePart(TypedDict):
     advice: str
 
 
+class ConstantsPart(TypedDict):
+    """Bytes of the constants of one part, such as embeddings, in one element type."""
+
+    part: str
+    dtype: str
+    nbytes: int
+
+
 class SizePart(TypedDict):
-    """Bytes on disk, external data included."""
+    """Bytes on disk, external data included; `parts` are those of the result's constants, the largest first."""
 
     original: int
     result: int
+    parts: list[ConstantsPart]
 
 
 class DataParts(TypedDict):
@@ -313,7 +322,7 @@ def slower(report: Report) -> list[str]:
     """Where the benchmark shows the result slower than the original at 95 % confidence: one line per shape."""
     if report.benchmark is None:
         return []
-    return [speed([r]) for r in _ratios(report.benchmark) if r["high"] < 1]
+    return [speed([r], report.benchmark.busy) for r in _ratios(report.benchmark) if r["high"] < 1]
 
 
 def headline(report: Report) -> str:
@@ -324,7 +333,7 @@ def headline(report: Report) -> str:
     if report.size is not None:
         parts.append(f"{report.size.ratio:.2f}x the size")
     if report.benchmark is not None:
-        parts.append(speed(_ratios(report.benchmark)))
+        parts.append(speed(_ratios(report.benchmark), report.benchmark.busy))
     if report.validation is not None:
         parts += quality(report.validation)
     return ", ".join(parts) or "nothing was measured"
@@ -345,17 +354,18 @@ def quality(v: Validation) -> list[str]:
     return [*shown, drift + (f" in '{v.worst}', the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else "")]
 
 
-def speed(ratios: list[dict[str, Any]]) -> str:
-    """The smallest ratio with its interval and shape."""
+def speed(ratios: list[dict[str, Any]], busy: Collection[str] = ()) -> str:
+    """The smallest ratio with its interval and shape, and that the machine was `busy` at that shape."""
     r = min(ratios, key=lambda r: float(r["value"]))
-    return f"{r['value']:.2f}x the speed [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}"
+    noise = " on a busy machine" if r["shape"] in busy else ""
+    return f"{r['value']:.2f}x the speed [{r['low']:.2f}, {r['high']:.2f}] at {r['shape']}{noise}"
 
 
 def speed_headline(b: BenchReport) -> str:
     """One line for a benchmark: who is slower than the first model, else how fast each is."""
     if worse := b.slower():
-        return "\n".join(f"{name}: slower than {b.models[0]}: {speed(_ratios(b, name))}" for name in worse)
-    return "\n".join(f"{name}: {speed(_ratios(b, name))}" for name in b.models[1:])
+        return "\n".join(f"{name}: slower than {b.models[0]}: {speed(_ratios(b, name), b.busy)}" for name in worse)
+    return "\n".join(f"{name}: {speed(_ratios(b, name), b.busy)}" for name in b.models[1:])
 
 
 def _ratios(b: BenchReport, model: str | None = None) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.blocks.stored_parts import StoredPart
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Declined, Graph, Noted
 from onnxcomp.lowering.choices import Choice
@@ -90,10 +91,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on disk, external data included."""
+    """Bytes on disk, external data included; `parts` are those of the result's constants."""
 
     original: int
     result: int
+    parts: tuple[StoredPart, ...] = ()
 
     @property
     def ratio(self) -> float:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from onnxcomp.benchmarking.benchmark import BenchReport
+    from onnxcomp.blocks.stored_parts import StoredPart
     from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
     from onnxcomp.reports.outcome import Remedy, Report, Step
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 SHOWN = 3  # declined sites named per reason
+NARROW_TYPES = ("int8", "uint8", "int4", "uint4", "float16", "bfloat16", "float8")  # what weights are compressed to
+LISTED = 1e-3  # of the largest part: what is smaller is not listed
 OUTPUTS = 8  # outputs listed unless all are asked for, the worst ones
 
 
@@ -59,8 +62,11 @@ def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableTy
         found.append(validation(report.validation))
         if len(report.validation.outputs) > 1:
             found.append(outputs(report.validation, every=verbose))
+    if report.size is not None and report.size.parts:
+        found += stored(report.size.parts)
     if report.benchmark is not None:
         found.append(benchmark(report.benchmark, ("original", "result"), every=verbose))
+        found += [f"note: {w}" for w in report.benchmark.warnings]
     if (check := report.integer) is not None and check.quantized_linears and (verbose or not check.ok):
         found.append(
             f"integer check {'passed' if check.ok else 'FAILED'}: {check.integer_products} integer products for "
@@ -165,6 +171,19 @@ def outputs(v: Validation, *, every: bool = False) -> Table:
     return table("Outputs", ("output", *(k.replace("_", "-") for k in used)), rows)
 
 
+def stored(parts: Sequence[StoredPart]) -> list[str]:
+    """A line per element type: what is stored in it, and whether it is what stayed float beside integers."""
+    types = list(dict.fromkeys(p.dtype for p in parts))
+    narrow = any(t.startswith(NARROW_TYPES) for t in types)
+    lines = []
+    for dtype in types:
+        held = [p for p in parts if p.dtype == dtype]
+        listed = ", ".join(f"{p.part} {_mb(p.nbytes)} MB" for p in held if p.nbytes >= LISTED * parts[0].nbytes)
+        if listed:
+            lines.append(f"{dtype}{' that stayed' if narrow and dtype == 'float32' else ''}: {listed}")
+    return lines
+
+
 def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) -> Table:
     """Times per model and shape; the ratio is how many times faster than the first model.
 
@@ -225,17 +244,26 @@ def option_table(info: PassInfo) -> Table | str:
 
 def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
     """What a model is, one fact a line, its stacks and parts, and what was not recognised, grouped by reason."""
-    hidden = {"name", "not_recognised", "stacks", "parameters", "macs_per_token"}
+    hidden = {"name", "not_recognised", "stacks", "parameters", "macs_per_token", "linears"}
     hidden |= {"layers", "hidden", "mlp", "norm"} if facts["stacks"] else set()
     rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in hidden and v is not None]
     found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
     if facts["stacks"]:
         found.append(_stacks(facts["stacks"]))
     found.append(_parts(facts))
+    if facts.get("linears"):
+        found.append(_linears(facts["linears"], every=verbose))
     if lost := facts["not_recognised"]:
         grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
         found.append(table("Not recognised", ("sites", "why", "such as"), grouped, left=3))
     return found
+
+
+def _linears(found: Sequence[Mapping[str, Any]], *, every: bool) -> Table:
+    """Linears of one shape together; all of them by name with `every`."""
+    kinds = [f"{' x '.join(map(str, x['shape']))}{', quantized' if x['quantized'] else ''}" for x in found]
+    named = [(str(x["name"]), kind) for x, kind in zip(found, kinds, strict=True)]
+    return table("Linears", ("count", "shape", "such as"), _grouped(named, every=every), left=3)
 
 
 def _stacks(found: Iterable[Mapping[str, Any]]) -> Table:

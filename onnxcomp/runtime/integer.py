@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from onnxcomp.graph.values import untransposed
 from onnxcomp.maths import Array
 from onnxcomp.maths.saturation import breaks
 
-__all__ = ["dequantized_weights", "integer_products", "quantized_linears", "saturating"]
+__all__ = ["counted", "dequantized_weights", "integer_products", "quantized_linears", "saturating"]
 
 INTEGER_PRODUCTS = {
     "MatMulInteger": "",
@@ -152,3 +152,8 @@ def _is_quantized_linear(node: ir.Node) -> bool:
         v = source.inputs[0]
         source = v.producer() if v is not None else None
     return source is not None and source.op_type == "DequantizeLinear" and _is_integer_matrix(source.inputs[0])
+
+
+def counted(weights: Sequence[str]) -> str:
+    """Weights as the subject of a sentence: how many there are, and one by name."""
+    return f"weight '{weights[0]}' is" if len(weights) == 1 else f"{len(weights)} weights, such as '{weights[0]}', are"

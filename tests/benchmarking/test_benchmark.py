@@ -117,6 +117,13 @@ def test_many_dropped_rounds_are_said() -> None:
     r = rounds(*[(1.0, 1.0)] * 8, foreign=(0, 0, 0, 1, 1, 1, 1, 1))
     assert list(benchmark._warnings(r, "x")) == ["x: noisy machine: 5 of 8 rounds were disturbed and dropped"]
     assert list(benchmark._warnings(rounds(*[(1.0, 1.0)] * 8), "x")) == []
+    assert r.busy
+    assert not rounds(*[(1.0, 1.0)] * 8).busy
+
+
+def test_another_kind_of_machine_cannot_be_timed_here() -> None:
+    with pytest.raises(TargetError, match="'cpu-arm64' is another kind of machine"):
+        bench(["model.onnx"], "cpu-arm64")
 
 
 @settings(max_examples=25, deadline=None)

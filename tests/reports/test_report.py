@@ -14,6 +14,7 @@ from rich.console import Console
 import onnxcomp as oc
 from onnxcomp import machine, version
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Ratio, Rounds, Row
+from onnxcomp.blocks.stored_parts import StoredPart
 from onnxcomp.cli.console import show
 from onnxcomp.data.datasets import Batch
 from onnxcomp.engine import recipe
@@ -111,7 +112,7 @@ def test_the_names_in_a_report_stay() -> None:
     assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}
     assert (data["job"], data["target"], data["seed"]) == ("4b", "cpu", 3)
     assert data["data"] == {"calibration": {"name": "a.npz", "samples": 3}, "evaluation": None}
-    assert data["size"] == {"original": 4000, "result": 1000}
+    assert data["size"] == {"original": 4000, "result": 1000, "parts": []}
     ratio = {"shape": "batch=1", "value": 1.5, "low": 1.4, "high": 1.6}
     assert data["lowering"] == {"kept": "lowered", "why": "faster", "ratios": [ratio]}
     assert list(data["steps"][0]) == [
@@ -278,3 +279,38 @@ def test_a_real_report_is_valid(tmp_path: Path) -> None:
     assert any("3 of 16 calibration samples were held out" in w for w in data["warnings"])
     assert data["steps"][1]["changed"] == result.report.step("qdq").changed > 0
     assert "sqnr>=10" in text(tables.report_tables(result.report))
+
+
+def test_a_busy_machine_is_said_in_the_headline_and_below_the_figures() -> None:
+    r = full()
+    assert r.benchmark is not None
+    assert "busy" not in json_report.headline(r)
+    quiet = r.benchmark.rounds["batch=1"].blocks
+    noisy = tuple(tuple(Block(b.samples, 1.0) for b in row) for row in quiet)
+    r.benchmark.rounds["batch=1"] = Rounds(noisy)
+    r.benchmark.warnings.append("batch=1: noisy machine: 8 of 8 rounds were disturbed by others, all are shown")
+    assert "at batch=1 on a busy machine" in json_report.headline(r)
+    assert "at batch=1 on a busy machine" in json_report.speed_headline(r.benchmark)
+    assert "note: batch=1: noisy machine" in text(tables.report_tables(r))
+
+
+def test_what_stayed_float_is_said_with_its_bytes() -> None:
+    parts = (
+        StoredPart("embeddings", "float32", 46_900_000),
+        StoredPart("linears", "int8", 10_600_000),
+        StoredPart("norms", "float32", 120_000),
+        StoredPart("other", "int64", 80),
+    )
+    assert tables.stored(parts) == [
+        "float32 that stayed: embeddings 46.9 MB, norms 0.12 MB",
+        "int8: linears 10.6 MB",
+    ]
+    assert tables.stored(parts[:1]) == ["float32: embeddings 46.9 MB"]
+    r = full()
+    r.size = Size(90_000_000, 58_000_000, parts)
+    assert "float32 that stayed: embeddings 46.9 MB" in text(tables.report_tables(r))
+    assert valid(json_report.to_json(r))["size"]["parts"][1] == {
+        "part": "linears",
+        "dtype": "int8",
+        "nbytes": 10_600_000,
+    }
