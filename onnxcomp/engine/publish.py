@@ -80,13 +80,17 @@ def _companions(job: Job, result: Result) -> list[Companions]:
 
 def _file_name(job: Job, folder: Path, asked: str | None) -> str:
     """The source's file name, or one with the recipe's name where that would overwrite the source."""
-    name = asked or job.model.name
-    if not (folder.exists() and folder.samefile(job.model.parent)):
-        return name
-    if not asked:
+    name, beside = asked or job.model.name, folder.exists() and folder.samefile(job.model.parent)
+    if beside and not asked:
         name = f"{job.model.stem}-{job.recipe.name}.onnx"
-    if (folder / name).exists() and (folder / name).samefile(job.model):
+    place = folder / name
+    if beside and place.exists() and place.samefile(job.model):
         raise ModelError(f"{job.model}: is the source model and is never overwritten; choose another output")
+    if not asked and place.exists() and not storage.is_result(place):
+        raise ModelError(
+            f"{place}: is another model, not an earlier result; choose another folder, or overwrite it by its name: "
+            f"-o {place}"
+        )
     return name
 
 

@@ -184,6 +184,15 @@ def fingerprint(path: str | Path) -> str:
     return whole.hexdigest()
 
 
+def is_result(path: Path) -> bool:
+    """Whether a file is a model that was written here: its metadata says so."""
+    try:
+        found = onnx.load(path, load_external_data=False).metadata_props
+    except (OSError, DecodeError, ValueError):
+        return False
+    return any(p.key == "onnxcomp.version" for p in found)
+
+
 def file_bytes(path: Path) -> int:
     """Bytes of one model file on disk, external data included."""
     beside = external.locations(_read(path))

@@ -119,7 +119,8 @@ def test_a_model_that_is_no_transformer(tmp_path):
     facts = inspected(tiny.linear(8, 6), tmp_path)
     assert (facts["layers"], facts["stacks"], facts["positions"]) == (0, [], "none")
     assert facts["parameters"]["total"] > 0
-    assert len(tables.anatomy(facts)) == 2
+    assert [t.title for t in tables.anatomy(facts)] == ["model", "Parts", "Linears"]
+    assert list(tables.anatomy(facts)[2].columns[1].cells) == ["8 x 6"]
 
 
 def test_every_softmax_that_stays_is_named_with_its_reason():

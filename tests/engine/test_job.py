@@ -268,3 +268,24 @@ def test_figures_of_another_machine_are_said_to_be_so(monkeypatch):
     monkeypatch.setattr(target, "cpu_features", lambda: frozenset({"avx2"}))
     assert "int8 sums saturate here and not there" in host_of(elsewhere)[1]
     assert host_of(CPU)[1] == ""
+
+
+def test_another_model_in_the_output_folder_is_not_overwritten_unless_it_is_named(source, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    storage.save(tiny.linear(), out)
+    before = (out / "model.onnx").read_bytes()
+    with pytest.raises(ModelError, match=r"model\.onnx: is another model.*-o .*model\.onnx"):
+        oc.optimize(source, out, measure=False)
+    assert (out / "model.onnx").read_bytes() == before
+    oc.optimize(source, out / "model.onnx", measure=False)
+    assert (out / "model.onnx").read_bytes() != before
+    oc.optimize(source, out, measure=False)  # now it is an earlier result
+
+
+def test_int8_of_an_int8_model_says_why_nothing_changes(source, batches, tmp_path):
+    oc.compress(source, tmp_path / "int8", passes=SMALL, calibration=batches, measure=False)
+    with pytest.raises(
+        RecipeError, match=r"found nothing to change in it, whose \d+ quantized linears stay as they are"
+    ):
+        oc.compress(tmp_path / "int8", tmp_path / "again", passes=SMALL, calibration=batches, measure=False)
