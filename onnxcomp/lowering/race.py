@@ -134,14 +134,15 @@ def _lap(entry: Entry, target: Target, threads: int, *, fetch: bool) -> dict[str
 
 
 def median(session: Session, feeds: Feeds, window: float = WINDOW) -> float:
-    """Median seconds of a run over `window` seconds, at least three runs, after a short warm-up."""
+    """Median seconds of a run over `window` seconds, at least three runs (two long ones), after a short warm-up."""
     began = time.perf_counter()
     session.run(feeds)
-    for _ in range(WARMUP - 1 if time.perf_counter() - began < LONG_RUN else 0):
+    is_long = time.perf_counter() - began >= LONG_RUN
+    for _ in range(0 if is_long else WARMUP - 1):
         session.run(feeds)
     samples: list[float] = []
     until = time.perf_counter() + window
-    while len(samples) < 3 or time.perf_counter() < until:
+    while len(samples) < (2 if is_long else 3) or time.perf_counter() < until:
         begin = time.perf_counter()
         session.run(feeds)
         samples.append(time.perf_counter() - begin)

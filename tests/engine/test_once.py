@@ -11,10 +11,14 @@ import pytest
 
 import onnxcomp as oc
 from onnxcomp import canonical
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.benchmarking.results import Block, Rounds, Row
+from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import EXACT_SAMPLES
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import race
 from onnxcomp.passes import canonicalize
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation import compare, kept
@@ -58,6 +62,26 @@ def test_a_job_parses_the_source_and_the_result_once_and_raises_the_model_once(s
     assert CUT in result.report.warnings  # config.json was compared with the sizes of both
     assert result.report.placement.ran
     assert result.report.integer.quantized_linears > 0
+
+
+def test_measuring_parses_no_file_again(source, tmp_path, parsed, monkeypatch):
+    timed: list[int] = []
+
+    def measure(run: benchmark._Run, shape: dict[str, int]) -> None:
+        timed.append(len(run.models))
+        run.report.rounds[open_axes.label(shape)] = Rounds((tuple(Block((1.0,), 0.0) for _ in run.models),) * 3)
+        run.report.rows += [
+            Row(m.name, "", 1.0, 1.0, 1.0, 1.0, 3, 0, 1.0, None, 1.0, 0.1, 1.0, "CPUExecutionProvider", 2)
+            for m in run.models
+        ]
+
+    monkeypatch.setattr(benchmark._Run, "measure", measure)
+    monkeypatch.setattr(race, "_lap", lambda entry, target, threads, *, fetch: entry.laps.append((1.0, 1.0)) or {})
+    shapes = [{"batch": 1, "sequence": 8}, {"batch": 2, "sequence": 8}]
+    result = oc.optimize(source, tmp_path / "out", shapes=shapes)
+    assert sum(parsed.values()) == 2  # source and result; the unlowered model is still in memory
+    assert timed == [3, 3]
+    assert list(result.report.benchmark.rounds) == ["batch=1,sequence=8", "batch=2,sequence=8"]
 
 
 def test_a_plan_parses_the_source_once(source, parsed):
