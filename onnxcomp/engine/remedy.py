@@ -13,7 +13,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Edit, Env, Pass
 from onnxcomp.reports.outcome import Remedy
 from onnxcomp.validation.compare import Reference
-from onnxcomp.validation.gates import Gate, Verdict
+from onnxcomp.validation.gates import Gate
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.variants import Variants
 
@@ -36,7 +36,7 @@ def find_remedy(
 ) -> Remedy | None:
     """The sites that lose most, each changed alone, and how many of them must stay as they were.
 
-    As many are left alone as 1, 2, 4, ... up to half of all, until the gates pass on the whole of the reference.
+    As many are left alone as 1, 2, 4, ... up to half of all, until the gates pass on all data of the reference.
     """
     sites = [s.name for s in p.sites(before, env.target) if s.name not in declined]
     if len(sites) < 2:
@@ -46,19 +46,20 @@ def find_remedy(
     total = sum(errors.values())
     if not 0 < total < math.inf:
         return None
-    verdicts: tuple[Verdict, ...] = ()
-    count, deadline, passed = 1, time.perf_counter() + SECONDS, False
-    while count <= max(1, len(sites) // 2) and (count == 1 or time.perf_counter() < deadline):
+    count, deadline = 1, time.perf_counter() + SECONDS
+    most = min(len(ranked), max(1, len(sites) // 2))
+    while True:
         variant = before.clone()
         _leaving(p, env, ranked[:count])(variant)
         verdicts = tuple(gate.judge(reference.against(variant).values()))
-        if passed := all(v.passed for v in verdicts):
+        passed = all(v.passed for v in verdicts)
+        if passed or count == most or time.perf_counter() > deadline:
             break
-        count *= 2
+        count = min(2 * count, most)
     kept = ranked[: count if passed else 0]
     shares = tuple((name, errors[name] / total) for name in ranked[: max(SHOWN, len(kept))])
     skip = tuple(glob.escape(name) for name in kept)
-    return Remedy(p.name, shares, len(errors), len(sites), skip, tuple(map(str, verdicts)))
+    return Remedy(p.name, shares, len(errors), len(sites), count, skip, tuple(map(str, verdicts)))
 
 
 def _errors(

@@ -116,14 +116,15 @@ class Lowering:
 class Remedy:
     """What a refused pass should leave alone: sites with their share of the error, each changed alone, the worst first.
 
-    `measured` of `sites` sites were ranked; `skip` are the patterns that let the gates pass, with the verdicts then;
-    empty where leaving half of the sites alone is not enough. `recipe` is the recipe with them, as a file's text.
+    `measured` of `sites` sites were ranked, and the worst `tried` left alone, with these `verdicts`; `skip` are the
+    patterns for that where the gates pass then, `recipe` is the recipe with them, as a file's text.
     """
 
     name: str
     shares: tuple[tuple[str, float], ...]
     measured: int
     sites: int
+    tried: int
     skip: tuple[str, ...] = ()
     verdicts: tuple[str, ...] = ()
     recipe: str = ""

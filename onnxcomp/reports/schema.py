@@ -32,6 +32,7 @@ class RemedyPart(TypedDict):
     shares: list[SharePart]
     measured: int
     sites: int
+    tried: int
     skip: list[str]
     verdicts: list[str]
     recipe: str

@@ -210,10 +210,9 @@ def remedy(r: Remedy) -> str:
     lines = [f"What loses most, {of} measured one at a time (share of their errors):"]
     lines += [f"  {share:4.0%}  {name}" for name, share in r.shares]
     if not r.skip:
-        return "\n".join(
-            [*lines, f"Leaving as many as 50 % of them as they were is not enough: {'; '.join(r.verdicts)}."]
-        )
-    kept = f"the first {len(r.skip)} of them as they were" if len(r.skip) > 1 else "the first of them as it was"
+        said = "; ".join(r.verdicts)
+        return "\n".join([*lines, f"Leaving the worst {r.tried} as they were is not enough: {said}."])
+    kept = f"the first {r.tried} of them as they were" if r.tried > 1 else "the first of them as it was"
     lines.append(f"Leaving {kept} lets the gates pass ({'; '.join(r.verdicts)}). As a recipe, for --recipe FILE:")
     return "\n".join([*lines, "", r.recipe])
 
