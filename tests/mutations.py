@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import onnx.parser
 import onnx_ir as ir
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from tests import tiny
 
@@ -477,23 +478,28 @@ def change_files(rng: Rng, folder: Path) -> None:
         p, q = pick(rng, files), pick(rng, files)
         if not p.is_file() or not q.is_file():
             continue
-        match int(rng.integers(6)):
-            case 0:
-                p.write_bytes(damaged(rng, p.read_bytes(), 3))
-            case 1:
-                a, b = p.read_bytes(), q.read_bytes()
-                p.write_bytes(b)
-                q.write_bytes(a)
-            case 2:
-                p.write_bytes(b"")
-            case 3:
-                p.unlink()
-                p.mkdir()
-            case 4 if p.suffix == ".json":
-                p.write_text(json.dumps(_change_json(rng, json.loads(p.read_text()))))
-            case 5 if p.suffix == ".onnx":
-                proto = onnx.ModelProto.FromString(p.read_bytes())
-                change_model(rng, proto)
-                p.write_bytes(proto.SerializeToString())
-            case _:
-                p.unlink()
+        with contextlib.suppress(ValueError, DecodeError):  # it was damaged before
+            _change_file(rng, p, q)
+
+
+def _change_file(rng: Rng, p: Path, q: Path) -> None:
+    match int(rng.integers(6)):
+        case 0:
+            p.write_bytes(damaged(rng, p.read_bytes(), 3))
+        case 1:
+            a, b = p.read_bytes(), q.read_bytes()
+            p.write_bytes(b)
+            q.write_bytes(a)
+        case 2:
+            p.write_bytes(b"")
+        case 3:
+            p.unlink()
+            p.mkdir()
+        case 4 if p.suffix == ".json":
+            p.write_text(json.dumps(_change_json(rng, json.loads(p.read_text()))))
+        case 5 if p.suffix == ".onnx":
+            proto = onnx.ModelProto.FromString(p.read_bytes())
+            change_model(rng, proto)
+            p.write_bytes(proto.SerializeToString())
+        case _:
+            p.unlink()

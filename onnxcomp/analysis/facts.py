@@ -5,7 +5,8 @@ Weights are not read. Shapes recorded by the exporter are used only where no rul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -141,7 +142,7 @@ class Facts:
         if node.op_type == "Constant" and self.g.tensor(node.outputs[0]) is not None:
             return self._learn(node.outputs[0])
         rule = RULES.get(node.domain, {}).get(node.op_type)
-        first = rule(self, node) if rule is not None else None
+        first = _asked(rule, self, node)
         for i, out in enumerate(node.outputs):
             inferred = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SKIP_NORMS) else None
             if node.op_type == "Split" and node.domain == "":
@@ -150,8 +151,7 @@ class Facts:
             self._contents[out] = None
             self._uniform[out] = None
         if node.domain == "" and len(node.outputs) == 1:
-            content = CONTENT_RULES.get(node.op_type)
-            self._contents[node.outputs[0]] = small(content(self, node)) if content is not None else None
+            self._contents[node.outputs[0]] = small(_asked(CONTENT_RULES.get(node.op_type), self, node))
             self._uniform[node.outputs[0]] = uniform(self, node)
         if node.op_type == "Split" and node.domain == "":
             self._split_contents(node)
@@ -188,3 +188,11 @@ class Facts:
     def fresh(self, v: ir.Value, axis: int) -> Size:
         """A new unknown for one axis of one value."""
         return named(f"?{v.name}.{axis}")
+
+
+def _asked(rule: Callable[[Facts, ir.Node], Any] | None, f: Facts, node: ir.Node) -> Any:
+    """What a rule knows: nothing where the node is not one that its operator allows (a negative size, a lost input)."""
+    try:
+        return rule(f, node) if rule is not None else None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None

@@ -44,7 +44,7 @@ def shapes_of(value: Any) -> tuple[dict[str, int], ...]:
     given = tuple(value)
     if wrong := [s for s in given if not isinstance(s, Mapping) or not all(isinstance(k, str) for k in s)]:
         raise RecipeError(f"{like}, and holds {_shown(wrong[0])}")
-    return tuple({axis: whole(f"the size of axis '{axis}'", n, 1) for axis, n in s.items()} for s in given)
+    return tuple({axis: whole(f"the size of axis '{axis}'", n, 0) for axis, n in s.items()} for s in given)
 
 
 def path_of(name: str, value: Any) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,6 +17,8 @@ __all__ = ["check_growth", "inline"]
 # What functions may grow to: so many nodes, or so many times those of the file. Exports with a function for each layer
 # have some 10,000 nodes when they are inlined, 25 times those of their file; a file of 1 kB can ask for 2^60.
 MAX_NODES, MAX_GROWTH = 20_000, 20
+# Names that inlining tries: the n-th instance of a function tries n for each of its nodes. A million take 5 seconds.
+MAX_NAMES = 1_000_000
 _Key = tuple[str, str, str]
 
 
@@ -26,7 +29,7 @@ def check_growth(proto: onnx.ModelProto) -> None:
     stack = list(functions)
     while stack:  # called ones first, without recursion: a chain of functions may be long
         nodes = functions[stack[-1]].node
-        if below := [k for k in _calls(nodes) if k in functions and k not in sizes]:
+        if below := [k for k in set(_keys(nodes)) if k in functions and k not in sizes]:
             stack += below
         else:
             sizes[stack.pop()] = _count(nodes, sizes)
@@ -34,14 +37,22 @@ def check_growth(proto: onnx.ModelProto) -> None:
     most = max(MAX_NODES, MAX_GROWTH * sum(1 for f in (proto.graph, *functions.values()) for _ in _every(f.node)))
     if total > most:
         raise ModelError(f"its local functions expand to {total} nodes; at most {most} are taken from such a file")
+    instances = Counter(_keys(proto.graph.node))
+    for key in reversed(sizes):  # callers first
+        for callee, n in Counter(_keys(functions[key].node)).items():
+            instances[callee] += instances[key] * n
+    names = {k: instances[k] ** 2 * len(f.node) // 2 for k, f in functions.items()}
+    if sum(names.values()) > MAX_NAMES:
+        worst = max(names, key=lambda k: names[k])
+        raise ModelError(f"its local function '{worst[1]}' is called {instances[worst]} times; inline it before")
 
 
-def _calls(nodes: Iterable[onnx.NodeProto]) -> set[_Key]:
-    return {(n.domain, n.op_type, n.overload) for n in _every(nodes)}
+def _keys(nodes: Iterable[onnx.NodeProto]) -> Iterable[_Key]:
+    return ((n.domain, n.op_type, n.overload) for n in _every(nodes))
 
 
 def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[_Key, int]) -> int:
-    return sum(max(1, sizes.get((n.domain, n.op_type, n.overload), 1)) for n in _every(nodes))
+    return sum(max(1, sizes.get(key, 1)) for key in _keys(nodes))
 
 
 def _every(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
