@@ -132,8 +132,6 @@ def _check_inline(t: onnx.TensorProto, need: int, path: Path) -> None:
     dtype = ir.DataType(t.data_type)
     if t.HasField("raw_data"):
         have = len(t.raw_data)
-    elif need == 0:
-        return
     else:
         field, per = next(((f, d[dtype]) for f, d in _ELEMENT_FIELDS.items() if dtype in d), ("int32_data", 1))
         have = len(getattr(t, field))
