@@ -10,12 +10,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from onnxcomp.errors import OnnxcompError
+from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Pass, PassFault
 from onnxcomp.runtime.integer import quantized_linears
+from onnxcomp.stats import Need
+from onnxcomp.target import Target
 
-__all__ = ["blaming", "described", "listed", "nothing_found"]
+__all__ = ["blaming", "described", "listed", "needs_of", "nothing_found"]
 
 T = TypeVar("T")
 
@@ -70,3 +72,14 @@ def nothing_found(g: Graph) -> str:
     """That a pass found no site, and that linears are integers already where that may be why."""
     done = quantized_linears(g.model)
     return "found nothing to change in it" + (f", whose {done} quantized linears stay as they are" if done else "")
+
+
+def needs_of(p: Pass, work: Graph, exact: Graph, target: Target) -> list[Need]:
+    """The statistics a pass asks for, of the graph or of the original; raises `PassFault` for a value that is not."""
+    needs = listed(p, "needs", p.needs(work, target), Need)
+    for need in needs:
+        try:
+            (work if need.of == "current" else exact).value(need.value)
+        except ModelError as e:
+            raise PassFault(f"pass '{p.name}' asks for a statistic of a value that is not there: {e}") from e
+    return needs

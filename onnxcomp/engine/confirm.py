@@ -117,7 +117,7 @@ def _keep(result: Result, path: Path, why: str, ratios: Mapping[str, Ratio] | No
     """Write the unlowered model in the result's place and say so."""
     assert result.unlowered is not None
     storage.save(result.unlowered, path, metadata=result.report.metadata)
-    result.model = result.unlowered
+    result.model, result.report.validation = result.unlowered, result.unlowered_validation
     result.report.lowering = Lowering("unlowered", why, ratios or {})
     result.report.warnings.append(f"lowering was undone: {why}")
     return storage.read(path)

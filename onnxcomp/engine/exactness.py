@@ -65,6 +65,10 @@ class Exactness:
                 return f"left '{name}' {what} from the original, {floor:.1f} dB was the floor"
         return ""
 
+    def covers(self, whole: Reference) -> bool:
+        """Whether what is judged here is all there is: the same samples and metrics."""
+        return self.few.samples == whole.samples and self.few.metrics == whole.metrics
+
     def _own_noise(self) -> Mapping[str, float]:
         """How far the original is from itself, by output: the larger of both distances, decibels."""
         if self.noise is None:

@@ -14,8 +14,8 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
-from onnxcomp.engine.blame import blaming, listed, nothing_found
-from onnxcomp.engine.compared import NoKernel, answers, compared
+from onnxcomp.engine.blame import blaming, listed, needs_of, nothing_found
+from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.order import allowed, check_order
@@ -38,6 +38,7 @@ from onnxcomp.runtime.payload import graph_of
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
+from onnxcomp.validation.results import Validation
 from onnxcomp.validation.variants import Variants
 from onnxcomp.version import __version__
 
@@ -61,6 +62,7 @@ class _Walk:
     planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
+    plain: Validation | None = None  # how far the unlowered model is from the original
     exactness: Exactness | None = None
     lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
     variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
@@ -133,7 +135,7 @@ class PassManager:
                 with blaming(p):
                     self._resume_or_step(walk, p)
             self._finish(walk)
-        return Result(walk.graph, report, walk.unlowered, walk.exact)
+        return Result(walk.graph, report, walk.unlowered, walk.exact, unlowered_validation=walk.plain)
 
     def _reference(self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
@@ -150,7 +152,7 @@ class PassManager:
     def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
         walk.steps.enter(f"{p}{p.content}")
         walk.report.warnings += p.advice(self.target)
-        before = walk.graph
+        before, judged = walk.graph, walk.report.validation
         known = walk.steps.load(p, before)
         if known is None:
             self._step(walk, p)
@@ -165,7 +167,7 @@ class PassManager:
             walk.lossy = p, before
         lowered = p.stage is Stage.LOWER and walk.report.steps[-1].edits
         if lowered and walk.unlowered is None and walk.graph is not before:
-            walk.unlowered = before
+            walk.unlowered, walk.plain = before, judged
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
@@ -176,7 +178,7 @@ class PassManager:
         work.sweep()
         sites = listed(p, "sites", p.sites(work, self.target), Site)
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
-        stats = self._collect(walk, work, self._needs(walk, work, p), p.name)
+        stats = self._collect(walk, work, needs_of(p, work, walk.exact, self.target), p.name)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
         step.choices = walk.planner.chosen if walk.planner is not None else []
@@ -193,16 +195,6 @@ class PassManager:
         walk.graph = self._judge(walk, p, step, before, work)
         step.seconds, step.peak_mib = time.perf_counter() - started, peak_mib()
         walk.report.steps.append(step)
-
-    def _needs(self, walk: _Walk, work: Graph, p: Pass) -> list[Need]:
-        """The statistics a pass asks for; raises `PassFault` where it asks for a value that is not there."""
-        needs = listed(p, "needs", p.needs(work, self.target), Need)
-        for need in needs:
-            try:
-                (work if need.of == "current" else walk.exact).value(need.value)
-            except ModelError as e:
-                raise PassFault(f"pass '{p.name}' asks for a statistic of a value that is not there: {e}") from e
-        return needs
 
     def _verify(self, work: Graph, p: Pass) -> None:
         try:
@@ -269,6 +261,8 @@ class PassManager:
         moved = judge.moved(validation, done, lambda: judge.few.against(before))
         if moved and self.on_fail == "raise":
             raise PassFault(f"pass '{p.name}' promised equal outputs but {moved}")
+        if not moved and judge.covers(walk.reference):
+            walk.report.validation = validation
         return moved
 
     # ---- what passes may ask -------------------------------------------------------------------------------------
@@ -380,6 +374,8 @@ class PassManager:
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
         if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)
+        if walk.unlowered is not None and walk.plain is None and walk.reference is not None:
+            walk.plain = possibly_compared(walk.reference, walk.unlowered)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
@@ -391,7 +387,7 @@ class PassManager:
         if walk.lossy is None or walk.reference is None or not hasattr(walk.lossy[0], "skip"):
             return None
         p, before = walk.lossy
-        stats = self._collect(walk, before, self._needs(walk, before, p), p.name)
+        stats = self._collect(walk, before, needs_of(p, before, walk.exact, self.target), p.name)
         env = dataclasses.replace(self._env(walk, before, stats, p), measures=False, shapes=())
         few = walk.reference.head(RANKED_ON)
         variants = Variants(few, self.host, self.memory or MEMORY, walk.scratch / "remedy")

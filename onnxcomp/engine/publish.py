@@ -109,10 +109,20 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
     settings = job.settings
     timed = settings.measure and settings.target.here and not host_of(settings.target)[1]
     written = confirm.confirm(source, storage.read(path), result, settings, measure=timed, watch=watch)
+    if result.report.lowering is not None and result.report.lowering.kept == "unlowered":
+        _judge_again(job, result.report)
     _check(job, source, written, result, watch)
     stem = Path(name).stem
     write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
     return result
+
+
+def _judge_again(job: Job, r: Report) -> None:
+    """The gates on the unlowered model, which was kept."""
+    if r.validation is None:
+        r.warnings.append("the unlowered model, which was kept, was not compared with the original")
+    elif r.verdicts:
+        r.verdicts = Gate(job.recipe.gates).judge(r.validation.values())
 
 
 def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Watch | None) -> None:

@@ -181,7 +181,7 @@ class Result:
 
     `exact` is the original as the exact passes before any lossy one left it. `config` are the entries of a
     configuration beside the model that the result has otherwise, such as head counts; `path` is the file it was
-    published in.
+    published in. `unlowered_validation` is how far the model before lowering is from the original.
     """
 
     model: Graph
@@ -190,6 +190,7 @@ class Result:
     exact: Graph | None = None
     config: dict[str, int] = field(default_factory=dict)
     path: Path | None = None
+    unlowered_validation: Validation | None = None
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

@@ -11,7 +11,7 @@ import onnxcomp as oc
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import BenchReport, Block, Rounds, Row
 from onnxcomp.cli import main
-from onnxcomp.engine import confirm
+from onnxcomp.engine import confirm, manager
 from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.files import storage
@@ -19,6 +19,7 @@ from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering import costs, race
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
+from onnxcomp.pipeline import PassFault
 from onnxcomp.reports import json_report, tables
 from onnxcomp.runtime.placement import placement
 from onnxcomp.runtime.sessions import Session
@@ -82,6 +83,7 @@ def test_a_slower_lowered_model_gives_way_to_the_unlowered_one(source, monkeypat
     assert [r["model"] for r in found["benchmark"]["rows"]] == ["original", "result"]
     assert found["benchmark"]["ratios"][1]["value"] == pytest.approx(2)
     assert result.report.benchmark.ratio(1, "batch=1").value == pytest.approx(2)
+    assert result.report.validation is result.unlowered_validation is not None  # the figures of what was written
     feeds = tiny.feeds(kept, 2, 7)
     with Session(kept) as a, Session(source) as b:
         for x, y in zip(a.run(feeds).values(), b.run(feeds).values(), strict=True):
@@ -103,10 +105,15 @@ def test_a_lowered_model_with_other_outputs_is_undone_without_a_clock(source, mo
 
     monkeypatch.setattr(Lower, "run", bent)
     monkeypatch.setattr(Lower, "sites", lambda self, g, target: [])
+    with pytest.raises(PassFault, match="'lower' promised equal outputs"):
+        oc.optimize(source, source.parent / "out", measure=False)
+    # Where the original does not run on random inputs, nothing is compared before the result is written.
+    monkeypatch.setattr(manager, "answers", lambda make, data, report: None)
     result = oc.optimize(source, source.parent / "out", measure=False)
     said = result.report.lowering
     assert said.kept == "unlowered"
     assert "differs" in said.why
+    assert "the unlowered model, which was kept, was not compared with the original" in result.report.warnings
 
 
 def test_without_measuring_files_are_the_same_bytes(source):
