@@ -32,6 +32,7 @@ from onnxcomp.lowering import costs
 from onnxcomp.lowering.costs import Cost
 from onnxcomp.lowering.planner import BUDGET, Planner, asked_shapes, known_choices
 from onnxcomp.machine import MEMORY, peak_mib
+from onnxcomp.maths.blas import one_thread
 from onnxcomp.pipeline import Edit, Env, Fidelity, Pass, PassFault, Score, Stage
 from onnxcomp.reports.outcome import Remedy, Report, Result, Step
 from onnxcomp.runtime.payload import graph_of
@@ -132,7 +133,7 @@ class PassManager:
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
-                with blaming(p):
+                with blaming(p), one_thread():
                     self._resume_or_step(walk, p)
             self._finish(walk)
         return Result(walk.graph, report, walk.unlowered, walk.exact, unlowered_validation=walk.plain)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 
 from onnxcomp.maths import Array, Float64
+from onnxcomp.maths.blas import cross_product
 from onnxcomp.stats.statistic import Need, Of, OtherOf, Per, Stat, Statistic, finite, name_of, no_rows
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class Product:
     def _product(self, xs: list[Array]) -> None:
         for i in range(0, xs[0].shape[0], LARGEST):
             parts = [a[i : i + LARGEST] for a in xs]
-            product = parts[0].T @ parts[-1]
+            product = cross_product(parts[0], parts[-1])
             finite(product.diagonal() if len(xs) == 1 else product)
             if self.sum is None:
                 self.sum = np.zeros(product.shape, np.float64)
