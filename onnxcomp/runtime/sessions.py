@@ -23,6 +23,7 @@ from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.graph import Graph
 from onnxcomp.graph.interface import removed_ports
 from onnxcomp.maths import Array
+from onnxcomp.runtime import half_arrays
 from onnxcomp.runtime.bf16_twin import float32_twin
 from onnxcomp.runtime.installed import available, failures, preload, short, unavailable
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
@@ -105,7 +106,7 @@ class Session:
         optimized_path: Path | None = None,
         optimized: bool = True,
     ) -> None:
-        ort = available(target)
+        ort = self._ort = available(target)
         preload(ort, target.provider)
         self._name = str(model if not isinstance(model, Graph) else model.path or "the model")
         self._input_taps: set[str] = set()
@@ -170,7 +171,7 @@ class Session:
         fetched = [n for n in names if n not in self._input_taps]
         known = {n: a for n, a in feeds.items() if n not in self._removed}
         try:
-            arrays = self._session.run(fetched, known) if fetched else []
+            arrays = half_arrays.run(self._ort, self._session, fetched, known) if fetched else []
         except failures() as e:
             raise self._explain(e, feeds) from e
         results = dict(zip(fetched, arrays, strict=True))
