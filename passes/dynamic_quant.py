@@ -65,14 +65,17 @@ class DynamicQuant(Pass):
             source = group[0].source
             if source.dtype is None:
                 why = "the type of its input is unknown; run canonicalize first"
-            elif source.dtype is not ir.DataType.FLOAT:
-                why = "dynamic quantization takes float32 inputs only"
+            elif source.dtype not in linears.FLOATS:
+                why = f"dynamic quantization takes no inputs of {source.dtype.name.lower()}"
             else:
                 why = payoff.loses(group, env, dynamic=True) if self.only_faster else ""
             if why:
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
+            if source.dtype is not ir.DataType.FLOAT:  # the operator takes float32 only
+                source = g.op("Cast", source, to=ir.DataType.FLOAT.value, name=f"{source.name}_wide")
+                source.type = ir.TensorType(ir.DataType.FLOAT)
             x = g.op("DynamicQuantizeLinear", source, outputs=3, name=f"{source.name}_quantize").producer()
             assert x is not None
             for linear in group:

@@ -43,5 +43,6 @@ def _as_array(value: Any) -> Array:
         return a
     shape = tuple(value.shape())
     size = math.prod(shape)
-    words = (ctypes.c_uint16 * size).from_address(value.data_ptr()) if size else []
-    return np.array(words, np.uint16).view(BFLOAT16).reshape(shape)
+    words: Any = (ctypes.c_uint16 * size).from_address(value.data_ptr()) if size else []
+    bits: Array = np.array(words, np.uint16).view(BFLOAT16).reshape(shape)
+    return bits

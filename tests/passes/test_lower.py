@@ -271,7 +271,7 @@ def test_a_site_is_described_by_the_sizes_that_are_known(shape, sizes, says):
     ("dtype", "why"),
     [
         (None, "the type of its input is unknown; run canonicalize first"),
-        (ir.DataType.FLOAT16, "dynamic quantization takes float32 inputs only"),
+        (ir.DataType.DOUBLE, "dynamic quantization takes no inputs of double"),
     ],
 )
 def test_dynamic_quantization_says_why_an_input_does_not_suit(dtype, why):

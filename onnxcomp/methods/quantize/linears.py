@@ -139,8 +139,13 @@ def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
 
 
 def run_time_product(g: Graph, x: ir.Node, weight: ir.Value, scale: ir.Value, name: str, like: ir.Value) -> ir.Value:
-    """`Cast(MatMulInteger) * (s_x s_w)` as float32: codes of a DynamicQuantizeLinear times int8 weights `[K, N]`."""
+    """`Cast(MatMulInteger) * (s_x s_w)` in the type of `like`: run-time codes times int8 weights `[K, N]`."""
     q, s, z = x.outputs
     total = g.op("MatMulInteger", q, weight, z, name=f"{name}_int8")
     wide = g.op("Cast", total, to=ir.DataType.FLOAT.value, name=f"{name}_float")
-    return g.op("Mul", wide, g.op("Mul", s, scale, name=f"{name}_scale"), name=f"{name}_rescale", like=like)
+    narrow = like.dtype if like.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else None
+    if narrow is not None and scale.dtype is not ir.DataType.FLOAT:
+        scale = g.constant(g.array(scale).astype(np.float32), f"{scale.name}_wide")
+    factor = g.op("Mul", s, scale, name=f"{name}_scale")
+    y = g.op("Mul", wide, factor, name=f"{name}_rescale", like=None if narrow else like)
+    return g.op("Cast", y, to=narrow.value, name=f"{name}_narrow", like=like) if narrow else y

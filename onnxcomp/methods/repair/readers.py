@@ -133,7 +133,9 @@ def numbers(g: Graph, v: ir.Value) -> Array | None:
     for node, index in v.uses():
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
             return None if index else _dequantized(g, node)
-    a = g.array(v)
+    a, dtype = g.array(v), v.dtype
+    if dtype is ir.DataType.BFLOAT16:  # no type of numpy, exact in float32
+        return a.astype(np.float32)
     return a if np.issubdtype(a.dtype, np.floating) else None
 
 
@@ -173,7 +175,9 @@ def repair(g: Graph, reader: Reader, keep: Array, stats: Stats, how: Repair) -> 
 
 def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None) -> None:
     """Store a weight `[K, N]` for the linears of a reader, and a bias `[N]` where one is given and they have one."""
-    g.put(reader.linears[0].weight, np.ascontiguousarray(weight.T) if reader.linears[0].transposed else weight)
+    v = reader.linears[0].weight
+    new = np.ascontiguousarray(weight.T) if reader.linears[0].transposed else weight
+    g.put(v, new.astype(v.dtype.numpy()) if v.dtype is ir.DataType.BFLOAT16 else new)
     for linear in reader.linears:
         if bias is not None and linear.bias is not None:
             old = g.array(linear.bias)

@@ -1,0 +1,77 @@
+"""Models that are in half precision already: sessions feed and fetch them, and every kind of pass goes through."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import Recipe
+from onnxcomp.graph import Graph
+from onnxcomp.methods.repair import readers
+from onnxcomp.passes.canonicalize import Canonicalize
+from onnxcomp.passes.dynamic_quant import DynamicQuant
+from onnxcomp.runtime.sessions import Session
+from tests.hand import ops
+
+HALVES = {np.float16: ir.DataType.FLOAT16, ml_dtypes.bfloat16: ir.DataType.BFLOAT16}
+
+
+def mlp(dtype: type) -> Graph:
+    """`y = x w v` with inputs, weights and outputs of one type."""
+    kind, rng = ir.TensorType(HALVES[dtype]), np.random.default_rng(0)
+    x = ir.Value(name="x", type=kind, shape=ir.Shape(["b", 64]))
+    g = Graph(ir.Model(ir.Graph([x], [], nodes=[], opset_imports={"": 18}, name="half"), ir_version=10))
+    w, v = (g.constant((rng.standard_normal((64, 64)) / 8).astype(dtype), name) for name in "wv")
+    y = g.op("MatMul", g.op("MatMul", x, w), v)
+    y.name, y.type, y.shape = "y", kind, ir.Shape(["b", 64])
+    g.model.graph.outputs.append(y)
+    g.infer_shapes()
+    return Graph(g.model)
+
+
+def feeds(dtype: type) -> dict[str, np.ndarray]:
+    return {"x": np.random.default_rng(1).standard_normal((5, 64)).astype(dtype)}
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    return float(10 * np.log10((x**2).sum() / ((x - y) ** 2).sum()))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_session_takes_and_gives_half_precision(dtype: type) -> None:
+    with Session(mlp(dtype)) as session:
+        y = session.run(feeds(dtype))["y"]
+    g = mlp(dtype)
+    w, v = (g.array(g.value(name)).astype(np.float64) for name in "wv")
+    expected = feeds(dtype)["x"].astype(np.float64) @ w @ v
+    assert y.dtype == np.dtype(dtype)
+    assert decibels(expected, y) > 40
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_dynamic_quantization_of_a_half_model_keeps_its_interface(dtype: type) -> None:
+    source = mlp(dtype)
+    result = PassManager([Canonicalize(), DynamicQuant(min_size=1)]).run(source).model
+    assert ops(result)["MatMulInteger"] == 2
+    assert result.interface == source.interface
+    with Session(source) as a, Session(result) as b:
+        assert decibels(a.run(feeds(dtype))["y"], b.run(feeds(dtype))["y"]) > 30
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_weight_is_read_and_stored_in_its_type(dtype: type) -> None:
+    g = mlp(dtype)
+    a = readers.numbers(g, g.value("w"))
+    assert a is not None
+    assert np.issubdtype(a.dtype, np.floating)
+
+
+@pytest.mark.parametrize("preset", ["fp16", "bf16"])
+def test_a_half_model_is_only_optimized_by_presets_of_half_precision(preset: str) -> None:
+    assert Recipe.preset(preset).allow_unchanged
