@@ -15,6 +15,7 @@ from onnxcomp.cli import app
 from onnxcomp.engine import compress as calls
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import DataError, RecipeError
+from onnxcomp.lowering import planner
 from tests import tiny
 
 # How the command line prints, and how a caller watches; neither changes a result.
@@ -83,6 +84,15 @@ def test_the_manager_takes_settings_or_their_fields() -> None:
         oc.PassManager([], sede=3)
     with pytest.raises(RecipeError, match="on_fail"):
         oc.PassManager([], on_fail="never")
+
+
+def test_choosing_forms_gets_half_of_the_time_for_measuring_and_the_threads() -> None:
+    manager = oc.PassManager([], budget=10.0, threads=1)
+    assert (manager.budget, manager.threads, manager.choices.header.threads) == (5.0, 1, 1)
+    assert oc.PassManager([]).budget == planner.BUDGET
+    for wrong, said in (({"budget": 0.0}, "more than 0 s"), ({"threads": -1}, "threads")):
+        with pytest.raises(RecipeError, match=said):
+            Settings(**wrong)
 
 
 def test_data_is_opened_as_the_settings_say(tmp_path: Path) -> None:
