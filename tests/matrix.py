@@ -14,6 +14,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from onnxcomp import blocks
+from onnxcomp.blocks.attentions import unlinked
 from onnxcomp.canonical import canonicalize, sites
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
@@ -56,6 +57,9 @@ class Cell:
     compared: int = 0
     folded: int = 0  # norms of constant tables that a tool computed before we saw the graph
     signature: dict[str, int] = field(default_factory=dict)
+    attentions: int = 0  # operators, linked to projections or not
+    experts: int = 0
+    layers: int = 0
 
     @property
     def status(self) -> str:
@@ -86,11 +90,14 @@ def judge(a: zoo.Architecture, at: Path | str) -> Cell:
         source, raised = load(at), load(at)
         canonicalize(raised)
         cell.found, cell.folded = counts(raised), folded(a, raised)
+        cell.attentions = sum(1 for _ in raised.nodes("Attention"))
+        cell.experts, cell.layers = len(blocks.experts(raised)), len(blocks.layers(raised))
         wanted = (a.attentions, a.mlps, a.norms - cell.folded)
         if cell.found != wanted:
             parts = zip(("attentions", "MLPs", "norms"), cell.found, wanted, strict=True)
             cell.missing = "found " + ", ".join(f"{f} of {w} {name}" for name, f, w in parts if f != w)
         cell.declined = [f"{d.site}: {d.why}" for d in raised.declined]
+        cell.declined += [f"{n.name}: attention: not linked: {why}" for n, why in unlinked(raised)]
         cell.missing = "; ".join(x for x in (cell.missing, silent(raised)) if x)
         raised.verify()
         again = raised.clone()

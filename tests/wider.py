@@ -77,6 +77,8 @@ MPT = {
 }
 MPT |= {"expansion_ratio": 2, "use_cache": False}
 
+LOCAL_T5 = {**T5, "local_radius": 3}
+
 NEW = (
     _language(
         "qwen3-next",
@@ -97,9 +99,9 @@ NEW = (
         5,
     ),
     _vision("dinov3", "DINOv3ViT", {**IMAGE, "num_register_tokens": 2}, 5),
-    _vision("levit", "Levit", LEVIT, 0, attentions=5, mlps=5, image=64),
-    _vision("swinv2", "Swinv2", SHIFTED, 11, attentions=4, mlps=4, image=16),
-    _vision("swin-shifted", "Swin", SHIFTED, 11, attentions=4, mlps=4, image=16),
+    _vision("levit", "Levit", LEVIT, 0, attentions=5, mlps=5, layers=5, image=64),
+    _vision("swinv2", "Swinv2", SHIFTED, 11, attentions=4, mlps=4, layers=4, image=16),
+    _vision("swin-shifted", "Swin", SHIFTED, 11, attentions=4, mlps=4, layers=4, image=16),
     _vision(
         "hiera",
         "Hiera",
@@ -143,7 +145,9 @@ NEW = (
         only=SPELLINGS,
         square=True,
     ),
-    _pair("longt5", "LongT5Model", "LongT5Config", {**T5, "local_radius": 3}, 12, "input_ids", only=SPELLINGS),
+    _pair(
+        "longt5", "LongT5Model", "LongT5Config", {**T5, "local_radius": 3}, 12, "input_ids", only=SPELLINGS, layers=4
+    ),
     _language("mpt", "Mpt", MPT, 5),
     _encoder(
         "mobilebert",
@@ -153,7 +157,7 @@ NEW = (
         mlps=4,
     ),
     _experts("mixtral", "Mixtral", {**GROUPED, **FOUR}, 5),
-    _experts("mixtral-looped", "Mixtral", {**GROUPED, **FOUR}, 5, experts="looped"),
+    _experts("mixtral-looped", "Mixtral", {**GROUPED, **FOUR}, 5, experts="looped", mlps=8),
     _experts(
         "qwen2-moe",
         "Qwen2Moe",
@@ -227,10 +231,11 @@ NEW = (
         "Xmod",
         {**TEXT, "max_position_embeddings": 42, "pad_token_id": 1, "languages": ["en_XX"], "default_language": "en_XX"},
         7,
+        mlps=4,
     ),
-    _pair("pegasus", "PegasusModel", "PegasusConfig", SPAN_PAIR, 12, "input_ids", only=SPELLINGS),
-    _pair("mbart", "MBartModel", "MBartConfig", SPAN_PAIR, 14, "input_ids", only=SPELLINGS),
-    _pair("mt5", "MT5Model", "MT5Config", T5, 12, "input_ids", only=SPELLINGS),
+    _pair("pegasus", "PegasusModel", "PegasusConfig", SPAN_PAIR, 12, "input_ids", only=SPELLINGS, layers=4),
+    _pair("mbart", "MBartModel", "MBartConfig", SPAN_PAIR, 14, "input_ids", only=SPELLINGS, layers=4),
+    _pair("mt5", "MT5Model", "MT5Config", T5, 12, "input_ids", only=SPELLINGS, layers=4),
 )
 ALL = (*KNOWN, *NEW)
 BY_NAME = {a.name: a for a in ALL}

@@ -57,6 +57,7 @@ class Architecture:
     routes: tuple[str, ...] = ("dynamo", "legacy", "transformers")
     moes: int = 0  # feed-forward parts of experts
     experts: str = ""  # how transformers computes experts: batched_mm, or looped (one product per expert)
+    layers: int = LAYERS
     image: int = 8  # height and width of its images
     only: tuple[str, ...] = ()  # its spellings, where not all are made
 

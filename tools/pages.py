@@ -8,6 +8,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     "cnn": "passes/README.md",
     "coverage": "onnxcomp/README.md",
+    "coverage-wider": "onnxcomp/README.md",
     "curves": "passes/README.md",
     "cuts": "passes/README.md",
     "interactions": "passes/README.md",

@@ -10,6 +10,7 @@ from onnxcomp.canonical.activation import raise_activations
 from onnxcomp.canonical.attention import raise_attention
 from onnxcomp.canonical.attention_guards import lift_guards
 from onnxcomp.canonical.batch_norm import fold_batch_norms
+from onnxcomp.canonical.branches import inline_known_branches
 from onnxcomp.canonical.einsum import decompose_einsum
 from onnxcomp.canonical.fold import fold_constants, fold_known, slice_constants
 from onnxcomp.canonical.fused import move_to_contrib, unfuse
@@ -61,6 +62,7 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
 def _run_round(graph: Graph, exact_rows: bool) -> None:
     lift_constants(graph)
     fold_constants(graph)
+    inline_known_branches(graph)
     merge_equal(graph)
     fill_types(graph)
     decompose_einsum(graph)

@@ -11,6 +11,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import trace
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 from onnxcomp.canonical.shape_targets import Sizes
+from onnxcomp.graph.operators import LAYOUT_OPS
 from onnxcomp.graph.values import users_of
 
 __all__ = ["Heads", "NotAttention", "Operands", "heads_of", "regroups"]
@@ -32,14 +33,23 @@ class Operands:
 
 @dataclass(frozen=True)
 class Heads:
-    """How products of `rank` axes hold heads: the number of heads and the batch size of a merged axis."""
+    """How products of `rank` axes hold heads: the number of heads and the batch size of a merged axis.
+
+    `windows` is the axis of five that belongs to the batch, as that of windows of an image, each attended to by itself.
+    """
 
     rank: int = 4
     heads: int = 0
     batch: Size = 1
+    windows: int = 0
 
     def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Operands:
         """All operands in four axes; raises `NotAttention` before any node is added where one does not fit."""
+        if self.windows == 2:
+            if masks:
+                raise NotAttention("masks of windows that stand behind the heads")
+            q, k, v = (sizes.g.op("Transpose", x, perm=[0, 2, 1, 3, 4]) for x in (q, k, v))
+        masks = [self._of_windows(sizes, m, q) for m in masks]
         planned = [(x, self._lead(sizes.f, x)) for x in (q, k, v)]
         planned += [(m, self._mask_lead(sizes.f, m)) for m in masks]
         for x, s in planned:
@@ -48,12 +58,27 @@ class Heads:
         reshaped = [x if s is None else sizes.reshaped(x, s) for x, s in planned]
         return Operands(reshaped[0], reshaped[1], reshaped[2], reshaped[3:])
 
+    def _of_windows(self, sizes: Sizes, m: ir.Value, q: ir.Value) -> ir.Value:
+        """A mask `[1, windows, 1, s, t]` repeated for each image, where queries are `[b * windows, heads, s, h]`."""
+        f = sizes.f
+        s, queries = f.shape(m), f.shape(q)
+        if self.rank != 4 or s is None or queries is None or len(s) != 5 or s[0] != 1 or s[2] != 1 or s[1] == 1:
+            return m
+        images = divide(f.equal.plain(queries[0]), s[1]) if isinstance(s[1], int) else None
+        if images is None or not sizes.can_compute((images,)):
+            raise NotAttention("the number of windows is not known to divide the batch")
+        repeated = sizes.g.op("Expand", m, sizes.vector([images, *s[1:]]))
+        return sizes.reshaped(repeated, (queries[0], 1, *s[3:]))
+
     def back(self, sizes: Sizes, new: ir.Value, out: ir.Value) -> ir.Value:
         """The result in the layout of `out`, the product that it replaces."""
         shape = sizes.f.shape(out)
         if shape is None or len(shape) == 4:
             new.type, new.shape = out.type, out.shape
             return new
+        if self.windows == 2:
+            swapped = sizes.reshaped(new, (shape[0], shape[2], shape[1], *shape[3:]))
+            return sizes.g.op("Transpose", swapped, perm=[0, 2, 1, 3, 4], like=out)
         return sizes.reshaped(new, shape, like=out)
 
     def _lead(self, f: Facts, x: ir.Value) -> Shape | None:
@@ -63,6 +88,8 @@ class Heads:
             return None
         if len(s) == 3:
             return (self.batch, self.heads, *s[1:])
+        if self.windows:
+            return (multiply(s[0], s[1]), *s[2:])
         return (s[0], multiply(s[1], s[2]), *s[3:])
 
     def _mask_lead(self, f: Facts, m: ir.Value) -> Shape | None:
@@ -71,6 +98,8 @@ class Heads:
             raise NotAttention("the mask's axes are unknown")
         if len(s) < 2:
             return (1,) * (2 - len(s)) + s
+        if len(s) == 5 and self.windows:
+            raise NotAttention("a mask differs between windows")
         if len(s) == 5:
             if 1 in s[1:3] and s[1:3] != (1, 1):
                 raise NotAttention("a mask differs between the heads of a group or between groups")
@@ -95,9 +124,24 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     n, kv = a[1:-2], b[1:-2]
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
+    if len(n) == 2 and n == kv == c[1:-2] and (windows := _windows(f, q)):
+        return Heads(len(a), windows=windows)
     if kv != c[1:-2] or (kv[0] not in (1, n[0]) or (len(n) == 2 and kv[1] != 1)):
         raise NotAttention(f"{'x'.join(map(str, n))} query heads meet {'x'.join(map(str, kv))} key heads")
     return Heads(len(a))
+
+
+def _windows(f: Facts, q: ir.Value) -> int:
+    """Which of the axes 1 and 2 of five is no part of the width that a projection made; 0 if unknown."""
+    shape = f.shape(q) or ()
+    if 1 in shape[1:3]:  # one head
+        return 2 if shape[1] == 1 else 1
+    for t in trace(f, q, through=(*LAYOUT_OPS, "Mul", "Div")):
+        last = t.axes[-1]
+        inside = [i for i in (1, 2) if t.origin[i] and set(t.origin[i]) <= set(last)]
+        if set(t.origin[-1]) <= set(last) and len(inside) == 1:
+            return 3 - inside[0]
+    return 0
 
 
 def _heads_from_folded_axis(f: Facts, shape: Shape, values: Sequence[ir.Value]) -> Heads:

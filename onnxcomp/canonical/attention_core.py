@@ -37,7 +37,7 @@ class Core:
     """`softmax(scale * q @ k + masks) @ v`; `k` is `[b, n, h, t]`, `out` the product with `v`, or the guard behind it.
 
     `changes`: query rows without visible keys would change. `precision`: the type of the softmax where it differs from
-    that of the products. `heads`: how products of 3 or 5 axes become 4.
+    that of the products. `heads`: how products of 3 or 5 axes become 4. `row_scales` `[.., 1]` multiply rows of scores.
     """
 
     q: ir.Value
@@ -50,6 +50,7 @@ class Core:
     changes: bool = False
     precision: ir.DataType | None = None
     heads: Heads = field(default_factory=Heads)
+    row_scales: list[ir.Value] = field(default_factory=list)
 
 
 @dataclass
@@ -59,6 +60,7 @@ class _State:
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[Bias] = field(default_factory=list)
+    row_scales: list[ir.Value] = field(default_factory=list)
     finite: bool = False
     wide: bool = False  # the scores were cast to a wider type
 
@@ -101,7 +103,9 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
     changes = not exact and (state.finite or not guarded)
     core = Core(q, k, v, repeated or out, state.scale, state.softcap, state.masks, bool(state.masks) and changes)
     core.precision = softmax.outputs[0].dtype or x.dtype if state.wide else None
-    core.heads = heads_of(f, q, k, v, product.outputs[0])
+    core.heads, core.row_scales = heads_of(f, q, k, v, product.outputs[0]), state.row_scales
+    if core.row_scales and core.heads.rank != 4:
+        raise NotAttention("the scores are scaled by a computed value")
     if state.masks and state.scale <= 0:
         raise NotAttention("the scale of masked scores is not positive")
     return core
@@ -115,6 +119,8 @@ def _to_product(f: Facts, masks: Masks, state: _State, v: ir.Value) -> ir.Node:
     if node is None or node.domain or not _leads_to_product(f, v):
         if node is not None and node.op_type == "DequantizeLinear":
             raise NotAttention("its scores are quantized")
+        if _has_sink(f, v):
+            raise NotAttention("a score that belongs to no key (a sink) is concatenated; the operator has none")
         raise NotAttention("no product of queries and keys leads to the softmax")
     step: Callable[..., ir.Value] | None = _STEPS.get(node.op_type)
     if step is None:
@@ -134,13 +140,21 @@ def _leads_to_product(f: Facts, v: ir.Value | None, depth: int = MAX_DEPTH) -> b
     return any(_leads_to_product(f, x, depth - 1) for x in node.inputs)
 
 
+def _has_sink(f: Facts, v: ir.Value) -> bool:
+    """Whether a Concat of scores with other values leads to a softmax, possibly less the maximum."""
+    node = v.producer()
+    if node is not None and node.op_type == "Sub" and node.inputs[0] is not None:
+        node = node.inputs[0].producer()
+    return node is not None and node.op_type == "Concat" and any(_leads_to_product(f, x) for x in node.inputs)
+
+
 def _mask_added(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     a, b = node.inputs[0], node.inputs[1]
     scores, mask = (a, b) if _leads_to_product(f, a) else (b, a)
     if scores is None or mask is None:
         raise NotAttention("an input of the mask addition is missing")
-    if state.softcap:
-        raise NotAttention("a mask is added inside the soft-cap")
+    if state.softcap or state.row_scales:
+        raise NotAttention("a mask is added inside the soft-cap or before scores are scaled by a computed value")
     bool_mask = masks.as_bool(mask)
     state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, state.scale))
     state.finite |= masks.is_finite(mask)
@@ -149,7 +163,7 @@ def _mask_added(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Valu
 
 def _mask_subtracted(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     scores, mask = node.inputs[0], node.inputs[1]
-    if scores is None or mask is None or state.softcap or not _leads_to_product(f, scores):
+    if scores is None or mask is None or state.softcap or state.row_scales or not _leads_to_product(f, scores):
         raise NotAttention("the scores are subtracted from another value, or a mask is subtracted inside the soft-cap")
     bool_mask = masks.subtracted(mask)
     state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, -state.scale))
@@ -159,8 +173,8 @@ def _mask_subtracted(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir
 
 def _mask_selected(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     condition, x, y = node.inputs[:3]
-    if state.softcap:
-        raise NotAttention("a mask is applied inside the soft-cap")
+    if state.softcap or state.row_scales:
+        raise NotAttention("a mask is applied inside the soft-cap or before scores are scaled by a computed value")
     for scores, fill, positive in ((x, y, True), (y, x, False)):
         low = masks.fill(fill)
         if scores is not None and condition is not None and low is not None and _leads_to_product(f, scores):
@@ -181,9 +195,22 @@ def _scaled(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
         ):
             return x
     x, number = (a, f.scalar(b)) if f.scalar(b) is not None else (b, f.scalar(a))
+    if number is None and node.op_type == "Mul" and not state.softcap:
+        rows = _row_scaled(f, state, a, b) or _row_scaled(f, state, b, a)
+        if rows is not None:
+            return rows
     if x is None or number is None or not np.isfinite(number) or (node.op_type == "Div" and (x is b or number == 0)):
         raise NotAttention("the scores are scaled by a computed value")
     state.scale *= number if node.op_type == "Mul" else 1 / number
+    return x
+
+
+def _row_scaled(f: Facts, state: _State, x: ir.Value | None, factor: ir.Value | None) -> ir.Value | None:
+    """The scores that are multiplied by one factor a row or head, which may multiply the queries instead."""
+    shape = f.shape(factor)
+    if x is None or factor is None or not shape or shape[-1] != 1 or len(shape) > 4 or not _leads_to_product(f, x):
+        return None
+    state.row_scales.append(factor)
     return x
 
 
@@ -282,7 +309,10 @@ def raise_core(g: Graph, sizes: Sizes, masks: Masks, core: Core) -> None:
     keys = g.op("Transpose", four.k, perm=[0, 1, 3, 2])
     scaled = [masks.scaled(m, bias.factor) for m, bias in zip(four.masks, core.masks, strict=True)]
     mask = masks.combined(scaled, dtype)
-    new = g.op("Attention", four.q, keys, four.v, mask, scale=core.scale, softcap=core.softcap or None)
+    queries = four.q
+    for factor in core.row_scales:
+        queries = g.op("Mul", queries, factor, like=four.q)
+    new = g.op("Attention", queries, keys, four.v, mask, scale=core.scale, softcap=core.softcap or None)
     node = new.producer()
     if node is not None and core.precision is not None:
         g.set_attr(node, softmax_precision=int(core.precision))
