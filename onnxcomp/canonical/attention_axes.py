@@ -11,7 +11,6 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import trace
 from onnxcomp.analysis.sizes import Shape, Size, divide, multiply
 from onnxcomp.canonical.shape_targets import Sizes
-from onnxcomp.graph.operators import LAYOUT_OPS
 from onnxcomp.graph.values import users_of
 
 __all__ = ["Heads", "NotAttention", "Operands", "heads_of", "regroups"]
@@ -124,19 +123,19 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     n, kv = a[1:-2], b[1:-2]
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
-    if len(n) == 2 and n == kv == c[1:-2] and (windows := _windows(f, q)):
+    if len(n) == 2 and n == kv == c[1:-2] and (windows := _windows(f, v)):
         return Heads(len(a), windows=windows)
     if kv != c[1:-2] or (kv[0] not in (1, n[0]) or (len(n) == 2 and kv[1] != 1)):
         raise NotAttention(f"{'x'.join(map(str, n))} query heads meet {'x'.join(map(str, kv))} key heads")
     return Heads(len(a))
 
 
-def _windows(f: Facts, q: ir.Value) -> int:
+def _windows(f: Facts, values: ir.Value) -> int:
     """Which of the axes 1 and 2 of five is no part of the width that a projection made; 0 if unknown."""
-    shape = f.shape(q) or ()
+    shape = f.shape(values) or ()
     if 1 in shape[1:3]:  # one head
         return 2 if shape[1] == 1 else 1
-    for t in trace(f, q, through=(*LAYOUT_OPS, "Mul", "Div")):
+    for t in trace(f, values):
         last = t.axes[-1]
         inside = [i for i in (1, 2) if t.origin[i] and set(t.origin[i]) <= set(last)]
         if set(t.origin[-1]) <= set(last) and len(inside) == 1:
