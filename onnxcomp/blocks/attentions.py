@@ -16,7 +16,19 @@ __all__ = ["Attention", "attentions", "unlinked"]
 
 # Element by element or within a head, between a projection and the attention: rotations, clips, norms, scales, gates.
 INNER_OPS = {"Abs", "Add", "BatchNormalization", "Clip", "Concat", "Cos", "Div", "Expand", "Gather", "HardSwish", "Max"}
-INNER_OPS |= {"Mul", "Neg", "Pow", "ReduceL2", "ReduceSum", "Relu", "RotaryEmbedding", "Sigmoid", "Sin", "Slice"}
+INNER_OPS |= {
+    "Mul",
+    "Neg",
+    "Pow",
+    "ReduceL2",
+    "ReduceMax",
+    "ReduceSum",
+    "Relu",
+    "RotaryEmbedding",
+    "Sigmoid",
+    "Sin",
+    "Slice",
+}
 INNER_OPS |= {"Split", "Sqrt", "Sub", "Where", *LAYOUT_OR_CAST, *NORMS}
 ACTIVATIONS = LAYOUT_OR_CAST | {"Clip", "HardSwish", "Relu", "Sigmoid"}
 MAX_INNER = 64  # nodes between a projection and the attention: a rotation spelled out has about ten, per head more

@@ -123,7 +123,8 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     n, kv = a[1:-2], b[1:-2]
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
-    if len(n) == 2 and n == kv == c[1:-2] and (windows := _windows(f, v)):
+    are_windows = len(n) == 2 and n == kv == c[1:-2] and kv[1] != 1
+    if are_windows and (windows := _windows(f, v)):
         return Heads(len(a), windows=windows)
     if kv != c[1:-2] or (kv[0] not in (1, n[0]) or (len(n) == 2 and kv[1] != 1)):
         raise NotAttention(f"{'x'.join(map(str, n))} query heads meet {'x'.join(map(str, kv))} key heads")
