@@ -27,6 +27,7 @@ from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
 from onnxcomp.validation.kept import KeptAnswers, digest
 from onnxcomp.validation.metrics import Metric, Sums
+from onnxcomp.validation.narrowed import Narrowed, narrowed
 from onnxcomp.validation.outputs import OutputLayout, View, as_float, declared_otherwise, output_rows
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.retokenize import RemovedTokens, Retokenized, retokenize
@@ -154,8 +155,7 @@ class Reference:
         model = _parsed(candidate)
         graph = graph_of(model)
         vocab = renumbering(graph)
-        missing = interface.removed_ports(graph.model.metadata_props) - {self.view.scored.name}
-        missing -= {str(v.name) for v in (*graph.inputs, *graph.outputs)}  # metadata may claim what is not so
+        missing = self._missing(graph)
         layouts = [r for r in self.view.outputs if r.name not in missing]
         names, drifts = [r.name for r in layouts], {r.name: _drift(r, self.view) for r in layouts}
         sums, count = Sums(self.metrics), 0
@@ -163,7 +163,7 @@ class Reference:
         causal = any(m.name == "perplexity" for m in self.metrics)
         with Runner(model, self.target, scratch=self._scratch, walk=walk, optimized=optimized) as session:
             self._check_interface(session.inputs, session.outputs, missing)
-            for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab), 1):
+            for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab, graph), 1):
                 if count > len(self._kept) or digest(original.feeds) != self._seen[count - 1]:
                     break
                 reference = self._kept[count - 1]
@@ -191,13 +191,22 @@ class Reference:
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
         )
 
+    def _missing(self, graph: Graph) -> frozenset[str]:
+        """Inputs and outputs that a candidate no longer has, and caches that it returns where their heads were cut."""
+        there = {str(v.name) for v in (*graph.inputs, *graph.outputs)}  # metadata may claim what is not so
+        ranks = {len(sizes) for sizes in narrowed(self._graph.inputs, graph.inputs).values()}
+        other = {str(v.name) for v in graph.outputs if ranks and (v.shape is None or len(v.shape) in ranks)}
+        return (interface.removed_ports(graph.model.metadata_props) - there | other) - {self.view.scored.name}
+
     def _each(
-        self, session: Runner, names: Sequence[str], words: Renumbering | None
+        self, session: Runner, names: Sequence[str], words: Renumbering | None, graph: Graph
     ) -> Iterator[tuple[Batch, Batch, dict[str, Array]]]:
         """Batches as they are, as a candidate takes them, and what it makes of them."""
-        if words is None:
+        cut = narrowed(self._graph.inputs, graph.inputs)
+        if words is None and not cut:
             return ((batch, batch, made) for batch, made in session.each(self.data, names))
-        given = _Renumbered(self.data, words, self.view.roles)
+        data = Narrowed(self.data, cut) if cut else self.data
+        given = data if words is None else _Renumbered(data, words, self.view.roles)
         return ((own, *pair) for own, pair in zip(self.data, session.each(given, names), strict=False))
 
     def _result(
@@ -210,6 +219,11 @@ class Reference:
                 m, reference, candidate if more is None else more.put(m, reference, candidate)
             )
         notes = (*self._notes, *notes)
+        if lacking := [r.name for r in self.view.outputs if r.name not in drifts]:
+            notes = (
+                *notes,
+                f"outputs that the result lacks, or gives in another size, are not compared: {', '.join(lacking)}",
+            )
         undefined = [name for name, d in drifts.items() if d.undefined]
         if undefined:
             notes = (*notes, f"entries that are NaN in the original are not compared: {', '.join(undefined)}")
@@ -240,7 +254,7 @@ class Reference:
 class _Renumbered:
     """The same batches in the token ids of a reduced vocabulary."""
 
-    data: Dataset
+    data: Iterable[Batch]
     words: Renumbering
     roles: Mapping[str, str]
 

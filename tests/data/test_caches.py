@@ -11,9 +11,12 @@ import pytest
 import onnxcomp as oc
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import as_dataset, load_data, roles, specs
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.passes.canonicalize import Canonicalize
+from onnxcomp.passes.prune_heads import PruneHeads
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation.compare import Reference
 from tests import tiny
@@ -285,3 +288,22 @@ def test_through_compress_and_validate(tmp_path, source, passes):
     validation = oc.validate(tmp_path / "m" / "model.onnx", tmp_path / "out" / "model.onnx", data)
     assert validation.values()["sqnr"] > (20 if passes != PRUNED else -5)
     assert len(validation.outputs) == len(g.outputs)
+
+
+def test_cut_heads_of_a_cache_are_judged_with_empty_caches():
+    g = named("optimum", "gpt2")
+    for v in g.outputs:
+        v.shape = v.shape if v.name == "logits" else ir.Shape(["batch_size", 4, None, 4])
+    rng, g = np.random.default_rng(0), Graph(g.model)
+    batches = [
+        {"input_ids": rng.integers(1, 30, (4, 7)), "attention_mask": np.ones((4, 7), np.int64)} for _ in range(3)
+    ]
+    passes = [Canonicalize(), PruneHeads(ratio=0.5, ranking="layer", score="magnitude", repair="none")]
+    result = PassManager(passes).run(g, batches)
+    assert {s.shape[1] for s in specs(result.model) if s.cache is not None} == {2}
+    validation = result.report.validation
+    assert list(validation.outputs) == ["logits"]
+    assert any("another size" in note for note in validation.notes)
+    full = [b | open_axes.feeds_for(g, {"batch": 4, "sequence": 7, "past": 2}) for b in batches]
+    with pytest.raises(DataError, match="heads of its cache were cut"):
+        Reference(g, full).against(result.model)
