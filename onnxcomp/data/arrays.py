@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import math
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -220,8 +219,6 @@ class Random(Rows):
                 sizes.get(i, d if isinstance(d, int) else free[s.name]) if i != s.cache or isinstance(d, str) else d
                 for i, d in enumerate(s.shape)
             )
-            if math.prod(dims[s.name]) * s.dtype.itemsize > LIMIT:
-                raise DataError(f"random: input '{s.name}' of shape {list(dims[s.name])} needs over {size_text(LIMIT)}")
         if "vocab_size" in config:
             words = whole_number(config, "vocab_size", 2, where)
             vocab = {role[r]: words for r in ("tokens", "decoder_tokens") if r in role} | vocab

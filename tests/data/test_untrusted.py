@@ -170,7 +170,7 @@ def test_numbers_of_a_configuration_are_checked(tmp_path: Path, config: dict[str
 def test_random_data_larger_than_memory_is_refused(tmp_path: Path) -> None:
     storage.save(tiny.linear(), tmp_path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DataError, match="needs over 2"):
+    with pytest.raises(DataError, match="needs over 4"):
         load_data("random", storage.load(tmp_path), tmp_path, samples=1 << 30)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20
 
