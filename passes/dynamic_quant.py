@@ -73,10 +73,8 @@ class DynamicQuant(Pass):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
-            if source.dtype is not ir.DataType.FLOAT:  # the operator takes float32 only
-                source = g.op("Cast", source, to=ir.DataType.FLOAT.value, name=f"{source.name}_wide")
-                source.type = ir.TensorType(ir.DataType.FLOAT)
-            x = g.op("DynamicQuantizeLinear", source, outputs=3, name=f"{source.name}_quantize").producer()
+            wide = linears.in_float32(g, source)  # the operator takes float32 only
+            x = g.op("DynamicQuantizeLinear", wide, outputs=3, name=f"{source.name}_quantize").producer()
             assert x is not None
             for linear in group:
                 self._replace(g, linear, x, codes)

@@ -84,9 +84,11 @@ class Qdq(Pass):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
-            x = self._pair(g, group[0].source, env.stats, env.target)
+            # A CPU's integer kernels take float32 scales; where halves are computed (TensorRT) pairs keep theirs.
+            wide = env.target.provider.startswith("CPU") and group[0].source.dtype in linears.HALVES
+            x = self._pair(g, group[0].source, env.stats, env.target, wide=wide)
             for linear in group:
-                linears.product(g, linear, x, linears.integer_weight(codes, linear))
+                linears.product(g, linear, x, linears.integer_weight(codes, linear, wide=wide))
                 if self.outputs:
                     users = linear.users
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
@@ -95,10 +97,12 @@ class Qdq(Pass):
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
         return tables.quantizable(g) if self.embeddings else []
 
-    def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target) -> ir.Value:
+    def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target, *, wide: bool = False) -> ir.Value:
+        """Codes of a value and back; `wide` gives float32 for a half-precision value."""
         fmt, symmetric = "int8" if self._type(target) == "s8" else "uint8", self._is_symmetric(target)
         counts = stats[histogram(x)]
         low, high = clip_range(counts, method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile)
+        x = linears.in_float32(g, x) if wide else x
         dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
         constants = formats.affine(low, high, fmt, symmetric=symmetric, scale_type=dtype)
         s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))

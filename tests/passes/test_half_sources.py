@@ -15,7 +15,9 @@ from onnxcomp.graph import Graph
 from onnxcomp.methods.repair import readers
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
-from onnxcomp.runtime.sessions import Session
+from onnxcomp.passes.qdq import Qdq
+from onnxcomp.runtime.sessions import Session, integer_check
+from onnxcomp.target import CPU
 from tests.hand import ops
 
 HALVES = {np.float16: ir.DataType.FLOAT16, ml_dtypes.bfloat16: ir.DataType.BFLOAT16}
@@ -75,3 +77,16 @@ def test_a_weight_is_read_and_stored_in_its_type(dtype: type) -> None:
 @pytest.mark.parametrize("preset", ["fp16", "bf16"])
 def test_a_half_model_is_only_optimized_by_presets_of_half_precision(preset: str) -> None:
     assert Recipe.preset(preset).allow_unchanged
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_int8_pairs_of_a_half_model_run_as_integer_products(dtype: type) -> None:
+    source = mlp(dtype)
+    batches = [feeds(dtype)] * 5
+    passes = [Canonicalize(), Qdq(min_size=1)]
+    result = PassManager(passes, target=CPU).run(source, batches, batches).model
+    check = integer_check(result)
+    assert (check.ok, check.quantized_linears) == (True, 2)
+    assert result.interface == source.interface
+    with Session(source) as a, Session(result) as b:
+        assert decibels(a.run(feeds(dtype))["y"], b.run(feeds(dtype))["y"]) > 25

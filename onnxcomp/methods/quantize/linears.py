@@ -15,12 +15,13 @@ from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.target import Granularity, Target, resolved
 
-__all__ = ["WeightCodes", "chosen", "integer_weight", "product", "quantizable", "run_time_product"]
+__all__ = ["WeightCodes", "chosen", "in_float32", "integer_weight", "product", "quantizable", "run_time_product"]
 
 # Weights from this size on that lie in a file become codes only when they are written or run: small ones are cheap to
 # hold, and a large model must not have all its codes in memory.
 LAZY_BYTES = 16 << 20
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+FLOATS = (ir.DataType.FLOAT, *HALVES)
 
 
 def quantizable(g: Graph) -> list[Linear]:
@@ -113,21 +114,47 @@ def _lazy(codes: Callable[[], Array], shape: tuple[int, ...]) -> ir.LazyTensor:
     return ir.LazyTensor(lambda: ir.tensor(codes()), dtype=ir.DataType.INT8, shape=ir.Shape(shape))
 
 
-def integer_weight(codes: WeightCodes, linear: Linear) -> ir.Value:
-    """The dequantized weight `[K, N]` as a value: int8 codes behind DequantizeLinear."""
-    q, scale = codes(linear)
-    return codes.g.op(
+def in_float32(g: Graph, x: ir.Value) -> ir.Value:
+    """A half-precision value as float32, in which integer products of CPUs take their scales; others as they are."""
+    if x.dtype not in HALVES:
+        return x
+    if g.is_constant(x):
+        return g.constant(g.array(x).astype(np.float32), f"{x.name}_wide")
+    wide = g.op("Cast", x, to=ir.DataType.FLOAT.value, name=f"{x.name}_wide", like=x)
+    wide.type = ir.TensorType(ir.DataType.FLOAT)
+    return wide
+
+
+def integer_weight(codes: WeightCodes, linear: Linear, *, wide: bool = False) -> ir.Value:
+    """The dequantized weight `[K, N]` as a value: int8 codes behind DequantizeLinear; `wide` makes it float32."""
+    g, (q, scale) = codes.g, codes(linear)
+    y = g.op(
         "DequantizeLinear",
         q,
-        scale,
+        in_float32(g, scale) if wide else scale,
         axis=codes.axis,
         name=f"{linear.name}_weight",
         like=linear.weight if not linear.transposed else None,
     )
+    if wide:
+        y.type = ir.TensorType(ir.DataType.FLOAT)
+    return y
 
 
 def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
-    """Make a linear compute `x @ w`, `w [K, N]`; a Gemm becomes MatMul and Add, for which integer kernels exist."""
+    """Make a linear compute `x @ w`, `w [K, N]`; a Gemm becomes MatMul and Add, for which integer kernels exist.
+
+    Where the operands are wider than the linear its product is cast back.
+    """
+    out = linear.node.outputs[0]
+    if x.dtype is ir.DataType.FLOAT and out.dtype in HALVES:
+        y = g.op("MatMul", x, w, name=f"{linear.name}_product", like=out)
+        y.type = ir.TensorType(ir.DataType.FLOAT)
+        y = g.op("Cast", y, to=out.dtype.value, name=f"{linear.name}_narrow", like=out)
+        if linear.node.op_type == "Gemm" and linear.bias is not None:
+            y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=out)
+        g.replace(out, y)
+        return
     if linear.node.op_type == "MatMul":
         g.set_input(linear.node, 0, x)
         g.set_input(linear.node, 1, w)
@@ -143,9 +170,7 @@ def run_time_product(g: Graph, x: ir.Node, weight: ir.Value, scale: ir.Value, na
     q, s, z = x.outputs
     total = g.op("MatMulInteger", q, weight, z, name=f"{name}_int8")
     wide = g.op("Cast", total, to=ir.DataType.FLOAT.value, name=f"{name}_float")
-    narrow = like.dtype if like.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16) else None
-    if narrow is not None and scale.dtype is not ir.DataType.FLOAT:
-        scale = g.constant(g.array(scale).astype(np.float32), f"{scale.name}_wide")
-    factor = g.op("Mul", s, scale, name=f"{name}_scale")
+    narrow = like.dtype if like.dtype in HALVES else None
+    factor = g.op("Mul", s, in_float32(g, scale), name=f"{name}_scale")
     y = g.op("Mul", wide, factor, name=f"{name}_rescale", like=None if narrow else like)
     return g.op("Cast", y, to=narrow.value, name=f"{name}_narrow", like=like) if narrow else y
