@@ -61,7 +61,8 @@ class DynamicQuant(Pass):
         found = self._tables(g)
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         codes = linears.WeightCodes(g, self.weights, env.target, eligible)
-        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
+        # From the last one on: a product takes the place of its value, which later ones read by then.
+        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, found))):
             source = group[0].source
             if source.dtype is None:
                 why = "the type of its input is unknown; run canonicalize first"

@@ -79,7 +79,8 @@ class Qdq(Pass):
         found = self._tables(g)
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         codes = linears.WeightCodes(g, self.weights, env.target, eligible)
-        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
+        # From the last one on: a product that is cast back takes the place of its value, which later ones read by then.
+        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, found))):
             if self.only_faster and (why := payoff.loses(group, env)):
                 for linear in group:
                     g.decline(linear.site, why)
