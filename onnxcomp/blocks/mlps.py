@@ -71,7 +71,7 @@ def _mlp(g: Graph, index: Index, down: Linear) -> Mlp | None:
         return None
     for a, b in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
         gate = _activated(g, index, a)
-        up = index.by_output.get(b) if b is not None else None
+        up = _linear(index, b)
         if gate is not None and up is not None and up.source is gate[0].source:
             return Mlp(up, gate[0], down, gate[1], (*gate[2], *inner))
     return None
@@ -96,13 +96,23 @@ def _activated(g: Graph, index: Index, v: ir.Value | None) -> tuple[Linear, str,
         x, kind = self_gated
     elif node.op_type not in ACTIVATIONS:
         return None
-    if x in index.by_output:
-        return index.by_output[x], kind, ()
+    if (linear := _linear(index, x)) is not None:
+        return linear, kind, ()
     convolution = _depthwise(g, x)
     before = _behind_layout(convolution.inputs[0]) if convolution is not None else None
     if convolution is None or before not in index.by_output:
         return None
     return index.by_output[before], kind, (convolution,)
+
+
+def _linear(index: Index, v: ir.Value | None) -> Linear | None:
+    """The linear that makes a value, directly or before its leading axes are merged to a list of tokens."""
+    node = v.producer() if v is not None and v not in index.by_output else None
+    if node is not None and node.op_type == "Reshape" and v is not None and v.shape is not None and len(v.shape) == 2:
+        v = node.inputs[0]
+        linear = index.by_output.get(v) if v is not None else None
+        return linear if linear is not None and node.outputs[0].shape[-1] == linear.sizes[1] else None  # type: ignore[index]
+    return index.by_output.get(v) if v is not None else None
 
 
 def _behind_layout(v: ir.Value | None) -> ir.Value | None:
