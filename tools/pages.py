@@ -12,7 +12,7 @@ PAGES = {
     "curves": "passes/README.md",
     "cuts": "passes/README.md",
     "interactions": "passes/README.md",
-    "node-tests": "onnxcomp/README.md",
+    "node_tests": "onnxcomp/README.md",
 }
 
 
