@@ -282,7 +282,7 @@ def score_first(outs: dict[str, Array], feeds: dict[str, Array], labels: Array |
 def test_a_metric_of_the_user_needs_permission_and_gets_a_gate() -> None:
     g = tiny.encoder(classes=5)
     name = f"{__name__}:score_first"
-    with pytest.raises(RecipeError, match="allow-code"):
+    with pytest.raises(RecipeError, match="allow_code=True"):
         validate(g, g, data(g), metrics=[name])
     v = validate(g, nudged(g), data(g), metrics=[name], allow_code=True)
     assert v.values()[f"{name}-drop"] == pytest.approx(-v.metrics[name].change)
