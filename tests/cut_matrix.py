@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,9 +40,14 @@ class Cut:
 
 def canonical(at: Any) -> Graph:
     """A graph of the matrix, raised; what recognition declined is not the matter here."""
+    return Graph(_raised(at).clone().model)
+
+
+@functools.lru_cache(maxsize=8)  # the tests of one graph follow each other
+def _raised(at: Any) -> Graph:
     g = matrix.load(at)
     canonicalize(g)
-    return Graph(g.model)
+    return g
 
 
 def feeds(a: zoo.Architecture, g: Graph) -> Feeds:

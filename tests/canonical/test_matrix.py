@@ -18,6 +18,7 @@ from onnxcomp.graph import interface
 from onnxcomp.runtime.sessions import Session
 from tests import matrix, zoo
 
+pytestmark = pytest.mark.no_cover  # the same code runs on smaller graphs elsewhere; counting its lines takes time
 KEPT = zoo.kept()
 
 
@@ -27,6 +28,11 @@ def cell(name: str) -> matrix.Cell:
 
 
 def raised(name: str):
+    return once_raised(name).clone()
+
+
+@functools.lru_cache(maxsize=16)
+def once_raised(name: str):
     g = matrix.load(name)
     canonicalize(g)
     return g

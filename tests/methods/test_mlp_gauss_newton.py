@@ -145,14 +145,14 @@ def test_more_damping_moves_less() -> None:
 # ---- in a graph ------------------------------------------------------------------------------------------------------
 
 MODELS = {
-    "gated": lambda: tiny.decoder(layers=4),
-    "biases, norms behind": lambda: tiny.encoder(layers=4, norm="post"),
-    "biases, norms before": lambda: tiny.encoder(layers=4, norm="pre"),
+    "gated": lambda: tiny.decoder(layers=3),
+    "biases, norms behind": lambda: tiny.encoder(layers=3, norm="post"),
+    "biases, norms before": lambda: tiny.encoder(layers=3, norm="pre"),
 }
 CUTS = {
     "prune-ffn": {"ratio": 0.4},
     "prune-heads": {"ratio": 0.5},
-    "drop-layers": {"ratio": 0.25},
+    "drop-layers": {"ratio": 0.34},
     "group-heads": {},
     "prune-hidden": {"ratio": 0.25, "multiple_of": 8},
     "slice": {"ratio": 0.25, "multiple": 8},
@@ -184,6 +184,7 @@ def repaired(g: Graph, name: str, how: str):
 
 
 @pytest.mark.slow
+@pytest.mark.no_cover
 @pytest.mark.parametrize(("model", "name"), CASES)
 def test_whole_parts_bring_held_out_outputs_closer_than_least_squares(model: str, name: str) -> None:
     g = MODELS[model]()

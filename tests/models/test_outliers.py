@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.export, pytest.mark.slow]
+pytestmark = [pytest.mark.export, pytest.mark.slow, pytest.mark.no_cover]
 DATA = Path(__file__).parents[2] / "models" / "data" / "vit_digits"
 
 
