@@ -14,7 +14,7 @@ from onnxcomp.analysis.bounds import uniform, uniform_of
 from onnxcomp.analysis.content_rules import CONTENT_RULES, constant_content, small
 from onnxcomp.analysis.fused_rules import CONTRIB_RULES
 from onnxcomp.analysis.known import Content, Uniform
-from onnxcomp.analysis.shape_rules import SHAPE_RULES, split_shape
+from onnxcomp.analysis.shape_rules import SHAPE_RULES, present_shape, split_shape
 from onnxcomp.analysis.sizes import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.graph import CONTRIB, Graph
 
@@ -147,6 +147,8 @@ class Facts:
             inferred = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SKIP_NORMS) else None
             if node.op_type == "Split" and node.domain == "":
                 inferred = split_shape(self, node, i)
+            if node.op_type == "Attention" and node.domain == "" and i in (1, 2):
+                inferred = present_shape(self, node, i)
             self._shapes[out] = inferred if inferred is not None else self.recorded(out)
             self._contents[out] = None
             self._uniform[out] = None

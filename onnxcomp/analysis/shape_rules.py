@@ -11,7 +11,7 @@ from onnxcomp.analysis.conv_rules import CONV_RULES
 from onnxcomp.analysis.known import Content, Known
 from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, named, product
 
-__all__ = ["SHAPE_RULES", "axes_of", "axis_of", "split_shape", "total_length"]
+__all__ = ["SHAPE_RULES", "axes_of", "axis_of", "present_shape", "split_shape", "total_length"]
 
 Rule = Callable[[Known, ir.Node], Shape | None]
 
@@ -317,6 +317,18 @@ def total_length(f: Known, node: ir.Node) -> Size:
     new = (f.shape(node.inputs[1]) or (1, 1))[-2]
     past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
     return new if past is None else add(past[-2], new)
+
+
+def present_shape(f: Known, node: ir.Node, index: int) -> Shape | None:
+    """Shape `[batch, heads, total, head size]` of keys (1) or values (2) in the cache that an Attention returns."""
+    x = f.shape(node.inputs[index])
+    if x is None or len(x) not in (3, 4):
+        return None
+    if len(x) == 4:
+        return (x[0], x[1], total_length(f, node), x[3])
+    heads = node.attributes.get_int("kv_num_heads", 1)
+    width = divide(x[-1], heads)
+    return None if width is None else (x[0], heads, total_length(f, node), width)
 
 
 def _words(text: str) -> list[str]:

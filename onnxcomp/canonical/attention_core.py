@@ -148,13 +148,20 @@ def _has_sink(f: Facts, v: ir.Value) -> bool:
     return node is not None and node.op_type == "Concat" and any(_leads_to_product(f, x) for x in node.inputs)
 
 
+def _outside(state: _State, how: str) -> None:
+    """Raise where a mask acts on scores that are changed behind it in a way the operator has not."""
+    if state.softcap:
+        raise NotAttention(f"a mask is {how} inside the soft-cap")
+    if state.row_scales:
+        raise NotAttention(f"a mask is {how} before the scores are scaled by a computed value")
+
+
 def _mask_added(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     a, b = node.inputs[0], node.inputs[1]
     scores, mask = (a, b) if _leads_to_product(f, a) else (b, a)
     if scores is None or mask is None:
         raise NotAttention("an input of the mask addition is missing")
-    if state.softcap or state.row_scales:
-        raise NotAttention("a mask is added inside the soft-cap or before scores are scaled by a computed value")
+    _outside(state, "added")
     bool_mask = masks.as_bool(mask)
     state.masks.append(Bias(bool_mask) if bool_mask is not None else Bias(mask, state.scale))
     state.finite |= masks.is_finite(mask)
@@ -173,8 +180,7 @@ def _mask_subtracted(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir
 
 def _mask_selected(f: Facts, masks: Masks, state: _State, node: ir.Node) -> ir.Value:
     condition, x, y = node.inputs[:3]
-    if state.softcap or state.row_scales:
-        raise NotAttention("a mask is applied inside the soft-cap or before scores are scaled by a computed value")
+    _outside(state, "applied")
     for scores, fill, positive in ((x, y, True), (y, x, False)):
         low = masks.fill(fill)
         if scores is not None and condition is not None and low is not None and _leads_to_product(f, scores):

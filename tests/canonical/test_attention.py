@@ -178,7 +178,6 @@ def computed_scale(g):
     [
         (probabilities_read, "the attention probabilities have other users"),
         (bias_inside_cap, "a mask is added inside the soft-cap"),
-        (computed_scale, "the scores are scaled by a computed value"),
         (lambda g: attend(g, scores(g), softmax_axis=2), "the softmax is not over the last axis"),
         (lambda g: g.op("Softmax", g.value("q"), axis=-1), "no product of queries and keys leads to the softmax"),
     ],
@@ -191,6 +190,14 @@ def test_reasons_for_declining(make, why):
     assert "Attention" not in ops(new)
     if make is not probabilities_read:
         same(source, new, **qkv())
+
+
+def test_a_computed_factor_of_the_scores_multiplies_the_queries():
+    g = attention_graph()
+    source, new = raised(g, computed_scale(g), "b", "s", N * H)
+    assert new.declined == []
+    assert len([*new.nodes("Attention")]) == 1
+    same(source, new, **qkv())
 
 
 def scores_read(g):
