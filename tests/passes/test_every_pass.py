@@ -52,9 +52,9 @@ def content(g: Graph) -> bytes:
     return ir.to_proto(g.model).SerializeToString(deterministic=True)
 
 
-def outputs(g: Graph, batch: Batch) -> dict[str, np.ndarray]:
+def outputs(g: Graph, *feeds: Batch) -> list[dict[str, np.ndarray]]:
     with Session(g) as session:
-        return session.run(batch.feeds)
+        return [session.run(batch.feeds) for batch in feeds]
 
 
 def kept(g: Graph, result: Graph, pass_name: str) -> tuple[list[str], list[str]]:
@@ -115,8 +115,8 @@ def test_runs_at_every_shape_and_keeps_outputs(pass_name, zoo_name):
     g, _, result = applied(pass_name, zoo_name)
     cls = catalog.load(pass_name)
     bound = 2e-6 if cls.fidelity is Fidelity.EXACT else cls.example_error
-    for batch in batches(g):
-        before, after = outputs(g, batch), outputs(result.model, batch)
+    data = batches(g)
+    for batch, before, after in zip(data, outputs(g, *data), outputs(result.model, *data), strict=True):
         for name in kept(g, result.model, pass_name)[1]:
             want, got = before[name], after[name]
             assert want.shape == got.shape
