@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -21,15 +20,6 @@ from onnxcomp.validation.variants import Variants
 from tests import tiny
 
 PASSES = ["canonicalize", "qdq: {min_size: 1}", "lower"]
-
-
-@pytest.fixture
-def source(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny.external(tiny.encoder(spelled="dynamo"), folder)
-    (folder / "config.json").write_text('{"vocab_size": 50}')
-    return folder
 
 
 def run(source, tmp_path, name):

@@ -26,15 +26,6 @@ SMALL = ["canonicalize", "cleanup", "qdq: {min_size: 1}", "lower"]
 
 
 @pytest.fixture
-def source(tmp_path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny.external(tiny.encoder(spelled="dynamo"), folder)
-    (folder / "config.json").write_text('{"vocab_size": 50}')
-    return folder
-
-
-@pytest.fixture
 def batches() -> list:
     g = tiny.encoder()
     return [tiny.feeds(g, 2, 9, seed=i, padding="right") for i in range(10)]

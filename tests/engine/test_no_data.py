@@ -22,15 +22,6 @@ from tests import tiny
 from tests.engine.test_manager import Bend, Liar, data
 
 
-@pytest.fixture
-def source(tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    tiny.external(tiny.encoder(spelled="dynamo"), folder)
-    (folder / "config.json").write_text('{"vocab_size": 50}')
-    return folder
-
-
 def test_optimize_is_compared_on_random_inputs_and_says_so(source, tmp_path, monkeypatch):
     ran = []
     run = Reference._run
