@@ -98,6 +98,8 @@ class WindowAttention(Pass):
             return "its keys come from another sequence than its queries, so they have no distance"
         if any(x is not None for x in a.node.inputs[6:]):
             return "it counts its keys at run time"
+        if a.has_sink:
+            return "its mask holds a sink, to which no window applies"
         return ""
 
     def _measured(self, g: Graph, env: Env, chosen: list[Attention]) -> dict[str, int]:

@@ -102,6 +102,11 @@ def _unary(op: Callable[[float], float | None]) -> Any:
     return f
 
 
+def _negated(x: Any) -> Any:
+    """`-x` of a number or a size, as in slices that count from the end."""
+    return multiply(x, -1) if _is_size(x) else -x if isinstance(x, float) else None
+
+
 def _rounded(op: Callable[[float], int], x: float) -> float | None:
     """A float rounded by `op`; None so near to an integer that the runtime's float32 may round otherwise."""
     nearest = round(x)
@@ -323,7 +328,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Or": _each(_logic(operator.or_), 2),
     "Not": _each(lambda x: (not x) if isinstance(x, bool) else None, 1),
     "Where": _each(_where, 3),
-    "Neg": _each(_unary(operator.neg), 1),
+    "Neg": _each(_negated, 1),
     "Sqrt": _each(_unary(math.sqrt), 1),
     "Reciprocal": _each(_unary(lambda x: 1.0 / x), 1),
     "Floor": _each(_unary(lambda x: _rounded(math.floor, x)), 1),

@@ -207,7 +207,8 @@ def _slice(f: Known, node: ir.Node) -> Shape | None:
 def _sliced(f: Known, out: ir.Value, axis: int, d: Size, start: object, end: object, step: int) -> Size:
     if isinstance(d, int) and isinstance(start, int) and isinstance(end, int):
         return len(range(*slice(start, end if end > -(2**62) else None, step).indices(d)))
-    if start == 0 and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
+    from_first = start == 0 or (isinstance(start, Dim) and f.same(start, multiply(d, -1)))
+    if from_first and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
         return d
     if start == 0 and step == 1 and isinstance(end, Dim) and isinstance(d, int | Dim) and f.same(d, end):
         return d

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcomp.blocks.linears import Index, Linear, NormSite
+from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST, NORMS
 from onnxcomp.graph.values import users_of
@@ -19,6 +20,7 @@ INNER_OPS = {"Abs", "Add", "BatchNormalization", "Clip", "Concat", "Cos", "Div",
 INNER_OPS |= {
     "Mul",
     "Neg",
+    "Pad",
     "Pow",
     "ReduceL2",
     "ReduceMax",
@@ -41,7 +43,8 @@ class Attention:
 
     `past` and `present` are its cached keys and values `[b, kv_heads, t, h]`, as inputs and outputs. `inner` are nodes
     between projections and attention that are no layout, rotation or norm, such as clips and a gate on the output.
-    With `is_cross` keys come from another sequence than queries.
+    With `is_cross` keys come from another sequence than queries; with `has_sink` the last key and value are zeros, and
+    the mask's last column is a bias of each head (`canonical/sinks.py`).
     """
 
     node: ir.Node
@@ -59,6 +62,11 @@ class Attention:
     present: tuple[ir.Value, ir.Value] | None = None
     inner: tuple[ir.Node, ...] = ()
     is_cross: bool = False
+
+    @property
+    def has_sink(self) -> bool:
+        """Whether its probabilities leave a share to no key."""
+        return has_sink(self.node)
 
     @property
     def name(self) -> str:

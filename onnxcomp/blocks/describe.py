@@ -103,6 +103,7 @@ def _attention(heads: Sequence[blocks.Attention], named: MaskNames) -> dict[str,
         "head_width": _common([a.head_dim for a in heads]),
         "masks": _common([_mask(a, named) for a in heads]),
         "bias": _common([named[a.mask].bias or None for a in heads]),
+        "sinks": sum(a.has_sink for a in heads),
     }
 
 

@@ -13,8 +13,10 @@ import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.canonical.masks import MASKED_BELOW
+from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import LAYER_OPS
+from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array
 
 __all__ = ["Mask", "name_masks"]
@@ -39,7 +41,10 @@ class Mask:
 
 
 def name_masks(g: Graph, masks: Iterable[ir.Value | None]) -> dict[ir.Value | None, Mask]:
-    """Names such as `causal+padding`; `other` where no closed form fits or the mask is computed from activations."""
+    """Names such as `causal+padding`; `other` where no closed form fits or the mask is computed from activations.
+
+    A mask that holds the sinks of its attentions is named by what it does to the keys.
+    """
     named: dict[ir.Value | None, Mask] = {None: Mask("none")}
     for mask in masks:
         if mask is not None and mask not in named:
@@ -48,13 +53,14 @@ def name_masks(g: Graph, masks: Iterable[ir.Value | None]) -> dict[ir.Value | No
 
 
 def _name(g: Graph, mask: ir.Value) -> Mask:
+    keys = slice(None, -1 if any(u.op_type == "Attention" and has_sink(u) for u in users_of(mask)) else None)
     if g.is_constant(mask):
-        return _name_sample(_Sample(g.array(mask)))
+        return _name_sample(_Sample(g.array(mask)[..., keys]))
     inputs_read = _read_inputs(g, mask)
     if inputs_read is None:
         return Mask(OTHER, "content")
     try:
-        return _name_by_probing(_MaskModel.of(g, mask), inputs_read)
+        return _name_by_probing(_MaskModel.of(g, mask, keys), inputs_read)
     except EVALUATOR_ERRORS:  # the evaluator raises all of these for unsupported nodes
         return Mask(OTHER)
 
@@ -94,16 +100,16 @@ def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Valu
 class _MaskModel:
     """The subgraph that computes a mask, as a model."""
 
-    def __init__(self, model: ir.Model, inputs: list[ir.Value]) -> None:
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: ir.Model, inputs: list[ir.Value], keys: slice) -> None:
+        self.model, self.inputs, self.keys = model, inputs, keys
 
     @classmethod
-    def of(cls, g: Graph, mask: ir.Value) -> _MaskModel:
+    def of(cls, g: Graph, mask: ir.Value, keys: slice) -> _MaskModel:
         """The subgraph of a mask."""
         copy = g.clone()
         copy.model.graph.outputs[:] = [copy.value(str(mask.name))]
         copy.sweep()
-        return cls(copy.model, copy.inputs)
+        return cls(copy.model, copy.inputs, keys)
 
     def run(self, contents: Mapping[str, Array] | None = None) -> _Sample:
         """The mask for inputs of ones, or of the given contents."""
@@ -111,7 +117,7 @@ class _MaskModel:
         feeds |= {k: a.astype(feeds[k].dtype) for k, a in (contents or {}).items()}
         with np.errstate(all="ignore"):
             (result,) = ReferenceEvaluator(ir.to_proto(self.model)).run(None, feeds)
-        return _Sample(np.asarray(result))
+        return _Sample(np.asarray(result)[..., self.keys])
 
     def numbers(self) -> set[int]:
         """All integers among the scalar constants."""
@@ -119,7 +125,7 @@ class _MaskModel:
 
     def with_number(self, old: int, new: int) -> _MaskModel:
         """A copy with a number replaced in all scalar constants."""
-        changed = _MaskModel(self.model.clone(), self.inputs)
+        changed = _MaskModel(self.model.clone(), self.inputs, self.keys)
         for v, n in changed._scalars():
             t = v.const_value
             if n == old and t is not None:

@@ -12,7 +12,6 @@ from onnxcomp.canonical.attention_guards import lift_guards
 from onnxcomp.canonical.batch_norm import fold_batch_norms
 from onnxcomp.canonical.branches import inline_known_branches
 from onnxcomp.canonical.einsum import decompose_einsum
-from onnxcomp.canonical.expert_numbers import fix_expert_numbers
 from onnxcomp.canonical.fold import fold_constants, fold_known, slice_constants
 from onnxcomp.canonical.fused import move_to_contrib, unfuse
 from onnxcomp.canonical.group_norm import decompose_group_norms
@@ -25,6 +24,7 @@ from onnxcomp.canonical.per_head import join_head_norms
 from onnxcomp.canonical.quantized import raise_quantized
 from onnxcomp.canonical.rotary import raise_rotary
 from onnxcomp.canonical.shape_targets import rebuild_sizes
+from onnxcomp.canonical.sinks import drop_maxima
 from onnxcomp.canonical.sites import sites
 from onnxcomp.canonical.tidy import drop_no_ops, drop_round_trips, lift_constants, merge_equal, normalize_arithmetic
 from onnxcomp.graph import Graph
@@ -69,11 +69,11 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
     decompose_einsum(graph)
     f = Facts(graph)
     decompose_group_norms(graph, f)
-    fix_expert_numbers(graph, f)
     slice_constants(graph, f)
     unfuse(graph, f, exact_rows=exact_rows)
     _clean_up(graph, f)
     lift_guards(graph, f)
+    drop_maxima(graph, f)
     raise_activations(graph, f)
     raise_norms(graph, f)
     raise_linears(graph)

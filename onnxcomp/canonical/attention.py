@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -14,6 +15,7 @@ from onnxcomp.canonical.attention_cache import Cache, cache_of, give_present
 from onnxcomp.canonical.attention_core import NotAttention, find_core, is_routing, raise_core
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
+from onnxcomp.canonical.sinks import has_sink, with_zero_key, without_zero_key
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import LAYOUT_OPS
 
@@ -139,9 +141,11 @@ def _mask(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_r
 
 
 def _merge_heads(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
-    has_cache = len(node.inputs) > 4
+    has_cache, sink = len(node.inputs) > 4, has_sink(node)
     cache = None if has_cache else cache_of(g, f, node)
     inputs = [node.inputs[0], *(cache.new if cache is not None else node.inputs[1:3])]
+    if sink:
+        inputs[1:] = [without_zero_key(v) for v in inputs[1:]]
     parts = [_merged(g, f, x, i, grouped=not has_cache) for i, x in enumerate(inputs)]
     if any(p is None for p in parts):
         g.decline(node, "attention: head count or head width is not static")
@@ -154,6 +158,8 @@ def _merge_heads(g: Graph, f: Facts, node: ir.Node, q: Shape) -> None:
     if keys.heads != values.heads or queries.heads % keys.heads:
         g.decline(node, f"attention: {queries.heads} query heads cannot be grouped over {keys.heads} key heads")
         return
+    if sink:
+        keys, values = (replace(p, value=with_zero_key(g, p.value, 3)) for p in (keys, values))
     new = _attention_3d(g, node, (queries, keys, values), cache)
     split = reshaped(g, f, new.outputs[0], [q[0], q[2], queries.heads, (f.shape(out) or (0,))[-1]])
     if split is not None:

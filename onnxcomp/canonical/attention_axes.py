@@ -48,7 +48,7 @@ class Heads:
             if masks:
                 raise NotAttention("masks of windows that stand behind the heads")
             q, k, v = (sizes.g.op("Transpose", x, perm=[0, 2, 1, 3, 4]) for x in (q, k, v))
-        masks = [self._of_windows(sizes, m, q) for m in masks]
+        masks = [self._unfolded(sizes, self._of_windows(sizes, m, q)) for m in masks]
         planned = [(x, self._lead(sizes.f, x)) for x in (q, k, v)]
         planned += [(m, self._mask_lead(sizes.f, m)) for m in masks]
         for x, s in planned:
@@ -69,6 +69,25 @@ class Heads:
         repeated = sizes.g.op("Expand", m, sizes.vector([images, *s[1:]]))
         return sizes.reshaped(repeated, (queries[0], 1, *s[3:]))
 
+    def _unfolded(self, sizes: Sizes, m: ir.Value) -> ir.Value:
+        """A mask `[b * n, s, t]` before its axes of batch and heads were merged, where its operands have both."""
+        f, node = sizes.f, m.producer()
+        if self.rank != 3 or f.rank(m) != 3 or node is None or node.domain or (f.shape(m) or (1,))[0] == 1:
+            return m
+        x = node.inputs[0]
+        shape = f.shape(x)
+        if node.op_type == "Reshape" and x is not None and shape is not None and len(shape) == 4:
+            fits = f.same(shape[0], self.batch) and shape[1] == self.heads and regroups(f, x, m)
+            return x if fits else m
+        if node.op_type not in ("Add", "Mul"):
+            return m
+        parts = [v if v is None or f.rank(v) != 3 else self._unfolded(sizes, v) for v in node.inputs]
+        if any(f.rank(v) == 3 for v in parts):
+            return m
+        unfolded = sizes.g.op(node.op_type, *parts)
+        unfolded.type = m.type
+        return unfolded
+
     def back(self, sizes: Sizes, new: ir.Value, out: ir.Value) -> ir.Value:
         """The result in the layout of `out`, the product that it replaces."""
         shape = sizes.f.shape(out)
@@ -78,6 +97,10 @@ class Heads:
         if self.windows == 2:
             swapped = sizes.reshaped(new, (shape[0], shape[2], shape[1], *shape[3:]))
             return sizes.g.op("Transpose", swapped, perm=[0, 2, 1, 3, 4], like=out)
+        if len(shape) == 3 and not sizes.can_reshape(sizes.f.shape(new) or (), shape):
+            lengths_first = sizes.g.op("Transpose", new, perm=[2, 0, 1, 3])
+            folded = sizes.reshaped(lengths_first, (shape[1], shape[0], shape[2]))
+            return sizes.g.op("Transpose", folded, perm=[1, 0, 2], like=out)
         return sizes.reshaped(new, shape, like=out)
 
     def _lead(self, f: Facts, x: ir.Value) -> Shape | None:

@@ -13,6 +13,7 @@ from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.canonical.attention_axes import Heads, NotAttention, heads_of, regroups
 from onnxcomp.canonical.masks import Masks
 from onnxcomp.canonical.shape_targets import Sizes
+from onnxcomp.canonical.sinks import find_sink, mask_with_sink, with_zero_key
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import LAYOUT_OR_CAST
 from onnxcomp.graph.values import users_of
@@ -38,6 +39,7 @@ class Core:
 
     `changes`: query rows without visible keys would change. `precision`: the type of the softmax where it differs from
     that of the products. `heads`: how products of 3 or 5 axes become 4. `row_scales` `[.., 1]` multiply rows of scores.
+    `sink` `[.., n, 1, 1]` is a score of no key.
     """
 
     q: ir.Value
@@ -51,6 +53,7 @@ class Core:
     precision: ir.DataType | None = None
     heads: Heads = field(default_factory=Heads)
     row_scales: list[ir.Value] = field(default_factory=list)
+    sink: ir.Value | None = None
 
 
 @dataclass
@@ -66,7 +69,7 @@ class _State:
 
 
 def is_routing(softmax: ir.Node) -> bool:
-    """Whether a Softmax makes the scores of a router of experts: TopK or ArgMax chooses of them, or chose them."""
+    """Whether a Softmax makes the scores of a router of experts: TopK chooses of them, or chose them."""
     v: ir.Value | None = softmax.inputs[0]
     while v is not None and (node := v.producer()) is not None and node.op_type in ROUTER_LAYOUT:
         v = node.inputs[0]
@@ -75,16 +78,10 @@ def is_routing(softmax: ir.Node) -> bool:
     pending = list(softmax.outputs)
     while pending:
         for user in users_of(pending.pop()):
-            if user.op_type == "TopK" or _takes_highest(user):
+            if user.op_type == "TopK":
                 return True
             pending += user.outputs if user.op_type in ROUTER_LAYOUT else ()
     return False
-
-
-def _takes_highest(node: ir.Node) -> bool:
-    """Whether a node reads the one score of each row that an ArgMax points to."""
-    index = node.inputs[1].producer() if node.op_type == "GatherElements" and node.inputs[1] is not None else None
-    return index is not None and index.op_type == "ArgMax"
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
@@ -95,9 +92,9 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
         raise NotAttention("the rank of the scores is unknown")
     if axis_of(softmax, rank) != rank - 1:
         raise NotAttention("the softmax is not over the last axis")
-    state = _State()
-    product = _to_product(f, masks, state, x)
-    guarded, v, out, cast_back = _to_values(f, softmax.outputs[0])
+    state, sink = _State(), find_sink(f, softmax)
+    product = _to_product(f, masks, state, x if sink is None else sink.scores)
+    guarded, v, out, cast_back = _to_values(f, softmax.outputs[0] if sink is None else sink.kept)
     q, k = product.inputs[0], product.inputs[1]
     if q is None or k is None or v is None:
         raise NotAttention("an input of a product is missing")
@@ -106,14 +103,17 @@ def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:
     only = state.masks[0].value if len(state.masks) == 1 else None
     repeated = masks.guarded(out, only)
     exact = repeated is not None and (only is None or masks.is_bool(only))
-    changes = not exact and (state.finite or not guarded)
+    changes = sink is None and not exact and (state.finite or not guarded)
     core = Core(q, k, v, repeated or out, state.scale, state.softcap, state.masks, bool(state.masks) and changes)
+    core.sink = None if sink is None else sink.logits
     core.precision = softmax.outputs[0].dtype or x.dtype if state.wide else None
     core.heads, core.row_scales = heads_of(f, q, k, v, product.outputs[0]), state.row_scales
     if core.row_scales and core.heads.rank != 4:
         raise NotAttention("the scores are scaled by a computed value")
     if state.masks and state.scale <= 0:
         raise NotAttention("the scale of masked scores is not positive")
+    if core.sink is not None and (core.heads.rank != 4 or state.wide):
+        raise NotAttention("a sink is joined to scores without an axis of heads or of another type")
     return core
 
 
@@ -125,8 +125,6 @@ def _to_product(f: Facts, masks: Masks, state: _State, v: ir.Value) -> ir.Node:
     if node is None or node.domain or not _leads_to_product(f, v):
         if node is not None and node.op_type == "DequantizeLinear":
             raise NotAttention("its scores are quantized")
-        if _has_sink(f, v):
-            raise NotAttention("a score that belongs to no key (a sink) is concatenated; the operator has none")
         raise NotAttention("no product of queries and keys leads to the softmax")
     step: Callable[..., ir.Value] | None = _STEPS.get(node.op_type)
     if step is None:
@@ -144,14 +142,6 @@ def _leads_to_product(f: Facts, v: ir.Value | None, depth: int = MAX_DEPTH) -> b
     if node.op_type not in _STEPS:
         return False
     return any(_leads_to_product(f, x, depth - 1) for x in node.inputs)
-
-
-def _has_sink(f: Facts, v: ir.Value) -> bool:
-    """Whether a Concat of scores with other values leads to a softmax, possibly less the maximum."""
-    node = v.producer()
-    if node is not None and node.op_type == "Sub" and node.inputs[0] is not None:
-        node = node.inputs[0].producer()
-    return node is not None and node.op_type == "Concat" and any(_leads_to_product(f, x) for x in node.inputs)
 
 
 def _outside(state: _State, how: str) -> None:
@@ -320,12 +310,26 @@ def raise_core(g: Graph, sizes: Sizes, masks: Masks, core: Core) -> None:
     dtype = core.q.dtype or core.out.dtype or ir.DataType.FLOAT
     keys = g.op("Transpose", four.k, perm=[0, 1, 3, 2])
     scaled = [masks.scaled(m, bias.factor) for m, bias in zip(four.masks, core.masks, strict=True)]
-    mask = masks.combined(scaled, dtype)
+    mask, values = masks.combined(scaled, dtype), four.v
     queries = four.q
     for factor in core.row_scales:
         queries = g.op("Mul", queries, factor, like=four.q)
-    new = g.op("Attention", queries, keys, four.v, mask, scale=core.scale, softcap=core.softcap or None)
+    if core.sink is not None:
+        mask = _mask_with_sink(sizes, masks, core, mask)
+        keys.type = core.k.type
+        keys, values = (with_zero_key(g, x, 4) for x in (keys, values))
+    new = g.op("Attention", queries, keys, values, mask, scale=core.scale, softcap=core.softcap or None)
     node = new.producer()
     if node is not None and core.precision is not None:
         g.set_attr(node, softmax_precision=int(core.precision))
     g.replace(core.out, core.heads.back(sizes, new, core.out))
+
+
+def _mask_with_sink(sizes: Sizes, masks: Masks, core: Core, mask: ir.Value | None) -> ir.Value:
+    assert core.sink is not None
+    f, (q, k) = sizes.f, (sizes.f.shape(core.q) or (1,), sizes.f.shape(core.k) or (1,))
+    lengths = [f.equal.plain(q[-2]), f.equal.plain(k[-1])]
+    fitted = None if mask is None else masks.with_full_axes(mask, lengths[0], lengths[1], sizes)
+    if (mask is not None and fitted is None) or not sizes.can_compute(lengths):
+        raise NotAttention("the numbers of queries and keys, to which a sink is joined, are not known")
+    return mask_with_sink(masks, sizes, fitted, core.sink, lengths)

@@ -115,6 +115,7 @@ class Sizes:
         """`x` in another shape, by a constant target or one computed from graph inputs; `can_reshape` must hold."""
         constant = constant_target(self.f, x, to)
         readable = [d if self.can_compute([d]) else -1 for d in to]
+        assert constant is not None or readable.count(-1) <= 1, f"{to} cannot be written"
         target = self.vector(readable) if constant is None else np.array(constant, np.int64)
         y = self.g.op("Reshape", x, target, like=like)
         if y.type is None:

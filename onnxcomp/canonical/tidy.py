@@ -15,6 +15,7 @@ __all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "
 
 RANDOM = {"RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial"}
 MAX_COMPARED = 16  # elements of a constant whose content is compared: scalars and shape vectors
+BROADCASTING = ("Add", "Sub", "Mul", "Div", "And", "Or", "Where")
 SMALLEST_DIVISOR = 1e-4  # the reciprocal of every larger divisor is finite in every float type
 
 WIDER = {
@@ -39,6 +40,8 @@ def drop_no_ops(g: Graph, f: Facts) -> None:
     """Remove Identity, inference Dropout, products with one, and casts, expansions and slices without effect."""
     for node in g.nodes("Concat"):
         _drop_empty_parts(g, f, node)
+    for node in g.nodes("Expand"):
+        _drop_expansion(g, node)
     _replace_cast_like(g)
     for node in g.nodes("Identity", "Dropout", "Cast", "Expand", "Mul", "Div", "Slice", "Concat"):
         x, y = node.inputs[0], node.outputs[0]
@@ -54,6 +57,24 @@ def _replace_cast_like(g: Graph) -> None:
         like = node.inputs[1]
         if node.domain == "" and like is not None and like.dtype is not None:
             g.replace(node.outputs[0], g.op("Cast", node.inputs[0], to=like.dtype.value, like=node.outputs[0]))
+
+
+def _drop_expansion(g: Graph, node: ir.Node) -> None:
+    """Remove an Expand to the shape of a value that every user broadcasts it with anyway."""
+    x, target, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    shape = target.producer() if target is not None else None
+    if (
+        shape is None
+        or shape.op_type != "Shape"
+        or shape.domain
+        or shape.attributes
+        or y.is_graph_output()
+        or x is None
+    ):
+        return
+    users = [u for u, _ in y.uses()]
+    if users and all(u.op_type in BROADCASTING and not u.domain and shape.inputs[0] in u.inputs for u in users):
+        g.replace(y, x)
 
 
 def _drop_empty_parts(g: Graph, f: Facts, node: ir.Node) -> None:

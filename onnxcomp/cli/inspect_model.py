@@ -24,13 +24,17 @@ Names = str | list[str | None] | None
 
 @with_config(ConfigDict(extra="forbid"))
 class AttentionPart(TypedDict):
-    """Heads of a stack's attentions; `masks` such as `causal+padding`, `bias` what is added to the scores besides."""
+    """Heads of a stack's attentions; `masks` such as `causal+padding`, `bias` what is added to the scores besides.
+
+    `sinks` counts those with a score that belongs to no key.
+    """
 
     heads: Sizes
     kv_heads: Sizes
     head_width: Sizes
     masks: Names
     bias: Names
+    sinks: int
 
 
 @with_config(ConfigDict(extra="forbid"))

@@ -280,7 +280,7 @@ def _stacks(found: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def _heads(a: Mapping[str, Any]) -> tuple[str, ...]:
-    mask = _fact(a["masks"]) + (f" + {_fact(a['bias'])} bias" if a["bias"] else "")
+    mask = _fact(a["masks"]) + (f" + {_fact(a['bias'])} bias" if a["bias"] else "") + (" + sink" if a["sinks"] else "")
     return (*(_fact(a[k]) for k in ("heads", "kv_heads", "head_width")), mask)
 
 

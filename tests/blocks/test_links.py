@@ -27,6 +27,7 @@ KINDS = (
     "cosine",
     "output norm",
     "activated",
+    "sink",
 )
 
 
@@ -82,7 +83,13 @@ def layer(g, x, kind):
     q, k, v, gate = projections(g, rms(g, x, H), kind)
     scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
     factor = f32(np.linspace(1, 4, N).reshape(N, 1, 1)) if kind == "cosine" else f32(0.5)
-    out = g.op("MatMul", g.op("Softmax", g.op("Mul", scores, factor), axis=-1), v)
+    scores = g.op("Mul", scores, factor)
+    if kind == "sink":
+        shape = g.op("Concat", g.op("Shape", q, start=0, end=1), i64(N, 6, 1), axis=0)
+        sinks = g.op("Expand", f32(np.linspace(-1, 1, N).reshape(1, N, 1, 1)), shape)
+        scores = g.op("Concat", scores, sinks, axis=-1)
+    p = g.op("Softmax", scores, axis=-1)
+    out = g.op("MatMul", g.op("Slice", p, i64(0), i64(-1), i64(-1)) if kind == "sink" else p, v)
     y = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), i64(0, 0, H))
     if gate is not None:
         y = g.op("Mul", y, g.op("Sigmoid", gate))
@@ -133,6 +140,14 @@ def test_what_lies_between_holds_shared_heads(kind):
     op = {"gate": "Sigmoid", "clip": "Clip"}[kind]
     assert step.changed == 0
     assert all(("Mul" in d.why or op in d.why or "moved" in d.why) for d in step.declined)
+
+
+def test_a_window_has_no_place_for_a_sink():
+    g = model("sink")[1]
+    assert [describe(g)["attention"][k] for k in ("sinks", "masks", "bias")] == [2, "none", None]
+    window = catalog.load("window-attention")(width=2)
+    step = PassManager([window], allow_unchanged=True).run(g, inputs(8), inputs()).report.steps[0]
+    assert (step.changed, {d.why for d in step.declined}) == (0, {"its mask holds a sink, to which no window applies"})
 
 
 def test_query_heads_with_a_norm_behind_them_go_with_their_values():
@@ -186,14 +201,3 @@ def test_a_router_is_no_attention():
     best = g.op("TopK", scores, i64(2), axis=-1, outputs=2).producer().outputs[0]
     _, new = hand.raised(g, best, "t", 2)
     assert (new.declined, list(sites(new))) == ([], [])
-
-
-def test_a_sink_is_named():
-    g = hand.graph(q=["b", N, 6, D], k=["b", N, D, 6], v=["b", N, 6, D], sink=["b", N, 6, 1])
-    q, k, v, sink = g.inputs
-    p = g.op("Softmax", g.op("Concat", g.op("MatMul", q, k), sink, axis=-1), axis=-1)
-    y = g.op("MatMul", g.op("Slice", p, i64(0), i64(6), i64(-1)), v)
-    _, new = hand.raised(g, y, "b", N, 6, D)
-    assert [d.why for d in new.declined] == [
-        "attention: a score that belongs to no key (a sink) is concatenated; the operator has none"
-    ]

@@ -248,3 +248,51 @@ def test_a_computed_bias_that_is_subtracted_is_a_bias():
     assert (ops(new)["Attention"], ops(new)["Softmax"], new.declined) == (1, 0, [])
     mask = f32(np.arange(5) < [[3], [5]])[:, None, None, :]
     same(source, new, **{n: f32(RNG.standard_normal((2, 4, 5, 8))) for n in "qkv"}, m=mask)
+
+
+# ---- masks that are computed from the layer's input, or expanded to the scores ---------------------------------------
+
+
+def test_a_gated_bias_of_folded_heads_at_a_length_that_no_input_has():
+    """WavLM: `gate(x) * bias` is made with an axis of heads, which is then merged into the batch."""
+    g = graph(x=["b", "s", N * H])
+    x = g.op("Slice", g.value("x"), i64(0), i64(-1), i64(1))
+    batch, length = (g.op("Shape", x, start=i, end=i + 1) for i in (0, 1))
+    rows = g.op("Mul", batch, i64(N))
+    q, k, v = (g.op("Mul", x, bias(N * H)) for _ in range(3))
+
+    def fold(y):
+        columns = g.op("Transpose", y, perm=[1, 0, 2])
+        split = g.op("Reshape", columns, g.op("Concat", length, rows, i64(H), axis=0))
+        return g.op("Transpose", split, perm=[1, 0, 2])
+
+    gate = g.op("Sigmoid", g.op("ReduceSum", heads(g, x), i64(-1), keepdims=1))
+    position = g.op("Range", np.array(0), g.op("Squeeze", length, i64(0)), np.array(1))
+    distance = g.op("Sub", g.op("Unsqueeze", position, i64(0)), g.op("Unsqueeze", position, i64(1)))
+    slopes = g.op("Mul", g.op("Cast", distance, to=int(ir.DataType.FLOAT)), bias(1, N, 1, 1))
+    tiled = g.op("Tile", slopes, g.op("Concat", batch, i64(1, 1, 1), axis=0))
+    parts = [g.op("Reshape", gate, g.op("Concat", rows, i64(-1, 1), axis=0))]
+    parts += [g.op("Reshape", tiled, g.op("Concat", rows, length, length, axis=0))]
+    s = g.op("Add", g.op("MatMul", fold(q), g.op("Transpose", fold(k), perm=[0, 2, 1])), g.op("Mul", *parts))
+    y = g.op("Transpose", g.op("MatMul", g.op("Softmax", s, axis=-1), fold(v)), perm=[1, 0, 2])
+    joined = g.op("Reshape", y, g.op("Concat", length, batch, i64(N * H), axis=0))
+    source, new = raised(g, g.op("Transpose", joined, perm=[1, 0, 2]), "b", None, N * H)
+    assert new.declined == []
+    assert (ops(new)["Attention"], ops(new)["Softmax"]) == (1, 0)
+    same(source, new, x=bias(B, S + 1, N * H))
+
+
+def test_a_mask_expanded_to_the_shape_of_the_scores():
+    """XLM: what makes the mask reads the last `s` of `s` tokens and the shape of the scores."""
+    g = attention_graph(seen=["b", "s", int])
+    length = g.op("Squeeze", g.op("Shape", g.value("seen"), start=1, end=2), i64(0))
+    last = g.op("Slice", g.value("seen"), g.op("Unsqueeze", g.op("Neg", length), i64(0)), i64(1 << 62), i64(1))
+    s = scores(g)
+    hidden = g.op("Unsqueeze", g.op("Equal", last, np.array(0)), i64(1, 2))
+    s = g.op("Where", g.op("Expand", hidden, g.op("Shape", s)), f32(-1e9), s)
+    source, new = raised(g, attend(g, s), "b", "s", N * H)
+    assert new.declined == []
+    assert not set(ops(new)) & {"Softmax", "Slice", "Neg"}
+    seen = (RNG.random((B, S)) < 0.6).astype(np.int64)
+    seen[:, 0] = 1
+    same(source, new, **qkv(), seen=seen)

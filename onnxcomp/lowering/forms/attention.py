@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot, ints
 from onnxcomp.lowering.older_opsets import decompose_attention, not_decomposable, scale_of
@@ -119,6 +120,8 @@ def _refuse_grouped(ctx: Context, spot: Spot) -> str:
     if why := _refuse_contrib(ctx, spot):
         return why
     node = spot.nodes[0]
+    if has_sink(node):
+        return "a score that belongs to no key is not taken"
     width, heads = _dim(node.inputs[0], 2), heads_of(node)[0]
     if not isinstance(width, int) or width // heads % 8:
         return "takes heads of a multiple of 8 channels"  # checked by the kernels of CPU and CUDA when they run
