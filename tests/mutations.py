@@ -75,8 +75,9 @@ TEXT_MODELS = (
         f = ConstantOfShape <value = float[1] {0.5}> (b)
         e = Expand (f, b)
         r = Gather (x, i)
-        p = Pad (r, b)
-        t = Tile (x, b)
+        d = Concat <axis = 0> (b, b, b, b)
+        p = Pad (r, d)
+        t = Tile (x, s)
         y = Slice (r, b, b)
         z = Identity (s)
     }""",

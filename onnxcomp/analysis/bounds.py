@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.analysis.known import Known, Uniform
+from onnxcomp.analysis.known import Known, Uniform, cast_type
 from onnxcomp.graph.operators import ELEMENT_PRESERVING
 
 __all__ = ["MAX_FLOATS", "uniform", "uniform_of"]
@@ -108,7 +108,7 @@ def _plus(a: float | None, b: float | None, sign: int = 1) -> float | None:
 
 
 def _cast(a: Uniform | None, node: ir.Node) -> Uniform | None:
-    if a is None or node.attributes.get_int("to", 1) != ir.DataType.BOOL:
+    if a is None or cast_type(node) != ir.DataType.BOOL:
         return a
     return None if a.value is None else _truth(bool(a.value))
 

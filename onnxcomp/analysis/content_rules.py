@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.analysis.known import Content, Known
-from onnxcomp.analysis.shape_rules import axes_of, axis_of
+from onnxcomp.analysis.known import Content, Known, cast_type, checked_axes, require
+from onnxcomp.analysis.shape_rules import axes_of
 from onnxcomp.analysis.sizes import Dim, Size, add, divide, floor, multiply, product, subtract
 
 __all__ = ["CONTENT_RULES", "constant_content", "small"]
 
 NEAR_INTEGER = 1e-5  # relative; about 80 units in the last place of float32
+LEAST, MOST = -(1 << 63), (1 << 63) - 1  # of int64
+MAX_EXPONENT = 63  # of two: the powers that int64 holds
 MAX_ELEMENTS = 64  # of a value whose content is tracked: shape vectors and scalars, not tables
 Rule = Callable[[Known, ir.Node], Content | None]
 
@@ -123,7 +125,7 @@ def _logic(op: Callable[[bool, bool], bool]) -> Any:
 
 
 def _each(f: Any, arity: int) -> Rule:
-    ufunc = np.frompyfunc(f, arity, 1)
+    ufunc = np.frompyfunc(lambda *xs: _in_range(f(*xs)), arity, 1)
 
     def rule(facts: Known, node: ir.Node) -> Content | None:
         parts = [facts.content(x) for x in node.inputs]
@@ -131,12 +133,18 @@ def _each(f: Any, arity: int) -> Rule:
         if len(known) != arity or len(parts) != arity:
             return None
         try:
-            result = ufunc(*known)
+            with np.errstate(invalid="ignore"):  # a comparison of NaN
+                result = ufunc(*known)
         except ValueError:  # shapes that do not broadcast: an invalid graph, reported elsewhere
             return None
         return _boxed(result)
 
     return rule
+
+
+def _in_range(x: Any) -> Any:
+    """An element; None for an integer that int64 does not hold, for which the runtime's wraps around."""
+    return None if isinstance(x, int) and not LEAST <= x <= MOST else x
 
 
 def _boxed(x: Any) -> Content:
@@ -156,7 +164,9 @@ def _cast(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
     if c is None:
         return None
-    to = ir.DataType(node.attributes.get_int("to", 1))
+    to = cast_type(node)
+    if to == ir.DataType.STRING:
+        return None
 
     def cast_element(x: Any) -> Any:
         if x is None or isinstance(x, Dim):
@@ -196,7 +206,7 @@ def _gather(f: Known, node: ir.Node) -> Content | None:
     c, i = f.content(node.inputs[0]), f.content(node.inputs[1])
     if c is None or i is None or c.ndim == 0 or not all(isinstance(x, int) for x in i.reshape(-1)):
         return None
-    axis = axis_of(node, c.ndim, 0)
+    (axis,) = checked_axes([node.attributes.get_int("axis", 0)], c.ndim)
     if any(not -c.shape[axis] <= x < c.shape[axis] for x in i.reshape(-1)):
         return None
     return _boxed(np.take(c, i.astype(np.int64), axis=axis))
@@ -215,6 +225,7 @@ def _slice(f: Known, node: ir.Node) -> Content | None:
     steps = numbers[3] if len(numbers) > 3 else [1] * len(starts)
     if len(axes) != len(starts) or len(steps) != len(starts) or 0 in steps:
         return None
+    checked_axes(axes, c.ndim)
     index = [slice(None)] * c.ndim
     for a, start, end, step in zip(axes, starts, ends, steps, strict=True):
         index[a] = slice(start, None if step < 0 and end < -c.shape[a] else end, step)
@@ -226,7 +237,10 @@ def _concat(f: Known, node: ir.Node) -> Content | None:
     known = [p for p in parts if p is not None and p.ndim > 0]
     if len(known) != len(parts):
         return None
-    return np.concatenate(known, axis=axis_of(node, known[0].ndim))
+    (axis,) = checked_axes([node.attributes.get_int("axis", 1)], known[0].ndim)
+    others = {(*p.shape[:axis], *p.shape[axis + 1 :]) for p in known if p.ndim == known[0].ndim}
+    require(len(others) == 1 and all(p.ndim == known[0].ndim for p in known))
+    return np.concatenate(known, axis=axis)
 
 
 def _reshaped(f: Known, node: ir.Node) -> Content | None:
@@ -243,7 +257,10 @@ def _expand(f: Known, node: ir.Node) -> Content | None:
     if c is None or s is None or not all(isinstance(d, int) for d in s):
         return None
     shape = tuple(int(d) for d in s if isinstance(d, int))
-    return np.broadcast_to(c, shape) if math.prod(shape) <= MAX_ELEMENTS else None
+    if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_ELEMENTS:
+        return None
+    require(all(a in (1, b) for a, b in zip(reversed(c.shape), reversed(shape), strict=False)))
+    return np.broadcast_to(c, shape)
 
 
 def _of_shape(f: Known, node: ir.Node) -> Content | None:
@@ -251,9 +268,11 @@ def _of_shape(f: Known, node: ir.Node) -> Content | None:
     if s is None or not all(isinstance(d, int) for d in s.reshape(-1)):
         return None
     shape = tuple(int(d) for d in s.reshape(-1))
-    if math.prod(shape) > MAX_ELEMENTS:
+    require(min(shape, default=0) >= 0)
+    if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_ELEMENTS:
         return None
     value = node.attributes.get("value")
+    require(value is None or value.as_tensor().size == 1)
     fill = value.as_tensor().numpy().reshape(-1)[0].item() if value is not None else 0.0
     return _boxed(np.full(shape, fill, object))
 
@@ -263,8 +282,8 @@ def _range(f: Known, node: ir.Node) -> Content | None:
     numbers = [p.reshape(-1)[0] for p in parts if p is not None and p.size == 1]
     if len(numbers) != 3 or not all(isinstance(x, int) for x in numbers) or numbers[2] == 0:
         return None
-    numbers_in_range = range(*numbers)
-    return _vector(list(numbers_in_range)) if len(numbers_in_range) <= MAX_ELEMENTS else None
+    start, limit, step = numbers
+    return _vector(list(range(*numbers))) if (limit - start) // step <= MAX_ELEMENTS else None
 
 
 def _identity(f: Known, node: ir.Node) -> Content | None:
@@ -273,7 +292,11 @@ def _identity(f: Known, node: ir.Node) -> Content | None:
 
 def _transpose(f: Known, node: ir.Node) -> Content | None:
     c = f.content(node.inputs[0])
-    return None if c is None else c.transpose(node.attributes.get_ints("perm", list(reversed(range(c.ndim)))))
+    if c is None:
+        return None
+    perm = node.attributes.get_ints("perm", list(reversed(range(c.ndim))))
+    require(sorted(perm) == list(range(c.ndim)))
+    return c.transpose(perm)
 
 
 def _reduce_prod(f: Known, node: ir.Node) -> Content | None:
@@ -286,9 +309,16 @@ def _reduce_prod(f: Known, node: ir.Node) -> Content | None:
 
 def _quotient(x: Size, y: Size) -> Size | None:
     if isinstance(x, int) and isinstance(y, int):
-        return int(x / y) if y else None  # ONNX truncates
+        return (abs(x) // abs(y)) * (1 if (x < 0) == (y < 0) else -1) if y else None  # ONNX truncates
     exact = divide(x, y)
     return exact if exact is not None else (floor(x, y) if y != 0 else None)
+
+
+def _power(x: float, y: float) -> float | None:
+    """A power of a positive number; None where it is too large, which is asked before it is computed."""
+    if not (x > 0 and abs(y * math.log2(x)) < MAX_EXPONENT) or (y < 0 and isinstance(x, int)):
+        return None
+    return float(x**y) if isinstance(y, float) else x**y
 
 
 def _remainder(x: Size, y: Size) -> Size | None:
@@ -316,7 +346,7 @@ CONTENT_RULES: dict[str, Rule] = {
     "Mul": _each(_arithmetic(multiply, operator.mul), 2),
     "Div": _each(_arithmetic(_quotient, operator.truediv), 2),
     "Mod": _each(_arithmetic(_remainder, math.fmod), 2),
-    "Pow": _each(_numbers(lambda x, y: x**y if x > 0 else None), 2),
+    "Pow": _each(_numbers(_power), 2),
     "Max": _each(_extreme(max), 2),
     "Min": _each(_extreme(min), 2),
     "Equal": _each(_equal, 2),

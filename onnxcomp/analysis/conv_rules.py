@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from onnxcomp.analysis.known import Known
+from onnxcomp.analysis.known import Known, require
 from onnxcomp.analysis.sizes import Shape, Size, add, floor
 
 __all__ = ["CONV_RULES"]
@@ -33,6 +33,7 @@ def _windows(node: ir.Node, s: Shape, channels: Size, kernel: list[int]) -> Shap
     pads, auto = attrs.get_ints("pads", [0] * 2 * n), attrs.get_string("auto_pad", "NOTSET")
     if auto not in ("NOTSET", "VALID") or attrs.get_int("ceil_mode", 0) == 1:
         return None
+    require(len(strides) == len(dilations) == n and len(pads) == 2 * n and min([1, *strides, *dilations]) > 0)
     dims: list[Size] = []
     for i, d in enumerate(s[2:]):
         padding = pads[i] + pads[i + n] if auto == "NOTSET" else 0

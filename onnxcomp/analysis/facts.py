@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.bounds import uniform, uniform_of
 from onnxcomp.analysis.content_rules import CONTENT_RULES, constant_content, small
 from onnxcomp.analysis.fused_rules import CONTRIB_RULES
-from onnxcomp.analysis.known import Content, Uniform
+from onnxcomp.analysis.known import Content, Uniform, Unknown
 from onnxcomp.analysis.shape_rules import SHAPE_RULES, present_shape, split_shape
 from onnxcomp.analysis.sizes import Dim, Equalities, Shape, Size, divide, named, product
 from onnxcomp.graph import CONTRIB, Graph
@@ -146,15 +146,16 @@ class Facts:
         for i, out in enumerate(node.outputs):
             inferred = first if i == 0 or node.op_type == "Dropout" or (i == 3 and node.op_type in SKIP_NORMS) else None
             if node.op_type == "Split" and node.domain == "":
-                inferred = split_shape(self, node, i)
+                inferred = _asked(split_shape, self, node, i)
             if node.op_type == "Attention" and node.domain == "" and i in (1, 2):
-                inferred = present_shape(self, node, i)
-            self._shapes[out] = inferred if inferred is not None else self.recorded(out)
+                inferred = _asked(present_shape, self, node, i)
+            negative = inferred is not None and any(isinstance(d, int) and d < 0 for d in inferred)
+            self._shapes[out] = self.recorded(out) if inferred is None or negative else inferred
             self._contents[out] = None
             self._uniform[out] = None
         if node.domain == "" and len(node.outputs) == 1:
             self._contents[node.outputs[0]] = small(_asked(CONTENT_RULES.get(node.op_type), self, node))
-            self._uniform[node.outputs[0]] = uniform(self, node)
+            self._uniform[node.outputs[0]] = _asked(uniform, self, node)
         if node.op_type == "Split" and node.domain == "":
             self._split_contents(node)
         return None
@@ -192,9 +193,9 @@ class Facts:
         return named(f"?{v.name}.{axis}")
 
 
-def _asked(rule: Callable[[Facts, ir.Node], Any] | None, f: Facts, node: ir.Node) -> Any:
-    """What a rule knows: nothing where the node is not one that its operator allows (a negative size, a lost input)."""
+def _asked(rule: Callable[..., Any] | None, f: Facts, node: ir.Node, *more: int) -> Any:
+    """What a rule knows: nothing where it finds a node that its operator does not allow."""
     try:
-        return rule(f, node) if rule is not None else None
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return rule(f, node, *more) if rule is not None else None
+    except Unknown:
         return None

@@ -6,7 +6,7 @@ of the operators before it. The protocol lets rules and `Facts` name each other 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnxcomp.analysis.sizes import Equalities, Shape, Size
 
-__all__ = ["Content", "Known", "Uniform"]
+__all__ = ["Content", "Known", "Uniform", "Unknown", "cast_type", "checked_axes", "given", "require"]
 
 # Elements of a small value: int, float, bool or `Dim`, None where an element is unknown.
 Content = NDArray[np.object_]
@@ -33,6 +33,37 @@ class Uniform:
     def value(self) -> float | None:
         """The value of every element, where they are all the same."""
         return self.low if self.low is not None and self.low == self.high else None
+
+
+class Unknown(Exception):
+    """Raised by a rule for a node that its operator does not allow, such as an axis that its input lacks."""
+
+
+def given(node: ir.Node, index: int) -> ir.Value | None:
+    """An input of a node; None where it is left out, or where an older or unknown operator has fewer."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def checked_axes(axes: Collection[object], rank: int) -> list[int]:
+    """Axes as non-negative numbers; raises `Unknown` for one that is not there, or that is named twice."""
+    found = [a + rank if a < 0 else a for a in axes if isinstance(a, int) and -rank <= a < rank]
+    if len(found) < len(axes) or len(set(found)) < len(found):
+        raise Unknown
+    return found
+
+
+def cast_type(node: ir.Node) -> ir.DataType:
+    """What a Cast casts to; raises `Unknown` for a number without a type, and for names (below opset 6)."""
+    to = node.attributes["to"].value if "to" in node.attributes else None
+    if not isinstance(to, int) or to not in {kind.value for kind in ir.DataType}:
+        raise Unknown
+    return ir.DataType(to)
+
+
+def require(holds: bool) -> None:
+    """Raise `Unknown` where a node is not as its operator needs it."""
+    if not holds:
+        raise Unknown
 
 
 class Known(Protocol):

@@ -8,12 +8,13 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.analysis.conv_rules import CONV_RULES
-from onnxcomp.analysis.known import Content, Known
-from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, named, product
+from onnxcomp.analysis.known import Content, Known, checked_axes, given, require
+from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, product
 
 __all__ = ["SHAPE_RULES", "axes_of", "axis_of", "present_shape", "split_shape", "total_length"]
 
 Rule = Callable[[Known, ir.Node], Shape | None]
+MAX_RANK = 64  # axes of a value; runtimes allow fewer
 
 
 def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
@@ -22,8 +23,12 @@ def axis_of(node: ir.Node, rank: int, default: int = -1) -> int:
     return axis % rank if rank else 0
 
 
+def _axis(node: ir.Node, rank: int, default: int) -> int:
+    return checked_axes([node.attributes.get_int("axis", default)], rank)[0]
+
+
 def _first(f: Known, node: ir.Node) -> Shape | None:
-    return f.shape(node.inputs[0])
+    return f.shape(given(node, 0))
 
 
 def _broadcast(f: Known, node: ir.Node) -> Shape | None:
@@ -33,7 +38,7 @@ def _broadcast(f: Known, node: ir.Node) -> Shape | None:
 
 
 def _matmul(f: Known, node: ir.Node) -> Shape | None:
-    a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    a, b = f.shape(given(node, 0)), f.shape(given(node, 1))
     if a is None or b is None or len(a) < 2 or len(b) < 2:
         return None
     f.equal.assume(a[-1], b[-2])
@@ -41,10 +46,11 @@ def _matmul(f: Known, node: ir.Node) -> Shape | None:
 
 
 def _gemm(f: Known, node: ir.Node) -> Shape | None:
-    a, b = f.shape(node.inputs[0]), f.shape(node.inputs[1])
+    a, b = f.shape(given(node, 0)), f.shape(given(node, 1))
     if a is None or b is None or len(a) != 2 or len(b) != 2:
         return None
-    return (a[node.attributes.get_int("transA", 0)], b[1 - node.attributes.get_int("transB", 0)])
+    turned = [node.attributes.get_int(name, 0) != 0 for name in ("transA", "transB")]
+    return (a[1 if turned[0] else 0], b[0 if turned[1] else 1])
 
 
 def _transpose(f: Known, node: ir.Node) -> Shape | None:
@@ -52,6 +58,7 @@ def _transpose(f: Known, node: ir.Node) -> Shape | None:
     if s is None:
         return None
     perm = node.attributes.get_ints("perm", list(reversed(range(len(s)))))
+    require(sorted(perm) == list(range(len(s))))
     return tuple(s[p] for p in perm)
 
 
@@ -59,7 +66,7 @@ def axes_of(f: Known, node: ir.Node) -> list[int] | None:
     """Axes given as attribute or as second input; None when computed, empty when absent."""
     if "axes" in node.attributes:
         return list(node.attributes.get_ints("axes"))
-    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    axes = given(node, 1)
     if axes is None:
         return []
     c = f.content(axes)
@@ -73,7 +80,7 @@ def _unsqueeze(f: Known, node: ir.Node) -> Shape | None:
     if s is None or axes is None:
         return None
     rank = len(s) + len(axes)
-    added, old = {a % rank for a in axes}, iter(s)
+    added, old = set(checked_axes(axes, rank)), iter(s)
     return tuple(1 if i in added else next(old) for i in range(rank))
 
 
@@ -81,7 +88,7 @@ def _squeeze(f: Known, node: ir.Node) -> Shape | None:
     s, axes = f.shape(node.inputs[0]), axes_of(f, node)
     if s is None or axes is None or (not axes and any(isinstance(d, Dim) for d in s)):
         return None
-    removed = {a % len(s) for a in axes} if axes else {i for i, d in enumerate(s) if d == 1}
+    removed = set(checked_axes(axes, len(s))) if axes else {i for i, d in enumerate(s) if d == 1}
     return tuple(d for i, d in enumerate(s) if i not in removed)
 
 
@@ -90,13 +97,13 @@ def _reduce(f: Known, node: ir.Node) -> Shape | None:
     if s is None or axes is None:
         return None
     none = node.attributes.get_int("noop_with_empty_axes", 0)
-    removed = {a % len(s) for a in axes} if axes else set() if none else set(range(len(s)))
+    removed = set(checked_axes(axes, len(s))) if axes else set() if none else set(range(len(s)))
     keep = node.attributes.get_int("keepdims", 1)
     return tuple(1 if i in removed else d for i, d in enumerate(s) if keep or i not in removed)
 
 
 def _reshape(f: Known, node: ir.Node) -> Shape | None:
-    out, s, target = node.outputs[0], f.shape(node.inputs[0]), f.content(node.inputs[1])
+    out, s, target = node.outputs[0], f.shape(node.inputs[0]), f.content(given(node, 1))
     if target is None or s is None:
         return _rank_only(f, node)
     zero = node.attributes.get_int("allowzero", 0)
@@ -138,9 +145,10 @@ def _one_batch(f: Known, s: Shape, dims: list[Size], open_axis: int) -> Size | N
 
 def _rank_only(f: Known, node: ir.Node) -> Shape | None:
     """The shape after a computed target of known length: the recorded shape (None), or one new unknown per axis."""
-    out, length = node.outputs[0], f.shape(node.inputs[1])
+    out, length = node.outputs[0], f.shape(given(node, 1))
     if out.shape is not None or length is None or len(length) != 1 or not isinstance(length[0], int):
         return None
+    require(length[0] <= MAX_RANK)
     return tuple(f.fresh(out, i) for i in range(length[0]))
 
 
@@ -156,7 +164,7 @@ def _expand(f: Known, node: ir.Node) -> Shape | None:
 
 def _tile(f: Known, node: ir.Node) -> Shape | None:
     s, repeats = f.shape(node.inputs[0]), f.content(node.inputs[1])
-    if s is None or repeats is None or repeats.size != len(s):
+    if s is None or repeats is None or repeats.size != len(s) or len(node.inputs) > 2:  # three below opset 6
         return None
     pairs = zip(s, repeats.reshape(-1), strict=True)
     return tuple(
@@ -169,7 +177,8 @@ def _concat(f: Known, node: ir.Node) -> Shape | None:
     known = [s for s in shapes if s is not None]
     if len(known) != len(shapes) or not known:
         return None
-    axis = axis_of(node, len(known[0]))
+    require(all(len(s) == len(known[0]) for s in known))
+    axis = _axis(node, len(known[0]), 1)
     total: Size = 0
     for s in known:
         total = add(total, s[axis])
@@ -196,17 +205,19 @@ def _slice(f: Known, node: ir.Node) -> Shape | None:
         or (len(parts) > 3 and node.inputs[4] is not None and steps is None)
     ):
         return None
+    numbered = checked_axes(list(axes.reshape(-1)), len(s))
+    by = [1] * len(numbered) if steps is None else list(steps.reshape(-1))
+    require(len(numbered) == starts.size == ends.size == len(by) and all(isinstance(x, int) and x for x in by))
     dims = list(s)
-    for i, a in enumerate(axes.reshape(-1)):
-        step = int(steps.reshape(-1)[i]) if steps is not None else 1
-        axis = int(a) % len(s)
-        dims[axis] = _sliced(f, node.outputs[0], axis, s[axis], starts.reshape(-1)[i], ends.reshape(-1)[i], step)
+    for axis, start, end, step in zip(numbered, starts.reshape(-1), ends.reshape(-1), by, strict=True):
+        dims[axis] = _sliced(f, node.outputs[0], axis, s[axis], start, end, step)
     return tuple(dims)
 
 
 def _sliced(f: Known, out: ir.Value, axis: int, d: Size, start: object, end: object, step: int) -> Size:
     if isinstance(d, int) and isinstance(start, int) and isinstance(end, int):
-        return len(range(*slice(start, end if end > -(2**62) else None, step).indices(d)))
+        first, last, _ = slice(start, end if end > -(2**62) else None, step).indices(d)
+        return max(0, -((first - last) // step))  # `len` of a range holds 63 bits only
     from_first = start == 0 or (isinstance(start, Dim) and f.same(start, multiply(d, -1)))
     if from_first and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
         return d
@@ -221,10 +232,15 @@ def split_shape(f: Known, node: ir.Node, index: int) -> Shape | None:
     s = f.shape(node.inputs[0])
     if s is None:
         return None
-    axis = axis_of(node, len(s), 0)
-    lengths = f.content(node.inputs[1]) if len(node.inputs) > 1 else None
-    if lengths is not None:
-        part = lengths.reshape(-1)[index]
+    axis = _axis(node, len(s), 0)
+    stated = node.attributes.get_ints("split", [])  # below opset 13
+    lengths = f.content(given(node, 1))
+    if lengths is not None or stated:
+        sizes = list(stated) if lengths is None else list(lengths.reshape(-1))
+        require(len(sizes) == len(node.outputs))
+        part = sizes[index]
+    elif given(node, 1) is not None:
+        return None
     else:
         part = divide(s[axis], len(node.outputs))
     return (*s[:axis], part, *s[axis + 1 :]) if isinstance(part, int | Dim) else None
@@ -234,7 +250,7 @@ def _gather(f: Known, node: ir.Node) -> Shape | None:
     s, i = f.shape(node.inputs[0]), f.shape(node.inputs[1])
     if s is None or i is None:
         return None
-    axis = axis_of(node, len(s), 0)
+    axis = _axis(node, len(s), 0)
     return s[:axis] + i + s[axis + 1 :]
 
 
@@ -252,10 +268,13 @@ def _gather_nd(f: Known, node: ir.Node) -> Shape | None:
 
 def _range(f: Known, node: ir.Node) -> Shape | None:
     start, limit, step = (f.content(x) for x in node.inputs)
-    if limit is None or start is None or step is None or start.reshape(-1)[0] != 0 or step.reshape(-1)[0] != 1:
+    if limit is None or start is None or step is None:
         return None
+    require(start.size == limit.size == step.size == 1)
     n = limit.reshape(-1)[0]
-    return (n,) if isinstance(n, int | Dim) else None
+    if start.reshape(-1)[0] != 0 or step.reshape(-1)[0] != 1 or not isinstance(n, int | Dim):
+        return None
+    return (max(0, n) if isinstance(n, int) else n,)
 
 
 def _shape(f: Known, node: ir.Node) -> Shape | None:
@@ -267,7 +286,9 @@ def _shape(f: Known, node: ir.Node) -> Shape | None:
 
 def _of_shape(f: Known, node: ir.Node) -> Shape | None:
     c = f.content(node.inputs[0])
-    return None if c is None else tuple(x if isinstance(x, int | Dim) else named("?") for x in c.reshape(-1))
+    if c is None:
+        return None
+    return tuple(x if isinstance(x, int | Dim) else f.fresh(node.outputs[0], i) for i, x in enumerate(c.reshape(-1)))
 
 
 def _flatten(f: Known, node: ir.Node) -> Shape | None:
@@ -276,20 +297,22 @@ def _flatten(f: Known, node: ir.Node) -> Shape | None:
         return None
     axis = node.attributes.get_int("axis", 1)
     axis += len(s) if axis < 0 else 0
+    require(0 <= axis <= len(s))
     return (product(s[:axis]), product(s[axis:]))
 
 
 def _pad(f: Known, node: ir.Node) -> Shape | None:
     s = f.shape(node.inputs[0])
     if len(node.inputs) < 2:  # an attribute, below opset 11; called otherwise below opset 2
-        given = node.attributes.get_ints("pads", node.attributes.get_ints("paddings", []))
-        pads: Content | None = np.array(given, object)
+        stated = node.attributes.get_ints("pads", node.attributes.get_ints("paddings", []))
+        pads: Content | None = np.array(stated, object)
     else:
         pads = f.content(node.inputs[1])
-    axes_input = f.content(node.inputs[3]) if len(node.inputs) > 3 and node.inputs[3] is not None else None
-    if s is None or pads is None or (axes_input is None and len(node.inputs) > 3 and node.inputs[3] is not None):
+    axes_input = f.content(given(node, 3))
+    if s is None or pads is None or (axes_input is None and given(node, 3) is not None):
         return None
-    axes = [int(a) % len(s) for a in axes_input.reshape(-1)] if axes_input is not None else list(range(len(s)))
+    axes = list(range(len(s))) if axes_input is None else checked_axes(list(axes_input.reshape(-1)), len(s))
+    require(pads.size == 2 * len(axes))
     before, after = pads.reshape(-1)[: len(axes)], pads.reshape(-1)[len(axes) :]
     dims = list(s)
     for axis, b, a in zip(axes, before, after, strict=True):
@@ -303,7 +326,8 @@ def _attention(f: Known, node: ir.Node) -> Shape | None:
     q, v = f.shape(node.inputs[0]), f.shape(node.inputs[2])
     if q is None or v is None:
         return None
-    mask = f.shape(node.inputs[3]) if len(node.inputs) > 3 else None
+    require(len(q) in (3, 4) and len(v) == len(q))
+    mask = f.shape(given(node, 3))
     if mask is not None and len(mask) > 1:
         f.equal.assume(mask[-2], q[-2])
         f.equal.assume(mask[-1], total_length(f, node))
@@ -315,9 +339,9 @@ def _attention(f: Known, node: ir.Node) -> Shape | None:
 
 def total_length(f: Known, node: ir.Node) -> Size:
     """How many keys an Attention sees, those of its cache included."""
-    new = (f.shape(node.inputs[1]) or (1, 1))[-2]
-    past = f.shape(node.inputs[4]) if len(node.inputs) > 4 else None
-    return new if past is None else add(past[-2], new)
+    new, past = f.shape(given(node, 1)) or (), f.shape(given(node, 4))
+    length = new[-2] if len(new) > 1 else 1
+    return add(past[-2], length) if past is not None and len(past) > 1 else length
 
 
 def present_shape(f: Known, node: ir.Node, index: int) -> Shape | None:

@@ -130,6 +130,7 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     "attribute without a type": (flatten(AttributeProto(name="axis", i=1)), "'axis' must be of type INT"),
     "unknown attribute": (flatten(make_attribute("depth", 1)), "no attribute 'depth'"),
     "missing attribute": (model([make_node("Cast", ["x"], ["y"])]), "attribute 'to' is missing"),
+    "constant without a value": (model([make_node("Constant", [], ["y"])]), "has one attribute, its value; this one"),
     "unknown operator": (model([make_node("Foo", ["x"], ["y"])]), "opset 18 has no such operator"),
     "operator of a newer opset": (model([make_node("Gelu", ["x"], ["y"])]), "opset 18 has no such operator"),
     "unknown domain": (model([make_node("Foo", ["x"], ["y"], domain="my")]), "declares no operator set 'my'"),
