@@ -31,6 +31,7 @@ from onnxcomp.files.stored import Stored, digest
 from onnxcomp.files.switch import finish, switch
 from onnxcomp.files.verified import verify
 from onnxcomp.graph import Graph
+from onnxcomp.graph.inference import check_recorded
 
 __all__ = [
     "COMPANIONS",
@@ -139,6 +140,10 @@ def read(path: str | Path) -> Stored:
         raise ModelError(f"{file}: not a valid ONNX model: {_first_line(e)}") from e
     external.attach(model, file.parent)
     inlining.inline(model, file)
+    try:
+        check_recorded(model)
+    except ModelError as e:
+        raise ModelError(f"{file}: not a valid ONNX model: {e}") from e
     if any(v.type is None or v.shape is None for v in model.graph.outputs):
         Graph(model).infer_shapes()  # what the file leaves to the runtime belongs to the interface
     return Stored(file, Graph(model, file), files)

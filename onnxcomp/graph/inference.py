@@ -6,7 +6,9 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import _c_api_utils
 
-__all__ = ["infer_shapes"]
+from onnxcomp.errors import ModelError
+
+__all__ = ["check_recorded", "infer_shapes"]
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -20,6 +22,33 @@ def infer_shapes(model: ir.Model) -> None:
     for v, kind, shape in declared:
         v.type = kind or v.type
         v.shape = shape if shape is not None else v.shape
+
+
+def check_recorded(model: ir.Model) -> None:
+    """Drop recorded shapes of computed values that inference contradicts, as runtimes do.
+
+    Raises `ModelError` for a recorded type that is not what the operator gives: no runtime takes such a model.
+    """
+    nodes = list(ir.traversal.RecursiveGraphIterator(model.graph))
+    computed = [v for node in nodes for v in node.outputs if not v.is_graph_output()]
+    recorded = [(v, v.type, v.shape) for v in computed if v.type is not None or v.shape is not None]
+    if not recorded:
+        return
+    for v, _, _ in recorded:
+        v.type = v.shape = None
+    infer_shapes(model)
+    for v, kind, shape in recorded:
+        if kind is not None and v.type is not None and (type(kind), kind.dtype) != (type(v.type), v.type.dtype):
+            raise ModelError(f"value '{v.name}' is recorded as {kind.dtype}, what computes it gives {v.type.dtype}")
+        v.type = kind or v.type
+        if shape is not None and (v.shape is None or _agree(shape, v.shape)):
+            v.shape = shape
+
+
+def _agree(a: ir.Shape, b: ir.Shape) -> bool:
+    """Whether two shapes may be of one value: of one rank, no two numbers that differ."""
+    pairs = zip(a, b, strict=False)
+    return len(a) == len(b) and all(x == y for x, y in pairs if isinstance(x, int) and isinstance(y, int))
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -70,7 +71,7 @@ def body(*nodes: NodeProto, out: str = "q", stored: Sequence[TensorProto] = ()) 
     return make_graph(list(nodes), "b", [], [port(out)], stored)
 
 
-def changed(change: Callable[[ModelProto], object], made: ModelProto | None = None) -> ModelProto:
+def changed(change: Callable[[Any], object], made: Any = None) -> Any:
     made = made or model()
     change(made)
     return made
@@ -130,6 +131,7 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     "attribute without a type": (flatten(AttributeProto(name="axis", i=1)), "'axis' must be of type INT"),
     "unknown attribute": (flatten(make_attribute("depth", 1)), "no attribute 'depth'"),
     "missing attribute": (model([make_node("Cast", ["x"], ["y"])]), "attribute 'to' is missing"),
+    "a type unlike its operator's": (model(known=[port("h", TensorProto.INT64)]), "'h' is recorded as INT64, what"),
     "constant without a value": (model([make_node("Constant", [], ["y"])]), "has one attribute, its value; this one"),
     "unknown operator": (model([make_node("Foo", ["x"], ["y"])]), "opset 18 has no such operator"),
     "operator of a newer opset": (model([make_node("Gelu", ["x"], ["y"])]), "opset 18 has no such operator"),
@@ -184,6 +186,24 @@ def test_what_outputs_leave_open_is_inferred(tmp_path: Path) -> None:
     assert g.interface[1] == (("y", "FLOAT", ("b", 4)),)
     g = storage.load(stored(ACCEPTED["size of -1"], tmp_path))
     assert [p[2] for p in g.interface[0]] == [("?", 4)]
+
+
+def test_recorded_shapes_that_contradict_the_operators_are_dropped(tmp_path: Path) -> None:
+    """What is recorded is a claim: runtimes infer, and so do we; names of open sizes stay."""
+    expected = {("q", 7): None, ("rows", 4): ("rows", 4), ("b", 4, 1): None}
+    for claimed, kept in expected.items():
+        g = storage.load(stored(model(known=[port("h", F, claimed)]), tmp_path))
+        shape = g.value("h").shape
+        assert shape is not None
+        assert [str(d) for d in shape] == [str(d) for d in kept or ("b", 4)]
+    g = storage.load(stored(branches(changed(lambda b: b.value_info.append(port("t", F, (3,))), deep())), tmp_path))
+    (choice,) = g.nodes("If")
+    (inner, _) = choice.attributes["then_branch"].as_graph()
+    assert [str(d) for d in inner.outputs[0].shape or ()] == ["b", "4"]
+
+
+def deep() -> Any:
+    return body(make_node("Abs", ["x"], ["t"]), make_node("Neg", ["t"], ["q"]))
 
 
 def test_sorting_moves_only_what_must_move(tmp_path: Path) -> None:
