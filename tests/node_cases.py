@@ -1,4 +1,4 @@
-"""The onnx package's node tests judged: what the runtime gets right must stay right, or be refused in one line."""
+"""The onnx package's tests judged: what the runtime gets right must stay right, or be refused in one line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.backend.test
 from onnx import numpy_helper
 from onnx.backend.test.case import node as cases
 
@@ -64,6 +65,39 @@ def collect(names: Iterable[str] | None = None) -> Iterator[Case]:
         inputs, outputs = test.data_sets[0]
         feeds = {v.name: _array(x) for v, x in zip(test.model.graph.input, inputs, strict=False)}
         yield Case(test.name, test.model, feeds, [_array(y) for y in outputs], test.rtol, test.atol)
+
+
+def stored(names: Iterable[str] = ("simple", "pytorch-operator", "pytorch-converted")) -> Iterator[Case]:
+    """The tests that the onnx package holds as files: small models of several nodes, old operator sets among them."""
+    root = Path(next(iter(onnx.backend.test.__path__))) / "data"
+    for folder in sorted(p.parent for name in names for p in (root / name).glob("*/model.onnx")):
+        model = onnx.load(folder / "model.onnx")
+        data = folder / "test_data_set_0"
+        inputs, outputs = (
+            [_read(data / f"{what}_{i}.pb", v) for i, v in enumerate(ports)]
+            for what, ports in (("input", _fed(model)), ("output", model.graph.output))
+        )
+        feeds = {v.name: x for v, x in zip(_fed(model), inputs, strict=True)}
+        yield Case(f"{folder.parent.name}/{folder.name}", model, feeds, outputs, 1e-3, 1e-7)
+
+
+def _fed(model: onnx.ModelProto) -> list[onnx.ValueInfoProto]:
+    known = {t.name for t in model.graph.initializer}
+    return [v for v in model.graph.input if v.name not in known]
+
+
+def _read(file: Path, port: onnx.ValueInfoProto) -> Any:
+    """A tensor, or a sequence of tensors."""
+    content = file.read_bytes()
+    if port.type.HasField("sequence_type"):
+        return numpy_helper.to_list(onnx.SequenceProto.FromString(content))
+    return numpy_helper.to_array(onnx.TensorProto.FromString(content))
+
+
+def every() -> Iterator[Case]:
+    """All tests of the onnx package: of each operator, and the stored ones."""
+    yield from collect()
+    yield from stored()
 
 
 def _array(x: Any) -> Any:

@@ -50,6 +50,13 @@ def test_what_the_runtime_gets_right_stays_right(tmp_path: Path) -> None:
     assert set(ONCE_WRONG.values()) <= set(judged)
 
 
+def test_stored_models_stay_right(tmp_path: Path) -> None:
+    """Small models as PyTorch 0.3 and the onnx package wrote them, every fourth one."""
+    verdicts = {case.name: node_cases.judge(case, tmp_path) for case in list(node_cases.stored())[::4]}
+    assert {name: v for name, v in verdicts.items() if v[0] not in ("right", "unjudged")} == {}
+    assert sum(v[0] == "right" for v in verdicts.values()) >= 20
+
+
 def test_a_scan_over_a_batch_is_refused_in_one_line(tmp_path: Path) -> None:
     prefix = node_cases.cases.__name__
     case = next(c for c in node_cases.collect([f"{prefix}.scan"]) if c.name == "test_scan_sum")
