@@ -113,8 +113,8 @@ class _Plan:
     window: float
 
     def count(self, seconds: float) -> int:
-        """Runs per block, at least two."""
-        return max(2, min(1000, round(self.window / max(seconds, 1e-6))))
+        """Runs per block: one where it alone fills it (more rounds tell more than longer ones), else at least two."""
+        return 1 if seconds >= self.window else max(2, min(1000, round(self.window / max(seconds, 1e-6))))
 
     def rounds(self, counts: Sequence[int]) -> int:
         """Rounds at most, or until each model has the asked runs; then `ROUNDS` as well, for a meaningful interval."""

@@ -114,9 +114,9 @@ def compress_each(
 
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
-    `budget` is the time for measuring in seconds, `threads` how many what is timed uses (0: the runtime's choice);
-    `choices` is a file that `tune` wrote; `exact_rows` sets that option of the passes that have it; `memory` is in
-    bytes.
+    `budget` is the time for measuring in seconds (by default as long as the passes take), `threads` how many what is
+    timed uses (0: the runtime's choice); `choices` is a file that `tune` wrote; `exact_rows` sets that option of the
+    passes that have it; `memory` is in bytes.
     """
     path, place = path_of("model", model), path_of("out", out)
     graphs = chosen_graphs(path or Path(), graph)

@@ -28,6 +28,9 @@ __all__ = ["confirm", "pick", "timed"]
 
 # Relative difference of outputs that equivalent forms never reach, by the element type that they compute in.
 NOISE = {ir.DataType.FLOAT: 1e-3, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT16: 1e-1}
+# Seconds of a benchmark at least where no time for measuring is given: six rounds at two shapes of an encoder of 20 M
+# parameters on two cores, so that each ratio has an interval.
+SHORTEST = 10.0
 
 
 def confirm(
@@ -85,10 +88,19 @@ def _differs(other: Graph, written: Stored, r: Report) -> str:
 
 
 def timed(models: Sequence[Stored], r: Report, s: Settings, watch: Progress | None) -> BenchReport:
-    """The benchmark of models in what is left of the time for measuring."""
-    spent = sum(step.choosing for step in r.steps if not step.cached)
-    left = None if s.budget is None else max(0.0, s.budget - spent)
+    """The benchmark of models in what is left of the time for measuring, by default as long as the work took."""
+    left = _length(r) if s.budget is None else max(0.0, s.budget - _choosing(r))
     return benchmark.bench(models, s.target, s.shapes, budget=left, threads=s.threads, watch=watch)
+
+
+def _choosing(r: Report) -> float:
+    return sum(step.choosing for step in r.steps if not step.cached)
+
+
+def _length(r: Report) -> float:
+    """Seconds of a benchmark: as long as the passes took, so that measuring is never most of a job."""
+    work = sum(step.seconds - step.choosing for step in r.steps if not step.cached)
+    return min(benchmark.BUDGET, max(SHORTEST, work))
 
 
 def _time(source: Stored, written: Stored, result: Result, settings: Settings, watch: Progress | None) -> Stored:

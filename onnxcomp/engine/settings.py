@@ -26,9 +26,9 @@ class Settings:
     """Where a model will run, on which data it is made and judged, and within which limits; what is done a recipe says.
 
     `samples`, `sequence` (tokens per sample) and `memory` (bytes) are upper limits; without `measure` nothing is timed;
-    `budget` (seconds) is how long measuring may take, choosing forms half of it at most; `threads` are those of what is
-    timed, 0 leaves them to the runtime; `choices` is a file that `onnxcomp tune` wrote; `allow_code` lets data sources
-    of the form module:function run.
+    `budget` (seconds) is how long measuring may take, choosing forms half of it at most (by default the benchmark takes
+    as long as the passes); `threads` are those of what is timed, 0 leaves them to the runtime; `choices` is a file that
+    `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run.
     """
 
     target: Target = CPU

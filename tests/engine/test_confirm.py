@@ -14,6 +14,7 @@ from onnxcomp.cli import main
 from onnxcomp.engine import confirm, manager
 from onnxcomp.engine.compress import compress_each
 from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.settings import Settings
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering import costs, race
@@ -21,6 +22,7 @@ from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.pipeline import PassFault
 from onnxcomp.reports import json_report, tables
+from onnxcomp.reports.outcome import Report, Step
 from onnxcomp.runtime.placement import placement
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, CUDA, TENSORRT
@@ -130,6 +132,16 @@ def test_pick_keeps_the_ratio_of_the_models_that_stay():
     assert both.models == ["a.onnx", "result"]
     assert [r.model for r in both.rows] == ["a.onnx", "result"]
     assert both.ratio(1, "batch=1").value == found.ratio(2, "batch=1").value == 0.25
+
+
+@pytest.mark.parametrize(("work", "limit"), [(1.0, confirm.SHORTEST), (25.0, 25.0), (900.0, benchmark.BUDGET)])
+def test_the_benchmark_takes_as_long_as_the_passes_unless_a_time_is_given(monkeypatch, work, limit):
+    asked: list[float] = []
+    monkeypatch.setattr(benchmark, "bench", lambda *_, budget, **__: asked.append(budget))
+    report = Report(steps=[Step("lower", "lower", "exact", seconds=work + 4, choosing=4.0)])
+    for settings in (Settings(), Settings(budget=30.0), Settings(budget=3.0)):
+        confirm.timed([], report, settings, None)
+    assert asked == [limit, 26.0, 0.0]
 
 
 # ---- what the report says --------------------------------------------------------------------------------------------
