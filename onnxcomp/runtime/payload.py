@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx_ir import serde
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
@@ -62,25 +64,61 @@ class Payload:
     files: dict[str, Array] = field(default_factory=dict)
 
 
-def payload(model: ir.Model) -> Payload:
-    """Serialize a model without its large constants; the model is modified (pass a clone).
+def payload(model: ir.Model, taps: Sequence[str] = ()) -> Payload:
+    """Serialize a model without its large constants, with intermediate values (`taps`) as additional outputs.
 
-    The runtime maps constants in files, and copies those in memory once when the session is made.
+    The runtime maps constants in files, and copies those in memory once when the session is made. The model is not
+    cloned, which took longer than all that the runtime does to create a session of a small one.
     """
-    for v in [v for v in model.graph.initializers.values() if not (v.uses() or v.is_graph_output())]:
-        if not v.is_graph_input():
-            del model.graph.initializers[str(v.name)]  # the runtime removes unused ones, then fails to find them
-    values = [v for v in model.graph.initializers.values() if v.const_value is not None]
-    folder = _main_folder([t for v in values if (t := v.const_value) is not None])
+    constants = {
+        str(v.name): t for v in model.graph.initializers.values() if (t := v.const_value) is not None and _used(v)
+    }
+    folder = _main_folder(list(constants.values()))
     out = Payload(folder=None if folder is None else Path(folder or ".").resolve())
-    for v in values:
-        t = v.const_value
-        if t is None or (isinstance(t, ir.ExternalTensor) and str(t.base_dir) == folder):
+    for name, t in constants.items():
+        if isinstance(t, ir.ExternalTensor) and str(t.base_dir) == folder:
             continue
         if t.nbytes >= INLINE_BYTES or isinstance(t, ir.ExternalTensor):
-            _refer_to_memory(v, t, out)
-    out.message = ir.to_proto(model).SerializeToString()
+            constants[name] = _in_memory(name, t, out)
+    out.message = _message(model, constants, _tapped(model, taps))
     return out
+
+
+def _used(v: ir.Value) -> bool:
+    """The runtime removes unused initializers, then fails to find them."""
+    return bool(v.uses()) or v.is_graph_output() or v.is_graph_input()
+
+
+def _message(model: ir.Model, constants: Mapping[str, ir.TensorProtocol], taps: Sequence[ir.Value]) -> bytes:
+    """The bytes of a ModelProto with these constants, and more outputs."""
+    proto, tapped = onnx.ModelProto(ir_version=model.ir_version), set(taps)
+    for domain, version in model.opset_imports.items():
+        proto.opset_import.add(domain=domain, version=version)
+    for key, value in model.metadata_props.items():
+        proto.metadata_props.add(key=key, value=value)
+    for function in model.functions.values():
+        serde.serialize_function_into(proto.functions.add(), function, create_value_info=False)
+    graph = proto.graph
+    graph.name = model.graph.name or "graph"
+    for v in model.graph.inputs:
+        serde.serialize_value_into(graph.input.add(), v)
+    for name, t in constants.items():
+        initializer = graph.initializer.add()
+        serde.serialize_tensor_into(initializer, t)
+        initializer.name = name
+    for node in model.graph:
+        serde.serialize_node_into(graph.node.add(), node)
+        for v in node.outputs:  # what is recorded of shapes decides which fusions the runtime makes
+            if v.name and not v.is_graph_output() and v not in tapped and (v.type is not None or v.shape is not None):
+                serde.serialize_value_into(graph.value_info.add(), v)
+    for v in model.graph.outputs:
+        serde.serialize_value_into(graph.output.add(), v)
+    for v in taps:  # the runtime warns where a recorded shape is out of date
+        output = graph.output.add(name=str(v.name))
+        if v.type is not None:
+            serde.serialize_type_into(output.type, v.type)
+    message: bytes = proto.SerializeToString()
+    return message
 
 
 def _main_folder(tensors: Sequence[ir.TensorProtocol]) -> str | None:
@@ -92,30 +130,33 @@ def _main_folder(tensors: Sequence[ir.TensorProtocol]) -> str | None:
     return sizes.most_common(1)[0][0] if sizes else None
 
 
-def _refer_to_memory(v: ir.Value, t: ir.TensorProtocol, out: Payload) -> None:
-    """Replace a constant by a reference to memory that is passed to the session beside the message."""
-    name, place = str(v.name), f"in-memory-{len(out.shared) + len(out.files)}"
+def _in_memory(name: str, t: ir.TensorProtocol, out: Payload) -> ir.ExternalTensor:
+    """A reference to a constant in memory that is passed to the session beside the message."""
+    place = f"in-memory-{len(out.shared) + len(out.files)}"
     a = t.numpy()
     if a.dtype in SHAREABLE and a.size:
         out.shared[name] = np.require(a, requirements=["C", "A"])
     else:
         out.files[place] = np.frombuffer(t.tobytes(), np.uint8)
-    v.const_value = ir.ExternalTensor(place, 0, t.nbytes, t.dtype, shape=ir.Shape(t.shape.numpy()), name=name)
+    return ir.ExternalTensor(place, 0, t.nbytes, t.dtype, shape=ir.Shape(t.shape.numpy()), name=name)
 
 
-def add_outputs(model: ir.Model, taps: Sequence[str]) -> set[str]:
-    """Add intermediate values to the graph's outputs; returns the taps that are graph inputs, which need no run."""
-    computed = {v.name: v for node in model.graph for v in node.outputs}
-    inputs = {str(v.name) for v in model.graph.inputs}
-    outputs = {str(v.name) for v in model.graph.outputs}
-    for name in dict.fromkeys(taps):
-        if name in outputs or name in inputs:
-            continue
+def _tapped(model: ir.Model, taps: Sequence[str]) -> list[ir.Value]:
+    """The values of these names that are neither inputs nor outputs; raises `ModelError` where there is none."""
+    known = {str(v.name) for v in (*model.graph.inputs, *model.graph.outputs)}
+    wanted = [name for name in dict.fromkeys(taps) if name not in known]
+    computed = {str(v.name): v for node in model.graph for v in node.outputs} if wanted else {}
+    for name in wanted:
         if name not in computed:
             raise ModelError(f"the graph has no computed value named '{name}'")
-        computed[name].shape = None  # the runtime warns where a recorded shape is out of date
-        model.graph.outputs.append(computed[name])
-    return (set(taps) & inputs) - outputs
+    return [computed[name] for name in wanted]
+
+
+def add_outputs(model: ir.Model, names: Sequence[str]) -> None:
+    """Make intermediate values outputs of the graph, whatever shapes were recorded for them."""
+    for v in _tapped(model, names):
+        v.shape = None
+        model.graph.outputs.append(v)
 
 
 def complete_cache_outputs(model: ir.Model) -> None:

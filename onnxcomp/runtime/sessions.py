@@ -27,7 +27,7 @@ from onnxcomp.runtime import half_arrays
 from onnxcomp.runtime.bf16_twin import float32_twin
 from onnxcomp.runtime.installed import available, failures, preload, short, unavailable
 from onnxcomp.runtime.integer import dequantized_weights, integer_products, quantized_linears
-from onnxcomp.runtime.payload import Model, add_outputs, graph_of, payload, prepacks, write_optimized
+from onnxcomp.runtime.payload import Model, graph_of, payload, prepacks, write_optimized
 from onnxcomp.target import CPU, CUDA, Target
 
 __all__ = ["IntegerCheck", "Port", "Session", "check_target", "integer_check", "rewritten"]
@@ -148,9 +148,9 @@ class Session:
                 return str(path)
             model = graph_of(model)
         model.model.graph.sort()  # passes append new nodes at the end; the runtime needs topological order
-        copy = model.model.clone()
-        self._input_taps = add_outputs(copy, taps)
-        load = payload(copy)
+        # Inputs that are asked for need no run.
+        self._input_taps = set(taps) & {str(v.name) for v in model.inputs} - {str(v.name) for v in model.outputs}
+        load = payload(model.model, taps)
         if load.folder is not None:
             options.add_session_config_entry(FOLDER_KEY, str(load.folder))
         if load.shared:
