@@ -1,6 +1,7 @@
 """The house rules that a machine can check: who imports whom, how light importing is, how long things are."""
 
 import ast
+import functools
 import graphlib
 import importlib
 import re
@@ -82,34 +83,40 @@ def ours(name: str, known: set[str]) -> str | None:
 
 
 MODULES = dict(files())
-TREES = {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
 
 
-def arrows() -> Iterator[tuple[str, str]]:
+@functools.cache
+def trees() -> dict[str, ast.Module]:
+    """All modules, parsed when the first test asks: what is done at import, every worker does."""
+    return {module: ast.parse(path.read_text()) for module, path in MODULES.items()}
+
+
+@functools.cache
+def arrows() -> list[tuple[str, str]]:
     """Which module imports which other of ours when it runs."""
-    for module, tree in TREES.items():
-        for name in imports(tree):
-            target = ours(name, set(MODULES)) if name.split(".")[0] == "onnxcomp" else None
-            if target is not None and target != module:
-                yield module, target
-
-
-ARROWS = sorted(set(arrows()))
+    known = set(MODULES)
+    found = {
+        (module, target)
+        for module, tree in trees().items()
+        for name in imports(tree)
+        if name.split(".")[0] == "onnxcomp" and (target := ours(name, known)) is not None and target != module
+    }
+    return sorted(found)
 
 
 def test_imports_point_to_rooms_below() -> None:
-    assert [f"{a} imports {b}" for a, b in ARROWS if room(a) != room(b) and LEVELS[room(b)] >= LEVELS[room(a)]] == []
+    assert [f"{a} imports {b}" for a, b in arrows() if room(a) != room(b) and LEVELS[room(b)] >= LEVELS[room(a)]] == []
 
 
 def test_some_rooms_are_closed_to_others() -> None:
-    assert [f"{a} imports {b}" for a, b in ARROWS if room(b) in CLOSED.get(room(a), ())] == []
-    assert [f"{a} imports {b}" for a, b in ARROWS if room(a) == room(b) == "passes"] == [], "a pass imports another"
+    assert [f"{a} imports {b}" for a, b in arrows() if room(b) in CLOSED.get(room(a), ())] == []
+    assert [f"{a} imports {b}" for a, b in arrows() if room(a) == room(b) == "passes"] == [], "a pass imports another"
 
 
 def test_there_are_no_circles_and_few_levels() -> None:
     modules = graphlib.TopologicalSorter[str]()
     below: dict[str, set[str]] = {}
-    for a, b in ARROWS:
+    for a, b in arrows():
         modules.add(a, b)
         if room(a) != room(b):
             below.setdefault(room(a), set()).add(room(b))
@@ -122,7 +129,7 @@ def test_there_are_no_circles_and_few_levels() -> None:
 
 def test_heavy_libraries_enter_in_one_place() -> None:
     home = {"onnxruntime": "runtime", "torch": "exporter", "transformers": "exporter"}
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for library in home.keys() & {name.split(".")[0] for name in imports(tree)}:
             assert room(module) == home[library], f"{module} imports {library}"
         at_import = {name.split(".")[0] for node in tree.body if not is_type_checking(node) for name in at_top(node)}
@@ -142,7 +149,7 @@ def test_files_and_functions_stay_small() -> None:
     for module, path in MODULES.items():
         lines, most = path.read_text().count("\n"), 150 if room(module) == "passes" else 400
         assert lines <= most, f"{module}: {lines} lines; if a pass grows, the engine is missing a verb"
-        long = [f"{module}.{f.name}: {length(f)} lines" for f in functions(TREES[module]) if length(f) > 40]
+        long = [f"{module}.{f.name}: {length(f)} lines" for f in functions(trees()[module]) if length(f) > 40]
         assert not long
 
 
@@ -153,7 +160,7 @@ def length(f: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def test_most_functions_are_much_smaller() -> None:
-    sizes = sorted(length(f) for tree in TREES.values() for f in functions(tree))
+    sizes = sorted(length(f) for tree in trees().values() for f in functions(tree))
     assert sizes[len(sizes) // 2] <= 10
 
 

@@ -1,6 +1,7 @@
 """Recipes: one grammar for the command line and files, equal after a round trip, and nothing unsafe read."""
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -44,14 +45,19 @@ def values(shape: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 NAMES = [name for name in catalog.names() if not catalog.load(name).runs_code]  # others name files that must be there
-SHAPES = {name: catalog.options_schema(catalog.load(name))["properties"] for name in NAMES}
+
+
+@functools.cache
+def options(name: str) -> dict[str, Any]:
+    """The options of a pass with their schemas."""
+    return catalog.options_schema(catalog.load(name))["properties"]
 
 
 @st.composite
 def passes(draw: st.DrawFn) -> Pass:
     """Any pass of the catalogue with any legal options."""
     cls = catalog.load(draw(st.sampled_from(NAMES)))
-    shapes = SHAPES[cls.name]
+    shapes = options(cls.name)
     chosen = draw(st.lists(st.sampled_from(sorted(shapes)), unique=True)) if shapes else []
     return cls(**{name: draw(values(shapes[name])) for name in chosen})
 
@@ -194,11 +200,12 @@ def test_the_issue_s_presets_exist() -> None:
 @settings(deadline=None, max_examples=30)
 def test_the_schema_describes_what_is_written(p: Pass) -> None:
     text = Recipe((p,), gates=("sqnr>=3",), data=RecipeData(samples=2)).to_yaml()
-    VALID.validate(json.loads(json.dumps(yaml.safe_load(text))))
+    jsonschema.Draft202012Validator(schema()).validate(json.loads(json.dumps(yaml.safe_load(text))))
 
 
-SCHEMA = recipe.schema()
-VALID = jsonschema.Draft202012Validator(SCHEMA)
+@functools.cache
+def schema() -> dict:
+    return recipe.schema()
 
 
 @pytest.mark.parametrize(
@@ -213,13 +220,13 @@ VALID = jsonschema.Draft202012Validator(SCHEMA)
     ],
 )
 def test_the_schema_refuses_what_is_refused(text: str) -> None:
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(schema())
     with pytest.raises(jsonschema.ValidationError):
-        VALID.validate(yaml.safe_load(text))
+        jsonschema.Draft202012Validator(schema()).validate(yaml.safe_load(text))
     with pytest.raises(RecipeError):
         Recipe.from_yaml(text)
 
 
 @pytest.mark.parametrize("name", recipe.presets())
 def test_the_schema_accepts_the_presets(name: str) -> None:
-    jsonschema.validate(yaml.safe_load(Recipe.preset(name).to_yaml()), SCHEMA)
+    jsonschema.validate(yaml.safe_load(Recipe.preset(name).to_yaml()), schema())
