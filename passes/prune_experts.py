@@ -82,4 +82,4 @@ class PruneExperts(Pass):
 
 
 def _usage(e: Experts) -> Need:
-    return counts(e.top_k.outputs[1], e.count)
+    return counts(e.numbers, e.count)

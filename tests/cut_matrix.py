@@ -65,6 +65,11 @@ def channels(a: zoo.Architecture, g: Graph) -> Cut:
     return _width(a, g, "prune-ffn")
 
 
+def hidden(a: zoo.Architecture, g: Graph) -> Cut:
+    """A quarter of the channels of the residual stream, where its norms allow it."""
+    return _width(a, g, "prune-hidden")
+
+
 def layers(a: zoo.Architecture, g: Graph) -> Cut:
     """A quarter of the layers, or one of two, by block influence on random inputs."""
     found, data = branches.layer_branches(g), feeds(a, g)
@@ -128,7 +133,7 @@ def experts(a: zoo.Architecture, g: Graph) -> Cut:
 
 
 KINDS: dict[str, Callable[[zoo.Architecture, Graph], Cut]] = {"heads": heads, "channels": channels, "layers": layers}
-EXPERTS = {"experts": experts}  # of mixtures only
+WIDER = {**KINDS, "hidden": hidden, "experts": experts}  # of architectures beyond the matrix
 
 # A cache with fewer heads is another interface: tests/coupling/test_rules.py compares one with a cache cut alike.
 OTHERWISE = {("gpt2-cache", "heads")}
@@ -142,7 +147,7 @@ def _width(a: zoo.Architecture, g: Graph, name: str) -> Cut:
     work = g.clone()
     places, keeps = planned(p, work)
     if not places:
-        return Cut(declined=tuple(d.why for d in work.declined))
+        return Cut(declined=tuple(d.why for d in work.declined) or ("there is nothing of that kind",))
     mask = g
     for place, keep in zip(places, keeps, strict=True):
         mask = cuts.masked(mask, place.group, np.setdiff1d(np.arange(place.group.units), keep))

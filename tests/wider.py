@@ -97,6 +97,7 @@ NEW = (
             "ffn_config": {"ffn_hidden_size": FF, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": H},
         },
         5,
+        mlps=8,
     ),
     _vision("dinov3", "DINOv3ViT", {**IMAGE, "num_register_tokens": 2}, 5),
     _vision("levit", "Levit", LEVIT, 0, attentions=5, mlps=5, layers=5, image=64),

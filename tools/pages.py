@@ -11,6 +11,7 @@ PAGES = {
     "coverage-wider": "onnxcomp/README.md",
     "curves": "passes/README.md",
     "cuts": "passes/README.md",
+    "cuts-wider": "passes/README.md",
     "interactions": "passes/README.md",
     "node_tests": "onnxcomp/README.md",
 }

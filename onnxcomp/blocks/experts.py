@@ -15,7 +15,7 @@ from onnxcomp.graph.values import users_of
 
 __all__ = ["Experts", "Selected", "experts"]
 
-ROUTER_OPS = LAYOUT_OR_CAST | {"Softmax", "Sigmoid", *ADDITIONS, "Sub", "ReduceMax"}
+ROUTER_OPS = LAYOUT_OR_CAST | {"Softmax", "Sigmoid", *ADDITIONS, "Sub", "ReduceMax", "ScatterElements"}
 ROUTED = LAYOUT_OR_CAST | {"Flatten"}
 ACCUMULATIONS = ("ScatterElements", "ScatterND")
 MAX_NODES = 64  # from the selection of an expert's tokens to its results: exporters write about thirty
@@ -32,14 +32,16 @@ class Selected:
 
 @dataclass(frozen=True)
 class Experts:
-    """`count` feed-forward parts of which `TopK` chooses `chosen` for each token, by scores from `router`.
+    """`count` feed-forward parts of which `chosen` work for each token, by scores from `router`.
 
+    `choices` find the highest scores: one TopK, or an ArgMax for each that is chosen; `numbers` are the chosen experts.
     Batched: `tables` hold the weights of all experts along their first axis, and the chosen ones are gathered for each
     token. Looped: every expert of `loop` works on the tokens that chose it.
     """
 
     router: Linear
-    top_k: ir.Node
+    choices: tuple[ir.Node, ...]
+    numbers: ir.Value
     count: int
     chosen: int
     width: int
@@ -65,7 +67,7 @@ class Experts:
     @property
     def site(self) -> Site:
         """The place in the graph."""
-        own = (str(self.top_k.name), *(n for x in self.linears for n in x.site.nodes))
+        own = (*(str(c.name) for c in self.choices), *(n for x in self.linears for n in x.site.nodes))
         return Site(self.name, own, "experts")
 
 
@@ -73,27 +75,53 @@ def experts(g: Graph) -> list[Experts]:
     """Every mixture of experts whose router is a linear, in graph order."""
     index = Index.of(g)
     parts = {n: m for m in mlps(g) for n in (m.up.node, m.down.node)}
-    found = (_experts(g, index, node, parts) for node in g.nodes("TopK") if node.domain == "")
+    found = (_experts(g, index, *choice, parts) for choice in _choices(g))
     return [e for e in found if e is not None]
 
 
-def _experts(g: Graph, index: Index, node: ir.Node, parts: dict[ir.Node, Mlp]) -> Experts | None:
-    router, k = _router(index, node.inputs[0]), g.tensor(node.inputs[1])
-    if router is None or k is None or k.size != 1:
+def _choices(g: Graph) -> Iterator[tuple[tuple[ir.Node, ...], ir.Value, int]]:
+    """Nodes that choose the highest of some scores, the value with their numbers, and how many there are."""
+    for node in g.nodes("TopK", "ArgMax", "Concat"):
+        if node.domain:
+            continue
+        if node.op_type == "TopK":
+            k = g.tensor(node.inputs[1])
+            if k is not None and k.size == 1:
+                yield (node,), node.outputs[1], int(k.numpy().item())
+        elif node.op_type == "ArgMax":
+            yield (node,), node.outputs[0], 1
+        else:
+            parts = [x.producer() for x in node.inputs if x is not None]
+            if all(p is not None and p.op_type == "ArgMax" for p in parts):
+                yield tuple(p for p in parts if p is not None), node.outputs[0], len(parts)
+
+
+def _experts(
+    g: Graph,
+    index: Index,
+    choices: tuple[ir.Node, ...],
+    numbers: ir.Value,
+    chosen: int,
+    parts: dict[ir.Node, Mlp],
+) -> Experts | None:
+    routers = [_router(index, c.inputs[0]) for c in choices]
+    router = routers[0]
+    if router is None or any(r is None or r.node is not router.node for r in routers):
         return None
-    count, chosen = router.sizes[1], int(k.numpy().item())
-    routed = [u for v in _routed(node.outputs[1]) for u in users_of(v)]
+    count = router.sizes[1]
+    routed = [u for v in _routed(numbers) for u in users_of(v)]
     tables = [u for u in routed if _is_table(g, u, count)]
     deep = [u for u in tables if len(u.inputs[0].shape or ()) == 3]  # type: ignore[union-attr]
     if deep:
         width = _width(deep[-1])
         values = tuple(u.inputs[0] for u in tables if u.inputs[0] is not None)
-        return Experts(router, node, count, chosen, width, values, nodes=frozenset(tables))
+        return Experts(router, choices, numbers, count, chosen, width, values, nodes=frozenset(tables))
     loop = [_selected(s, parts) for s in _selections(g, routed, count)]
     widths = {e.mlp.width for e in loop if e.mlp is not None}
     if len(loop) != count or not widths:
         return None
-    return Experts(router, node, count, chosen, max(widths), loop=tuple(loop), nodes=frozenset(e.select for e in loop))
+    nodes = frozenset(e.select for e in loop)
+    return Experts(router, choices, numbers, count, chosen, max(widths), loop=tuple(loop), nodes=nodes)
 
 
 def _router(index: Index, v: ir.Value | None) -> Linear | None:

@@ -134,7 +134,7 @@ def _is_core(node: ir.Node) -> bool:
 
 
 def _last_node(p: Part) -> ir.Node:
-    return p.o.node if isinstance(p, Attention) else p.down.node if isinstance(p, Mlp) else p.top_k
+    return p.o.node if isinstance(p, Attention) else p.down.node if isinstance(p, Mlp) else p.choices[-1]
 
 
 def _grouped(units: Sequence[Unit]) -> Iterator[list[Unit]]:

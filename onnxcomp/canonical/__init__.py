@@ -12,6 +12,7 @@ from onnxcomp.canonical.attention_guards import lift_guards
 from onnxcomp.canonical.batch_norm import fold_batch_norms
 from onnxcomp.canonical.branches import inline_known_branches
 from onnxcomp.canonical.einsum import decompose_einsum
+from onnxcomp.canonical.expert_numbers import fix_expert_numbers
 from onnxcomp.canonical.fold import fold_constants, fold_known, slice_constants
 from onnxcomp.canonical.fused import move_to_contrib, unfuse
 from onnxcomp.canonical.group_norm import decompose_group_norms
@@ -69,6 +70,7 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
     decompose_einsum(graph)
     f = Facts(graph)
     decompose_group_norms(graph, f)
+    fix_expert_numbers(graph, f)
     slice_constants(graph, f)
     unfuse(graph, f, exact_rows=exact_rows)
     _clean_up(graph, f)

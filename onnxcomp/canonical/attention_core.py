@@ -69,7 +69,7 @@ class _State:
 
 
 def is_routing(softmax: ir.Node) -> bool:
-    """Whether a Softmax makes the scores of a router of experts: TopK chooses of them, or chose them."""
+    """Whether a Softmax makes the scores of a router of experts: TopK or ArgMax chooses of them, or chose them."""
     v: ir.Value | None = softmax.inputs[0]
     while v is not None and (node := v.producer()) is not None and node.op_type in ROUTER_LAYOUT:
         v = node.inputs[0]
@@ -78,10 +78,16 @@ def is_routing(softmax: ir.Node) -> bool:
     pending = list(softmax.outputs)
     while pending:
         for user in users_of(pending.pop()):
-            if user.op_type == "TopK":
+            if user.op_type == "TopK" or _takes_highest(user):
                 return True
             pending += user.outputs if user.op_type in ROUTER_LAYOUT else ()
     return False
+
+
+def _takes_highest(node: ir.Node) -> bool:
+    """Whether a node reads the one score of each row that an ArgMax points to."""
+    index = node.inputs[1].producer() if node.op_type == "GatherElements" and node.inputs[1] is not None else None
+    return index is not None and index.op_type == "ArgMax"
 
 
 def find_core(g: Graph, f: Facts, masks: Masks, softmax: ir.Node) -> Core:

@@ -16,7 +16,9 @@ from onnxcomp.maths import Array
 __all__ = ["refusal", "remove"]
 
 # What may be computed from the scores of a router; all of it has as many channels as there are experts.
-SCORES = LAYOUT_OR_CAST | {"Add", "GatherElements", "ReduceMax", "Sigmoid", "Softmax", "Sub", "TopK"}
+ELEMENTWISE = {"Abs", "Add", "Div", "Greater", "Max", "Mul", "Sub", "Where"}
+ENDS = {"ArgMax", "GatherElements", "ReduceMax", "TopK"}  # of them only the highest scores or the chosen ones go on
+SCORES = LAYOUT_OR_CAST | ELEMENTWISE | ENDS | {"ScatterElements", "Sigmoid", "Softmax"}
 
 
 def refusal(g: Graph, e: Experts) -> str:
@@ -45,7 +47,7 @@ def _scores(e: Experts) -> Iterator[ir.Value]:
         visited.add(v)
         yield v
         for user in users_of(v):
-            if user.op_type in SCORES - {"GatherElements", "ReduceMax", "TopK"}:
+            if user.op_type in SCORES - ENDS:
                 pending += user.outputs
 
 
@@ -76,7 +78,7 @@ def _shrink(g: Graph, e: Experts, node: ir.Node, keep: Array) -> None:
         a = g.array(v)
         if node.op_type == "Reshape" and a[-1] == e.count:
             g.set_input(node, i, g.constant(np.append(a[:-1], keep.size).astype(a.dtype)))
-        elif node.op_type in ("Add", "Sub") and a.ndim and a.shape[-1] == e.count:
+        elif node.op_type in ELEMENTWISE and a.ndim and a.shape[-1] == e.count:
             g.set_input(node, i, g.constant(np.take(a, keep, axis=-1), str(v.name)))
 
 
@@ -118,7 +120,7 @@ def _skip(g: Graph, accumulate: ir.Node) -> None:
 
 def _masks(e: Experts) -> Iterator[ir.Node]:
     """The nodes that make one-hot matrices of the chosen numbers."""
-    pending = [e.top_k.outputs[1]]
+    pending = [e.numbers]
     while pending:
         for user in users_of(pending.pop()):
             if user.op_type in ("OneHot", "Equal") and user not in {s.select for s in e.loop}:
