@@ -13,7 +13,7 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.methods.quantize import linears, payoff, tables
+from onnxcomp.methods.quantize import batched, linears, payoff, tables
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Granularity, Target
 
@@ -54,7 +54,8 @@ class DynamicQuant(Pass):
             raise TargetError(
                 f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target"
             )
-        return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
+        found: list[Linear | blocks.BatchedLinear] = [*linears.quantizable(g), *batched.quantizable(g)]
+        return [*(x.site for x in found), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears, siblings with one run-time range, and tables."""
@@ -62,7 +63,8 @@ class DynamicQuant(Pass):
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         codes = linears.WeightCodes(g, self.weights, env.target, eligible)
         # From the last one on: a product takes the place of its value, which later ones read by then.
-        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, found))):
+        named: list[blocks.Embedding | blocks.BatchedLinear] = [*found, *batched.quantizable(g)]
+        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, named))):
             source = group[0].source
             if source.dtype is None:
                 why = "the type of its input is unknown; run canonicalize first"
@@ -75,11 +77,15 @@ class DynamicQuant(Pass):
                     g.decline(linear.site, why)
                 continue
             wide = linears.in_float32(g, source)  # the operator takes float32 only
-            x = g.op("DynamicQuantizeLinear", wide, outputs=3, name=f"{source.name}_quantize").producer()
-            assert x is not None
+            q = g.op("DynamicQuantizeLinear", wide, outputs=3, name=f"{source.name}_quantize").producer()
+            assert q is not None
             for linear in group:
-                self._replace(g, linear, x, codes)
+                self._replace(g, linear, q, codes)
         tables.store(g, eligible, codes)
+        weights = batched.TableCodes(g, env.target, batched.run_time)
+        experts = batched.chosen(g, self.skip, self.min_size, env.target)
+        for x in payoff.paying(experts, g, env, only_faster=self.only_faster):
+            batched.store(g, x, weights)
 
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
         return tables.quantizable(g) if self.embeddings else []

@@ -11,16 +11,19 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
+from onnxcomp.blocks import BatchedLinear, Embedding, Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import formats
 from onnxcomp.maths.clipping import clip_range
-from onnxcomp.methods.quantize import linears, payoff, tables
+from onnxcomp.methods.quantize import batched, linears, payoff, tables
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, Stats, histogram
 from onnxcomp.target import Granularity, Target
 
 __all__ = ["Qdq"]
+
+UNREACHED = "no sample of the data reaches it, so it has no range: give more data, or quantize it by dynamic-quant"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Qdq(Pass):
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight; raises `TargetError` where the options are not legal on the target."""
         self._legal(target)
-        return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
+        found: list[Linear | BatchedLinear] = [*linears.quantizable(g), *batched.quantizable(g)]
+        return [*(x.site for x in found), *map(tables.site, self._tables(g))]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
@@ -73,6 +77,8 @@ class Qdq(Pass):
         yield from dict.fromkeys(histogram(linear.source) for linear in eligible)
         if self.outputs:
             yield from dict.fromkeys(histogram(linear.output) for linear in eligible)
+        tables_of_experts = batched.chosen(g.clone(), self.skip, self.min_size, target)
+        yield from dict.fromkeys(histogram(x.input) for x in tables_of_experts if x.gather is None)
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears, siblings with one pair, and tables."""
@@ -80,8 +86,10 @@ class Qdq(Pass):
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         codes = linears.WeightCodes(g, self.weights, env.target, eligible)
         # From the last one on: a product that is cast back takes the place of its value, which later ones read by then.
-        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, found))):
-            if self.only_faster and (why := payoff.loses(group, env)):
+        named: list[Embedding | BatchedLinear] = [*found, *batched.quantizable(g)]
+        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, named))):
+            why = "" if env.stats.reached(histogram(group[0].source)) else UNREACHED
+            if why or (self.only_faster and (why := payoff.loses(group, env))):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
@@ -94,8 +102,12 @@ class Qdq(Pass):
                     users = linear.users
                     g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
         tables.store(g, eligible, codes)
+        weights = batched.TableCodes(g, env.target, lambda g, v: self._codes(g, v, env))
+        experts = batched.chosen(g, self.skip, self.min_size, env.target)
+        for one in payoff.paying(experts, g, env, only_faster=self.only_faster):
+            batched.store(g, one, weights)
 
-    def _tables(self, g: Graph) -> list[blocks.Embedding]:
+    def _tables(self, g: Graph) -> list[Embedding]:
         return tables.quantizable(g) if self.embeddings else []
 
     def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target, *, wide: bool = False) -> ir.Value:
@@ -109,6 +121,11 @@ class Qdq(Pass):
         s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))
         q = g.op("QuantizeLinear", x, s, z, name=f"{x.name}_quantize")
         return g.op("DequantizeLinear", q, s, z, name=f"{x.name}_dequantize", like=x)
+
+    def _codes(self, g: Graph, x: ir.Value, env: Env) -> list[ir.Value]:
+        """Codes of a value, their scale and zero point."""
+        pair = self._pair(g, x, env.stats, env.target, wide=x.dtype in linears.HALVES).producer()
+        return [v for v in pair.inputs if v is not None] if pair is not None else []
 
     def _type(self, target: Target) -> str:
         return target.quantized.activations[0] if self.activations == "auto" else self.activations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from onnxcomp.blocks.attentions import Attention, attentions
+from onnxcomp.blocks.batched import BatchedLinear, batched_linears
 from onnxcomp.blocks.ends import Embedding, Head, embeddings, head
 from onnxcomp.blocks.experts import Experts, experts
 from onnxcomp.blocks.layers import Layer, layers
@@ -11,6 +12,7 @@ from onnxcomp.blocks.mlps import Mlp, mlps
 
 __all__ = [
     "Attention",
+    "BatchedLinear",
     "Embedding",
     "Experts",
     "Head",
@@ -19,6 +21,7 @@ __all__ = [
     "Mlp",
     "NormSite",
     "attentions",
+    "batched_linears",
     "embeddings",
     "experts",
     "head",

@@ -79,7 +79,7 @@ def _experts(layers: Iterable[blocks.Layer], number: Callable[[blocks.Experts], 
 def _per_token(g: Graph, e: blocks.Experts) -> int:
     """Multiplications of the router and of the experts that one token is sent to."""
     router, *looped = (x.sizes[0] * x.sizes[1] for x in e.linears)
-    tables = (_size(g, v) for v in e.tables if v.shape is not None and len(v.shape) > 2)
+    tables = (_size(g, v) for v in e.tables if v.shape is not None and len(v.shape) > 2 and 1 not in v.shape)
     return router + (sum(looped) + sum(tables)) * e.chosen // e.count
 
 

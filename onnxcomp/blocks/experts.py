@@ -111,17 +111,17 @@ def _experts(
     count = router.sizes[1]
     routed = [u for v in _routed(numbers) for u in users_of(v)]
     tables = [u for u in routed if _is_table(g, u, count)]
-    deep = [u for u in tables if len(u.inputs[0].shape or ()) == 3]  # type: ignore[union-attr]
-    if deep:
-        width = _width(deep[-1])
+    widths = [w for u in tables if len(u.inputs[0].shape or ()) == 3 and (w := _width(u))]  # type: ignore[union-attr]
+    if widths:
+        width = widths[-1]
         values = tuple(u.inputs[0] for u in tables if u.inputs[0] is not None)
         return Experts(router, choices, numbers, count, chosen, width, values, nodes=frozenset(tables))
     loop = [_selected(s, parts) for s in _selections(g, routed, count)]
-    widths = {e.mlp.width for e in loop if e.mlp is not None}
-    if len(loop) != count or not widths:
+    inner = {e.mlp.width for e in loop if e.mlp is not None}
+    if len(loop) != count or not inner:
         return None
     nodes = frozenset(e.select for e in loop)
-    return Experts(router, choices, numbers, count, chosen, max(widths), loop=tuple(loop), nodes=nodes)
+    return Experts(router, choices, numbers, count, chosen, max(inner), loop=tuple(loop), nodes=nodes)
 
 
 def _router(index: Index, v: ir.Value | None) -> Linear | None:
@@ -155,10 +155,19 @@ def _width(gather: ir.Node) -> int:
     for v in _routed(gather.outputs[0]):
         for user in users_of(v):
             if user.op_type == "MatMul" and gather.inputs[0] is not None and gather.inputs[0].shape is not None:
-                sizes, transposed = gather.inputs[0].shape.numpy(), v is not gather.outputs[0]
+                sizes, transposed = gather.inputs[0].shape.numpy(), _is_transposed(v, gather)
                 is_first = user.inputs[0] is v
                 return int(sizes[2] if is_first != transposed else sizes[1])
     return 0
+
+
+def _is_transposed(v: ir.Value, gather: ir.Node) -> bool:
+    """Whether an odd number of Transposes stands between gathered weights and `v`."""
+    odd, node = False, v.producer()
+    while node is not None and node is not gather and node.inputs[0] is not None:
+        odd ^= node.op_type == "Transpose"
+        node = node.inputs[0].producer()
+    return odd
 
 
 # ---- loops -----------------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def stored_parts(g: Graph) -> tuple[StoredPart, ...]:
 def _readers(v: ir.Value, depth: int = 4) -> Iterator[tuple[ir.Node, int]]:
     """The nodes that compute with a constant, through those that only carry it on, and at which input."""
     for user, index in v.uses():
-        if user.op_type in CARRIERS and index == 0 and depth:
+        chosen = user.op_type in ("Gather", "GatherND") and v.shape is not None and len(v.shape) == 3  # of experts
+        if (user.op_type in CARRIERS or chosen) and index == 0 and depth:
             for out in user.outputs:
                 yield from _readers(out, depth - 1)
         else:

@@ -24,7 +24,7 @@ from onnxcomp.runtime.segments import Layout, Stage, Walk, signature
 from onnxcomp.stats import disk_cache
 from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Dims, Samples, dims, mask_name, rows, token_axis
-from onnxcomp.stats.statistic import Key, Need, Of, Statistic, Stats, accumulator, family, fetched, statistic
+from onnxcomp.stats.statistic import Key, Need, NoRows, Of, Statistic, Stats, accumulator, family, fetched, statistic
 from onnxcomp.target import CPU, Target
 
 __all__ = ["Collector", "collect"]
@@ -62,7 +62,7 @@ def collect(
     if path is not None and (cached := disk_cache.read(path, asked, notes)) is not None:
         return cached
     stats = collector.collect(graph, asked, watch)
-    if path is not None:
+    if path is not None and all(stats.reached(n) for n in asked):
         disk_cache.write(path, asked, stats)
     return stats
 
@@ -132,7 +132,7 @@ class Collector:
         self.sizes: dict[Key, int] = {}
         self.widths: dict[Need, int] = {}
         self.held = 0
-        self._last: dict[Need, tuple[Any, Array | Path]] = {}
+        self._last: dict[Need, tuple[Any, Array | Path | NoRows]] = {}
 
     def graphs(self, graph: Graph, asked: Iterable[Need]) -> dict[Of, Graph]:
         """The graphs by the name that needs give them; raises `OnnxcompError` where the original is not known."""
@@ -161,12 +161,16 @@ class Collector:
             self._last.clear()
             results.update(self._run(graphs, todo, first.feeds, watch))
         self._last = {n: (mark, results[n]) for n, mark in marks.items()}
+        if all(isinstance(r, NoRows) for r in results.values()):  # else only some experts are reached by none
+            raise next(r for r in results.values() if isinstance(r, NoRows))
         return Stats({n: self._finished(n, results[Need(n.value, family(n.stat), n.of)]) for n in asked})
 
     @staticmethod
-    def _finished(need: Need, result: Array | Path) -> Array | Path:
+    def _finished(need: Need, result: Array | Path | NoRows) -> Array | Path | NoRows:
         """The statistic; one in a file that needs no further computation stays there until it is read."""
         kind = statistic(need.stat)
+        if isinstance(result, NoRows):
+            return result
         if not isinstance(result, Path):
             return kind.finish(need.stat, result)
         if kind.finish.__func__ is Statistic.finish.__func__:  # type: ignore[attr-defined]
@@ -184,13 +188,13 @@ class Collector:
         needs: Sequence[Need],
         feeds: Mapping[str, Array],
         watch: Callable[[int, int], None] | None,
-    ) -> dict[Need, Array | Path]:
+    ) -> dict[Need, Array | Path | NoRows]:
         self.sizes = self._sizes(graphs, list(dict.fromkeys(k for n in needs for k in fetched(n))), feeds)
         samples = _sample_rule(graphs["current"])
         blocks = self._blocks(graphs, needs)
         stages = blocks.stages if blocks is not None else [list(needs)]
         total = len(self.data) * len(stages)
-        results: dict[Need, Array | Path] = {}
+        results: dict[Need, Array | Path | NoRows] = {}
         for i, (stage, following) in enumerate(itertools.pairwise([*stages, []])):
             step = None if watch is None else _from(watch, i * len(self.data), total)
             results.update(self._stage(graphs, blocks, stage, following, samples, step))
@@ -263,7 +267,7 @@ class Collector:
         following: Sequence[Need],
         rule: SampleRule,
         watch: Callable[[int], None] | None,
-    ) -> dict[Need, Array | Path]:
+    ) -> dict[Need, Array | Path | NoRows]:
         """Fill the accumulators of one stage."""
         accumulators = {n: accumulator(n.stat) for n in needs}
         tasks: dict[tuple[Key, ...], list[Need]] = {}
@@ -350,10 +354,12 @@ class Collector:
         except DataError as e:
             raise DataError(f"value '{keys[0][1]}' in batch {index} of {self.data.name}: {e}") from e
 
-    def _result(self, need: Need, accumulated: Any) -> Array | Path:
+    def _result(self, need: Need, accumulated: Any) -> Array | Path | NoRows:
         """The result, or the file it was written to where all results together exceed an eighth of the budget."""
         try:
             result: Array = accumulated.result()
+        except NoRows as e:
+            return NoRows(f"value '{need.value}' of {self.data.name}: {e}")
         except DataError as e:
             raise DataError(f"value '{need.value}' of {self.data.name}: {e}") from e
         if self.scratch is None or self.held + result.nbytes <= self.memory // 8 or result.nbytes < 1 << 20:

@@ -20,7 +20,7 @@ from onnxcomp.maths import Array
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["Accumulator", "Key", "Need", "Stat", "Statistic", "Stats", "fetched", "kinds", "statistic"]
+__all__ = ["Accumulator", "Key", "Need", "NoRows", "Stat", "Statistic", "Stats", "fetched", "kinds", "statistic"]
 
 Per = Literal["tensor", "channel"]
 Of = Literal["current", "original"]
@@ -177,27 +177,37 @@ def finite(a: Any) -> None:
         raise DataError("NaN or infinity")
 
 
-def no_rows() -> DataError:
+class NoRows(DataError):
+    """A statistic of nothing: padding counts for none, and some experts are chosen by no token."""
+
+
+def no_rows() -> NoRows:
     """The error of an accumulator that has seen nothing."""
-    return DataError("the data has no rows that count (everything is padding)")
+    return NoRows("the data has no rows that count (everything is padding, or no token is sent there)")
 
 
 class Stats(Mapping[Need, Array]):
     """Collected statistics; a statistic nobody asked for is a clear error.
 
     One that is too large to hold lies in a file and is mapped anew each time it is read, so that its memory is free
-    again as soon as the reader lets go.
+    again as soon as the reader lets go. One of a value that no sample reaches raises when it is read.
     """
 
-    def __init__(self, values: Mapping[Need, Array | Path] | None = None) -> None:
-        self._values: dict[Need, Array | Path] = dict(values or {})
+    def __init__(self, values: Mapping[Need, Array | Path | NoRows] | None = None) -> None:
+        self._values: dict[Need, Array | Path | NoRows] = dict(values or {})
 
     def __getitem__(self, need: Need) -> Array:
         try:
             held = self._values[need]
         except KeyError:
             raise OnnxcompError(f"statistic {need} was not collected; yield it from needs()") from None
+        if isinstance(held, NoRows):
+            raise held
         return np.load(held, mmap_mode="r", allow_pickle=False) if isinstance(held, Path) else held
+
+    def reached(self, need: Need) -> bool:
+        """Whether any sample has rows of the value."""
+        return not isinstance(self._values.get(need), NoRows)
 
     def __iter__(self) -> Iterator[Need]:
         return iter(self._values)

@@ -8,14 +8,26 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.blocks import Embedding, Linear
+from onnxcomp.blocks import BatchedLinear, Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.target import Granularity, Target, resolved
 
-__all__ = ["WeightCodes", "chosen", "in_float32", "integer_weight", "product", "quantizable", "run_time_product"]
+__all__ = [
+    "FLOATS",
+    "HALVES",
+    "LAZY_BYTES",
+    "WeightCodes",
+    "chosen",
+    "in_float32",
+    "integer_weight",
+    "lazy_codes",
+    "product",
+    "quantizable",
+    "run_time_product",
+]
 
 # Weights from this size on that lie in a file become codes only when they are written or run: small ones are cheap to
 # hold, and a large model must not have all its codes in memory.
@@ -29,7 +41,9 @@ def quantizable(g: Graph) -> list[Linear]:
     return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
 
 
-def chosen(g: Graph, skip: Iterable[str], min_size: int, tables: Iterable[Embedding] = ()) -> list[Linear]:
+def chosen(
+    g: Graph, skip: Iterable[str], min_size: int, tables: Iterable[Embedding | BatchedLinear] = ()
+) -> list[Linear]:
     """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name.
 
     So is a pattern that matches neither a linear nor one of the `tables`.
@@ -106,11 +120,12 @@ class WeightCodes:
 
         shape = tuple(tensor.shape.numpy())[:: -1 if transposed and not stored else 1]
         eager = tensor.nbytes < LAZY_BYTES or isinstance(tensor, ir.Tensor)
-        content: Array | ir.LazyTensor = codes() if eager else _lazy(codes, shape)
+        content: Array | ir.LazyTensor = codes() if eager else lazy_codes(codes, shape)
         return self.g.constant(content, f"{v.name}_int8"), self.g.constant(scale, f"{v.name}_scale")
 
 
-def _lazy(codes: Callable[[], Array], shape: tuple[int, ...]) -> ir.LazyTensor:
+def lazy_codes(codes: Callable[[], Array], shape: tuple[int, ...]) -> ir.LazyTensor:
+    """Int8 codes that are computed when they are written or run."""
     return ir.LazyTensor(lambda: ir.tensor(codes()), dtype=ir.DataType.INT8, shape=ir.Shape(shape))
 
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.blocks import Linear
-from onnxcomp.graph import Graph
+from onnxcomp import blocks
+from onnxcomp.blocks import BatchedLinear, Linear
+from onnxcomp.graph import Graph, Site
 from onnxcomp.lowering.forms import KINDS, Context, default, legal
-from onnxcomp.methods.quantize import linears
+from onnxcomp.methods.quantize import batched, linears
 from onnxcomp.target import Target
 
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
 
-__all__ = ["SLOWER", "TICK", "loses", "models", "products"]
+__all__ = ["SLOWER", "TICK", "experts_models", "loses", "models", "paying", "products"]
 
 # A group is kept in float where integers take longer by this factor, and by more seconds than the noise of one session
 # call: small differences must not decide, since they change from run to run.
 SLOWER = 1.05
 TICK = 20e-6
+GATHERED = 4  # experts of a table that are timed: how long gathering takes does not depend on how many there are
 
 
 def loses(group: list[Linear], env: Env, *, dynamic: bool = False) -> str:
@@ -33,9 +35,61 @@ def loses(group: list[Linear], env: Env, *, dynamic: bool = False) -> str:
     """
     shapes = env.dims(group[0].source) if env.measures and group[0].source.dtype is ir.DataType.FLOAT else []
     forms = models(group, env.target, dynamic=dynamic) if shapes else {}
+    return _slower(env, group[0].site, forms, [(1, math.prod(s[:-1]), s[-1]) for s in shapes])
+
+
+def paying(found: Iterable[BatchedLinear], g: Graph, env: Env, *, only_faster: bool) -> Iterator[BatchedLinear]:
+    """Products with experts that become int8; with `only_faster` those that integers make slower are declined."""
+    for x in list(found):
+        why = _experts_lose(x, env) if only_faster else ""
+        if why:
+            g.decline(x.site, why)
+        else:
+            yield x
+
+
+def _experts_lose(x: BatchedLinear, env: Env) -> str:
+    """Why a table of experts stays float: its int8 form is slower at the asked shapes, where that is measured."""
+    known = env.measures and x.table.dtype is ir.DataType.FLOAT
+    shapes = [s for s in env.dims(x.input) if len(s) == 3] if known else []
+    return _slower(env, x.site, experts_models(x, env.target), shapes) if shapes else ""
+
+
+def experts_models(x: BatchedLinear, target: Target) -> dict[str, Graph]:
+    """`float` and `int8`: the product with experts' weights on an input `x` of the original's rank and layout."""
+    floats = _experts(x)
+    ints = floats.clone()
+    (copy,) = blocks.batched_linears(ints)
+    batched.store(ints, copy, batched.TableCodes(ints, target, batched.run_time))
+    ints.model.graph.sort()
+    ints.sweep()
+    return {"float": floats, "int8": ints}
+
+
+def _experts(x: BatchedLinear) -> Graph:
+    """The product with the experts' weights in float, on an input `x` of the rank and layout of the original's."""
+    count, k, n = x.sizes
+    count = min(count, GATHERED) if x.gather is not None else count
+    source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["rows", "a", "b"]))
+    g = Graph(ir.Model(ir.Graph([source], [], nodes=[], opset_imports={"": 23}, name="trial"), ir_version=10))
+    w = _constant(g, (count, n, k) if x.left else (count, k, n), 0.01, ir.DataType.FLOAT)
+    if x.gather is not None:
+        rows = g.op("Squeeze", g.op("Shape", source, start=0, end=1), np.array([0]))
+        numbers = g.op("Mod", g.op("Range", np.array(0), rows, np.array(1)), np.array(count))
+        like = ir.Value(type=source.type, shape=ir.Shape(["rows", *w.shape[1:]]))  # type: ignore[index]
+        w = g.op("Gather", w, numbers, axis=0, like=like)
+    y = g.op("MatMul", *((w, source) if x.left else (source, w)), name="product")
+    y.type, y.name = source.type, "y"
+    g.model.graph.outputs.append(y)
+    g.model.graph.sort()
+    return g
+
+
+def _slower(env: Env, site: Site, forms: dict[str, Graph], shapes: Sequence[tuple[int, ...]]) -> str:
+    """The times where the second form takes longer than the first on an input `x` of those shapes; else empty."""
     times = []
     for shape in shapes:
-        floats, ints = env.cost(group[0].site, forms, {"x": (1, math.prod(shape[:-1]), shape[-1])})
+        floats, ints = env.cost(site, forms, {"x": shape})
         if floats.seconds is None or ints.seconds is None or "table" in (floats.source, ints.source):
             return ""
         times.append((floats.seconds, ints.seconds))
@@ -110,8 +164,8 @@ def _product(g: Graph, source: ir.Value, fan_in: int, like: ir.Value, kind: str)
     return g.op("MatMul", source, w, like=like)
 
 
-def _constant(g: Graph, shape: tuple[int, int], number: float, dtype: ir.DataType) -> ir.Value:
-    """A matrix of one number that takes memory only while it is run."""
+def _constant(g: Graph, shape: tuple[int, ...], number: float, dtype: ir.DataType) -> ir.Value:
+    """A tensor of one number that takes memory only while it is run."""
 
     def content() -> ir.TensorProtocol:
         return ir.tensor(np.full(shape, number, dtype.numpy()))
