@@ -13,6 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from onnxcomp.data.input_axes import alone_behind_a_cache
 from onnxcomp.data.inputs import LABELS, Batch, TensorSpec, id_ranges, roles, specs, total_mask
 from onnxcomp.data.random_feeds import random_feeds
 from onnxcomp.data.untrusted import guarded, read_npz, whole_number
@@ -197,7 +198,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Random(Rows):
-    """Random samples of the model's shapes, of `sequence` new tokens behind half as many in caches, if it has any."""
+    """Random samples of the model's shapes, of `sequence` new tokens behind half as many in caches, if it has any.
+
+    Caches are empty where the runtime takes several tokens behind one of a single sample only.
+    """
 
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
         inputs, vocab = specs(graph), id_ranges(graph)
@@ -206,7 +210,8 @@ class Random(Rows):
         table = vocab.get(role.get("positions", ""))
         limit = table or whole_number(config, "max_position_embeddings", 1 << 30, where)
         length = min(sequence or 32, limit)
-        past = min(length // 2, limit - length)
+        alone = length > 1 and samples > 1 and alone_behind_a_cache(graph.model.graph)
+        past = 0 if alone else min(length // 2, limit - length)
         pixels = whole_number(config, "image_size", 32, where)
         mask = total_mask(inputs)
         free = {s.name: length for s in inputs} | ({mask.name: past + length} if mask is not None else {})

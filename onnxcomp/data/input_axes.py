@@ -6,11 +6,11 @@ TensorScatter. Names do not matter, but where the appending is not visible `past
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import onnx_ir as ir
 
-__all__ = ["cache_axis", "sample_axes"]
+__all__ = ["alone_behind_a_cache", "cache_axis", "sample_axes"]
 
 # Inputs of an operator that hold the keys or values so far, and the axis of their tokens.
 PAST = {
@@ -35,6 +35,11 @@ def cache_axis(v: ir.Value, shape: Shape) -> int | None:
     name = str(v.name).lower()
     open_axes = [i for i, d in enumerate(shape) if i and isinstance(d, str)]
     return open_axes[0] if "past" in name and "encoder" not in name and len(open_axes) == 1 else None
+
+
+def alone_behind_a_cache(nodes: Iterable[ir.Node]) -> bool:
+    """Whether several new tokens behind a cache must be of one sample: GroupQueryAttention takes no batch of them."""
+    return any(n.op_type == "GroupQueryAttention" and len(n.inputs) > 3 and n.inputs[3] is not None for n in nodes)
 
 
 def _appended(v: ir.Value, axes: list[int]) -> int | None:

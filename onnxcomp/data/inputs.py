@@ -153,9 +153,9 @@ def vocabulary(graph: Graph) -> dict[str, int]:
                     and _stays_integer(user.outputs[0], user)
                 ):
                     reach.append(user.outputs[0])
-                elif user.op_type == "Gather" and index == 1:
+                elif user.op_type in ("Gather", "GatherBlockQuantized") and index == 1:
                     table = Graph.tensor(user.inputs[0])
-                    axis = user.attributes.get_int("axis", 0)
+                    axis = user.attributes.get_int("axis" if user.op_type == "Gather" else "gather_axis", 0)
                     if table is not None and axis == 0 and len(table.shape) == 2:
                         rows = int(table.shape.numpy()[0])
                         sizes[str(v.name)] = min(rows, sizes.get(str(v.name), rows))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from onnxcomp.blocks.inner import inner_linears
 from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Pass, PassFault
@@ -17,7 +18,7 @@ from onnxcomp.runtime.integer import quantized_linears
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
 
-__all__ = ["blaming", "described", "listed", "needs_of", "nothing_found"]
+__all__ = ["blaming", "described", "left_in_branches", "listed", "needs_of", "nothing_found"]
 
 T = TypeVar("T")
 
@@ -71,7 +72,13 @@ def _place(cls: type[Pass], e: Exception) -> str:
 def nothing_found(g: Graph) -> str:
     """That a pass found no site, and that linears are integers already where that may be why."""
     done = quantized_linears(g.model)
-    return "found nothing to change in it" + (f", whose {done} quantized linears stay as they are" if done else "")
+    whose = f", whose {done} quantized linears stay as they are" if done else ""
+    return "found nothing to change in it" + "".join([whose, *(f"; {note}" for note in left_in_branches(g))])
+
+
+def left_in_branches(g: Graph) -> list[str]:
+    """A sentence for each node whose branches hold linears, which no pass changes."""
+    return [f"'{x.node}' is left alone: {x.why}" for x in inner_linears(g)]
 
 
 def needs_of(p: Pass, work: Graph, exact: Graph, target: Target) -> list[Need]:

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.engine.blame import blaming
-from onnxcomp.engine.data_used import HELD_OUT
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.order import advice
-from onnxcomp.engine.probe import Probe
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
-from onnxcomp.errors import GateFailed, OnnxcompError
+from onnxcomp.errors import GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
-from onnxcomp.pipeline import Fidelity, Pass
+from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Origin, Plan, Remedy, Report, Result
 from onnxcomp.validation.gates import Gate
 from onnxcomp.version import __version__
@@ -76,20 +74,6 @@ class Job:
         s, folder = self.settings, self.model.parent
         return s.dataset(s.calibration, graph, folder), s.dataset(s.evaluation, graph, folder)
 
-    def _judged_on(self, graph: Graph) -> tuple[Dataset | None, Dataset | None, str]:
-        """Calibration and evaluation data, and a note; where nothing is given to judge on, random inputs are.
-
-        Gates are not judged on these: they need data, as the manager says.
-        """
-        calib, evalu = self._data(graph)
-        judges = self.recipe.gates and any(p.fidelity is Fidelity.LOSSY for p in self.recipe.passes)
-        if evalu is not None or judges or (calib is not None and len(calib) >= HELD_OUT):
-            return calib, evalu, ""
-        try:
-            return calib, Probe(graph, self.model.parent), "no data was given to judge on"
-        except OnnxcompError as e:
-            return calib, None, f"the result was not compared with the original, since there are no random inputs: {e}"
-
     def run(self, watch: Watch | None = None, source: Stored | None = None) -> Result:
         """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured.
 
@@ -101,9 +85,8 @@ class Job:
             for remark in filter(None, (manager.host_note, *of_passes, *notes)):
                 watch(remark, 0, 0)
         try:
-            calib, evalu, note = self._judged_on(source.graph)
-            result = manager.run(source, calib, evalu)
-            result.report.warnings[:0] = [*([note] if note else []), *notes]
+            result = manager.run(source, *self._data(source.graph))
+            result.report.warnings[:0] = notes
         except GateFailed as e:
             if isinstance(e.report, Report):
                 self._describe(e.report, source)

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
-from onnxcomp.engine.blame import blaming, listed, needs_of, nothing_found
+from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, nothing_found
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
@@ -110,16 +110,19 @@ class PassManager:
     def run(self, model: Graph | Stored | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts.
 
-        What is in a file answers as the runtime reads that file, not as it was read here.
+        What is in a file answers as the runtime reads that file, not as it was read here. Without data to judge on the
+        result is compared on random inputs; gates need data.
         """
         given = proven(model, self.host)
         original = graph_of(given)
         self.gate.check(str(v.name) for v in original.outputs)
-        calib, evalu, notes = data_used.datasets(original, calibration, evaluation)
-        if self.gate.conditions and evalu is None and any(p.fidelity is Fidelity.LOSSY for p in self.passes):
+        judged = bool(self.gate.conditions) and any(p.fidelity is Fidelity.LOSSY for p in self.passes)
+        made_up = not (judged or self.dry)
+        calib, evalu, notes = data_used.datasets(original, calibration, evaluation, made_up=made_up)
+        if judged and evalu is None:
             raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
-        report.warnings += [*([self.host_note] if self.host_note else []), *notes]
+        report.warnings += [*([self.host_note] if self.host_note else []), *notes, *left_in_branches(original)]
         with scratch_folder() as scratch:
             reference = None
             if evalu is not None:

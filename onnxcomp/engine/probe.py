@@ -13,10 +13,11 @@ from onnxcomp.data.datasets import Dataset, load_data, roles, specs
 from onnxcomp.data.input_check import InputCheck
 from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.vocabulary import renumbering
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["SHAPES", "Probe", "fitted", "random_feeds"]
+__all__ = ["SHAPES", "Probe", "fitted", "probe", "random_feeds"]
 
 SHAPES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
 
@@ -34,6 +35,14 @@ class Probe(Dataset):
         source = Rows.of([random_feeds(g, folder, shape) for shape in SHAPES], "random", axes_of(specs(g)))
         source.random = True
         super().__init__(source, source.widest, InputCheck(specs(g), vocabulary(g), "random"))
+
+
+def probe(g: Graph) -> tuple[Probe | None, str]:
+    """Random inputs to judge on, and a note; none where they cannot be made."""
+    try:
+        return Probe(g, g.path.parent if g.path else None), "no data was given to judge on"
+    except OnnxcompError as e:
+        return None, f"the result was not compared with the original, since there are no random inputs: {e}"
 
 
 def fitted(feeds: Mapping[str, Array], original: Graph, result: Graph) -> dict[str, Array]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable, Iterator, MutableSequence
+from collections.abc import Iterable, Iterator, Mapping, MutableSequence
 from typing import Any
 
 import onnx
 
 from onnxcomp.errors import ModelError
+from onnxcomp.files.cache_shapes import settle_caches
 
 __all__ = ["DOMAINS", "called", "free_names", "normalize", "subgraphs"]
 
@@ -31,6 +32,7 @@ def normalize(proto: onnx.ModelProto) -> None:
     proto.ir_version = max(proto.ir_version, OLDEST_IR)
     _domains(proto.opset_import, proto.graph.node, {(f.domain, f.name) for f in proto.functions})
     _graph(proto.graph)
+    _distinct(proto.graph)
     for function in proto.functions:
         function.domain = _plain(function.domain)
         _domains(function.opset_import, function.node, {(f.domain, f.name) for f in proto.functions})
@@ -119,6 +121,7 @@ def _graph(graph: onnx.GraphProto) -> None:
     for v in itertools.chain(graph.input, graph.output, graph.value_info):
         _open_axes(v.type)
     _nodes(graph.node)
+    settle_caches(graph)
 
 
 def _keep(items: Any, wanted: Any) -> None:
@@ -135,6 +138,42 @@ def _open_axes(kind: onnx.TypeProto) -> None:
         for d in kind.tensor_type.shape.dim:
             if d.HasField("dim_value") and d.dim_value < 0:
                 d.ClearField("dim_value")
+
+
+def _distinct(graph: onnx.GraphProto) -> None:
+    """Give what subgraphs compute names of its own: two branches of an If may use the same, shape inference may not."""
+    taken = {v.name for v in (*graph.input, *graph.initializer)}
+    taken.update(name for node in graph.node for name in node.output)
+    named = {node.name for node in graph.node}
+    for node in graph.node:
+        for inner in subgraphs(node):
+            _rename(inner, {}, taken, named)
+
+
+def _rename(graph: onnx.GraphProto, outer: Mapping[str, str], taken: set[str], named: set[str]) -> None:
+    """Rename what a graph defines and is taken already; `outer` are the new names of values around it."""
+    new = dict(outer)
+    for v in (*graph.input, *graph.initializer):
+        new[v.name] = v.name = _fresh(v.name, taken)
+    for node in graph.node:
+        node.name = _fresh(node.name, named)
+        node.input[:] = [new.get(x, x) for x in node.input]
+        for inner in subgraphs(node):
+            _rename(inner, new, taken, named)
+        for i, name in enumerate(node.output):
+            new[name] = node.output[i] = _fresh(name, taken)
+    for v in (*graph.value_info, *graph.output):
+        v.name = new.get(v.name, v.name)
+
+
+def _fresh(name: str, taken: set[str]) -> str:
+    """A name that nothing has yet; none stays none."""
+    found, n = name, 1
+    while found and found in taken:
+        n += 1
+        found = f"{name}_{n}"
+    taken.add(found)
+    return found
 
 
 def _nodes(nodes: MutableSequence[onnx.NodeProto]) -> None:

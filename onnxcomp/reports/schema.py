@@ -127,7 +127,7 @@ class OutputPart(TypedDict):
 class ValidationPart(TypedDict):
     """Result against original on held-out data: `outputs` has each output, `values` by gate name the worst of them.
 
-    Task metrics read the output that is `scored`; outputs that are no tensors are `uncompared`.
+    Task metrics read the output that is `scored`; outputs that are maps are `uncompared`.
     """
 
     samples: int

@@ -25,6 +25,7 @@ from onnxcomp.runtime.segments import Walk
 from onnxcomp.target import CPU, Target, find
 from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
+from onnxcomp.validation.flat import SHAPES, flattened
 from onnxcomp.validation.kept import KeptAnswers, digest
 from onnxcomp.validation.metrics import Metric, Sums
 from onnxcomp.validation.narrowed import Narrowed, narrowed
@@ -69,7 +70,8 @@ class Reference:
         sums = Sums(self.metrics)
         with Runner(model, self.target, scratch=self._scratch) as session:
             self.inputs = session.inputs
-            for batch, out in session.each(self.data, names):
+            for batch, made in session.each(self.data, names):
+                out = flattened(made, self.view.flat)
                 if not self._seen:
                     self._settle(out)
                     self._fitting = self._guess(session, batch, out)
@@ -169,6 +171,7 @@ class Reference:
                 reference = self._kept[count - 1]
                 if vocab is not None:
                     reference = {k: vocab.columns(a) for k, a in reference.items()}
+                outputs = flattened(outputs, self.view.flat)
                 self._check_outputs(reference, outputs)
                 out = {k: as_float(a) for k, a in outputs.items()}
                 for layout in layouts:
@@ -228,7 +231,7 @@ class Reference:
         if undefined:
             notes = (*notes, f"entries that are NaN in the original are not compared: {', '.join(undefined)}")
         if self.view.uncompared:
-            notes = (*notes, f"outputs that are no tensors are not compared: {', '.join(self.view.uncompared)}")
+            notes = (*notes, f"outputs that are maps are not compared: {', '.join(self.view.uncompared)}")
         scored, data = self.view.scored.name, self.data
         return Validation(drifts, results, self.samples, data.name, data.random, notes, scored, self.view.uncompared)
 
@@ -239,12 +242,17 @@ class Reference:
             raise ModelError(f"the candidate has no output '{missing[0]}'; it has {', '.join(outputs)}")
 
     def _check_outputs(self, reference: Mapping[str, Array], out: Mapping[str, Array]) -> None:
-        for name, a in out.items():
+        for name, a in sorted(out.items(), key=lambda item: not item[0].endswith(SHAPES)):
+            if name.endswith(SHAPES) and not np.array_equal(a, reference[name]):
+                raise ModelError(
+                    f"the elements of output '{name.removesuffix(SHAPES)}' have other numbers or shapes than in the "
+                    f"original: {a.tolist()}, not {reference[name].tolist()} (how many; rank and sizes of each)"
+                )
             if a.shape != reference[name].shape:
                 raise ModelError(
                     f"output '{name}' is {reference[name].shape} in the original, {a.shape} in the candidate"
                 )
-            if a.dtype.name != self._types[name]:
+            if a.dtype.name != self._types[name] and a.size:
                 raise ModelError(
                     f"output '{name}' is {self._types[name]} in the original, {a.dtype.name} in the candidate"
                 )

@@ -36,27 +36,28 @@ class OutputLayout:
 
 @dataclass(frozen=True)
 class View:
-    """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs that are tensors.
+    """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs.
 
-    Outputs that are sequences or optional are `uncompared`.
+    `flat` are outputs that are sequences or optional, whose elements are compared one by one; outputs that are maps are
+    `uncompared`.
     """
 
     roles: Mapping[str, str]
     vocabulary: int | None
     outputs: tuple[OutputLayout, ...]
     uncompared: tuple[str, ...] = ()
+    flat: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, g: Graph) -> View:
-        """From a graph; raises `ModelError` when it has no tensor among its outputs."""
+        """From a graph; tensors come first."""
         role = dict(roles(specs(g)))
         words = vocabulary(g).get(role.get("decoder_tokens", role.get("tokens", "")))
         axes = {side: _sequence_axis(g, role, side) for side in ("decoder_", "") if f"{side}tokens" in role or not side}
         tensors = [v for v in g.outputs if v.type is None or isinstance(v.type, ir.TensorType)]
-        if not tensors:
-            raise ModelError("no output of the model is a tensor, so there is nothing to compare")
-        others = tuple(str(v.name) for v in g.outputs if v not in tensors)
-        return cls(role, words, tuple(_reading(v, axes, words) for v in tensors), others)
+        others = [str(v.name) for v in g.outputs if v not in tensors]
+        layouts = [*(_reading(v, axes, words) for v in tensors), *(OutputLayout(name, None, False) for name in others)]
+        return cls(role, words, tuple(layouts), flat=frozenset(others))
 
     @property
     def scored(self) -> OutputLayout:
@@ -65,12 +66,17 @@ class View:
         return next((r for r in floats if r.logits), (floats or self.outputs)[0])
 
     def with_types(self, made: Mapping[str, Array]) -> View:
-        """The same where the element types of the outputs are those of arrays that were made."""
-        kinds = {r.name: made[r.name].dtype.kind not in "iubOSU" for r in self.outputs}
-        changed = [
-            dataclasses.replace(r, floating=kinds[r.name], logits=r.logits and kinds[r.name]) for r in self.outputs
-        ]
-        return dataclasses.replace(self, outputs=tuple(changed))
+        """The same where the element types of the outputs are those of arrays that were made.
+
+        What no array was made of is not compared; raises `ModelError` where that is all.
+        """
+        there = [r for r in self.outputs if r.name in made]
+        if not there:
+            raise ModelError("the outputs of the model are maps, so there is nothing to compare")
+        kinds = {r.name: made[r.name].dtype.kind not in "iubOSU" for r in there}
+        changed = [dataclasses.replace(r, floating=kinds[r.name], logits=r.logits and kinds[r.name]) for r in there]
+        uncompared = tuple(r.name for r in self.outputs if r not in there)
+        return dataclasses.replace(self, outputs=tuple(changed), uncompared=uncompared)
 
     def tokens(self, layout: OutputLayout) -> str:
         """The input whose tokens an output has rows for; empty without one."""

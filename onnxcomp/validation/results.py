@@ -21,7 +21,7 @@ LOWER_IS_BETTER = ("max_abs", "rel_l2", "kl")
 class Validation:
     """How far a candidate is from the original: the drift of each of the `outputs`, and task `metrics`.
 
-    `scored` is the output that task metrics read; `uncompared` are outputs that are no tensors.
+    `scored` is the output that task metrics read; `uncompared` are outputs that are maps.
     """
 
     outputs: dict[str, Drift]

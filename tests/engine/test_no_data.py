@@ -15,6 +15,8 @@ from onnxcomp.engine.probe import Probe, fitted
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.passes.canonicalize import Canonicalize
+from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.pipeline import PassFault, Stage
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate
@@ -133,3 +135,11 @@ def test_an_output_that_is_an_input_has_the_inputs_type(tmp_path):
     loaded = storage.load(path)
     assert loaded.outputs[0].dtype is ir.DataType.INT64
     assert oc.optimize(path, tmp_path / "out", measure=False).model.outputs[0].dtype is ir.DataType.INT64
+
+
+def test_a_pass_manager_compares_on_random_inputs_of_its_own() -> None:
+    result = PassManager([Canonicalize(), DynamicQuant(min_size=1)]).run(tiny.encoder())
+    found = result.report.validation
+    assert found is not None
+    assert (found.random, found.equal) == (True, False)
+    assert "no data was given to judge on" in result.report.warnings

@@ -13,6 +13,7 @@ from onnxcomp.reports import json_report, tables
 from onnxcomp.validation.compare import Reference, validate
 from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
 from onnxcomp.validation.gates import Condition, Gate, score_of
+from onnxcomp.validation.outputs import View
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.rows import OutputRows
 from tests import tiny
@@ -201,14 +202,9 @@ def test_of_many_outputs_the_worst_are_shown():
     assert len(list(tables.outputs(v, every=True).columns[0].cells)) == 20
 
 
-def test_a_model_without_tensor_outputs_is_refused():
-    g = model({"logits": W})
-    out = g.op("SequenceConstruct", g.outputs[0])
-    g.model.graph.outputs.clear()
-    out.name, out.type = "all", ir.SequenceType(ir.TensorType(FLOAT))
-    g.model.graph.outputs.append(out)
-    with pytest.raises(ModelError, match="no output of the model is a tensor"):
-        Reference(g, FEEDS)
+def test_a_model_whose_outputs_are_maps_is_refused():
+    with pytest.raises(ModelError, match="are maps, so there is nothing to compare"):
+        View.of(model({"logits": W})).with_types({})
 
 
 def test_interface_of_a_decoder_has_one_output_per_value():
