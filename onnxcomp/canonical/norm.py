@@ -18,16 +18,22 @@ from onnxcomp.maths import Array
 
 __all__ = ["find_norms", "raise_norms"]
 
+# `max(|x|, eps)` and `sqrt(|x|^2 + eps^2)` agree to a share of 5e-7 from lengths of a thousand times `eps` on; layers
+# write 1e-12, and a thousandth is no length of an activation.
+MAX_LENGTH_EPSILON = 1e-6
+SAME_FACTOR = 1e-6  # a square root that was rounded to float32
+
 
 @dataclass(frozen=True)
 class NormMatch:
-    """A decomposed norm: `x` normalized to `y`, before gain and bias."""
+    """A decomposed norm: `x` normalized to `y`, before gain and bias; `factor` multiplies the gain."""
 
     x: ir.Value
     y: ir.Value
     epsilon: float
     centred: bool
     width: int
+    factor: float = 1.0
 
 
 def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, NormMatch | str]]:
@@ -44,6 +50,39 @@ def find_norms(g: Graph, f: Facts) -> Iterator[tuple[ir.Node, NormMatch | str]]:
             yield mean, reason or "norm: the normalized width is not static"
         else:
             yield mean, NormMatch(x, normalized, root[1], centred, width)
+    for length in g.nodes("ReduceL2"):
+        if (match := _unit_length(g, f, length)) is not None:
+            yield length, match
+
+
+def _unit_length(g: Graph, f: Facts, length: ir.Node) -> NormMatch | None:
+    """`x / max(|x|, eps)`, times `sqrt(width)` or a row, which is an RMS norm with a tiny epsilon.
+
+    A vector of unit length alone, as for cosines, is none.
+    """
+    x, bounded = length.inputs[0], sole_use(length.outputs[0])
+    width = None if x is None else _width(f, x)
+    if x is None or width is None or bounded is None or _why_not_last_axis(f, length):
+        return None
+    node, index = bounded
+    operands = [v for v in node.inputs if v is not None]
+    smallest = f.scalar(operands[1 - index]) if node.op_type in ("Clip", "Max") and len(operands) == 2 else None
+    if smallest is None or not 0 <= smallest <= MAX_LENGTH_EPSILON or (node.op_type == "Clip" and index):
+        return None
+    use = sole_use(node.outputs[0])
+    if use is not None and use[0].op_type == "Expand":
+        use = sole_use(use[0].outputs[0])
+    if use is None or use[0].op_type != "Div" or use[0].inputs[0] is not x:
+        return None
+    y, root = use[0].outputs[0], float(np.sqrt(width))
+    factor, use = 1.0, sole_use(y)
+    number = f.scalar(use[0].inputs[1 - use[1]]) if use is not None and use[0].op_type == "Mul" else None
+    if use is not None and number is not None:
+        y, factor = use[0].outputs[0], number
+    scaled = abs(factor / root - 1) < SAME_FACTOR
+    if not scaled and any(gain is None for gain, _ in _gains(g, y, width)):
+        return None
+    return NormMatch(x, y, smallest**2 / width, False, width, 1.0 if scaled else factor / root)
 
 
 def raise_norms(g: Graph, f: Facts) -> None:
@@ -140,7 +179,10 @@ def _rewrite(g: Graph, match: NormMatch) -> None:
         x, y = casts
     dtype = (x.dtype or ir.DataType.FLOAT).numpy()
     for gain, scaled in _gains(g, y, match.width):
-        _replace(g, match, x, gain if gain is not None else np.ones(match.width, dtype), scaled or y)
+        row = gain if gain is not None else np.ones(match.width, dtype)
+        if match.factor != 1:
+            row = np.asarray((g.array(gain) if gain is not None else 1) * np.full(match.width, match.factor), dtype)
+        _replace(g, match, x, row, scaled or y)
 
 
 def _replace(g: Graph, match: NormMatch, x: ir.Value, scale: ir.Value | Array, out: ir.Value) -> None:

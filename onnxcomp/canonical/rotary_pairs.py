@@ -52,17 +52,21 @@ def channel_selection(f: Facts, v: ir.Value | None) -> ChannelSelection | None:
     shape, out = f.shape(z), f.shape(v)
     if z is None or shape is None or out is None or not isinstance(shape[-1], int):
         return None
-    if selection.axis == len(shape) - 1 and len(selection.keep) == out[-1] and out[:-1] == shape[:-1]:
-        return ChannelSelection(z, selection.keep)
     unsplit = _joined_axes(f, z, shape)
-    if unsplit is None or len(selection.keep) != 1 or out[:-1] != shape[:-2]:
-        return None
-    rows, columns = int(shape[-2]), int(shape[-1])  # type: ignore[arg-type]
-    if selection.axis == len(shape) - 1:
-        return ChannelSelection(unsplit, tuple(range(selection.keep[0], rows * columns, columns)))
-    if selection.axis == len(shape) - 2:
-        first = selection.keep[0] * columns
-        return ChannelSelection(unsplit, tuple(range(first, first + columns)))
+    kept, axis = selection.keep, selection.axis
+    one = (*shape[:axis], 1, *shape[axis + 1 :])  # a part of an axis that was divided in two, its axis kept or dropped
+    if (
+        unsplit is not None
+        and len(kept) == 1
+        and axis >= len(shape) - 2
+        and out in (one, shape[:axis] + shape[axis + 1 :])
+    ):
+        rows, columns = int(shape[-2]), int(shape[-1])  # type: ignore[arg-type]
+        if axis == len(shape) - 1:
+            return ChannelSelection(unsplit, tuple(range(kept[0], rows * columns, columns)))
+        return ChannelSelection(unsplit, tuple(range(kept[0] * columns, (kept[0] + 1) * columns)))
+    if axis == len(shape) - 1 and len(kept) == out[-1] and out[:-1] == shape[:-1]:
+        return ChannelSelection(z, kept)
     return None
 
 
@@ -126,10 +130,12 @@ def _joined_by_stack(f: Facts, node: ir.Node) -> tuple[ir.Value, ir.Value, bool]
 
 
 def _before_unsqueeze(f: Facts, v: ir.Value | None, axis: int) -> ir.Value | None:
-    """The value before an axis of size 1 was added."""
+    """The value before an axis of size 1 was added, or a part that kept it."""
     node, shape = v.producer() if v is not None else None, f.shape(v)
-    if node is None or node.op_type not in ("Unsqueeze", "Reshape") or shape is None or shape[axis] != 1:
+    if node is None or shape is None or shape[axis] != 1:
         return None
+    if node.op_type not in ("Unsqueeze", "Reshape"):
+        return v if channel_selection(f, v) is not None else None
     return node.inputs[0] if f.shape(node.inputs[0]) == (*shape[:axis], *shape[axis + 1 :]) else None
 
 

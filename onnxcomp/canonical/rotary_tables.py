@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import reshaped, trace
 from onnxcomp.analysis.shape_rules import axis_of
-from onnxcomp.analysis.sizes import Shape, product
+from onnxcomp.analysis.sizes import Shape
 from onnxcomp.canonical.rotary_pairs import joined
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import TABLE_REPEATING
@@ -119,13 +119,13 @@ class Tables:
             if kept.size != half or remaining != (*(a for group in t.origin[:-1] for a in group), kept):
                 return None
             before = self.f.shape(t.value) or ()
-            if before[-1] == 1 and len(before) == len(shape) + 1 and interleaved:
-                return self.g.op("Squeeze", t.value, np.array([-1], np.int64))
             if before == (*shape[:-1], half):
                 return t.value
-            if not interleaved and len(before) == len(shape) + 1 and before[-2] == 1 and product(before) != 0:
-                return self.g.op("Squeeze", t.value, np.array([-2], np.int64))
-            return None
+            at = -1 if interleaved else -2
+            if len(before) < 2 or before[at] != 1:
+                return None
+            narrow = self.g.op("Squeeze", t.value, np.array([at], np.int64))
+            return narrow if len(before) == len(shape) + 1 else reshaped(self.g, self.f, narrow, [*shape[:-1], half])
         return None
 
     def _keeps_last_axis(self, node: ir.Node, rank: int) -> bool:

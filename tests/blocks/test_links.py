@@ -28,6 +28,9 @@ KINDS = (
     "output norm",
     "activated",
     "sink",
+    "einsum",
+    "unbound pairs",
+    "unit length",
 )
 
 
@@ -44,8 +47,28 @@ def rms(g, x, n, axis=-1):
     return g.op("Mul", g.op("Div", x, root), f32(np.linspace(0.8, 1.2, n)))
 
 
+def unit_length(g, x, n):
+    """`normalize(x) * sqrt(n) * g`, as lucidrains' models write an RMS norm."""
+    length = g.op("Clip", g.op("ReduceL2", x, i64(-1), keepdims=1), f32(1e-12))
+    unit = g.op("Div", x, g.op("Expand", length, g.op("Shape", x)))
+    return g.op("Mul", g.op("Mul", unit, f32(n**0.5)), f32(np.linspace(0.8, 1.2, n)))
+
+
+def turned(g, x):
+    """Pairs of channels rotated: `reshape(.., d / 2, 2).unbind(-1)` and `stack(.., dim=-1).flatten(3)`."""
+    angles = np.outer(np.arange(6), [1.0, 0.1]).repeat(2, 1)
+    pairs = g.op("Reshape", x, i64(0, 0, 0, D // 2, 2))
+    one, two = (g.op("Slice", pairs, i64(i), i64(i + 1), i64(-1)) for i in (0, 1))
+    two = g.op("Unsqueeze", g.op("Neg", g.op("Squeeze", two, i64(-1))), i64(-1))
+    stacked = g.op("Reshape", g.op("Concat", two, one, axis=-1), i64(0, 0, 0, D))
+    return g.op("Add", g.op("Mul", x, f32(np.cos(angles))), g.op("Mul", stacked, f32(np.sin(angles))))
+
+
 def projections(g, x, kind):
     """Queries, keys and values `[b, n, s, d]`, and a gate on the output if there is one."""
+    if kind == "einsum":
+        products = (g.op("Einsum", x, weight(H, N, D), equation="btd,dhk->bhtk") for _ in range(3))
+        return *(g.op("Add", p, f32(np.linspace(-0.2, 0.2, H).reshape(N, 1, D))) for p in products), None
     if kind == "clipped pack":
         packed = g.op("Clip", linear(g, x, 3 * H), f32(-0.7), f32(0.7))
         return *(split(g, v) for v in parts(g, packed, [H] * 3, -1)), None
@@ -63,6 +86,8 @@ def projections(g, x, kind):
     q, k, v = (split(g, v) for v in (q, k, v))
     if kind == "head norms":
         q, k = (head_norms(g, x) for x in (q, k))
+    if kind == "unbound pairs":
+        q, k = (turned(g, x) for x in (q, k))
     if kind == "cosine":
         q, k = (g.op("Div", x, g.op("Max", g.op("ReduceL2", x, i64(-1), keepdims=1), f32(1e-6))) for x in (q, k))
     return q, k, v, gate
@@ -80,7 +105,7 @@ def head_norms(g, x):
 
 
 def layer(g, x, kind):
-    q, k, v, gate = projections(g, rms(g, x, H), kind)
+    q, k, v, gate = projections(g, unit_length(g, x, H) if kind == "unit length" else rms(g, x, H), kind)
     scores = g.op("MatMul", q, g.op("Transpose", k, perm=[0, 1, 3, 2]))
     factor = f32(np.linspace(1, 4, N).reshape(N, 1, 1)) if kind == "cosine" else f32(0.5)
     scores = g.op("Mul", scores, factor)
@@ -90,6 +115,9 @@ def layer(g, x, kind):
         scores = g.op("Concat", scores, sinks, axis=-1)
     p = g.op("Softmax", scores, axis=-1)
     out = g.op("MatMul", g.op("Slice", p, i64(0), i64(-1), i64(-1)) if kind == "sink" else p, v)
+    if kind == "einsum":
+        x = g.op("Add", x, g.op("Einsum", out, weight(N, D, H), equation="bhtk,hkd->btd"))
+        return g.op("Add", x, linear(g, g.op("Relu", linear(g, rms(g, x, H), F)), H, F))
     y = g.op("Reshape", g.op("Transpose", out, perm=[0, 2, 1, 3]), i64(0, 0, H))
     if gate is not None:
         y = g.op("Mul", y, g.op("Sigmoid", gate))
@@ -126,6 +154,8 @@ def test_linked_and_cut_as_the_masked_model(kind):
     assert [(len(x.attentions), len(x.mlps), x.position) for x in blocks.layers(g)] == [(1, 1, "pre")] * 2
     assert all(not b.why for b in layer_branches(g))
     facts = describe(g)
+    assert facts["positions"] == ("rotary" if kind == "unbound pairs" else "none")
+    assert ("ReduceL2" in hand.ops(g), "Einsum" in hand.ops(g)) == (kind == "cosine", False)
     assert (facts["layers"], facts["attention"]["with_projections"], facts["not_recognised"]) == (2, 2, [])
     group = coupling.Coupling(g).heads(found[0])
     cuts.check(g, group, [1], *inputs())
