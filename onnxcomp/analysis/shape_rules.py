@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.conv_rules import CONV_RULES
 from onnxcomp.analysis.known import Content, Known, checked_axes, given, require
-from onnxcomp.analysis.sizes import Dim, Shape, Size, add, divide, multiply, product
+from onnxcomp.analysis.sizes import Dim, Shape, Size, add, difference_of, divide, multiply, product
 
 __all__ = ["SHAPE_RULES", "axes_of", "axis_of", "present_shape", "split_shape", "total_length"]
 
@@ -221,6 +221,9 @@ def _sliced(f: Known, out: ir.Value, axis: int, d: Size, start: object, end: obj
     from_first = start == 0 or (isinstance(start, Dim) and f.same(start, multiply(d, -1)))
     if from_first and step == 1 and isinstance(end, int) and end >= 2**31 - 1:
         return d
+    to_last = step == 1 and isinstance(end, int) and end >= 2**31 - 1
+    if to_last and isinstance(start, Dim) and (count := difference_of(start)) is not None and count[0] == d:
+        return count[1]  # the last ones, as many as are subtracted from the length
     if start == 0 and step == 1 and isinstance(end, Dim) and isinstance(d, int | Dim) and f.same(d, end):
         return d
     recorded = f.recorded(out)

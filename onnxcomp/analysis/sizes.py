@@ -11,6 +11,7 @@ __all__ = [
     "Shape",
     "Size",
     "add",
+    "difference_of",
     "divide",
     "floor",
     "is_static",
@@ -48,6 +49,23 @@ class Sum(str):
         name = super().__new__(cls, f"({first}+{second})")
         name.parts = (first, second)
         return name
+
+
+class Difference(str):
+    """The name of an unknown that is `parts[0] - parts[1]`."""
+
+    parts: tuple[Size, Size]
+
+    def __new__(cls, a: Size, b: Size) -> Difference:
+        name = super().__new__(cls, f"({a}-{b})")
+        name.parts = (a, b)
+        return name
+
+
+def difference_of(a: Size) -> tuple[Size, Size] | None:
+    """The minuend and the subtrahend where `a` is a difference, else None."""
+    name = a.names[0] if isinstance(a, Dim) and a.factor == 1 and len(a.names) == 1 else None
+    return name.parts if isinstance(name, Difference) else None
 
 
 def parts_of(a: Size) -> tuple[Size, Size] | None:
@@ -140,7 +158,7 @@ def _offset(a: Size) -> tuple[Size, int]:
 
 
 def subtract(a: Size, b: Size) -> Size:
-    """The difference; `(x + y) - y` is `x`, of different unknowns it is a new unknown."""
+    """The difference; `(x + y) - y` is `x` and `x - (x - y)` is `y`, of different unknowns it is a new unknown."""
     (f, x), (g, y) = _parts(a), _parts(b)
     summed = parts_of(a)
     if summed is not None and b in summed:
@@ -149,7 +167,10 @@ def subtract(a: Size, b: Size) -> Size:
         return _simplified(f - g, x)
     if isinstance(b, int):
         return add(a, -b)
-    return named(f"({a}-{b})")
+    subtracted = difference_of(b)
+    if subtracted is not None and subtracted[0] == a:
+        return subtracted[1]
+    return named(Difference(a, b))
 
 
 class Equalities:

@@ -140,6 +140,8 @@ def _layer_branch(
     why = next((p.why for p in ports if p.why), "")
     if len(parts) < len(layer.units):
         why = "its output is not simply added to the residual stream"
+    elif any(r.projected for r in parts):
+        why = "the residual stream is projected to another width beside it"
     elif not all(stream_before(b.entry, {a.end: a}) for a, b in itertools.pairwise(parts)):
         why = "its parts do not follow each other on one stream"
     elif any(len(n.inputs) > 4 or len(n.outputs) > 1 for n in layer.unknown):

@@ -208,7 +208,10 @@ def _find_long_window(mask_model: _MaskModel, form: str) -> str:
     for number in sorted(mask_model.numbers()):
         if not SAMPLE_LENGTH <= abs(number) < MAX_WINDOW:
             continue
-        pattern = mask_model.with_number(number, SHORT_WINDOW if number > 0 else -SHORT_WINDOW).run().pattern
+        try:
+            pattern = mask_model.with_number(number, SHORT_WINDOW if number > 0 else -SHORT_WINDOW).run().pattern
+        except EVALUATOR_ERRORS:  # the number was not a window but a size or an index
+            continue
         window_form = _form(pattern) if pattern is not None else None
         if window_form and "window" in window_form:
             kind, _, width = window_form.rpartition(" ")

@@ -15,6 +15,8 @@ __all__ = ["Residual", "residuals", "stream_before"]
 
 MAX_STEPS = 24  # between two branches of one stream: norms, layout, scalars, windows of an image
 BETWEEN = LAYOUT_OR_CAST | TOKEN_SELECTING | set(NORMS) | {"Mul", "Div", "Concat", "Pad", "Split", "Dropout"}
+CORES = ("Attention", "Softmax")
+POOLING = {"Add", "AveragePool", "MaxPool", "ReduceMax", "ReduceMean"}  # Add of a constant
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,13 @@ class Residual:
     """`end = entry + f(entry)`: the addition, and the nodes of `f`, that is those computed from `entry` on the way.
 
     Parts that run in parallel on one entry are one branch; `adds` are then several additions, the last one ends it.
+    Where a stage of another width begins, the entry is `projected` (and pooled) on its way past the branch.
     """
 
     entry: ir.Value
     adds: tuple[ir.Node, ...]
     nodes: frozenset[ir.Node]
+    projected: bool = False
 
     @property
     def end(self) -> ir.Value:
@@ -70,6 +74,28 @@ def _branch(
             nodes = _between(entry, other, order)
             if nodes:
                 return Residual(entry, (node,), frozenset(nodes))
+    for shortcut, other in (operands, operands[::-1]):
+        projected = _before_projection(shortcut)
+        nodes = _between(projected, other, order) if projected is not None else set()
+        if projected is not None and any(n.op_type in CORES for n in nodes):
+            return Residual(projected, (node,), frozenset(nodes), projected=True)
+    return None
+
+
+def _before_projection(v: ir.Value) -> ir.Value | None:
+    """What a linear projects to `v`, with pooling and layout behind it; None for any other value."""
+    for _ in range(MAX_STEPS):
+        node = v.producer()
+        if node is None or node.domain:
+            return None
+        inputs = [x for x in node.inputs if x is not None and Graph.tensor(x) is None]
+        if len(inputs) != 1:
+            return None
+        if node.op_type in ("MatMul", "Conv"):
+            return inputs[0]
+        if node.op_type not in LAYOUT_OR_CAST | POOLING:
+            return None
+        v = inputs[0]
     return None
 
 
@@ -108,7 +134,7 @@ def _between(entry: ir.Value, end: ir.Value, order: Mapping[ir.Node, int]) -> se
 
 def _is_around_several(b: Residual, every: Iterable[Residual]) -> bool:
     inside = [c for c in every if c is not b and set(c.adds) <= b.nodes]
-    return sum(any(n.op_type in ("Attention", "Softmax") for n in c.nodes) for c in inside) > 1
+    return sum(any(n.op_type in CORES for n in c.nodes) for c in inside) > 1
 
 
 def stream_before(v: ir.Value, ends: Mapping[ir.Value, Residual]) -> Residual | None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.layout import constant_target, target_of
-from onnxcomp.analysis.sizes import Dim, Size, parts_of
+from onnxcomp.analysis.sizes import Dim, Size, difference_of, parts_of
 from onnxcomp.graph import Graph
 
 __all__ = ["Sizes", "rebuild_sizes"]
@@ -45,7 +45,7 @@ class Sizes:
         self._vectors: dict[Key, ir.Value] = {}
         self._scalars: dict[Size, ir.Value] = {}
         computed: set[ir.Value] = set()
-        for node in g.nodes("Shape", "Concat", "Squeeze", "Add"):
+        for node in g.nodes("Shape", "Concat", "Squeeze", "Add", "Sub"):
             if node.domain == "" and self._is_ours(node, computed):
                 self._remember(node.outputs[0], computed)
 
@@ -82,7 +82,7 @@ class Sizes:
             return True
         if not isinstance(d, Dim) or d.factor != 1 or len(d.names) != 1:
             return False
-        parts = parts_of(d)
+        parts = parts_of(d) or difference_of(d)
         return self.f.rooted(d) or (parts is not None and all(self._readable(p) for p in parts))
 
     def vector(self, sizes: Sequence[Size]) -> ir.Value:
@@ -99,6 +99,9 @@ class Sizes:
         parts = parts_of(d)
         if parts is not None and not self.f.rooted(d):
             return self.g.op("Add", self.vector([parts[0]]), self.vector([parts[1]]))
+        difference = difference_of(d)
+        if difference is not None and not self.f.rooted(d):
+            return self.g.op("Sub", self.vector([difference[0]]), self.vector([difference[1]]))
         source, axis = self.f.roots[d.names[0]]
         return self.g.op("Shape", source, start=axis, end=axis + 1)
 

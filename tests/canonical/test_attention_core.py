@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
+from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.graph import Graph
 from tests import tiny
@@ -22,7 +23,7 @@ from tests.canonical.test_attention import (
     qkv,
     scores,
 )
-from tests.hand import RNG, f32, graph, i64, ops, raised, same
+from tests.hand import LOWEST, RNG, f32, graph, i64, ops, raised, same
 
 
 def bias(*shape: int) -> np.ndarray:
@@ -296,3 +297,20 @@ def test_a_mask_expanded_to_the_shape_of_the_scores():
     seen = (RNG.random((B, S)) < 0.6).astype(np.int64)
     seen[:, 0] = 1
     same(source, new, **qkv(), seen=seen)
+
+
+def test_a_bias_that_is_the_end_of_a_table():
+    """MPT: the last `t` of 40 entries, counted from the shape of the keys; with a causal mask it is a decoder."""
+    g = attention_graph()
+    k = heads(g, g.value("k"))
+    length = g.op("Squeeze", g.op("Shape", k, start=2, end=3), i64(0))
+    start = g.op("Unsqueeze", g.op("Sub", np.array(40), length), i64(0))
+    slopes = np.arange(-39, 1).reshape(1, 1, 40) * 2.0 ** -np.arange(1, N + 1).reshape(N, 1, 1)
+    s = g.op("Add", scores(g), g.op("Slice", f32(slopes), start, i64(1 << 62), i64(2)))
+    position = g.op("Range", np.array(0), length, np.array(1))
+    later = g.op("Less", g.op("Unsqueeze", position, i64(1)), g.op("Unsqueeze", position, i64(0)))
+    source, new = raised(g, attend(g, g.op("Where", later, f32(LOWEST), s)), "b", "s", N * H)
+    (node,) = new.nodes("Attention")
+    assert new.declined == []
+    assert name_masks(new, [node.inputs[3]])[node.inputs[3]] == Mask("causal", "alibi")
+    same(source, new, **qkv())

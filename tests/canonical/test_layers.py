@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp import blocks
+from onnxcomp.blocks.branches import layer_branches
 from onnxcomp.graph import Graph
 from tests.hand import RNG, f32, graph, i64, ops, raised, same, weight
 
@@ -66,6 +67,20 @@ def test_sandwiched_parts_and_sequential_ones_keep_their_order():
     assert [(len(x.attentions), x.mlp.activation, len(x.norms)) for x in found] == [(1, "relu2", 4)] * 2
     assert {x.position for x in found} == {"pre and post"}
     same(source, new, x=f32(RNG.standard_normal((B, S, C))))
+
+
+def test_a_stage_whose_shortcut_is_a_projection_is_a_layer_that_cannot_be_left_out():
+    """Hiera: the first layer of a stage projects its normalized input and adds the attention to that."""
+    g = graph(x=["b", "s", C])
+    x = g.value("x")
+    for stage in range(2):
+        normed = norm(g, x)
+        shortcut = g.op("Add", g.op("MatMul", normed, weight(C, C)), f32(RNG.standard_normal(C))) if stage else x
+        x = g.op("Add", shortcut, attention(g, normed))
+        x = g.op("Add", x, mlp(g, norm(g, x)))
+    _, new = raised(g, x, "b", "s", C)
+    assert [(len(x.attentions), len(x.mlps), x.position) for x in blocks.layers(new)] == [(1, 1, "pre")] * 2
+    assert [b.why for b in layer_branches(new)] == ["", "the residual stream is projected to another width beside it"]
 
 
 @pytest.mark.parametrize("centred", [True, False])
