@@ -319,9 +319,8 @@ def _pad(f: Known, node: ir.Node) -> Shape | None:
     before, after = pads.reshape(-1)[: len(axes)], pads.reshape(-1)[len(axes) :]
     dims = list(s)
     for axis, b, a in zip(axes, before, after, strict=True):
-        if not isinstance(b, int | Dim) or not isinstance(a, int | Dim):
-            return None
-        dims[axis] = add(add(dims[axis], b), a)
+        known = isinstance(b, int | Dim) and isinstance(a, int | Dim)
+        dims[axis] = add(add(dims[axis], b), a) if known else f.fresh(node.outputs[0], axis)
     return tuple(dims)
 
 

@@ -174,7 +174,7 @@ def _collect(index: Index, v: ir.Value, found: dict[ir.Value, None], on_way: dic
             found[x] = None
             continue
         node = x.producer()
-        if node is None or node in on_way or x not in index.after_linears:
+        if node is None or node in on_way or x not in index.after_linears or node.op_type == "Shape":
             continue
         if node.op_type not in INNER_OPS or node.domain or len(on_way) >= MAX_INNER:
             return False
@@ -214,6 +214,9 @@ def _keeps_heads(index: Index, node: ir.Node, v: ir.Value) -> bool:
         or node.outputs[0] in index.norm_by_output
     ):
         return node.inputs[0] is v
+    if node.op_type == "Slice":  # of tokens: blocks of a sequence that was padded
+        axes = Graph.tensor(node.inputs[3]) if len(node.inputs) > 3 else None
+        return node.inputs[0] is v and axes is not None and axes.numpy().reshape(-1).tolist() == [1]
     if node.op_type not in ("Mul", "Div") or node.inputs[0] is node.inputs[1]:
         return False
     other = node.inputs[1 - list(node.inputs).index(v)]

@@ -34,13 +34,15 @@ class Operands:
 class Heads:
     """How products of `rank` axes hold heads: the number of heads and the batch size of a merged axis.
 
-    `windows` is the axis of five that belongs to the batch, as that of windows of an image, each attended to by itself.
+    `windows` is the axis of five that belongs to the batch, as that of windows of an image or blocks of a text, each
+    attended to by itself; `lead` are the batch and that axis where it is the first one.
     """
 
     rank: int = 4
     heads: int = 0
     batch: Size = 1
     windows: int = 0
+    lead: Shape = ()
 
     def four(self, sizes: Sizes, q: ir.Value, k: ir.Value, v: ir.Value, masks: Sequence[ir.Value]) -> Operands:
         """All operands in four axes; raises `NotAttention` before any node is added where one does not fit."""
@@ -121,6 +123,8 @@ class Heads:
         if len(s) < 2:
             return (1,) * (2 - len(s)) + s
         if len(s) == 5 and self.windows:
+            if s[:2] == (1, 1) or (self.lead and all(f.same(d, e) for d, e in zip(s[:2], self.lead, strict=True))):
+                return (multiply(s[0], s[1]), *s[2:])
             raise NotAttention("a mask differs between windows")
         if len(s) == 5:
             if 1 in s[1:3] and s[1:3] != (1, 1):
@@ -144,11 +148,14 @@ def heads_of(f: Facts, q: ir.Value, k: ir.Value, v: ir.Value, scores: ir.Value) 
     if len(a) == 3:
         return _heads_from_folded_axis(f, a, (q, k, v, scores))
     n, kv = a[1:-2], b[1:-2]
+    blocks = len(n) == 2 and not isinstance(n[0], int) and f.same(n[0], kv[0]) and f.same(n[0], c[1])
+    if blocks and isinstance(n[1], int) and n[1] == kv[1] == c[2]:  # blocks of a sequence, as many as it takes
+        return Heads(len(a), windows=1, lead=a[:2])
     if not all(isinstance(d, int) for d in (*n, *kv)):
         raise NotAttention("head count is not static")
     are_windows = len(n) == 2 and n == kv == c[1:-2] and kv[1] != 1
     if are_windows and (windows := _windows(f, v)):
-        return Heads(len(a), windows=windows)
+        return Heads(len(a), windows=windows, lead=a[:2] if windows == 1 else ())
     if kv != c[1:-2] or (kv[0] not in (1, n[0]) or (len(n) == 2 and kv[1] != 1)):
         raise NotAttention(f"{'x'.join(map(str, n))} query heads meet {'x'.join(map(str, kv))} key heads")
     return Heads(len(a))

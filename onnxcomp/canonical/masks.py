@@ -109,7 +109,9 @@ class Masks:
             attrs = {k: a.value for k, a in node.attributes.items()}
             return self.g.op(node.op_type, inner, *node.inputs[1:], **attrs)
         if node.op_type == "Add" and node.inputs[0] is not None and node.inputs[1] is not None:
-            a, b = self.as_bool(node.inputs[0]), self.as_bool(node.inputs[1])
+            x, y = sorted((node.inputs[0], node.inputs[1]), key=lambda v: not self.g.is_constant(v))
+            a = self.as_bool(x)
+            b = self.as_bool(y) if a is not None else None
             return self.both(a, b) if a is not None and b is not None else None
         return None
 

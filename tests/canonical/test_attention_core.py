@@ -314,3 +314,29 @@ def test_a_bias_that_is_the_end_of_a_table():
     assert new.declined == []
     assert name_masks(new, [node.inputs[3]])[node.inputs[3]] == Mask("causal", "alibi")
     same(source, new, **qkv())
+
+
+def test_blocks_of_a_sequence_that_is_padded_to_whole_ones():
+    """LongT5: tokens are padded to blocks of four, by an amount that no analysis knows, and attend inside of these."""
+    g = attention_graph(seen=["b", "s", bool])
+    length = g.op("Shape", g.value("seen"), start=1, end=2)
+    missing = g.op("Mod", g.op("Neg", length), i64(4))
+
+    def blocks(x, width, *tail):
+        pads = g.op("Concat", i64(0, 0), i64(*[0] * (width - 1)), missing, i64(*[0] * (width - 2)), axis=0)
+        padded = g.op("Pad", x, pads, np.array(False) if width == 2 else f32(0))
+        batch, total = (g.op("Shape", padded, start=i, end=i + 1) for i in (0, 1))
+        return g.op("Reshape", padded, g.op("Concat", batch, g.op("Div", total, i64(4)), i64(4, *tail), axis=0))
+
+    q, k, v = (blocks(g.op("Reshape", g.value(n), i64(0, 0, N, H)), 4, N, H) for n in "qkv")
+    s = g.op("Einsum", q, k, equation="...qhd,...khd->...hqk")
+    seen = g.op("Unsqueeze", blocks(g.value("seen"), 2), i64(2, 3))
+    s = g.op("Add", s, g.op("Add", bias(1, 1, N, 4, 4), g.op("Where", seen, f32(0), f32(-1e10))))
+    y = g.op("Einsum", g.op("Softmax", s, axis=-1), v, equation="...hqk,...khd->...qhd")
+    whole = g.op("Reshape", y, g.op("Concat", g.op("Shape", y, start=0, end=1), i64(-1, N * H), axis=0))
+    source, new = raised(g, g.op("Slice", whole, i64(0), length, i64(1)), "b", "s", N * H)
+    assert new.declined == []
+    assert (ops(new)["Attention"], ops(new)["Softmax"], ops(new)["Einsum"]) == (1, 0, 0)
+    rows = RNG.random((B, S)) < 0.7
+    rows[:, ::4] = True
+    same(source, new, **qkv(), seen=rows)
