@@ -164,8 +164,20 @@ class Group:
         """Whether the group cuts that axis of a computed value."""
         return any(s.value == value and s.axis == axis for s in self.computed)
 
+    def emptied(self, keep: Array) -> str:
+        """Why not only the units `keep` may stay: they leave nothing of an axis that is coupled; empty if they may."""
+        axes = {id(s.units): (f"axis {s.axis} of '{s.value}'", s.units) for s in (*self.slots, *self.computed)}
+        counts = {id(a.units): (f"'{a.name}' of '{a.node}'", a.units) for a in self.attrs}
+        for name, units in (axes | counts).values():
+            if units and not _kept(units, keep).any():
+                return f"of {name} nothing would be left: all its {len(units)} positions belong to what is cut"
+        return ""
+
     def kept(self, keep: Array) -> Array:
-        """The units to keep, checked: ascending, not empty, equally many of each part; raises `ModelError`."""
+        """The units to keep, checked: ascending, not empty, equally many of each part, something of every axis.
+
+        Raises `ModelError`.
+        """
         kept = np.asarray(keep, np.int64)
         if kept.ndim != 1 or kept.size == 0 or kept[0] < 0 or kept[-1] >= self.units or np.any(np.diff(kept) <= 0):
             raise ModelError(
@@ -176,6 +188,8 @@ class Group:
             counts = [int((np.asarray(self.parts)[kept] == p).sum()) for p in every]
             if len(set(counts)) > 1 or counts[0] == 0:
                 raise ModelError(f"keep must hold equally many units of each part, got {counts[:8]}")
+        if why := self.emptied(kept):
+            raise ModelError(why)
         return kept
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

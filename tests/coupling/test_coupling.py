@@ -9,9 +9,11 @@ pytest.importorskip("onnxruntime")
 
 from onnxcomp import blocks, coupling
 from onnxcomp.canonical import canonicalize
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
-from tests import cuts, tiny, zoo
+from tests import cuts, hand, tiny, zoo
 
 
 def exported(name: str) -> Graph:
@@ -150,3 +152,37 @@ def test_the_weights_of_a_model_with_external_data_are_cut_alike(tmp_path):
     loaded = storage.load(tiny.external(g, tmp_path))
     results = [cuts.cut(m, coupling.Coupling(m).heads(blocks.attentions(m)[0]), [0]) for m in (g, loaded)]
     cuts.assert_same(*results, feeds(g), tolerance=0)
+
+
+def read_twice() -> Graph:
+    """A feed-forward part of eight channels of which another linear reads the first three, which score least."""
+    g = hand.graph(x=["tokens", 4])
+    up = hand.weight(4, 8) * np.where(np.arange(8) < 3, np.float32(1e-3), np.float32(1))
+    wide = g.op("Relu", g.op("MatMul", g.inputs[0], up), name="wide")
+    half = g.op(
+        "MatMul", g.op("Slice", wide, hand.i64(0), hand.i64(3), hand.i64(1)), hand.weight(3, 4) * np.float32(0.1)
+    )
+    down = hand.weight(8, 4) * np.where(np.arange(8) < 3, np.float32(1e-3), np.float32(1))[:, None]
+    g = tiny.finish(g, g.op("Add", g.op("MatMul", wide, down), half), "y", ["tokens", 4])
+    canonicalize(g)
+    return g
+
+
+def test_a_cut_that_leaves_nothing_of_a_value_is_refused():
+    """What reads some channels may shrink, but not all of them may go."""
+    g = read_twice()
+    group, edits = coupling.couple(g, g.node("wide").outputs[0]), g.edits
+    with pytest.raises(ModelError, match=r"axis \d of '.*' nothing would be left: all its 3 positions"):
+        g.take(group, np.arange(3, 8))
+    assert g.edits == edits
+    cuts.check(g, group, [0, 1, 5], {"x": np.random.default_rng(0).standard_normal((5, 4)).astype(np.float32)})
+
+
+def test_a_pass_leaves_such_a_place_as_it_is_and_says_why():
+    g = read_twice()
+    p = catalog.load("prune-ffn")(ratio=3 / 8, score="magnitude", repair="none", ranking="layer", multiple_of=1)
+    result = PassManager([p], allow_unchanged=True).run(g)
+    assert [d.why.partition(" nothing")[2] for d in result.report.steps[0].declined] == [
+        " would be left: all its 3 positions belong to what is cut"
+    ]
+    assert [x.sizes for x in blocks.linears(result.model)] == [x.sizes for x in blocks.linears(g)]

@@ -183,6 +183,11 @@ class Width(Pass):
         keeps = self._amounts(g, places, candidates, clock)
         uncut = g.clone()
         for i, (place, keep) in enumerate(zip(places, keeps, strict=True)):
+            if why := place.group.emptied(keep):
+                keeps[i] = np.arange(place.group.units)
+                for site in place.sites:
+                    g.decline(site, why)
+                continue
             self._take(g, place, keep, env, clock.describe(keeps, i) if clock else "")
         prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
         self._repair(g, uncut, env, [(p, k) for p, k in zip(places, keeps, strict=True) if len(k) < p.group.units])
