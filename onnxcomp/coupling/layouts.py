@@ -172,6 +172,54 @@ def _gather_elements(t: Tracer, node: ir.Node) -> None:
         t.stop(t.axis(data, at, node), f"GatherElements '{node.name}' selects along that axis")
 
 
+def _gather_nd(t: Tracer, node: ir.Node) -> None:
+    """Indices address the leading axes, which stay; the others pass through, behind those of the indices."""
+    data, indices, y = node.inputs[0], node.inputs[1], node.outputs[0]
+    _addressed(t, node, data, indices, y, None)
+    if data is not None and t.g.is_constant(data):
+        for i in range(1, t.f.rank(data) or 0):
+            t.role(t.axis(data, i, node), "writes")
+
+
+def _scatter_nd(t: Tracer, node: ir.Node) -> None:
+    """Axes behind those that indices address are those of data, updates and output."""
+    y = node.outputs[0]
+    _addressed(t, node, node.inputs[0], node.inputs[1], node.inputs[2], node)
+    _addressed(t, node, y, node.inputs[1], node.inputs[2], node)
+
+
+def _addressed(
+    t: Tracer,
+    node: ir.Node,
+    data: ir.Value | None,
+    indices: ir.Value | None,
+    parts: ir.Value | None,
+    at: ir.Node | None,
+) -> None:
+    """`parts` are `data[indices]`, written by the node, or read by it (`at`)."""
+    shape, rank, more = t.f.shape(indices), t.f.rank(data), t.f.rank(indices)
+    count = shape[-1] if shape else None
+    if data is None or indices is None or parts is None or rank is None or more is None or not isinstance(count, int):
+        return
+    if node.attributes.get_int("batch_dims", 0):
+        return
+    for i in range(more - 1):
+        t.same(t.axis(indices, i, node), t.axis(parts, i, at))
+    reader = node if data in node.inputs else None
+    for i in range(count, rank):
+        t.same(t.axis(data, i, reader), t.axis(parts, more - 1 + i - count, at))
+
+
+def _scatter_elements(t: Tracer, node: ir.Node) -> None:
+    """Its axis stays, since positions are written one by one; the other axes are those of all its values."""
+    y = node.outputs[0]
+    rank = t.f.rank(y) or 0
+    for i in range(rank):
+        for v in node.inputs if i != axis_of(node, rank, 0) else ():
+            if v is not None:
+                t.same(t.axis(v, i, node), t.axis(y, i))
+
+
 def _tile(t: Tracer, node: ir.Node) -> None:
     (x, y), repeats = input_and_output(node), t.f.content(node.inputs[1])
     for i in range(t.f.rank(x) or 0):
@@ -218,6 +266,9 @@ LAYOUT_RULES: dict[tuple[str, str], Rule] = RESHAPE_RULES | {
     ("", "Slice"): _slice,
     ("", "Gather"): _gather,
     ("", "GatherElements"): _gather_elements,
+    ("", "GatherND"): _gather_nd,
+    ("", "ScatterElements"): _scatter_elements,
+    ("", "ScatterND"): _scatter_nd,
     ("", "Tile"): _tile,
     ("", "Pad"): _pad,
     ("", "Resize"): _resize,

@@ -57,6 +57,7 @@ def _matmul(t: Tracer, node: ir.Node) -> None:
         return
     _product(t, node, t.axis(a, -1, node), t.axis(b, -2, node), t.axis(b, -1, node), t.axis(out, -1))
     t.same(t.axis(a, -2, node), t.axis(out, -2))
+    t.role(t.axis(a, -2, node), "writes")  # of a weight on the left, as experts have them
     rank = t.f.rank(out) or 0
     for v in (a, b):
         for i in range(-rank, -2):
