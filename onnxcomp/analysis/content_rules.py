@@ -259,7 +259,7 @@ def _expand(f: Known, node: ir.Node) -> Content | None:
     shape = tuple(int(d) for d in s if isinstance(d, int))
     if math.prod(shape) > MAX_ELEMENTS or max(shape, default=0) > MAX_ELEMENTS:
         return None
-    require(all(a in (1, b) for a, b in zip(reversed(c.shape), reversed(shape), strict=False)))
+    require(c.ndim <= len(shape) and all(a in (1, b) for a, b in zip(reversed(c.shape), reversed(shape), strict=False)))
     return np.broadcast_to(c, shape)
 
 

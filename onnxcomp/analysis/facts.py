@@ -120,7 +120,7 @@ class Facts:
             return None
         dims: list[Size] = []
         for i, d in enumerate(v.shape):
-            size = d if isinstance(d, int) else named(str(d.value or f"{v.name}.{i}"))
+            size = d if isinstance(d, int) and d >= 0 else named(str(getattr(d, "value", d) or f"{v.name}.{i}"))
             if isinstance(size, Dim):
                 self.roots.setdefault(size.names[0], (v, i))
             dims.append(size)
@@ -178,11 +178,11 @@ class Facts:
         return tuple(self._named(v, i, d) for i, d in enumerate(v.shape))
 
     def _named(self, v: ir.Value, axis: int, d: int | ir.SymbolicDim) -> Size:
-        if isinstance(d, int):
+        if isinstance(d, int) and d >= 0:
             return d
-        text = d.value
+        text = None if isinstance(d, int) else d.value
         if not text:
-            return named(f"?{v.name}.{axis}")
+            return self.fresh(v, axis)
         parts = str(text).split("*")
         if all(p.isdigit() or p in self.roots for p in parts):
             return product([int(p) if p.isdigit() else named(p) for p in parts])

@@ -206,6 +206,8 @@ class Random(Rows):
     def __init__(self, graph: Graph, folder: Path | None, samples: int, sequence: int | None, seed: int) -> None:
         inputs, vocab = specs(graph), id_ranges(graph)
         config = read_json(folder / "config.json") if folder is not None else {}
+        if not inputs:
+            raise DataError("the model takes no inputs: there is nothing to run it on, and what it gives is constant")
         role, where = roles(inputs), f"{folder}/config.json"
         table = vocab.get(role.get("positions", ""))
         limit = table or whole_number(config, "max_position_embeddings", 1 << 30, where)

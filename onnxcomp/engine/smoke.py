@@ -65,7 +65,7 @@ def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
             continue
         before = _Run.of(original, feeds, target)
         if not (found.loaded or before.loaded or NO_KERNEL in found.trouble):
-            raise ModelError(f"{original}: the runtime loads neither it nor what was made of it: {before.trouble}")
+            raise ModelError(f"{original}: neither it nor what was made of it can be run: {before.trouble}")
         if not found.loaded or not before.trouble:
             _refuse(found, shape)
         notes.append(f"the original fails on random inputs at {shape} as well as the result: {found.trouble}")

@@ -188,7 +188,10 @@ def attach(model: ir.Model, base: Path) -> None:
             continue
         location = os.fspath(t.location)
         if location not in files:
-            files[location] = DataFile(base / location)
+            try:
+                files[location] = DataFile(base / location)
+            except OSError as e:
+                raise ModelError(f"{base / location}: cannot be read: {e.strerror or e}") from e
         mapped = MappedTensor(files[location], t, base)
         if isinstance(holder, ir.Value):
             holder.const_value = mapped

@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["check_growth", "inline"]
+__all__ = ["check_growth", "expanded", "inline"]
 
 # What functions may grow to: so many nodes, or so many times those of the file. Exports with a function for each layer
 # have some 10,000 nodes when they are inlined, 25 times those of their file; a file of 1 kB can ask for 2^60.
@@ -22,8 +23,23 @@ MAX_NAMES = 1_000_000
 _Key = tuple[str, str, str]
 
 
-def check_growth(proto: onnx.ModelProto) -> None:
-    """Raise `ModelError` for functions, none of which calls itself, that would grow too large."""
+def expanded(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, its functions inlined by the onnx package where they are called too often for `inline`.
+
+    The onnx package takes linear time, but its names say less. Raises `ModelError` for functions, none of which calls
+    itself, that would grow too large.
+    """
+    if check_growth(proto) <= MAX_NAMES:
+        return proto
+    try:
+        return onnx.inliner.inline_local_functions(proto)
+    except (onnx.checker.ValidationError, RuntimeError, ValueError, TypeError) as e:
+        why = (str(e).strip() or type(e).__name__).splitlines()[0]
+        raise ModelError(f"its local functions cannot be inlined: {why}") from e
+
+
+def check_growth(proto: onnx.ModelProto) -> int:
+    """How many names inlining would try; raises `ModelError` where functions would grow too large."""
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
     sizes: dict[_Key, int] = {}
     stack = list(functions)
@@ -41,10 +57,7 @@ def check_growth(proto: onnx.ModelProto) -> None:
     for key in reversed(sizes):  # callers first
         for callee, n in Counter(_keys(functions[key].node)).items():
             instances[callee] += instances[key] * n
-    names = {k: instances[k] ** 2 * len(f.node) // 2 for k, f in functions.items()}
-    if sum(names.values()) > MAX_NAMES:
-        worst = max(names, key=lambda k: names[k])
-        raise ModelError(f"its local function '{worst[1]}' is called {instances[worst]} times; inline it before")
+    return sum(instances[k] ** 2 * len(f.node) // 2 for k, f in functions.items())
 
 
 def _keys(nodes: Iterable[onnx.NodeProto]) -> Iterable[_Key]:
@@ -68,7 +81,7 @@ def _every(nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.NodeProto]:
 
 
 def inline(model: ir.Model, path: Path) -> None:
-    """Replace local functions by their nodes, in place; `check_growth` said that there are not too many."""
+    """Replace local functions by their nodes, in place; `expanded` said that there are not too many."""
     if not model.functions:
         return
     try:

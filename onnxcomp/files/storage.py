@@ -28,7 +28,7 @@ from onnxcomp.files.atomic import (
 )
 from onnxcomp.files.normalized import normalize
 from onnxcomp.files.stored import Stored, digest
-from onnxcomp.files.switch import finish, switch
+from onnxcomp.files.switch import finish, steadily, switch
 from onnxcomp.files.verified import verify
 from onnxcomp.graph import Graph
 from onnxcomp.graph.inference import check_recorded
@@ -123,6 +123,10 @@ def load(path: str | Path) -> Graph:
 
 def read(path: str | Path) -> Stored:
     """A model as `load` gives it, with what its files tell; the one parse of a model that a job hands on."""
+    return steadily(Path(path), lambda: _read_once(path))
+
+
+def _read_once(path: str | Path) -> Stored:
     graphs = graphs_of(path)
     if len(graphs) > 1:
         raise ModelError(f"{path}: holds several graphs ({', '.join(graphs)}); name one of the files")
@@ -132,8 +136,7 @@ def read(path: str | Path) -> Stored:
     try:
         normalize(proto)
         verify(proto)
-        inlining.check_growth(proto)
-        model = ir.from_proto(proto)
+        model = ir.from_proto(inlining.expanded(proto))
     except ModelError as e:
         raise ModelError(f"{file}: not a valid ONNX model: {e}") from e
     except (ir.serde.SerdeError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -348,10 +351,11 @@ def _place(staging: Path, out: Path, owned: Collection[str]) -> None:
     if not out.exists():
         try:
             os.rename(staging, out)
-            return sync_folder(out.parent)
         except OSError:
             if not out.is_dir():
                 raise  # else another run was first
+        else:
+            return sync_folder(out.parent)
     finish(out)
     with locked(out):
         models = {x for x in staged if x.endswith(".onnx")}

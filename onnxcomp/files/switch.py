@@ -15,14 +15,17 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Collection, Set
+from collections.abc import Callable, Collection, Iterator, Set
 from pathlib import Path
+from typing import TypeVar
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files.atomic import file_sync, locked, sync_folder, temporary_path
 
-__all__ = ["finish", "switch"]
+__all__ = ["finish", "steadily", "switch"]
 
+T = TypeVar("T")
+_READS = 50  # of a folder that other runs replace while it is read
 _READY = ".onnxcomp-*.ready"
 _REMOVED = ".removed"  # in a ready folder: names that the new result no longer has, one a line
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of linux/fcntl.h and linux/fs.h
@@ -77,6 +80,43 @@ def finish(folder: Path) -> None:
         ) from e
 
 
+def steadily(place: Path, read: Callable[[], T]) -> T:
+    """What `read` gives of a file or folder; it is asked again where it failed because a run replaced the result."""
+    folder = place if place.is_dir() else place.parent
+    for _ in range(_READS - 1):
+        with _opened(folder) as fd:  # held, so that no other folder gets its number
+            before = _state(folder)
+            try:
+                return read()
+            except ModelError:
+                replaced = fd is not None and before is not None and _state(folder) != before
+                if not replaced:
+                    raise
+    return read()
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int | None]:
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError):
+        yield None
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _state(folder: Path) -> tuple[int, int, frozenset[str]] | None:
+    """What is another one when the folder is exchanged, or when names in it change."""
+    try:
+        info = folder.stat()
+        return info.st_ino, info.st_mtime_ns, frozenset(os.listdir(folder))
+    except (OSError, ValueError):
+        return None
+
+
 def _ready(folder: Path) -> list[Path]:
     return [p for p in sorted(folder.glob(_READY)) if p.is_dir() and not p.is_symlink()]
 
@@ -122,12 +162,18 @@ def _exchange(staging: Path, out: Path, others: list[str]) -> bool:
     except OSError:
         for p in linked:
             p.unlink(missing_ok=True)
-        os.rename(beside, staging)
+        try:
+            os.rename(beside, staging)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
         return False
     for name in set(os.listdir(beside)) - before:  # what others made while we linked
         os.replace(beside / name, out / name)
-    sync_folder(out.parent)
-    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        sync_folder(out.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return True
 
 

@@ -236,7 +236,7 @@ def test_a_result_that_takes_other_inputs_or_does_not_load_is_a_fault(source, tm
     broken = storage.read(storage.save(h, tmp_path / "broken"))
     with pytest.raises(PassFault, match="does not load"):
         smoke(original, broken, CPU)
-    with pytest.raises(ModelError, match="loads neither it nor what was made of it"):
+    with pytest.raises(ModelError, match="neither it nor what was made of it can be run"):
         smoke(broken, broken, CPU)
 
 

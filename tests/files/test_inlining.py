@@ -50,8 +50,29 @@ def test_growth_is_counted_through_subgraphs_and_long_chains() -> None:
     m.graph.node[0].attribute.add(name="then_branch", type=onnx.AttributeProto.GRAPH).g.CopyFrom(branch)
     with pytest.raises(ModelError, match="expand to 32769 nodes"):
         inlining.check_growth(m)
-    with pytest.raises(ModelError, match="'f0' is called 1024 times"):
-        inlining.check_growth(doubling(11))
+    assert inlining.check_growth(doubling(5)) == sum(4**i for i in range(5))
+
+
+def test_functions_that_are_called_thousands_of_times_are_inlined(tmp_path: Path) -> None:
+    """In linear time, with the same result; where that is impossible the reason is one line."""
+    m = doubling(1, calls=3)
+    f, g = m.functions[0], m.graph
+    f.node[1].op_type = "Abs"
+    g.node[0].output[0] = "y0"
+    g.node.extend(
+        onnx.NodeProto(op_type="f0", domain="d", input=[f"y{i}"], output=[f"y{i + 1}" if i < 2998 else "y"])
+        for i in range(2999)
+    )
+    onnx.save(m, tmp_path / "m.onnx")
+    assert inlining.check_growth(m) == 3000**2 * 3 // 2 > inlining.MAX_NAMES
+    loaded = storage.load(tmp_path)
+    assert [n.op_type for n in loaded.nodes()] == ["Neg", "Abs", "Neg"] * 3000
+    loaded.verify()
+    deep = doubling(200, calls=1)
+    deep.functions[0].node.extend([onnx.NodeProto(op_type="Neg", input=["v0"], output=[f"w{i}"]) for i in range(6000)])
+    deep.graph.node.extend([onnx.NodeProto(op_type="f0", domain="d", input=["x"], output=[f"z{i}"]) for i in range(18)])
+    with pytest.raises(ModelError, match=r"cannot be inlined: .*depth exceeds limit"):
+        inlining.expanded(deep)
 
 
 def test_a_file_of_many_nodes_may_have_them() -> None:
