@@ -18,6 +18,7 @@ from onnxcomp.files.cache_shapes import settle_caches
 
 __all__ = ["DOMAINS", "called", "free_names", "normalize", "subgraphs"]
 
+Counts = dict[str, int]
 ALIAS = "ai.onnx"  # what the default domain is called as well
 OLDEST_IR = 4  # the first IR version whose initializers need not be listed as inputs
 # Domains that ONNX Runtime knows without a declaration; operators of `com.microsoft` have one version.
@@ -142,37 +143,44 @@ def _open_axes(kind: onnx.TypeProto) -> None:
 
 def _distinct(graph: onnx.GraphProto) -> None:
     """Give what subgraphs compute names of its own: two branches of an If may use the same, shape inference may not."""
-    taken = {v.name for v in (*graph.input, *graph.initializer)}
-    taken.update(name for node in graph.node for name in node.output)
-    named = {node.name for node in graph.node}
+    taken = dict.fromkeys((v.name for v in (*graph.input, *graph.initializer)), 1)
+    taken.update((name, 1) for node in graph.node for name in node.output)
+    named = {node.name: 1 for node in graph.node}
+    around = frozenset(taken)
     for node in graph.node:
         for inner in subgraphs(node):
-            _rename(inner, {}, taken, named)
+            _rename(inner, {}, taken, named, around)
 
 
-def _rename(graph: onnx.GraphProto, outer: Mapping[str, str], taken: set[str], named: set[str]) -> None:
-    """Rename what a graph defines and is taken already; `outer` are the new names of values around it."""
+def _rename(
+    graph: onnx.GraphProto, outer: Mapping[str, str], taken: Counts, named: Counts, around: frozenset[str]
+) -> None:
+    """Rename what a graph defines and is taken already; `outer` are the new names of values around it.
+
+    A node may not give what has a name of a graph `around`: that stays, and is refused later.
+    """
     new = dict(outer)
+    own = around | {v.name for v in (*graph.input, *graph.initializer)} | {x for n in graph.node for x in n.output}
     for v in (*graph.input, *graph.initializer):
         new[v.name] = v.name = _fresh(v.name, taken)
     for node in graph.node:
         node.name = _fresh(node.name, named)
         node.input[:] = [new.get(x, x) for x in node.input]
         for inner in subgraphs(node):
-            _rename(inner, new, taken, named)
+            _rename(inner, new, taken, named, own)
         for i, name in enumerate(node.output):
-            new[name] = node.output[i] = _fresh(name, taken)
+            new[name] = node.output[i] = name if name in around else _fresh(name, taken)
     for v in (*graph.value_info, *graph.output):
         v.name = new.get(v.name, v.name)
 
 
-def _fresh(name: str, taken: set[str]) -> str:
-    """A name that nothing has yet; none stays none."""
-    found, n = name, 1
+def _fresh(name: str, taken: Counts) -> str:
+    """A name that nothing has yet; none stays none. `taken` holds the last number tried with each name."""
+    found = name
     while found and found in taken:
-        n += 1
-        found = f"{name}_{n}"
-    taken.add(found)
+        taken[name] += 1
+        found = f"{name}_{taken[name]}"
+    taken[found] = 1
     return found
 
 
