@@ -84,6 +84,8 @@ def drive(model: Path, data: Path, cases: list[str], work: Path) -> None:
     home = Path(oc.__file__).resolve()
     if not home.is_relative_to(Path(os.environ["PYTHONPATH"]).resolve()):
         raise SystemExit(f"onnxcomp was imported from {home}, not from the revision")
+    if threads := int(os.environ.get("SAME_BYTES_THREADS", "1")):
+        importlib.import_module("onnxcomp.runtime.sessions").THREADS = threads  # of sessions that nothing times
     evaluation = "eval" if "eval" in inspect.signature(oc.compress).parameters else "evaluation"
     given = {"calibration": str(data / "calibration.npz"), evaluation: str(data / "heldout.npz")} | SIZES
     found = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -212,7 +213,9 @@ def remedy(r: Remedy) -> str:
     if not r.skip:
         said = "; ".join(r.verdicts)
         return "\n".join([*lines, f"Leaving the worst {r.tried} as they were is not enough: {said}."])
-    kept = f"the first {r.tried} of them as they were" if r.tried > 1 else "the first of them as it was"
+    kept = "the first of them as it was" if r.tried == 1 else f"the first {r.tried} of them as they were"
+    if r.skip != tuple(glob.escape(name) for name, _ in r.shares[: r.tried]):
+        kept = f"{r.tried} as before, of which those not measured alone were ranked by their kind,"
     lines.append(f"Leaving {kept} lets the gates pass ({'; '.join(r.verdicts)}). As a recipe, for --recipe FILE:")
     return "\n".join([*lines, "", r.recipe])
 

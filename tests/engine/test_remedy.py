@@ -17,6 +17,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.reports import json_report, tables
+from onnxcomp.validation.gates import Gate, Verdict
 from tests import tiny
 
 PASSES = ["canonicalize", Qdq(min_size=1, clip="minmax", skip=("nothing*",)), "lower"]
@@ -86,3 +87,34 @@ def test_the_command_line_prints_the_recipe(model: Path, tmp_path: Path, capsys:
     pasted.write_text(said[said.index("\npasses:") :])
     args = ["compress", str(model), "-o", str(tmp_path / "out"), "--calibration", "random", "--samples", "20"]
     assert main([*args, "--recipe", str(pasted), "--no-measure"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("enough", "tries", "count", "runs"), [(5, 8, 5, [1, 2, 4, 8, 6, 5]), (5, 5, 6, [1, 2, 4, 8, 6])]
+)
+def test_as_few_sites_as_possible_are_left_alone_within_a_budget_of_runs(
+    enough: int, tries: int, count: int, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remedy, "TRIES", tries)
+    asked = list[int]()
+    gate = Gate(["sqnr>=5"])
+
+    def judged(n: int) -> tuple[Verdict, ...]:
+        asked.append(n)
+        return tuple(gate.judge({"sqnr": 5.0 + n - enough}))
+
+    assert remedy._fewest(10, judged)[::2] == (count, True)
+    assert asked == runs
+    assert remedy._fewest(4, judged)[::2] == (4, False)
+
+
+def test_sites_not_measured_rank_as_those_of_their_kind() -> None:
+    found = remedy._expected(["l0.up", "l1.up", "l0.down", "l1.down", "head"], {"l0.up": 1.0, "l1.down": 5.0})
+    assert found == {"l0.up": 1.0, "l1.up": 1.0, "l0.down": 5.0, "l1.down": 5.0, "head": 3.0}
+
+
+def test_a_site_that_was_not_measured_is_not_called_one_of_those_listed() -> None:
+    r = remedy.Remedy("qdq", (("l1.down", 1.0),), 1, 9, 1, ("l0.down",), ("sqnr>=5: passed",), "passes: []")
+    assert "Leaving 1 as before, of which those not measured alone were ranked by their kind" in tables.remedy(r)
+    listed = remedy.Remedy("qdq", (("l0.down", 1.0),), 9, 9, 1, ("l0.down",), ("sqnr>=5: passed",), "passes: []")
+    assert "Leaving the first of them as it was lets" in tables.remedy(listed)
