@@ -45,7 +45,7 @@ class PruneVocab(Pass):
 
     def companions(self, result: Graph) -> Companions | None:
         """A tokenizer of its own, with the new ids."""
-        words = vocabulary.renumbering(result)
+        words = vocabulary.renumbering(result, vocabulary.STEP)
         if words is None:
             return None
         note = (
@@ -64,7 +64,14 @@ class PruneVocab(Pass):
             yield counts(e.indices, e.rows)
 
     def run(self, g: Graph, env: Env) -> None:
-        """Cut the table, the head and the declared outputs."""
+        """Cut the table, the head and the declared outputs, and record the new ids."""
+        self._reduce(g, env)
+        step = vocabulary.between(env.original, g)
+        g.model.metadata_props.pop(vocabulary.STEP, None)  # that of an earlier job, whose files have the new ids
+        if step is not None:
+            g.model.metadata_props[vocabulary.STEP] = step.text()
+
+    def _reduce(self, g: Graph, env: Env) -> None:
         tables = _tokens(g)
         if self.is_identity or not tables:
             return

@@ -15,9 +15,10 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["KEY", "Renumbering", "closure", "renumbering", "rewrite", "rounded", "tokenizers"]
+__all__ = ["KEY", "STEP", "Renumbering", "between", "closure", "renumbering", "rewrite", "rounded", "tokenizers"]
 
 KEY = "onnxcomp.token_ids"  # metadata of a model with a reduced vocabulary: `Renumbering.text`
+STEP = "onnxcomp.token_ids.step"  # the same, from the ids of the model that it was last made of
 LARGEST = 1 << 24  # tokens of a vocabulary; the largest of today have a quarter of a million
 UNREADABLE = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # binary duplicates of tokenizer.json
 LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens")
@@ -73,15 +74,28 @@ class Renumbering:
         return self if earlier is None else Renumbering(earlier.kept[self.kept], earlier.size, self.unknown)
 
 
-def renumbering(g: Graph) -> Renumbering | None:
+def between(original: Graph, result: Graph) -> Renumbering | None:
+    """The renumbering from the ids of a model, which may be reduced already, to those of what was made of it.
+
+    None where they are the same; raises `ModelError` where the result has tokens that the model has not.
+    """
+    first, last = renumbering(original), renumbering(result)
+    if first is None or last is None or np.array_equal(first.kept, last.kept):
+        return last if first is None else None
+    if not np.isin(last.kept, first.kept).all():
+        raise ModelError("the vocabularies of the models were reduced to different tokens")
+    return Renumbering(np.searchsorted(first.kept, last.kept), len(first.kept), last.unknown)
+
+
+def renumbering(g: Graph, key: str = KEY) -> Renumbering | None:
     """The renumbering recorded in a model's metadata, None where its vocabulary was not reduced."""
-    text = g.model.metadata_props.get(KEY)
+    text = g.model.metadata_props.get(key)
     if text is None:
         return None
     try:
         return Renumbering.parse(text)
     except ValueError as e:
-        raise ModelError(f"{g.path or 'the model'}: its metadata '{KEY}' is damaged: {e}") from e
+        raise ModelError(f"{g.path or 'the model'}: its metadata '{key}' is damaged: {e}") from e
 
 
 # ---- what must stay --------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from onnxcomp.data.arrays import Rows, axes_of
 from onnxcomp.data.datasets import Dataset, load_data, roles, specs
 from onnxcomp.data.input_check import InputCheck
 from onnxcomp.data.inputs import vocabulary
-from onnxcomp.data.vocabulary import renumbering
+from onnxcomp.data.vocabulary import between
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -49,7 +49,7 @@ def fitted(feeds: Mapping[str, Array], original: Graph, result: Graph) -> dict[s
     """Inputs of the original as its result takes them: ids of a reduced vocabulary, narrower caches, none removed."""
     ports = {s.name: s for s in specs(result)}
     made = dict(feeds)
-    if (words := renumbering(result)) is not None:
+    if (words := between(original, result)) is not None:
         tokens = roles(specs(original)).get("tokens")
         made = words.feeds(made, [tokens] if tokens else [])
     for name in ports.keys() & made.keys():

@@ -12,7 +12,7 @@ import numpy as np
 
 from onnxcomp.data.arguments import texts_of
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
-from onnxcomp.data.vocabulary import Renumbering, renumbering
+from onnxcomp.data.vocabulary import Renumbering, between
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import read
 from onnxcomp.files.stored import Stored
@@ -156,7 +156,7 @@ class Reference:
         """
         model = _parsed(candidate)
         graph = graph_of(model)
-        vocab = renumbering(graph)
+        vocab = between(self._graph, graph)
         missing = self._missing(graph)
         layouts = [r for r in self.view.outputs if r.name not in missing]
         names, drifts = [r.name for r in layouts], {r.name: _drift(r, self.view) for r in layouts}

@@ -97,6 +97,28 @@ def test_a_tokenizer_is_renumbered_once(folder, tmp_path_factory):
     assert first == second != (folder / "tokenizer.json").read_text()
 
 
+def test_a_reduced_vocabulary_is_reduced_and_compressed_again(folder, tmp_path_factory):
+    """Data of a model that is reduced already comes in its ids, so that only what was renumbered since counts."""
+    given = {"evaluation": [feeds(storage.load(folder))], "measure": False}
+    passes = ["canonicalize", {"prune-vocab": {"multiple_of": 1}}]
+    once = tmp_path_factory.mktemp("once")
+    compress(folder, once, passes=passes, calibration=given["evaluation"], **given)
+    words = vocabulary.renumbering(storage.load(once))
+    fewer = {"input_ids": words.ids(np.array([[2, 6, 12, 12, 6, 2]]))}
+    fewer["attention_mask"] = np.ones_like(fewer["input_ids"])
+    given["evaluation"] = [fewer]
+    same = compress(once, None, passes=["canonicalize", "dynamic-quant: {min_size: 1}"], **given)
+    assert same.report.validation.drift.sqnr > 15
+    twice = tmp_path_factory.mktemp("twice")
+    again = compress(once, twice, passes=passes, calibration=[fewer], **given)
+    assert again.report.validation.drift.sqnr > 100
+    old, new = (json.loads((f / "tokenizer.json").read_text())["model"]["vocab"] for f in (folder, twice))
+    kept = vocabulary.renumbering(storage.load(twice)).kept  # in ids of the first model
+    assert len(kept) < len(words.kept)
+    assert {t: old[t] for t in new} == {t: int(kept[i]) for t, i in new.items()}
+    assert json.loads((twice / "config.json").read_text())["vocab_size"] == len(kept)
+
+
 def test_a_single_file_has_no_place_for_the_tokenizer(folder, tmp_path):
     g = storage.load(folder)
     with pytest.raises(RecipeError, match="tokenizer of its own"):
