@@ -133,6 +133,26 @@ def test_an_expert_that_no_token_reaches_stays_float_and_is_named():
     cuts.run(result.model, {"x": np.random.default_rng(2).standard_normal((9, WIDTH)).astype(np.float32)})
 
 
+def test_channels_of_an_expert_that_no_token_reaches_stay():
+    g = mixture("looped")
+    canonicalize(g)
+    options = {"ratio": 0.25, "multiple_of": 1, "ranking": "layer"}
+    step = quantized(g, "prune-ffn", rows=1, **options, sequential=False).report.steps[0]
+    assert (step.eligible, step.changed) == (EXPERTS, blocks.experts(g)[0].chosen)
+    assert all(d.why.startswith("no sample of the data reaches it") for d in step.declined)
+    nothing = {"score": "magnitude", "repair": "none"}
+    assert quantized(g, "prune-ffn", rows=1, **options, **nothing).report.steps[0].changed == EXPERTS
+
+
+def test_an_expert_without_tokens_runs_with_a_range_of_run_time():
+    g = mixture("looped")
+    canonicalize(g)
+    int8 = quantized(g, "dynamic-quant", min_size=1).model
+    one = {"x": np.random.default_rng(2).standard_normal((1, WIDTH)).astype(np.float32)}
+    want, got = cuts.run(g, one)["y"], cuts.run(int8, one)["y"]
+    assert np.linalg.norm(want - got) < 0.05 * np.linalg.norm(want)
+
+
 def test_small_and_skipped_tables_stay_and_are_named():
     g = mixture("batched")
     canonicalize(g)

@@ -37,6 +37,10 @@ from onnxcomp.target import Target
 
 __all__ = ["Place", "Score", "Width"]
 
+UNREACHED = (
+    "no sample of the data reaches it: give more data, or say what measures nothing (score: magnitude, repair: none, "
+    "ranking: layer)"
+)
 Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
 # How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
 NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
@@ -162,10 +166,24 @@ class Width(Pass):
         """The statistics for score and repair, of the inputs of every linear that reads the axis."""
         if self.is_identity or not self.wants_data:
             return
+        yield from dict.fromkeys(n for p in self.places(Coupling(g.clone())) for n in self._needs(p))
+
+    def _needs(self, place: Place) -> Iterable[Need]:
+        """What the score of one group asks for, and its repair where that is not sequential."""
         uses_uncut_inputs = not self._in_order or self._ranked == "sensitivity"
         kinds = [*scores.NEEDS[self.score], *(REPAIR_NEEDS[self.repair] if uses_uncut_inputs else ())]
-        sources = (s for p in self.places(Coupling(g.clone())) for r in p.readers for s in r.sources)
-        yield from dict.fromkeys(need(s) for s in sources for need in kinds)
+        return (need(s) for r in place.readers for s in r.sources for need in kinds)
+
+    def _reached(self, g: Graph, places: Iterable[Place], env: Env) -> list[Place]:
+        """The groups that some sample reaches; the others, of experts that no token is sent to, are declined."""
+        reached = []
+        for place in places:
+            if all(env.stats.reached(n) for n in self._needs(place)):
+                reached.append(place)
+                continue
+            for site in place.sites:
+                g.decline(site, UNREACHED)
+        return reached
 
     def run(self, g: Graph, env: Env) -> None:
         """Score the units, choose which stay, take the others out, and repair what reads the axis."""
@@ -175,7 +193,7 @@ class Width(Pass):
             dataclasses.replace(self, ranking="layer").run(g, env)  # a trial cut cannot zero quantized weights
             return
         coupling = Coupling(g)
-        places = self.places(coupling)
+        places = self._reached(g, self.places(coupling), env)
         if not places:
             return
         candidates = self._score(g, places, env)
