@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.linears import Index, Linear
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.operators import LAYOUT_OR_CAST
-from onnxcomp.graph.values import sole_use
+from onnxcomp.graph.values import sole_use, unquantized
 
 __all__ = ["Mlp", "mlps"]
 
@@ -106,7 +106,8 @@ def _activated(g: Graph, index: Index, v: ir.Value | None) -> tuple[Linear, str,
 
 
 def _linear(index: Index, v: ir.Value | None) -> Linear | None:
-    """The linear that makes a value, directly or before its leading axes are merged to a list of tokens."""
+    """The linear that makes a value: directly, quantized and back, or with its leading axes merged to one of tokens."""
+    v = unquantized(v)
     node = v.producer() if v is not None and v not in index.by_output else None
     if node is not None and node.op_type == "Reshape" and v is not None and v.shape is not None and len(v.shape) == 2:
         v = node.inputs[0]

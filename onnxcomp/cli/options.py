@@ -87,7 +87,8 @@ ExactRows = Annotated[
         help="Keep the result of queries whose mask hides every key; such attentions stay decomposed.",
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
+SEED = "Seed of everything random; with --no-measure one seed gives the same bytes on any number of threads of one CPU."
+Seed = Annotated[int, typer.Option(min=0, help=SEED)]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of what is timed; 0 lets the runtime choose.")]
 Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Stop measuring after so long, such as 60s or 2m.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]

@@ -44,7 +44,8 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
             put_report = late.enter_context(report_file(report))
             staging = late.enter_context(storage.publish(folder, storage.companions(source) if whole else ()))
             for name, job in jobs.items():
-                results[name] = _stage(job, staging, names[name], watch)
+                beside = file_name is None and not whole
+                results[name] = _stage(job, staging, names[name], watch, beside=beside)
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
@@ -94,9 +95,12 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
     return name
 
 
-def _stage(job: Job, staging: Path, name: str, watch: Watch | None) -> Result:
+def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> Result:
     source = storage.read(job.model)
     result = job.run(watch, source)
+    if beside:
+        note = f"{job.model.name} and its result {name} lie in one folder now: say which file in later commands"
+        result.report.warnings.append(note)
     result.report.warnings += [c.note for c in _companions(job, result) if c.note]
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes

@@ -35,7 +35,7 @@ def raised(g: Graph) -> Sizes:
     return config_file.sizes(g)
 
 
-@pytest.mark.parametrize("pass_", ["qdq: {min_size: 1}", "half", "sparsify"])
+@pytest.mark.parametrize("pass_", ["qdq: {min_size: 1}", "qdq: {min_size: 1, outputs: true}", "half", "sparsify"])
 def test_sizes_are_read_through_what_follows_a_cut(pass_, tmp_path):
     passes = ["canonicalize", {"prune-ffn": PRUNED | {"multiple_of": 1}}, pass_, "lower"]
     given = {"calibration": "random", "samples": 10, "measure": False}

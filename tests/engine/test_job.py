@@ -95,7 +95,8 @@ def test_latency_gate_is_measured_and_the_report_has_the_rows(source, batches, t
 
 def test_same_folder_keeps_the_source_beside_the_result(source, tmp_path):
     before = listing(source)
-    oc.optimize(source, source, measure=False)
+    result = oc.optimize(source, source, measure=False)
+    assert any("model.onnx and its result model-optimize.onnx lie in one folder" in w for w in result.report.warnings)
     after = listing(source)
     assert {k: after[k] for k in before} == before
     assert "model-optimize.onnx" in after
