@@ -14,6 +14,7 @@ from onnxcomp.blocks.count import macs, parameters
 from onnxcomp.blocks.inner import inner_linears
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical.sites import sites
+from onnxcomp.data.inputs import specs
 from onnxcomp.graph import Graph
 
 __all__ = ["describe"]
@@ -44,7 +45,7 @@ def describe(g: Graph) -> dict[str, Any]:
         "experts": _experts(model_layers),
         "norm": _norm(g, model_layers),
         "positions": _positions(g, model_layers, tables, named),
-        "stacks": [_stack(g, kind, stack_layers, named) for kind, stack_layers in _stacks(model_layers, named)],
+        "stacks": [_stack(g, kind, stack_layers, named) for kind, stack_layers in _stacks(g, model_layers, named)],
         "vocabulary": next((e.rows for e in tables if e.kind == "tokens"), None),
         "head": None if end is None else {"outputs": end.outputs, "tied": end.tied},
         "quantized_linears": sum(x.quantized for x in blocks.linears(g)),
@@ -66,13 +67,18 @@ def _common(xs: Sequence[Any]) -> Any:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
-def _stacks(layers: Sequence[blocks.Layer], named: MaskNames) -> list[tuple[str, list[blocks.Layer]]]:
-    """Layers with cross attention are a decoder; the others are one if their masks are causal, else an encoder."""
+def _stacks(g: Graph, layers: Sequence[blocks.Layer], named: MaskNames) -> list[tuple[str, list[blocks.Layer]]]:
+    """Layers with cross attention are a decoder; the others are one if their masks are causal, else an encoder.
+
+    Where attentions are not raised, a model that takes caches has decoder layers.
+    """
     kinds: dict[str, list[blocks.Layer]] = {}
+    cached = any(s.cache is not None for s in specs(g))
     for layer in layers:
         crosses = any(a.is_cross for a in layer.attentions)
         causal = any("causal" in _mask(a, named) for a in layer.attentions)
-        kinds.setdefault("decoder" if crosses or causal else "encoder", []).append(layer)
+        decodes = crosses or causal or (cached and not layer.attentions)
+        kinds.setdefault("decoder" if decodes else "encoder", []).append(layer)
     return sorted(kinds.items(), key=lambda item: item[1][0].index)
 
 

@@ -4,6 +4,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.blocks.describe import describe
+from onnxcomp.canonical import canonicalize
 from onnxcomp.data.arrays import Random
 from onnxcomp.data.datasets import specs
 from onnxcomp.engine.manager import PassManager
@@ -44,7 +46,10 @@ def decoder(declared: bool = True) -> Graph:
     inputs = (qkv, None, None, key, value, seen, total)
     first = g.op("GroupQueryAttention", *inputs, outputs=3, domain="com.microsoft", **attributes)
     outputs = first.producer().outputs
-    tiny.finish(g, g.op("MatMul", outputs[0], weight(HEADS * HEAD, VOCABULARY)), "logits", ["b", "s", VOCABULARY])
+    x = g.op("Add", x, g.op("MatMul", outputs[0], weight(HEADS * HEAD, WIDTH)))
+    inner = g.op("Relu", g.op("MatMul", x, weight(WIDTH, 2 * WIDTH)))
+    x = g.op("Add", x, g.op("MatMul", inner, weight(2 * WIDTH, WIDTH)))
+    tiny.finish(g, g.op("MatMul", x, weight(WIDTH, VOCABULARY)), "logits", ["b", "s", VOCABULARY])
     for v, name in zip(outputs[1:], ("present.0.key", "present.0.value"), strict=True):
         v.name, v.type, v.shape = name, ir.TensorType(FLOAT), ir.Shape(["b", GROUPS, "t", "kv_cache_dim"])
         g.model.graph.outputs.append(v)
@@ -72,3 +77,9 @@ def test_several_tokens_behind_a_cache_are_of_one_sample(samples, past, tmp_path
     batch = Random(g, None, samples, 8, 0).rows(range(samples))
     assert batch.feeds["past_key_values.0.key"].shape == (samples, GROUPS, past, HEAD)
     assert batch.feeds["attention_mask"].shape == (samples, past + 8)
+
+
+def test_layers_whose_attention_stays_fused_are_a_decoder_where_there_are_caches(tmp_path):
+    g = storage.load(storage.save(decoder(), tmp_path))
+    canonicalize(g)
+    assert [(s["kind"], s["layers"]) for s in describe(g)["stacks"]] == [("decoder", 1)]
