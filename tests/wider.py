@@ -125,6 +125,21 @@ NEW = (
     _vision("ijepa", "IJepa", IMAGE, 5),
     _vision("vit-msn", "ViTMSN", IMAGE, 5),
     _vision("data2vec-vision", "Data2VecVision", {**IMAGE, "use_relative_position_bias": True}, 4),
+    _image(
+        "eomt",
+        "EomtForUniversalSegmentation",
+        "EomtConfig",
+        {"hidden_size": H, "num_hidden_layers": 4, "num_attention_heads": HEADS, "image_size": 16, "patch_size": 4}
+        | {"num_channels": 1, "num_blocks": 1, "num_queries": 5, "num_labels": 3, "num_register_tokens": 1}
+        | {"num_upscale_blocks": 1, "mlp_ratio": 2},
+        12,
+        only=SPELLINGS,
+        attentions=4,
+        mlps=8,
+        layers=4,
+        image=16,
+        output="masks_queries_logits",
+    ),
     _language("stablelm", "StableLm", {**GROUPED, "qk_layernorm": True, **EOS}, 9),
     _language("bitnet", "BitNet", {**GROUPED, **EOS}, 9),
     _audio("wavlm", "WavLM", WAV, 6),
