@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import _c_api_utils
@@ -9,6 +10,11 @@ from onnx_ir.passes.common import _c_api_utils
 from onnxcomp.errors import ModelError
 
 __all__ = ["check_recorded", "infer_shapes"]
+
+LONGEST = 1 << 24  # elements of an axis: more than any sequence or table has
+ENDLESS = (1 << 63) - (1 << 16)  # from here on a number stands for "to the end", as in slices
+ENDS = {(1 << 31) - 1, 1 << 31, (1 << 32) - 1}  # which stand for it as well
+MAX_ELEMENTS = 64  # of a constant that may hold sizes
 
 
 def infer_shapes(model: ir.Model) -> None:
@@ -52,7 +58,26 @@ def _agree(a: ir.Shape, b: ir.Shape) -> bool:
 
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
-    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    """Sizes are followed through arithmetic, but not where a Range of them would be written out by the billion."""
+    follow = not (_has_range(proto.graph) and _has_huge_size(proto.graph))
+    return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
+
+
+def _has_range(graph: onnx.GraphProto) -> bool:
+    return any(n.op_type == "Range" or any(_has_range(a.g) for a in n.attribute if a.HasField("g")) for n in graph.node)
+
+
+def _has_huge_size(graph: onnx.GraphProto) -> bool:
+    """Whether a size that is known, or a small constant that may be one, is larger than that of any real axis."""
+    sizes = [d.dim_value for v in graph.input for d in v.type.tensor_type.shape.dim]
+    constants = [a.t for n in graph.node if n.op_type in ("Constant", "ConstantOfShape") for a in n.attribute]
+    for t in (*graph.initializer, *constants):
+        sizes += t.dims
+        if t.data_type == onnx.TensorProto.INT64 and len(t.raw_data) <= 8 * MAX_ELEMENTS:
+            sizes += t.int64_data[:MAX_ELEMENTS]
+            sizes += np.frombuffer(t.raw_data[: len(t.raw_data) // 8 * 8], np.int64).tolist()
+    sizes += [a.i for n in graph.node if n.op_type == "Constant" for a in n.attribute]
+    return any(LONGEST < size < ENDLESS and size not in ENDS for size in sizes)
 
 
 def _record(graph: ir.Graph, proto: onnx.GraphProto) -> None:
