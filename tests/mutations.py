@@ -318,9 +318,79 @@ def _function(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
         g.node.add(op_type=f"f{count - 1}", domain="d", input=[g.output[0].name], output=["called"])
 
 
+def _swapped(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
+    """The attributes of two nodes exchanged, or an attribute said to be of another type."""
+    if not g.node:
+        return
+    a, b = pick(rng, g.node), pick(rng, g.node)
+    if rng.random() < 0.5:
+        kept = onnx.NodeProto.FromString(a.SerializeToString())
+        del a.attribute[:]
+        a.attribute.extend(b.attribute)
+        del b.attribute[:]
+        b.attribute.extend(kept.attribute)
+    elif a.attribute:
+        pick(rng, a.attribute).type = int(rng.integers(1, 15))
+
+
+def _subgraph(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
+    """A branch taken from elsewhere, one that is empty, or one that uses the names of the graph around it."""
+    inner = _graphs(m)[1:]
+    target = pick(rng, inner) if inner else onnx.GraphProto()
+    match int(rng.integers(4)):
+        case 0:
+            target.CopyFrom(onnx.GraphProto.FromString(pick(rng, _graphs(m)).SerializeToString()))
+        case 1:
+            target.ClearField("node")
+        case 2 if m.graph.initializer:
+            target.initializer.add().CopyFrom(pick(rng, m.graph.initializer))
+        case _:
+            new, old = pick(rng, _names(m.graph)), pick(rng, _names(target))
+            for n in target.node:
+                n.input[:] = [new if x == old else x for x in n.input]
+                n.output[:] = [new if x == old else x for x in n.output]
+
+
+def _sizes(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
+    """Sizes, in declarations or in the constants that become shapes, that nobody can have."""
+    huge = int(pick(rng, (1 << 24, 1 << 31, 1 << 40, (1 << 62) + 1, (1 << 63) - 1, -1, -7, 0)))
+    whole = [t for t in g.initializer if t.data_type == onnx.TensorProto.INT64 and len(t.raw_data) >= 8]
+    if whole and rng.random() < 0.7:
+        t = pick(rng, whole)
+        a = onnx.numpy_helper.to_array(t).copy()
+        a.reshape(-1)[int(rng.integers(a.size))] = huge
+        t.raw_data = a.tobytes()
+    elif ports := [v for v in (*g.input, *g.output, *g.value_info) if v.type.tensor_type.shape.dim]:
+        pick(rng, pick(rng, ports).type.tensor_type.shape.dim).dim_value = huge
+
+
+def _sparse(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
+    """A weight that is stored sparse, or an attribute that holds one."""
+    values = onnx.numpy_helper.from_array(np.ones(2, np.float32), pick(rng, _names(g)))
+    indices = onnx.numpy_helper.from_array(np.array(pick(rng, ([0, 3], [3, 0], [-1, 99])), np.int64), "i")
+    sparse = onnx.SparseTensorProto(values=values, indices=indices, dims=[int(pick(rng, (4, -1, 1 << 40)))])
+    if rng.random() < 0.5 or not g.node:
+        g.sparse_initializer.add().CopyFrom(sparse)
+    else:
+        a = onnx.AttributeProto(name="sparse_value", type=onnx.AttributeProto.SPARSE_TENSOR, sparse_tensor=sparse)
+        n = g.node.add(op_type="Constant", output=["sparse"])
+        n.attribute.add().CopyFrom(a)
+        pick(rng, list(g.node)[:-1] or [n]).input.append("sparse")
+
+
+def _recorded(rng: Rng, m: onnx.ModelProto, g: onnx.GraphProto) -> None:
+    """What is recorded of a computed value is wrong."""
+    made = [x for n in g.node for x in n.output if x]
+    if made:
+        dims = [pick(rng, (*NUMBERS, "n", "batch", None)) for _ in range(int(rng.integers(4)))]
+        kind = int(pick(rng, (1, 1, 1, 7, 9, 10, 0)))
+        v = onnx.helper.make_tensor_value_info(pick(rng, made), kind, dims)  # noqa: TID251  as files have it
+        g.value_info.add().CopyFrom(v)
+
+
 CHANGES: tuple[Callable[[Rng, onnx.ModelProto, onnx.GraphProto], None], ...] = (
     *(_rewire, _rewire, _arity, _operator, _operator, _node, _attribute, _attribute, _constant, _constant),
-    *(_port, _port, _header, _function),
+    *(_port, _port, _header, _function, _swapped, _subgraph, _sizes, _sizes, _sparse, _recorded),
 )
 
 
