@@ -64,7 +64,7 @@ def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
         if not found.trouble:
             continue
         before = _Run.of(original, feeds, target)
-        if not (found.loaded or before.loaded or NO_KERNEL in found.trouble):
+        if not found.loaded and before.trouble and NO_KERNEL not in found.trouble:
             raise ModelError(f"{original}: neither it nor what was made of it can be run: {before.trouble}")
         if not found.loaded or not before.trouble:
             _refuse(found, shape)
