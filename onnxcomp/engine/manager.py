@@ -63,6 +63,7 @@ class _Walk:
     planner: Planner | None = None
     costing: float = 0.0
     unlowered: Graph | None = None
+    cut: Graph | None = None  # as the last pass that changes sizes left it: quantized products hide their sizes
     plain: Validation | None = None  # how far the unlowered model is from the original
     exactness: Exactness | None = None
     lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
@@ -139,7 +140,7 @@ class PassManager:
                 with blaming(p), one_thread():
                     self._resume_or_step(walk, p)
             self._finish(walk)
-        return Result(walk.graph, report, walk.unlowered, walk.exact, unlowered_validation=walk.plain)
+        return Result(walk.graph, report, walk.unlowered, walk.exact, unlowered_validation=walk.plain, cut=walk.cut)
 
     def _reference(self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
@@ -165,8 +166,8 @@ class PassManager:
             walk.graph, step = known
             walk.report.steps.append(step)
             walk.report.validation = None  # stale: the last step's comparison is made again at the end
-        if p.fidelity is Fidelity.EXACT and walk.exact is before:
-            walk.exact = walk.graph
+        walk.exact = walk.graph if p.fidelity is Fidelity.EXACT and walk.exact is before else walk.exact
+        walk.cut = walk.graph if p.changes_sizes and walk.graph is not before else walk.cut
         if p.fidelity is Fidelity.LOSSY and walk.graph is not before:
             walk.lossy = p, before
         lowered = p.stage is Stage.LOWER and walk.report.steps[-1].edits

@@ -105,10 +105,10 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: b
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes
     if any(p.changes_sizes and not p.is_identity for p in job.recipe.passes):
-        original, cut = result.exact or source.graph, result.unlowered or result.model
+        original, cut = result.exact or source.graph, result.cut or result.unlowered or result.model
         result.config, notes = config_file.follow(job.model.parent, original, cut)
         result.report.warnings += notes
-    result.exact = None  # not needed any more, and it can hold a second copy of every weight
+    result.exact = result.cut = None  # not needed any more, and each can hold another copy of every weight
     path = storage.save(result.model, staging, metadata=result.report.metadata, name=name)
     settings = job.settings
     timed = settings.measure and settings.target.here and not host_of(settings.target)[1]

@@ -179,7 +179,8 @@ class Report:
 class Result:
     """The compressed model with its report, and what it was before lowering, where that changed it.
 
-    `exact` is the original as the exact passes before any lossy one left it. `config` are the entries of a
+    `exact` is the original as the exact passes before any lossy one left it, `cut` the model as the last pass that
+    changes sizes did. `config` are the entries of a
     configuration beside the model that the result has otherwise, such as head counts; `path` is the file it was
     published in. `unlowered_validation` is how far the model before lowering is from the original.
     """
@@ -191,6 +192,7 @@ class Result:
     config: dict[str, int] = field(default_factory=dict)
     path: Path | None = None
     unlowered_validation: Validation | None = None
+    cut: Graph | None = None
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

@@ -123,3 +123,14 @@ def test_one_graph_of_several_does_not_speak_for_all(tmp_path):
     ).values()
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
     assert any("describes the original" in w for w in result.report.warnings)
+
+
+def test_sizes_are_those_of_the_cut_where_products_are_quantized_at_run_time(tmp_path):
+    passes = ["canonicalize", {"prune-ffn": PRUNED | {"multiple_of": 1}}, "dynamic-quant: {min_size: 1}"]
+    given = {"calibration": "random", "samples": 10, "measure": False}
+    (result,) = compress_each(model(tmp_path / "m"), tmp_path / "out", passes=passes, **given).values()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 32
+    assert [w for w in result.report.warnings if "config.json" in w] == [
+        "config.json beside the result: intermediate_size 64 > 32"
+    ]
+    assert result.cut is None
