@@ -184,10 +184,12 @@ def fit(
     symmetric: bool = True,
     mse: bool = False,
     scale_type: Any = np.float32,
+    importance: Array | float = 1.0,
 ) -> Quantized:
     """Quantize a constant by rounding to nearest; with `mse` the range of every scale is shrunk where that errs less.
 
-    Raises `DataError` for an empty, NaN or infinite constant.
+    `importance`, which broadcasts against `w`, weighs squared errors: of a linear's `[K, N]` the mean squares of its
+    inputs `[K, 1]`. Raises `DataError` for an empty, NaN or infinite constant.
     """
     f = format_of(fmt)
     if w.size == 0 or not np.isfinite(w).all():
@@ -201,7 +203,8 @@ def fit(
         codes = quantize(w, scale, zero, f, axis=axis, block=block)
         if not mse:
             return Quantized(codes, scale, zero, axis, block)
-        error = _reduce(np.add, (dequantize(codes, scale, zero, axis=axis, block=block) - w) ** 2, axis, block)
+        squares = (dequantize(codes, scale, zero, axis=axis, block=block) - w) ** 2 * importance
+        error = _reduce(np.add, squares, axis, block)
         better = np.full(error.shape, True) if best is None else error < best
         shrink = np.where(better, factor, shrink)
         best = error if best is None else np.minimum(best, error)

@@ -1,4 +1,4 @@
-"""Solvers that use the data only through Gram matrices: least squares, repair after a cut, GPTQ.
+"""Solvers that use the data only through Gram matrices: least squares, repair after a cut.
 
 Layout of ONNX's MatMul: `y = x W`, `x` in R^K, `W [K, N]`; a row of `W` is an in-channel. `G = X^T X` over the
 calibration rows, so the squared error of weights `V` in place of `W` is `tr((V - W)^T G (V - W))`.
@@ -12,25 +12,22 @@ import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import LAZY, Array, Float64
-from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 
 __all__ = [
     "SINGULAR_DAMP",
-    "Gptq",
     "Solution",
     "damped",
     "error",
-    "gptq",
     "inverse_factor",
     "invert_lower",
     "least_squares",
     "repair",
     "repair_affine",
+    "symmetrized",
 ]
 
 # Damping of a Gram matrix, relative to the mean of its diagonal: the solvers' own is only against singular matrices.
 SINGULAR_DAMP = 1e-6
-GPTQ_DAMP = 0.01  # of the GPTQ paper: spreads errors less over in-channels that the calibration data hardly shows
 FIRST_DAMP = 1e-10  # where none was asked for and the factorisation fails; then tenfold
 DAMP_LIMIT = 1e6  # a matrix that is not positive even then is no Gram matrix
 
@@ -43,23 +40,13 @@ class Solution:
     damp: float
 
 
-@dataclass(frozen=True)
-class Gptq:
-    """Quantized weights, their squared error on the calibration data, that of rounding to nearest, and the damping."""
-
-    quantized: Quantized
-    loss: float
-    rounding_loss: float
-    damp: float
-
-
 def error(gram: Array, delta: Array) -> Float64:
     """Squared error per out-channel that a change of the weights makes: `diag(D^T G D)`, shape `[N]`."""
     d = np.asarray(delta, np.float64)
     return np.asarray(np.maximum(np.einsum("kn,kn->n", d, np.asarray(gram, np.float64) @ d), 0.0))
 
 
-def _checked(gram: Array) -> Float64:
+def symmetrized(gram: Array) -> Float64:
     """A symmetric copy."""
     even = _finite(gram).copy()
     for i in range(0, len(even), LAZY):
@@ -107,7 +94,7 @@ def least_squares(gram: Array, cross: Array, damp: float = SINGULAR_DAMP, start:
     level = float(np.diag(g).mean()) if g.size else 0.0
     if level > 0 and damp > len(g) ** 2 * np.finfo(np.float64).eps:  # positive for sure, so nothing is to be tried
         return Solution(w0 + _solved(g, damp * level, rest), damp)
-    h, _, damp = damped(_checked(g), damp, overwrite=True)
+    h, _, damp = damped(symmetrized(g), damp, overwrite=True)
     return Solution(w0 + np.linalg.solve(h, rest), damp)
 
 
@@ -128,7 +115,7 @@ def repair(gram: Array, weights: Array, keep: Array, damp: float = SINGULAR_DAMP
 
     Law: the error on the calibration data is not larger than that of cutting alone.
     """
-    g, w = _checked(gram), np.asarray(weights, np.float64)
+    g, w = symmetrized(gram), np.asarray(weights, np.float64)
     kept = np.asarray(keep, np.int64)
     if w.shape[0] != len(g) or kept.size == 0:
         raise DataError(f"weights {list(w.shape)} and {kept.size} kept channels do not fit a Gram matrix of {len(g)}")
@@ -150,59 +137,6 @@ def repair_affine(
     both = np.vstack([np.asarray(weights, np.float64), np.asarray(bias, np.float64).reshape(1, -1)])
     solved = repair(extended, both, np.append(np.asarray(keep, np.int64), k), damp).weights
     return solved[:-1], solved[-1]
-
-
-def gptq(
-    gram: Array,
-    weights: Array,
-    fmt: Format | str = "int4",
-    *,
-    block: int = 0,
-    symmetric: bool = True,
-    mse: bool = True,
-    damp: float = GPTQ_DAMP,
-    act_order: bool = True,
-) -> Gptq:
-    """Round in-channels one by one, each error spread over the later ones (GPTQ, arXiv 2210.17323).
-
-    Scales come first, per out-channel or per `block` in-channels of one ("static groups", so that any order keeps the
-    codes where they belong). Law: no out-channel's error on the calibration data is larger than by rounding to nearest.
-    """
-    f = format_of(fmt)
-    g, w = _checked(gram), np.asarray(weights, np.float64)
-    if w.ndim != 2 or w.shape[0] != len(g):
-        raise DataError(f"weights of shape {list(w.shape)} do not fit a Gram matrix of {len(g)} in-channels")
-    nearest = fit(weights, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=mse)
-    codes, used = _sweep(g, w, nearest, f, damp, act_order)
-    scaled = Quantized(codes, nearest.scale, nearest.zero, nearest.axis, nearest.block)
-    plain, ours = error(g, nearest.array() - w), error(g, scaled.array() - w)
-    worse = ours > plain
-    best = Quantized(np.where(worse, nearest.codes, codes), nearest.scale, nearest.zero, nearest.axis, nearest.block)
-    return Gptq(best, float(np.minimum(ours, plain).sum()), float(plain.sum()), used)
-
-
-def _sweep(g: Float64, w: Float64, scales: Quantized, f: Format, damp: float, act_order: bool) -> tuple[Array, float]:
-    """Codes of all in-channels, visited by falling diagonal of the Gram matrix or in order."""
-    k, n = w.shape
-    order = np.argsort(-np.diag(g), kind="stable") if act_order else np.arange(k)
-    dead = np.diag(g) <= 0
-    upper, used = inverse_factor(np.where(np.eye(k, dtype=bool) & dead, 1.0, g)[np.ix_(order, order)], damp)
-    scale = np.broadcast_to(spread(scales.scale, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
-    zero = np.broadcast_to(spread(scales.zero, (k, n), scales.axis, scales.block), (k, n)).astype(np.float64)[order]
-    rest = w[order].copy()
-    codes = np.zeros((k, n), f.dtype)
-    for start in range(0, k, LAZY):
-        end = min(start + LAZY, k)
-        errors = np.zeros((end - start, n))
-        for i in range(start, end):
-            q = quantize(rest[i], scale[i], zero[i], f)
-            e = (rest[i] - (q.astype(np.float64) - zero[i]) * scale[i]) / upper[i, i]
-            rest[i + 1 : end] -= np.outer(upper[i, i + 1 : end], e)
-            codes[i], errors[i - start] = q, e
-        rest[end:] -= upper[start:end, end:].T @ errors
-    unordered = np.empty_like(codes)
-    unordered[order] = codes
-    return unordered, used
 
 
 def invert_lower(lower: Float64) -> Float64:

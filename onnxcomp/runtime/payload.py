@@ -53,15 +53,14 @@ def graph_of(model: Model) -> Graph:
 
 @dataclass
 class Payload:
-    """A serialized graph; `folder` holds its external data, `shared` and `files` its large constants in memory.
+    """A serialized graph; `folder` holds its external data, `shared` its large constants in memory, with their types.
 
-    `shared` are arrays that become OrtValues; `files` are the bytes of other types, passed as files in memory.
+    (The runtime takes bytes as files in memory too, but not from a session with external data in real files.)
     """
 
     message: bytes = b""
     folder: Path | None = None
-    shared: dict[str, Array] = field(default_factory=dict)
-    files: dict[str, Array] = field(default_factory=dict)
+    shared: dict[str, tuple[Array, ir.DataType]] = field(default_factory=dict)
 
 
 def payload(model: ir.Model, taps: Sequence[str] = ()) -> Payload:
@@ -78,7 +77,9 @@ def payload(model: ir.Model, taps: Sequence[str] = ()) -> Payload:
     for name, t in constants.items():
         if isinstance(t, ir.ExternalTensor) and str(t.base_dir) == folder:
             continue
-        if t.nbytes >= INLINE_BYTES or isinstance(t, ir.ExternalTensor):
+        if t.size == 0:
+            constants[name] = ir.tensor(t.numpy())
+        elif t.dtype is not ir.DataType.STRING and (t.nbytes >= INLINE_BYTES or isinstance(t, ir.ExternalTensor)):
             constants[name] = _in_memory(name, t, out)
     out.message = _message(model, constants, _tapped(model, taps))
     return out
@@ -132,13 +133,25 @@ def _main_folder(tensors: Sequence[ir.TensorProtocol]) -> str | None:
 
 def _in_memory(name: str, t: ir.TensorProtocol, out: Payload) -> ir.ExternalTensor:
     """A reference to a constant in memory that is passed to the session beside the message."""
-    place = f"in-memory-{len(out.shared) + len(out.files)}"
-    a = t.numpy()
-    if a.dtype in SHAREABLE and a.size:
-        out.shared[name] = np.require(a, requirements=["C", "A"])
-    else:
-        out.files[place] = np.frombuffer(t.tobytes(), np.uint8)
+    place = f"in-memory-{len(out.shared)}"
+    out.shared[name] = _shareable(t), t.dtype
     return ir.ExternalTensor(place, 0, t.nbytes, t.dtype, shape=ir.Shape(t.shape.numpy()), name=name)
+
+
+def _shareable(t: ir.TensorProtocol) -> Array:
+    """An array of the constant's shape whose memory is as the runtime wants it, in place where it can be.
+
+    Several codes in a byte fill only the beginning of an array of bytes, whose other pages are never touched.
+    """
+    a = t.numpy()
+    if a.dtype in SHAREABLE:
+        return np.require(a, requirements=["C", "A"])
+    packed = np.frombuffer(t.tobytes(), np.uint16 if t.dtype.bitwidth == 16 else np.uint8)
+    if t.dtype.bitwidth >= 8:
+        return packed.reshape(a.shape)
+    room = np.empty(a.size, np.uint8)
+    room[: packed.size] = packed
+    return room.reshape(a.shape)
 
 
 def _tapped(model: ir.Model, taps: Sequence[str]) -> list[ir.Value]:

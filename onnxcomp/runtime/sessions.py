@@ -154,12 +154,9 @@ class Session:
         if load.folder is not None:
             options.add_session_config_entry(FOLDER_KEY, str(load.folder))
         if load.shared:
-            self._buffers = [ort.OrtValue.ortvalue_from_numpy(a) for a in load.shared.values()]
-            options.add_external_initializers(list(load.shared), self._buffers)
-        if load.files:
-            names, arrays = list(load.files), list(load.files.values())
-            options.add_external_initializers_from_files_in_memory(names, arrays, [a.nbytes for a in arrays])
-            self._buffers.append(load.files)
+            made = [ort.OrtValue.ortvalue_from_numpy_with_onnx_type(a, int(kind)) for a, kind in load.shared.values()]
+            options.add_external_initializers(list(load.shared), made)
+            self._buffers = [made, load.shared]
         return load.message
 
     def run(self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:

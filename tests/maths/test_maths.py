@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from onnxcomp.errors import DataError
-from onnxcomp.maths import clipping, formats, scores, solve
+from onnxcomp.maths import clipping, formats, rounding, scores, solve
 from onnxcomp.stats.kinds.histograms import Histogram
 
 INTEGERS = ["int8", "uint8", "int4", "uint4", "int2", "uint2"]
@@ -296,9 +299,9 @@ def test_gptq_is_optimal_brain_quantization(act_order: bool, block: int, symmetr
     g = x.T @ x
     scales = formats.fit(w, "int4", axis=0 if block else 1, block=block, symmetric=symmetric, mse=True)
     order = np.argsort(-np.diag(g), kind="stable") if act_order else np.arange(len(g))
-    codes, _ = solve._sweep(g, w.astype(np.float64), scales, formats.FORMATS["int4"], 0.01, act_order)
+    codes = rounding.sweep(rounding.Visit.of(g, 0.01, act_order), w.astype(np.float64), scales, formats.FORMATS["int4"])
     assert np.mean(codes != naive_gptq(g, w.astype(np.float64), scales, "int4", 0.01, order)) < 0.002
-    found = solve.gptq(g, w, "int4", block=block, symmetric=symmetric, act_order=act_order)
+    found = rounding.round_weights(g, w, "int4", block=block, symmetric=symmetric, act_order=act_order)
     assert np.isclose(found.loss, ((x @ (found.quantized.array().astype(np.float64) - w)) ** 2).sum(), rtol=1e-6)
     assert found.loss < 0.7 * found.rounding_loss
 
@@ -307,18 +310,82 @@ def test_gptq_is_optimal_brain_quantization(act_order: bool, block: int, symmetr
 @settings(max_examples=50, deadline=None)
 def test_gptq_is_never_worse_than_rounding(seed: int, rows: int, fmt: str, act_order: bool) -> None:
     x, w = problem(k=9, n=4, rows=rows, seed=seed)
-    found = solve.gptq(x.T @ x, w.astype(np.float32), fmt, symmetric=fmt != "uint4", act_order=act_order)
+    found = rounding.round_weights(x.T @ x, w.astype(np.float32), fmt, symmetric=fmt != "uint4", act_order=act_order)
     ours = solve.error(x.T @ x, found.quantized.array() - w)
-    nearest = formats.fit(w.astype(np.float32), fmt, axis=1, symmetric=fmt != "uint4", mse=True)
+    weights = np.diag(x.T @ x)[:, None]
+    nearest = formats.fit(w.astype(np.float32), fmt, axis=1, symmetric=fmt != "uint4", mse=True, importance=weights)
     plain = solve.error(x.T @ x, nearest.array() - w)
     assert np.all(ours <= plain * (1 + 1e-6) + 1e-9)
     assert found.loss <= found.rounding_loss * (1 + 1e-9)
 
 
+def brute_force(g: np.ndarray, w: np.ndarray, q: formats.Quantized, low: int, high: int) -> float:
+    """The least error of one out-channel over all codes, and all scales of one block."""
+    best = np.inf
+    for codes in itertools.product(range(low, high + 1), repeat=len(w)):
+        c = np.array(codes, np.float64)
+        curvature = c @ g @ c
+        s = max(c @ g @ w, 0.0) / curvature if curvature > 0 else 0.0
+        best = min(best, float((c * s - w) @ g @ (c * s - w)))
+    return best
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refits_come_near_the_best_of_all_codes_and_scales(seed: int) -> None:
+    x, w = problem(k=6, n=5, rows=60, seed=seed)
+    g, w = x.T @ x, w.astype(np.float32)
+    losses = [rounding.round_weights(g, w, "int2", refits=n, damp=0.01).loss for n in (0, 1, 3)]
+    assert losses == sorted(losses, reverse=True)
+    nearest = formats.fit(w, "int2", axis=1)
+    best = sum(brute_force(g, w[:, i].astype(np.float64), nearest, -2, 1) for i in range(5))
+    assert best * (1 - 1e-9) <= losses[-1] < 2.5 * best
+    assert losses[-1] < 0.96 * losses[0]
+
+
+@pytest.mark.parametrize("block", [0, 16])
+@pytest.mark.parametrize("fmt", ["int4", "uint4", "uint2"])
+def test_descent_and_refitted_scales_never_err_more(block: int, fmt: str) -> None:
+    x, w = problem(k=150, n=6, rows=400)
+    g, w = x.T @ x, w.astype(np.float32)
+    options = {"block": block, "symmetric": fmt == "int4"}
+    start = rounding.round_weights(g, w, fmt, **options)
+    q, wide = start.quantized, w.astype(np.float64)
+    before = solve.error(g, q.array() - w)
+    codes = rounding.descend(g, wide, q, formats.FORMATS[fmt])
+    moved = dataclasses.replace(q, codes=codes)
+    assert np.all(solve.error(g, moved.array() - w) <= before * (1 + 1e-6))
+    naive = q.codes.astype(np.float64)  # the same sweep, from the whole error each time
+    s, z = (np.broadcast_to(formats.spread(a, w.shape, q.axis, q.block), w.shape) for a in (q.scale, q.zero))
+    for i in range(len(g)):
+        rest = g[i] @ (wide - (naive - z) * s)
+        target = (naive[i] - z[i]) * s[i] + rest / g[i, i]
+        naive[i] = np.clip(np.rint(target / s[i]) + z[i], formats.FORMATS[fmt].low, formats.FORMATS[fmt].high)
+    assert np.mean(codes.astype(np.float64) != naive) < 0.002
+    scale = rounding.refit_scales(g, wide, moved)
+    refitted = dataclasses.replace(moved, scale=scale)
+    assert np.all(solve.error(g, refitted.array() - w) <= solve.error(g, moved.array() - w) * (1 + 1e-6))
+    if not block:  # one scale an out-channel is a least-squares problem of one unknown
+        c = codes.astype(np.float64) - z
+        best = np.einsum("kn,kn->n", c, g @ wide) / np.einsum("kn,kn->n", c, g @ c)
+        assert np.allclose(scale, best, rtol=1e-5)
+    found = rounding.round_weights(g, w, fmt, refits=3, **options)
+    assert found.loss < (0.99 if block else 0.97) * start.loss
+
+
+def test_columns_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = problem(k=40, n=7, rows=90)
+    whole = rounding.round_weights(x.T @ x, w.astype(np.float32), "uint4", block=16, symmetric=False, refits=1)
+    monkeypatch.setattr(rounding, "COLUMNS", 3)
+    parts = rounding.round_weights(x.T @ x, w.astype(np.float32), "uint4", block=16, symmetric=False, refits=1)
+    assert np.array_equal(whole.quantized.codes, parts.quantized.codes)
+    assert np.allclose(whole.quantized.scale, parts.quantized.scale, rtol=1e-6)
+    assert np.isclose(whole.loss, parts.loss)
+
+
 def test_gptq_rounds_channels_that_never_fire() -> None:
     x, w = problem(k=10)
     x[:, 3] = 0
-    found = solve.gptq(x.T @ x, w.astype(np.float32), "int8")
+    found = rounding.round_weights(x.T @ x, w.astype(np.float32), "int8")
     nearest = formats.fit(w.astype(np.float32), "int8", axis=1, mse=True)
     assert np.array_equal(found.quantized.codes[3], nearest.codes[3])
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import formats, solve
+from onnxcomp.maths import formats, rounding
 from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
 from onnxcomp.stats import Need, gram
 from onnxcomp.target import Target
@@ -39,7 +39,7 @@ class GptqLinear(SequentialPass):
         if self.plain:
             rounded = formats.fit(weight, fmt, axis=1, mse=True).array()
         else:
-            rounded = solve.gptq(env.stats[gram(linear.source)], weight, fmt).quantized.array()
+            rounded = rounding.round_weights(env.stats[gram(linear.source)], weight, fmt).quantized.array()
         g.put(linear.weight, rounded.astype(weight.dtype))
 
     @staticmethod

@@ -119,7 +119,7 @@ def test_large_constants_stay_out_of_the_message(tmp_path: Path) -> None:
     assert not mapped.shared
     held = payload.payload(g.model)
     assert len(held.message) < 2000
-    (shared,) = held.shared.values()
+    [(shared, _)] = held.shared.values()
     assert shared.ctypes.data == g.array(matmul(g).inputs[1]).ctypes.data
 
 
@@ -187,8 +187,27 @@ def test_types_numpy_does_not_know_are_handed_over_as_bytes() -> None:
     y = g.op("MatMul", x, g.op("Cast", g.constant(w, "w"), to=1))
     g = tiny.finish(g, y, "y", ["n", 256])
     feeds = {"x": np.ones((2, 256), np.float32)}
-    assert payload.payload(g.model).files
+    assert [kind for _, kind in payload.payload(g.model).shared.values()] == [ir.DataType.BFLOAT16]
     assert np.allclose(run(g, feeds), feeds["x"] @ w.astype(np.float32), atol=1e-3)
+
+
+@pytest.mark.parametrize("fmt", ["uint4", "int4"])
+def test_codes_of_four_bits_stand_beside_weights_in_files(tmp_path: Path, fmt: str) -> None:
+    g = tiny.mlp(256, 512)
+    feeds = tiny.feeds(g)
+    g = Graph(ir.load(tiny.external(g, tmp_path)))
+    node = matmul(g)
+    q = formats.fit(g.array(node.inputs[1]), fmt, axis=0, block=32, symmetric=fmt == "int4")
+    plain = g.clone()
+    plain.set_input(matmul(plain), 1, plain.constant(q.array(), "numbers"))
+    zero = None if fmt == "int4" else g.constant(q.zero, "zero")
+    args = (g.constant(q.codes, "codes"), g.constant(q.scale, "scale"), zero)
+    g.set_input(node, 1, g.op("DequantizeLinear", *args, axis=0, block_size=32))
+    load = payload.payload(g.model)
+    assert load.folder is not None  # the other weights
+    assert any(kind.bitwidth == 4 for _, kind in load.shared.values())
+    got, want = run(g, feeds, optimized=False), run(plain, feeds)  # optimized, inputs are rounded to 8 bits
+    assert np.allclose(got, want, atol=1e-5 * float(np.abs(want).max()))
 
 
 def test_nodes_added_at_the_end_are_sorted_first() -> None:

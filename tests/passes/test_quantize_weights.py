@@ -1,0 +1,152 @@
+"""`quantize-weights` against a numpy formula, by its laws, and in the form that the runtime multiplies by."""
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from onnxcomp import blocks
+from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files import storage
+from onnxcomp.graph import Graph
+from onnxcomp.maths import formats
+from onnxcomp.passes.quantize_weights import QuantizeWeights
+from onnxcomp.runtime.sessions import Session, integer_check
+from tests import tiny
+
+SMALL = {"min_size": 1, "block": 16}
+
+
+def feeds(g: Graph, seeds=range(12)) -> list[dict[str, np.ndarray]]:
+    return [tiny.feeds(g, 4, 9, seed=i) for i in seeds]
+
+
+def quantized(g: Graph, **options):
+    data = None if options.get("method") == "nearest" else as_dataset(feeds(g), g)
+    return PassManager([QuantizeWeights(**{**SMALL, **options})]).run(g, data, data)
+
+
+def outputs(g: Graph, batches, **options) -> list[np.ndarray]:
+    """Outputs as the graph says; the runtime's own products round their inputs to 8 bits."""
+    with Session(g, optimized=False, **options) as s:
+        return [s.run(b)[s.outputs[0]].astype(np.float64) for b in batches]
+
+
+def in_float(g: Graph) -> Graph:
+    """The model with every weight replaced by what its codes stand for."""
+    plain = g.clone()
+    for x in blocks.linears(plain):
+        codes, scale, *zeros = (plain.array(v).astype(np.float64) for v in x.dequantize.inputs)
+        size = x.dequantize.attributes.get_int("block_size", 0)
+        scale, zero = (np.repeat(a, size, axis=0)[: len(codes)] for a in (scale, *(zeros or [0 * scale])))
+        plain.set_input(x.node, 1, plain.constant(((codes - zero) * scale).astype(np.float32), "numbers"))
+    return plain
+
+
+def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
+    return float(sum(((x - y) ** 2).sum() for x, y in zip(a, b, strict=True)) / sum((y**2).sum() for y in b))
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_products_are_with_what_the_codes_stand_for(bits, symmetric):
+    g = tiny.encoder(hidden=48, ffn=80)  # 80 in-channels are no whole number of blocks of 32
+    model = quantized(g, bits=bits, symmetric=symmetric, block=32).model
+    assert sum(x.quantized for x in blocks.linears(model)) == len(blocks.linears(g)) == 12
+    for x in blocks.linears(model):
+        codes = model.tensor(x.weight)
+        assert codes.dtype.name == f"{'' if symmetric else 'U'}INT{8 if bits == 8 else 4}"
+        assert np.ptp(codes.numpy().astype(np.int32)) < 2**bits
+        assert tuple(model.tensor(x.dequantize.inputs[1]).shape.numpy()) == (-(-x.sizes[0] // 32), x.sizes[1])
+    batches = feeds(g, range(50, 53))
+    assert distance(outputs(model, batches), outputs(in_float(model), batches)) < 1e-10
+
+
+def test_one_linear_is_rounded_to_nearest_without_data():
+    g = tiny.linear(64, 48)
+    result = quantized(g, method="nearest", bits=4, block=32)
+    w = g.array(blocks.linears(g)[0].weight)
+    want = formats.fit(w, "uint4", axis=0, block=32, symmetric=False, mse=True)
+    [x] = blocks.linears(result.model)
+    assert np.array_equal(result.model.array(x.weight), want.codes)
+    assert np.array_equal(result.model.array(x.dequantize.inputs[1]), want.scale)
+
+
+@pytest.mark.parametrize("build", [tiny.encoder, tiny.decoder])
+@pytest.mark.parametrize("bits", [4, 3])
+def test_fitted_codes_come_nearer_to_the_original_on_other_data(build, bits):
+    g = build(layers=3, hidden=64, ffn=128)
+    batches = feeds(g, range(100, 110))
+    want = outputs(g, batches)
+    far = {m: distance(outputs(quantized(g, bits=bits, method=m).model, batches), want) for m in ("nearest", "gptq")}
+    near = distance(outputs(quantized(g, bits=bits).model, batches), want)
+    assert far["gptq"] < 0.9 * far["nearest"]
+    assert near < 0.97 * far["gptq"]
+
+
+def test_biases_take_what_rounding_does_to_the_means():
+    g = tiny.encoder(layers=1, hidden=64, ffn=128)
+    batches = feeds(g)
+    taps = [str(x.output.name) for x in blocks.linears(g)]
+
+    def means(model: Graph) -> list[np.ndarray]:
+        with Session(model, taps=taps) as s:  # with the runtime's products, as in calibration
+            runs = [s.run(b) for b in batches]
+        return [np.concatenate([r[t].reshape(-1, r[t].shape[-1]) for r in runs]).mean(axis=0) for t in taps]
+
+    want = means(g)
+    kept, moved = (means(quantized(g, bits=3, bias=b).model) for b in (True, False))
+    for name, a, b, c in zip(taps, kept, moved, want, strict=True):
+        assert np.abs(a - c).max() < 0.15 * np.abs(b - c).max(), name  # inputs are rounded to 8 bits meanwhile
+
+
+def test_a_shared_weight_has_one_set_of_codes_and_keeps_its_biases():
+    g = tiny.encoder(layers=1)
+    first, second = [x for x in blocks.linears(g) if x.sizes == (32, 32)][:2]
+    g.set_input(second.node, 1, first.weight)
+    g.sweep()
+    model = quantized(g).model
+    found = {x.name: x for x in blocks.linears(model)}
+    assert found[first.name].weight is found[second.name].weight
+    for x in (first, second):
+        assert np.array_equal(model.array(found[x.name].bias), g.array(x.bias))
+
+
+def test_a_tied_head_goes_with_its_table():
+    g = tiny.decoder(hidden=64, ffn=128, tied=True, vocabulary=200)
+    [head] = quantized(g).report.step("quantize-weights").declined
+    assert head.why == "it shares the embedding table, which stays float without embeddings: true"
+    model = quantized(g, embeddings=True).model
+    tables = [v for v in model.model.graph.initializers.values() if tuple(v.shape) == (200, 64)]
+    assert [v.dtype for v in tables] == [ir.DataType.INT8]
+    batches = feeds(g, range(60, 62))
+    assert distance(outputs(model, batches), outputs(g, batches)) < 0.05
+
+
+def test_skipped_and_small_weights_are_named():
+    g = tiny.encoder()
+    step = quantized(g, skip=("*layers.0.*",), min_size=1025).report.step("quantize-weights")
+    reasons = {d.why for d in step.declined}
+    assert "skipped by the pattern '*layers.0.*'" in reasons
+    assert "its 32x32 weight is smaller than min_size=1025: nothing to gain" in reasons
+    assert step.changed == 2
+
+
+def test_old_operator_sets_and_missing_data_are_refused():
+    with pytest.raises(ModelError, match="operator set 18 has no codes in blocks; put canonicalize first"):
+        quantized(tiny.encoder(spelled="dynamo"), method="nearest")
+    with pytest.raises(DataError, match="'quantize-weights' needs calibration data"):
+        PassManager([QuantizeWeights()]).run(tiny.encoder(), None)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("block", [16, 32, 128])
+def test_the_runtime_multiplies_by_the_codes(tmp_path, bits, block):
+    g = tiny.mlp(256, 512)
+    model = quantized(g, method="nearest", bits=bits, block=block).model
+    path = tmp_path / "model.onnx"
+    storage.save(model, path)
+    found = integer_check(path)
+    assert (found.quantized_linears, found.integer_products, found.dequantized_weights, found.ok) == (2, 2, 0, True)
+    assert path.stat().st_size < (0.4 if bits == 8 else 0.25) * 4 * 2 * 256 * 512
