@@ -61,8 +61,9 @@ def row_cosine(a: Array, b: Array) -> Float64:
 
 
 def _log_softmax(x: Float64) -> Float64:
-    shifted: Float64 = x - x.max(axis=1, keepdims=True)
-    result: Float64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    shifted: Float64 = x - x.max(axis=1, keepdims=True, initial=-np.inf)  # a row of no elements has none
+    with np.errstate(divide="ignore"):
+        result: Float64 = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
 
 

@@ -448,3 +448,9 @@ def test_public_names_are_functions_whatever_was_imported_first() -> None:
     code = "from onnxcomp.validation import compare; import onnxcomp as oc; assert oc.validate is compare.validate"
     done = subprocess.run([sys.executable, "-c", f"import sys; {code}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_rows_without_elements_do_not_differ() -> None:
+    from onnxcomp.validation.rows import row_kl
+
+    assert row_kl(np.ones((3, 0)), np.ones((3, 0))).tolist() == [0, 0, 0]
