@@ -41,6 +41,7 @@ TRANSFORMER = (
     "prune-ffn: {parameters: 0.8, score: flap, repair: bias} > qdq",
     "prune-heads > prune-ffn > refit > qdq > lower",
     "sparsify",
+    "quantize-weights: {min_size: 1, embeddings: true}",
     "qdq: {clip: percentile, percentile: 99.9, skip: ['*down_proj*']} > lower",
 )
 RECIPES = {

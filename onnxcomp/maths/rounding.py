@@ -1,12 +1,15 @@
 """Rounding of weights to few bits by Gram matrices: weighted clipping, GPTQ, coordinate descent, refitted scales.
 
 Layout of ONNX's MatMul: `y = x W`, `W [K, N]`, `G = X^T X` over the calibration rows. The squared error of weights `V`
-in place of `W` is `tr((V - W)^T G (V - W))`: out-channels (columns) are independent, and are done `COLUMNS` at a time.
+in place of `W` is `tr((V - W)^T G (V - W))`: out-channels (columns) are independent, and are done `COLUMNS` at a time,
+on all cores.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +23,7 @@ from onnxcomp.maths.solve import error, inverse_factor, symmetrized
 __all__ = ["GPTQ_DAMP", "Rounded", "Visit", "round_weights"]
 
 GPTQ_DAMP = 0.01  # of the GPTQ paper: spreads errors less over in-channels that the calibration data hardly shows
-COLUMNS = 1024  # out-channels at a time: bounds the float64 copies of a weight
+COLUMNS = 256  # out-channels at a time, on any machine: bounds the float64 copies of a weight
 DESCENTS = 2  # sweeps of coordinate descent before scales are refitted: more change few codes under the same scales
 LEAST_SCALE = 0.2  # a refitted scale below this share of the old one would leave most codes at their limits
 
@@ -82,25 +85,28 @@ def round_weights(
     visit = Visit.of(g, damp, act_order)
     stiff = g + visit.damp * float(np.diag(g).mean()) * np.eye(len(g))
     importance = np.diag(g)[:, None] if clip and np.diag(g).any() else 1.0
-    parts: list[Quantized] = []
-    loss = nearest_loss = 0.0
-    for columns in _chunks(w.shape[1]):
-        part = w[:, columns].astype(np.float64)
+
+    def part(columns: slice) -> _Columns:
+        w_part = w[:, columns].astype(np.float64)
         nearest = fit(
-            part, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=clip,
+            w_part, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=clip,
             scale_type=scale_type, importance=importance,
         )  # fmt: skip
-        best = _Columns(stiff, part, nearest)
-        best.take(sweep(visit, part, nearest, f), nearest.scale)
+        best = _Columns(stiff, w_part, nearest)
+        best.take(sweep(visit, w_part, nearest, f), nearest.scale)
         for _ in range(refits):
             for _ in range(DESCENTS):
-                best.take(descend(stiff, part, best.quantized, f), best.quantized.scale)
-            best.take(best.quantized.codes, refit_scales(stiff, part, best.quantized))
-        final = _Columns(g, part, nearest)
+                best.take(descend(stiff, w_part, best.quantized, f), best.quantized.scale)
+            best.take(best.quantized.codes, refit_scales(stiff, w_part, best.quantized))
+        final = _Columns(g, w_part, nearest)
         final.take(best.quantized.codes, best.quantized.scale)
-        parts.append(final.quantized)
-        loss, nearest_loss = loss + float(final.losses.sum()), nearest_loss + float(final.nearest_losses.sum())
-    return Rounded(_joined(parts), loss, nearest_loss, visit.damp)
+        return final
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        parts = list(pool.map(part, _chunks(w.shape[1])))
+    loss = float(sum(p.losses.sum() for p in parts))
+    nearest_loss = float(sum(p.nearest_losses.sum() for p in parts))
+    return Rounded(_joined([p.quantized for p in parts]), loss, nearest_loss, visit.damp)
 
 
 def _chunks(n: int) -> Iterator[slice]:

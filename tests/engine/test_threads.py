@@ -13,6 +13,7 @@ from onnxcomp.passes.low_rank import LowRank
 from onnxcomp.passes.prune_ffn import PruneFfn
 from onnxcomp.passes.prune_heads import PruneHeads
 from onnxcomp.passes.qdq import Qdq
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.runtime import sessions
 from tests import tiny
 
@@ -21,6 +22,7 @@ WIDE = {"layers": 1, "hidden": 192, "heads": 4, "ffn": 256}
 CASES = {
     "prune-heads": [PruneHeads(ratio=0.25, ranking="layer")],
     "prune-ffn": [PruneFfn(ratio=0.25, ranking="layer", multiple_of=1), Qdq()],
+    "quantize-weights": [QuantizeWeights(min_size=1)],
     "low-rank": [LowRank(ratio=0.3, min_size=0, multiple=8)],
 }
 
