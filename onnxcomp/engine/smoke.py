@@ -88,7 +88,7 @@ class _Run:
             loaded = True
             outputs = trial.run(model, feeds, target)
         except OnnxcompError as e:
-            return cls(str(e), loaded)
+            return cls(str(e).replace(str(model.path), model.path.name), loaded)  # it may lie in a temporary folder
         bad = [name for name, y in outputs.items() if hasattr(y, "dtype") and y.dtype.kind == "f" and not _finite(y)]
         return cls(f"output '{bad[0]}' is not finite" if bad else "", loaded=True, ran=True)
 

@@ -39,7 +39,9 @@ class Scope:
 
 
 def verify(proto: onnx.ModelProto) -> None:
-    """Raise `ModelError` naming node and reason where a normalized model is invalid."""
+    """Raise `ModelError` naming node and reason where a normalized model is invalid, or returns maps."""
+    if maps := [v.name for v in proto.graph.output if v.type.HasField("map_type") or _of_maps(v.type)]:
+        raise ModelError(f"its output '{maps[0]}' is made of maps (ZipMap), which are not supported; export without it")
     if proto.ir_version > onnx.IR_VERSION:
         raise ModelError(f"its IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest known")
     functions = {(f.domain, f.name, f.overload): f for f in proto.functions}
@@ -57,6 +59,10 @@ def verify(proto: onnx.ModelProto) -> None:
             _define(scope, name, "", f"function '{function.name}'")
         _nodes(function.node, scope, {})
         _outputs(function.output, scope)
+
+
+def _of_maps(t: onnx.TypeProto) -> bool:
+    return t.HasField("sequence_type") and t.sequence_type.elem_type.HasField("map_type")
 
 
 def _no_recursion(functions: Mapping[Key, onnx.FunctionProto]) -> None:

@@ -54,6 +54,7 @@ def schemas(model: ir.Model) -> None:
 
 
 def _check(proto: onnx.ModelProto) -> None:
+    proto.graph.name = proto.graph.name or "graph"  # which loading fills in, and nobody who builds a graph misses
     # The checker would look for external tensors in the current folder; all initializers are listed as inputs here.
     inline = [t for t in proto.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
     del proto.graph.initializer[:]

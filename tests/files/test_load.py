@@ -121,6 +121,10 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     "value of a graph around": (branches(body(out="h")), "it belongs to a graph around it"),
     "name taken around": (branches(body(make_node("Abs", ["x"], ["h"]), out="h")), "two values are called 'h'"),
     "output that nothing computes": (model(outs=[port("y"), port("z")]), "output 'z': nothing computes it"),
+    "output of maps": (
+        changed(lambda m: m.graph.output[0].type.sequence_type.elem_type.map_type.SetInParent()),
+        "its output 'y' is made of maps (ZipMap), which are not supported; export without it",
+    ),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "input 'x' has no type"),
     "weight unlike its input": (model(ins=[port("x"), port("w", F, (4, 5))]), "the input of that name is something"),
     "one input of two": (model([make_node("MatMul", ["x"], ["y"])]), "has 1 inputs where the operator has 2"),
