@@ -47,12 +47,16 @@ DOUBLE = {ir.DataType.FLOAT: ir.DataType.DOUBLE}
 
 @dataclass
 class Cell:
-    """What became of one graph: `raised`, `declined` (all reasons given), `missed` (no reason given) or `wrong`."""
+    """What became of one graph: `raised`, `declined` (all reasons given), `missed` (no reason given) or `wrong`.
+
+    It is `absent` where an exporter wrote a file that runs at no shape, so that there is nothing to be equal to.
+    """
 
     found: tuple[int, int, int] = (0, 0, 0)
     missing: str = ""
     declined: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    dead: str = ""
     difference: float = 0.0
     compared: int = 0
     folded: int = 0  # norms of constant tables that a tool computed before we saw the graph
@@ -64,6 +68,8 @@ class Cell:
     @property
     def status(self) -> str:
         """The verdict, the worst first."""
+        if self.dead:
+            return "absent"
         if self.faults:
             return "wrong"
         if self.declined:
@@ -73,6 +79,8 @@ class Cell:
     @property
     def why(self) -> str:
         """The reasons in one line, empty for a raised graph."""
+        if self.dead:
+            return self.dead
         counted = Counter(reason.partition(": ")[2] or reason for reason in self.declined)
         parts = [f"{n} x {why}" if n > 1 else why for why, n in counted.items()]
         return "; ".join([*self.faults, *([self.missing] if self.missing else []), *parts])
@@ -112,7 +120,25 @@ def judge(a: zoo.Architecture, at: Path | str) -> Cell:
             cell.faults.append(f"outputs differ by {cell.difference:.1e}")
     except Exception as e:  # noqa: BLE001  a crash is what the cell is about
         cell.faults.append(f"{type(e).__name__}: {str(e).splitlines()[0][:160] if str(e) else ''}")
+    cell.dead = never_runs(a, at) if cell.faults else ""
     return cell
+
+
+def never_runs(a: zoo.Architecture, at: Path | str) -> str:
+    """Why the graph runs at no shape as the exporter wrote it, empty where it runs or cannot be read."""
+    why = ""
+    try:
+        with Session(load(at)) as s:
+            for shape in SHAPES:
+                try:
+                    s.run({k: v for k, v in zoo.feeds(a, *shape).items() if k in {p.name for p in s.inputs}})
+                except OnnxcompError as e:
+                    why = f"what the exporter wrote runs at no shape: {str(e).splitlines()[0][-120:]}"
+                else:
+                    return ""
+    except OnnxcompError as e:
+        why = f"what the exporter wrote does not load: {str(e).splitlines()[0][-120:]}"
+    return why
 
 
 def tolerance(source: Graph) -> float:
