@@ -62,7 +62,7 @@ def verify(proto: onnx.ModelProto) -> None:
 
 
 def _of_maps(t: onnx.TypeProto) -> bool:
-    return t.HasField("sequence_type") and t.sequence_type.elem_type.HasField("map_type")
+    return bool(t.sequence_type.elem_type.HasField("map_type"))  # reading a field that is not set makes none
 
 
 def _no_recursion(functions: Mapping[Key, onnx.FunctionProto]) -> None:
