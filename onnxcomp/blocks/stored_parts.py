@@ -17,6 +17,12 @@ CARRIERS = ("Transpose", "Reshape", "Identity", "Cast", "DequantizeLinear", "Sli
 TABLES = ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization")
 _INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulNBits")
 PRODUCTS = frozenset(("MatMul", "Gemm", "FusedMatMul", "Einsum", *_INTEGER))
+# At which inputs scales and zero points of codes stand.
+SCALED: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), (1, 2)),
+    **dict.fromkeys(("MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"), (2, 3)),
+    "MatMulIntegerToFloat": (2, 3, 4, 5),
+}
 CONVOLUTIONS = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv")
 RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 MORE_NORMS = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "SkipSimplifiedLayerNormalization")
@@ -33,7 +39,7 @@ class StoredPart:
 
 def stored_parts(g: Graph) -> tuple[StoredPart, ...]:
     """Bytes by part and type, the largest first; a tensor that several parts read counts once, as the first of them."""
-    order = ("embeddings", "linears", "convolutions", "recurrent", "norms", "biases", "other")
+    order = ("embeddings", "linears", "convolutions", "recurrent", "norms", "biases", "scales", "other")
     found: Counter[tuple[str, str]] = Counter()
     seen: dict[int, tuple[str, str, int]] = {}
     for v in g.model.graph.initializers.values():
@@ -63,6 +69,8 @@ def _readers(v: ir.Value, depth: int = 4) -> Iterator[tuple[ir.Node, int]]:
 
 def _role(v: ir.Value, user: ir.Node, index: int) -> str:
     op, rank = user.op_type, 0 if v.shape is None else len(v.shape)
+    if op in SCALED and index in SCALED[op]:
+        return "scales"
     if op in TABLES and (index == 0 or op == "EmbedLayerNormalization") and rank > 1:
         return "embeddings"
     if op in NORMS or op in MORE_NORMS:

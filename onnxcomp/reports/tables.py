@@ -173,16 +173,20 @@ def outputs(v: Validation, *, every: bool = False) -> Table:
 
 
 def stored(parts: Sequence[StoredPart]) -> list[str]:
-    """A line per element type: what is stored in it, and whether it is what stayed float beside integers."""
+    """A line per element type: what is stored in it, and whether it is what stayed float beside integers.
+
+    Scales stay nothing, so they stand last and by themselves.
+    """
     types = list(dict.fromkeys(p.dtype for p in parts))
     narrow = any(t.startswith(NARROW_TYPES) for t in types)
     lines = []
     for dtype in types:
-        held = [p for p in parts if p.dtype == dtype]
+        held = [p for p in parts if p.dtype == dtype and p.part != "scales"]
         listed = ", ".join(f"{p.part} {_mb(p.nbytes)} MB" for p in held if p.nbytes >= LISTED * parts[0].nbytes)
         if listed:
             lines.append(f"{dtype}{' that stayed' if narrow and dtype == 'float32' else ''}: {listed}")
-    return lines
+    scales = sum(p.nbytes for p in parts if p.part == "scales")
+    return [*lines, *([f"scales and zero points: {_mb(scales)} MB"] if scales >= LISTED * parts[0].nbytes else [])]
 
 
 def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) -> Table:

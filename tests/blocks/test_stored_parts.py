@@ -7,6 +7,7 @@ from onnxcomp.engine.manager import PassManager
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from tests import tiny
 
 
@@ -34,6 +35,18 @@ def test_integers_are_apart_from_what_stayed_float():
     assert after["linears", "int8"] * 4 == before["linears", "float32"]
     assert ("linears", "float32") not in after or after["linears", "float32"] < before["linears", "float32"] / 8
     assert after["embeddings", "float32"] == before["embeddings", "float32"]
+
+
+def test_scales_of_codes_are_apart_from_what_stayed_float():
+    g = tiny.encoder(hidden=64, ffn=128)
+    before = by_part(g)
+    result = PassManager([QuantizeWeights(method="nearest", min_size=1, block=16)]).run(g).model
+    after = by_part(result)
+    weights = before["linears", "float32"]
+    assert after["linears", "uint4"] * 8 == weights
+    assert after["scales", "float32"] * 16 == weights  # one for 16 weights
+    assert after["scales", "uint4"] * 128 == weights
+    assert after.get(("other", "float32"), 0) == before.get(("other", "float32"), 0)
 
 
 def test_a_table_that_a_head_shares_counts_once_as_embeddings():
