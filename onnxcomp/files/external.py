@@ -48,7 +48,10 @@ def check(proto: onnx.ModelProto, path: Path) -> None:
         if location not in files:
             files[location] = _contained(location, base, where)
         start, end = _range(entries, need, where)
-        size = files[location].stat().st_size
+        try:
+            size = files[location].stat().st_size
+        except OSError as e:  # another run has just replaced it
+            raise ModelError(f"{where}: the data file '{location}' is gone: {e.strerror or e}") from e
         if end > size:
             raise ModelError(f"{where}: ends at byte {end} of '{location}', which has only {size}; copy the file again")
         if end > start:

@@ -123,7 +123,7 @@ def load(path: str | Path) -> Graph:
 
 def read(path: str | Path) -> Stored:
     """A model as `load` gives it, with what its files tell; the one parse of a model that a job hands on."""
-    return steadily(Path(path), lambda: _read_once(path))
+    return steadily(path, lambda: _read_once(path))
 
 
 def _read_once(path: str | Path) -> Stored:

@@ -17,7 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Set
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from onnxcomp.errors import ModelError
 from onnxcomp.files.atomic import file_sync, locked, sync_folder, temporary_path
@@ -80,9 +80,12 @@ def finish(folder: Path) -> None:
         ) from e
 
 
-def steadily(place: Path, read: Callable[[], T]) -> T:
+def steadily(place: Any, read: Callable[[], T]) -> T:
     """What `read` gives of a file or folder; it is asked again where it failed because a run replaced the result."""
-    folder = place if place.is_dir() else place.parent
+    try:
+        folder = Path(place) if Path(place).is_dir() else Path(place).parent
+    except (OSError, TypeError, ValueError):  # no path, which `read` says in its words
+        return read()
     for _ in range(_READS - 1):
         with _opened(folder) as fd:  # held, so that no other folder gets its number
             before = _state(folder)
