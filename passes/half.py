@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import onnx_ir as ir
 from pydantic import Field
 
+from onnxcomp import blocks
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.half import candidates, convert, ranges
@@ -79,7 +80,10 @@ class Half(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Choose the nodes that can be half, say why the others cannot, convert."""
-        half = TYPES[self.dtype]
+        half, other = TYPES[self.dtype], TYPES["fp16" if self.dtype == "bf16" else "bf16"]
+        if stayed := [x for x in blocks.linears(g) if x.weight.dtype is other]:
+            what = f"{len(stayed)} stayed {other.name.lower()}: only float32 is made {self.dtype} (export --dtype fp32)"
+            g.note("weights", what)
         eligible, angles = candidates.candidates(g, half), candidates.precise(g)
         chosen, checked = [], ranges.Ranges(g, env.stats, self.headroom, half)
         for p in eligible:

@@ -6,24 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
-from onnxcomp.blocks import Linear
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.quantize import linears, tables
-from onnxcomp.methods.quantize.weight_rounding import Inputs, Method, inputs_of, nearest, rounded
+from onnxcomp.methods.quantize.weight_rounding import Method, Rounder
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
 
 __all__ = ["QuantizeWeights"]
 
-Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero points
 BLOCKWISE = 21  # the operator set from which DequantizeLinear has blocks and codes of 4 bits
 
 
@@ -86,23 +81,15 @@ class QuantizeWeights(Pass):
             raise ModelError(f"quantize-weights: operator set {g.opset} has no codes in blocks; put canonicalize first")
         shared = {e.table for e in eligible}
         codes = linears.WeightCodes(g, "channel", env.target, eligible)
-        uncut, made = g.clone(), dict[ir.Value, Codes]()
+        rounder = Rounder(g, env, self._method(), fits=self.method != "nearest", free_bias=self.bias)
         g.model.graph.sort()
         for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
-            rest = [x for x in group if not x.transposed]
+            kept = [x for x in group if not x.transposed or x.weight in shared]
             for x in group:
-                if x.weight in shared:  # a head keeps the codes of its table
-                    linears.product(g, x, x.input, linears.integer_weight(codes, x))
-                elif x.transposed:
+                if x not in kept:
                     g.decline(x.site, "it shares the embedding table, which stays float without embeddings: true")
-            if not rest:
-                continue
-            fitted = self.method != "nearest" and not env.dry
-            inputs = inputs_of(g, uncut, env, rest[0].source) if fitted else None
-            for x in rest:
-                self._replace(g, x, made, inputs)
-            if g.spool is not None:
-                release_weights(g.model)
+            if kept:
+                rounder.replace(kept, codes)
         tables.store(g, eligible, codes)
 
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
@@ -112,27 +99,3 @@ class QuantizeWeights(Pass):
         f = FORMATS[f"{'' if self.symmetric else 'u'}int{8 if self.bits == 8 else 4}"].narrowed(self.bits)
         fits = self.method == "least-squares"
         return Method(f, self.block, self.symmetric, fits, self.pull, self.damp, self.refits if fits else 0)
-
-    def _replace(self, g: Graph, x: Linear, made: dict[ir.Value, Codes], inputs: Inputs | None) -> None:
-        """Put codes behind DequantizeLinear in the place of a weight; linears that share one share its codes."""
-        if x.weight not in made:
-            made[x.weight] = self._codes(g, x, inputs)
-        w = g.op(
-            "DequantizeLinear", *made[x.weight], axis=0, block_size=self.block, name=f"{x.name}_weight", like=x.weight
-        )
-        linears.product(g, x, x.input, w)
-
-    def _codes(self, g: Graph, x: Linear, inputs: Inputs | None) -> Codes:
-        """Codes `[K, N]`, scales and zero points of a weight as constants; its bias takes the change of the means."""
-        weight, m = g.array(x.weight), self._method()
-        if inputs is None:
-            q = nearest(weight, m)
-        else:
-            own = all(v is not None and g.is_constant(v) and len(list(v.uses())) == 1 for v in (x.bias, x.weight))
-            q, gain = rounded(weight, inputs, self.bias and own, m)
-            if gain.any() and x.bias is not None:
-                old = g.array(x.bias)
-                g.put(x.bias, (old + gain.reshape(old.shape)).astype(old.dtype))
-        name = f"{x.weight.name}_int{self.bits}"
-        zero = None if self.symmetric else g.constant(q.zero, f"{name}_zero")
-        return g.constant(np.ascontiguousarray(q.codes), name), g.constant(q.scale, f"{name}_scale"), zero

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
@@ -10,11 +13,13 @@ import pytest
 pytest.importorskip("onnxruntime")
 
 from onnxcomp.engine.manager import PassManager
-from onnxcomp.engine.recipe import Recipe
+from onnxcomp.engine.recipe import Recipe, parse_pass
+from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.methods.repair import readers
 from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
+from onnxcomp.passes.half import Half
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.runtime.sessions import Session, integer_check
@@ -78,6 +83,48 @@ def test_a_weight_is_read_and_stored_in_its_type(dtype: type) -> None:
 @pytest.mark.parametrize("preset", ["fp16", "bf16"])
 def test_a_half_model_is_only_optimized_by_presets_of_half_precision(preset: str) -> None:
     assert Recipe.preset(preset).allow_unchanged
+
+
+def test_what_is_another_half_type_already_is_said_to_stay() -> None:
+    batches = [feeds(ml_dtypes.bfloat16)] * 5
+    result = PassManager([Canonicalize(), Half()], allow_unchanged=True).run(mlp(ml_dtypes.bfloat16), batches, batches)
+    [note] = result.report.step("half").noted
+    assert note.what == "2 stayed bfloat16: only float32 is made fp16 (export --dtype fp32)"
+
+
+def tied(dtype: type) -> Graph:
+    """Rows of a table, through a linear, to a head that shares the table."""
+    rng = np.random.default_rng(0)
+    ids = ir.Value(name="ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", 6]))
+    g = Graph(ir.Model(ir.Graph([ids], [], nodes=[], opset_imports={"": 23}, name="tied"), ir_version=10))
+    table = g.constant(rng.standard_normal((50, 64)).astype(dtype), "table")
+    w = g.constant((rng.standard_normal((64, 64)) / 8).astype(dtype), "w")
+    y = g.op("MatMul", g.op("MatMul", g.op("Gather", table, ids), w), g.op("Transpose", table, perm=[1, 0]))
+    y.name, y.type, y.shape = "y", ir.TensorType(HALVES[dtype]), ir.Shape(["b", 6, 50])
+    g.model.graph.outputs.append(y)
+    g.infer_shapes()
+    return Graph(g.model)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("preset", ["int8-small", "int4", "int4-fast"])
+def test_a_tied_head_of_a_half_model_shares_its_codes(dtype: type, preset: str, tmp_path: Path) -> None:
+    g = tied(dtype)
+    batches = [{"ids": np.random.default_rng(i).integers(0, 50, (3, 6))} for i in range(6)]
+    passes = [
+        parse_pass(f"{p.name}: {json.dumps({**p.options, 'min_size': 1})}")
+        if "quant" in p.name or p.name == "qdq"
+        else p
+        for p in Recipe.preset(preset).passes
+    ]
+    result = PassManager(passes, target=CPU).run(g, batches, batches)
+    path = storage.save(result.model, tmp_path / "out")
+    assert integer_check(path).ok
+    tables = [
+        v for v in result.model.model.graph.initializers.values() if 50 in tuple(v.shape) and 64 in tuple(v.shape)
+    ]
+    assert [v.dtype for v in tables] in ([ir.DataType.INT8], [ir.DataType.UINT8])
+    assert result.report.validation.values()["sqnr"] > 12
 
 
 @pytest.mark.parametrize("dtype", HALVES)

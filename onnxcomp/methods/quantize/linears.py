@@ -98,6 +98,9 @@ class WeightCodes:
         """Symmetric int8 codes `[rows, width]` of a table and their scale, `[rows]` or `[]`."""
         if table not in self._rows:
             self._rows[table] = self._make(table, True, False, stored=True)
+        codes, scale = self._rows[table]
+        if not scale.is_initializer() and scale.const_value is not None:  # swept: a head reads it as float32
+            self._rows[table] = codes, self.g.constant(scale.const_value, str(scale.name))
         return self._rows[table]
 
     def _make(self, v: ir.Value, transposed: bool, limited: bool, *, stored: bool = False) -> tuple[ir.Value, ir.Value]:

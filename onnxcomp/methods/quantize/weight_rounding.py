@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
+from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths import Array, Float64, affine, formats, rounding
 from onnxcomp.maths.formats import Format, Quantized
 from onnxcomp.maths.solve import least_squares
+from onnxcomp.methods.quantize import linears
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["Inputs", "Method", "inputs_of", "nearest", "rounded"]
+__all__ = ["Method", "Rounder"]
+
+Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero points
 
 
 @dataclass(frozen=True)
@@ -100,3 +105,55 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
 def nearest(weight: Array, m: Method) -> Quantized:
     """Codes by rounding to nearest, scales clipped where that errs less, for which no data is needed."""
     return formats.fit(weight, m.fmt, axis=0, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype)
+
+
+class Rounder:
+    """Rounds the weights of a graph in its order, each with the inputs that the rounded ones before it give."""
+
+    def __init__(self, g: Graph, env: Env, method: Method, *, fits: bool, free_bias: bool) -> None:
+        self.g, self.env, self.method, self.free_bias = g, env, method, free_bias
+        self.fits = fits and not env.dry
+        self.uncut = g.clone()
+        self._made: dict[ir.Value, Codes] = {}  # linears that share a weight share its codes
+
+    def replace(self, group: Sequence[Linear], codes: linears.WeightCodes) -> None:
+        """Round the weights of linears that read one value; a head keeps the codes of its table."""
+        g, first = self.g, group[0]
+        inputs = None
+        if self.fits and not all(x.transposed for x in group):
+            inputs = inputs_of(g, self.uncut, self.env, first.source)
+        # CPUs have no kernels for bfloat16, so the products are made in float32 there.
+        wide = self.env.target.provider.startswith("CPU") and first.source.dtype is ir.DataType.BFLOAT16
+        source = linears.in_float32(g, first.input) if wide else first.input
+        for x in group:
+            weight = linears.integer_weight(codes, x, wide=wide) if x.transposed else self._weight(x, inputs, wide=wide)
+            linears.product(g, x, source, weight)
+        if g.spool is not None:
+            release_weights(g.model)
+
+    def _weight(self, x: Linear, inputs: Inputs | None, *, wide: bool) -> ir.Value:
+        """The dequantized weight `[K, N]`, in float32 where it is `wide`."""
+        if x.weight not in self._made:
+            self._made[x.weight] = self._codes(x, inputs, wide=wide)
+        args, block = self._made[x.weight], self.method.block
+        name = f"{x.name}_weight"
+        w = self.g.op("DequantizeLinear", *args, axis=0, block_size=block, name=name, like=x.weight)
+        if wide:
+            w.type = ir.TensorType(ir.DataType.FLOAT)
+        return w
+
+    def _codes(self, x: Linear, inputs: Inputs | None, *, wide: bool) -> Codes:
+        """Codes `[K, N]`, scales and zero points of a weight as constants; its bias takes the change of the means."""
+        g, weight = self.g, self.g.array(x.weight)
+        weight = weight.astype(np.float32) if wide else weight
+        if inputs is None:
+            q = nearest(weight, self.method)
+        else:
+            own = all(v is not None and g.is_constant(v) and len(list(v.uses())) == 1 for v in (x.bias, x.weight))
+            q, gain = rounded(weight, inputs, self.free_bias and own, self.method)
+            if gain.any() and x.bias is not None:
+                old = g.array(x.bias)
+                g.put(x.bias, (old + gain.reshape(old.shape)).astype(old.dtype))
+        name = f"{x.weight.name}_int{self.method.fmt.bits}"
+        zero = None if self.method.symmetric else g.constant(q.zero, f"{name}_zero")
+        return g.constant(np.ascontiguousarray(q.codes), name), g.constant(q.scale, f"{name}_scale"), zero
