@@ -50,7 +50,7 @@ def verify(proto: onnx.ModelProto) -> None:
     newest = onnx.defs.onnx_opset_version()
     if not 1 <= imports.get("", 1) <= newest:
         raise ModelError(f"it declares opset {imports['']}; there are 1 to {newest}")
-    if untyped := [v.name for v in proto.graph.input if v.type.WhichOneof("value") is None]:
+    if untyped := [v.name for v in proto.graph.input if _is_untyped(v.type)]:
         raise ModelError(f"graph input '{untyped[0]}' has no type")
     _graph(proto.graph, Scope(imports, functions))
     for function in functions.values():
@@ -59,6 +59,11 @@ def verify(proto: onnx.ModelProto) -> None:
             _define(scope, name, "", f"function '{function.name}'")
         _nodes(function.node, scope, {})
         _outputs(function.output, scope)
+
+
+def _is_untyped(t: onnx.TypeProto) -> bool:
+    tensor = t.WhichOneof("value") == "tensor_type" and t.tensor_type.elem_type == onnx.TensorProto.UNDEFINED
+    return bool(tensor or t.WhichOneof("value") is None)
 
 
 def _of_maps(t: onnx.TypeProto) -> bool:

@@ -125,6 +125,10 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
         changed(lambda m: m.graph.output[0].type.sequence_type.elem_type.map_type.SetInParent()),
         "its output 'y' is made of maps (ZipMap), which are not supported; export without it",
     ),
+    "input of no element type": (
+        changed(lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", 0)),
+        "input 'x' has no type",
+    ),
     "input without a type": (changed(lambda m: m.graph.input[0].ClearField("type")), "input 'x' has no type"),
     "weight unlike its input": (model(ins=[port("x"), port("w", F, (4, 5))]), "the input of that name is something"),
     "one input of two": (model([make_node("MatMul", ["x"], ["y"])]), "has 1 inputs where the operator has 2"),
