@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Dataset:
         if batch < 1:
             raise DataError(f"the batch size must be at least 1, got {batch}")
         self._source, self._check, self.batch, self._fixed_batch = source, check, batch, fixed_batch
+        self._change: Callable[[Batch], Batch] | None = None
         self.indices = tuple(range(len(source)) if indices is None else indices)
         if fixed_batch:  # the model takes batches of exactly this size
             self.indices = self.indices[: len(self.indices) // batch * batch]
@@ -77,13 +78,22 @@ class Dataset:
             yield group
 
     def _rows(self, indices: Sequence[int]) -> Batch:
-        batch = self._source.rows(indices)
-        return batch if self._check is None else self._check(batch, indices[0], self._source.notes)
+        return self._as_fed(self._source.rows(indices), self._check, indices[0])
+
+    def _as_fed(self, batch: Batch, check: InputCheck | None, first: int) -> Batch:
+        batch = batch if check is None else check(batch, first, self._source.notes)
+        return batch if self._change is None else self._change(batch)
 
     def _select(self, indices: Sequence[int], batch: int | None = None) -> Dataset:
         size = self.batch if self._fixed_batch else batch or self.batch
         part = Dataset(self._source, size, self._check, indices, self._fixed_batch)
-        part._hashes = self._hashes
+        part._hashes, part._change = self._hashes, self._change
+        return part
+
+    def changed(self, change: Callable[[Batch], Batch]) -> Dataset:
+        """The same samples, each checked batch changed."""
+        part = Dataset(self._source, self.batch, self._check, self.indices, self._fixed_batch)
+        part._change = change
         return part
 
     def checked(self) -> Dataset:
@@ -141,7 +151,8 @@ class Dataset:
         """Hash of the feeds of one sample."""
         if i not in self._hashes:
             digest = hashlib.sha256()
-            for name, a in sorted(self._rows([i]).feeds.items()):
+            check = None if self._check is None else self._check.of_any_batch()
+            for name, a in sorted(self._as_fed(self._source.rows([i]), check, i).feeds.items()):
                 digest.update(f"{name} {a.dtype} {a.shape} ".encode() + np.ascontiguousarray(a).tobytes())
             self._hashes[i] = digest.digest()
         return self._hashes[i]

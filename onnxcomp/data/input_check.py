@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -45,6 +46,10 @@ class InputCheck:
         if labels is not None and len(labels) != size:
             raise DataError(f"{self.source}: {len(labels)} labels for {size} samples, from sample {first} on")
         return Batch(out, labels, size)
+
+    def of_any_batch(self) -> InputCheck:
+        """The same checks for any number of samples, where the model takes batches of one size only."""
+        return InputCheck([_open(s) for s in self.inputs], self.vocab, self.source)
 
     def _where(self, s: TensorSpec, first: int, bad: Array | None = None) -> str:
         row = int(np.argwhere(bad)[0][0]) if bad is not None and bad.ndim else 0
@@ -114,6 +119,10 @@ class InputCheck:
                 f"{self.source}: from sample {first} on, '{mask.name}' has {feeds[mask.name].shape[1]} entries for "
                 f"{past} tokens in the cache and {new} new ones"
             )
+
+
+def _open(s: TensorSpec) -> TensorSpec:
+    return replace(s, shape=tuple("samples" if axis == s.samples else d for axis, d in enumerate(s.shape)))
 
 
 def _show(s: TensorSpec) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data.datasets import Dataset
+from onnxcomp.data.narrowed import narrowed, without_caches
 from onnxcomp.errors import DataError, OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.machine import MEMORY
@@ -24,6 +25,7 @@ from onnxcomp.runtime.segments import Layout, Stage, Walk, signature
 from onnxcomp.stats import disk_cache
 from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Dims, Samples, dims, mask_name, rows, token_axis
+from onnxcomp.stats.slices import batch_size, slices
 from onnxcomp.stats.statistic import Key, Need, NoRows, Of, Statistic, Stats, accumulator, family, fetched, statistic
 from onnxcomp.target import CPU, Target
 
@@ -125,6 +127,7 @@ class Collector:
         sequential: bool = False,
     ) -> None:
         self.data, self.target, self.original, self.sequential = data, target, original, sequential
+        self._cut = False
         self.memory, self.scratch = memory or MEMORY, scratch
         self.walks: dict[Of, Walk] = {of: Walk(target, self.memory, scratch) for of in ("current", "original")}
         self.chunk: int | None = None
@@ -149,6 +152,7 @@ class Collector:
         if not asked:
             return Stats()
         graphs = self.graphs(graph, asked)
+        self._suit(graph)
         first = next(iter(self.data), None)
         if first is None:
             raise DataError(f"{self.data.name}: there are no samples to collect statistics on")
@@ -164,6 +168,14 @@ class Collector:
         if all(isinstance(r, NoRows) for r in results.values()):  # else only some experts are reached by none
             raise next(r for r in results.values() if isinstance(r, NoRows))
         return Stats({n: self._finished(n, results[Need(n.value, family(n.stat), n.of)]) for n in asked})
+
+    def _suit(self, graph: Graph) -> None:
+        """Go on without caches, from the inputs, once heads of them are cut."""
+        if not self._cut and self.original is not None and narrowed(self.original.inputs, graph.inputs):
+            self._cut, self.data = True, without_caches(self.data, self.original)
+            self._last.clear()
+            for walk in self.walks.values():
+                walk.reset()
 
     @staticmethod
     def _finished(need: Need, result: Array | Path | NoRows) -> Array | Path | NoRows:
@@ -212,7 +224,7 @@ class Collector:
             shape = self.shapes[key] or (tokens, WIDTH)
             return math.prod(d if isinstance(d, int) else symbols.get(d, tokens) for d in shape)
 
-        return {k: max(1, 4 * elements(k) // (_batch(feeds) or 1)) for k in keys}
+        return {k: max(1, 4 * elements(k) // (batch_size(feeds) or 1)) for k in keys}
 
     def _blocks(self, graphs: Mapping[Of, Graph], needs: Sequence[Need]) -> Blocks | None:
         """How to go segment by segment; None where everything fits the budget in one session of the whole graph."""
@@ -285,7 +297,7 @@ class Collector:
             ]
             pool = stack.enter_context(ThreadPoolExecutor(min(4, os.cpu_count() or 1)))
             for index, batch in enumerate(self.data):
-                for part in _slices(batch.feeds, chunk):
+                for part in slices(batch.feeds, chunk):
                     values = {(of, k): a for of, s in sources for k, a in s.run(part).items()}
                     samples = Samples(part, rule.mask)
                     # Large values first, so that no thread is left with the largest at the end.
@@ -294,13 +306,13 @@ class Collector:
                     for job in jobs:
                         job.result()
                     values.clear()
-                done += _batch(batch.feeds) or 1
+                done += batch_size(batch.feeds) or 1
                 if watch is not None:
                     watch(done)
         return {n: self._result(n, accumulators.pop(n)) for n in needs}
 
     def _runs(self, chunk: int | None) -> Iterator[dict[str, Array]]:
-        return (part for batch in self.data for part in _slices(batch.feeds, chunk))
+        return (part for batch in self.data for part in slices(batch.feeds, chunk))
 
     def _sources(
         self,
@@ -374,19 +386,3 @@ class Collector:
 
 def _from(watch: Callable[[int, int], None], start: int, total: int) -> Callable[[int], None]:
     return lambda done: watch(min(start + done, total), total)
-
-
-def _batch(feeds: Mapping[str, Array]) -> int | None:
-    """Samples in a batch: the common first axis of all feeds, None where they do not have one."""
-    sizes = {a.shape[0] if a.ndim else -1 for a in feeds.values()}
-    return sizes.pop() if len(sizes) == 1 and -1 not in sizes else None
-
-
-def _slices(feeds: Mapping[str, Array], chunk: int | None) -> Iterator[dict[str, Array]]:
-    """A batch in runs of at most `chunk` samples; whole where it cannot be split."""
-    n = _batch(feeds)
-    if n is None or chunk is None or chunk >= n:
-        yield dict(feeds)
-        return
-    for i in range(0, n, chunk):
-        yield {name: a[i : i + chunk] for name, a in feeds.items()}

@@ -12,6 +12,7 @@ import numpy as np
 
 from onnxcomp.data.arguments import texts_of
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
+from onnxcomp.data.narrowed import has_caches, narrowed, suited, without_caches
 from onnxcomp.data.vocabulary import Renumbering, between
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import read
@@ -28,7 +29,6 @@ from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
 from onnxcomp.validation.flat import SHAPES, flattened
 from onnxcomp.validation.kept import KeptAnswers, digest
 from onnxcomp.validation.metrics import Metric, Sums
-from onnxcomp.validation.narrowed import Narrowed, narrowed
 from onnxcomp.validation.outputs import OutputLayout, View, as_float, declared_otherwise, output_rows
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.retokenize import RemovedTokens, Retokenized, retokenize
@@ -58,6 +58,7 @@ class Reference:
         self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
         self._graph, self._kept, self._scratch = graph, KeptAnswers(scratch), scratch
+        self._model, self._asked, self._bare = model, list(self.metrics), list[Reference]()
         self._seen: list[bytes] = []
         self._fitting: list[Metric] = []
         self._types: dict[str, str] = {}
@@ -112,11 +113,24 @@ class Reference:
         few = copy.copy(self)
         few.data, count = self.data.leading(n)
         few._kept, few._seen, few.metrics = self._kept.head(count), self._seen[:count], list(self._fitting)
-        few._sums, few.samples = Sums(few.metrics), 0
+        few._sums, few.samples, few._asked, few._bare = Sums(few.metrics), 0, [], []
         for i, batch in enumerate(few.data):
             few._sum(few._sums, batch, few._kept[i])
             few.samples += batch.size
         return few
+
+    def suiting(self, graph: Graph) -> Reference:
+        """These answers, or those to the same data without caches where the graph's caches lost heads."""
+        if not has_caches(self.data, narrowed(self._graph.inputs, graph.inputs)):
+            return self
+        if not self._bare:
+            data, scratch = without_caches(self.data, self._graph), self._scratch and self._scratch / "without-caches"
+            bare = Reference(
+                self._model, data, self.target, metrics=[m.name for m in self._asked], scratch=scratch, allow_code=True
+            )
+            bare._notes += ("heads of caches were cut, so the models were compared on the data without its caches",)
+            self._bare.append(bare)
+        return self._bare[0]
 
     def _guess(self, session: Runner, batch: Batch, out: Mapping[str, Array]) -> list[Metric]:
         """The task metric that fits: accuracy where labels fit, perplexity where no answer depends on later tokens."""
@@ -154,8 +168,9 @@ class Reference:
         Inputs and outputs that it says it no longer has are neither fed nor compared. With a `walk` over these batches
         it runs from where that stands; if not `optimized`, without the runtime's own optimizations.
         """
-        model = _parsed(candidate)
-        graph = graph_of(model)
+        graph = graph_of(model := _parsed(candidate))
+        if (suiting := self.suiting(graph)) is not self:
+            return suiting.against(model, walk, optimized=optimized)
         vocab = between(self._graph, graph)
         missing = self._missing(graph)
         layouts = [r for r in self.view.outputs if r.name not in missing]
@@ -205,10 +220,9 @@ class Reference:
         self, session: Runner, names: Sequence[str], words: Renumbering | None, graph: Graph
     ) -> Iterator[tuple[Batch, Batch, dict[str, Array]]]:
         """Batches as they are, as a candidate takes them, and what it makes of them."""
-        cut = narrowed(self._graph.inputs, graph.inputs)
-        if words is None and not cut:
+        data = suited(self.data, self._graph, graph)
+        if words is None and data is self.data:
             return ((batch, batch, made) for batch, made in session.each(self.data, names))
-        data = Narrowed(self.data, cut) if cut else self.data
         given = data if words is None else _Renumbered(data, words, self.view.roles)
         return ((own, *pair) for own, pair in zip(self.data, session.each(given, names), strict=False))
 
@@ -309,7 +323,7 @@ def validate(
     data = as_dataset(data, graph_of(first))
     for m in (first, second := _parsed(candidate)):
         if isinstance(m, Stored):
-            trial.prove(m, next(iter(data)).feeds, find(target))
+            trial.prove(m, next(iter(suited(data, graph_of(first), m.graph))).feeds, find(target))
     original = Reference(first, data, find(target), metrics=metrics, scratch=scratch, allow_code=allow_code)
     return original.against(second)
 

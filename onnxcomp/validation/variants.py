@@ -37,7 +37,7 @@ class Variants:
         notes: list[str] | None = None,
     ) -> None:
         self.reference, self.known, self.notes = reference, known, notes
-        self.walk = Walk(target, memory, scratch)
+        self.walk, self._walked = Walk(target, memory, scratch), reference
 
     def compare(self, g: Graph, edits: Sequence[Edit], value: Callable[[Validation], float]) -> list[float]:
         """`value` of each edit's comparison with the original, in the given order (that of the graph is fastest)."""
@@ -71,11 +71,14 @@ class Variants:
         return None
 
     def _compared(self, g: Graph, layout: Layout, variant: Graph) -> Validation:
-        cut = _shared(g, variant, layout.cuts)
+        cut, reference = _shared(g, variant, layout.cuts), self.reference.suiting(variant)
         if cut is None:
-            return self.reference.against(variant)
-        self.walk.go(g, layout, cut, lambda: (b.feeds for b in self.reference.data))
-        return self.reference.against(variant, self.walk)
+            return reference.against(variant)
+        if reference is not self._walked:  # it stands on values of other data
+            self.walk.reset()
+            self._walked = reference
+        self.walk.go(g, layout, cut, lambda: (b.feeds for b in reference.data))
+        return reference.against(variant, self.walk)
 
 
 def _seal(entry: Path, number: str) -> str:

@@ -11,6 +11,7 @@ import pytest
 import onnxcomp as oc
 from onnxcomp.data import open_axes
 from onnxcomp.data.datasets import as_dataset, load_data, roles, specs
+from onnxcomp.engine import catalog
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
@@ -305,5 +306,27 @@ def test_cut_heads_of_a_cache_are_judged_with_empty_caches():
     assert list(validation.outputs) == ["logits"]
     assert any("another size" in note for note in validation.notes)
     full = [b | open_axes.feeds_for(g, {"batch": 4, "sequence": 7, "past": 2}) for b in batches]
-    with pytest.raises(DataError, match="heads of its cache were cut"):
-        Reference(g, full).against(result.model)
+    bare = [{k: x[k][:, -7:] if x[k].ndim == 2 else x[k][:, :, :0] for k in x} for x in full]
+    judged = Reference(g, full).against(result.model)
+    assert judged.outputs == Reference(g, bare).against(result.model).outputs
+    assert any("without its caches" in note for note in judged.notes)
+    assert Reference(g, full).head(4).against(result.model).outputs.keys() == {"logits"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"uniform": True}, {"ranking": "sensitivity"}, {"ranking": "layer", "score": "magnitude", "repair": "none"}],
+)
+def test_heads_are_cut_on_data_with_filled_caches(options):
+    """Statistics, trial cuts and the comparison see filled caches until heads of them are cut, then none."""
+    g = named("optimum", "gpt2")
+    for v in g.outputs:
+        v.shape = v.shape if v.name == "logits" else ir.Shape(["batch_size", 4, None, 4])
+    g = Graph(g.model)
+    data = load_data("random", g, None, samples=12, sequence=6)
+    assert next(iter(data)).feeds["past_key_values.0.key"].shape[2] == 3
+    passes = [Canonicalize(), PruneHeads(ratio=0.5, **options), catalog.load("prune-ffn")(ratio=0.25, multiple_of=1)]
+    result = PassManager(passes).run(g, data)
+    assert any("without its caches" in note for note in result.report.validation.notes)
+    assert list(result.report.validation.outputs) == ["logits"]
+    assert {s.shape[1] for s in specs(result.model) if s.cache is not None} < {1, 2, 3}

@@ -525,6 +525,14 @@ def test_random_data_fills_the_batches_of_a_fixed_size(fixed: int, samples: int 
     assert {b.size for b in data} == {fixed}
 
 
+def test_samples_are_found_again_where_the_batch_is_fixed() -> None:
+    g = tiny.encoder(batch=2, sequence=7)
+    one, two = (as_dataset([tiny.feeds(g, seed=i) for i in seeds], g) for seeds in ((0, 1, 2), (2, 3)))
+    assert overlap(one, two) == 2
+    assert overlap(one, as_dataset([tiny.feeds(g, seed=9)], g)) == 0
+    assert one.fingerprint() != two.fingerprint()
+
+
 def test_whole_batches_are_held_out_where_the_batch_is_fixed() -> None:
     g = hand.graph(x=(4, 3))
     g = tiny.finish(g, g.op("Relu", g.model.graph.inputs[0]), "y", [4, 3])
