@@ -78,11 +78,12 @@ class Sparsify(SequentialPass):
         return [x.site for x in blocks.linears(g) if not x.quantized]
 
     def site_needs(self, g: Graph, site: Site, target: Target) -> Iterable[Need]:
-        """The Gram matrix of the linear's input, or its channels' norms."""
+        """The Gram matrix of the linear's input, or its channels' norms, also of others that share its weight."""
         x = self._linear(g, site)
         if self._refusal(g, x) or not self.wants_data:
             return ()
-        return [norm2(x.source) if self.method == "wanda" and not self.repair else gram(x.source)]
+        need = norm2 if self.method == "wanda" and not self.repair else gram
+        return dict.fromkeys(need(y.source) for y in blocks.linears(g) if y.weight is x.weight)
 
     def run(self, g: Graph, env: Env) -> None:
         """Permute if asked, zero site by site, then store compactly if asked."""
@@ -95,14 +96,16 @@ class Sparsify(SequentialPass):
             compact(g, [x.weight for x in blocks.linears(g)])
 
     def edit(self, g: Graph, site: Site, env: Env) -> None:
-        """Zero one weight; one that several linears share is zeroed for the first of them."""
+        """Zero one weight; one that several linears share is zeroed for all of their inputs."""
         x = self._linear(g, site)
         if why := self._refusal(g, x):
             if not (x.name in g.touched and "already" in why):
                 g.decline(site, why)
             return
         stored = g.array(x.weight)
-        inputs = next((env.stats[n] for n in self.site_needs(g, site, env.target)), None)
+        found = [np.asarray(env.stats[n]) for n in self.site_needs(g, site, env.target)]
+        power = 1 if not found or found[0].ndim == 2 else 2  # norms add up as squares
+        inputs = np.asarray(sum(a**power for a in found)) ** (1 / power) if len(found) > 1 else next(iter(found), None)
         weight = stored.T if x.transposed else stored
         pattern = Pattern.parse(self.pattern)
         new = sparse.zeroed(weight, pattern, self.ratio, self.method, inputs, self.repair).astype(stored.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_weights
@@ -82,6 +83,20 @@ def inputs_of(g: Graph, uncut: Graph, env: Env, source: ir.Value) -> Inputs:
     return Inputs(got["gram"], got["cross"], got["now"], got["then"], rows)
 
 
+def shared_inputs(g: Graph, env: Env, sources: Sequence[ir.Value]) -> Inputs:
+    """The moments of all inputs of a weight that several layers share, as they are now and as if they were before.
+
+    Rounding for one layer changes the inputs of the others, so the weight is not fitted towards the original's outputs.
+    """
+    needs = [(gram(v), mean(v), var(v), norm2(v)) for v in sources]
+    stats = env.collect(g, [n for each in needs for n in each])
+    got = [[np.asarray(stats[n], np.float64) for n in each] for each in needs]
+    rows = [affine.count(norm, means, spread) for _, means, spread, norm in got]
+    squares = np.asarray(sum(x[0] for x in got))
+    means = np.asarray(sum(n * x[1] for n, x in zip(rows, got, strict=True))) / max(sum(rows), 1.0)
+    return Inputs(squares, squares, means, means, sum(rows))
+
+
 def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quantized, Float64]:
     """The codes of a weight `[K, N]`, and what its bias must gain, `[N]`, which is zero where it is not `free`.
 
@@ -114,13 +129,17 @@ class Rounder:
         self.g, self.env, self.method, self.free_bias = g, env, method, free_bias
         self.fits = fits and not env.dry
         self.uncut = g.clone()
+        self.sources: dict[ir.Value, list[ir.Value]] = {}  # of every weight; several layers may share it
+        for x in blocks.linears(g, tied=True):
+            if x.source not in self.sources.setdefault(x.weight, []):
+                self.sources[x.weight].append(x.source)
         self._made: dict[ir.Value, Codes] = {}  # linears that share a weight share its codes
 
     def replace(self, group: Sequence[Linear], codes: linears.WeightCodes) -> None:
         """Round the weights of linears that read one value; a head keeps the codes of its table."""
         g, first = self.g, group[0]
         inputs = None
-        if self.fits and not all(x.transposed for x in group):
+        if self.fits and not all(x.transposed or len(self.sources[x.weight]) > 1 for x in group):
             inputs = inputs_of(g, self.uncut, self.env, first.source)
         # CPUs have no kernels for bfloat16, so the products are made in float32 there.
         wide = self.env.target.provider.startswith("CPU") and first.source.dtype is ir.DataType.BFLOAT16
@@ -134,6 +153,8 @@ class Rounder:
     def _weight(self, x: Linear, inputs: Inputs | None, *, wide: bool) -> ir.Value:
         """The dequantized weight `[K, N]`, in float32 where it is `wide`."""
         if x.weight not in self._made:
+            sources = self.sources[x.weight]
+            inputs = shared_inputs(self.g, self.env, sources) if self.fits and len(sources) > 1 else inputs
             self._made[x.weight] = self._codes(x, inputs, wide=wide)
         args, block = self._made[x.weight], self.method.block
         name = f"{x.name}_weight"

@@ -60,6 +60,11 @@ class Patches(Reader):
         return np.repeat(super().units, self.places)
 
     @property
+    def calls(self) -> tuple[tuple[ir.Value | None, ir.Node], ...]:
+        """The convolutions with their inputs."""
+        return tuple((n.inputs[0], n) for n in self.nodes)
+
+    @property
     def sources(self) -> tuple[str, ...]:
         """Names of the patches, one value for each convolution, in a probed graph."""
         return tuple(_patches_name(n) for n in self.nodes)
@@ -109,7 +114,7 @@ class Patches(Reader):
     def way(self, how: Repair, stats: Stats) -> Repair:
         """`bias` where there was no memory for a Gram matrix."""
         collected = set(stats)
-        return how if all(gram(s) in collected for s in self.sources) else "bias"
+        return super().way(how, stats) if all(gram(s) in collected for s in self.sources) else "bias"
 
 
 def patches_of(g: Graph, group: Group) -> tuple[Patches, ...]:
@@ -284,7 +289,7 @@ def refit_in_order(g: Graph, uncut: Graph, env: Env, cut: Cut) -> None:
     """
     g.model.graph.sort()
     order = {n.name: i for i, n in enumerate(g.nodes())}
-    readers = inside(g, (r for *_, consumers in cut for r in consumers))
+    readers = [r for r in inside(g, (r for *_, consumers in cut for r in consumers)) if not r.feeds_itself]
     outputs = [str(n.outputs[0].name) for r in readers if isinstance(r, Patches) for n in r.nodes]
     there = _Uncut(probed(env.original, rows=outputs), probed(uncut, rows=outputs), _kept_channels(cut))
     for reader in sorted(readers, key=lambda r: min(order[n] for n in _nodes(r))):

@@ -14,7 +14,8 @@ from onnxcomp.blocks.caches import remove_ports
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
-from onnxcomp.methods.repair.sequential import downstream, refit_to_stream, unfit_reason
+from onnxcomp.methods.repair.readers import downstream
+from onnxcomp.methods.repair.sequential import refit_to_stream, unfit_reason
 from onnxcomp.pipeline import Env
 
 __all__ = ["Gap", "leave_out", "refit_around_gaps"]

@@ -20,9 +20,23 @@ from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
 from onnxcomp.stats import Stats, gram, mean, norm2, var
 
-__all__ = ["Reader", "Repair", "inside", "numbers", "readers_of", "repair", "replace", "silence"]
+__all__ = [
+    "FEEDS_ITSELF",
+    "Reader",
+    "Repair",
+    "downstream",
+    "inside",
+    "numbers",
+    "readers_of",
+    "repair",
+    "replace",
+    "silence",
+]
 
 Repair = Literal["gauss-newton", "least-squares", "bias", "none"]
+FEEDS_ITSELF = (
+    "its weights are used again on what they gave (shared layers), so they are not refitted, at most the bias"
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +56,19 @@ class Reader:
         """Names of the values that the weight is multiplied with."""
         return tuple(dict.fromkeys(str(x.source.name) for x in self.linears))
 
+    @property
+    def calls(self) -> tuple[tuple[ir.Value | None, ir.Node], ...]:
+        """The values that the weight is multiplied with, and the nodes that do so."""
+        return tuple((x.source, x.node) for x in self.linears)
+
+    @property
+    def feeds_itself(self) -> bool:
+        """Whether an input depends on an output: a fit to the inputs as they were would change them."""
+        if len(self.calls) < 2:
+            return False
+        after = downstream(o for _, n in self.calls for o in n.outputs)
+        return any(v in after for v, _ in self.calls if v is not None)
+
     def weight(self, g: Graph) -> Array:
         """The weight as `[K, N]`."""
         a = numbers(g, self.linears[0].weight)
@@ -59,7 +86,7 @@ class Reader:
 
     def way(self, how: Repair, stats: Stats) -> Repair:
         """The repair that is possible with the statistics that were collected."""
-        return how
+        return "bias" if self.feeds_itself else how
 
     def put(self, g: Graph, weight: Array) -> None:
         """Store another weight `[K, N]`."""
@@ -117,6 +144,17 @@ def inside(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
     """The same readers in a copy of their graph, without those of tied tables."""
     linears = {x.name: x for x in blocks.linears(g, tied=True)}
     return [r.inside(g, linears) for r in readers if not r.slot.writes]
+
+
+def downstream(starts: Iterable[ir.Value]) -> set[ir.Value]:
+    """All values that are computed from some, and these."""
+    reached, pending = set[ir.Value](), list(starts)
+    while pending:
+        v = pending.pop()
+        if v not in reached:
+            reached.add(v)
+            pending += [o for u, _ in v.uses() for o in u.outputs]
+    return reached
 
 
 def silence(g: Graph, group: Group, units: Array) -> None:

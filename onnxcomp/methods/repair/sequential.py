@@ -23,11 +23,11 @@ from onnxcomp.maths.affine import Means
 from onnxcomp.methods.repair.correspondence import has, reference_value
 from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp, reader_of
 from onnxcomp.methods.repair.output_head import fit_logits
-from onnxcomp.methods.repair.readers import Reader, inside, replace
+from onnxcomp.methods.repair.readers import FEEDS_ITSELF, Reader, downstream, inside, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "Part", "downstream", "reader_of", "refit_in_order", "refit_to_stream", "unfit_reason"]
+__all__ = ["DAMP", "Part", "reader_of", "refit_in_order", "refit_to_stream", "unfit_reason"]
 
 # Pull of a refitted weight towards the weights as they are, relative to the mean of the inputs' squares. More damping
 # follows the calibration data less: it is finite, and the errors of the layers before are those on this data only.
@@ -81,13 +81,14 @@ def refit_in_order(
     to the stream is refitted, and feed-forward parts with all their weights.
 
     A linear that is added to the residual stream has as its target the uncut stream after it less what the stream
-    carries now, so that it compensates earlier errors too; any other linear its own uncut output. Uncut is the original
+    carries now, so that it compensates earlier errors too; any other linear its own uncut output. A weight that reads
+    what it gave keeps its numbers. Uncut is the original
     where it has these values in the same widths, else the graph before the cut. Law: no layer's squared error on the
     calibration data is larger than without repair, given the same inputs.
     """
     g.model.graph.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
-    here = inside(g, readers)
+    here = _fitted_together(g, inside(g, readers))
     changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if gauss_newton else set()
     targets: dict[blocks.Linear, tuple[str, Part | None]] = {}  # of linears that are added to the stream
     for x in blocks.linears(g):
@@ -109,6 +110,17 @@ def refit_in_order(
             release_weights(g.model)
     if gauss_newton and steps:
         fit_logits(g, env)
+
+
+def _fitted_together(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
+    """The readers by weight, without those whose weight reads what it gave, which is noted."""
+    by_weight: dict[ir.Value, Reader] = {}
+    for r in readers:
+        first = by_weight.setdefault(r.linears[0].weight, r)
+        by_weight[r.linears[0].weight] = Reader(r.slot, tuple(dict.fromkeys((*first.linears, *r.linears))))
+    for r in (r for r in by_weight.values() if r.feeds_itself):
+        g.note(r.linears[0].site, FEEDS_ITSELF)
+    return [r for r in by_weight.values() if not r.feeds_itself]
 
 
 def refit_to_stream(
@@ -151,17 +163,6 @@ def unfit_reason(g: Graph, x: blocks.Linear) -> str:
     if factors.size not in (1, x.sizes[1]) or not factors.all():
         return "what it gives is scaled by zeros, or not channel by channel"
     return "" if g.is_constant(x.weight) else "its weights are computed"
-
-
-def downstream(starts: Iterable[ir.Value]) -> set[ir.Value]:
-    """All values that are computed from some, and these."""
-    reached, pending = set[ir.Value](), list(starts)
-    while pending:
-        v = pending.pop()
-        if v not in reached:
-            reached.add(v)
-            pending += [o for u, _ in v.uses() for o in u.outputs]
-    return reached
 
 
 def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:

@@ -172,7 +172,13 @@ class Width(Pass):
         """What the score of one group asks for, and its repair where that is not sequential."""
         uses_uncut_inputs = not self._in_order or self._ranked == "sensitivity"
         kinds = [*scores.NEEDS[self.score], *(REPAIR_NEEDS[self.repair] if uses_uncut_inputs else ())]
-        return (need(s) for r in place.readers for s in r.sources for need in kinds)
+        bias = REPAIR_NEEDS["none" if self.repair == "none" else "bias"]
+        return (
+            need(s)
+            for r in place.readers
+            for s in r.sources
+            for need in dict.fromkeys([*kinds, *(bias if r.feeds_itself else ())])
+        )
 
     def _reached(self, g: Graph, places: Iterable[Place], env: Env) -> list[Place]:
         """The groups that some sample reaches; the others, of experts that no token is sent to, are declined."""
@@ -220,7 +226,7 @@ class Width(Pass):
                 g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
             return
         for reader in place.readers:
-            if self.repair != "none" and not self._in_order:
+            if self.repair != "none" and (not self._in_order or reader.feeds_itself):
                 readers.repair(g, reader, keep, env.stats, self.repair)
         g.take(place.group, keep)
         for site in place.sites:
