@@ -20,7 +20,7 @@ from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.open_axes import default_shapes, feeds_for, label
 from onnxcomp.errors import DataError, ModelError, TargetError
 from onnxcomp.files.atomic import scratch_folder
-from onnxcomp.files.storage import graphs_of, read
+from onnxcomp.files.storage import one_graph, read
 from onnxcomp.files.stored import Stored
 from onnxcomp.graph import Graph
 from onnxcomp.machine import machine
@@ -51,14 +51,11 @@ class _Model:
     size: int
 
 
-def _model(model: str | Path | Stored) -> _Model:
+def _model(model: str | Path | Stored, graph: str | None) -> _Model:
     path = Path(model)
     if isinstance(model, Stored):
         return _Model(str(path), model.path, model.graph, model.nbytes)
-    graphs = graphs_of(path)
-    if len(graphs) > 1:
-        raise ModelError(f"{path} holds {len(graphs)} graphs ({', '.join(graphs)}); name the .onnx file to benchmark")
-    stored = read(path)
+    stored = read(one_graph(path, graph))
     return _Model(str(path), stored.path, stored.graph, stored.nbytes)
 
 
@@ -71,6 +68,7 @@ def bench(
     budget: float | None = None,
     threads: int = 0,
     data: Dataset | None = None,
+    graph: str | None = None,
     window: float = WINDOW,
     watch: Progress | None = None,
 ) -> BenchReport:
@@ -79,8 +77,8 @@ def bench(
     Without `runs`, until the ratios are known to 2 % or for twelve rounds; else at least so many undisturbed runs of
     each. No round begins after `budget` seconds (60 where `runs` is not given). `shapes` give sizes of the dynamic
     axes, by default batch 1 and 8 with sequence 128, less where the model takes less; `data` provides real inputs,
-    truncated or repeated to the shape; a block lasts `window` seconds. Raises `TargetError` where the runtime falls
-    back to another provider.
+    truncated or repeated to the shape; a block lasts `window` seconds; `graph` names one in folders that hold several.
+    Raises `TargetError` where the runtime falls back to another provider.
     """
     if isinstance(models, (str, bytes, Path, Stored)) or not models:
         raise ModelError("there is no model to benchmark" if not models else "models is a list, also of one model")
@@ -90,7 +88,7 @@ def bench(
             f"'{aim.name}' is another kind of machine, whose speed cannot be measured here: run onnxcomp bench there, "
             "or leave --target out to time this machine"
         )
-    loaded_models = [_model(m) for m in models]
+    loaded_models = [_model(m, graph) for m in models]
     asked = list(shapes) or default_shapes(loaded_models[0].graph)
     limit = BUDGET if budget is None and runs is None else budget
     end = math.inf if limit is None else time.perf_counter() + limit

@@ -44,7 +44,7 @@ from onnxcomp.cli.options import (
     Threads,
     Verbose,
 )
-from onnxcomp.errors import OnnxcompError
+from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.version import __version__
 
 __all__ = ["app", "main"]
@@ -271,6 +271,7 @@ def bench(
     ] = None,
     budget: Budget = None,
     threads: Threads = 0,
+    graph: GraphName = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -284,7 +285,9 @@ def bench(
     shapes = [parse_shape(s) for s in shape or ()]
     limit = parse_seconds(budget) if budget else None
     with output.progress() as watch:
-        found = onnxcomp.bench(models, find(target), shapes, runs=runs, budget=limit, threads=threads, watch=watch)
+        found = onnxcomp.bench(
+            models, find(target), shapes, runs=runs, budget=limit, threads=threads, graph=graph, watch=watch
+        )
     notes = [f"note: {w}" for w in found.warnings]
     output.show(report.finite(found.json()), report.speed_headline(found), tables.benchmark(found), *notes)
 
@@ -327,6 +330,14 @@ for _command in (presets, passes, schema, doctor):
     app.command()(_command)
 
 
+def _none_empty(given: Sequence[str]) -> None:
+    """Refuse empty arguments: as a path one would be the current folder."""
+    for before, arg in zip(["", *given], given, strict=False):
+        if not arg or (arg.startswith("--") and arg.endswith("=")):
+            name = arg.rstrip("=") or (before if before.startswith("-") else "an argument")
+            raise RecipeError(f"{name} is empty: give a value, or leave it out")
+
+
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if args is None else args)
@@ -338,6 +349,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.excepthook = functools.partial(failures.crash, json, verbose)
     before, OnnxcompError.on_command_line = OnnxcompError.on_command_line, True
     try:
+        _none_empty(given)
         typer.main.get_command(app).main(args=given, prog_name="onnxcomp")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else failures.FAULT

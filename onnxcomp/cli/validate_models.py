@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxcomp.engine.asked import check_asked
 from onnxcomp.engine.settings import Settings
+from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
 from onnxcomp.runtime.integer import counted, saturating
@@ -53,8 +55,10 @@ def compare(
 ) -> Compared:
     """Run both models on the settings' evaluation data and judge the candidate; metrics of gates are computed too."""
     gate = Gate(gates)
+    if gate.wants_latency:
+        raise RecipeError("validate times nothing, so it cannot judge a latency gate: drop it, or see onnxcomp bench")
     first, second = (storage.read(storage.one_graph(x, graph)) for x in (reference, candidate))
-    gate.check(str(v.name) for v in first.graph.outputs)
+    check_asked(first.graph, gate, ())
     data = settings.dataset(settings.evaluation, first.graph, first.path.parent)
     assert data is not None, "there is nothing to judge on"
     wanted = list(dict.fromkeys([*metrics, *gate.metrics]))

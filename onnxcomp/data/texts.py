@@ -108,10 +108,15 @@ class Columns:
         names = [x.strip() for x in self.text.split(",")] if self.text else ["text", "text_pair"]
         texts = [row.get(n) for n in names]
         has = f"it has {', '.join(map(repr, row)) or 'none'}"
+        if names[0] in row and not isinstance(texts[0], str):
+            raise DataError(f"{where}: '{names[0]}' must be a string, it is {json.dumps(texts[0])[:40]}")
         if not isinstance(texts[0], str):
             raise DataError(f"{where}: needs a string '{names[0]}'; {has}: name the column with --text-column")
         if len(texts) > 1 and not (isinstance(texts[1], str) or (texts[1] is None and not self.text)):
             raise DataError(f"{where}: '{names[1]}' must be a string; {has}")
+        for name, text in zip(names, texts, strict=False):
+            if text is not None and not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+                raise DataError(f"{where}: '{name}' holds half of a character, one of \\ud800 to \\udfff alone")
         if self.label is not None and self.label not in row:
             raise DataError(f"{where}: has no label '{self.label}'; {has}")
         label = row[self.label] if self.label is not None else row.get("label", row.get("labels"))

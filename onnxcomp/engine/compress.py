@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
+from onnxcomp.engine.asked import check_timed
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
 from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
@@ -18,6 +19,7 @@ from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Result
 from onnxcomp.target import Target, find
+from onnxcomp.validation.gates import Gate
 
 __all__ = ["compress", "compress_each", "optimize"]
 
@@ -149,6 +151,7 @@ def compress_each(
     jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}
     if plan or place is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
+    check_timed(Gate(chosen.gates), settings)
     return publish(jobs, place, path_of("report", report), watch)
 
 

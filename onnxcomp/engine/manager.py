@@ -14,6 +14,7 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
+from onnxcomp.engine.asked import check_asked
 from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, nothing_found
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
@@ -116,10 +117,9 @@ class PassManager:
         """
         given = proven(model, self.host)
         original = graph_of(given)
-        self.gate.check(str(v.name) for v in original.outputs)
+        check_asked(original, self.gate, self.shapes)
         judged = bool(self.gate.conditions) and any(p.fidelity is Fidelity.LOSSY for p in self.passes)
-        made_up = not (judged or self.dry)
-        calib, evalu, notes = data_used.datasets(original, calibration, evaluation, made_up=made_up)
+        calib, evalu, notes = data_used.datasets(original, calibration, evaluation, made_up=not (judged or self.dry))
         if judged and evalu is None:
             raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))

@@ -143,8 +143,6 @@ def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Wat
     if job.settings.measure and target.here and not elsewhere:
         r.benchmark = r.benchmark or confirm.timed([source, written], r, job.settings, watch)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
-    elif gate.wants_latency:
-        raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
     r.verdicts += gate.judge(values, files=True)
     refused = [str(v) for v in r.verdicts if not v.passed]
     if r.integer is not None and not r.integer.ok:

@@ -177,7 +177,10 @@ class Session:
     def _explain(self, e: Exception, feeds: Mapping[str, Array]) -> OnnxcompError:
         shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in feeds.items())
         if "out of data bounds" in str(e):
-            why = "an id is outside its embedding table, so the data was not made for this model"
+            why = (
+                "an id is outside its embedding table: the data was not made for this model, or its sequences are "
+                "longer than the positions that the model has (--sequence and --shape make them shorter)"
+            )
             return DataError(f"{self._name} on {shapes}: {why}: {short(e)}")
         return ModelError(f"{self._name} failed to run on {shapes}: {short(e)}")
 

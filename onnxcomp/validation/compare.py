@@ -288,8 +288,7 @@ class _Renumbered:
 def _drift(reading: OutputLayout, view: View) -> DriftSums | MatchSums:
     if not reading.floating:
         return MatchSums()
-    features = not reading.logits and reading.tokens == 1 and "mask" in view.roles
-    return DriftSums(logits=reading.logits, pooled=features)
+    return DriftSums(logits=reading.logits, pooled=view.pools(reading))
 
 
 def validate(

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from onnxcomp.data.arguments import texts_of
 from onnxcomp.errors import OnnxcompError, RecipeError
-from onnxcomp.validation.results import HIGHER_IS_BETTER
+from onnxcomp.validation.results import HIGHER_IS_BETTER, LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     from onnxcomp.validation.results import Validation
@@ -129,16 +129,25 @@ class Gate:
     @property
     def wants_latency(self) -> bool:
         """Whether a benchmark is needed to judge."""
-        return any(c.name == "latency" for c in self.conditions)
+        return any(c.name == "latency" and not c.optional for c in self.conditions)
 
-    def check(self, outputs: Iterable[str]) -> None:
-        """Raise `RecipeError` where a condition names an output that is not one of these."""
-        known = list(outputs)
+    def check(self, measures: Mapping[str, Collection[str]]) -> None:
+        """Raise `RecipeError` where a condition names no output, or what is measured of none that it is about.
+
+        `measures` has what can be measured of each output.
+        """
+        known, drifts = list(measures), {k.replace("_", "-") for k in (*HIGHER_IS_BETTER, *LOWER_IS_BETTER)}
         for c in self.conditions:
             if c.output is not None and c.output not in known:
                 near = get_close_matches(c.output, known, 1)
                 hint = f"did you mean '{near[0]}'?" if near else f"its outputs are {', '.join(known)}"
                 raise RecipeError(f"gate '{c.text}': the model has no output '{c.output}'; {hint}")
+            about = known if c.output is None else [c.output]
+            if c.name in drifts and not c.optional and not any(c.name in measures[x] for x in about):
+                found = ", ".join(sorted({m for x in about for m in measures[x]})) or "nothing"
+                raise RecipeError(
+                    f"gate '{c.text}': '{c.name}' is never measured of {', '.join(map(repr, about))}; there is {found}"
+                )
 
     def judge(self, values: Mapping[str, float], *, files: bool = False) -> list[Verdict]:
         """Verdicts on quality conditions, or with `files` on those measured on the written model.

@@ -18,6 +18,9 @@ from onnxcomp.validation.rows import OutputRows
 
 __all__ = ["OutputLayout", "View", "as_float", "declared_otherwise", "output_rows"]
 
+FLOATS, POOLED = ("sqnr", "cosine", "max-abs", "rel-l2", "agreement"), ("pooled-sqnr", "pooled-cosine")
+ALL = (*FLOATS, *POOLED, "kl", "exact-match")
+
 
 @dataclass(frozen=True)
 class OutputLayout:
@@ -39,7 +42,7 @@ class View:
     """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs.
 
     `flat` are outputs that are sequences or optional, whose elements are compared one by one; outputs that are maps are
-    `uncompared`.
+    `uncompared`; the element types of those `undeclared` are known when the model has run.
     """
 
     roles: Mapping[str, str]
@@ -47,6 +50,7 @@ class View:
     outputs: tuple[OutputLayout, ...]
     uncompared: tuple[str, ...] = ()
     flat: frozenset[str] = frozenset()
+    undeclared: frozenset[str] = frozenset()
 
     @classmethod
     def of(cls, g: Graph) -> View:
@@ -57,13 +61,27 @@ class View:
         tensors = [v for v in g.outputs if v.type is None or isinstance(v.type, ir.TensorType)]
         others = [str(v.name) for v in g.outputs if v not in tensors]
         layouts = [*(_reading(v, axes, words) for v in tensors), *(OutputLayout(name, None, False) for name in others)]
-        return cls(role, words, tuple(layouts), flat=frozenset(others))
+        undeclared = frozenset((*others, *(str(v.name) for v in tensors if v.dtype is None)))
+        return cls(role, words, tuple(layouts), flat=frozenset(others), undeclared=undeclared)
 
     @property
     def scored(self) -> OutputLayout:
         """The output that task metrics read: the first of class scores, else the first of floats, else the first."""
         floats = [r for r in self.outputs if r.floating]
         return next((r for r in floats if r.logits), (floats or self.outputs)[0])
+
+    def measures(self) -> dict[str, frozenset[str]]:
+        """What can be measured of each output, by gate name; everything where its type is not declared."""
+        return {r.name: frozenset(ALL if r.name in self.undeclared else self._measured(r)) for r in self.outputs}
+
+    def _measured(self, r: OutputLayout) -> Iterator[str]:
+        yield from FLOATS if r.floating else ("exact-match",)
+        yield from ("kl",) if r.logits else ()
+        yield from POOLED if self.pools(r) else ()
+
+    def pools(self, r: OutputLayout) -> bool:
+        """Whether an output is features of tokens, whose mean over each sample is compared as well."""
+        return r.floating and not r.logits and r.tokens == 1 and "mask" in self.roles
 
     def with_types(self, made: Mapping[str, Array]) -> View:
         """The same where the element types of the outputs are those of arrays that were made.

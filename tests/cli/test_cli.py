@@ -227,6 +227,15 @@ def test_bench_times_models(run: Run, place: Path, monkeypatch: pytest.MonkeyPat
     assert "batch=1,sequence=4" in out
 
 
+def test_bench_takes_one_of_several_graphs(run: Run, place: Path, tmp_path: Path) -> None:
+    for name in ("encoder", "decoder"):
+        (tmp_path / f"{name}.onnx").write_bytes((place / "linear" / "model.onnx").read_bytes())
+    code, _, err = run("bench", tmp_path)
+    assert (code, "name one with --graph" in err) == (2, True)
+    code, _, err = run("bench", tmp_path, "--graph", "encoder", "--runs", "1", "--budget", "0.1s")
+    assert code == 0, err
+
+
 def test_export_passes_its_options_on(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
@@ -510,6 +519,14 @@ def test_a_bad_option_is_explained(run: Run, place: Path, tmp_path: Path, option
     [
         (("compress", "{}/model", "--preset", "int8"), "--plan"),
         (("compress",), "MODEL"),
+        (("compress", "{}/model", "-o", "", "--preset", "int8-dynamic"), "-o is empty"),
+        (("compress", "{}/model", "--out=", "--preset", "int8-dynamic"), "--out is empty"),
+        (("optimize", "", "-o", "out"), "an argument is empty"),
+        (("optimize", "{}/model", "-o", "out", "--no-measure", "--shape", "nope=3"), "no axis 'nope'"),
+        (("optimize", "{}/model", "-o", "out", "--no-measure", "--shape", "batch=0"), "must be at least 1"),
+        (("compress", "{}/model", "--plan", "--preset", "int8-dynamic", "--shape", "nope=3"), "no axis 'nope'"),
+        (("validate", "{}/model", "{}/model", "--eval", "{}/data.npz", "--gate", "latency<=1x"), "times nothing"),
+        (("validate", "{}/model", "{}/model", "--eval", "{}/data.npz", "--gate", "exact-match>=1"), "never measured"),
         (("nonsense",), "nonsense"),
         (("passes", "quantise"), "unknown pass 'quantise'"),
         (("bench", "{}/model", "--shape", "batch=0"), "must be at least 1"),

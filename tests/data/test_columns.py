@@ -48,7 +48,7 @@ def test_columns_can_be_named(home, tmp_path):
     [
         ({}, "line 1: needs a string 'text'; it has 'sentence', 'n': name the column with"),
         ({"text_column": "sentense"}, "needs a string 'sentense'; it has 'sentence', 'n'"),
-        ({"text_column": "n"}, "needs a string 'n'"),
+        ({"text_column": "n"}, "line 1: 'n' must be a string, it is 3"),
         ({"text_column": "sentence,n"}, "'n' must be a string"),
         ({"text_column": "sentence", "label_column": "gold"}, "has no label 'gold'; it has 'sentence', 'n'"),
     ],

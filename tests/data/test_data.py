@@ -399,6 +399,9 @@ def test_lines_are_samples_but_one_stream_for_causal_models(tmp_path: Path) -> N
 
 TEXT_FAULTS = {
     "not-json": ("{", "line 1: is not JSON"),
+    "null": ({"text": None}, "line 1: 'text' must be a string, it is null"),
+    "half": ({"text": "a\ud800"}, "line 1: 'text' holds half of a character"),
+    "half-pair": ({"text": "a", "text_pair": "\udfff"}, "line 1: 'text_pair' holds half of a character"),
     "no-text": ({"txt": "a"}, "line 1: needs a string 'text'; it has 'txt': name the column with"),
     "list": ([1], "needs an object"),
     "pair": ({"text": "a", "text_pair": 3}, "'text_pair' must be a string"),

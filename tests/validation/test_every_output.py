@@ -16,7 +16,7 @@ from onnxcomp.validation.gates import Condition, Gate, score_of
 from onnxcomp.validation.outputs import View
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.rows import OutputRows
-from tests import tiny
+from tests import hand, tiny
 
 FLOAT, INT64 = ir.DataType.FLOAT, ir.DataType.INT64
 
@@ -175,10 +175,37 @@ def test_what_has_no_value_per_output_is_refused(text):
 def test_an_unknown_output_is_one_error_with_the_nearest_name():
     gate = Gate(["sqnr[end_logit]>=20"])
     with pytest.raises(RecipeError, match=r"gate 'sqnr\[end_logit\]>=20': .* did you mean 'end_logits'"):
-        gate.check(["start_logits", "end_logits"])
+        gate.check({"start_logits": ["sqnr"], "end_logits": ["sqnr"]})
     with pytest.raises(RecipeError, match="its outputs are ids"):
-        gate.check(["ids"])
-    gate.check(["end_logit"])
+        gate.check({"ids": ["exact-match"]})
+    gate.check({"end_logit": ["sqnr"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sqnr[label]>=20", "never measured of 'label'; there is exact-match"),
+        ("exact-match[logits]>=1", "never measured of 'logits'"),
+        ("pooled-sqnr>=20", "never measured of 'logits', 'label'; there is .*kl"),
+        ("kl[label]<=1", "never measured"),
+    ],
+)
+def test_a_gate_on_what_is_never_measured_is_refused_before_the_work(text, message):
+    g = scores_and_label()
+    with pytest.raises(RecipeError, match=message):
+        Gate([text]).check(View.of(g).measures())
+    Gate([f"{text}?", "sqnr>=20", "exact-match>=1", "kl<=1"]).check(View.of(g).measures())
+
+
+def scores_and_label() -> Graph:
+    """Scores of four classes `[batch, 4]`, and the class `[batch]` that is the largest of others."""
+    g = hand.graph(x=("batch", 4))
+    x = g.model.graph.inputs[0]
+    tiny.finish(g, g.op("Relu", x), "logits", ["batch", 4])
+    label = g.op("ArgMax", g.op("Neg", x), axis=1, keepdims=0)
+    label.name, label.dtype, label.shape = "label", ir.DataType.INT64, ir.Shape(["batch"])
+    g.model.graph.outputs.append(label)
+    return Graph(g.model)
 
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
