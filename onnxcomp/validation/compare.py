@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class Reference:
             for batch, made in session.each(self.data, names):
                 out = flattened(made, self.view.flat)
                 if not self._seen:
-                    self._settle(out)
+                    self._settle(out, batch)
                     self._fitting = self._guess(session, batch, out)
                     self.metrics += [m for m in self._fitting if m not in self.metrics]
                     sums = Sums(self.metrics)
@@ -87,15 +87,40 @@ class Reference:
             raise DataError(f"the evaluation data '{self.data.name}' is empty")
         return sums
 
-    def _settle(self, made: Mapping[str, Array]) -> None:
+    def _settle(self, made: Mapping[str, Array], batch: Batch) -> None:
         """Take the types of the outputs from the first ones made; raises `DataError` where no metric can read them."""
         self.view = self.view.with_types(made)
         self._types = {k: a.dtype.name for k, a in made.items()}
         self._notes = tuple(declared_otherwise(self._graph, made))
-        unread = [m.name for m in self.metrics if m.name in scoring.METRICS]
+        self._find_labelled(made, batch)
+        read = {"accuracy"} if self.view.labelled else set()
+        unread = [m.name for m in self.metrics if m.name in scoring.METRICS and m.name not in read]
         if unread and not self.view.scored.floating:
             what = f"'{self.view.scored.name}' is {self._types[self.view.scored.name]}"
             raise DataError(f"metric '{unread[0]}' needs an output of floating-point scores, but {what}")
+
+    def _find_labelled(self, made: Mapping[str, Array], batch: Batch) -> None:
+        """Find the output that the labels are for; raises `DataError` where a metric needs it and none can be it."""
+        labels, asked = batch.labels, [m.name for m in self.metrics]
+        if labels is None or not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 2 or "perplexity" in asked:
+            return
+        found = self.view.answering(labels, made, batch.feeds)
+        if len(found) > 1:  # a later batch may hold larger labels
+            most = max((b.labels for b in self.data if b.labels is not None), key=lambda x: int(x.max(initial=0)))
+            top = np.full_like(labels, most.max(initial=0))
+            found = self.view.answering(top, made, batch.feeds) or found
+        if {*asked} & (scoring.METRICS.keys() - {"accuracy"}):  # these read scores
+            kinds = {r.name: r.floating for r in self.view.outputs}
+            found = [name for name in found if kinds[name]]
+        if found:
+            self.view = replace(self.view, labelled=found[0])
+        elif needing := [x for x in asked if x in ("accuracy", "f1")]:
+            scored = self.view.scored
+            if scored.tokens is not None and scored.tokens == made[scored.name].ndim - 1:
+                raise DataError(
+                    f"metric '{needing[0]}': no output gives scores of classes or a label for each sample; "
+                    f"'{scored.name}' has a score for each token"
+                )
 
     def _sum(self, sums: Sums, batch: Batch, answers: Mapping[str, Array]) -> None:
         """Add the original's own answers to a batch to the sums of the metrics."""
@@ -137,9 +162,8 @@ class Reference:
         first = self.view.scored
         output = next(output_rows(first, self.view, batch, out, out))
         labels, tokens = batch.labels, output.tokens
-        if labels is not None and first.logits:
-            fits = np.issubdtype(labels.dtype, np.integer) and (labels.ndim == 2) == output.per_token
-            return [scoring.METRICS["accuracy"]] if fits and labels.max(initial=0) < output.rows.shape[1] else []
+        if labels is not None and (first.logits or self.view.labelled):
+            return [scoring.METRICS["accuracy"]] if self.view.labelled else []
         if (
             tokens is None
             or not output.per_token
@@ -203,7 +227,7 @@ class Reference:
                         return self._result(done, sums)
                     more = Retokenized({}, len(removed.samples), "a part of the model was run")
                     if walk is None:
-                        more = retokenize(session, self._graph, self.data, removed, vocab, self.metrics)
+                        more = retokenize(session, self._graph, self.view, self.data, removed, vocab, self.metrics)
                     return self._result(done, sums, more, (more.note(removed, causal),))
         raise DataError(
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"

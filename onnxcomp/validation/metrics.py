@@ -78,14 +78,15 @@ def _classes(batch: OutputRows, metric: str) -> tuple[Array, Array]:
     if batch.per_token and batch.position.max(initial=0) >= labels.shape[1]:
         raise DataError(f"{what}: {labels.shape[1]} labels per sample do not cover all its tokens")
     chosen = labels[batch.sample, batch.position] if batch.per_token else labels[batch.sample]
-    if chosen.max(initial=0) >= batch.rows.shape[1]:
+    if batch.rows.dtype.kind not in "iu" and chosen.max(initial=0) >= batch.rows.shape[1]:
         raise DataError(f"{what}: label {int(chosen.max())} in the data, the model has {batch.rows.shape[1]} classes")
     return chosen, chosen >= 0
 
 
 def _accuracy(batch: OutputRows) -> Float64:
     labels, keep = _classes(batch, "accuracy")
-    return batch.per_sample(batch.rows.argmax(axis=1) == labels, keep)
+    given = batch.rows[:, 0] if batch.rows.dtype.kind in "iu" else batch.rows.argmax(axis=1)  # labels, or scores
+    return batch.per_sample(given == labels, keep)
 
 
 def _f1(batch: OutputRows) -> Float64:

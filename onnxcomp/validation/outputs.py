@@ -42,7 +42,7 @@ class View:
     """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs.
 
     `flat` are outputs that are sequences or optional, whose elements are compared one by one; outputs that are maps are
-    `uncompared`; the element types of those `undeclared` are known when the model has run.
+    `uncompared`; the element types of those `undeclared` are known when the model has run; labels are for `labelled`.
     """
 
     roles: Mapping[str, str]
@@ -51,6 +51,7 @@ class View:
     uncompared: tuple[str, ...] = ()
     flat: frozenset[str] = frozenset()
     undeclared: frozenset[str] = frozenset()
+    labelled: str = ""
 
     @classmethod
     def of(cls, g: Graph) -> View:
@@ -66,9 +67,30 @@ class View:
 
     @property
     def scored(self) -> OutputLayout:
-        """The output that task metrics read: the first of class scores, else the first of floats, else the first."""
+        """The output that task metrics read: that of the labels, the first of class scores, of floats, or of all."""
+        if self.labelled:
+            return next(r for r in self.outputs if r.name == self.labelled)
         floats = [r for r in self.outputs if r.floating]
         return next((r for r in floats if r.logits), (floats or self.outputs)[0])
+
+    def answering(self, labels: Array, made: Mapping[str, Array], feeds: Mapping[str, Array]) -> list[str]:
+        """Outputs that integer labels `[b]` or `[b, tokens]` can be for, the likeliest first.
+
+        Scores of more classes than the largest label, along an axis that does not count tokens; integers `[b]` that are
+        predicted labels; scores of exactly as many classes as there are tokens.
+        """
+        found: list[tuple[int, str]] = []
+        for r in self.outputs:
+            a = made[r.name]
+            if a.dtype.kind in "iu" and labels.ndim == 1 and a.shape == labels.shape:
+                found.append((1, r.name))
+            per_token = labels.ndim == 2
+            fits = r.logits and a.ndim == labels.ndim + 1 and a.shape[0] == len(labels) and (r.tokens == 1) == per_token
+            if fits and a.shape[-1] > labels.max(initial=0):
+                tokens = feeds.get(self.tokens(r))
+                as_tokens = tokens is not None and tokens.ndim == 2 and tokens.shape[1] == a.shape[-1]
+                found.append((2 if as_tokens and not per_token else 0, r.name))
+        return [name for _, name in sorted(found, key=lambda x: x[0])]
 
     def measures(self) -> dict[str, frozenset[str]]:
         """What can be measured of each output, by gate name; everything where its type is not declared."""

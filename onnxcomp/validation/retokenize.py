@@ -158,14 +158,14 @@ class Retokenized:
 def retokenize(
     session: Runner,
     original: Graph,
+    view: View,
     data: Iterable[Batch],
     removed: RemovedTokens,
     vocab: Renumbering,
     metrics: Sequence[Metric],
 ) -> Retokenized:
     """Score the samples with removed tokens again, on their texts as the reduced tokenizer encodes them."""
-    view, count = View.of(original), len(removed.samples)
-    first, labels = view.scored, next(iter(data)).labels
+    count, first, labels = len(removed.samples), view.scored, next(iter(data)).labels
     chosen = [m for m in metrics if m.name in TEXT_METRICS and (labels is None or labels.ndim == 1)]
     if not chosen:
         return Retokenized({}, count, "no metric was computed that two tokenizations share")

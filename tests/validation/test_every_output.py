@@ -2,18 +2,20 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp.data.datasets import Batch
 from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.reports import json_report, tables
 from onnxcomp.validation.compare import Reference, validate
 from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
 from onnxcomp.validation.gates import Condition, Gate, score_of
-from onnxcomp.validation.outputs import View
+from onnxcomp.validation.outputs import OutputLayout, View
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.rows import OutputRows
 from tests import hand, tiny
@@ -125,8 +127,6 @@ def test_the_scored_output_is_that_of_class_scores_and_is_named():
     g = model({"hidden_state": np.eye(4), "logits": W})
     labels = np.zeros(16, np.int64)
     data = [(f, labels) for f in FEEDS]
-    from onnxcomp.data.datasets import Batch
-
     v = validate(g, g.clone(), [Batch(f, y) for f, y in data])
     assert v.scored == "logits"
     assert set(v.metrics) == {"accuracy"}
@@ -195,6 +195,34 @@ def test_a_gate_on_what_is_never_measured_is_refused_before_the_work(text, messa
     with pytest.raises(RecipeError, match=message):
         Gate([text]).check(View.of(g).measures())
     Gate([f"{text}?", "sqnr>=20", "exact-match>=1", "kl<=1"]).check(View.of(g).measures())
+
+
+def test_labels_are_scored_on_the_output_they_are_for():
+    """Not on scores of other classes or of tokens; a label that the model gives itself is compared with them."""
+    g, rng = scores_and_label(), np.random.default_rng(0)
+    feeds = [{"x": rng.standard_normal((8, 4)).astype(np.float32)} for _ in range(2)]
+    right = [f["x"].argmin(axis=1) for f in feeds]
+    four = validate(g, g.clone(), [Batch(f, y) for f, y in zip(feeds, right, strict=True)])
+    assert four.scored == "logits"
+    assert "accuracy of 'logits'" in json_report.quality(four)[0]
+    seven = validate(g, g.clone(), [Batch(f, y + 3 * i) for i, (f, y) in enumerate(zip(feeds, right, strict=True))])
+    assert (seven.scored, seven.metrics["accuracy"].reference) == ("label", 0.5)  # 4 to 6 are no class of the scores
+    asked = [Batch(f, y + 3) for f, y in zip(feeds, right, strict=True)]
+    assert validate(g, g.clone(), asked, metrics=["agreement"]).scored == "logits"
+    per_token = tiny.finish(h := hand.graph(x=("batch", 4)), h.op("Relu", h.model.graph.inputs[0]), "logits", [None, 4])
+    spans = [Batch(feeds[0], np.full(8, 6))]
+    assert validate(per_token, per_token.clone(), spans).metrics == {}
+
+
+def test_scores_of_tokens_are_not_those_of_classes():
+    layout = OutputLayout("start_logits", 1, True)
+    view = View({"tokens": "ids"}, None, (layout, OutputLayout("logits", None, True)))
+    made = {"start_logits": np.zeros((2, 16)), "logits": np.zeros((2, 7))}
+    feeds = {"ids": np.zeros((2, 16), np.int64)}
+    assert view.answering(np.array([0, 6]), made, feeds) == ["logits"]
+    assert view.answering(np.array([0, 7]), made, feeds) == []
+    fixed = replace(view, outputs=(replace(layout, tokens=None), view.outputs[1]))
+    assert fixed.answering(np.array([0, 6]), made, feeds) == ["logits", "start_logits"]
 
 
 def scores_and_label() -> Graph:
