@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcomp.graph import Graph
+from onnxcomp.graph.sharing import share_equal
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 
 __all__ = ["Cleanup"]
@@ -20,4 +21,5 @@ class Cleanup(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Tidy the whole graph."""
+        share_equal(g)
         g.tidy()

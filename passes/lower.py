@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnxcomp.graph import Graph, Site
+from onnxcomp.graph.sharing import share_equal
 from onnxcomp.lowering import older_opsets
 from onnxcomp.lowering.forms import KINDS, Context, Spot, default, legal
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -62,6 +63,8 @@ class Lower(Pass):
                     g.decline(spot.site, f"stays {spot.present}: {why}")
             g.model.graph.sort()
             g.sweep()  # replaced nodes must not be sites of the later kinds
+        share_equal(g)  # layers that shared their weights share what was made of them
+        g.sweep()
         if g.opset > env.target.newest_opset:
             older_opsets.lower_opset(g, env.target.newest_opset, exact_rows=self.exact_rows)
 

@@ -29,6 +29,7 @@ from onnxcomp.canonical.sinks import drop_maxima
 from onnxcomp.canonical.sites import sites
 from onnxcomp.canonical.tidy import drop_no_ops, drop_round_trips, lift_constants, merge_equal, normalize_arithmetic
 from onnxcomp.graph import Graph
+from onnxcomp.graph.sharing import share_equal
 
 __all__ = ["OPSET", "canonicalize", "sites"]
 
@@ -63,6 +64,7 @@ def canonicalize(graph: Graph, *, exact_rows: bool = False) -> None:
 
 def _run_round(graph: Graph, exact_rows: bool) -> None:
     lift_constants(graph)
+    share_equal(graph)
     fold_constants(graph)
     inline_known_branches(graph)
     merge_equal(graph)
@@ -96,6 +98,7 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
     _clean_up(graph, f)
     normalize_arithmetic(graph, f)
     rebuild_sizes(graph, f)
+    share_equal(graph)
     merge_equal(graph)
     _clean_up(graph, f)
 

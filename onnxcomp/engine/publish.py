@@ -28,6 +28,8 @@ from onnxcomp.validation.gates import Gate
 
 __all__ = ["publish"]
 
+LARGER = 1.05  # size relative to the source's from which on the report says so: names and shapes alone make less
+
 
 def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watch | None) -> dict[str, Result]:
     """Run all jobs into a staging folder, judge the written files, then move everything into place at once."""
@@ -133,6 +135,8 @@ def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Wat
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r, target = result.report, job.settings.target
     r.size = Size(source.nbytes, written.nbytes, stored_parts(written.graph))
+    if r.size.ratio > LARGER:
+        r.warnings.append(f"the result is larger than its source: {r.size.original:,} > {r.size.result:,} bytes")
     values = {"size": r.size.ratio}
     gate = Gate(job.recipe.gates)
     host, elsewhere = host_of(target)

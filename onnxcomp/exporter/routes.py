@@ -15,6 +15,7 @@ import numpy as np
 
 from onnxcomp.errors import ExportError, ModelError
 from onnxcomp.exporter.checkpoints import TASKS, one_line, versions
+from onnxcomp.exporter.experts import looped_experts
 
 DIRECT_OPSET = 20  # torch's own graphs above it (RotaryEmbedding-23) do not run at more than one sample
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # largest difference, relative to the largest output
@@ -48,7 +49,9 @@ def first_verified(job: Work, staging: Path, say: Watch) -> dict[str, Any]:
         say(f"exporting through {name} ({attention} attention, opset {opset})")
         try:
             job.model.set_attn_implementation(attention)
-            _write(job, ROUTES[name](job, opset), opset, staging)
+            with looped_experts(job.model):
+                program = ROUTES[name](job, opset)
+            _write(job, program, opset, staging)
             say("comparing with PyTorch")
             verified = _verify(job, staging / "model.onnx")
         except Exception as e:  # noqa: BLE001  exporters raise anything; every cause is reported
@@ -145,6 +148,7 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
     from onnxcomp.canonical.opset import convert
     from onnxcomp.files.storage import save
     from onnxcomp.graph import Graph
+    from onnxcomp.graph.sharing import share_equal
 
     graph = program.graph
     outputs = [v for v in graph.outputs if v.name in job.outputs]
@@ -153,6 +157,7 @@ def _write(job: Work, program: Any, opset: int, staging: Path) -> None:
         raise ModelError(f"the exporter gave {got}, not {list(job.inputs)} to {list(job.outputs)}")
     _set(graph.outputs, sorted(outputs, key=lambda v: job.outputs.index(v.name)))
     _set(graph.inputs, sorted(graph.inputs, key=lambda v: job.inputs.index(v.name)))
+    share_equal(Graph(program))  # the exporter folds each use of a shared weight for itself
     RemoveUnusedNodesPass()(program)
     _name_nodes(program)
     ClearMetadataAndDocStringPass()(program)  # it holds stack traces and paths of this machine

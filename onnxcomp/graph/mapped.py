@@ -77,6 +77,10 @@ class MappedTensor(ir.ExternalTensor):
         """The mapping of the whole data file."""
         return self._shared.map
 
+    def head(self, count: int) -> bytes:
+        """At most `count` stored bytes from the beginning."""
+        return b"".join(self._shared.chunks(self.offset or 0, min(count, self.nbytes)))
+
     def tobytes(self) -> bytes:
         """A copy of the stored bytes."""
         return b"".join(self._shared.chunks(self.offset or 0, self.nbytes))
