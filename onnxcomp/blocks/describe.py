@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.blocks.attentions import unlinked
 from onnxcomp.blocks.count import macs, parameters
+from onnxcomp.blocks.experts import unseen_experts
 from onnxcomp.blocks.inner import inner_linears
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical.sites import sites
@@ -224,6 +225,7 @@ def _not_recognised(g: Graph) -> list[dict[str, str]]:
     return [
         *({"site": d.site, "why": d.why} for d in g.declined),
         *({"site": str(n.name), "why": f"attention: not linked to projections: {why}"} for n, why in unlinked(g)),
+        *({"site": str(n.name), "why": why} for n, why in unseen_experts(g)),
         *({"site": s.name, "why": f"{s.kind}: not raised, and no recognizer gives a reason"} for s in unexplained),
         *({"site": x.node, "why": x.why} for x in inner_linears(g)),
     ]

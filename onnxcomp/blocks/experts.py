@@ -13,11 +13,13 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST
 from onnxcomp.graph.values import users_of
 
-__all__ = ["Experts", "Selected", "experts"]
+__all__ = ["Experts", "Selected", "experts", "unseen_experts"]
 
 ROUTER_OPS = LAYOUT_OR_CAST | {"Softmax", "Sigmoid", *ADDITIONS, "Sub", "ReduceMax", "ScatterElements"}
 ROUTED = LAYOUT_OR_CAST | {"Flatten"}
 ACCUMULATIONS = ("ScatterElements", "ScatterND")
+FORMS = "recognised are tables whose rows are gathered by the choice, and loops in which an expert selects its tokens"
+STEERED = 256  # nodes after a choice that are searched for what it steers: a sort by expert takes about a hundred
 MAX_NODES = 64  # from the selection of an expert's tokens to its results: exporters write about thirty
 
 
@@ -77,6 +79,38 @@ def experts(g: Graph) -> list[Experts]:
     parts = {n: m for m in mlps(g) for n in (m.up.node, m.down.node)}
     found = (_experts(g, index, *choice, parts) for choice in _choices(g))
     return [e for e in found if e is not None]
+
+
+def unseen_experts(g: Graph) -> list[tuple[ir.Node, str]]:
+    """Choices among a linear's outputs that steer other linears, but are no mixture in a known form; with the reason."""
+    index, seen = Index.of(g), {c for e in experts(g) for c in e.choices}
+    found: dict[ir.Node, str] = {}
+    for choices, _, chosen in _choices(g):
+        scores = choices[0].inputs[0]
+        router = _router(index, scores)
+        if router is None or scores is None or scores.shape is None or seen.intersection(choices) or chosen < 1:
+            continue
+        last = choices[0].attributes.get_int("axis", -1) in (-1, len(scores.shape) - 1)
+        if last and scores.shape[-1] == router.sizes[1] > chosen and (how := _steered(index, choices)):
+            found.setdefault(router.node, f"experts: {chosen} of {router.sizes[1]} are chosen, but {how}; {FORMS}")
+    return list(found.items())
+
+
+def _steered(index: Index, choices: tuple[ir.Node, ...]) -> str:
+    """What linears have to do with a choice; empty if nothing that was found."""
+    linears = {x.node for xs in index.by_source.values() for x in xs}
+    pending, reached = [v for c in choices for v in c.outputs], set[ir.Node](choices)
+    while pending and len(reached) < STEERED:
+        v = pending.pop(0)
+        for user in users_of(v):
+            if user in linears:
+                return "their products are made on rows that are sorted by the choice"
+            if user.op_type == "Mul" and any(x is not v and x in index.by_output for x in user.inputs):
+                return "every expert works on every token, and the scores weigh all results"
+            if user not in reached:
+                reached.add(user)
+                pending += user.outputs
+    return ""
 
 
 def _choices(g: Graph) -> Iterator[tuple[tuple[ir.Node, ...], ir.Value, int]]:
