@@ -82,7 +82,7 @@ def experts(g: Graph) -> list[Experts]:
 
 
 def unseen_experts(g: Graph) -> list[tuple[ir.Node, str]]:
-    """Choices among a linear's outputs that steer other linears, but are no mixture in a known form; with the reason."""
+    """Choices among a linear's outputs that steer other linears as in a mixture, in no known form; with the reason."""
     index, seen = Index.of(g), {c for e in experts(g) for c in e.choices}
     found: dict[ir.Node, str] = {}
     for choices, _, chosen in _choices(g):
