@@ -13,7 +13,7 @@ PAGES = {
     "cuts": "passes/README.md",
     "cuts-wider": "passes/README.md",
     "interactions": "passes/README.md",
-    "low-bits": "passes/README.md",
+    "low_bits": "passes/README.md",
     "node_tests": "onnxcomp/README.md",
 }
 
