@@ -35,6 +35,7 @@ PAUSE = 0.04  # seconds before a block; without it, spinning threads of the othe
 WINDOW = 0.15  # seconds of a block; the system counts CPU use in steps of 10 ms, so a round of them is judged, not each
 ROUNDS = 12  # at most where no number of runs is asked for, else at least: more do not narrow the interval by much
 BUDGET = 60.0  # seconds, where no number of runs is asked for
+COLD = 2.0  # times that a first run takes of a later one, at most, for what is said of the length of a block
 FEWEST = 3  # rounds that are measured whatever the budget: the first number that has a middle one
 
 
@@ -171,7 +172,8 @@ class _Run:
                 np.savez(file, allow_pickle=False, **arrays)
                 fields = {"model": str(c.path.resolve()), "feeds": str(file), "threads": self.plan.threads}
                 loaded.append(children[i].ask("load", target=dataclasses.asdict(self.target), **fields))
-            rounds, peaks = _interleave(children, self.plan, deadline, self._watcher(named))
+            firsts = [float(x["first_s"]) for x in loaded]
+            rounds, peaks = _interleave(children, firsts, self.plan, deadline, self._watcher(named))
         self.report.machine["runtime"] = loaded[0]["runtime"]
         self.report.rounds[named] = rounds
         late = time.perf_counter() > deadline and len(rounds.used) < LEAST
@@ -194,13 +196,18 @@ class _Run:
 
 
 def _interleave(
-    children: Sequence[Child], plan: _Plan, deadline: float, watch: Callable[[Rounds, int], None] | None
+    children: Sequence[Child],
+    firsts: Sequence[float],
+    plan: _Plan,
+    deadline: float,
+    watch: Callable[[Rounds, int], None] | None,
 ) -> tuple[Rounds, list[float]]:
     """Measure blocks A B, B A, A B ... until the plan has enough; and peak MiB."""
     counts, warmups, peaks = [], [], []
-    for child in children:
-        time.sleep(PAUSE)
-        seconds = float(child.ask("run", warmup=0, count=1)["samples"][0])  # `load` has run it once
+    for child, seconds in zip(children, firsts, strict=True):
+        if seconds < COLD * plan.window:  # else a block is one run anyhow
+            time.sleep(PAUSE)
+            seconds = float(child.ask("run", warmup=0, count=1)["samples"][0])
         counts.append(plan.count(seconds))
         warmups.append(_warmup(seconds))
         peaks.append(0.0)

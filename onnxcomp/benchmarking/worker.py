@@ -102,13 +102,16 @@ class _Worker:
         with np.load(m["feeds"], allow_pickle=False) as archive:
             for name, a in archive.items():  # npz knows no bfloat16 and gives raw bytes
                 self.feeds[name] = a.view(types[name]) if a.dtype.kind == "V" and name in types else a
+        begun = time.perf_counter()
         self.session.run(self.feeds)
+        first = time.perf_counter() - begun
         # ONNX Runtime counts the calling thread as one of its own.
         threads = m["threads"] or (
             1 + threads_after - threads_before if threads_after is not None and threads_before is not None else 0
         )
         return {
             "load_s": loaded - started,
+            "first_s": first,
             "base_mib": base,
             "provider": self.session.provider,
             "threads": threads,

@@ -184,7 +184,9 @@ def interleaved(dirty: int, runs: int | None = 4, deadline: float = math.inf) ->
     FakeChild.log, seen = [], []
     children: Any = [FakeChild("A", 0.1), FakeChild("B", 0.05, dirty)]
     plan = benchmark._Plan(runs, 0, 0.3)
-    made, peaks = benchmark._interleave(children, plan, deadline, lambda r, total: seen.append((len(r.clean), total)))
+    made, peaks = benchmark._interleave(
+        children, [c.seconds for c in children], plan, deadline, lambda r, total: seen.append((len(r.clean), total))
+    )
     assert peaks == [5.0, 5.0]
     return made, seen
 
