@@ -60,6 +60,10 @@ def _probe(t: ir.TensorProtocol) -> object:
         return _recipe(t)
     if isinstance(t, MappedTensor):
         return t.head(PROBE)
+    if isinstance(t, ir.ExternalTensor):  # as onnx_ir loads it; its array would be a mapping of the whole file
+        with open(t.path, "rb") as f:
+            f.seek(t.offset or 0)
+            return f.read(min(PROBE, t.nbytes))
     return _flat(t)[:PROBE].tobytes()
 
 
