@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.element_types import narrowest_float
 from onnxcomp.benchmarking import benchmark
 from onnxcomp.benchmarking.benchmark import Progress
-from onnxcomp.benchmarking.results import BenchReport, Ratio, Rounds
+from onnxcomp.benchmarking.results import LEAST, BenchReport, Ratio, Rounds
 from onnxcomp.data import open_axes
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import OnnxcompError
@@ -31,6 +31,7 @@ NOISE = {ir.DataType.FLOAT: 1e-3, ir.DataType.FLOAT16: 2e-2, ir.DataType.BFLOAT1
 # Seconds of a benchmark at least where no time for measuring is given: on two cores without VNNI four rounds at 1 x 128
 # tokens and three at 8 x 128 of an encoder of 20 M parameters, whose int8 job then ends within 25 s.
 SHORTEST = 9.0
+CLEAR = 0.95  # speed below which a lowered model gives way after fewer rounds than an interval of 95 % needs
 
 
 def confirm(
@@ -112,7 +113,7 @@ def _time(source: Stored, written: Stored, result: Result, settings: Settings, w
         plain = Stored(path, other, tuple(sorted(folder.glob(f"{path.stem}*"))))
         found = timed([source, written, plain], result.report, settings, watch)
     ratios = {shape: found.ratio(1, shape, base=2) for shape in found.shapes}
-    worse = [shape for shape, x in ratios.items() if x.high < 1]
+    worse = [s for s, x in ratios.items() if x.high < (1 if len(found.rounds[s].used) >= LEAST else CLEAR)]
     better = [shape for shape, x in ratios.items() if x.low > 1]
     total = float(np.exp(np.mean([np.log(x.value) for x in ratios.values()])))
     if worse and total < 1 and sessions.integer_check(other).ok:
