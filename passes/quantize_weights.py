@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from onnxcomp import blocks
-from onnxcomp.errors import ModelError
+from onnxcomp.blocks import Linear
+from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.quantize import linears, tables
-from onnxcomp.methods.quantize.weight_rounding import Method, Rounder
+from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
+from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
 
 __all__ = ["QuantizeWeights"]
 
+TWO_BITS = (32, 64, 128)  # blocks for which the runtime has a product with 2 bits
 BLOCKWISE = 21  # the operator set from which DequantizeLinear has blocks and codes of 4 bits
 
 
@@ -36,8 +38,8 @@ class QuantizeWeights(Pass):
     example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "bits": 8, "block": 16}
     plans: ClassVar[bool] = True
 
-    bits: Literal[8, 4, 3] = 4
-    """Bits of a weight; 3 are stored in 4."""
+    bits: Literal[8, 4, 3, 2] = 4
+    """Bits of a weight; 3 are stored in 4, and so are 2 until lower packs them (blocks of 32 to 128)."""
     block: Literal[16, 32, 64, 128, 256] = 32
     """In-channels that share a scale."""
     method: Literal["least-squares", "gptq", "nearest"] = "least-squares"
@@ -52,6 +54,8 @@ class QuantizeWeights(Pass):
     """Rounds of coordinate descent with refitted scales."""
     bias: bool = True
     """Biases take what rounding does to the means of the outputs."""
+    overrides: Mapping[str, Literal[8, 4, 3, 2, "float"]] = field(default_factory=dict)
+    """Other bits by pattern of node or weight names, such as {"*down_proj*": 8}; the first that matches counts."""
     skip: tuple[str, ...] = ()
     """Patterns of node or weight names that stay float."""
     min_size: Annotated[int, Field(ge=0)] = 1024
@@ -70,7 +74,10 @@ class QuantizeWeights(Pass):
         return self.method != "nearest"
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every linear with a float weight, and tables where they are asked for."""
+        """Every linear with a float weight, and tables where they are asked for; raises `RecipeError`."""
+        if 2 in (self.bits, *self.overrides.values()) and self.block not in TWO_BITS:
+            kernels = " or ".join(map(str, TWO_BITS))
+            raise RecipeError(f"quantize-weights: products with 2 bits run in blocks of {kernels}, not of {self.block}")
         return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -79,23 +86,25 @@ class QuantizeWeights(Pass):
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         if not self.is_identity and g.opset < BLOCKWISE:
             raise ModelError(f"quantize-weights: operator set {g.opset} has no codes in blocks; put canonicalize first")
-        shared = {e.table for e in eligible}
-        codes = linears.WeightCodes(g, "channel", env.target, eligible)
-        rounder = Rounder(g, env, self._method(), fits=self.method != "nearest", free_bias=self.bias)
-        g.model.graph.sort()
-        for group in blocks.siblings(linears.chosen(g, self.skip, self.min_size, found)):
-            kept = [x for x in group if not x.transposed or x.weight in shared]
-            for x in group:
-                if x not in kept:
-                    g.decline(x.site, "it shares the embedding table, which stays float without embeddings: true")
-            if kept:
-                rounder.replace(kept, codes)
-        tables.store(g, eligible, codes)
+        shared, methods = {e.table for e in eligible}, {}
+        for x in linears.chosen(g, self.skip, self.min_size, found):
+            pattern = self._override(x)
+            bits = self.bits if pattern is None else self.overrides[pattern]
+            if x.transposed and x.weight not in shared:
+                g.decline(x.site, "it shares the embedding table, which stays float without embeddings: true")
+            elif bits == "float":
+                g.decline(x.site, f"stays float by the override '{pattern}'")
+            else:
+                methods[x.name] = self._method(bits)
+        for pattern in set(self.overrides) - {self._override(x) for x in linears.quantizable(g)}:
+            g.decline(f"overrides: {pattern}", "matches no linear that an earlier pattern left")
+        round_sites(g, env, methods, free_bias=self.bias, tables=eligible)
+
+    def _override(self, x: Linear) -> str | None:
+        return skipped(self.overrides, x.name, str(x.weight.name))
 
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
         return tables.quantizable(g) if self.embeddings else []
 
-    def _method(self) -> Method:
-        f = FORMATS[f"{'' if self.symmetric else 'u'}int{8 if self.bits == 8 else 4}"].narrowed(self.bits)
-        fits = self.method == "least-squares"
-        return Method(f, self.block, self.symmetric, fits, self.pull, self.damp, self.refits if fits else 0)
+    def _method(self, bits: int) -> Method:
+        return Method(bits, self.block, self.symmetric, self.method, self.pull, self.damp, self.refits)

@@ -39,6 +39,8 @@ def values(shape: dict[str, Any]) -> st.SearchStrategy[Any]:
         )
     if shape["type"] == "array":
         return st.lists(values(shape["items"]), max_size=4)
+    if shape["type"] == "object":
+        return st.dictionaries(st.text(max_size=12), values(shape["additionalProperties"]), max_size=3)
     if "pattern" in shape:
         return st.from_regex(shape["pattern"].removesuffix("$") + r"\Z", alphabet=st.characters(max_codepoint=127))
     return {"boolean": st.booleans(), "null": st.none(), "string": st.text(max_size=12)}[shape["type"]]

@@ -7,7 +7,7 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
-from onnxcomp.errors import DataError, ModelError
+from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.maths import formats
@@ -48,7 +48,7 @@ def distance(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     return float(sum(((x - y) ** 2).sum() for x, y in zip(a, b, strict=True)) / sum((y**2).sum() for y in b))
 
 
-@pytest.mark.parametrize("bits", [8, 4, 3])
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_products_are_with_what_the_codes_stand_for(bits, symmetric):
     g = tiny.encoder(hidden=48, ffn=80)  # 80 in-channels are no whole number of blocks of 32
@@ -131,6 +131,21 @@ def test_skipped_and_small_weights_are_named():
     assert "skipped by the pattern '*layers.0.*'" in reasons
     assert "its 32x32 weight is smaller than min_size=1025: nothing to gain" in reasons
     assert step.changed == 2
+
+
+def test_overrides_set_the_bits_of_sites_and_sites_may_be_rounded_by_name():
+    g = tiny.encoder(hidden=64, ffn=128)
+    options = {"block": 32, "overrides": {"*layers.0*up*": 8, "*layers.0*": "float", "*nowhere*": 8}}
+    result = quantized(g, **options)
+    weights = {x.name: str(x.weight.name) for x in blocks.linears(g)}
+    for x in blocks.linears(result.model):
+        kind, name = result.model.tensor(x.weight).dtype.name, weights[x.name]
+        assert kind == ("UINT4" if "layers.0" not in name else "UINT8" if "up" in name else "FLOAT"), name
+    reasons = {d.site: d.why for d in result.report.step("quantize-weights").declined}
+    assert reasons.pop("overrides: *nowhere*") == "matches no linear that an earlier pattern left"
+    assert set(reasons.values()) == {"stays float by the override '*layers.0*'"}
+    with pytest.raises(RecipeError, match="products with 2 bits run in blocks of 32 or 64 or 128, not of 16"):
+        quantized(g, overrides={"*": 2}, method="nearest")
 
 
 def test_old_operator_sets_and_missing_data_are_refused():

@@ -5,41 +5,55 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
-from onnxcomp.blocks import Linear
+from onnxcomp.blocks import Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths import Array, Float64, affine, formats, rounding
-from onnxcomp.maths.formats import Format, Quantized
+from onnxcomp.maths.formats import FORMATS, Format, Quantized
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
+from onnxcomp.methods.quantize.tables import store
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["Method", "Rounder"]
+__all__ = ["Inputs", "Method", "Rounder", "Rule", "inputs_of", "round_sites", "rounded"]
 
+Rule = Literal["least-squares", "gptq", "nearest"]
 Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero points
 
 
 @dataclass(frozen=True)
 class Method:
-    """How weights are rounded: the format, in-channels per scale, and how errors are fitted.
+    """How a weight is rounded: bits in use, in-channels per scale, zero points or none, and by which rule.
 
-    With `fits` weights are first fitted to the original's outputs, damped by `pull` towards what they are.
+    Of the rules `nearest` needs no data; `least-squares` first fits weights to the original's outputs, damped by `pull`
+    towards what they are, and then rounds them as `gptq` does, with `refits` of codes and scales.
     """
 
-    fmt: Format
-    block: int
-    symmetric: bool
-    fits: bool
-    pull: float | None
-    damp: float | None
-    refits: int
+    bits: int = 4
+    block: int = 32
+    symmetric: bool = False
+    rule: Rule = "least-squares"
+    pull: float | None = None
+    damp: float | None = None
+    refits: int = 3
+
+    @property
+    def fmt(self) -> Format:
+        """The type of the codes, of which `bits` are in use: fewer than 4 stand in 4 until lowering packs them."""
+        return FORMATS[f"{'' if self.symmetric else 'u'}int{8 if self.bits > 4 else 4}"].narrowed(self.bits)
+
+    @property
+    def wants_data(self) -> bool:
+        """Whether it rounds with the moments of the inputs."""
+        return self.rule != "nearest"
 
 
 # Damping relative to the mean of the Gram diagonal, at least, and for each in-channel per row of data: with as many
@@ -108,10 +122,10 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
     channels = len(w) / inputs.rows
     pull = max(LEAST_DAMP, PULL_PER_CHANNEL * channels) if m.pull is None else m.pull
     damp = max(LEAST_DAMP, DAMP_PER_CHANNEL * channels) if m.damp is None else m.damp
-    goal = least_squares(moments.gram, moments.cross @ w, pull, start=w).weights if m.fits else w
+    goal = least_squares(moments.gram, moments.cross @ w, pull, start=w).weights if m.rule == "least-squares" else w
     found = rounding.round_weights(
-        moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp, refits=m.refits,
-        scale_type=weight.dtype,
+        moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
+        refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype,
     ).quantized  # fmt: skip
     gain = inputs.then @ w - inputs.now @ np.asarray(found.array(), np.float64) if free else np.zeros(w.shape[1])
     return found, gain
@@ -122,24 +136,44 @@ def nearest(weight: Array, m: Method) -> Quantized:
     return formats.fit(weight, m.fmt, axis=0, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype)
 
 
-class Rounder:
-    """Rounds the weights of a graph in its order, each with the inputs that the rounded ones before it give."""
+def round_sites(
+    g: Graph, env: Env, methods: Mapping[str, Method], *, free_bias: bool = True, tables: Sequence[Embedding] = ()
+) -> None:
+    """Round the weights of the linears that `methods` names, in the order of the graph; all others stay as they are.
 
-    def __init__(self, g: Graph, env: Env, method: Method, *, fits: bool, free_bias: bool) -> None:
-        self.g, self.env, self.method, self.free_bias = g, env, method, free_bias
-        self.fits = fits and not env.dry
+    Each is fitted on the inputs that the rounded ones before it give. Where `free_bias`, biases take what rounding does
+    to the means of the outputs. Heads that share one of the `tables` share its codes, and need no method.
+    """
+    codes = linears.WeightCodes(g, "channel", env.target, tables)
+    rounder = Rounder(g, env, methods, free_bias=free_bias)
+    shared = {e.table for e in tables}
+    g.model.graph.sort()
+    wanted = [x for x in linears.quantizable(g) if x.name in methods or (x.transposed and x.weight in shared)]
+    for group in blocks.siblings(wanted):
+        rounder.replace(group, codes)
+    store(g, tables, codes)
+
+
+class Rounder:
+    """Rounds weights of a graph in its order, each with the inputs that the rounded ones before it give.
+
+    `methods` has that of each linear by its name.
+    """
+
+    def __init__(self, g: Graph, env: Env, methods: Mapping[str, Method], *, free_bias: bool) -> None:
+        self.g, self.env, self.methods, self.free_bias = g, env, methods, free_bias
         self.uncut = g.clone()
         self.sources: dict[ir.Value, list[ir.Value]] = {}  # of every weight; several layers may share it
         for x in blocks.linears(g, tied=True):
             if x.source not in self.sources.setdefault(x.weight, []):
                 self.sources[x.weight].append(x.source)
-        self._made: dict[ir.Value, Codes] = {}  # linears that share a weight share its codes
+        self._made: dict[ir.Value, tuple[Method, Codes]] = {}  # linears that share a weight share its codes
 
     def replace(self, group: Sequence[Linear], codes: linears.WeightCodes) -> None:
         """Round the weights of linears that read one value; a head keeps the codes of its table."""
         g, first = self.g, group[0]
         inputs = None
-        if self.fits and not all(x.transposed or len(self.sources[x.weight]) > 1 for x in group):
+        if any(self._fits(x) and len(self.sources[x.weight]) == 1 for x in group):
             inputs = inputs_of(g, self.uncut, self.env, first.source)
         # CPUs have no kernels for bfloat16, so the products are made in float32 there.
         wide = self.env.target.provider.startswith("CPU") and first.source.dtype is ir.DataType.BFLOAT16
@@ -150,31 +184,38 @@ class Rounder:
         if g.spool is not None:
             release_weights(g.model)
 
+    def _fits(self, x: Linear) -> bool:
+        """Whether the rounding of a linear needs moments of its inputs."""
+        return not x.transposed and not self.env.dry and self.methods[x.name].wants_data
+
     def _weight(self, x: Linear, inputs: Inputs | None, *, wide: bool) -> ir.Value:
         """The dequantized weight `[K, N]`, in float32 where it is `wide`."""
         if x.weight not in self._made:
             sources = self.sources[x.weight]
-            inputs = shared_inputs(self.g, self.env, sources) if self.fits and len(sources) > 1 else inputs
-            self._made[x.weight] = self._codes(x, inputs, wide=wide)
-        args, block = self._made[x.weight], self.method.block
+            if not self._fits(x):
+                inputs = None
+            elif len(sources) > 1:
+                inputs = shared_inputs(self.g, self.env, sources)
+            self._made[x.weight] = self.methods[x.name], self._codes(x, inputs, wide=wide)
+        method, args = self._made[x.weight]
         name = f"{x.name}_weight"
-        w = self.g.op("DequantizeLinear", *args, axis=0, block_size=block, name=name, like=x.weight)
+        w = self.g.op("DequantizeLinear", *args, axis=0, block_size=method.block, name=name, like=x.weight)
         if wide:
             w.type = ir.TensorType(ir.DataType.FLOAT)
         return w
 
     def _codes(self, x: Linear, inputs: Inputs | None, *, wide: bool) -> Codes:
         """Codes `[K, N]`, scales and zero points of a weight as constants; its bias takes the change of the means."""
-        g, weight = self.g, self.g.array(x.weight)
+        g, weight, method = self.g, self.g.array(x.weight), self.methods[x.name]
         weight = weight.astype(np.float32) if wide else weight
         if inputs is None:
-            q = nearest(weight, self.method)
+            q = nearest(weight, method)
         else:
             own = all(v is not None and g.is_constant(v) and len(list(v.uses())) == 1 for v in (x.bias, x.weight))
-            q, gain = rounded(weight, inputs, self.free_bias and own, self.method)
+            q, gain = rounded(weight, inputs, self.free_bias and own, method)
             if gain.any() and x.bias is not None:
                 old = g.array(x.bias)
                 g.put(x.bias, (old + gain.reshape(old.shape)).astype(old.dtype))
-        name = f"{x.weight.name}_int{self.method.fmt.bits}"
-        zero = None if self.method.symmetric else g.constant(q.zero, f"{name}_zero")
+        name = f"{x.weight.name}_int{method.bits}"
+        zero = None if method.symmetric else g.constant(q.zero, f"{name}_zero")
         return g.constant(np.ascontiguousarray(q.codes), name), g.constant(q.scale, f"{name}_scale"), zero
