@@ -122,15 +122,22 @@ class Env:
         return self.run_plan().dims(v)
 
     def choose(
-        self, kind: str, *, standard: bool = False, approximate: bool = False, exact_rows: bool = False
+        self,
+        kind: str,
+        *,
+        standard: bool = False,
+        approximate: bool = False,
+        exact_rows: bool = False,
+        inputs: str = "any",
     ) -> tuple[Context, list[tuple[Spot, Form | None, str]]]:
         """The form of every site of a kind (`lowering.forms`) with the reason, measured on the target or off its table.
 
         `standard` takes no operators of the runtime's own; `approximate` allows forms with slightly other results;
-        `exact_rows` none that change what rows without a visible key give.
+        `exact_rows` none that change what rows without a visible key give; `inputs` of products with few bits are
+        rounded to `int8`, stay `float`, or are what is faster.
         """
         planner = self.run_plan()
-        planner.exact_rows = exact_rows
+        planner.exact_rows, planner.inputs = exact_rows, inputs
         return planner.context(), planner.choose(kind, standard=standard, approximate=approximate)
 
     def collect(self, g: Graph, needs: Iterable[Need], original: Graph | None = None) -> Stats:

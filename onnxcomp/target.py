@@ -16,11 +16,18 @@ __all__ = ["CPU", "CPU_ARM64", "CPU_AVX2", "CPU_VNNI", "CUDA", "TARGETS", "TENSO
 Granularity = Literal["tensor", "channel"]
 
 
+# In-channels per scale, by bits, for which ONNX Runtime 1.32 has a kernel; others dequantize the weight at every run,
+# which takes 100 times as long.
+_CPU_BLOCKS = {8: (16, 32, 64, 128, 256), 4: (16, 32, 64, 128, 256), 2: (32, 64, 128)}
+_CUDA_BLOCKS = {8: (32,), 4: (32,), 2: (64,)}  # of its fast path, which takes no zero points either
+
+
 @dataclass(frozen=True)
 class Quantized:
     """The legal forms of a quantized linear on a target: code types, granularity of weight scales, zero points.
 
-    `pays` says whether int8 products are faster than float ones.
+    `pays` says whether int8 products are faster than float ones. `blocks` has, by bits, the blocks of codes of weights
+    for which products with float inputs have a kernel; with `block_zero_points` they may have zero points.
     """
 
     activations: tuple[str, ...] = ("u8",)
@@ -29,6 +36,8 @@ class Quantized:
     zero_points: bool = True
     saturates: bool = False  # pairs of u8 x s8 products are added in 16 bits, so pairs of weights must be limited
     pays: bool = True
+    blocks: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: dict(_CPU_BLOCKS))
+    block_zero_points: bool = True
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ _CPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
     "attention": ("Attention", "decomposed"),
+    "weight-only": ("MatMulNBits", "Q/DQ"),
     "quantized": ("MatMulIntegerToFloat", "Sum"),
     "dynamic": ("standard",),
     "activation": ("Sum",),
@@ -89,6 +99,7 @@ _GPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
     "attention": ("MultiHeadAttention", "GroupQueryAttention", "decomposed"),
+    "weight-only": ("MatMulNBits, bias behind", "Q/DQ"),
     "quantized": ("Add",),
     "dynamic": ("standard",),
     "activation": ("Add",),
@@ -105,6 +116,7 @@ _CPU_CONTRIB = (
     "GatherBlockQuantized",
     "GroupQueryAttention",
     "MatMulIntegerToFloat",
+    "MatMulNBits",
     "MultiHeadAttention",
     "QGemm",
     "QuickGelu",
@@ -146,7 +158,7 @@ CUDA = Target(
     description="NVIDIA GPU through ONNX Runtime's CUDA provider (no int8 product for Q/DQ there)",
     provider_options={"use_tf32": "0"},
     package="onnxcomp[gpu]",
-    quantized=Quantized(activations=("u8", "s8"), pays=False),
+    quantized=Quantized(activations=("u8", "s8"), pays=False, blocks=_CUDA_BLOCKS, block_zero_points=False),
     forms=_GPU_FORMS,
     contrib=_CUDA_CONTRIB,
     lacks=("Attention", "QLinearMatMul"),
@@ -159,7 +171,7 @@ TENSORRT = Target(
     provider_options={"trt_fp16_enable": "0", "trt_engine_cache_enable": "0", "trt_sparsity_enable": "1"},
     package="onnxcomp[tensorrt]",
     max_opset=22,
-    quantized=Quantized(activations=("s8",), zero_points=False),
+    quantized=Quantized(activations=("s8",), zero_points=False, blocks={4: (64, 128)}, block_zero_points=False),
     forms={**_GPU_FORMS, "attention": ("decomposed",), "table": ("dequantized",)},
     lacks=("Attention", "QLinearMatMul"),
     sparse=("2:4",),

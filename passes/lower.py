@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.sharing import share_equal
@@ -37,6 +37,9 @@ class Lower(Pass):
     exact_rows: bool = False
     """Take only forms that keep the result of queries whose mask hides every key (see canonicalize)."""
 
+    inputs: Literal["any", "int8", "float"] = "any"
+    """Inputs of products with weights of few bits: rounded to int8 (accuracy level 4), float, or what is faster."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.approximate:
@@ -53,7 +56,11 @@ class Lower(Pass):
         """Rewrite site by site, wide ones first; one that keeps another form than the table's is declined."""
         for kind in KINDS:
             ctx, picked = env.choose(
-                kind, standard=self.standard, approximate=self.approximate, exact_rows=self.exact_rows
+                kind,
+                standard=self.standard,
+                approximate=self.approximate,
+                exact_rows=self.exact_rows,
+                inputs=self.inputs,
             )
             for spot, form, why in picked:
                 edits, other = g.edits, self._first(g, env.target, spot)
@@ -70,6 +77,6 @@ class Lower(Pass):
 
     def _first(self, g: Graph, target: Target, spot: Spot) -> bool:
         """Whether the table asks for another form than the present one."""
-        ctx = Context(g, target, exact_rows=self.exact_rows)
+        ctx = Context(g, target, exact_rows=self.exact_rows, inputs=self.inputs)
         names = legal(ctx, spot, standard=self.standard, approximate=self.approximate)
         return default(ctx, spot.kind, names) != spot.present

@@ -20,7 +20,7 @@ from onnxcomp.graph import Graph, extract
 from onnxcomp.lowering import mask_kinds
 from onnxcomp.lowering.choices import Choice, Choices, Header
 from onnxcomp.lowering.forms import KINDS, Context, Form, Kind, Spot, default, legal
-from onnxcomp.lowering.race import Entry, race, unfinished, winner
+from onnxcomp.lowering.race import APPROXIMATE, FINER, Entry, race, unfinished, winner
 from onnxcomp.machine import machine
 from onnxcomp.maths import Array
 from onnxcomp.runtime.installed import installed_runtimes
@@ -50,7 +50,8 @@ class Planner:
 
     Without `measure` nothing is timed: remembered choices are taken, else the table's, so that results are the same on
     every machine. `budget` is in seconds, `threads` are those of the sessions that are timed, and `watch` is told what
-    is being timed. `seconds` is the time that choosing took so far; `exact_rows` is passed to all forms.
+    is being timed. `seconds` is the time that choosing took so far; `exact_rows` and `inputs` are passed to
+    all forms.
     """
 
     g: Graph
@@ -64,6 +65,7 @@ class Planner:
     chosen: list[Choice] = field(default_factory=list)
     seconds: float = 0.0
     exact_rows: bool = False
+    inputs: str = "any"
     _facts: Facts | None = None
     _masks: dict[str, str] = field(default_factory=dict)
     _context: Context | None = None
@@ -81,7 +83,7 @@ class Planner:
             return []
         ctx = self.context(spots)
         chosen: list[tuple[Spot, Form | None, str]] = []
-        groups = self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows}")
+        groups = self._grouped(kind, spots, f"{standard} {approximate} {self.exact_rows} {self.inputs}")
         for i, group in enumerate(groups):
             if self.watch and self.measure:
                 self.watch(f"timing forms of {kind.name}, kinds of sites", i, len(groups))
@@ -100,7 +102,7 @@ class Planner:
         if new:
             self._masks |= mask_kinds.probe(self.g, new)
         if self._context is None:
-            self._context = Context(self.g, self.target, self._masks, exact_rows=self.exact_rows)
+            self._context = Context(self.g, self.target, self._masks, exact_rows=self.exact_rows, inputs=self.inputs)
         return self._context
 
     def dims(self, v: ir.Value) -> list[tuple[int, ...]]:
@@ -177,7 +179,7 @@ class Planner:
             complete = len(known) == len(sizes) and bool(known)
             shown = known if complete else [{str(v.name): () for v in model.inputs}]
             masks = "".join(self._masks.get(str(v.name), "") for v in model.inputs)
-            text = "\n".join([kind.name, rules, masks, *(extract.timing_key(model, s) for s in shown)])
+            text = "\n".join([kind.name, rules, masks, spot.detail, *(extract.timing_key(model, s) for s in shown)])
             key = hashlib.sha256(text.encode()).hexdigest()[:24]
             if key in groups:
                 groups[key].spots.append(spot)
@@ -303,13 +305,18 @@ def _entry(kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]]
     """The micro-model in one form; values that a model computes once for all sites become inputs of it."""
     model = site.clone()
     try:
-        ctx = Context(model, of.target, of.masks, exact_rows=of.exact_rows)
+        ctx = Context(model, of.target, of.masks, exact_rows=of.exact_rows, inputs=of.inputs)
         kind.form(name).rewrite(ctx, kind.find(model)[0])
         model.model.graph.sort()
         model.sweep()
-        return Entry(name, model, _hoist(model, ctx, feeds), loose=kind.form(name).approximate)
+        return Entry(name, model, _hoist(model, ctx, feeds), tolerance=_tolerance(kind.form(name)))
     except OnnxcompError as e:
         return Entry(name, model, feeds, note=f"cannot be written: {e}")
+
+
+def _tolerance(form: Form) -> float:
+    """How far outputs may be from those of the default, relative to the largest; 0 for float noise."""
+    return FINER if form.finer else APPROXIMATE if form.approximate else 0.0
 
 
 def _hoist(model: Graph, ctx: Context, feeds: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:

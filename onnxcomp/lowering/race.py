@@ -15,7 +15,7 @@ from onnxcomp.maths import Array
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 
-__all__ = ["MARGIN", "ROUNDS", "Entry", "median", "race", "unfinished", "winner"]
+__all__ = ["APPROXIMATE", "FINER", "MARGIN", "ROUNDS", "Entry", "median", "race", "unfinished", "winner"]
 
 ROUNDS = 8
 ALLOWED_LOSSES = 1  # rounds that a faster form may lose: an equal one wins 7 of 8 or more by chance in 3.5 % of cases
@@ -30,6 +30,7 @@ EQUAL = {np.dtype(np.float32): 2e-5, np.dtype(np.float16): 1e-2, np.dtype(np.flo
 
 ROUNDING_EDGES = 1e-3  # share of 8-bit results that may differ by one code, where float noise crosses a rounding edge
 APPROXIMATE = 1e-2  # as `EQUAL`, for approximations that the recipe allows
+FINER = 5e-2  # as `EQUAL`, where the default rounds its inputs to 8 bits and the other form does not
 
 Feeds = Mapping[str, Array]
 
@@ -38,7 +39,7 @@ Feeds = Mapping[str, Array]
 class Entry:
     """A form in the comparison: its model, feeds per shape, seconds `[round][shape]`; `note` says why it was excluded.
 
-    A `loose` form is an approximation that the recipe allows.
+    `tolerance` is how far its outputs may be from the default's, relative to the largest; 0 for float noise.
     """
 
     form: str
@@ -47,7 +48,7 @@ class Entry:
     laps: list[tuple[float, ...]] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     note: str = ""
-    loose: bool = False
+    tolerance: float = 0.0
 
     @property
     def losses(self) -> int:
@@ -93,7 +94,7 @@ def race(entries: Sequence[Entry], target: Target, *, threads: int = 0, deadline
                 if entry is default:
                     expected = outputs
                 else:
-                    entry.note = _differs(expected, outputs, entry.loose)
+                    entry.note = _differs(expected, outputs, entry.tolerance)
         if default.note:
             return
         running = [e for e in running if not e.note]
@@ -154,7 +155,7 @@ def _ratio(base: Sequence[float], other: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(np.array(base) / np.array(other)))))
 
 
-def _differs(expected: Mapping[str, Array], outputs: Mapping[str, Array], loose: bool) -> str:
+def _differs(expected: Mapping[str, Array], outputs: Mapping[str, Array], tolerance: float) -> str:
     """How the outputs differ from the expected ones, empty where they are equal to float noise."""
     for name, a in expected.items():
         b = outputs.get(name)
@@ -168,6 +169,6 @@ def _differs(expected: Mapping[str, Array], outputs: Mapping[str, Array], loose:
             continue
         scale = float(np.abs(a).max())
         error = float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max()) if np.isfinite(b).all() else np.inf
-        if not error <= (APPROXIMATE if loose else EQUAL.get(a.dtype, 1e-2)) * max(scale, 1e-30):
+        if not error <= (tolerance or EQUAL.get(a.dtype, 1e-2)) * max(scale, 1e-30):
             return f"differs from the default by {error / max(scale, 1e-30):.1e}"
     return ""

@@ -32,6 +32,8 @@ WEIGHT_AT = {
     "QGemm": 3,
     "QAttention": 1,
 }
+BLOCKS_OF = {8: (16, 32, 64, 128, 256, 512), 4: (16, 32, 64, 128, 256, 512), 2: (32, 64, 128)}
+INT8_INPUTS = 4  # the accuracy level of MatMulNBits at which inputs are rounded to 8 bits
 LAYOUT_OPS = ("Transpose", "Reshape", "Cast", "Identity")
 
 
@@ -46,12 +48,24 @@ def integer_products(model: ir.Model) -> int:
 
 
 def dequantized_weights(model: ir.Model) -> list[str]:
-    """Names of constant matrices that are dequantized on every run."""
-    return [
-        str(n.inputs[0].name)
-        for n in _nodes(model)
-        if n.op_type == "DequantizeLinear" and n.inputs[0] is not None and _is_integer_matrix(n.inputs[0])
-    ]
+    """Names of constant matrices that are dequantized on every run, also inside a product that lacks a kernel."""
+    apart = [n.inputs[0] for n in _nodes(model) if n.op_type == "DequantizeLinear" and _is_integer_matrix(n.inputs[0])]
+    inside = [n.inputs[1] for n in _nodes(model) if n.op_type == "MatMulNBits" and not _has_kernel(n)]
+    return [str(v.name) for v in (*apart, *inside) if v is not None]
+
+
+def _has_kernel(node: ir.Node) -> bool:
+    """Whether a CPU multiplies by the codes of a MatMulNBits (ONNX Runtime 1.32, seen by timing every combination).
+
+    The others dequantize the whole weight at every run, 100 times slower.
+    """
+    bits, block, level = (
+        node.attributes.get_int(k, d) for k, d in (("bits", 4), ("block_size", 0), ("accuracy_level", 0))
+    )
+    zero = node.inputs[3] if len(node.inputs) > 3 else None
+    if zero is not None and zero.dtype is not ir.DataType.UINT8:
+        return False
+    return block in BLOCKS_OF.get(bits, ()) and (bits == 4 or level == INT8_INPUTS)
 
 
 def saturating(model: ir.Model, source: ir.Model | None = None) -> list[str]:

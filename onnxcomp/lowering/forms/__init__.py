@@ -9,13 +9,27 @@ from onnxcomp.lowering.forms.quantized import DYNAMIC, QUANTIZED
 from onnxcomp.lowering.forms.residual import RESIDUAL
 from onnxcomp.lowering.forms.siblings import PROJECTIONS, SIBLINGS
 from onnxcomp.lowering.forms.tables import TABLE
+from onnxcomp.lowering.forms.weight_only import WEIGHT_ONLY
 
 __all__ = ["FORMS_VERSION", "KINDS", "Context", "Form", "Kind", "Spot", "default", "legal"]
 
 # Sites of several linears come first: what they are rewritten to consists of sites of the later, smaller kinds.
 KINDS = {
     kind.name: kind
-    for kind in (PROJECTIONS, SIBLINGS, ATTENTION, QUANTIZED, DYNAMIC, ACTIVATION, LINEAR, TIED, SILU, RESIDUAL, TABLE)
+    for kind in (
+        PROJECTIONS,
+        SIBLINGS,
+        ATTENTION,
+        WEIGHT_ONLY,
+        QUANTIZED,
+        DYNAMIC,
+        ACTIVATION,
+        LINEAR,
+        TIED,
+        SILU,
+        RESIDUAL,
+        TABLE,
+    )
 }
 
 

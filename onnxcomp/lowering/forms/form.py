@@ -15,18 +15,22 @@ from onnxcomp.target import Target
 
 __all__ = ["FORMS_VERSION", "Context", "Form", "Kind", "Spot", "ints"]
 
-FORMS_VERSION = 4  # part of the key of every remembered choice: raise it when a form's graph changes
+FORMS_VERSION = 5  # part of the key of every remembered choice: raise it when a form's graph changes
 
 
 @dataclass(frozen=True)
 class Spot:
-    """A match of a kind in a graph: its nodes, the form in which they are `present`, and `data` for its forms."""
+    """A match of a kind in a graph: its nodes, the form in which they are `present`, and `data` for its forms.
+
+    `detail` is what else its run time depends on than operators, types and sizes.
+    """
 
     kind: str
     name: str
     nodes: tuple[ir.Node, ...]
     present: str
     data: Any = None
+    detail: str = ""
 
     @property
     def site(self) -> Site:
@@ -48,7 +52,8 @@ class Context:
     `masks` holds the kind of masks by value name: `all`, `padding` (equal for all queries), `causal` (no later key),
     `window 8` (and none 8 or more positions away), `causal+` (fewer keys than `causal`) or `other`; a missing mask
     counts as `other`. `once` lists values that were made once for the whole graph.
-    With `exact_rows`, queries whose mask hides every key keep the result of the standard operator.
+    With `exact_rows`, queries whose mask hides every key keep the result of the standard operator. `inputs` of products
+    with codes of few bits are rounded to `int8`, stay `float`, or are what is faster (`any`).
     """
 
     g: Graph
@@ -56,6 +61,7 @@ class Context:
     masks: Mapping[str, str] = field(default_factory=dict)
     once: list[ir.Value] = field(default_factory=list)
     exact_rows: bool = False
+    inputs: str = "any"
     _made: dict[tuple[str, ir.Value], ir.Value] = field(default_factory=dict)
 
     def mask(self, v: ir.Value | None) -> str:
@@ -83,7 +89,7 @@ class Form:
     """One way to write a kind of site; `rewrite` edits the graph so that the spot has this form.
 
     `ops` are its operators that a target may lack; `refuse` gives the reason why a spot cannot have this form, empty if
-    it can. An `approximate` form is only chosen where the recipe allows it.
+    it can. An `approximate` form is only chosen where the recipe allows it; a `finer` one rounds less than the others.
     """
 
     name: str
@@ -91,6 +97,7 @@ class Form:
     ops: tuple[tuple[str, str], ...] = ()
     refuse: Callable[[Context, Spot], str] = lambda ctx, spot: ""
     approximate: bool = False
+    finer: bool = False
 
     def why_not(self, ctx: Context, spot: Spot, *, standard: bool, approximate: bool) -> str:
         """The reason why the spot cannot have this form on the target, empty if it can."""
