@@ -277,7 +277,7 @@ class SequentialPass(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Visit the sites in topological order, collecting each one's statistics on the changed prefix."""
-        g.model.graph.sort()
+        g.sort()
         order = {str(node.name): i for i, node in enumerate(g.nodes())}
         for site in sorted(self.sites(g, env.target), key=lambda s: min(order[n] for n in s.nodes)):
             stats = env.collect(g, self.site_needs(g, site, env.target))

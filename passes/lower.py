@@ -68,7 +68,7 @@ class Lower(Pass):
                     form.rewrite(ctx, spot)
                 if other and g.edits == edits:
                     g.decline(spot.site, f"stays {spot.present}: {why}")
-            g.model.graph.sort()
+            g.sort()
             g.sweep()  # replaced nodes must not be sites of the later kinds
         share_equal(g)  # layers that shared their weights share what was made of them
         g.sweep()

@@ -109,7 +109,7 @@ class Slice(Pass):
         written = duals(g, stream, bases) if self._repairs(env) else bases
         parts = {str(v.name): Part(str(v.name), written[leader[v]], stream.kind == "layer") for v in stream.values}
         new = rotate(g, stream, *({v: of[leader[v]] for v in stream.values} for of in (bases, written)))
-        g.model.graph.sort()
+        g.sort()
         return {str(new[name].name): part for name, part in parts.items()}
 
     def _repair(self, g: Graph, uncut: Graph, env: Env, targets: dict[str, Part], readers: set[ir.Node]) -> None:

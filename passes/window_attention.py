@@ -108,7 +108,7 @@ class WindowAttention(Pass):
         names = {a.name for a in chosen}
         copies = [a for a in attentions(copy) if a.name in names]
         values = kept_by_width(copy, copies, self.sinks)
-        copy.model.graph.sort()
+        copy.sort()
         kept, lengths = [mean(v) for v in values], [absmax(v, "channel") for v in values]
         stats = env.collect(copy, [*kept, *lengths])
         widths = {}

@@ -46,7 +46,7 @@ def never_choose(g: Graph, e: Experts, gone) -> None:
     low[list(gone)] = NEVER
     out = e.router.output
     g.replace(out, g.op("Add", out, low, like=out), users=[u for u, _ in out.uses()])
-    g.model.graph.sort()
+    g.sort()
 
 
 def run(g: Graph, feeds) -> dict[str, np.ndarray]:

@@ -138,7 +138,7 @@ def test_row_27_what_keeps_int8_from_being_faster_on_tensorrt_is_named():
     node = products[0]
     there = made.op("Transpose", node.inputs[1], perm=[1, 0])
     made.set_input(node, 1, made.op("Transpose", there, perm=[1, 0]))
-    made.model.graph.sort()
+    made.sort()
     assert [n for n in tensorrt.require(made, TENSORRT) if "'direct'" in n and f"'{node.name}'" in n]
 
 
@@ -163,7 +163,7 @@ def test_row_30_a_quantized_bias_is_refused_and_never_made():
     codes, scale = np.ones(n, np.int32), np.full(n, 0.01, np.float32)
     place = next(i for i, v in enumerate(add.inputs) if made.is_constant(v))
     made.set_input(add, place, made.op("DequantizeLinear", codes, scale, axis=0))
-    made.model.graph.sort()
+    made.sort()
     with pytest.raises(TargetError, match="bias of"):
         tensorrt.require(made, TENSORRT)
 

@@ -37,7 +37,7 @@ def made(tmp_path_factory):
     out = g.op("Identity", hidden)
     out.name, out.type, out.shape = "hidden", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "sequence", 32])
     g.model.graph.outputs.extend([best, out])
-    g.model.graph.sort()
+    g.sort()
     storage.save(Graph(g.model), folder / "model")
     feeds = tiny.feeds(g, 20, 9, padding="left")
     np.savez(folder / "data.npz", **feeds)

@@ -229,7 +229,7 @@ def finish(g: Graph, out: ir.Value, name: str, shape: list[int | str]) -> Graph:
     """Make `out` the model's only output and return the graph as if it were freshly loaded."""
     out.name, out.type, out.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
     g.model.graph.outputs.append(out)
-    g.model.graph.sort()
+    g.sort()
     done = Graph(g.model)
     done.infer_shapes()
     return done

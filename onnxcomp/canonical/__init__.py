@@ -105,7 +105,7 @@ def _run_round(graph: Graph, exact_rows: bool) -> None:
 
 def _clean_up(graph: Graph, f: Facts) -> None:
     """Remove unused nodes and no-ops, so that numbers of users are exact."""
-    graph.model.graph.sort()  # the sweep needs topological order
+    graph.sort()  # the sweep needs topological order
     fill_types(graph)
     fold_known(graph, f)
     drop_round_trips(graph)

@@ -39,7 +39,7 @@ def raise_attention(g: Graph, f: Facts, *, exact_rows: bool = False) -> None:
     for softmax in g.nodes("Softmax"):
         if softmax.domain == "" and not is_routing(softmax):
             _raise_core(g, sizes, masks, softmax, exact_rows)
-    g.model.graph.sort()
+    g.sort()
     g.sweep()  # remaining users of the keys tell whether they are a cache
     for node in g.nodes("Attention"):
         if node.domain == "":

@@ -53,7 +53,7 @@ def move_to_contrib(g: Graph) -> None:
             for old, y in zip(node.outputs, producer.outputs if producer is not None else (), strict=True):
                 y.type, y.shape = old.type, old.shape
                 g.replace(old, y)
-    g.model.graph.sort()  # appended nodes belong before their users
+    g.sort()  # appended nodes belong before their users
     g.sweep()
 
 

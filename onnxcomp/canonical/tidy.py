@@ -10,6 +10,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.element_types import from_integers
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import has_body
 
 __all__ = ["drop_no_ops", "drop_round_trips", "lift_constants", "merge_equal", "normalize_arithmetic"]
 
@@ -180,9 +181,7 @@ def merge_equal(g: Graph) -> None:
     first_by_key: dict[Any, ir.Node] = {}
     constants: dict[Any, ir.Value] = {}
     for node in g.nodes():
-        if node.op_type in RANDOM or any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()
-        ):
+        if node.op_type in RANDOM or has_body(node):
             continue
         inputs = tuple(_representative(g, x, constants) for x in node.inputs)
         key = (node.domain, node.op_type, inputs, _attributes(node), len(node.outputs))

@@ -114,13 +114,11 @@ class Graph:
 
     def value(self, name: str) -> ir.Value:
         """The value of that name at the top level; raises `ModelError` if there is none."""
-        for v in itertools.chain(self.model.graph.inputs, self.model.graph.initializers.values()):
+        graph = self.model.graph
+        computed = (v for node in graph for v in node.outputs)
+        for v in itertools.chain(graph.inputs, graph.initializers.values(), computed):
             if v.name == name:
                 return v
-        for node in self.model.graph:
-            for v in node.outputs:
-                if v.name == name:
-                    return v
         raise ModelError(f"the graph has no value named '{name}'")
 
     @staticmethod
@@ -340,6 +338,10 @@ class Graph:
         """A copy as an `onnx_graphsurgeon.Graph`, whose constants are read when their values are."""
         return graphsurgeon.to_graphsurgeon(self.model)
 
+    def sort(self) -> None:
+        """Put the nodes into topological order; raises `ModelError` for a cycle."""
+        valid.order(self.model.graph)
+
     def adopt(self, new: Graph) -> None:
         """Replace the model by that of another graph, as one edit; handles into the old model become invalid."""
         self.model = new.model
@@ -387,7 +389,7 @@ class Graph:
 
     def verify(self, *, interface: bool = True) -> None:
         """Check order, names, dangling values, operator schemas, types and the interface; raises `ModelError`."""
-        valid.order(self.model.graph)
+        self.sort()
         valid.names(self.model.graph)
         if interface:
             same_interface(self.interface, interface_of(self.model.graph))

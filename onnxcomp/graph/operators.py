@@ -5,6 +5,8 @@ The sets differ on purpose: each site follows an operator only where its own pro
 
 from __future__ import annotations
 
+import onnx_ir as ir
+
 __all__ = [
     "ADDITIONS",
     "BRANCH_OPS",
@@ -22,6 +24,7 @@ __all__ = [
     "TIMED_OPS",
     "TOKEN_SELECTING",
     "WEIGHT_PRODUCTS",
+    "has_body",
 ]
 
 ADDITIONS = ("Add", "Sum")
@@ -76,3 +79,10 @@ RUNTIME_OPS = frozenset(
         "ThresholdedRelu",
     ]
 )
+
+# ---- operators with graphs inside --------------------------------------------------------------------------------
+
+
+def has_body(node: ir.Node) -> bool:
+    """Whether an attribute of the node is a graph, as of loops and branches."""
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())

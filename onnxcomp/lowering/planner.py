@@ -307,7 +307,7 @@ def _entry(kind: Kind, name: str, site: Graph, feeds: Sequence[dict[str, Array]]
     try:
         ctx = Context(model, of.target, of.masks, exact_rows=of.exact_rows, inputs=of.inputs)
         kind.form(name).rewrite(ctx, kind.find(model)[0])
-        model.model.graph.sort()
+        model.sort()
         model.sweep()
         return Entry(name, model, _hoist(model, ctx, feeds), tolerance=_tolerance(kind.form(name)))
     except OnnxcompError as e:

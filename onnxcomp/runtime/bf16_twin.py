@@ -40,7 +40,7 @@ def in_float32(g: Graph) -> Graph | None:
             if v.dtype is HALF:
                 _round(twin, node, v)
     twin.sweep()
-    twin.model.graph.sort()
+    twin.sort()
     return twin
 
 

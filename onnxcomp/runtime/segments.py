@@ -1,7 +1,7 @@
 """Execution of a graph segment by segment, so that memory is that of one segment: all data runs through one first.
 
 A `Layout` finds the cuts where few values cross. A `Walk` remembers where it stands: the values at one cut for every
-run of the data, in files once they are large. A `Stage` is the session of one segment, a sub-model (`segment`) that
+run of the data, in files once they are large. A `Stage` is the session of one segment, a sub-model that
 reads the original external data. What depends on no weight product (masks, positions, embeddings) crosses no cut: it is
 computed again in every segment that reads it.
 """
@@ -17,17 +17,18 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from onnxcomp.data.narrowed import sized, sizes_of
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import has_body
 from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths import Array
-from onnxcomp.runtime.payload import add_outputs, complete_cache_outputs, prepacks
+from onnxcomp.runtime.payload import prepacks
 from onnxcomp.runtime.sessions import Session
+from onnxcomp.runtime.sub_models import segment
 from onnxcomp.target import Target
 
-__all__ = ["Cut", "Layout", "Stage", "Walk", "segment", "signature"]
+__all__ = ["Cut", "Layout", "Stage", "Walk", "signature"]
 
 Runs = Callable[[], Iterable[Mapping[str, Array]]]
 # Products with a weight: what depends on one is worth carrying over a cut, the rest is cheap to compute again.
@@ -54,7 +55,7 @@ class Layout:
     """The cuts of a graph, the position of the node that computes each value, and the bytes of constants in between."""
 
     def __init__(self, graph: Graph) -> None:
-        graph.model.graph.sort()
+        graph.sort()
         nodes = _early_order(list(graph.model.graph))
         self.count = len(nodes)
         self._position: dict[str, int] = {}
@@ -72,10 +73,7 @@ class Layout:
             if depends:
                 after_product.update(node.outputs)
                 self._position.update({str(v.name): i for v in node.outputs})
-        has_bodies = any(
-            a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for n in nodes for a in _attributes(n)
-        )
-        self.cuts = [] if has_bodies else _cuts(_crossing(nodes, after_product, last_use), products)
+        self.cuts = [] if any(map(has_body, nodes)) else _cuts(_crossing(nodes, after_product, last_use), products)
 
     def before(self, wanted: Iterable[str]) -> Cut | None:
         """The last cut from which all wanted values can still be computed; None where only the inputs are enough."""
@@ -109,10 +107,6 @@ def _early_order(nodes: Sequence[ir.Node]) -> list[ir.Node]:
         producers = (x.producer() for x in node.inputs if x is not None)
         position[node] = max((position[m] for m in producers if m in position), default=-1) if node in dangling else i
     return sorted(nodes, key=lambda n: (position[n], n in dangling))
-
-
-def _attributes(node: ir.Node) -> Iterable[ir.Attr]:
-    return (a for a in node.attributes.values() if isinstance(a, ir.Attr))
 
 
 def _is_product(graph: Graph, node: ir.Node) -> bool:
@@ -172,28 +166,6 @@ def _split(crossing: Sequence[tuple[str, ...]], products: Sequence[int], low: in
         for i in _split(crossing, products, a, b)
     ]
     return sorted(chosen + finer)
-
-
-def segment(graph: Graph, given: Mapping[str, Array], names: Sequence[str]) -> Graph:
-    """The sub-model that computes the named values from the graph's inputs and the carried values; tensors are shared.
-
-    `given` holds an example array of each carried value, for the type and rank of the new input of that name.
-    """
-    graph.model.graph.sort()
-    model = graph.model.clone()
-    model.graph.outputs.clear()
-    computed = {v.name: v for node in model.graph for v in node.outputs if v.name in given}
-    for name, example in given.items():
-        old = computed[name]
-        old.name = f"{name}_computed"
-        kind = ir.TensorType(ir.DataType.from_numpy(example.dtype))
-        new = ir.Value(name=name, type=kind, shape=ir.Shape([None] * example.ndim))
-        old.replace_all_uses_with(new)
-        model.graph.inputs.append(new)
-    add_outputs(model, names)
-    RemoveUnusedNodesPass()(model)
-    complete_cache_outputs(model)
-    return Graph(model, graph.path)
 
 
 def signature(graph: Graph, names: Iterable[str]) -> tuple[Any, ...]:

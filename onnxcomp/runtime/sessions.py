@@ -147,7 +147,7 @@ class Session:
             if not taps and path.is_file():
                 return str(path)
             model = graph_of(model)
-        model.model.graph.sort()  # passes append new nodes at the end; the runtime needs topological order
+        model.sort()  # passes append new nodes at the end; the runtime needs topological order
         # Inputs that are asked for need no run.
         self._input_taps = set(taps) & {str(v.name) for v in model.inputs} - {str(v.name) for v in model.outputs}
         load = payload(model.model, taps)

@@ -46,7 +46,7 @@ def in_wider(g: Graph) -> Graph | None:
     for v, was in zip(outputs, types, strict=True):
         if v.dtype is not was and was is not None:
             twin.replace(v, _cast(twin, v, was))
-    twin.model.graph.sort()
+    twin.sort()
     return twin
 
 

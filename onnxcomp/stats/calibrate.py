@@ -80,7 +80,7 @@ def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]
     shapes = {(of, name): dims(graph.value(name)) for name in names}
     if None not in shapes.values():
         return shapes
-    graph.model.graph.sort()
+    graph.sort()
     copy = graph.clone()
     copy.infer_shapes()
     return {(of, name): dims(copy.value(name)) for name in names}

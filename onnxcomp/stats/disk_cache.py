@@ -16,7 +16,7 @@ from onnxcomp.files.atomic import replacing
 from onnxcomp.files.seal import seal
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
-from onnxcomp.runtime.segments import segment
+from onnxcomp.runtime.sub_models import segment
 from onnxcomp.stats.statistic import Need, Of, Stats, fetched, statistic
 from onnxcomp.target import Target
 

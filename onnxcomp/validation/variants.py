@@ -90,7 +90,7 @@ def _edited(g: Graph, edit: Edit) -> Graph:
     edit(variant)
     if variant.spool is not None:  # pages of weights that this edit read must not add up with those of the next
         release_weights(variant.model)
-    variant.model.graph.sort()
+    variant.sort()
     return variant
 
 

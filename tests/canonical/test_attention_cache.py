@@ -56,7 +56,7 @@ def finished(g: Graph, outputs: dict) -> Graph:
         v.name, v.type = name, ir.TensorType(ir.DataType.FLOAT)
         v.shape = ir.Shape(shape or [None] * 4)
         g.model.graph.outputs.append(v)
-    g.model.graph.sort()
+    g.sort()
     done = Graph(g.model)
     done.infer_shapes()
     return done
@@ -112,7 +112,7 @@ def test_a_mask_made_from_the_length_of_the_new_keys_makes_no_cycle():
     place = g.op("Range", np.array(0, np.int64), length, np.array(1, np.int64))
     bias = g.op("Mul", g.op("Cast", place, to=int(ir.DataType.FLOAT)), f32(-0.1))
     g.set_input(softmax, 0, g.op("Add", softmax.inputs[0], bias))
-    g.model.graph.sort()
+    g.sort()
     new = g.clone()
     canonicalize(new)
     assert new.declined == []

@@ -132,7 +132,7 @@ def test_contents_are_what_the_runtime_computes(name):
     body = INTEGERS.get(name) or FLOATS[name]
     kind = "int64" if name in INTEGERS else "float"
     g = parse(f"(float[2,3,4] x) => ({kind}[n] y) {{ s=Shape(x) k=Constant<value=int64[3] {{2,2,5}}>() {body} }}")
-    g.model.graph.sort()
+    g.sort()
     content = Facts(g).content(g.outputs[0])
     assert content is not None
     g.model.graph.outputs[0].shape = None if content.ndim != 1 else ir.Shape(["n"])

@@ -143,7 +143,7 @@ def test_a_packed_weight_is_not_read():
     out = attended(g, *parts)
     out.name, out.type, out.shape = "y", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["b", "s", C])
     g.model.graph.outputs.append(out)
-    g.model.graph.sort()
+    g.sort()
     g = Graph(g.model)
     canonicalize(g)
     assert len(blocks.attentions(g)) == 1

@@ -139,7 +139,7 @@ def test_scales_of_a_quantized_weight_follow(scales):
         q = rng.integers(-127, 128, (k, n)).astype(np.int8)
         w = g.op("DequantizeLinear", q, rng.uniform(0.001, 0.01, shape).astype(np.float32), **options)
         g.set_input(linear.node, 1, w)
-    g.model.graph.sort()
+    g.sort()
     group = coupling.Coupling(g).channels(blocks.mlps(g)[0].down.node)
     assert group.units == (4 if scales == "block" else 16)
     cuts.check(g, group, np.array([0, 2]), feeds(g))

@@ -21,7 +21,7 @@ def in_a_stream(form: str) -> Graph:
     inner.replace(x, before, users=[u for u, _ in x.uses() if u is not before.producer()])
     after = inner.op("MatMul", y, hand.weight(WIDTH, 3))
     inner.model.graph.outputs.clear()
-    inner.model.graph.sort()
+    inner.sort()
     g = tiny.finish(inner, after, "z", ["tokens", 3])
     canonicalize(g)
     return g

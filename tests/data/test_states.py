@@ -64,7 +64,7 @@ def detector(axis: str = "batch") -> Graph:
         v.name, v.type, v.shape = name, ir.TensorType(FLOAT), ir.Shape(shape)
         g.model.graph.outputs.append(v)
     g.model.opset_imports[""] = 16
-    g.model.graph.sort()
+    g.sort()
     return Graph(g.model)
 
 

@@ -212,7 +212,7 @@ def test_a_result_that_fails_where_the_original_does_not_is_refused(source, tmp_
     last = g.outputs[0].producer()
     x = last.inputs[0]
     g.set_input(last, 0, g.op("Log", g.op("Neg", g.op("Abs", x, like=x), like=x), like=x))
-    g.model.graph.sort()
+    g.sort()
     bad = storage.read(storage.save(g, tmp_path / "bad"))
     with pytest.raises(ModelError, match="not finite"):
         smoke(storage.read(source), bad, CPU)
@@ -233,7 +233,7 @@ def test_a_result_that_takes_other_inputs_or_does_not_load_is_a_fault(source, tm
     h = storage.load(source)
     x = h.outputs[0].producer().inputs[0]
     h.replace(x, h.op("NoSuchOperator", x, like=x, domain="com.microsoft"))
-    h.model.graph.sort()
+    h.sort()
     broken = storage.read(storage.save(h, tmp_path / "broken"))
     with pytest.raises(PassFault, match="does not load"):
         smoke(original, broken, CPU)

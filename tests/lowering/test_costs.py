@@ -26,7 +26,7 @@ def quantized(seed: int = 0) -> Graph:
     g.set_input(product, 0, g.op("DequantizeLinear", q, scale, zero))
     g.set_input(product, 1, g.op("DequantizeLinear", w, np.full(6, 0.01, np.float32), np.zeros(6, np.int8), axis=1))
     g.sweep()
-    g.model.graph.sort()
+    g.sort()
     return Graph(g.model)
 
 
@@ -38,7 +38,7 @@ def dynamic() -> Graph:
     made = g.op("DynamicQuantizeMatMul", product.inputs[0], w, scale, zero, domain=CONTRIB)
     g.replace(product.outputs[0], g.op("MatMul", made, np.ones((6, 6), np.float32)))
     g.sweep()
-    g.model.graph.sort()
+    g.sort()
     return Graph(g.model)
 
 

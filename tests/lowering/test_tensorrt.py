@@ -201,7 +201,7 @@ def test_a_broken_rule_is_named_with_the_node(rule, breaks, node):
     g = legal()
     assert not tensorrt.check(g)
     breaks(g)
-    g.model.graph.sort()
+    g.sort()
     assert (rule, node) in {(v.rule, v.node) for v in tensorrt.check(g)}
     if rule in tensorrt.LAYOUT:
         assert any(f"rule '{rule}' at '{node}'" in note for note in tensorrt.require(g, TENSORRT))

@@ -16,8 +16,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Slot, layout
 from onnxcomp.methods.repair import convolutions
 from onnxcomp.methods.repair.convolutions import Patches, probed
-from onnxcomp.runtime.segments import segment
 from onnxcomp.runtime.sessions import Session
+from onnxcomp.runtime.sub_models import segment
 from tests import cuts, tiny
 from tests.hand import f32, graph
 

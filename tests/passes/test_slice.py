@@ -199,7 +199,7 @@ def test_sums_of_embeddings_before_a_norm_are_no_residual_stream():
     start = blocks.norms(g)[0].input
     users = [u for u, _ in start.uses()]
     g.replace(start, g.op("Add", start, np.ones((1, 1, 32), np.float32), like=start), users=users)
-    g.model.graph.sort()
+    g.sort()
     assert all(s.why for s in streams(g))
 
 

@@ -168,7 +168,7 @@ def test_kept_attention_is_the_sum_of_probabilities_inside(make, sinks):
     allowed = keys & np.tri(9, dtype=bool) if make is tiny.decoder else keys
     copy = g.clone()
     values = [str(v.name) for v in kept_by_width(copy, attentions(copy), sinks)]
-    copy.model.graph.sort()
+    copy.sort()
     for a, kept in zip(attentions(g), tapped(copy, feeds, values), strict=True):
         q, k = tapped(g, feeds, [str(x.name) for x in a.node.inputs[:2]])
         k = split(k, a.kv_heads)

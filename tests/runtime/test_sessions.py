@@ -430,7 +430,7 @@ def test_integer_check_counts_dynamic_quantization(tmp_path: Path) -> None:
     float_ = g.op("Mul", g.op("Cast", product, to=1), g.op("Mul", scale, q.scale))
     g.replace(node.outputs[0], float_)
     g.sweep()
-    g.model.graph.sort()
+    g.sort()
     path = tmp_path / "dynamic.onnx"
     ir.save(g.model, path)
     assert integer_check(path) == sessions.IntegerCheck(1, 1, 0, True, "")

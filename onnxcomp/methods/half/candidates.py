@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxcomp.analysis.element_types import from_integers, is_float
 from onnxcomp.graph import CONTRIB, Graph
-from onnxcomp.graph.operators import ELEMENT_PRESERVING
+from onnxcomp.graph.operators import ELEMENT_PRESERVING, has_body
 from onnxcomp.maths import Array
 
 __all__ = [
@@ -97,7 +97,7 @@ def _variables(op: str, version: int, half: str) -> tuple[tuple[str, ...], tuple
 
 def ports(g: Graph, node: ir.Node, half: ir.DataType) -> Ports | None:
     """The ports of a node, None where no float32 input or output of it could be half."""
-    if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values()):
+    if has_body(node):
         return None
     if node.domain == CONTRIB and node.op_type in CONTRIB_HALF and half is ir.DataType.FLOAT16:
         return _made(node, [is_float(v) for v in node.inputs], [is_float(v) for v in node.outputs])

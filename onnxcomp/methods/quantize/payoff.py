@@ -61,7 +61,7 @@ def experts_models(x: BatchedLinear, target: Target) -> dict[str, Graph]:
     ints = floats.clone()
     (copy,) = blocks.batched_linears(ints)
     batched.store(ints, copy, batched.TableCodes(ints, target, batched.run_time))
-    ints.model.graph.sort()
+    ints.sort()
     ints.sweep()
     return {"float": floats, "int8": ints}
 
@@ -81,7 +81,7 @@ def _experts(x: BatchedLinear) -> Graph:
     y = g.op("MatMul", *((w, source) if x.left else (source, w)), name="product")
     y.type, y.name = source.type, "y"
     g.model.graph.outputs.append(y)
-    g.model.graph.sort()
+    g.sort()
     return g
 
 
@@ -179,5 +179,5 @@ def _in_form(g: Graph, target: Target, name: str) -> None:
     for spot in kind.find(g):
         form = default(ctx, kind.name, legal(ctx, spot, standard=False, approximate=False))
         kind.form(form).rewrite(ctx, spot)
-    g.model.graph.sort()
+    g.sort()
     g.sweep()

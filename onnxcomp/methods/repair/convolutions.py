@@ -287,7 +287,7 @@ def refit_in_order(g: Graph, uncut: Graph, env: Env, cut: Cut) -> None:
     A convolution's target is its own output in the uncut model, on the kept out-channels. Law: no squared error on the
     calibration data is larger than without repair, given the same inputs.
     """
-    g.model.graph.sort()
+    g.sort()
     order = {n.name: i for i, n in enumerate(g.nodes())}
     readers = [r for r in inside(g, (r for *_, consumers in cut for r in consumers)) if not r.feeds_itself]
     outputs = [str(n.outputs[0].name) for r in readers if isinstance(r, Patches) for n in r.nodes]

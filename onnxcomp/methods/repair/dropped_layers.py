@@ -67,7 +67,7 @@ def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], gau
     is the uncut stream at the same place. Law: no squared error on the calibration data grows. A note says where
     nothing can be refitted, and why.
     """
-    g.model.graph.sort()
+    g.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
     joined = ((x, residual_sum(x)) for x in sorted(blocks.linears(g), key=lambda x: order[x.node]))
     writers = [(x, into.end) for x, into in joined if into is not None]

@@ -86,7 +86,7 @@ def refit_in_order(
     where it has these values in the same widths, else the graph before the cut. Law: no layer's squared error on the
     calibration data is larger than without repair, given the same inputs.
     """
-    g.model.graph.sort()
+    g.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
     here = _fitted_together(g, inside(g, readers))
     changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if gauss_newton else set()
