@@ -74,18 +74,6 @@ def _names(needs: Iterable[Need], of: Of) -> list[str]:
     return list(dict.fromkeys(name for n in needs for o, name in fetched(n) if o == of))
 
 
-def _shapes(graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]:
-    """Shapes of the values of one graph, inferred on a copy where they are not recorded."""
-    names = [name for o, name in keys if o == of]
-    shapes = {(of, name): dims(graph.value(name)) for name in names}
-    if None not in shapes.values():
-        return shapes
-    graph.sort()
-    copy = graph.clone()
-    copy.infer_shapes()
-    return {(of, name): dims(copy.value(name)) for name in names}
-
-
 @dataclass(frozen=True)
 class Blocks:
     """A collection segment by segment: where each graph can be cut, and which needs are answered together."""
@@ -132,6 +120,7 @@ class Collector:
         self.walks: dict[Of, Walk] = {of: Walk(target, self.memory, scratch) for of in ("current", "original")}
         self.chunk: int | None = None
         self.shapes: dict[Key, Dims | None] = {}
+        self._inferred: dict[Key, Dims] = {}
         self.sizes: dict[Key, int] = {}
         self.widths: dict[Need, int] = {}
         self.held = 0
@@ -214,7 +203,7 @@ class Collector:
 
     def _sizes(self, graphs: Mapping[Of, Graph], keys: Sequence[Key], feeds: Mapping[str, Array]) -> dict[Key, int]:
         """Estimated bytes of values for one sample, from recorded or inferred shapes and the first batch."""
-        self.shapes = {k: s for of, g in graphs.items() for k, s in _shapes(g, of, keys).items()}
+        self.shapes = {k: s for of, g in graphs.items() for k, s in self._shapes(g, of, keys).items()}
         symbols: dict[int | str, int] = {}
         for v in graphs["current"].inputs:
             symbols.update(zip(dims(v) or (), feeds[str(v.name)].shape if v.name in feeds else (), strict=False))
@@ -225,6 +214,20 @@ class Collector:
             return math.prod(d if isinstance(d, int) else symbols.get(d, tokens) for d in shape)
 
         return {k: max(1, 4 * elements(k) // (batch_size(feeds) or 1)) for k in keys}
+
+    def _shapes(self, graph: Graph, of: Of, keys: Iterable[Key]) -> dict[Key, Dims | None]:
+        """Shapes of the values of one graph, for estimates; those that are not recorded are inferred once on a copy."""
+        names = [name for o, name in keys if o == of]
+        recorded = {(of, name): dims(graph.value(name)) for name in names}
+        shapes = {k: s if s is not None else self._inferred.get(k) for k, s in recorded.items()}
+        if None not in shapes.values():
+            return shapes
+        graph.sort()
+        copy = graph.clone()
+        copy.infer_shapes()
+        values = (v for node in copy.model.graph for v in node.outputs)
+        self._inferred.update({(of, str(v.name)): shape for v in values if (shape := dims(v)) is not None})
+        return {k: s if s is not None else self._inferred.get(k) for k, s in recorded.items()}
 
     def _blocks(self, graphs: Mapping[Of, Graph], needs: Sequence[Need]) -> Blocks | None:
         """How to go segment by segment; None where everything fits the budget in one session of the whole graph."""

@@ -14,12 +14,11 @@ ONE = {name.partition(".")[0]: name for name in FP32}  # one graph of each archi
 UNCUT: dict[tuple[str, str], str] = {}
 
 
-# Heads of every architecture, and of every other one channels or layers; `tools/cuts` judges all.
+# Heads of every other architecture, channels or layers of the rest; `tools/cuts` judges all of all.
 CUTS = [
     (a, kind)
     for i, a in enumerate(ONE)
-    for kind in ("heads", ("channels", "layers")[i % 2])
-    if (a, kind) not in cut_matrix.OTHERWISE
+    if (a, kind := ("heads", "channels", "heads", "layers")[i % 4]) not in cut_matrix.OTHERWISE
 ]
 
 
@@ -37,7 +36,7 @@ def test_a_quarter_goes_as_predicted_and_equals_the_masked_model(architecture, k
 @pytest.mark.parametrize("kind", cut_matrix.KINDS)
 @pytest.mark.parametrize("architecture", ["bert", "llama", "vit"])
 def test_exports_of_one_model_are_cut_alike(architecture, kind):
-    names = [n for n in FP32 if n.partition(".")[0] == architecture][:3]
+    names = [n for n in FP32 if n.partition(".")[0] == architecture][:2]
     assert len(names) > 1
     found = [cut_matrix.KINDS[kind](FP32[n], cut_matrix.canonical(n)).output for n in names]
     for y in found[1:]:
