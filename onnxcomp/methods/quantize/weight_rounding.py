@@ -147,7 +147,7 @@ def round_sites(
     codes = linears.WeightCodes(g, "channel", env.target, tables)
     rounder = Rounder(g, env, methods, free_bias=free_bias)
     shared = {e.table for e in tables}
-    g.model.graph.sort()
+    g.sort()
     wanted = [x for x in linears.quantizable(g) if x.name in methods or (x.transposed and x.weight in shared)]
     for group in blocks.siblings(wanted):
         rounder.replace(group, codes)
