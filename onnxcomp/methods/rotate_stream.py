@@ -17,11 +17,11 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks.linears import Index, Linear, NormSite
 from onnxcomp.blocks.stream import Stream, stream_operands
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import ADDITIONS
+from onnxcomp.graph.operators import ADDITIONS, TOKEN_SELECTING
 from onnxcomp.graph.scratch import as_tensor, release_pages
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["basis", "rotate"]
+__all__ = ["basis", "is_free", "multiply", "rotate"]
 
 PIECE = 1 << 22  # elements converted to float64 at a time, 32 MiB: bounds memory, not the result
 
@@ -122,13 +122,13 @@ class _Rotation:
         is_internal = not x.is_graph_output() and not self.others.get(x) and readers <= self.members
         linear = self.index.by_output.get(x)
         if is_internal and (x is v or len(readers) == 1):
-            if linear is not None and _is_free(linear):
-                self._put(linear.weight, q, 0 if linear.transposed else 1)
+            if linear is not None and is_free(linear):
+                multiply(self.g, linear.weight, q, 0 if linear.transposed else 1)
                 if linear.bias is not None:
-                    self._put(linear.bias, q, -1)
+                    multiply(self.g, linear.bias, q, -1)
                 return x
             if (table := self._table(x)) is not None:
-                self._put(table, q, 1)
+                multiply(self.g, table, q, 1)
                 return x
         return self.g.op("MatMul", x, self._matrix(q, x), name=f"{x.name}_sliced")
 
@@ -139,11 +139,6 @@ class _Rotation:
         if node is None or table is None or not self.g.is_constant(table) or len(list(table.uses())) != 1:
             return None
         return table if len(table.shape or ()) == 2 and node.attributes.get_int("axis", 0) == 0 else None
-
-    def _put(self, v: ir.Value, q: Float64, axis: int) -> None:
-        """Multiply a constant along one axis by `q [d, d']`, rounding once."""
-        a = self.g.array(v)
-        self.g.put(v, product(a, q) if axis in (1, -1) else np.ascontiguousarray(product(a.T, q).T))
 
     # ---- norms ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +157,9 @@ class _Rotation:
         unfolded = []
         for node in norm.readers:
             linear = next((x for x in self.index.by_source.get(norm.output, []) if x.node is node), None)
-            if linear is None or not self._let_read(linear, new, restore, shift):
+            if linear is not None and self._can_read(linear, shift):
+                self._let_read(linear, new, restore, shift)
+            elif not self._select(node, norm.output, new, restore, shift):
                 unfolded.append(node)
         if unfolded or norm.output.is_graph_output():
             back = self.g.op(
@@ -172,11 +169,28 @@ class _Rotation:
                 back = self.g.op("Add", back, self._matrix(shift, norm.gain), like=norm.output)
             self.g.replace(norm.output, back, users=None if norm.output.is_graph_output() else unfolded)
 
-    def _let_read(self, x: Linear, new: ir.Value, r: Float64, shift: Float64 | None) -> bool:
-        """Fold `r [d', d]` into a linear that then reads the `d'` coordinates; False where its weights are shared."""
-        grows = shift is not None and x.bias is None
-        if not _is_free(x) or (grows and (x.output.is_graph_output() or x.node.op_type == "Gemm")):
+    def _select(self, node: ir.Node, old: ir.Value, new: ir.Value, r: Float64, shift: Float64 | None) -> bool:
+        """Let a node that selects tokens of a norm's output, for linears alone, select those of the new one."""
+        out = node.outputs[0]
+        readers = self.index.by_source.get(out, [])
+        is_selection = node.op_type in TOKEN_SELECTING and stream_operands(out, self.index, self.facts) == [old]
+        if not is_selection or out.is_graph_output() or {u for u, _ in out.uses()} != {x.node for x in readers}:
             return False
+        if not all(self._can_read(x, shift) for x in readers):
+            return False
+        self.g.set_input(node, 0, new)
+        for x in readers:
+            self._let_read(x, out, r, shift)
+        return True
+
+    @staticmethod
+    def _can_read(x: Linear, shift: Float64 | None) -> bool:
+        """Whether a matrix, and the norm's bias, can be folded into a linear: not where its weights are shared."""
+        grows = shift is not None and x.bias is None
+        return is_free(x) and not (grows and (x.output.is_graph_output() or x.node.op_type == "Gemm"))
+
+    def _let_read(self, x: Linear, new: ir.Value, r: Float64, shift: Float64 | None) -> None:
+        """Fold `r [d', d]` into a linear that then reads the `d'` coordinates."""
         weight = self.g.array(x.weight)
         w = weight.T if x.transposed else weight
         if shift is not None:
@@ -189,13 +203,18 @@ class _Rotation:
                 self.g.put(x.bias, self.g.array(x.bias) + added)
         self.g.put(x.weight, product(w.T, r.T) if x.transposed else np.ascontiguousarray(product(w.T, r.T).T))
         self.g.set_input(x.node, 0, new)
-        return True
 
 
-def _is_free(x: Linear) -> bool:
+def is_free(x: Linear) -> bool:
     """Whether a linear's constants are floats that nothing else uses."""
     constants = [v for v in (x.weight, x.bias) if v is not None]
     return not x.quantized and all(len({u for u, _ in v.uses()}) == 1 and not v.is_graph_output() for v in constants)
+
+
+def multiply(g: Graph, v: ir.Value, q: Float64, axis: int) -> None:
+    """Multiply a constant along its first or last axis by `q [d, d']`, rounding once."""
+    a = g.array(v)
+    g.put(v, product(a, q) if axis in (1, -1) else np.ascontiguousarray(product(a.T, q).T))
 
 
 def product(a: Array, q: Array) -> Array:
