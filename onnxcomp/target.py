@@ -92,7 +92,7 @@ _CPU_FORMS = {
     "linear": ("Add",),
     "silu": ("spelled",),
     "residual": ("Sum",),
-    "table": ("gathered",),
+    "table": ("gathered", "GatherBlockQuantized"),
 }
 # In the oldest supported runtime the standard Attention has no CUDA kernel and runs on the CPU (onnxruntime #28025).
 _GPU_FORMS = {
@@ -106,7 +106,7 @@ _GPU_FORMS = {
     "linear": ("Add",),
     "silu": ("spelled",),
     "residual": ("Add",),
-    "table": ("gathered",),
+    "table": ("gathered", "GatherBlockQuantized"),
 }
 _CPU_CONTRIB = (
     "Attention",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
@@ -37,6 +38,7 @@ class QuantizeWeights(Pass):
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
     example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "bits": 8, "block": 16}
     plans: ClassVar[bool] = True
+    rounding_db: ClassVar[float] = 3.0  # lowered products may round their inputs to 8 bits in larger blocks
 
     bits: Literal[8, 4, 3, 2] = 4
     """Bits of a weight; 3 are stored in 4, and so are 2 until lower packs them (blocks of 32 to 128)."""
@@ -60,8 +62,10 @@ class QuantizeWeights(Pass):
     """Patterns of node or weight names that stay float."""
     min_size: Annotated[int, Field(ge=0)] = 1024
     """Weights with fewer elements stay float."""
-    embeddings: bool = False
-    """Store embedding tables as int8, one scale per row; a head that shares its table keeps sharing it."""
+    embeddings: bool | Literal[8, 4, "float"] = False
+    """Bits of embedding tables, one scale per row of 8 bits; a head that shares its table keeps sharing it."""
+    head: Literal[8, 4, "float"] | None = None
+    """Bits of the output head; by default those of its table where it shares one, else those of other linears."""
 
     @property
     def is_identity(self) -> bool:
@@ -86,25 +90,38 @@ class QuantizeWeights(Pass):
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
         if not self.is_identity and g.opset < BLOCKWISE:
             raise ModelError(f"quantize-weights: operator set {g.opset} has no codes in blocks; put canonicalize first")
-        shared, methods = {e.table for e in eligible}, {}
+        shared, last, methods = {e.table for e in eligible}, blocks.head(g), {}
         for x in linears.chosen(g, self.skip, self.min_size, found):
-            pattern = self._override(x)
-            bits = self.bits if pattern is None else self.overrides[pattern]
+            bits, why = self._bits(x, last)
             if x.transposed and x.weight not in shared:
                 g.decline(x.site, "it shares the embedding table, which stays float without embeddings: true")
             elif bits == "float":
-                g.decline(x.site, f"stays float by the override '{pattern}'")
-            else:
+                g.decline(x.site, f"stays float by {why}")
+            elif not x.transposed:
                 methods[x.name] = self._method(bits)
         for pattern in set(self.overrides) - {self._override(x) for x in linears.quantizable(g)}:
             g.decline(f"overrides: {pattern}", "matches no linear that an earlier pattern left")
-        round_sites(g, env, methods, free_bias=self.bias, tables=eligible)
+        table = self._method(self._table_bits(last, shared))
+        round_sites(g, env, methods, free_bias=self.bias, tables=eligible, table_method=table)
+
+    def _bits(self, x: Linear, last: blocks.Head | None) -> tuple[int | Literal["float"], str]:
+        """Bits of a linear's weight, and the option that says so."""
+        if (pattern := self._override(x)) is not None:
+            return self.overrides[pattern], f"the override '{pattern}'"
+        if self.head is not None and last is not None and x.node is last.node:
+            return self.head, f"head: {self.head}"
+        return self.bits, f"bits: {self.bits}"
+
+    def _table_bits(self, last: blocks.Head | None, tables: Collection[ir.Value]) -> int:
+        """Bits of tables, those of the head where it shares one and wants more."""
+        bits = 4 if self.embeddings == 4 else 8
+        return max(bits, self.head) if isinstance(self.head, int) and last and last.weight in tables else bits
 
     def _override(self, x: Linear) -> str | None:
         return skipped(self.overrides, x.name, str(x.weight.name))
 
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
-        return tables.quantizable(g) if self.embeddings else []
+        return tables.quantizable(g) if self.embeddings not in (False, "float") else []
 
     def _method(self, bits: int) -> Method:
         return Method(bits, self.block, self.symmetric, self.method, self.pull, self.damp, self.refits)

@@ -11,6 +11,7 @@ from onnxcomp.errors import DataError, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.maths import formats
+from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.runtime.sessions import Session, integer_check
 from tests import tiny
@@ -122,6 +123,40 @@ def test_a_tied_head_goes_with_its_table():
     assert [v.dtype for v in tables] == [ir.DataType.INT8]
     batches = feeds(g, range(60, 62))
     assert distance(outputs(model, batches), outputs(g, batches)) < 0.05
+
+
+@pytest.mark.parametrize(("bits", "limit"), [(8, 2e-4), (4, 2e-2)])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_table_is_stored_once_for_look_ups_and_the_head(bits, limit, symmetric):
+    g = tiny.decoder(hidden=64, ffn=128, tied=True, vocabulary=200)
+    options = {"embeddings": bits, "skip": ("*layers*",), "symmetric": symmetric, "method": "nearest", "block": 32}
+    before = quantized(g, **options).model
+    after = PassManager([QuantizeWeights(**{**SMALL, **options}), Lower()]).run(g).model
+    batches = feeds(g, range(60, 62))
+    assert 0 < distance(outputs(before, batches), outputs(g, batches)) < limit
+    with Session(before, optimized=False) as a, Session(after) as b:  # which rounds inputs of the head to 8 bits
+        x, y = ([s.run(f)[s.outputs[0]] for f in batches] for s in (a, b))
+    assert distance(x, y) < 1e-4
+    used = [v for v in after.model.graph.initializers.values() if 200 in v.shape[:1] and v.const_value.nbytes > 3200]
+    assert [(v.dtype, tuple(v.shape)) for v in used] == [(ir.DataType.UINT8, (200, 64 * bits // 8))]
+    [product] = after.nodes("MatMulNBits")
+    assert product.attributes["bits"].value == bits
+
+
+def test_a_head_of_its_own_has_its_own_bits():
+    g = tiny.decoder(hidden=64, ffn=128, vocabulary=200)
+    head = blocks.head(g)
+
+    def stored(**options) -> str:
+        model = quantized(g, method="nearest", **options).model
+        return next(model.tensor(x.weight).dtype.name for x in blocks.linears(model) if x.name == head.linear.name)
+
+    assert [stored(head=h) for h in (8, 4, "float", None)] == ["UINT8", "UINT4", "FLOAT", "UINT4"]
+    assert stored(head=4, bits=8) == "UINT4"
+    tied = tiny.decoder(hidden=64, ffn=128, tied=True, vocabulary=200)
+    model = quantized(tied, method="nearest", embeddings=4, head=8).model
+    tables = [v.dtype for v in model.model.graph.initializers.values() if tuple(v.shape) == (200, 64)]
+    assert tables == [ir.DataType.INT8]
 
 
 def test_skipped_and_small_weights_are_named():

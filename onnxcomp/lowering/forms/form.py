@@ -73,6 +73,10 @@ class Context:
         free = not self.exact_rows or self.mask(mask).split()[0] in ("none", "all", "causal", "window")
         return "" if free else "results of queries whose mask hides every key would change"
 
+    def made(self, what: str, v: ir.Value) -> ir.Value | None:
+        """The helper value of that name derived from `v`, if a site before has made it."""
+        return self._made.get((what, v))
+
     def shared(self, what: str, v: ir.Value, make: Callable[[], ir.Value], *, once: bool = False) -> ir.Value:
         """The helper value of that name derived from `v`, made once for all sites that read `v`.
 

@@ -1,32 +1,51 @@
-"""Forms of embedding tables stored in 8 bits: rows dequantized after they are looked up, or all at every run."""
+"""Forms of embedding tables stored in 8 or 4 bits: rows dequantized after they are looked up, or all at every run."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
+from onnxcomp.lowering.forms.weight_only import FOUR, packed_rows, packed_zeros
 
 __all__ = ["TABLE"]
 
 SMALLEST_BLOCK = 16  # elements of one scale; GatherBlockQuantized takes powers of two from here on
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How a table is stored: bits of a code, elements of a row per scale (0 for the whole row), one scale per row."""
+
+    bits: int
+    block: int
+    per_row: bool
+
+
 def _find(g: Graph) -> list[Spot]:
-    """Look-ups in a DequantizeLinear of constant int8 codes `[rows, width]`, one scale per row or one in all."""
+    """Look-ups in a DequantizeLinear of constant codes `[rows, width]`.
+
+    Codes are int8 with one scale per row or one in all, or of 4 bits with a scale for each block of a row.
+    """
     spots = []
     for gather in g.nodes("Gather"):
-        dequantize = gather.inputs[0].producer() if gather.inputs[0] is not None else None
-        if dequantize is None or dequantize.op_type != "DequantizeLinear" or gather.attributes.get_int("axis", 0) != 0:
+        made = gather.inputs[0].producer() if gather.inputs[0] is not None else None
+        if made is None or made.op_type != "DequantizeLinear" or gather.attributes.get_int("axis", 0) != 0:
             continue
-        codes, scale = (g.tensor(v) for v in dequantize.inputs[:2])
-        if codes is None or scale is None or codes.dtype is not ir.DataType.INT8 or len(codes.shape) != 2:
+        codes, scale = (g.tensor(v) for v in made.inputs[:2])
+        if codes is None or scale is None or len(codes.shape) != 2 or gather.outputs[0].dtype is None:
             continue
-        per_row = len(scale.shape) == 1 and dequantize.attributes.get_int("axis", 1) % 2 == 0
-        plain = "block_size" not in dequantize.attributes and len(dequantize.inputs) == 2
-        if plain and (per_row or len(scale.shape) == 0) and gather.outputs[0].dtype is not None:
-            spots.append(Spot("table", str(gather.name), (dequantize, gather), "dequantized", per_row))
+        axis, block = made.attributes.get_int("axis", 1) % 2, made.attributes.get_int("block_size", 0)
+        if codes.dtype is ir.DataType.INT8 and not block and len(made.inputs) == 2:
+            per_row = len(scale.shape) == 1 and axis == 0
+            rows = Rows(8, 0, per_row) if per_row or len(scale.shape) == 0 else None
+        else:
+            rows = Rows(4, block, False) if codes.dtype in FOUR and block and axis == 1 else None
+        if rows is not None:
+            spots.append(Spot("table", str(gather.name), (made, gather), "dequantized", rows, f"{rows.bits} bits"))
     return spots
 
 
@@ -44,36 +63,46 @@ def _column(ctx: Context, scale: ir.Value) -> ir.Value:
 
 
 def _gathered(ctx: Context, spot: Spot) -> None:
-    """Codes and scales looked up, then multiplied."""
+    """Codes and scales looked up, then multiplied; a head that shares the codes may have them around 128."""
     (codes, scale, indices, out), g, name = _parts(spot), ctx.g, spot.name
+    assert codes is not None
     assert out.dtype is not None
-    q = g.op("Gather", codes, indices, axis=0, name=f"{name}_codes")
-    s = g.op("Gather", _column(ctx, scale), indices, axis=0, name=f"{name}_scales") if spot.data else scale
+    unsigned = ctx.made("rows", codes)
+    q = g.op("Gather", unsigned or codes, indices, axis=0, name=f"{name}_codes")
+    s = g.op("Gather", _column(ctx, scale), indices, axis=0, name=f"{name}_scales") if spot.data.per_row else scale
     wide = g.op("Cast", q, to=out.dtype.value, name=f"{name}_wide", like=out)
+    if unsigned is not None:
+        wide = g.op("Sub", wide, np.array(128, out.dtype.numpy()), name=f"{name}_signed", like=out)
     g.replace(out, g.op("Mul", wide, s, name=f"{name}_rows", like=out))
 
 
+def _refuse_gathered(ctx: Context, spot: Spot) -> str:
+    return "" if spot.data.bits == 8 else "the runtime looks up no codes of 4 bits"
+
+
 def _blocks(ctx: Context, spot: Spot) -> None:
-    """`GatherBlockQuantized` with one block per row, of unsigned codes around 128."""
-    (codes, scale, indices, out), g = _parts(spot), ctx.g
+    """`GatherBlockQuantized`; codes with one scale per row are one block around 128."""
+    (codes, scale, indices, out), g, rows = _parts(spot), ctx.g, spot.data
+    assert codes is not None
     tensor = g.tensor(codes)
     assert tensor is not None
-
-    def unsigned() -> ir.TensorProtocol:
-        return ir.tensor((tensor.numpy().astype(np.int16) + 128).astype(np.uint8))
-
-    stored = g.constant(
-        ir.LazyTensor(unsigned, dtype=ir.DataType.UINT8, shape=ir.Shape(tensor.shape.numpy())), f"{spot.name}_uint8"
-    )
-    block = max(SMALLEST_BLOCK, 1 << (int(tensor.shape.numpy()[1]) - 1).bit_length())
-    args, name = (stored, indices, _column(ctx, scale)), f"{spot.name}_blocks"
-    attrs = {"bits": 8, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
+    width, args = int(tensor.shape.numpy()[1]), [packed_rows(ctx, codes, rows.bits), indices, scale]
+    zero = spot.nodes[0].inputs[2] if len(spot.nodes[0].inputs) > 2 else None
+    if rows.block == 0:
+        args[2] = _column(ctx, scale)
+    elif zero is not None:
+        zeros = packed_zeros(g.array(zero), rows.bits, tensor.dtype is ir.DataType.INT4)
+        if zeros is not None:
+            args.append(ctx.shared("zeros", zero, lambda: g.constant(zeros, f"{zero.name}_packed")))
+    block = rows.block or max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
+    name = f"{spot.name}_blocks"
+    attrs = {"bits": rows.bits, "block_size": block, "gather_axis": 0, "quantize_axis": 1}
     g.replace(out, g.op("GatherBlockQuantized", *args, domain=CONTRIB, name=name, like=out, **attrs))
 
 
 def _refuse_blocks(ctx: Context, spot: Spot) -> str:
     codes, _, indices, out = _parts(spot)
-    if not spot.data:
+    if spot.data.bits == 8 and not spot.data.per_row:
         return "takes one scale per row"
     if codes is not None and len(list(codes.uses())) > 1:
         return "the codes are those of another operator as well, which wants them signed"
@@ -86,7 +115,7 @@ TABLE = Kind(
     "table",
     _find,
     (
-        Form("gathered", _gathered),
+        Form("gathered", _gathered, (), _refuse_gathered),
         Form("GatherBlockQuantized", _blocks, ((CONTRIB, "GatherBlockQuantized"),), _refuse_blocks),
         Form("dequantized", lambda ctx, spot: None),
     ),

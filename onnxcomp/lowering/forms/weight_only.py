@@ -13,12 +13,13 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.graph.values import untransposed
-from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
+from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot, ints
 from onnxcomp.maths import Array
 
-__all__ = ["WEIGHT_ONLY", "bits_in_use"]
+__all__ = ["WEIGHT_ONLY", "bits_in_use", "packed_rows", "packed_zeros"]
 
 EIGHT = (ir.DataType.INT8, ir.DataType.UINT8)
+SIGNED = (ir.DataType.INT8, ir.DataType.INT4)
 FOUR = (ir.DataType.INT4, ir.DataType.UINT4)
 INT8_INPUTS = 4  # the accuracy level at which products round their inputs to 8 bits, block by block
 FLOAT_INPUTS = 1  # and that at which they do not
@@ -60,7 +61,7 @@ def _along_inputs(made: ir.Node, scale: ir.TensorProtocol, x: Linear) -> bool:
     axis, block = made.attributes.get_int("axis", 1) % 2, made.attributes.get_int("block_size", 0)
     rank = len(scale.shape)
     if block:
-        return rank == 2 and axis == 0 and not x.transposed
+        return rank == 2 and axis == 0
     return rank == 0 or scale.size == 1 or (rank == 1 and axis == 1)
 
 
@@ -107,7 +108,7 @@ def _product(level: int, *, bias: bool) -> Form:
         w: Weight = spot.data
         x, g = w.linear, ctx.g
         k, n = x.sizes
-        block = w.block or min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (k - 1).bit_length()))
+        block = w.block or _block(x)
         inside = bias and len(spot.nodes) > 0 and spot.nodes[-1] is x.add
         args = [x.input, *_constants(ctx, w, block), None, x.bias if inside else None]
         while args[-1] is None:
@@ -121,6 +122,35 @@ def _product(level: int, *, bias: bool) -> Form:
     return Form(name, rewrite, ((CONTRIB, "MatMulNBits"),), _refusal(level), finer=level == FLOAT_INPUTS)
 
 
+def _block(x: Linear) -> int:
+    """In-channels of a block where a column has one scale: all, or as many as divide the rows of a shared table."""
+    k = x.sizes[0]
+    if x.transposed:
+        return min(LARGEST_BLOCK, k & -k)
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (k - 1).bit_length()))
+
+
+def packed_rows(ctx: Context, codes: ir.Value, bits: int) -> ir.Value:
+    """Codes `[rows, width]` as bytes without sign, `[rows, width * bits / 8]`, made once for look-ups and the head."""
+    g, tensor = ctx.g, ctx.g.tensor(codes)
+    assert tensor is not None
+    rows, width = tensor.shape.numpy()
+    middle = 2 ** (bits - 1) if tensor.dtype in SIGNED else 0
+
+    def content() -> ir.TensorProtocol:
+        return ir.tensor(pack(_wide(tensor.numpy()) + middle, bits))
+
+    lazy = ir.LazyTensor(content, dtype=ir.DataType.UINT8, shape=ir.Shape([rows, -(-width * bits // 8)]))
+    return ctx.shared("rows", codes, lambda: g.constant(lazy, f"{codes.name}_packed"))
+
+
+def packed_zeros(zeros: Array, bits: int, signed: bool) -> Array | None:
+    """Zero points `[rows, blocks]` as bytes without sign; None where all are the middle of the codes."""
+    middle = 2 ** (bits - 1)
+    unsigned = _wide(zeros) + (middle if signed else 0)
+    return None if (unsigned == middle).all() else pack(unsigned, bits)
+
+
 def _constants(ctx: Context, w: Weight, block: int) -> tuple[ir.Value, ir.Value, ir.Value | None]:
     """Packed codes `[N, blocks, bytes]`, scales `[N, blocks]` and packed zero points (None for the middle)."""
     x, g = w.linear, ctx.g
@@ -130,7 +160,7 @@ def _constants(ctx: Context, w: Weight, block: int) -> tuple[ir.Value, ir.Value,
     (k, n), name = x.sizes, str(x.weight.name)
     count, size = -(-k // block), block * w.bits // 8
     middle = 2 ** (w.bits - 1)
-    signed = tensor.dtype in (ir.DataType.INT8, ir.DataType.INT4)
+    signed = tensor.dtype in SIGNED
 
     def by_columns(v: ir.Value) -> Array:
         """Scales or zero points, `[N, blocks]`."""
@@ -139,24 +169,24 @@ def _constants(ctx: Context, w: Weight, block: int) -> tuple[ir.Value, ir.Value,
         return np.ascontiguousarray(a.T)
 
     def packed() -> ir.TensorProtocol:
-        codes = _wide(tensor.numpy() if x.transposed else tensor.numpy().T) + (middle if signed else 0)
+        codes = _wide(tensor.numpy().T) + (middle if signed else 0)
         codes = np.pad(codes, [(0, 0), (0, count * block - k)]).astype(np.uint8)
         return ir.tensor(pack(codes, w.bits).reshape(n, count, size))
 
     content = ir.LazyTensor(packed, dtype=ir.DataType.UINT8, shape=ir.Shape([n, count, size]))
-    stored = ctx.shared(f"packed{block}", x.weight, lambda: g.constant(content, f"{name}_packed"))
+    if x.transposed:
+        rows = packed_rows(ctx, x.weight, w.bits)
+        stored = g.op("Reshape", rows, ints(n, count, size), name=f"{x.name}_blocks")
+    else:
+        stored = ctx.shared(f"packed{block}", x.weight, lambda: g.constant(content, f"{name}_packed"))
     scale = made.inputs[1]
     assert scale is not None
     scales = ctx.shared(f"columns{count}", scale, lambda: g.constant(by_columns(scale), f"{scale.name}_columns"))
     given = made.inputs[2] if len(made.inputs) > 2 else None
-    if given is None:
-        zeros = np.zeros((n, count), np.int16) + (middle if signed else 0)
-    else:
-        zeros = _wide(by_columns(given)) + (middle if signed else 0)
-    if (zeros == middle).all():
+    zeros = packed_zeros(np.zeros((n, count), np.int8) if given is None else by_columns(given), w.bits, signed)
+    if zeros is None:
         return stored, scales, None
-    key, label = given or x.weight, f"{name}_zeros"
-    return stored, scales, ctx.shared("zeros", key, lambda: g.constant(pack(zeros, w.bits), label))
+    return stored, scales, ctx.shared("zeros", given or x.weight, lambda: g.constant(zeros, f"{name}_zeros"))
 
 
 def _refusal(level: int) -> Callable[[Context, Spot], str]:
@@ -179,6 +209,8 @@ def _no_kernel(ctx: Context, w: Weight) -> str:
     if w.block and w.block not in fast:
         legal = " or ".join(map(str, fast)) or "none"
         return f"'{ctx.target.name}' multiplies {w.bits}-bit codes fast in blocks of {legal}, not of {w.block}"
+    if w.linear.transposed and w.linear.sizes[0] % max(w.block, SMALLEST_BLOCK):
+        return f"blocks would reach over the ends of rows of {w.linear.sizes[0]} in the table that it shares"
     made = w.linear.dequantize
     zero = made.inputs[2] if made is not None and len(made.inputs) > 2 else None
     if not q.block_zero_points and zero is not None and _wide(ctx.g.array(zero)).any():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Embedding
@@ -11,7 +13,7 @@ from onnxcomp.graph.values import users_of
 from onnxcomp.methods.quantize.linears import FLOATS, WeightCodes
 from onnxcomp.methods.skip_patterns import skipped
 
-__all__ = ["chosen", "quantizable", "site", "store"]
+__all__ = ["chosen", "quantizable", "read_as", "site", "store"]
 
 
 def quantizable(g: Graph) -> list[Embedding]:
@@ -39,10 +41,21 @@ def chosen(g: Graph, skip: Iterable[str], min_size: int) -> list[Embedding]:
 
 
 def store(g: Graph, tables: Iterable[Embedding], codes: WeightCodes) -> None:
-    """Let tables be read as `DequantizeLinear(codes)`; a table that something else reads as float stays as it is.
+    """Let tables be read as `DequantizeLinear(codes)`, int8 with one scale per row or one in all.
 
     A head that was quantized before and shares the table shares its codes.
     """
+
+    def dequantized(e: Embedding) -> ir.Value:
+        q, scale = codes.rows(e.table)
+        axis = None if codes.axis is None else 0
+        return g.op("DequantizeLinear", q, scale, axis=axis, name=f"{e.node.name}_table", like=e.table)
+
+    read_as(g, tables, dequantized)
+
+
+def read_as(g: Graph, tables: Iterable[Embedding], read: Callable[[Embedding], ir.Value]) -> None:
+    """Let tables be read as another value; a table that something else reads as float stays as it is."""
     tables = list(tables)
     if tables:
         g.sweep()  # float products that were replaced read their tables no more
@@ -52,6 +65,4 @@ def store(g: Graph, tables: Iterable[Embedding], codes: WeightCodes) -> None:
         if other is not None:
             g.decline(site(e), f"'{other.name}' reads the table as float: storing it twice would make the model larger")
             continue
-        q, scale = codes.rows(e.table)
-        axis = None if codes.axis is None else 0
-        g.set_input(e.node, 0, g.op("DequantizeLinear", q, scale, axis=axis, name=f"{e.node.name}_table", like=e.table))
+        g.set_input(e.node, 0, read(e))

@@ -18,7 +18,7 @@ from onnxcomp.maths import Array, Float64, affine, formats, rounding
 from onnxcomp.maths.formats import FORMATS, Format, Quantized
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
-from onnxcomp.methods.quantize.tables import store
+from onnxcomp.methods.quantize.table_blocks import EightBitTables, FourBitTables, Tables
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
@@ -137,21 +137,31 @@ def nearest(weight: Array, m: Method) -> Quantized:
 
 
 def round_sites(
-    g: Graph, env: Env, methods: Mapping[str, Method], *, free_bias: bool = True, tables: Sequence[Embedding] = ()
+    g: Graph,
+    env: Env,
+    methods: Mapping[str, Method],
+    *,
+    free_bias: bool = True,
+    tables: Sequence[Embedding] = (),
+    table_method: Method | None = None,
 ) -> None:
     """Round the weights of the linears that `methods` names, in the order of the graph; all others stay as they are.
 
     Each is fitted on the inputs that the rounded ones before it give. Where `free_bias`, biases take what rounding does
-    to the means of the outputs. Heads that share one of the `tables` share its codes, and need no method.
+    to the means of the outputs. Heads that share one of the `tables` share its codes, and need no method. Tables are
+    int8 with one scale per row, or in blocks of 4 bits where `table_method` says so.
     """
-    codes = linears.WeightCodes(g, "channel", env.target, tables)
+    codes: Tables = EightBitTables(g, env.target, tables)
+    if table_method is not None and table_method.bits == 4:
+        m = table_method
+        codes = FourBitTables(g, tables, m.fmt, m.block, symmetric=m.symmetric)
     rounder = Rounder(g, env, methods, free_bias=free_bias)
     shared = {e.table for e in tables}
     g.sort()
     wanted = [x for x in linears.quantizable(g) if x.name in methods or (x.transposed and x.weight in shared)]
     for group in blocks.siblings(wanted):
         rounder.replace(group, codes)
-    store(g, tables, codes)
+    codes.store()
 
 
 class Rounder:
@@ -169,7 +179,7 @@ class Rounder:
                 self.sources[x.weight].append(x.source)
         self._made: dict[ir.Value, tuple[Method, Codes]] = {}  # linears that share a weight share its codes
 
-    def replace(self, group: Sequence[Linear], codes: linears.WeightCodes) -> None:
+    def replace(self, group: Sequence[Linear], tables: Tables) -> None:
         """Round the weights of linears that read one value; a head keeps the codes of its table."""
         g, first = self.g, group[0]
         inputs = None
@@ -179,7 +189,7 @@ class Rounder:
         wide = self.env.target.provider.startswith("CPU") and first.source.dtype is ir.DataType.BFLOAT16
         source = linears.in_float32(g, first.input) if wide else first.input
         for x in group:
-            weight = linears.integer_weight(codes, x, wide=wide) if x.transposed else self._weight(x, inputs, wide=wide)
+            weight = tables.head(x, wide=wide) if x.transposed else self._weight(x, inputs, wide=wide)
             linears.product(g, x, source, weight)
         if g.spool is not None:
             release_weights(g.model)
