@@ -6,19 +6,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
-import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import BatchedLinear, Embedding, Linear
 from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.maths import formats
-from onnxcomp.maths.clipping import clip_range
 from onnxcomp.methods.quantize import batched, linears, payoff, tables
+from onnxcomp.methods.quantize.inputs import InputCodes
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.stats import Need, Stats, histogram
+from onnxcomp.stats import Need
 from onnxcomp.target import Granularity, Target
 
 __all__ = ["Qdq"]
@@ -30,8 +27,9 @@ UNREACHED = "no sample of the data reaches it, so it has no range: give more dat
 class Qdq(Pass):
     """Put a QuantizeLinear, DequantizeLinear pair on each distinct input of the linears, and int8 weights in them.
 
-    `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Outputs,
-    attention products and norms stay float: quantizing them costs accuracy and gains no speed.
+    `x ~ s_x (q_x - z_x)`, `W[:, n] ~ s_n q[:, n]`; ranges are clipped by the histogram of each input. Weights that are
+    8-bit codes already keep them. Outputs, attention products and norms stay float: quantizing them costs accuracy and
+    gains no speed.
     """
 
     stage: ClassVar[Stage] = Stage.ACTIVATIONS
@@ -66,43 +64,45 @@ class Qdq(Pass):
         return "*" in self.skip
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every linear with a float weight; raises `TargetError` where the options are not legal on the target."""
+        """Every linear with a float input; raises `TargetError` where the options are not legal on the target."""
         self._legal(target)
-        found: list[Linear | BatchedLinear] = [*linears.quantizable(g), *batched.quantizable(g)]
+        found: list[Linear | BatchedLinear] = [*linears.quantizable(g), *linears.coded(g), *batched.quantizable(g)]
         return [*(x.site for x in found), *map(tables.site, self._tables(g))]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
-        eligible = linears.chosen(g.clone(), self.skip, self.min_size)
-        yield from dict.fromkeys(histogram(linear.source) for linear in eligible)
+        copy = g.clone()
+        codes, eligible = self._inputs(copy, target), self._chosen(copy, target, [])
+        yield from dict.fromkeys(codes.need(x.source) for x in eligible)
         if self.outputs:
-            yield from dict.fromkeys(histogram(linear.output) for linear in eligible)
-        tables_of_experts = batched.chosen(g.clone(), self.skip, self.min_size, target)
-        yield from dict.fromkeys(histogram(x.input) for x in tables_of_experts if x.gather is None)
+            yield from dict.fromkeys(codes.need(x.output) for x in eligible)
+        experts = batched.chosen(copy, self.skip, self.min_size, target)
+        yield from dict.fromkeys(codes.need(x.input) for x in experts if x.gather is None)
 
     def run(self, g: Graph, env: Env) -> None:
         """Quantize the chosen linears, siblings with one pair, and tables."""
         found = self._tables(g)
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
-        codes = linears.WeightCodes(g, self.weights, env.target, eligible)
+        codes, inputs = linears.WeightCodes(g, self.weights, env.target, eligible), self._inputs(g, env.target)
         # From the last one on: a product that is cast back takes the place of its value, which later ones read by then.
         named: list[Embedding | BatchedLinear] = [*found, *batched.quantizable(g)]
-        for group in reversed(blocks.siblings(linears.chosen(g, self.skip, self.min_size, named))):
-            why = "" if env.stats.reached(histogram(group[0].source)) else UNREACHED
-            if why or (self.only_faster and (why := payoff.loses(group, env))):
+        for group in reversed(blocks.siblings(self._chosen(g, env.target, named))):
+            why = "" if env.stats.reached(inputs.need(group[0].source)) else UNREACHED
+            floats = self.only_faster and not any(x.quantized for x in group)  # codes have no faster form than integers
+            if why or (floats and (why := payoff.loses(group, env))):
                 for linear in group:
                     g.decline(linear.site, why)
                 continue
             # A CPU's integer kernels take float32 scales; where halves are computed (TensorRT) pairs keep theirs.
             wide = env.target.provider.startswith("CPU") and group[0].source.dtype in linears.HALVES
-            x = self._pair(g, group[0].source, env.stats, env.target, wide=wide)
+            x = inputs.pair(g, group[0].source, env.stats, wide=wide)
             for linear in group:
                 linears.product(g, linear, x, linears.integer_weight(codes, linear, wide=wide))
                 if self.outputs:
                     users = linear.users
-                    g.replace(linear.output, self._pair(g, linear.output, env.stats, env.target), users=users)
+                    g.replace(linear.output, inputs.pair(g, linear.output, env.stats), users=users)
         tables.store(g, eligible, codes)
-        weights = batched.TableCodes(g, env.target, lambda g, v: self._codes(g, v, env))
+        weights = batched.TableCodes(g, env.target, lambda g, v: inputs.codes(g, v, env.stats))
         experts = batched.chosen(g, self.skip, self.min_size, env.target)
         for one in payoff.paying(experts, g, env, only_faster=self.only_faster):
             batched.store(g, one, weights)
@@ -110,22 +110,15 @@ class Qdq(Pass):
     def _tables(self, g: Graph) -> list[Embedding]:
         return tables.quantizable(g) if self.embeddings else []
 
-    def _pair(self, g: Graph, x: ir.Value, stats: Stats, target: Target, *, wide: bool = False) -> ir.Value:
-        """Codes of a value and back; `wide` gives float32 for a half-precision value."""
-        fmt, symmetric = "int8" if self._type(target) == "s8" else "uint8", self._is_symmetric(target)
-        counts = stats[histogram(x)]
-        low, high = clip_range(counts, method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile)
-        x = linears.in_float32(g, x) if wide else x
-        dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
-        constants = formats.affine(low, high, fmt, symmetric=symmetric, scale_type=dtype)
-        s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))
-        q = g.op("QuantizeLinear", x, s, z, name=f"{x.name}_quantize")
-        return g.op("DequantizeLinear", q, s, z, name=f"{x.name}_dequantize", like=x)
+    def _chosen(self, g: Graph, target: Target, named: list[Embedding | BatchedLinear]) -> list[Linear]:
+        """Linears that become integer products, in the order of the graph, those whose weights are codes included."""
+        usable = set(linears.usable(g, target)) | set(linears.quantizable(g))
+        among = [x for x in blocks.linears(g, tied=True) if x in usable]
+        return linears.chosen(g, self.skip, self.min_size, named, among)
 
-    def _codes(self, g: Graph, x: ir.Value, env: Env) -> list[ir.Value]:
-        """Codes of a value, their scale and zero point."""
-        pair = self._pair(g, x, env.stats, env.target, wide=x.dtype in linears.HALVES).producer()
-        return [v for v in pair.inputs if v is not None] if pair is not None else []
+    def _inputs(self, g: Graph, target: Target) -> InputCodes:
+        signed, silent = self._type(target) == "s8", linears.silent_channels(g)
+        return InputCodes(signed, self._is_symmetric(target), self.clip, self.percentile, silent)
 
     def _type(self, target: Target) -> str:
         return target.quantized.activations[0] if self.activations == "auto" else self.activations

@@ -42,8 +42,8 @@ class QuantizeWeights(Pass):
 
     bits: Literal[8, 4, 3, 2] = 4
     """Bits of a weight; 3 are stored in 4, and so are 2 until lower packs them (blocks of 32 to 128)."""
-    block: Literal[16, 32, 64, 128, 256] = 32
-    """In-channels that share a scale."""
+    block: Literal[16, 32, 64, 128, 256, "channel"] = 32
+    """In-channels that share a scale; channel takes one for each out-channel, as integer products do (8 bits)."""
     method: Literal["least-squares", "gptq", "nearest"] = "least-squares"
     """Rounding: towards the original's outputs, each weight for itself, or to nearest without data."""
     symmetric: bool = False
@@ -79,6 +79,8 @@ class QuantizeWeights(Pass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight, and tables where they are asked for; raises `RecipeError`."""
+        if self.block == "channel" and self._all_bits - {8, "float"}:
+            raise RecipeError("quantize-weights: with 'block: channel' products run in 8 bits only; say bits: 8")
         if 2 in (self.bits, *self.overrides.values()) and self.block not in TWO_BITS:
             kernels = " or ".join(map(str, TWO_BITS))
             raise RecipeError(f"quantize-weights: products with 2 bits run in blocks of {kernels}, not of {self.block}")
@@ -88,9 +90,10 @@ class QuantizeWeights(Pass):
         """Round the linears of one input after the other, then the tables."""
         found = self._tables(g)
         eligible = tables.chosen(g, self.skip, self.min_size) if found else []
-        if not self.is_identity and g.opset < BLOCKWISE:
+        if not self.is_identity and self.block != "channel" and g.opset < BLOCKWISE:
             raise ModelError(f"quantize-weights: operator set {g.opset} has no codes in blocks; put canonicalize first")
         shared, last, methods = {e.table for e in eligible}, blocks.head(g), {}
+        limited = env.target.quantized.saturates
         for x in linears.chosen(g, self.skip, self.min_size, found):
             bits, why = self._bits(x, last)
             if x.transposed and x.weight not in shared:
@@ -98,11 +101,16 @@ class QuantizeWeights(Pass):
             elif bits == "float":
                 g.decline(x.site, f"stays float by {why}")
             elif not x.transposed:
-                methods[x.name] = self._method(bits)
+                methods[x.name] = self._method(bits, limited=limited)
         for pattern in set(self.overrides) - {self._override(x) for x in linears.quantizable(g)}:
             g.decline(f"overrides: {pattern}", "matches no linear that an earlier pattern left")
-        table = self._method(self._table_bits(last, shared))
+        table = self._method(self._table_bits(last, shared), limited=limited)
         round_sites(g, env, methods, free_bias=self.bias, tables=eligible, table_method=table)
+
+    @property
+    def _all_bits(self) -> set[object]:
+        tables = 4 if self.embeddings == 4 else 8
+        return {self.bits, *self.overrides.values(), tables, 8 if self.head is None else self.head}
 
     def _bits(self, x: Linear, last: blocks.Head | None) -> tuple[int | Literal["float"], str]:
         """Bits of a linear's weight, and the option that says so."""
@@ -123,5 +131,8 @@ class QuantizeWeights(Pass):
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
         return tables.quantizable(g) if self.embeddings not in (False, "float") else []
 
-    def _method(self, bits: int) -> Method:
-        return Method(bits, self.block, self.symmetric, self.method, self.pull, self.damp, self.refits)
+    def _method(self, bits: int, *, limited: bool) -> Method:
+        rest = (self.method, self.pull, self.damp, self.refits)
+        if self.block == "channel":  # integer products take no zero point of the weight
+            return Method(bits, 0, True, *rest, limited)
+        return Method(bits, self.block, self.symmetric, *rest)

@@ -25,7 +25,7 @@ from onnxcomp.errors import DataError, GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering import costs
-from onnxcomp.maths import Array, formats, saturation
+from onnxcomp.maths import Array, formats, rounding, saturation
 from onnxcomp.maths.formats import FORMATS
 from onnxcomp.methods.quantize import linears as quantize
 from onnxcomp.passes.dynamic_quant import DynamicQuant
@@ -156,6 +156,31 @@ def test_a_scale_that_its_type_rounds_down_grows_until_codes_obey() -> None:
     scale, zero = saturation.scales(w, INT8, axis=1, scale_type=ml_dtypes.bfloat16)
     assert not saturation.breaks(formats.quantize(w, scale, zero, INT8, axis=1)).any()
     assert (scale.astype(np.float32) / first).max() < 1.01
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1))
+@settings(max_examples=100, deadline=None)
+def test_mended_codes_obey_and_others_stay(k: int, seed: int) -> None:
+    codes = np.random.default_rng(seed).integers(-128, 128, (k, 40)).astype(np.int8)
+    mended = saturation.mended(codes)
+    assert not saturation.breaks(mended).any()
+    assert (np.sign(mended) == np.sign(codes)).all()
+    kept = ~saturation.breaks(codes)
+    assert np.array_equal(mended[:, kept], codes[:, kept])
+    wide = codes.astype(int)[: k // 2 * 2].reshape(-1, 2, 40)
+    over = sum(np.maximum(np.maximum(s * wide, 0).sum(axis=1) - 128, 0) for s in (1, -1)) if k > 1 else 0
+    assert np.abs(mended.astype(int) - codes).sum() == np.sum(over)  # no unit more than the rule asks for
+
+
+@pytest.mark.parametrize("refits", [0, 2])
+def test_gptq_codes_obey_and_err_less_than_nearest_ones(refits: int) -> None:
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((200, 24)) @ rng.standard_normal((24, 24))
+    w = rng.uniform(0.2, 1, (24, 300)).astype(np.float32)
+    found = rounding.round_weights(x.T @ x, w, "int8", limited=True, refits=refits)
+    assert not saturation.breaks(found.quantized.codes).any()
+    assert saturation.pair_sums(found.quantized.codes).max() == 128
+    assert found.loss < 0.9 * found.rounding_loss
 
 
 # ---- where targets are resolved --------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, get_args
@@ -11,9 +12,11 @@ import numpy as np
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["Clip", "bin_edges", "clip_range"]
+__all__ = ["BINS", "Clip", "bin_counts", "bin_edges", "clip_range"]
 
 Clip = Literal["minmax", "percentile", "entropy", "mse"]
+BINS = 65536  # one per pattern of a float32's upper 16 bits: sign, exponent, 7 bits of mantissa
+UPPER = slice(1, None, 2) if sys.byteorder == "little" else slice(0, None, 2)
 FINITE = 0x7F80  # bins of finite values of one sign
 KL_BINS = 2048  # even bins of the divergence, as in TensorRT's calibration
 KL_STEP = 16  # bins between two thresholds that are tried: a range is then at most 0.8 % of the largest too wide
@@ -23,6 +26,12 @@ NEARER = (0.8, 0.3, 0.1, 0.02)  # half widths of the later grids, relative to th
 GRID = 24  # ranges in each of them
 MOST_BINS = 4096  # of a histogram in that search: more cost time, and no step of 8 bits resolves them
 LEAST_DIVISOR = 1e-9  # in place of a quantized probability of zero in a divergence
+
+
+def bin_counts(x: Array) -> Array:
+    """How many numbers of any shape lie in each bin: `[65536]`, int64."""
+    flat = np.ascontiguousarray(x, np.float32).reshape(-1)
+    return np.bincount(flat.view(np.uint16)[UPPER], minlength=BINS)
 
 
 @cache
@@ -64,7 +73,7 @@ class _Bins:
 
 
 def _bins(histogram: Array) -> _Bins:
-    if histogram.shape != (65536,):
+    if histogram.shape != (BINS,):
         raise DataError(f"a histogram has 65536 bins, got shape {list(histogram.shape)}")
     counts = histogram[_order()]
     if not counts.any():

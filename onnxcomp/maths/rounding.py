@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.errors import DataError
-from onnxcomp.maths import LAZY, Array, Float64
+from onnxcomp.maths import LAZY, Array, Float64, saturation
 from onnxcomp.maths.formats import Format, Quantized, fit, format_of, quantize, spread
 from onnxcomp.maths.solve import error, inverse_factor, symmetrized
 
@@ -69,14 +69,16 @@ def round_weights(
     act_order: bool = True,
     refits: int = 0,
     scale_type: Any = np.float32,
+    limited: bool = False,
 ) -> Rounded:
     """Weights `[K, N]` as codes with one scale per out-channel, or per `block` in-channels of one, at least error.
 
     Scales first ("static groups", with `clip` shrunk where that errs less, weighted by the inputs' squares), then in-
     channels one by one, each error spread over the later ones (GPTQ, arXiv 2210.17323); then `refits` times coordinate
     descent on the codes and least-squares scales (two-stage grid optimization, arXiv 2602.02126). All of it with the
-    damped Gram matrix, since with few rows the plain one says little of other data. Law: no out-channel's error on the
-    calibration data is larger than by rounding to nearest.
+    damped Gram matrix, since with few rows the plain one says little of other data. `limited` codes of out-channels
+    obey `saturation.PAIR_LIMIT`. Law: no out-channel's error on the calibration data is larger than by rounding to
+    nearest.
     """
     f, w = format_of(fmt), np.asarray(weights)
     g = symmetrized(gram)
@@ -88,15 +90,16 @@ def round_weights(
 
     def part(columns: slice) -> _Columns:
         w_part = w[:, columns].astype(np.float64)
-        nearest = fit(
+        nearest = saturation.nearest(w_part, f, scale_type=scale_type) if limited else fit(
             w_part, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=clip,
             scale_type=scale_type, importance=importance,
         )  # fmt: skip
+        legal = saturation.mended if limited else np.asarray
         best = _Columns(stiff, w_part, nearest)
-        best.take(sweep(visit, w_part, nearest, f), nearest.scale)
+        best.take(legal(sweep(visit, w_part, nearest, f)), nearest.scale)
         for _ in range(refits):
             for _ in range(DESCENTS):
-                best.take(descend(stiff, w_part, best.quantized, f), best.quantized.scale)
+                best.take(legal(descend(stiff, w_part, best.quantized, f)), best.quantized.scale)
             best.take(best.quantized.codes, refit_scales(stiff, w_part, best.quantized))
         final = _Columns(g, w_part, nearest)
         final.take(best.quantized.codes, best.quantized.scale)

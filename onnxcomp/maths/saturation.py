@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.maths import Array
-from onnxcomp.maths.formats import Format, affine, quantize
+from onnxcomp.maths.formats import Format, Quantized, affine, quantize
 
-__all__ = ["PAIR_LIMIT", "breaks", "pair_sums", "scales"]
+__all__ = ["PAIR_LIMIT", "breaks", "mended", "nearest", "pair_sums", "scales"]
 
 # Largest sum of a pair's weight codes of one sign: 255 * 128 = 32640 < 2**15, 255 * 129 = 32895 is not.
 PAIR_LIMIT = 128
@@ -36,6 +36,26 @@ def pair_sums(w: Array) -> Array:
 def breaks(codes: Array) -> Array:
     """Which columns of int8 codes `[K, N]` have a pair whose products with bytes could saturate: bools `[N]`."""
     return np.concatenate([pair_sums(codes[:, c]) > PAIR_LIMIT for c in _chunks(codes, np.arange(codes.shape[1]))])
+
+
+def mended(codes: Array) -> Array:
+    """Int8 codes `[K, N]` that obey `PAIR_LIMIT`: both of a pair of one sign that breaks it move towards zero."""
+    q = codes.astype(np.int16)
+    pairs = len(q) // 2 * 2
+    first, second = q[:pairs:2], q[1:pairs:2]
+    for sign in (1, -1):
+        both = (sign * first > 0) & (sign * second > 0)
+        over = np.where(both, np.maximum(sign * (first + second) - PAIR_LIMIT, 0), 0)
+        larger = np.where(np.abs(first) >= np.abs(second), (over + 1) // 2, over // 2)  # an odd unit from the larger
+        first -= (sign * larger).astype(np.int16)
+        second -= (sign * (over - larger)).astype(np.int16)
+    return q.astype(codes.dtype)
+
+
+def nearest(w: Array, fmt: Format, *, scale_type: Any = np.float32) -> Quantized:
+    """`[K, N]` rounded to nearest with one scale per column, all obeying `PAIR_LIMIT`."""
+    scale, zero = scales(w, fmt, axis=1, scale_type=scale_type)
+    return Quantized(quantize(w, scale, zero, fmt, axis=1), scale, zero, 1)
 
 
 def scales(w: Array, fmt: Format, *, axis: int | None, scale_type: Any = np.float32) -> tuple[Array, Array]:

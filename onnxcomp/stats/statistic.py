@@ -35,7 +35,8 @@ class Stat:
     """What is reduced, and over which axes.
 
     `other` is the second value of a pairwise statistic, of the graph `other_of` ("" is the graph of the need itself);
-    `n` is the number of rows of a sample, or of the integers that are counted.
+    `n` is the number of rows of a sample, or of the integers that are counted; `without` are channels left out of a
+    histogram.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class Stat:
     other: str = ""
     n: int = 0
     other_of: OtherOf = ""
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,16 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
-from onnxcomp.errors import TargetError
+from onnxcomp.errors import RecipeError, TargetError
+from onnxcomp.maths import saturation
 from onnxcomp.methods.quantize import payoff
 from onnxcomp.passes.dynamic_quant import DynamicQuant
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
+from onnxcomp.passes.quantize_weights import QuantizeWeights
+from onnxcomp.runtime.integer import saturating
 from onnxcomp.runtime.sessions import Session, integer_check
+from onnxcomp.target import CPU_AVX2, CPU_VNNI
 from tests import tiny
 
 
@@ -170,3 +174,68 @@ def test_size_first_quantizes_what_gets_slower(monkeypatch):
             for only in (True, False)
         )
         assert (first.report.steps[0].changed, last.report.steps[0].changed) == (0, len(blocks.linears(g)))
+
+
+# ---- weights that are codes already ----------------------------------------------------------------------------------
+
+
+def passed(g, *passes):
+    return PassManager(passes, target=CPU_AVX2).run(g, as_dataset(feeds(g), g))
+
+
+@pytest.mark.parametrize("lowered", [(), (Lower(),)], ids=["unlowered", "lowered"])
+def test_codes_that_are_there_are_taken(lowered):
+    g = tiny.encoder(layers=1)
+    weights = QuantizeWeights(bits=8, block="channel", min_size=1, method="gptq", damp=1.0)
+    coded = passed(g, weights).model
+    result = passed(coded, Qdq(min_size=1), *lowered)
+    assert result.report.step("qdq").changed == 6
+    for v in coded.model.graph.initializers.values():
+        if v.dtype is ir.DataType.INT8:
+            assert not saturation.breaks(coded.array(v)).any()
+            assert np.array_equal(result.model.array(result.model.value(v.name)), coded.array(v))
+    found = integer_check(result.model)
+    assert (found.integer_products, found.dequantized_weights, found.ok) == (6, 0, True)
+    assert not saturating(result.model.model)
+
+
+def test_codes_that_products_cannot_take_are_declined_by_reason():
+    g = tiny.encoder(layers=1)
+    kept = tuple(x.name for x in blocks.linears(g)[:2])
+    half = passed(g, QuantizeWeights(bits=4, min_size=1, skip=kept, method="nearest")).model
+    step = passed(half, Qdq(min_size=1)).report.step("qdq")
+    assert (step.eligible, step.changed) == (6, 2)
+    assert {d.why for d in step.declined} == {
+        "integer products take 8-bit codes with one scale for each out-channel (block: channel), not its codes"
+    }
+    free = PassManager([QuantizeWeights(bits=8, block="channel", min_size=1, method="nearest")], target=CPU_VNNI)
+    model = free.run(g, None).model
+    why = {
+        d.why
+        for d in PassManager([Qdq(min_size=1)], target=CPU_AVX2, allow_unchanged=True)
+        .run(model, as_dataset(feeds(g), g))
+        .report.step("qdq")
+        .declined
+    }
+    assert why == {"pairs of its codes could saturate on this target; make them for it"}
+
+
+def test_a_scale_per_channel_is_of_eight_bits():
+    with pytest.raises(RecipeError, match="with 'block: channel' products run in 8 bits only; say bits: 8"):
+        passed(tiny.encoder(layers=1), QuantizeWeights(block="channel"))
+
+
+def test_channels_without_weights_are_left_out_of_ranges():
+    g = tiny.encoder(layers=1)
+    source = blocks.linears(g)[0].source
+    for x in blocks.linears(g):
+        if x.source is source:
+            w = g.array(x.weight).copy()
+            w[7] = 0
+            g.put(x.weight, w)
+    norm = next(n for n in blocks.norms(g) if n.output is source)
+    base = quantized(g, Qdq(min_size=1))
+    g.scale(norm.gain, np.where(np.arange(32) == 7, 500.0, 1.0), -1)
+    wide = quantized(g, Qdq(min_size=1))
+    name = f"{source.name}_scale"
+    assert base.array(base.value(name)) == wide.array(wide.value(name))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 import numpy as np
 import onnx_ir as ir
@@ -21,17 +21,21 @@ __all__ = [
     "LAZY_BYTES",
     "WeightCodes",
     "chosen",
+    "coded",
     "in_float32",
     "integer_weight",
     "lazy_codes",
     "product",
     "quantizable",
     "run_time_product",
+    "silent_channels",
+    "usable",
 ]
 
 # Weights from this size on that lie in a file become codes only when they are written or run: small ones are cheap to
 # hold, and a large model must not have all its codes in memory.
 LAZY_BYTES = 16 << 20
+GLANCE = 64  # out-channels that tell most channels from silent ones without reading a whole weight from its file
 HALVES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FLOATS = (ir.DataType.FLOAT, *HALVES)
 
@@ -41,16 +45,65 @@ def quantizable(g: Graph) -> list[Linear]:
     return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
 
 
-def chosen(
-    g: Graph, skip: Iterable[str], min_size: int, tables: Iterable[Embedding | BatchedLinear] = ()
-) -> list[Linear]:
-    """Quantizable linears; those that match a skip pattern, by node or weight, or are small are declined by name.
+def coded(g: Graph) -> list[Linear]:
+    """Linears whose weight is stored as codes while their input is float."""
+    return [x for x in blocks.linears(g, tied=True) if x.quantized and x.input is x.source]
 
-    So is a pattern that matches neither a linear nor one of the `tables`.
+
+def usable(g: Graph, target: Target) -> Iterator[Linear]:
+    """Those of them whose codes integer products can take; the others are declined."""
+    for x in coded(g):
+        if why := unusable(g, x, target):
+            g.decline(x.site, why)
+        else:
+            yield x
+
+
+def unusable(g: Graph, x: Linear, target: Target) -> str:
+    """Why integer products cannot take the codes of a weight, empty if they can."""
+    assert x.dequantize is not None
+    _, scale, zero = [*x.dequantize.inputs, None][:3]
+    whole = x.weight.dtype is ir.DataType.INT8 and not x.dequantize.attributes.get_int("block_size", 0)
+    per_column = g.array(scale).ndim == 0 or x.dequantize.attributes.get_int("axis", 1) in (1, -1)
+    if not whole or not per_column or (zero is not None and g.array(zero).any()):
+        return "integer products take 8-bit codes with one scale for each out-channel (block: channel), not its codes"
+    codes = g.array(x.weight) if resolved(target).quantized.saturates else np.zeros((0, 0), np.int8)
+    broken = codes.size and saturation.breaks(codes.T if x.transposed else codes).any()
+    return "pairs of its codes could saturate on this target; make them for it" if broken else ""
+
+
+def silent_channels(g: Graph) -> dict[ir.Value, tuple[int, ...]]:
+    """Of every input of linears the channels whose weights are all zero in each linear that reads it, if there are any.
+
+    What such a channel holds changes nothing, so no range has to cover it.
+    """
+    found: dict[ir.Value, Array] = {}
+    for x in blocks.linears(g, tied=True):
+        w = g.array(x.weight)
+        zero = x.dequantize.inputs[2] if x.dequantize is not None and len(x.dequantize.inputs) > 2 else None
+        if zero is not None and g.array(zero).any():
+            w = np.broadcast_to(True, w.shape)  # codes of zero stand for other numbers
+        w = w.T if x.transposed else w
+        rows = found.get(x.source, np.arange(len(w)))
+        rows = rows[~w[rows, :GLANCE].any(axis=1)]
+        found[x.source] = rows[~w[rows].any(axis=1)]
+    return {v: tuple(rows.tolist()) for v, rows in found.items() if rows.size}
+
+
+def chosen(
+    g: Graph,
+    skip: Iterable[str],
+    min_size: int,
+    tables: Iterable[Embedding | BatchedLinear] = (),
+    among: Iterable[Linear] | None = None,
+) -> list[Linear]:
+    """Quantizable linears (or those `among` others) but for skipped and small ones, which are declined by name.
+
+    Patterns match nodes or weights; one that matches neither a linear nor one of the `tables` is declined too.
     """
     patterns, kept = tuple(skip), []
     used = {skipped(patterns, str(e.node.name), str(e.table.name)) for e in tables}
-    for linear in quantizable(g):
+    for linear in quantizable(g) if among is None else among:
         hit = skipped(patterns, linear.name, str(linear.weight.name))
         k, n = linear.sizes
         if hit is not None:
@@ -83,7 +136,12 @@ class WeightCodes:
         self._rows: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
 
     def __call__(self, linear: Linear) -> tuple[ir.Value, ir.Value]:
-        """Symmetric int8 codes `[K, N]` and their scale, `[N]` per channel or `[]`."""
+        """Symmetric int8 codes `[K, N]` and their scale, `[N]` or `[]`: those that are there, or new ones."""
+        if linear.dequantize is not None:
+            q, scale = linear.dequantize.inputs[:2]
+            assert q is not None
+            assert scale is not None
+            return q, scale
         key = (linear.weight, linear.transposed)
         if key not in self._made:
             if linear.transposed and linear.weight in self._tables:
@@ -146,11 +204,13 @@ def in_float32(g: Graph, x: ir.Value) -> ir.Value:
 def integer_weight(codes: WeightCodes, linear: Linear, *, wide: bool = False) -> ir.Value:
     """The dequantized weight `[K, N]` as a value: int8 codes behind DequantizeLinear; `wide` makes it float32."""
     g, (q, scale) = codes.g, codes(linear)
+    if linear.quantized and not wide:
+        return linear.dequantize.outputs[0]  # type: ignore[union-attr]
     y = g.op(
         "DequantizeLinear",
         q,
         in_float32(g, scale) if wide else scale,
-        axis=codes.axis,
+        axis=1 if g.array(scale).ndim else None,
         name=f"{linear.name}_weight",
         like=linear.weight if not linear.transposed else None,
     )

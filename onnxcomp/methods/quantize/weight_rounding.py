@@ -14,7 +14,7 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_weights
-from onnxcomp.maths import Array, Float64, affine, formats, rounding
+from onnxcomp.maths import Array, Float64, affine, formats, rounding, saturation
 from onnxcomp.maths.formats import FORMATS, Format, Quantized
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
@@ -31,10 +31,11 @@ Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero point
 
 @dataclass(frozen=True)
 class Method:
-    """How a weight is rounded: bits in use, in-channels per scale, zero points or none, and by which rule.
+    """How a weight is rounded: bits in use, in-channels per scale (0 for all), zero points or none, and by which rule.
 
     Of the rules `nearest` needs no data; `least-squares` first fits weights to the original's outputs, damped by `pull`
-    towards what they are, and then rounds them as `gptq` does, with `refits` of codes and scales.
+    towards what they are, and then rounds them as `gptq` does, with `refits` of codes and scales. `limited` codes
+    cannot saturate (`maths.saturation`).
     """
 
     bits: int = 4
@@ -44,6 +45,7 @@ class Method:
     pull: float | None = None
     damp: float | None = None
     refits: int = 3
+    limited: bool = False
 
     @property
     def fmt(self) -> Format:
@@ -125,7 +127,7 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
     goal = least_squares(moments.gram, moments.cross @ w, pull, start=w).weights if m.rule == "least-squares" else w
     found = rounding.round_weights(
         moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
-        refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype,
+        refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype, limited=m.limited,
     ).quantized  # fmt: skip
     gain = inputs.then @ w - inputs.now @ np.asarray(found.array(), np.float64) if free else np.zeros(w.shape[1])
     return found, gain
@@ -133,7 +135,12 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
 
 def nearest(weight: Array, m: Method) -> Quantized:
     """Codes by rounding to nearest, scales clipped where that errs less, for which no data is needed."""
-    return formats.fit(weight, m.fmt, axis=0, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype)
+    if m.limited:
+        return saturation.nearest(weight, m.fmt, scale_type=weight.dtype)
+    axis = 0 if m.block else 1
+    return formats.fit(
+        weight, m.fmt, axis=axis, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype
+    )
 
 
 def round_sites(
@@ -208,8 +215,8 @@ class Rounder:
                 inputs = shared_inputs(self.g, self.env, sources)
             self._made[x.weight] = self.methods[x.name], self._codes(x, inputs, wide=wide)
         method, args = self._made[x.weight]
-        name = f"{x.name}_weight"
-        w = self.g.op("DequantizeLinear", *args, axis=0, block_size=method.block, name=name, like=x.weight)
+        axis, block = (0, method.block) if method.block else (1, None)
+        w = self.g.op("DequantizeLinear", *args, axis=axis, block_size=block, name=f"{x.name}_weight", like=x.weight)
         if wide:
             w.type = ir.TensorType(ir.DataType.FLOAT)
         return w

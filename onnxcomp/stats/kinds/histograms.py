@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array
+from onnxcomp.maths.clipping import BINS, bin_counts
 from onnxcomp.stats.statistic import Need, Of, Per, Stat, Statistic, name_of, no_rows
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-__all__ = ["BINS", "Histogram", "histogram"]
-
-BINS = 65536  # one per pattern of a float32's upper 16 bits: sign, exponent, 7 bits of mantissa
-UPPER = slice(1, None, 2) if sys.byteorder == "little" else slice(0, None, 2)
+__all__ = ["Histogram", "histogram"]
 
 
-def histogram(v: ir.Value | str, of: Of = "current") -> Need:
-    """Counts by the top 16 bits of the float32 pattern: shape `[65536]`, int64 (see `maths.formats`)."""
-    return Need(name_of(v), Stat("histogram"), of)
+def histogram(v: ir.Value | str, of: Of = "current", without: Iterable[int] = ()) -> Need:
+    """Counts by the top 16 bits of the float32 pattern: shape `[65536]`, int64 (see `maths.formats`).
+
+    Channels `without` are left out.
+    """
+    return Need(name_of(v), Stat("histogram", without=tuple(sorted(without))), of)
 
 
 class Histogram:
     """Counts by the upper 16 bits of the float32 pattern: `[65536]`, int64; needs no range, merges exactly."""
 
-    def __init__(self) -> None:
+    def __init__(self, without: tuple[int, ...] = ()) -> None:
+        self.without = list(without)
         self.counts = np.zeros(BINS, np.int64)
 
     def update(self, x: Array, extra: Array | None = None) -> None:
-        flat = np.ascontiguousarray(x, np.float32).reshape(-1)
-        counts = np.bincount(flat.view(np.uint16)[UPPER], minlength=BINS)
+        x = np.delete(x, self.without, axis=1) if self.without else x
+        counts = bin_counts(x)
         if counts[0x7F80:0x8000].any() or counts[0xFF80:].any():
             raise DataError("NaN or infinity")
         self.counts += counts
@@ -58,7 +59,7 @@ class HistogramKind(Statistic):
     @classmethod
     def accumulator(cls, stat: Stat) -> Histogram:
         """Counts patterns."""
-        return Histogram()
+        return Histogram(stat.without)
 
     @classmethod
     def nbytes(cls, stat: Stat, widths: Sequence[int]) -> int:
