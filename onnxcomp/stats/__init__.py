@@ -10,6 +10,7 @@ from onnxcomp.stats.kinds.histograms import histogram
 from onnxcomp.stats.kinds.integer_counts import counts
 from onnxcomp.stats.kinds.moments import mean, norm2, var
 from onnxcomp.stats.kinds.row_samples import paired, sample
+from onnxcomp.stats.kinds.shifts import shift
 from onnxcomp.stats.statistic import Accumulator, Need, Of, Per, Stat, Statistic, Stats, finite, name_of, no_rows
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "norm2",
     "paired",
     "sample",
+    "shift",
     "var",
 ]

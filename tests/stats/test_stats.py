@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from onnxcomp import stats
 from onnxcomp.engine import catalog
 from onnxcomp.errors import DataError, OnnxcompError
-from onnxcomp.stats import Stat, Statistic, Stats
+from onnxcomp.stats import Stat, Statistic, Stats, histogram
 from onnxcomp.stats.kinds.grams import BUFFER
 from onnxcomp.stats.row_keys import row_keys
 from onnxcomp.stats.rows import Samples, mask_name, rows, token_axis
@@ -77,6 +77,11 @@ def direct(stat: Stat, x32: np.ndarray) -> np.ndarray:
             return x.T @ y
         case "histogram":
             return np.bincount((x32.reshape(-1).view(np.uint32) >> 16).astype(np.int64), minlength=65536)
+        case "shift":
+            exponents = np.frexp((y**2).mean(axis=1))[1]
+            median = np.sort(exponents)[(len(x) - 1) // 2]
+            by = 2.0 ** -np.maximum(exponents - median, 0)
+            return (by[:, None] * (y - x)).sum(axis=0) / by.sum()
         case "cosine":
             norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
             both = (np.abs(x).max(axis=1) == 0) & (np.abs(y).max(axis=1) == 0)
@@ -250,3 +255,14 @@ def test_only_a_mask_of_real_tokens_leaves_rows_out(name: str, counts: bool) -> 
     g.model.graph.inputs[1].name = name
     assert mask_name(g) == (name if counts else None)
     assert mask_name(tiny.mlp()) is None
+
+
+@given(x=matrices)
+@settings(max_examples=20, deadline=None)
+def test_a_histogram_leaves_channels_out(x: np.ndarray) -> None:
+    wide = np.hstack([np.full((len(x), 1), 7e4, np.float32), x])
+    part = statistic(Stat("histogram", without=(0,))).accumulator(Stat("histogram", without=(0,)))
+    part.update(wide)
+    whole = feed(empty(Stat("histogram")), Stat("histogram"), x)
+    assert np.array_equal(part.result(), whole.result())
+    assert histogram("v", without=(3, 1)) == histogram("v", without=(1, 3)) != histogram("v")

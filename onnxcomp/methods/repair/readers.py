@@ -30,6 +30,7 @@ __all__ = [
     "readers_of",
     "repair",
     "replace",
+    "shift_bias",
     "silence",
 ]
 
@@ -95,7 +96,7 @@ class Reader:
     def shift(self, g: Graph, by: Float64) -> None:
         """Add `[N]` to the bias of all its linears, creating one where there is none."""
         for linear in self.linears:
-            _shift(g, linear, by)
+            shift_bias(g, linear, by)
 
     def inside(self, g: Graph, linears: Mapping[str, Linear]) -> Reader:
         """The same reader in a copy of its graph, which has these linears by name."""
@@ -222,7 +223,7 @@ def replace(g: Graph, reader: Reader, weight: Array, bias: Float64 | None = None
             g.put(linear.bias, bias.reshape(old.shape).astype(old.dtype), users=[linear.add or linear.node])
 
 
-def _shift(g: Graph, linear: Linear, by: Float64) -> None:
+def shift_bias(g: Graph, linear: Linear, by: Float64) -> None:
     """Add a row to the bias of one linear."""
     if linear.bias is None:
         dtype = g.array(linear.weight).dtype if linear.output.dtype is None else linear.output.dtype.numpy()
