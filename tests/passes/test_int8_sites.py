@@ -7,12 +7,10 @@ from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
-from onnxcomp.passes.correct import Correct
-from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.qdq import Qdq
 from onnxcomp.passes.smooth_quant import SmoothQuant
 from onnxcomp.passes.split_outliers import SplitOutliers
-from onnxcomp.runtime.sessions import Session, integer_check
+from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
 BUILDS = {
