@@ -92,6 +92,7 @@ class Env:
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need], Graph | None], Stats]
     run_plan: Callable[[], Planner]
+    run_split: Callable[[], Env] | None = None
     measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
     dry: bool = False  # only sizes count: no statistic was collected
@@ -146,6 +147,13 @@ class Env:
         Needs of the original are of the uncompressed model, or of the graph that is given instead.
         """
         return self.run_collect(g, list(needs), original)
+
+    def split(self) -> Env:
+        """The same world, where `evaluate` judges on one fifth of the calibration data, which `collect` does not see.
+
+        For choices between fits: what a fit has seen overrates it. Of few samples both use all.
+        """
+        return self if self.run_split is None or self.dry else self.run_split()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.engine.smoke import proven
+from onnxcomp.engine.walk import Walk
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.stored import Stored
@@ -47,28 +47,6 @@ from onnxcomp.version import __version__
 __all__ = ["PassManager"]
 
 EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
-
-
-@dataclass
-class _Walk:
-    """The state of one run of the manager."""
-
-    original: Graph
-    exact: Graph  # the original as the exact passes before any lossy one left it: passes know its values by name
-    graph: Graph
-    calibration: Dataset | None
-    reference: Reference | None
-    scratch: Path
-    report: Report
-    steps: StepCache
-    planner: Planner | None = None
-    costing: float = 0.0
-    unlowered: Graph | None = None
-    cut: Graph | None = None  # as the last pass that changes sizes left it: quantized products hide their sizes
-    plain: Validation | None = None  # how far the unlowered model is from the original
-    exactness: Exactness | None = None
-    lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
-    variants: dict[tuple[str | None, int | None], Variants] = field(default_factory=dict)
 
 
 class PassManager:
@@ -133,7 +111,7 @@ class PassManager:
             work = original.clone()
             if original.nbytes > (self.memory or MEMORY) // 2:
                 work.spool = scratch / "weights"
-            walk = _Walk(original, work, work, calib, reference, scratch, report, steps)
+            walk = Walk(original, work, work, calib, reference, scratch, report, steps)
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
@@ -154,7 +132,7 @@ class PassManager:
         settings = (self.target, self.gate, self.on_fail, self.seed, *timing, __version__)
         return StepCache(self.cache, content_hash(original), *data, *settings, choices)
 
-    def _resume_or_step(self, walk: _Walk, p: Pass) -> None:
+    def _resume_or_step(self, walk: Walk, p: Pass) -> None:
         walk.steps.enter(f"{p}{p.content}")
         walk.report.warnings += p.advice(self.target)
         before, judged = walk.graph, walk.report.validation
@@ -176,7 +154,7 @@ class PassManager:
 
     # ---- one pass ------------------------------------------------------------------------------------------------
 
-    def _step(self, walk: _Walk, p: Pass) -> None:
+    def _step(self, walk: Walk, p: Pass) -> None:
         started = time.perf_counter()
         before = walk.graph
         work = before.clone()
@@ -228,7 +206,7 @@ class PassManager:
         """An exact pass may have nothing to do; so may a lossy one that says it is at its identity setting."""
         return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity)
 
-    def _judge(self, walk: _Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
+    def _judge(self, walk: Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
         """Compare with the original; keep the new graph, or the one before where the pass is refused."""
         if step.edits == 0:
             return before
@@ -246,7 +224,7 @@ class PassManager:
         walk.report.warnings.append(f"pass '{p.name}' was rolled back: {refused}")
         return before
 
-    def _failed(self, walk: _Walk, p: Pass, step: Step, _before: Graph, work: Graph) -> str:
+    def _failed(self, walk: Walk, p: Pass, step: Step, _before: Graph, work: Graph) -> str:
         """The gates that refuse a lossy pass, empty if it stays."""
         assert walk.reference is not None
         validation = compared(walk.reference, work, p.name)
@@ -256,7 +234,7 @@ class PassManager:
         walk.report.validation = None if refused else validation
         return refused
 
-    def _inexact(self, walk: _Walk, p: Pass, step: Step, before: Graph, work: Graph) -> str:
+    def _inexact(self, walk: Walk, p: Pass, step: Step, before: Graph, work: Graph) -> str:
         """What an exact pass moved on a few samples, empty if nothing; behind a lossy pass it may not add drift."""
         assert walk.reference is not None
         judge = walk.exactness = walk.exactness or Exactness(walk.original, walk.reference.head(EXACT_SAMPLES))
@@ -272,9 +250,9 @@ class PassManager:
 
     # ---- what passes may ask -------------------------------------------------------------------------------------
 
-    def _env(self, walk: _Walk, work: Graph, stats: Stats, p: Pass) -> Env:
+    def _env(self, walk: Walk, work: Graph, stats: Stats, p: Pass) -> Env:
         measured = self.measure and not self.host_note
-        return Env(
+        env = Env(
             target=self.target,
             stats=stats,
             original=walk.exact,
@@ -284,14 +262,24 @@ class PassManager:
             run_variants=lambda edits, metric, samples: self._variants(walk, work, edits, metric, samples, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
             run_collect=self._collector(walk, p.name),
+            run_split=lambda: self._split(walk, work, env, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             dry=self.dry and walk.calibration is None,
             shapes=asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
+        return env
+
+    def _split(self, walk: Walk, work: Graph, env: Env, name: str) -> Env:
+        fitted, left_out = walk.parts(data_used.HELD_OUT)
+        return dataclasses.replace(
+            env,
+            run_variants=lambda edits, metric, samples: self._variants(left_out, work, edits, metric, samples, name),
+            run_collect=self._collector(fitted, name),
+        )
 
     def _costs(
-        self, walk: _Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
+        self, walk: Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
     ) -> list[Cost]:
         began = time.perf_counter()
         now = measured and not self.choices.pinned and self._spare(walk) > 0
@@ -300,11 +288,11 @@ class PassManager:
         walk.costing += time.perf_counter() - began
         return found
 
-    def _spare(self, walk: _Walk) -> float:
+    def _spare(self, walk: Walk) -> float:
         """Seconds that choosing among forms may still take."""
         return self.budget - walk.costing - sum(s.choosing for s in walk.report.steps if not s.cached)
 
-    def _plan(self, walk: _Walk, work: Graph, measured: bool) -> Planner:
+    def _plan(self, walk: Walk, work: Graph, measured: bool) -> Planner:
         """The planner of the step under way; what it had to leave to the table for want of sizes is a note."""
         if walk.planner is None:
             shapes: Sequence[Mapping[str, int]] = ()
@@ -318,7 +306,7 @@ class PassManager:
             )
         return walk.planner
 
-    def _collect(self, walk: _Walk, g: Graph, needs: list[Need], name: str) -> Stats:
+    def _collect(self, walk: Walk, g: Graph, needs: list[Need], name: str) -> Stats:
         if not needs or (self.dry and walk.calibration is None):
             return Stats()
         if walk.calibration is None:
@@ -337,7 +325,7 @@ class PassManager:
             notes=walk.steps.notes,
         )
 
-    def _collector(self, walk: _Walk, name: str) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
+    def _collector(self, walk: Walk, name: str) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
         """Statistics of the graph while a pass edits it, walking forward with the edits."""
         data, folder = walk.calibration, walk.scratch / f"walk-{len(walk.report.steps)}"
         made: dict[int, calibrate.Collector] = {}  # by identity of the graph that needs call the original
@@ -354,25 +342,26 @@ class PassManager:
         return collect
 
     def _variants(
-        self, walk: _Walk, work: Graph, edits: Sequence[Edit], metric: str | None, samples: int | None, name: str
+        self, walk: Walk, work: Graph, edits: Sequence[Edit], metric: str | None, samples: int | None, name: str
     ) -> list[Score]:
         if walk.calibration is None:
             raise DataError(f"pass '{name}' scores variants on calibration data: give --calibration")
-        if (metric, samples) not in walk.variants:
+        key = metric, samples, len(walk.calibration)  # a part of the data is another one
+        if key not in walk.variants:
             metrics = [metric.rpartition("-")[0]] if metric and metric.endswith(("-drop", "-rise")) else []
             kept = walk.scratch / f"variants-{len(walk.variants)}"
             data = walk.calibration.spread(samples or len(walk.calibration))
             if work.spool is not None:  # what a large model gives for a batch is large as well
                 data = data.rebatch(1)
             reference = self._reference(walk.original, data, metrics, kept)
-            known = walk.steps.variants and walk.steps.variants / f"{metric}-{samples}"
+            known = walk.steps.variants and walk.steps.variants / "-".join(map(str, key))
             memory, notes = self.memory or MEMORY, walk.steps.notes
-            walk.variants[metric, samples] = Variants(reference, self.host, memory, kept, known, notes)
-        return [Score(x) for x in walk.variants[metric, samples].compare(work, edits, lambda v: score_of(v, metric))]
+            walk.variants[key] = Variants(reference, self.host, memory, kept, known, notes)
+        return [Score(x) for x in walk.variants[key].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------
 
-    def _finish(self, walk: _Walk) -> None:
+    def _finish(self, walk: Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
         report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes])
@@ -387,7 +376,7 @@ class PassManager:
             report.remedy = self._remedy(walk)
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
 
-    def _remedy(self, walk: _Walk) -> Remedy | None:
+    def _remedy(self, walk: Walk) -> Remedy | None:
         """What the last lossy pass should leave alone for the gates to pass, where it can leave something alone."""
         if walk.lossy is None or walk.reference is None or not hasattr(walk.lossy[0], "skip"):
             return None

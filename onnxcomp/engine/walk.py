@@ -1,0 +1,56 @@
+"""The state of one run of the pass manager."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from onnxcomp.data.datasets import Dataset
+from onnxcomp.engine.exactness import Exactness
+from onnxcomp.engine.resume import StepCache
+from onnxcomp.errors import DataError
+from onnxcomp.graph import Graph
+from onnxcomp.lowering.planner import Planner
+from onnxcomp.pipeline import Pass
+from onnxcomp.reports.outcome import Report
+from onnxcomp.validation.compare import Reference
+from onnxcomp.validation.results import Validation
+from onnxcomp.validation.variants import Variants
+
+__all__ = ["Walk"]
+
+
+@dataclass
+class Walk:
+    """The models, data and answers of one run, and what its passes have made so far."""
+
+    original: Graph
+    exact: Graph  # the original as the exact passes before any lossy one left it: passes know its values by name
+    graph: Graph
+    calibration: Dataset | None
+    reference: Reference | None
+    scratch: Path
+    report: Report
+    steps: StepCache
+    planner: Planner | None = None
+    costing: float = 0.0
+    unlowered: Graph | None = None
+    cut: Graph | None = None  # as the last pass that changes sizes left it: quantized products hide their sizes
+    plain: Validation | None = None  # how far the unlowered model is from the original
+    exactness: Exactness | None = None
+    lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
+    variants: dict[tuple[str | None, int | None, int], Variants] = field(default_factory=dict)
+
+    def parts(self, holdout: int) -> tuple[Walk, Walk]:
+        """This walk on the calibration data without one sample in `holdout`, and on those; on all where it is short."""
+        if self.calibration is None:
+            return self, self
+        try:
+            fitted, left_out = self.calibration.split(holdout)
+        except DataError:
+            return self, self
+        return (
+            dataclasses.replace(self, calibration=fitted, scratch=self.scratch / "fitted"),
+            dataclasses.replace(self, calibration=left_out, scratch=self.scratch / "left-out"),
+        )
