@@ -40,7 +40,6 @@ from onnxcomp.runtime.payload import graph_of
 from onnxcomp.stats import Need, Stats, calibrate
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Gate, score_of
-from onnxcomp.validation.results import Validation
 from onnxcomp.validation.variants import Variants
 from onnxcomp.version import __version__
 
