@@ -1,0 +1,173 @@
+"""`mixed-precision`: budgets are met or refused, the choice is no worse than simpler ones, weights end as chosen."""
+
+import functools
+import re
+
+import numpy as np
+import pytest
+
+from onnxcomp import blocks
+from onnxcomp.data.datasets import as_dataset
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.errors import GateFailed, ModelError, RecipeError
+from onnxcomp.graph import Graph
+from onnxcomp.methods.quantize import mixed_bits, site_options
+from onnxcomp.methods.quantize.weight_rounding import Method
+from onnxcomp.passes.mixed_precision import MixedPrecision
+from tests import tiny
+
+SMALL = {"min_size": 1, "block": 16, "blocks": (16, 32), "method": "nearest"}
+LOUD = 30.0  # how much larger the rounding error of the loud layer is than that of the others
+
+
+def loud() -> Graph:
+    """Two layers; some weights of the last MLP are far larger than the others, so its rounding is felt most."""
+    g = tiny.encoder(norm="pre")
+    down = blocks.mlps(g)[-1].down
+    weight = g.array(down.weight).copy()
+    weight[::16] *= LOUD
+    g.put(down.weight, weight)
+    return g
+
+
+def mixed(g: Graph, budget: str, **options):
+    data = as_dataset([tiny.feeds(g, 5, 7, seed=i) for i in range(2)], g)
+    return PassManager([MixedPrecision(budget=budget, **{**SMALL, **options})]).run(g, data, data)
+
+
+@functools.cache
+def of_loud(budget: str):
+    """The loud model under a budget; several tests read one run."""
+    return mixed(loud(), budget)
+
+
+def bits(g: Graph) -> dict[str, int]:
+    """Bits of the codes of every quantized linear."""
+    return {x.name: x.weight.dtype.bitwidth for x in blocks.linears(g) if x.quantized}
+
+
+def size(g: Graph) -> int:
+    """Bytes of codes, scales and zero points."""
+    parts = (v for x in blocks.linears(g) for v in x.dequantize.inputs)
+    return sum(g.tensor(v).nbytes for v in parts)
+
+
+def base(g: Graph) -> int:
+    return sum(site_options.nbytes(x.weight, Method(4, 16)) for x in blocks.linears(g))
+
+
+def notes(result, start: str) -> list[str]:
+    return [n.what for n in result.report.steps[-1].noted if n.site.startswith(start)]
+
+
+def tried(result) -> list[tuple[str, str]]:
+    return [(n.site, n.what) for n in result.report.steps[-1].noted if n.site != "frontier"]
+
+
+@pytest.mark.parametrize("budget", [0.95, 1.2])
+def test_a_budget_of_bytes_is_met_by_the_codes_that_are_stored(budget):
+    g = loud()
+    result = of_loud(f"{budget}x").model
+    assert 0.8 * budget * base(g) < size(result) <= budget * base(g)
+    assert len(bits(result)) == len(blocks.linears(g))
+
+
+def test_the_linear_that_is_felt_most_gets_the_most_bits():
+    found = bits(of_loud("1.2x").model)
+    assert found[blocks.mlps(loud())[-1].down.name] == 8
+    assert set(found.values()) == {4, 8}
+
+
+def test_the_choice_loses_no_more_than_one_option_for_all_or_the_rule_of_thumb():
+    result = of_loud("1.2x")
+    tried = [n for n in result.report.steps[-1].noted if "unfitted" in n.what]
+    assert any(n.site == "mixed" for n in tried)
+    assert any(n.site.startswith("all ") for n in tried)
+    assert any(n.site.startswith("rule of thumb") for n in tried)
+    losses = [float(re.search(r"loses (\S+)", n.what)[1]) for n in tried]
+    assert losses == sorted(losses)
+    assert tried[0].site == "mixed"
+
+
+def test_the_frontier_is_in_the_report_and_monotone():
+    points = [re.findall(r"[\d.e-]+(?=x|$)", what) for what in notes(of_loud("1.2x"), "frontier")]
+    sizes, losses = ([float(p[i]) for p in points] for i in (0, 1))
+    assert len(points) > 3
+    assert sizes == sorted(sizes)
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_more_bytes_never_lose_more():
+    few, more = (of_loud(x).report.validation.values()["rel-l2"] for x in ("0.95x", "1.2x"))
+    assert more < few
+
+
+def test_a_budget_of_drift_is_met_with_few_bytes():
+    result = mixed(loud(), "rel-l2<=0.08")
+    measured = {x: float(y) for x, y in re.findall(r"([\d.]+)x the bytes': 'rel-l2 (\S+)'", str(dict(tried(result))))}
+    met = [float(x) for x, y in measured.items() if y <= 0.08]
+    assert size(result.model) == pytest.approx(min(met) * base(loud()), rel=2e-3)
+    assert len(measured) > 1
+
+
+def test_what_cannot_be_met_is_refused_with_the_best_that_can():
+    with pytest.raises(RecipeError, match=r"smallest that these options reach is 0\.\d+x"):
+        mixed(loud(), "0.2x")
+    with pytest.raises(GateFailed, match=r"best that these options reach is rel-l2 0\.0"):
+        mixed(loud(), "rel-l2<=1e-7")
+    with pytest.raises(RecipeError, match="neither a size"):
+        MixedPrecision(budget="much")
+    with pytest.raises(RecipeError, match="size such as 1.05x"):
+        MixedPrecision(budget="latency<=0.5x")
+
+
+def test_with_float_as_an_option_some_stay_float_and_are_named():
+    g = loud()
+    result = mixed(g, "3x", bits=(4, "float"), blocks=(16,))
+    floats = [d.site for d in result.report.steps[-1].declined if "stays float" in d.why]
+    assert floats
+    assert set(floats) | set(bits(result.model)) == {x.name for x in blocks.linears(g)}
+
+
+def test_at_identity_nothing_is_edited():
+    g = loud()
+    data = as_dataset([tiny.feeds(g, 2, 5)], g)
+    step = PassManager([MixedPrecision(skip=("*",))]).run(g, data, data).report.steps[-1]
+    assert step.edits == 0
+
+
+def test_a_head_that_shares_its_table_keeps_to_the_table():
+    g = tiny.decoder(tied=True)
+    stored = mixed(g, "1.2x", embeddings=True).model
+    assert {str(v.dtype) for e in blocks.embeddings(stored) for v in [e.table]} == {"INT8"}
+
+
+def test_layers_that_share_a_weight_share_its_bits():
+    g = tiny.encoder(norm="pre")
+    first, second = (m.up for m in blocks.mlps(g))
+    g.set_input(second.node, 1, first.weight)
+    g.sweep()
+    result = mixed(g, "1.3x").model
+    one, two = (m.up for m in blocks.mlps(result))
+    assert one.weight is two.weight
+
+
+def test_old_operator_sets_are_refused():
+    g = tiny.linear(64, 64)
+    g.model.graph.opset_imports[""] = 18
+    with pytest.raises(ModelError, match="canonicalize"):
+        mixed(g, "1.5x")
+
+
+def test_the_rule_of_thumb_takes_first_last_and_every_third_layer():
+    g = tiny.encoder(layers=8, norm="pre")
+    wanted = mixed_bits.rule_of_thumb(g)
+    downs = [i for i, m in enumerate(blocks.mlps(g)) if m.down.name in wanted]
+    assert downs == [0, 3, 6, 7]
+    assert len(wanted) == 2 * len(downs)
+
+
+def test_losses_are_on_a_scale_on_which_they_add():
+    assert np.isclose(site_options.loss_of(0.1, "rel-l2"), 0.01)
+    assert np.isclose(site_options.loss_of(-20, "sqnr"), 0.01)
+    assert site_options.loss_of(0.3, "kl") == 0.3
