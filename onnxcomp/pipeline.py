@@ -92,10 +92,10 @@ class Env:
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need], Graph | None], Stats]
     run_plan: Callable[[], Planner]
-    run_split: Callable[[], Env] | None = None
     measures: bool = False
     shapes: tuple[Mapping[str, int], ...] = ()
     dry: bool = False  # only sizes count: no statistic was collected
+    run_split: Callable[[], Env] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", resolved(self.target))

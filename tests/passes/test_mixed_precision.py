@@ -117,7 +117,7 @@ def test_what_cannot_be_met_is_refused_with_the_best_that_can():
         mixed(loud(), "rel-l2<=1e-7")
     with pytest.raises(RecipeError, match="neither a size"):
         MixedPrecision(budget="much")
-    with pytest.raises(RecipeError, match="size such as 1.05x"):
+    with pytest.raises(RecipeError, match="size such as"):
         MixedPrecision(budget="latency<=0.5x")
 
 
