@@ -14,12 +14,14 @@ bytes need the same torch, machine and number of threads; elsewhere the accuracy
 from __future__ import annotations
 
 import argparse
-import math
-import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from models import vit_training
+from models.vit_training import Schedule, correct, interval
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
 WEIGHTS = Path(__file__).parent / "weights" / "vit_digits"
 DATA = Path(__file__).parent / "data" / "vit_digits"
 TRAINING, TUNING, CALIBRATION = 898, 700, 128
-STEPS, BATCH, PEAK, WARMUP, DECAY, DROPOUT, SMOOTHING, AVERAGE = 3000, 96, 2e-3, 150, 0.05, 0.0, 0.1, 0.998
+STEPS, BATCH, DROPOUT = 3000, 96, 0.0
+SCHEDULE = Schedule(steps=STEPS, peak=2e-3, warmup=150, decay=0.05, smoothing=0.1, average=0.998)
 
 
 def build(seed: int = 0) -> ViTForImageClassification:
@@ -129,45 +132,18 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return (moved * uniform(0.8, 1.15, 1, 1, 1) + noise).clamp(0, 2) - 1
 
 
-def rate(step: int, steps: int) -> float:
-    """Learning-rate factor: linear warm-up, then a cosine to zero."""
-    return min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / steps)))
-
-
 def fit(images: np.ndarray, labels: np.ndarray, steps: int, seed: int, log=None) -> ViTForImageClassification:
     """Train on images [N, 1, 8, 8] and return the model with averaged weights."""
     import torch
 
-    model, generator = build(seed).train(), torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     x, y = torch.from_numpy(images), torch.from_numpy(labels)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=DECAY, betas=(0.9, 0.99))
-    average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    start = time.perf_counter()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = PEAK * rate(step, steps)
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
         rows = torch.randint(len(x), (BATCH,), generator=generator)
-        logits = model(pixel_values=augment(x[rows], generator)).logits
-        loss = torch.nn.functional.cross_entropy(logits, y[rows], label_smoothing=SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                average[name].lerp_(p, 1 - min(AVERAGE, (step + 1) / (step + 10)))
-        if log and step % 250 == 249:
-            log(f"{step + 1} loss {loss.item():.3f} {time.perf_counter() - start:.0f} s")
-    model.load_state_dict(average, strict=False)
-    return model.eval()
+        return augment(x[rows], generator), y[rows]
 
-
-def correct(model: ViTForImageClassification, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Whether each image is classified rightly: bool [N]."""
-    import torch
-
-    with torch.no_grad():
-        return (model(pixel_values=torch.from_numpy(images)).logits.argmax(-1).numpy()) == labels
+    return vit_training.fit(build(seed), draw, replace(SCHEDULE, steps=steps), log)
 
 
 def train(folder: Path = WEIGHTS, steps: int = STEPS, seed: int = 0, threads: int = 1, log=None) -> None:
@@ -189,12 +165,9 @@ def tune(steps: int = STEPS, seed: int = 0, threads: int = 1, log=None) -> float
     return float(correct(model, images[TUNING:], labels[TUNING:]).mean())
 
 
-def report(folder: Path = WEIGHTS, resamples: int = 2000, seed: int = 0) -> dict[str, float]:
+def report(folder: Path = WEIGHTS) -> dict[str, float]:
     """Held-out accuracy with its 95 % bootstrap interval."""
-    right = correct(load(folder), *arrays("heldout"))
-    draws = np.random.default_rng(seed).integers(0, len(right), (resamples, len(right)))
-    low, high = np.quantile(right[draws].mean(1), [0.025, 0.975])
-    return {"accuracy": float(right.mean()), "low": float(low), "high": float(high), "images": len(right)}
+    return interval(correct(load(folder), *arrays("heldout")))
 
 
 def export(out: str | Path, seed: int = 0) -> Path:

@@ -17,10 +17,11 @@ from onnxcomp.validation.compare import Reference
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "models" / "data"
-METRIC = {"vit_digits": "accuracy", "docs_lm": "perplexity"}
-SHOWN = {"vit_digits": ("accuracy-drop", "kl"), "docs_lm": ("perplexity-rise", "kl")}
-DRAWN = {"vit_digits": 256, "docs_lm": 128}  # training images, windows of training text, for each seed
-HELDOUT = {"vit_digits": None, "docs_lm": 64}  # samples; the KL of 64 windows is a mean over 8,000 tokens
+VISION = ("vit_digits", "vit_glyphs")
+METRIC = {**dict.fromkeys(VISION, "accuracy"), "docs_lm": "perplexity"}
+SHOWN = {**dict.fromkeys(VISION, ("accuracy-drop", "kl")), "docs_lm": ("perplexity-rise", "kl")}
+DRAWN = {**dict.fromkeys(VISION, 256), "docs_lm": 128}  # training images, windows of training text, for each seed
+HELDOUT = {**dict.fromkeys(VISION), "docs_lm": 64}  # samples; the KL of 64 windows is a mean over 8,000 tokens
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,37 @@ class Case:
     drawn: dict[int, Dataset]
 
 
-def opened(name: str, seeds: Sequence[int], work: Path, samples: int | None = None, drawn: int | None = None) -> Case:
-    """Export one model, run it on its held-out data, and draw calibration data for each seed."""
-    path = importlib.import_module(f"models.{name}").export(work / name)
+def folder(name: str, work: Path) -> Path:
+    """Where a model's data lies; where a script makes it, it is written first."""
+    if (DATA / name / "heldout.npz").exists():
+        return DATA / name
+    made = work / name / "data"
+    if not made.exists():
+        importlib.import_module(f"models.{name}").write_data(made)
+    return made
+
+
+def opened(
+    name: str,
+    seeds: Sequence[int],
+    work: Path,
+    samples: int | None = None,
+    drawn: int | None = None,
+    *,
+    planted: bool = False,
+) -> Case:
+    """Export one model, run it on its held-out data, and draw calibration data for each seed.
+
+    A `planted` one has activation outliers and the same outputs (`models/outliers.py`).
+    """
+    if planted:
+        outliers = importlib.import_module("models.outliers")
+        checkpoint = outliers.plant(ROOT / "models" / "weights" / name, work / name / "planted")
+        path = importlib.import_module("onnxcomp").export(checkpoint, work / name / "model", dtype="fp32")
+    else:
+        path = importlib.import_module(f"models.{name}").export(work / name / "model")
     model = storage.load(path)
-    heldout = load_data(DATA / name / "heldout.npz", model, None, batch=64, samples=samples or HELDOUT[name])
+    heldout = load_data(folder(name, work) / "heldout.npz", model, None, batch=64, samples=samples or HELDOUT[name])
     reference = Reference(model, heldout, metrics=[METRIC[name]], scratch=work / name / "reference")
     canonicalize(model)
     return Case(model, heldout, reference, {seed: _drawn(name, seed, model, work / name, drawn) for seed in seeds})
@@ -45,7 +72,7 @@ def opened(name: str, seeds: Sequence[int], work: Path, samples: int | None = No
 
 def _drawn(name: str, seed: int, model: Graph, work: Path, count: int | None) -> Dataset:
     """Calibration samples of one seed."""
-    with np.load(DATA / name / "train.npz") as held:
+    with np.load(folder(name, work.parent) / "train.npz") as held:
         arrays = {k: held[k] for k in held.files}
     if name == "docs_lm":
         ids = importlib.import_module("models.docs_lm").rows_of(arrays["tokens"].astype(np.int64))

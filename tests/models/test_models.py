@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="reference models need torch")
 pytest.importorskip("transformers", reason="reference models need transformers")
 
-from models import docs_lm, docs_text, llama, minilm, outliers, vit_digits  # noqa: E402
+from models import docs_lm, docs_text, llama, minilm, outliers, vit_digits, vit_glyphs  # noqa: E402
 
 DATA = Path(docs_text.DATA).parent
 WEIGHTS = Path(docs_lm.WEIGHTS).parent
@@ -51,6 +51,20 @@ def test_vit_digits_is_accurate_on_other_writers():
     result = vit_digits.report()
     assert result["images"] == 899
     assert result["accuracy"] >= 0.97
+
+
+def test_vit_glyphs_is_neither_perfect_nor_poor_on_images_of_another_seed():
+    result = vit_glyphs.report()
+    assert result["images"] == 3000
+    assert 0.85 <= result["low"] <= result["high"] <= 0.97
+
+
+def test_vit_glyphs_draws_parts_that_do_not_overlap_and_stay_the_same():
+    again = vit_glyphs.arrays("calibration")[0]
+    np.testing.assert_array_equal(vit_glyphs.arrays("calibration")[0], again)
+    seen = {image.tobytes() for image in vit_glyphs.arrays("train")[0]}
+    assert not seen & {image.tobytes() for image in again}
+    assert sum(p.numel() for p in vit_glyphs.load().parameters()) >= 1_000_000
 
 
 def test_docs_lm_beats_the_trigram():
