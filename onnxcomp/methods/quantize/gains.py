@@ -19,7 +19,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["Place", "divide", "places", "unfit"]
+__all__ = ["Place", "divide", "places", "subtract", "tied", "unfit"]
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,15 @@ class Place:
     """A value `[..., K]`, the linears that read it, and the way a divisor of its channels goes.
 
     `fold` divides the value itself, for which channels of one of the `units` `[K]` need the same divisor; without it
-    the value is multiplied by a constant on its way to the linears.
+    the value is multiplied by a constant on its way to the linears. `added`, a node and the index of its input, is
+    where a constant row is added last, which takes a shift.
     """
 
     source: ir.Value
     readers: tuple[Linear, ...]
     fold: Callable[[Graph, Float64], None] | None = None
     units: Array | None = None
+    added: tuple[ir.Node, int] | None = None
 
 
 def places(g: Graph, chosen: Iterable[Linear]) -> list[Place]:
@@ -62,6 +64,44 @@ def divide(g: Graph, place: Place, by: Float64) -> None:
         g.scale(x.weight, by, 0, users=[x.node])
 
 
+def tied(place: Place, by: Float64) -> Float64:
+    """A divisor `[K]` made equal for channels of one unit: their geometric mean."""
+    if place.units is None:
+        return by
+    counts = np.maximum(np.bincount(place.units), 1)
+    return np.asarray(np.exp((np.bincount(place.units, np.log(by)) / counts)[place.units]))
+
+
+def subtract(g: Graph, place: Place, by: Float64) -> None:
+    """Subtract `[K]` from the value where a constant is `added`, and give the readers' biases what is missing."""
+    assert place.added is not None
+    for x in place.readers:
+        add_bias(g, x, by @ g.array(x.weight).astype(np.float64))
+    _add(g, *place.added, -by)
+
+
+def add_bias(g: Graph, x: Linear, row: Float64) -> None:
+    """Add a row `[N]` to the bias of a linear, which gets one where it has none."""
+    dtype = x.output.dtype.numpy() if x.output.dtype else np.dtype(np.float32)
+    if x.bias is not None:
+        node = x.add or x.node
+        _add(g, node, list(node.inputs).index(x.bias), row)
+    elif x.node.op_type == "Gemm":
+        g.set_input(x.node, 2, g.constant(row.astype(dtype), f"{x.name}_bias"))
+    else:
+        users = None if x.output.is_graph_output() else list(x.users)
+        y = g.op("Add", x.output, row.astype(dtype), name=f"{x.name}_bias", like=x.output)
+        g.replace(x.output, y, users=users)
+
+
+def _add(g: Graph, node: ir.Node, index: int, row: Float64) -> None:
+    """Add a row to a constant for one of its readers, rounding once."""
+    v = node.inputs[index]
+    assert v is not None
+    a = g.array(v)
+    g.put(v, (a.astype(np.float64) + row.reshape([*[1] * (a.ndim - 1), -1])).astype(a.dtype), users=[node])
+
+
 def _place(g: Graph, index: Index, attentions: dict[ir.Value, blocks.Attention], group: Sequence[Linear]) -> Place:
     v, readers = group[0].source, tuple(group)
     if v.is_graph_output() or any(
@@ -70,7 +110,19 @@ def _place(g: Graph, index: Index, attentions: dict[ir.Value, blocks.Attention],
         return Place(v, readers)
     if (a := attentions.get(v)) is not None:
         return _through_attention(a, readers)
-    return Place(v, readers, _fold(g, index, v))
+    fold = _fold(g, index, v)
+    return Place(v, readers, fold, None, _added(index, v) if fold is not None else None)
+
+
+def _added(index: Index, v: ir.Value) -> tuple[ir.Node, int] | None:
+    """Where a norm or a linear that makes a value adds a constant row."""
+    norm, linear = index.norm_by_output.get(v), index.by_output.get(v)
+    if norm is not None:
+        return (norm.node, 2) if norm.bias is not None else None
+    if linear is None or linear.bias is None:
+        return None
+    node = linear.add or linear.node
+    return node, list(node.inputs).index(linear.bias)
 
 
 def _beside(g: Graph, node: ir.Node, v: ir.Value, group: Sequence[Linear]) -> bool:
