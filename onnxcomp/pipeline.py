@@ -21,6 +21,7 @@ from onnxcomp.stats import Need, Stats
 from onnxcomp.target import Target, resolved
 
 if TYPE_CHECKING:
+    from onnxcomp.data.datasets import Dataset
     from onnxcomp.lowering.costs import Cost
     from onnxcomp.lowering.forms import Context, Form, Spot
     from onnxcomp.lowering.planner import Planner
@@ -258,6 +259,10 @@ class Pass(abc.ABC):
     def companions(self, result: Graph) -> Companions | None:
         """What the files beside a result (tokenizer, configuration) must say otherwise; None where they fit as is."""
         return None
+
+    def calibration(self, data: Dataset, g: Graph) -> Dataset:
+        """The data for `env.collect`, made of the job's calibration data."""
+        return data
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """What is eligible; each site ends edited or declined with a reason, or it is a fault of the pass."""

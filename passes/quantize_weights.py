@@ -11,9 +11,11 @@ from pydantic import Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
+from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, tables
+from onnxcomp.methods.quantize.augmentation import augmented
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -62,6 +64,8 @@ class QuantizeWeights(Pass):
     """Patterns of node or weight names that stay float."""
     min_size: Annotated[int, Field(ge=0)] = 1024
     """Weights with fewer elements stay float."""
+    augment: bool | None = None
+    """Fit on copies of the texts with tokens replaced at random as well; by default where the data has few tokens."""
     embeddings: bool | Literal[8, 4, "float"] = False
     """Bits of embedding tables, one scale per row of 8 bits; a head that shares its table keeps sharing it."""
     head: Literal[8, 4, "float"] | None = None
@@ -76,6 +80,10 @@ class QuantizeWeights(Pass):
     def wants_data(self) -> bool:
         """Rounding to nearest needs none."""
         return self.method != "nearest"
+
+    def calibration(self, data: Dataset, g: Graph) -> Dataset:
+        """With copies of small sets of texts."""
+        return augmented(data, g, self.augment, self.name)
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight, and tables where they are asked for; raises `RecipeError`."""

@@ -96,6 +96,14 @@ class Dataset:
         part._change = change
         return part
 
+    def copied(self, make: Callable[[Source], Source], copies: int) -> Dataset:
+        """These samples, and behind them `copies` of each: `make` gives a source with copy `c` of `i` at `i + c n`."""
+        n = len(self._source)
+        indices = [i + c * n for c in range(copies + 1) for i in self.indices]
+        part = Dataset(make(self._source), self.batch, self._check, indices, self._fixed_batch)
+        part._change = self._change
+        return part
+
     def checked(self) -> Dataset:
         """This dataset, after checking every batch; raises `DataError`."""
         if not len(self):

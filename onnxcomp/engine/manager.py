@@ -260,7 +260,7 @@ class PassManager:
             scratch=walk.scratch,
             run_variants=lambda edits, metric, samples: self._variants(walk, work, edits, metric, samples, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
-            run_collect=self._collector(walk, p.name),
+            run_collect=self._collector(walk, work, p),
             run_split=lambda: self._split(walk, work, env, p.name),
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
@@ -324,18 +324,18 @@ class PassManager:
             notes=walk.steps.notes,
         )
 
-    def _collector(self, walk: Walk, name: str) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
+    def _collector(self, walk: Walk, work: Graph, p: Pass) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
         """Statistics of the graph while a pass edits it, walking forward with the edits."""
-        data, folder = walk.calibration, walk.scratch / f"walk-{len(walk.report.steps)}"
+        folder, data = walk.scratch / f"walk-{len(walk.report.steps)}", walk.calibration
         made: dict[int, calibrate.Collector] = {}  # by identity of the graph that needs call the original
 
         def collect(g: Graph, needs: Sequence[Need], original: Graph | None) -> Stats:
             if data is None:
-                return self._collect(walk, g, list(needs), name)
+                return self._collect(walk, g, list(needs), p.name)
             of = original or walk.exact
             if id(of) not in made:
                 given: dict[str, Any] = {"original": of, "memory": self.memory, "scratch": folder}
-                made[id(of)] = calibrate.Collector(data, self.host, **given, sequential=True)
+                made[id(of)] = calibrate.Collector(p.calibration(data, work), self.host, **given, sequential=True)
             return made[id(of)].collect(g, needs)
 
         return collect

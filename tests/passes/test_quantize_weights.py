@@ -159,6 +159,21 @@ def test_a_head_of_its_own_has_its_own_bits():
     assert tables == [ir.DataType.INT8]
 
 
+@pytest.mark.parametrize("count", [60, 200, 1000])
+def test_fits_do_not_follow_small_sets_of_texts(count):
+    """On other texts no worse than without data, with as few as twice as many tokens (480) as in-channels."""
+    g = tiny.encoder(layers=1, hidden=64, ffn=256, vocabulary=500)
+    texts = as_dataset([tiny.feeds(g, 60, 8, seed=0), *(tiny.feeds(g, 235, 8, seed=i) for i in range(1, 5))], g)
+    texts = texts.head(count)
+    assert len(texts) == count
+    other = feeds(g, range(1000, 1010))
+    want = outputs(g, other)
+    options = {"bits": 3, "block": 32, "min_size": 1}
+    fitted = PassManager([QuantizeWeights(**options)]).run(g, texts, texts.head(60)).model
+    plain = PassManager([QuantizeWeights(**options, method="nearest")]).run(g).model
+    assert distance(outputs(fitted, other), want) < distance(outputs(plain, other), want)
+
+
 def test_skipped_and_small_weights_are_named():
     g = tiny.encoder()
     step = quantized(g, skip=("*layers.0.*",), min_size=1025).report.step("quantize-weights")
