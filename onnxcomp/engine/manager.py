@@ -261,7 +261,7 @@ class PassManager:
             run_variants=lambda edits, metric, samples: self._variants(walk, work, edits, metric, samples, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
             run_collect=self._collector(walk, work, p),
-            run_split=lambda: self._split(walk, work, env, p.name),
+            run_split=lambda: self._split(walk, work, env, p),
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             dry=self.dry and walk.calibration is None,
@@ -269,12 +269,12 @@ class PassManager:
         )
         return env
 
-    def _split(self, walk: Walk, work: Graph, env: Env, name: str) -> Env:
+    def _split(self, walk: Walk, work: Graph, env: Env, p: Pass) -> Env:
         fitted, left_out = walk.parts(data_used.HELD_OUT)
         return dataclasses.replace(
             env,
-            run_variants=lambda edits, metric, samples: self._variants(left_out, work, edits, metric, samples, name),
-            run_collect=self._collector(fitted, name),
+            run_variants=lambda edits, metric, samples: self._variants(left_out, work, edits, metric, samples, p.name),
+            run_collect=self._collector(fitted, work, p),
         )
 
     def _costs(
