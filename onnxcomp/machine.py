@@ -19,6 +19,7 @@ __all__ = [
     "cpu_features",
     "installed_runtimes",
     "machine",
+    "megabytes",
     "peak_mib",
     "runtime_opset",
     "size_text",
@@ -112,4 +113,10 @@ def size_text(nbytes: float) -> str:
     """Bytes as people read them, such as 58.5 MB or 3.41 GB."""
     if nbytes >= 1e9:
         return f"{nbytes / 1e9:.2f} GB"
-    return f"{nbytes / 1e6:.{2 if nbytes < 1e6 else 1 if nbytes < 1e8 else 0}f} MB"
+    return f"{megabytes(nbytes)} MB"
+
+
+def megabytes(nbytes: float) -> str:
+    """Bytes as a number of MB with at least two digits that count."""
+    digits = next((d for limit, d in ((1e4, 4), (1e6, 2), (1e8, 1)) if nbytes < limit), 0)
+    return f"{nbytes / 1e6:.{digits}f}"

@@ -24,7 +24,17 @@ MAX_ELEMENTS = 1 << 14  # elements of a constant that is folded: gains, tables a
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg", "Sqrt", "Cos", "Sin", "Abs", "Min", "Max", "Mod", "Sign"}
 LOGIC = {"And", "Or", "Not", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Where", "Cast"}
 LAYOUT = {"Reshape", "Squeeze", "Unsqueeze", "Concat", "Gather", "Slice", "Transpose", "Resize", "Expand", "Range"}
-LAYOUT |= {"GatherND", "GatherElements", "ScatterND", "ScatterElements", "ConstantOfShape", "Tile", "Shape", "Trilu"}
+LAYOUT |= {
+    "GatherND",
+    "GatherElements",
+    "ScatterND",
+    "ScatterElements",
+    "ConstantOfShape",
+    "Tile",
+    "Shape",
+    "Trilu",
+    "OneHot",
+}
 SUMS = {"ReduceSum", "CumSum"}  # of integers
 FLOATS = {ir.DataType.FLOAT, ir.DataType.DOUBLE, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
 TYPES = {*FLOATS, ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL}
@@ -81,6 +91,8 @@ def _elements(node: ir.Node, tensors: list[ir.TensorProtocol | None]) -> float:
     if node.op_type == "Gather":
         axis = node.attributes.get_int("axis", 0)
         return math.prod(shapes[1]) * (size / max(1, first[axis]) if -len(first) <= axis < len(first) else math.inf)
+    if node.op_type == "OneHot":
+        return size * float(next(t for t in tensors[1:] if t is not None).numpy().reshape(-1)[0])
     if node.op_type == "GatherND":
         return math.prod(shapes[1][:-1]) * math.prod(first[shapes[1][-1] if shapes[1] else 0 :])
     return _broadcast(shapes) if node.op_type in ARITHMETIC | LOGIC else MAX_ELEMENTS

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from onnxcomp.machine import MIB
+from onnxcomp.machine import MIB, megabytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -108,7 +108,7 @@ def steps(found: Sequence[Step]) -> Table:
             s.changed,
             len(s.declined),
             f"{s.nodes[0]} > {s.nodes[1]}",
-            f"{_mb(s.nbytes[0])} > {_mb(s.nbytes[1])}",
+            f"{megabytes(s.nbytes[0])} > {megabytes(s.nbytes[1])}",
             _drift(s),
             f"{s.seconds:.1f}" + (" (cached)" if s.cached else ""),
         )
@@ -182,11 +182,14 @@ def stored(parts: Sequence[StoredPart]) -> list[str]:
     lines = []
     for dtype in types:
         held = [p for p in parts if p.dtype == dtype and p.part != "scales"]
-        listed = ", ".join(f"{p.part} {_mb(p.nbytes)} MB" for p in held if p.nbytes >= LISTED * parts[0].nbytes)
+        listed = ", ".join(f"{p.part} {megabytes(p.nbytes)} MB" for p in held if p.nbytes >= LISTED * parts[0].nbytes)
         if listed:
             lines.append(f"{dtype}{' that stayed' if narrow and dtype == 'float32' else ''}: {listed}")
     scales = sum(p.nbytes for p in parts if p.part == "scales")
-    return [*lines, *([f"scales and zero points: {_mb(scales)} MB"] if scales >= LISTED * parts[0].nbytes else [])]
+    return [
+        *lines,
+        *([f"scales and zero points: {megabytes(scales)} MB"] if scales >= LISTED * parts[0].nbytes else []),
+    ]
 
 
 def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) -> Table:
@@ -201,7 +204,7 @@ def benchmark(b: BenchReport, names: Sequence[str] = (), *, every: bool = True) 
         rate = f"{r.throughput:.1f}/s" if r.tokens is None else f"{r.tokens:.0f} tok/s"
         times = (f"{r.median_ms:.2f}", *((f"{r.p90:.2f}", f"{r.p99:.2f}") if every else ()))
         ratio = f"{x['value']:.2f}x [{x['low']:.2f}, {x['high']:.2f}]"
-        sizes = (f"{r.peak_mib * MIB / 1e6:.0f}", _mb(r.size_mib * MIB), *((f"{r.load_s:.2f}",) if every else ()))
+        sizes = (f"{r.peak_mib * MIB / 1e6:.0f}", megabytes(r.size_mib * MIB), *((f"{r.load_s:.2f}",) if every else ()))
         rows.append((called.get(r.model, r.model), r.shape, *times, ratio, rate, *sizes))
     where = f"{b.rows[0].provider}, {b.rows[0].threads} threads" if b.rows else ""
     tail, load = (("p90", "p99"), ("load s",)) if every else ((), ())
@@ -332,10 +335,6 @@ def _default(x: Any) -> str:
     if isinstance(x, bool):
         return str(x).lower()
     return "none" if x is None or x == [] else str(x)
-
-
-def _mb(nbytes: float) -> str:
-    return f"{nbytes / 1e6:.{2 if nbytes < 1e6 else 1 if nbytes < 1e8 else 0}f}"
 
 
 def _number(x: float | None, missing: str = "-") -> str:

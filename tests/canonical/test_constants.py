@@ -178,6 +178,7 @@ LARGE = {  # operators of small constants whose result is large: what would be c
     "Add": lambda g: g.op("Add", f32(np.ones((4000, 1))), f32(np.ones((1, 4000)))),
     "Gather": lambda g: g.op("Gather", f32(np.ones((2, 8000))), i64(*[0] * 8000)),
     "Resize": lambda g: g.op("Resize", f32(np.ones((1, 1, 9, 9))), None, f32([1, 1, 1e4, 1e4]), mode="nearest"),
+    "OneHot": lambda g: g.op("OneHot", i64(*range(1000)), i64(1000), f32([0, 1])),
     "Range": lambda g: g.op("Range", i64(0).reshape(()), i64(1 << 40).reshape(()), i64(1).reshape(())),
 }
 

@@ -229,7 +229,8 @@ def test_without_v_only_what_was_measured_is_shown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "says"), [(12_345, "0.01 MB"), (58_480_000, "58.5 MB"), (173 << 20, "181 MB"), (3.41e9, "3.41 GB")]
+    ("nbytes", "says"),
+    [(800, "0.0008 MB"), (12_345, "0.01 MB"), (58_480_000, "58.5 MB"), (173 << 20, "181 MB"), (3.41e9, "3.41 GB")],
 )
 def test_sizes_are_in_units_of_ten(nbytes: float, says: str) -> None:
     assert machine.size_text(nbytes) == says
