@@ -52,7 +52,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     name="onnxcomp",
     help="Make trained transformers small and fast as ONNX graphs, and prove it.",
-    epilog="Exit codes: 0 done, 1 a fault of onnxcomp or of a pass, 2 bad usage or input, 3 a gate refused the result.",
+    epilog="Exit codes: 0 done, 1 a fault of onnxcomp or a pass, 2 bad usage or input, 3 refused by a gate or check.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

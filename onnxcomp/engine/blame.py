@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import sys
 import traceback
@@ -12,13 +13,13 @@ from typing import TypeVar
 
 from onnxcomp.blocks.inner import inner_linears
 from onnxcomp.errors import ModelError, OnnxcompError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Declined, Graph
 from onnxcomp.pipeline import Pass, PassFault
 from onnxcomp.runtime.integer import quantized_linears
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
 
-__all__ = ["blaming", "described", "left_in_branches", "listed", "needs_of", "nothing_found"]
+__all__ = ["blaming", "described", "left_in_branches", "listed", "needs_of", "nothing_found", "unmatched"]
 
 T = TypeVar("T")
 
@@ -74,6 +75,12 @@ def nothing_found(g: Graph) -> str:
     done = quantized_linears(g.model)
     whose = f", whose {done} quantized linears stay as they are" if done else ""
     return "found nothing to change in it" + "".join([whose, *(f"; {note}" for note in left_in_branches(g))])
+
+
+def unmatched(p: Pass, declined: Iterable[Declined]) -> list[str]:
+    """A sentence for each pattern of an option that named nothing: it would be missed among the declined sites."""
+    options = {f.name for f in dataclasses.fields(p)}
+    return [f"{p.name}: {d.site} {d.why}" for d in declined if d.site.partition(": ")[0] in options and ": " in d.site]
 
 
 def left_in_branches(g: Graph) -> list[str]:

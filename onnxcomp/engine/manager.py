@@ -14,7 +14,7 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
 from onnxcomp.engine.asked import check_asked
-from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, nothing_found
+from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, nothing_found, unmatched
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
@@ -154,8 +154,7 @@ class PassManager:
     # ---- one pass ------------------------------------------------------------------------------------------------
 
     def _step(self, walk: Walk, p: Pass) -> None:
-        started = time.perf_counter()
-        before = walk.graph
+        started, before = time.perf_counter(), walk.graph
         work = before.clone()
         work.sweep()
         sites = listed(p, "sites", p.sites(work, self.target), Site)
@@ -172,6 +171,7 @@ class PassManager:
         self._verify(work, p)
         step.changed = self._settle(p, work, sites)
         step.edits, step.declined, step.noted = work.edits, work.declined, work.noted
+        walk.report.warnings += unmatched(p, work.declined)
         step.nodes = (before.model.graph.num_nodes(), work.model.graph.num_nodes())
         step.nbytes = (before.nbytes, work.nbytes)
         walk.graph = self._judge(walk, p, step, before, work)

@@ -17,7 +17,7 @@ from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
-from onnxcomp.pipeline import Companions
+from onnxcomp.pipeline import Companions, Stage
 from onnxcomp.reports.json_report import write
 from onnxcomp.reports.outcome import Report, Result, Size
 from onnxcomp.runtime import sessions
@@ -150,7 +150,10 @@ def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Wat
     r.verdicts += gate.judge(values, files=True)
     refused = [str(v) for v in r.verdicts if not v.passed]
     if r.integer is not None and not r.integer.ok:
-        refused.append(f"integer check: {r.integer.detail}")
+        lowered = any(p.stage is Stage.LOWER for p in job.recipe.passes)
+        stage = Stage.LOWER.name.lower()
+        hint = "" if lowered else f"; a pass of stage '{stage}' at the end writes products that read codes"
+        refused.append(f"integer check: {r.integer.detail}{hint}")
     if target.quantized.saturates and target.provider == CPU.provider:
         refused += _saturating(source, written, r)
     if refused:

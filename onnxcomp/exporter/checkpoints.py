@@ -7,6 +7,7 @@ import importlib.metadata
 import inspect
 import io
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -203,6 +204,7 @@ def quiet(lines: list[str]) -> Iterator[None]:
     """Send what torch and transformers print, log and warn to `lines`."""
     import transformers
 
+    os.environ.setdefault("TORCH_LOGS", "-all")  # torch sets its handlers anew while it exports, to stderr
     capture, text = _Capture(lines), io.StringIO()
     loggers = [
         logging.getLogger(n)

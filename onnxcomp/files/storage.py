@@ -327,7 +327,7 @@ def publish(out: Path, owned: Collection[str] = ()) -> Iterator[Path]:
     Of the names in `owned` those that were not staged are removed: files of an earlier result that the new one lacks.
     """
     if out.exists() and not out.is_dir():
-        raise ModelError(f"{out}: is a file where a folder is to be written; choose another output")
+        raise ModelError(f"{out}: is a file; choose a folder as output, or a name that ends in .onnx")
     out = out.resolve()
     created = _make_folder(out.parent)
     inside = out.exists() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK | os.X_OK))

@@ -281,7 +281,7 @@ def integer_check(model: Model, target: Target = CPU) -> IntegerCheck:
         products, dequantized = integer_products(optimized), dequantized_weights(optimized)
     if products >= quantized and not dequantized:
         return IntegerCheck(quantized, products, 0, True)
-    detail = f"{products} of {quantized} quantized linears run as integer products"
+    detail = f"{products} of {quantized} quantized linears multiply by their codes"
     if dequantized:
         detail += f"; {len(dequantized)} weights are dequantized on every run, such as {', '.join(dequantized[:3])}"
     return IntegerCheck(quantized, products, len(dequantized), False, detail)

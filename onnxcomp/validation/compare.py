@@ -92,17 +92,24 @@ class Reference:
         self.view = self.view.with_types(made)
         self._types = {k: a.dtype.name for k, a in made.items()}
         self._notes = tuple(declared_otherwise(self._graph, made))
-        self._find_labelled(made, batch)
+        self._find_scored(made, batch)
         read = {"accuracy"} if self.view.labelled else set()
         unread = [m.name for m in self.metrics if m.name in scoring.METRICS and m.name not in read]
         if unread and not self.view.scored.floating:
             what = f"'{self.view.scored.name}' is {self._types[self.view.scored.name]}"
             raise DataError(f"metric '{unread[0]}' needs an output of floating-point scores, but {what}")
 
-    def _find_labelled(self, made: Mapping[str, Array], batch: Batch) -> None:
-        """Find the output that the labels are for; raises `DataError` where a metric needs it and none can be it."""
+    def _find_scored(self, made: Mapping[str, Array], batch: Batch) -> None:
+        """Find the output that labels, or else next words, are for; raises `DataError` where none can be it."""
         labels, asked = batch.labels, [m.name for m in self.metrics]
-        if labels is None or not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 2 or "perplexity" in asked:
+        if labels is None or "perplexity" in asked:
+            self.view = replace(self.view, worded=self.view.of_words(made))
+            return
+        if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 2:
+            return
+        if not any(b.labels is not None and (b.labels >= 0).any() for b in self.data):
+            if needing := [x for x in asked if x in ("accuracy", "f1")]:
+                raise DataError(f"metric '{needing[0]}': no label of the data counts, all are below 0")
             return
         found = self.view.answering(labels, made, batch.feeds)
         if len(found) > 1:  # a later batch may hold larger labels
@@ -260,6 +267,8 @@ class Reference:
                 m, reference, candidate if more is None else more.put(m, reference, candidate)
             )
         notes = (*self._notes, *notes)
+        if "accuracy" in results and results["accuracy"].reference == 0:
+            notes = (*notes, f"the original gives no label right: the labels may not be for '{self.view.scored.name}'")
         if lacking := [r.name for r in self.view.outputs if r.name not in drifts]:
             notes = (
                 *notes,

@@ -42,7 +42,8 @@ class View:
     """What comparison needs of a model's interface: inputs by role, vocabulary size, outputs.
 
     `flat` are outputs that are sequences or optional, whose elements are compared one by one; outputs that are maps are
-    `uncompared`; the element types of those `undeclared` are known when the model has run; labels are for `labelled`.
+    `uncompared`; the element types of those `undeclared` are known when the model has run; labels are for `labelled`,
+    and `worded` has scores of all words for each token.
     """
 
     roles: Mapping[str, str]
@@ -52,6 +53,7 @@ class View:
     flat: frozenset[str] = frozenset()
     undeclared: frozenset[str] = frozenset()
     labelled: str = ""
+    worded: str = ""
 
     @classmethod
     def of(cls, g: Graph) -> View:
@@ -67,11 +69,16 @@ class View:
 
     @property
     def scored(self) -> OutputLayout:
-        """The output that task metrics read: that of the labels, the first of class scores, of floats, or of all."""
-        if self.labelled:
-            return next(r for r in self.outputs if r.name == self.labelled)
+        """The output that task metrics read: that of the labels or words, the first of class scores, floats, or all."""
+        if named := self.labelled or self.worded:
+            return next(r for r in self.outputs if r.name == named)
         floats = [r for r in self.outputs if r.floating]
         return next((r for r in floats if r.logits), (floats or self.outputs)[0])
+
+    def of_words(self, made: Mapping[str, Array]) -> str:
+        """The first output with a score of every word for each token; empty without one."""
+        shaped = (r for r in self.outputs if r.floating and r.tokens == 1 and made[r.name].ndim == 3)
+        return next((r.name for r in shaped if made[r.name].shape[-1] == self.vocabulary), "")
 
     def answering(self, labels: Array, made: Mapping[str, Array], feeds: Mapping[str, Array]) -> list[str]:
         """Outputs that integer labels `[b]` or `[b, tokens]` can be for, the likeliest first.

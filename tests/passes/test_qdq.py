@@ -153,6 +153,7 @@ def test_a_table_that_its_head_reads_as_float_stays(quantizer):
     why = {d.site: d.why for d in result.report.steps[0].declined}
     assert any("reads the table as float" in text for text in why.values())
     assert "matches no linear" in why["skip: nothing*"]
+    assert [w for w in result.report.warnings if w.startswith(f"{quantizer.name}: skip: nothing*")]
 
 
 def test_a_pattern_keeps_a_table_in_float():

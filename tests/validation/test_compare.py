@@ -243,6 +243,34 @@ def test_a_model_that_looks_ahead_gets_no_perplexity_unasked() -> None:
     assert set(validate(masked, masked.clone(), data(masked), metrics=["perplexity"]).metrics) == {"perplexity"}
 
 
+def test_perplexity_reads_the_output_with_a_score_of_every_word() -> None:
+    g = tiny.decoder()
+    alone = validate(g, nudged(g, 1.3), data(g))
+    stream = g.outputs[0].producer().inputs[0]
+    tags = g.op("MatMul", stream, np.random.default_rng(0).standard_normal((32, 7)).astype(np.float32))
+    words = g.outputs[0]
+    g.model.graph.outputs.clear()
+    both = tiny.finish(g, tags, "tag_logits", ["batch", "sequence", 7])
+    both.model.graph.outputs.append(words)
+    both = Graph(both.model)
+    assert [v.name for v in both.outputs] == ["tag_logits", "logits"]
+    v = validate(both, nudged(both, 1.3), data(both))
+    assert v.scored == "logits"
+    assert v.metrics["perplexity"].candidate == pytest.approx(alone.metrics["perplexity"].candidate, rel=1e-6)
+
+
+def test_labels_none_of_which_counts_are_refused_and_a_model_without_a_hit_is_told() -> None:
+    g = tiny.encoder(classes=5)
+    ignored = data(g, labels=np.full(12, -100))
+    with pytest.raises(DataError, match="no label of the data counts"):
+        validate(g, g, ignored, metrics=["accuracy"])
+    assert validate(g, g, ignored).metrics == {}
+    wrong = [Batch(b.feeds, (y.argmax(-1) + 1) % 5) for b, y in zip(data(g), outputs(g, data(g)), strict=True)]
+    v = validate(g, g, wrong)
+    assert v.metrics["accuracy"].reference == 0
+    assert any("gives no label right" in note for note in v.notes)
+
+
 def test_interval_covers_a_known_difference() -> None:
     """The accuracy of two coins, paired: the true difference lies in the interval nearly always."""
     m, hits = scoring.METRICS["accuracy"], 0
