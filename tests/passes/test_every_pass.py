@@ -94,8 +94,14 @@ COST = pytest.mark.no_cover
 
 
 def meets(pass_name: str, zoo_name: str) -> bool:
-    """Whether a pass sees the spelling of an exporter; the others find the canonical form, which the zoo holds too."""
-    return not zoo_name.endswith("-exported") or catalog.load(pass_name).stage is Stage.CANONICALIZE
+    """Whether a pass is judged on a model: exact ones on all, lossy ones on those two and, by turns, half of the rest.
+
+    Only passes that make models canonical see the spelling of an exporter; the others would find the same graph twice.
+    """
+    cls, turn = catalog.load(pass_name), NAMES.index(pass_name) + [*ZOO].index(zoo_name)
+    if zoo_name.endswith("-exported"):
+        return cls.stage is Stage.CANONICALIZE
+    return cls.fidelity is Fidelity.EXACT or zoo_name in COUNTED or turn % 2 == 0
 
 
 PAIRS = [(p, z) for z in ZOO for p in NAMES if meets(p, z)]
