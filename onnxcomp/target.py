@@ -38,6 +38,7 @@ class Quantized:
     pays: bool = True
     blocks: Mapping[int, tuple[int, ...]] = field(default_factory=lambda: dict(_CPU_BLOCKS))
     block_zero_points: bool = True
+    floats: tuple[str, ...] = ()  # float formats of weights for which it has a product
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ TENSORRT = Target(
     provider_options={"trt_fp16_enable": "0", "trt_engine_cache_enable": "0", "trt_sparsity_enable": "1"},
     package="onnxcomp[tensorrt]",
     max_opset=22,
-    quantized=Quantized(activations=("s8",), zero_points=False, blocks={4: (64, 128)}, block_zero_points=False),
+    quantized=Quantized(
+        activations=("s8",), zero_points=False, blocks={4: (64, 128)}, block_zero_points=False, floats=("fp8",)
+    ),
     forms={**_GPU_FORMS, "attention": ("decomposed",), "table": ("dequantized",)},
     lacks=("Attention", "QLinearMatMul"),
     sparse=("2:4",),

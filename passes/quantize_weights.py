@@ -1,4 +1,4 @@
-"""Weight-only quantization: linears keep float inputs, their weights become codes of 8, 4 or 3 bits in blocks."""
+"""Weight-only quantization: linears keep float inputs, their weights become codes of 8 to 2 bits in blocks, or fp8."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.data.datasets import Dataset
-from onnxcomp.errors import ModelError, RecipeError
+from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, tables
 from onnxcomp.methods.quantize.augmentation import augmented
+from onnxcomp.methods.quantize.kernels import require
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.target import Target
+from onnxcomp.target import CPU, Target
 
 __all__ = ["QuantizeWeights"]
 
-TWO_BITS = (32, 64, 128)  # blocks for which the runtime has a product with 2 bits
 BLOCKWISE = 21  # the operator set from which DequantizeLinear has blocks and codes of 4 bits
 
 
@@ -46,10 +46,12 @@ class QuantizeWeights(Pass):
     """Bits of a weight; 3 are stored in 4, and so are 2 until lower packs them (blocks of 32 to 128)."""
     block: Literal[16, 32, 64, 128, 256, "channel"] = 32
     """In-channels that share a scale; channel takes one for each out-channel, as integer products do (8 bits)."""
-    method: Literal["least-squares", "gptq", "nearest"] = "least-squares"
-    """Rounding: towards the original's outputs, each weight for itself, or to nearest without data."""
-    symmetric: bool = False
-    """No zero points: the codes are signed."""
+    method: Literal["least-squares", "gptq", "weighted", "hqq", "nearest"] = "least-squares"
+    """Rounding: towards the original's outputs, for itself, to nearest by the inputs' squares, or without data."""
+    symmetric: bool | None = None
+    """No zero points: the codes are signed; by default only where the target needs it."""
+    codes: Literal["integer", "fp8", "nvfp4", "mxfp4", "mxfp8"] = "integer"
+    """Type of the codes; floats have one scale per out-channel (fp8) or block, where the target multiplies by them."""
     pull: Annotated[float, Field(gt=0)] | None = None
     """Damping of the fit to the original, relative to the mean of the inputs' squares; by default from the rows."""
     damp: Annotated[float, Field(gt=0)] | None = None
@@ -78,8 +80,8 @@ class QuantizeWeights(Pass):
 
     @property
     def wants_data(self) -> bool:
-        """Rounding to nearest needs none."""
-        return self.method != "nearest"
+        """Rounding to nearest and HQQ need none."""
+        return self._method(8, CPU).wants_data
 
     def calibration(self, data: Dataset, g: Graph) -> Dataset:
         """With copies of small sets of texts."""
@@ -87,11 +89,9 @@ class QuantizeWeights(Pass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight, and tables where they are asked for; raises `RecipeError`."""
-        if self.block == "channel" and self._all_bits - {8, "float"}:
-            raise RecipeError("quantize-weights: with 'block: channel' products run in 8 bits only; say bits: 8")
-        if 2 in (self.bits, *self.overrides.values()) and self.block not in TWO_BITS:
-            kernels = " or ".join(map(str, TWO_BITS))
-            raise RecipeError(f"quantize-weights: products with 2 bits run in blocks of {kernels}, not of {self.block}")
+        tables_, head = (4 if self.embeddings == 4 else None), self.head
+        used = {self.bits, *self.overrides.values(), tables_, head} if not self.is_identity else set()
+        require(target, used, self.block, symmetric=self._is_symmetric(target), codes=self.codes)
         return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -101,7 +101,6 @@ class QuantizeWeights(Pass):
         if not self.is_identity and self.block != "channel" and g.opset < BLOCKWISE:
             raise ModelError(f"quantize-weights: operator set {g.opset} has no codes in blocks; put canonicalize first")
         shared, last, methods = {e.table for e in eligible}, blocks.head(g), {}
-        limited = env.target.quantized.saturates
         for x in linears.chosen(g, self.skip, self.min_size, found):
             bits, why = self._bits(x, last)
             if x.transposed and x.weight not in shared:
@@ -109,16 +108,11 @@ class QuantizeWeights(Pass):
             elif bits == "float":
                 g.decline(x.site, f"stays float by {why}")
             elif not x.transposed:
-                methods[x.name] = self._method(bits, limited=limited)
+                methods[x.name] = self._method(bits, env.target)
         for pattern in set(self.overrides) - {self._override(x) for x in linears.quantizable(g)}:
             g.decline(f"overrides: {pattern}", "matches no linear that an earlier pattern left")
-        table = self._method(self._table_bits(last, shared), limited=limited)
+        table = self._method(self._table_bits(last, shared), env.target)
         round_sites(g, env, methods, free_bias=self.bias, tables=eligible, table_method=table)
-
-    @property
-    def _all_bits(self) -> set[object]:
-        tables = 4 if self.embeddings == 4 else 8
-        return {self.bits, *self.overrides.values(), tables, 8 if self.head is None else self.head}
 
     def _bits(self, x: Linear, last: blocks.Head | None) -> tuple[int | Literal["float"], str]:
         """Bits of a linear's weight, and the option that says so."""
@@ -139,8 +133,14 @@ class QuantizeWeights(Pass):
     def _tables(self, g: Graph) -> list[blocks.Embedding]:
         return tables.quantizable(g) if self.embeddings not in (False, "float") else []
 
-    def _method(self, bits: int, *, limited: bool) -> Method:
+    def _is_symmetric(self, target: Target) -> bool:
+        return not target.quantized.block_zero_points if self.symmetric is None else self.symmetric
+
+    def _method(self, bits: int, target: Target) -> Method:
         rest = (self.method, self.pull, self.damp, self.refits)
+        if self.codes == "fp8":
+            return Method(8, 0, True, *rest, codes="fp8")
         if self.block == "channel":  # integer products take no zero point of the weight
-            return Method(bits, 0, True, *rest, limited)
-        return Method(bits, self.block, self.symmetric, *rest)
+            return Method(bits, 0, True, *rest, target.quantized.saturates)
+        positive = target.provider.startswith("Tensorrt")  # its parser takes no negative scales
+        return Method(bits, self.block, self._is_symmetric(target), *rest, full_range=not positive)

@@ -12,6 +12,8 @@ PAGES = {
     "curves": "passes/README.md",
     "cuts": "passes/README.md",
     "cuts-wider": "passes/README.md",
+    "builder": "passes/README.md",
+    "format_speed": "passes/README.md",
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",
     "node_tests": "onnxcomp/README.md",

@@ -23,6 +23,7 @@ __all__ = [
     "Quantized",
     "affine",
     "bin_edges",
+    "block_reduced",
     "clip_range",
     "dequantize",
     "fit",
@@ -165,7 +166,7 @@ class Quantized:
         return dequantize(self.codes, self.scale, self.zero, axis=self.axis, block=self.block)
 
 
-def _reduce(ufunc: np.ufunc, a: Array, axis: int | None, block: int) -> Array:
+def block_reduced(ufunc: np.ufunc, a: Array, axis: int | None, block: int) -> Array:
     """Reduce to one number per tensor, per index of the axis, or per block of it."""
     if axis is None:
         return np.asarray(ufunc.reduce(a, axis=None))
@@ -185,28 +186,39 @@ def fit(
     mse: bool = False,
     scale_type: Any = np.float32,
     importance: Array | float = 1.0,
+    full_range: bool = False,
 ) -> Quantized:
     """Quantize a constant by rounding to nearest; with `mse` the range of every scale is shrunk where that errs less.
 
     `importance`, which broadcasts against `w`, weighs squared errors: of a linear's `[K, N]` the mean squares of its
-    inputs `[K, 1]`. Raises `DataError` for an empty, NaN or infinite constant.
+    inputs `[K, 1]`. With `full_range` symmetric scales have the sign of the extreme, negated, so that it takes the code
+    `-2^(b-1)` that has no positive counterpart. Raises `DataError` for an empty, NaN or infinite constant.
     """
     f = format_of(fmt)
     if w.size == 0 or not np.isfinite(w).all():
         raise DataError("a constant to quantize is empty, NaN or infinite")
     w = w.astype(np.float32)
-    low, high = _reduce(np.minimum, w, axis, block), _reduce(np.maximum, w, axis, block)
+    low, high = block_reduced(np.minimum, w, axis, block), block_reduced(np.maximum, w, axis, block)
     best: Array | None = None
     shrink = np.ones(low.shape)
-    for factor in SHRINK if mse else (1.0,):
+    signed = full_range and symmetric and f.low < 0 and f.integer
+
+    def scaled(factor: Array | float) -> tuple[Array, Array]:
         scale, zero = affine(low * factor, high * factor, f, symmetric=symmetric, scale_type=scale_type)
+        if not signed:
+            return scale, zero
+        extreme = np.where(-low > high, low, high) * factor
+        return np.where(extreme == 0, scale, (extreme / f.low).astype(scale_type)).astype(scale_type), zero
+
+    for factor in SHRINK if mse else (1.0,):
+        scale, zero = scaled(factor)
         codes = quantize(w, scale, zero, f, axis=axis, block=block)
         if not mse:
             return Quantized(codes, scale, zero, axis, block)
         squares = (dequantize(codes, scale, zero, axis=axis, block=block) - w) ** 2 * importance
-        error = _reduce(np.add, squares, axis, block)
+        error = block_reduced(np.add, squares, axis, block)
         better = np.full(error.shape, True) if best is None else error < best
         shrink = np.where(better, factor, shrink)
         best = error if best is None else np.minimum(best, error)
-    scale, zero = affine(low * shrink, high * shrink, f, symmetric=symmetric, scale_type=scale_type)
+    scale, zero = scaled(shrink)
     return Quantized(quantize(w, scale, zero, f, axis=axis, block=block), scale, zero, axis, block)

@@ -70,6 +70,7 @@ def round_weights(
     refits: int = 0,
     scale_type: Any = np.float32,
     limited: bool = False,
+    full_range: bool = False,
 ) -> Rounded:
     """Weights `[K, N]` as codes with one scale per out-channel, or per `block` in-channels of one, at least error.
 
@@ -77,8 +78,8 @@ def round_weights(
     channels one by one, each error spread over the later ones (GPTQ, arXiv 2210.17323); then `refits` times coordinate
     descent on the codes and least-squares scales (two-stage grid optimization, arXiv 2602.02126). All of it with the
     damped Gram matrix, since with few rows the plain one says little of other data. `limited` codes of out-channels
-    obey `saturation.PAIR_LIMIT`. Law: no out-channel's error on the calibration data is larger than by rounding to
-    nearest.
+    obey `saturation.PAIR_LIMIT`; `full_range` as in `formats.fit`. Law: no out-channel's error on the calibration data
+    is larger than by rounding to nearest.
     """
     f, w = format_of(fmt), np.asarray(weights)
     g = symmetrized(gram)
@@ -92,7 +93,7 @@ def round_weights(
         w_part = w[:, columns].astype(np.float64)
         nearest = saturation.nearest(w_part, f, scale_type=scale_type) if limited else fit(
             w_part, f, axis=0 if block else 1, block=block, symmetric=symmetric, mse=clip,
-            scale_type=scale_type, importance=importance,
+            scale_type=scale_type, importance=importance, full_range=full_range,
         )  # fmt: skip
         legal = saturation.mended if limited else np.asarray
         best = _Columns(stiff, w_part, nearest)
@@ -214,7 +215,7 @@ def refit_scales(g: Float64, w: Float64, q: Quantized) -> Array:
         curvature = np.einsum("kn,kn->n", c, g[rows, rows] @ c)
         gain = np.einsum("kn,kn->n", c, rest[rows])
         step = np.divide(gain, curvature, out=np.zeros_like(gain), where=curvature > 0)
-        step = np.where(scale[i] + step < LEAST_SCALE * scale[i], 0.0, step)
+        step = np.where((scale[i] + step) / scale[i] < LEAST_SCALE, 0.0, step)  # scales may be negative
         scale[i] += step
         rest -= g[:, rows] @ (c * step)
     return np.asarray(scale.reshape(q.scale.shape).astype(q.scale.dtype))

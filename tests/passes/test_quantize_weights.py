@@ -7,13 +7,15 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
-from onnxcomp.errors import DataError, ModelError, RecipeError
+from onnxcomp.errors import DataError, ModelError, TargetError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import tensorrt
 from onnxcomp.maths import formats
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.runtime.sessions import Session, integer_check
+from onnxcomp.target import CPU, CUDA, TENSORRT
 from tests import tiny
 
 SMALL = {"min_size": 1, "block": 16}
@@ -40,7 +42,9 @@ def in_float(g: Graph) -> Graph:
     for x in blocks.linears(plain):
         codes, scale, *zeros = (plain.array(v).astype(np.float64) for v in x.dequantize.inputs)
         size = x.dequantize.attributes.get_int("block_size", 0)
-        scale, zero = (np.repeat(a, size, axis=0)[: len(codes)] for a in (scale, *(zeros or [0 * scale])))
+        scale, zero = (
+            np.repeat(a, size, axis=0)[: len(codes)] if size else a for a in (scale, *(zeros or [0 * scale]))
+        )
         plain.set_input(x.node, 1, plain.constant(((codes - zero) * scale).astype(np.float32), "numbers"))
     return plain
 
@@ -174,6 +178,58 @@ def test_fits_do_not_follow_small_sets_of_texts(count):
     assert distance(outputs(fitted, other), want) < distance(outputs(plain, other), want)
 
 
+@pytest.mark.parametrize(
+    ("target", "options", "why"),
+    [
+        (
+            CPU,
+            {"overrides": {"*": 2}, "block": 16},
+            "on 'cpu' products with 2 bits run in blocks of 32 or 64 or 128, not of 16",
+        ),
+        (CPU, {"codes": "fp8"}, "'cpu' has no product with fp8 weights and would make them float at every run"),
+        (TENSORRT, {"codes": "nvfp4"}, "'tensorrt' has no product with nvfp4 weights .*; it takes fp8"),
+        (CUDA, {"block": 64}, "on 'cuda' products with 4 bits run in blocks of 32, not of 64"),
+        (
+            CUDA,
+            {"block": 32, "symmetric": False},
+            "on 'cuda' products run only without zero points; say symmetric: true",
+        ),
+        (TENSORRT, {"block": 32}, "on 'tensorrt' products with 4 bits run in blocks of 64 or 128, not of 32"),
+    ],
+)
+def test_what_a_target_cannot_multiply_by_is_refused_by_name(target, options, why):
+    p = QuantizeWeights(**{**SMALL, "method": "nearest", **options})
+    with pytest.raises(TargetError, match=why):
+        PassManager([p], target=target).run(tiny.encoder())
+
+
+def test_targets_without_zero_points_get_symmetric_codes_and_floats_are_stored_per_channel():
+    g = tiny.encoder(hidden=64, ffn=128)
+    p = QuantizeWeights(**{**SMALL, "method": "nearest", "block": 32})
+    for x in blocks.linears(PassManager([p], target=CUDA).run(g).model):
+        assert x.weight.dtype is ir.DataType.INT4
+        assert len(x.dequantize.inputs) == 2
+    p = QuantizeWeights(codes="fp8", min_size=1)
+    data = as_dataset(feeds(g), g)
+    model = PassManager([p], target=TENSORRT).run(g, data, data).model
+    for x in blocks.linears(model):
+        assert x.weight.dtype is ir.DataType.FLOAT8E4M3FN
+        assert model.array(x.dequantize.inputs[1]).shape == (x.sizes[1],)
+    batches = feeds(g, range(50, 53))
+    assert distance(outputs(model, batches), outputs(in_float(model), batches)) < 1e-10
+    assert distance(outputs(model, batches), outputs(g, batches)) < 2e-3
+    assert not [v for v in tensorrt.check(model) if v.rule not in ("opset", "direct", "scale-on-q")]
+
+
+@pytest.mark.parametrize("method", ["weighted", "hqq"])
+def test_every_method_comes_near(method):
+    g = tiny.encoder(hidden=64, ffn=128)
+    batches = feeds(g, range(100, 104))
+    want = outputs(g, batches)
+    near, plain = (distance(outputs(quantized(g, bits=3, method=m).model, batches), want) for m in (method, "nearest"))
+    assert near < (0.95 if method == "weighted" else 2) * plain  # HQQ lets large weights err
+
+
 def test_skipped_and_small_weights_are_named():
     g = tiny.encoder()
     step = quantized(g, skip=("*layers.0.*",), min_size=1025).report.step("quantize-weights")
@@ -194,8 +250,6 @@ def test_overrides_set_the_bits_of_sites_and_sites_may_be_rounded_by_name():
     reasons = {d.site: d.why for d in result.report.step("quantize-weights").declined}
     assert reasons.pop("overrides: *nowhere*") == "matches no linear that an earlier pattern left"
     assert set(reasons.values()) == {"stays float by the override '*layers.0*'"}
-    with pytest.raises(RecipeError, match="products with 2 bits run in blocks of 32 or 64 or 128, not of 16"):
-        quantized(g, overrides={"*": 2}, method="nearest")
 
 
 def test_old_operator_sets_and_missing_data_are_refused():

@@ -16,6 +16,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_weights
 from onnxcomp.maths import Array, Float64, affine, formats, rounding, saturation
 from onnxcomp.maths.formats import FORMATS, Format, Quantized
+from onnxcomp.maths.hqq import hqq
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
 from onnxcomp.methods.quantize.table_blocks import EightBitTables, FourBitTables, Tables
@@ -25,7 +26,7 @@ from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
 __all__ = ["Inputs", "Method", "Rounder", "Rule", "inputs_of", "round_sites", "rounded"]
 
-Rule = Literal["least-squares", "gptq", "nearest"]
+Rule = Literal["least-squares", "gptq", "weighted", "hqq", "nearest"]
 Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero points
 
 
@@ -33,9 +34,11 @@ Codes = tuple[ir.Value, ir.Value, ir.Value | None]  # with scales and zero point
 class Method:
     """How a weight is rounded: bits in use, in-channels per scale (0 for all), zero points or none, and by which rule.
 
-    Of the rules `nearest` needs no data; `least-squares` first fits weights to the original's outputs, damped by `pull`
-    towards what they are, and then rounds them as `gptq` does, with `refits` of codes and scales. `limited` codes
-    cannot saturate (`maths.saturation`).
+    Of the rules `nearest` and `hqq` (zero points fitted to the weights) need no data; `weighted` rounds to nearest
+    under ranges that err least on the inputs' squares; `least-squares` first fits weights to the original's outputs,
+    damped by `pull` towards what they are, and then rounds them as `gptq` does, with `refits` of codes and scales.
+    `limited` codes cannot saturate (`maths.saturation`); `full_range` takes symmetric scales with the sign of the
+    extreme. Codes may be floats of 8 bits (`fp8`).
     """
 
     bits: int = 4
@@ -46,16 +49,20 @@ class Method:
     damp: float | None = None
     refits: int = 3
     limited: bool = False
+    full_range: bool = False
+    codes: Literal["integer", "fp8"] = "integer"
 
     @property
     def fmt(self) -> Format:
         """The type of the codes, of which `bits` are in use: fewer than 4 stand in 4 until lowering packs them."""
+        if self.codes == "fp8":
+            return FORMATS["float8e4m3fn"]
         return FORMATS[f"{'' if self.symmetric else 'u'}int{8 if self.bits > 4 else 4}"].narrowed(self.bits)
 
     @property
     def wants_data(self) -> bool:
         """Whether it rounds with the moments of the inputs."""
-        return self.rule != "nearest"
+        return self.rule not in ("nearest", "hqq")
 
 
 # Damping relative to the mean of the Gram diagonal, at least, and for each in-channel per row of data: with as many
@@ -125,22 +132,32 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
     pull = max(LEAST_DAMP, PULL_PER_CHANNEL * channels) if m.pull is None else m.pull
     damp = max(LEAST_DAMP, DAMP_PER_CHANNEL * channels) if m.damp is None else m.damp
     goal = least_squares(moments.gram, moments.cross @ w, pull, start=w).weights if m.rule == "least-squares" else w
-    found = rounding.round_weights(
-        moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
-        refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype, limited=m.limited,
-    ).quantized  # fmt: skip
+    if m.rule == "weighted":
+        found = nearest(weight, m, np.diag(moments.gram)[:, None])
+    else:
+        found = rounding.round_weights(
+            moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
+            refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype, limited=m.limited,
+            full_range=m.full_range,
+        ).quantized  # fmt: skip
     gain = inputs.then @ w - inputs.now @ np.asarray(found.array(), np.float64) if free else np.zeros(w.shape[1])
     return found, gain
 
 
-def nearest(weight: Array, m: Method) -> Quantized:
-    """Codes by rounding to nearest, scales clipped where that errs less, for which no data is needed."""
+def nearest(weight: Array, m: Method, importance: Array | float = 1.0) -> Quantized:
+    """Codes by rounding to nearest, scales clipped where that errs less on inputs of that importance.
+
+    Of HQQ zero points are fitted instead.
+    """
+    if m.rule == "hqq" and m.block and not m.symmetric:
+        return hqq(weight, m.fmt, m.block, weight.dtype)
     if m.limited:
         return saturation.nearest(weight, m.fmt, scale_type=weight.dtype)
     axis = 0 if m.block else 1
     return formats.fit(
-        weight, m.fmt, axis=axis, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype
-    )
+        weight, m.fmt, axis=axis, block=m.block, symmetric=m.symmetric, mse=True, scale_type=weight.dtype,
+        importance=importance, full_range=m.full_range,
+    )  # fmt: skip
 
 
 def round_sites(
@@ -233,6 +250,6 @@ class Rounder:
             if gain.any() and x.bias is not None:
                 old = g.array(x.bias)
                 g.put(x.bias, (old + gain.reshape(old.shape)).astype(old.dtype))
-        name = f"{x.weight.name}_int{method.bits}"
+        name = f"{x.weight.name}_{method.fmt.name if method.codes == 'fp8' else f'int{method.bits}'}"
         zero = None if method.symmetric else g.constant(q.zero, f"{name}_zero")
         return g.constant(np.ascontiguousarray(q.codes), name), g.constant(q.scale, f"{name}_scale"), zero
