@@ -16,7 +16,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, tables
 from onnxcomp.methods.quantize.augmentation import augmented
-from onnxcomp.methods.quantize.kernels import require
+from onnxcomp.methods.quantize.kernels import require, slower
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -82,6 +82,10 @@ class QuantizeWeights(Pass):
     def wants_data(self) -> bool:
         """Rounding to nearest and HQQ need none."""
         return self._method(8, CPU).wants_data
+
+    def advice(self, target: Target) -> Iterable[str]:
+        """Where products with few bits are slower than float ones."""
+        return slower(target) if self.codes == "integer" and self.block != "channel" else ()
 
     def calibration(self, data: Dataset, g: Graph) -> Dataset:
         """With copies of small sets of texts."""

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from onnxcomp.errors import RecipeError, TargetError
-from onnxcomp.target import Target
+from onnxcomp.target import Target, resolved
 
-__all__ = ["require"]
+__all__ = ["require", "slower"]
+
+
+def slower(target: Target) -> list[str]:
+    """What is known of the speed of such products on the target before any work."""
+    if not resolved(target).quantized.saturates:
+        return []
+    return [
+        "without VNNI products with weights of few bits are slower than float32 where they have many rows (encoders, "
+        "prompts), and pay where they have few (decoding): tools/format_speed has factors, bench tells for your shapes"
+    ]
 
 
 def require(
