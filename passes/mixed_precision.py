@@ -12,7 +12,7 @@ from pydantic import Field
 from onnxcomp.blocks import Embedding
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, mixed_bits, site_options, tables
-from onnxcomp.methods.quantize.mixed_bits import Budget
+from onnxcomp.methods.quantize.mixed_bits import BUDGETS, Budget
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
@@ -36,7 +36,7 @@ class MixedPrecision(Pass):
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
     example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "budget": "2x", "blocks": (16,)}
 
-    budget: str = "1.05x"
+    budget: Annotated[str, Field(pattern=BUDGETS)] = "1.05x"
     """Size of the weights relative to all at `like` bits (1.05x), in bytes (12MB), or a gate to meet (kl<=0.01)."""
     like: Literal[8, 4, 2] = 4
     """Bits, in blocks of `block`, that a relative budget is relative to, and that each weight is tried at."""
@@ -58,8 +58,9 @@ class MixedPrecision(Pass):
     """Store embedding tables as int8, one scale per row; a head that shares its table keeps sharing it."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.budget, str):
+            Budget.parse(self.budget)
         super().__post_init__()
-        Budget.parse(self.budget)
 
     @property
     def is_identity(self) -> bool:

@@ -44,6 +44,7 @@ from onnxcomp.cli.options import (
     Threads,
     Verbose,
 )
+from onnxcomp.cli.rank_linears import sensitivity
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.version import __version__
 
@@ -326,7 +327,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (presets, passes, schema, doctor):
+for _command in (sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 
 

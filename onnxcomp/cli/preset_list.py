@@ -21,5 +21,8 @@ def presets() -> list[dict[str, Any]]:
     for name in recipe.presets():
         r = recipe.Recipe.preset(name)
         facts = {"name": name, "about": r.about, "data": DATA[r.data_needed], "target": r.target}
-        found.append(facts | {"passes": r.plain()["passes"], "gates": list(r.gates), "advice": r.advice})
+        found.append(
+            facts
+            | {"passes": r.plain()["passes"], "rungs": r.plain()["rungs"], "gates": list(r.gates), "advice": r.advice}
+        )
     return found

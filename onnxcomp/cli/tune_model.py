@@ -37,6 +37,7 @@ def tune(
     the target does not run here.
     """
     chosen = Recipe.from_yaml(recipe) if recipe is not None else Recipe.preset(preset or "optimize")
+    chosen = chosen.steps[0]
     choices, found, target = None, [], settings.target
     for path in chosen_graphs(Path(model), graph).values():
         source = storage.read(path)

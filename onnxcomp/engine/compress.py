@@ -207,7 +207,7 @@ def _recipe(preset: str | None, recipe: Recipe | str | Path | None, passes: Pass
 
 
 def _needs_data(recipe: Recipe, calibration: Any, plan: bool) -> None:
-    needing = [p.name for p in recipe.passes if p.wants_data]
+    needing = [p.name for p in recipe.every_pass if p.wants_data]
     if needing and calibration is None and not plan:
         raise RecipeError(
             f"pass '{needing[0]}' needs calibration data; give it with --calibration, for example a calib.jsonl with "

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.ladder import climb
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.order import advice
 from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.settings import Settings
+from onnxcomp.engine.walk import Shared
 from onnxcomp.errors import GateFailed
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
@@ -41,6 +43,7 @@ class Job:
     model: Path
     recipe: Recipe
     settings: Settings = field(default_factory=Settings)
+    shared: Shared = field(default_factory=Shared, compare=False, repr=False)
 
     def hash(self, source: str | None = None) -> str:
         """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
@@ -67,6 +70,7 @@ class Job:
             allow_unchanged=recipe.allow_unchanged,
             watch=watch,
             dry=dry,
+            shared=self.shared,
         )
 
     def _data(self, graph: Graph) -> tuple[Dataset | None, Dataset | None]:
@@ -79,7 +83,10 @@ class Job:
 
         `source` is the model where the caller has parsed it already.
         """
-        source, manager, notes = source or storage.read(self.model), self.manager(watch), advice(self.recipe.passes)
+        source = source or storage.read(self.model)
+        if self.recipe.rungs:
+            return climb(self, source, lambda rung: rung.run(watch, source), watch)[1]
+        manager, notes = self.manager(watch), advice(self.recipe.passes)
         if watch:  # before minutes of work; the report has these as well
             of_passes = (remark for p in manager.passes for remark in p.advice(manager.target))
             for remark in filter(None, (manager.host_note, *of_passes, *notes)):
@@ -110,6 +117,11 @@ class Job:
 
         The report's `plan` tells them, and what data is needed for.
         """
+        if self.recipe.rungs:  # later ones are tried only where gates refuse this one
+            result = dataclasses.replace(self, recipe=self.recipe.steps[0]).plan(watch)
+            first, *others = self.recipe.rungs
+            result.report.warnings.append(f"planned is the rung '{first}'; where gates refuse it: {', '.join(others)}")
+            return result
         passes = [_planning(p) for p in self.recipe.passes]
         unplanned = [p.name for p, q in zip(self.recipe.passes, passes, strict=True) if q is None]
         with_data = bool(unplanned) and self.settings.calibration is not None

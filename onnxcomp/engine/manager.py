@@ -23,7 +23,7 @@ from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.engine.settings import Settings
 from onnxcomp.engine.smoke import proven
-from onnxcomp.engine.walk import Walk
+from onnxcomp.engine.walk import Shared, Walk
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files.atomic import scratch_folder
 from onnxcomp.files.stored import Stored
@@ -67,10 +67,11 @@ class PassManager:
         allow_unchanged: bool = False,
         watch: Callable[[str, int, int], None] | None = None,
         dry: bool = False,
+        shared: Shared | None = None,
         **options: Any,
     ) -> None:
         s = dataclasses.replace(settings or Settings(measure=False), **options)
-        self.dry, self.watch = dry, watch
+        self.dry, self.watch, self.shared = dry, watch, shared or Shared()
         self.passes = tuple(passes)
         self.target, self.seed, self.measure, self.shapes = s.target, s.seed, s.measure, s.shapes
         self.memory, self.cache, self.allow_code = s.memory, s.cache, s.allow_code
@@ -102,10 +103,12 @@ class PassManager:
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
         report.warnings += [*([self.host_note] if self.host_note else []), *notes, *left_in_branches(original)]
         with scratch_folder() as scratch:
-            reference = None
-            if evalu is not None:
-                judge = partial(self._reference, given, evalu, self.gate.metrics, scratch / "reference")
+            reference = self.shared.reference
+            if evalu is not None and reference is None:
+                place = None if self.shared.kept else scratch / "reference"
+                judge = partial(self._reference, given, evalu, self.gate.metrics, place)
                 reference = answers(judge, evalu, report)
+                self.shared.reference = reference if self.shared.kept else None
             steps = self._steps(original, calib, evalu)
             work = original.clone()
             if original.nbytes > (self.memory or MEMORY) // 2:
@@ -119,7 +122,9 @@ class PassManager:
             self._finish(walk)
         return Result(walk.graph, report, walk.unlowered, walk.exact, unlowered_validation=walk.plain, cut=walk.cut)
 
-    def _reference(self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path) -> Reference:
+    def _reference(
+        self, model: Graph | Stored, data: Dataset, metrics: Sequence[str], scratch: Path | None
+    ) -> Reference:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
 
     def _steps(self, original: Graph, calib: Dataset | None, evalu: Dataset | None) -> StepCache:
@@ -372,7 +377,7 @@ class PassManager:
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
-            report.remedy = self._remedy(walk)
+            report.remedy = self._remedy(walk) if self.shared.advise else None
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
 
     def _remedy(self, walk: Walk) -> Remedy | None:

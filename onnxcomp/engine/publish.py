@@ -12,6 +12,7 @@ from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
+from onnxcomp.engine.ladder import climb
 from onnxcomp.engine.report_file import check_report_file, report_file
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
@@ -40,19 +41,19 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
     whole = file_name is None and not (folder.exists() and folder.samefile(source))
     names = {name: _file_name(job, folder, file_name) for name, job in jobs.items()}
     check_report_file(report)
-    results = {}
+    results, made = dict[str, Result](), dict[str, Job]()
     try:
         with contextlib.ExitStack() as late:
             put_report = late.enter_context(report_file(report))
             staging = late.enter_context(storage.publish(folder, storage.companions(source) if whole else ()))
             for name, job in jobs.items():
                 beside = file_name is None and not whole
-                results[name] = _stage(job, staging, names[name], watch, beside=beside)
+                made[name], results[name] = _stage(job, staging, names[name], watch, beside=beside)
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
                     config_file.rewrite(staging, result.config)
-            _rewrite_companions(jobs, results, staging, whole=whole)
+            _rewrite_companions(made, results, staging, whole=whole)
             put_report(next(iter(results.values())).report)
         for name, result in results.items():
             result.path = folder / names[name]
@@ -97,8 +98,25 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
     return name
 
 
-def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> Result:
-    source = storage.read(job.model)
+def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> tuple[Job, Result]:
+    """The job as it was done, that of a rung where it has any, and its result."""
+    source, there = storage.read(job.model), set(staging.iterdir())
+
+    def attempt(rung: Job) -> Result:
+        try:
+            return _stage_one(rung, source, staging, name, watch, beside=beside)
+        except GateFailed:
+            for left in set(staging.iterdir()) - there:  # the next rung may write other files
+                left.unlink()
+            raise
+
+    done, result = climb(job, source, attempt, watch)
+    stem = Path(name).stem
+    write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
+    return done, result
+
+
+def _stage_one(job: Job, source: Stored, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> Result:
     result = job.run(watch, source)
     if beside:
         note = f"{job.model.name} and its result {name} lie in one folder now: say which file in later commands"
@@ -118,8 +136,6 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: b
     if result.report.lowering is not None and result.report.lowering.kept == "unlowered":
         _judge_again(job, result.report)
     _check(job, source, written, result, watch)
-    stem = Path(name).stem
-    write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
     return result
 
 

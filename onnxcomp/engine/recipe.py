@@ -7,11 +7,12 @@ A file is a list of entries, or a mapping with `passes:` and the other fields of
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 import typing
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -32,6 +33,7 @@ VERSION = 1
 LARGEST = 256 << 10  # characters of a recipe file
 DEEPEST = 16  # levels of nesting
 _FILE_NAME = re.compile(r"\w[\w .+-]{0,63}")
+LISTS = ("passes", "rungs", "__pydantic_config__")  # what holds passes, which pydantic knows nothing of
 _STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
@@ -85,11 +87,14 @@ class Recipe:
     """What the recipe is for."""
     advice: str = ""
     """What to try when a gate refuses the result."""
+    rungs: Mapping[str, tuple[Pass, ...]] = field(default_factory=dict)
+    """Ladder: passes by name that go on from `passes`; the first whose result meets the gates is written."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", _passes(self.passes))
+        object.__setattr__(self, "rungs", _rungs(self.rungs))
         for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
-            if name not in ("passes", "__pydantic_config__"):
+            if name not in LISTS:
                 object.__setattr__(self, name, _checked(kind, getattr(self, name), name))
         if self.version > VERSION:
             raise RecipeError(_too_new(self.version))
@@ -114,7 +119,7 @@ class Recipe:
                 raise RecipeError(f"{path}: is not a plain file")
             text = path.read_text(encoding="utf-8") if path.stat().st_size <= LARGEST else " " * (LARGEST + 1)
             recipe = cls._from(read_yaml(text, str(path)), _file_name(path.stem))
-            return dataclasses.replace(recipe, passes=tuple(p.beside(path.parent) for p in recipe.passes))
+            return recipe.changed(lambda p: p.beside(path.parent))
         except (OSError, UnicodeDecodeError) as e:
             raise RecipeError(f"{path}: cannot read the recipe: {e}") from e
         except RecipeError as e:
@@ -141,24 +146,41 @@ class Recipe:
         return cls._from(read_yaml(recipes.text(name), f"preset {name}"), name)
 
     @property
+    def every_pass(self) -> tuple[Pass, ...]:
+        """The passes, with those of all rungs."""
+        return (*self.passes, *(p for passes in self.rungs.values() for p in passes))
+
+    @property
+    def steps(self) -> tuple[Self, ...]:
+        """The recipes that are tried in turn: one for each rung, or this one alone."""
+        replace = functools.partial(dataclasses.replace, self, rungs={})
+        return tuple(replace(passes=(*self.passes, *more)) for more in self.rungs.values()) or (self,)
+
+    def changed(self, change: Callable[[Pass], Pass]) -> Self:
+        """This recipe with every pass changed."""
+        rungs = {name: tuple(map(change, passes)) for name, passes in self.rungs.items()}
+        return dataclasses.replace(self, passes=tuple(map(change, self.passes)), rungs=rungs)
+
+    @property
     def data_needed(self) -> str:
         """Which data it needs: `calibration` (which can judge too), `evaluation` (for its gates only) or `none`."""
-        if any(p.wants_data for p in self.passes):
+        if any(p.wants_data for p in self.every_pass):
             return "calibration"
         return "evaluation" if self.gates else "none"
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values; of the options only those that differ from their defaults."""
         rest = {
-            f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in ("passes", "data")
+            f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name not in (*LISTS, "data")
         }
+        rest["rungs"] = {name: [_entry(p) for p in passes] for name, passes in self.rungs.items()}
         data = {k: v for k, v in dataclasses.asdict(self.data).items() if v is not None}
         return {"passes": [_entry(p) for p in self.passes], **rest, "data": data}
 
     def to_yaml(self) -> str:
         """The recipe as a file that `from_yaml` reads back to an equal one; settings at their defaults are left out."""
         whole = self.plain()
-        defaults = {f.name: plain(f.default) for f in dataclasses.fields(self)} | {"data": {}}
+        defaults = {f.name: plain(f.default) for f in dataclasses.fields(self)} | {"data": {}, "rungs": {}}
         always = ("passes", "name", "version")
         kept = {k: v for k, v in whole.items() if k in always or v != defaults[k]}
         text: str = yaml.dump(kept, Dumper=_Dumper, sort_keys=False, width=100)
@@ -170,10 +192,11 @@ class Recipe:
         Of a pass that runs a file also its content.
         """
         content = {k: v for k, v in self.plain().items() if k not in ("name", "about", "advice")}
-        content["passes"] = [
-            {p.name: plain({f.name: getattr(p, f.name) for f in dataclasses.fields(p)})} for p in self.passes
-        ]
-        if code := [p.content for p in self.passes if p.content]:
+        content["passes"] = [_whole(p) for p in self.passes]
+        content |= {"rungs": {name: [_whole(p) for p in passes] for name, passes in self.rungs.items()}}
+        if not self.rungs:  # hashes of recipes without rungs are those of before
+            del content["rungs"]
+        if code := [p.content for p in self.every_pass if p.content]:
             content["code"] = code
         return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -227,9 +250,10 @@ def schema() -> dict[str, Any]:
     defs["pass"] = {"anyOf": entries}
     defs["passes"] = {"type": "array", "items": {"$ref": "#/$defs/pass"}, "minItems": 1}
     settings: dict[str, Any] = {"passes": {"$ref": "#/$defs/passes"}}
+    settings["rungs"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/passes"}}
     whole = {"type": "object", "properties": settings, "required": ["passes"], "additionalProperties": False}
     for key, kind in typing.get_type_hints(Recipe, include_extras=True).items():
-        if key not in ("passes", "__pydantic_config__"):
+        if key not in LISTS:
             settings[key] = TypeAdapter(kind).json_schema()
     settings["version"]["maximum"] = VERSION
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "onnxcomp recipe"}
@@ -290,6 +314,15 @@ def _passes(entries: Any) -> tuple[Pass, ...]:
     return tuple(parse_pass(p) for p in entries)
 
 
+def _rungs(rungs: Any) -> dict[str, tuple[Pass, ...]]:
+    if not isinstance(rungs, Mapping):
+        raise RecipeError("recipe: 'rungs' must map names to lists of passes, such as plain: [first-pass, second-pass]")
+    for name in rungs:
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise RecipeError(f"recipe: a rung is called by letters, digits, spaces and -_.+, not {_shown(name)}")
+    return {name: _passes(entries) for name, entries in rungs.items()}
+
+
 def _checked(kind: Any, value: Any, name: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -311,6 +344,11 @@ def _entry(p: Pass) -> str | dict[str, Any]:
     return {p.name: plain(p.options)} if p.options else p.name
 
 
+def _whole(p: Pass) -> dict[str, Any]:
+    """A pass with every option."""
+    return {p.name: plain({f.name: getattr(p, f.name) for f in dataclasses.fields(p)})}
+
+
 def _shown(x: Any) -> str:
     text = repr(x)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -323,11 +361,8 @@ def _too_new(version: int) -> str:
 def with_exact_rows(recipe: Recipe) -> Recipe:
     """The recipe with that option set on the passes that have it; raises `RecipeError` where none has."""
     option = "exact_rows"
-    having = [any(f.name == option for f in dataclasses.fields(p)) for p in recipe.passes]
-    if not any(having):
+    having = {type(p) for p in recipe.every_pass if any(f.name == option for f in dataclasses.fields(p))}
+    if not having:
         known = [n for n, cls in listing().passes.items() if any(f.name == option for f in dataclasses.fields(cls))]
         raise RecipeError(f"exact_rows is an option of {' and '.join(known)}, which this recipe does not run")
-    passes = (
-        dataclasses.replace(p, **{option: True}) if has else p for p, has in zip(recipe.passes, having, strict=True)
-    )
-    return dataclasses.replace(recipe, passes=tuple(passes))
+    return recipe.changed(lambda p: dataclasses.replace(p, **{option: True}) if type(p) in having else p)

@@ -18,7 +18,19 @@ from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.results import Validation
 from onnxcomp.validation.variants import Variants
 
-__all__ = ["Walk"]
+__all__ = ["Shared", "Walk"]
+
+
+@dataclass
+class Shared:
+    """What several runs on one model, data and gates have in common: the original's answers, where they are `kept`.
+
+    Without `advise` nothing is looked for that would let a refused result pass.
+    """
+
+    kept: bool = False
+    advise: bool = True
+    reference: Reference | None = None
 
 
 @dataclass

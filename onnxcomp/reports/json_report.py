@@ -24,6 +24,7 @@ from onnxcomp.reports.schema import (
     LoweringPart,
     PlacementPart,
     RemedyPart,
+    RungPart,
     ValidationPart,
 )
 from onnxcomp.version import REPORT_SCHEMA, __version__
@@ -187,6 +188,7 @@ class ReportPart(TypedDict):
     size: SizePart | None
     steps: list[StepPart]
     verdicts: list[VerdictPart]
+    rungs: list[RungPart]
     remedy: RemedyPart | None
     validation: ValidationPart | None
     benchmark: BenchmarkPart | None
@@ -224,6 +226,7 @@ def to_json(report: Report) -> ReportPart:
         "size": _plain(report.size),
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
+        "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),
         "validation": None if validation is None else finite(validation.json()),
         "benchmark": None if benchmark is None else _benchmark(benchmark),

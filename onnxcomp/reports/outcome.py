@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnxcomp.runtime.sessions import IntegerCheck
     from onnxcomp.validation.results import Validation
 
-__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Remedy", "Report", "Result", "Size", "Step"]
+__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Remedy", "Report", "Result", "Rung", "Size", "Step"]
 
 
 @dataclass
@@ -131,6 +131,21 @@ class Remedy:
 
 
 @dataclass(frozen=True)
+class Rung:
+    """What one recipe of a ladder gave: its passes, the drift of its result, bytes, seconds, and why it was refused.
+
+    Bytes are those of the file, or of the graph where it was refused before it was written, None where a pass refused.
+    """
+
+    name: str
+    spec: str
+    values: Mapping[str, float]
+    nbytes: int | None
+    seconds: float
+    refused: str = ""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a dry run predicts of original and result: parameters, multiplications per token, and bytes of the files.
 
@@ -161,6 +176,7 @@ class Report:
     lowering: Lowering | None = None
     plan: Plan | None = None
     remedy: Remedy | None = None
+    rungs: list[Rung] = field(default_factory=list)
 
     @property
     def metadata(self) -> dict[str, str]:

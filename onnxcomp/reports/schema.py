@@ -13,6 +13,7 @@ __all__ = [
     "OutputPart",
     "PlacementPart",
     "RemedyPart",
+    "RungPart",
     "ShapeRatio",
     "ValidationPart",
 ]
@@ -36,6 +37,17 @@ class RemedyPart(TypedDict):
     skip: list[str]
     verdicts: list[str]
     recipe: str
+
+
+class RungPart(TypedDict):
+    """What one recipe of a ladder gave: drift by gate name, bytes, seconds, and why it was refused; empty if not."""
+
+    name: str
+    spec: str
+    values: dict[str, float | None]
+    nbytes: int | None
+    seconds: float
+    refused: str
 
 
 class Interval(TypedDict):

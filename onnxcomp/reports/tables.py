@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcomp.blocks.stored_parts import StoredPart
     from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
-    from onnxcomp.reports.outcome import Remedy, Report, Step
+    from onnxcomp.reports.outcome import Remedy, Report, Rung, Step
     from onnxcomp.validation.gates import Verdict
     from onnxcomp.validation.results import Validation
 
@@ -57,6 +57,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], lef
 def report_tables(report: Report, *, verbose: bool = False) -> list[RenderableType]:
     """What was measured; with `verbose`, or for a dry run, also what was done, and what was left alone and why."""
     found = _work(report, verbose) if verbose or report.plan is not None else _changed(report.steps)
+    if report.rungs:
+        found.append(rungs(report.rungs))
     if report.verdicts:
         found.append(verdicts(report.verdicts))
     if report.validation is not None:
@@ -145,6 +147,23 @@ def verdicts(found: Sequence[Verdict]) -> Table:
     """Gates with what was measured."""
     rows = [(v.gate, _number(v.value, "not measured"), "passed" if v.passed else "REFUSED") for v in found]
     return table("Gates", ("gate", "measured", "verdict"), rows)
+
+
+def rungs(found: Sequence[Rung]) -> Table:
+    """What each recipe of a ladder gave and cost."""
+    shown = ("sqnr", "pooled-sqnr", "kl", "exact-match", "accuracy-drop", "perplexity-rise")
+    used = [k for k in shown if any(k in r.values for r in found)]
+    rows = [
+        (
+            r.name,
+            *("" if k not in r.values else _number(r.values[k]) for k in used),
+            "" if r.nbytes is None else megabytes(r.nbytes),
+            f"{r.seconds:.1f}",
+            r.refused or "met the gates",
+        )
+        for r in found
+    ]
+    return table("Rungs", ("rung", *used, "MB", "s", "gates"), rows)
 
 
 def validation(v: Validation) -> Table:

@@ -105,7 +105,7 @@ def test_the_names_in_a_report_stay() -> None:
     data = valid(json_report.to_json(r))
     assert list(data) == [
         "schema_version", "summary", "job", "source", "recipe", "target", "seed", "data", "size", "steps", "verdicts",
-        "remedy", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
+        "rungs", "remedy", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
         "versions",
     ]  # fmt: skip
     assert data["source"] == {"path": "a.onnx", "sha256": "5a"}

@@ -15,13 +15,16 @@ from onnxcomp.methods.quantize import site_options
 from onnxcomp.methods.quantize.site_options import Inputs, Unit, loss_of, named, nbytes
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
 from onnxcomp.pipeline import Env
-from onnxcomp.validation.gates import MEASURED_ON_FILES, Condition
+from onnxcomp.validation.gates import MEASURED_ON_FILES, NAMES, Condition
 from onnxcomp.validation.results import HIGHER_IS_BETTER
 
-__all__ = ["Budget", "Choice", "Chosen", "apply", "choose", "rule_of_thumb"]
+__all__ = ["BUDGETS", "Budget", "Choice", "Chosen", "apply", "choose", "rule_of_thumb"]
 
 Choice = Mapping[str, Method | None]  # of each unit by its name; None leaves it float
-SIZE = re.compile(r"\s*(\d+\.?\d*)\s*(x|kB|MB|GB)\s*")
+MEASURES = "|".join(name for name in NAMES if name not in MEASURED_ON_FILES)
+NUMBER = r"\d{1,9}(\.\d{1,9})?"
+BUDGETS = rf"^({NUMBER}(x|kB|MB|GB)|({MEASURES})(<=|>=|<|>){NUMBER}(e-\d\d?)?%?)$"
+SIZE = re.compile(r"(\d+\.?\d*)(x|kB|MB|GB)")
 SCALE = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 BLOCKWISE = 21  # the operator set from which DequantizeLinear has blocks and codes of 4 bits
 TRIES = 6  # roundings of the whole model for a budget of drift: each costs as much as the result's own
@@ -71,7 +74,7 @@ def choose(
     Bytes are relative to those of all weights in the option `base`. Whatever the sums of losses say, the whole model
     decides, on calibration data that was left out. Raises `RecipeError` or `GateFailed` with the best that is reached.
     """
-    split = env.split()
+    split, metric = env.split(), site_options.metric_of(g, metric)
     inputs = site_options.inputs_of(g, split, found)
     table = site_options.measure(g, split, found, methods, base, metric, inputs)
     front = Frontier.of([table[u.name] for u in found])
@@ -90,7 +93,7 @@ class _Case:
     found: Sequence[Unit]
     methods: Sequence[Method | None]
     front: Frontier
-    metric: str | None
+    metric: str
     base: int
     inputs: Mapping[str, Inputs]
 

@@ -12,10 +12,13 @@ import onnx_ir as ir
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64, affine, formats
+from onnxcomp.maths.clipping import clip_range
 from onnxcomp.maths.frontier import Option
+from onnxcomp.methods.quantize import linears
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.pipeline import Edit, Env
-from onnxcomp.stats import Need, Stats, mean, norm2, var
+from onnxcomp.stats import Need, Stats, histogram, mean, norm2, var
+from onnxcomp.validation.outputs import View
 
 __all__ = [
     "LEAST",
@@ -24,8 +27,10 @@ __all__ = [
     "Inputs",
     "Unit",
     "inputs_of",
+    "integers",
     "loss_of",
     "measure",
+    "metric_of",
     "named",
     "nbytes",
     "plainly",
@@ -84,7 +89,12 @@ def nbytes(weight: ir.Value, m: Method | None) -> int:
     return n * (blocks_of * m.block * bits // 8 + blocks_of * int(item) + zero)
 
 
-def loss_of(score: float, metric: str | None) -> float:
+def metric_of(g: Graph, asked: str | None) -> str:
+    """The metric that is asked for, else `kl` where an output has scores of classes, or `rel-l2`."""
+    return asked or ("kl" if any("kl" in measured for measured in View.of(g).measures().values()) else "rel-l2")
+
+
+def loss_of(score: float, metric: str) -> float:
     """A score of `env.evaluate` on a scale on which small errors of several sites add: squares, divergences."""
     if metric in ("sqnr", "pooled-sqnr"):
         return float(10 ** (score / 10))  # decibels, negated
@@ -100,7 +110,7 @@ class Inputs:
 
 
 def measure(
-    g: Graph, env: Env, found: Sequence[Unit], methods: Sequence[Method | None], base: Method, metric: str | None,
+    g: Graph, env: Env, found: Sequence[Unit], methods: Sequence[Method | None], base: Method, metric: str,
     inputs: Mapping[str, Inputs],
 ) -> dict[str, list[Option]]:  # fmt: skip
     """Bytes and loss of every option of every weight, by the name of the unit.
@@ -167,5 +177,35 @@ def plainly(found: Iterable[Unit], choice: Choice, inputs: Mapping[str, Inputs])
                 b = g.array(g.value(bias))
                 gain = moments.means @ (weight - new)
                 g.put(g.value(bias), (b + gain.reshape(b.shape)).astype(b.dtype))
+
+    return edit
+
+
+def integers(g: Graph, env: Env, found: Sequence[Unit], metric: str) -> dict[str, float]:
+    """What static int8 of the weight and of its readers' inputs loses, by unit, each alone."""
+    sources = list(dict.fromkeys(x.source for u in found for x in u.readers))
+    stats = env.collect(g, [histogram(v) for v in sources])
+    edits = [_as_integers(u, env, stats) for u in found]
+    scores = env.evaluate(edits, metric, SAMPLES)
+    return {u.name: loss_of(s.value, metric) for u, s in zip(found, scores, strict=True)}
+
+
+def _as_integers(u: Unit, env: Env, stats: Stats) -> Edit:
+    """An edit that puts a Q/DQ pair on the inputs of a weight's readers, and int8 codes in its place."""
+    names = {x.name for x in u.readers}
+
+    def edit(g: Graph) -> None:
+        codes = linears.WeightCodes(g, "channel", env.target)
+        for x in [x for x in linears.quantizable(g) if x.name in names]:
+            symmetric = not env.target.quantized.zero_points
+            low, high = clip_range(stats[histogram(x.source)], method="mse", bits=8, symmetric=symmetric)
+            scale, zero = formats.affine(low, high, "int8" if symmetric else "uint8", symmetric=symmetric)
+            source = linears.in_float32(g, x.input)
+            pair = g.constant(scale, f"{x.name}_scale"), g.constant(zero, f"{x.name}_zero")
+            q = g.op("QuantizeLinear", source, *pair)
+            linears.product(
+                g, x, g.op("DequantizeLinear", q, *pair, like=source),
+                linears.integer_weight(codes, x, wide=source is not x.input),
+            )  # fmt: skip
 
     return edit
