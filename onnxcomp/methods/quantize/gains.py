@@ -18,6 +18,7 @@ from onnxcomp.blocks.linears import Index
 from onnxcomp.graph import Graph
 from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array, Float64
+from onnxcomp.methods.repair.readers import shift_bias
 
 __all__ = ["Place", "divide", "places", "subtract", "tied", "unfit"]
 
@@ -76,22 +77,8 @@ def subtract(g: Graph, place: Place, by: Float64) -> None:
     """Subtract `[K]` from the value where a constant is `added`, and give the readers' biases what is missing."""
     assert place.added is not None
     for x in place.readers:
-        add_bias(g, x, by @ g.array(x.weight).astype(np.float64))
+        shift_bias(g, x, by @ g.array(x.weight).astype(np.float64))
     _add(g, *place.added, -by)
-
-
-def add_bias(g: Graph, x: Linear, row: Float64) -> None:
-    """Add a row `[N]` to the bias of a linear, which gets one where it has none."""
-    dtype = x.output.dtype.numpy() if x.output.dtype else np.dtype(np.float32)
-    if x.bias is not None:
-        node = x.add or x.node
-        _add(g, node, list(node.inputs).index(x.bias), row)
-    elif x.node.op_type == "Gemm":
-        g.set_input(x.node, 2, g.constant(row.astype(dtype), f"{x.name}_bias"))
-    else:
-        users = None if x.output.is_graph_output() else list(x.users)
-        y = g.op("Add", x.output, row.astype(dtype), name=f"{x.name}_bias", like=x.output)
-        g.replace(x.output, y, users=users)
 
 
 def _add(g: Graph, node: ir.Node, index: int, row: Float64) -> None:

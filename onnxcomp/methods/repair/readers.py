@@ -24,6 +24,7 @@ __all__ = [
     "FEEDS_ITSELF",
     "Reader",
     "Repair",
+    "dequantized",
     "downstream",
     "inside",
     "numbers",
@@ -171,14 +172,15 @@ def numbers(g: Graph, v: ir.Value) -> Array | None:
     """A constant as floats, dequantized where it is quantized; None for scales of codes, and for integers."""
     for node, index in v.uses():
         if node.op_type in ("DequantizeLinear", "QuantizeLinear"):
-            return None if index else _dequantized(g, node)
+            return None if index else dequantized(g, node)
     a, dtype = g.array(v), v.dtype
     if dtype is ir.DataType.BFLOAT16:  # no type of numpy, exact in float32
         return a.astype(np.float32)
     return a if np.issubdtype(a.dtype, np.floating) else None
 
 
-def _dequantized(g: Graph, node: ir.Node) -> Array:
+def dequantized(g: Graph, node: ir.Node) -> Array:
+    """The numbers that a DequantizeLinear of constants makes."""
     codes, scale = (g.array(x) for x in node.inputs[:2])
     zero = g.array(node.inputs[2]) if len(node.inputs) > 2 else np.zeros_like(scale, codes.dtype)
     axis = node.attributes.get_int("axis", 1) if scale.ndim else None
