@@ -190,6 +190,8 @@ class Pass(abc.ABC):
     """It may stand anywhere in a recipe, whatever its stage."""
     runs_code: ClassVar[bool] = False
     """It runs code that is no part of it: a job needs `allow_code`."""
+    chooses: ClassVar[bool] = False
+    """It weighs its sites against each other, so that no one looks for some to leave alone where gates refuse it."""
     rounding_db: ClassVar[float] = 1.0
     """What exact passes behind this one may lose, decibels: float noise moves values over its rounding edges."""
 

@@ -35,6 +35,7 @@ class MixedPrecision(Pass):
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
     example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "budget": "2x", "blocks": (16,)}
+    chooses: ClassVar[bool] = True
 
     budget: Annotated[str, Field(pattern=BUDGETS)] = "1.05x"
     """Size of the weights relative to all at `like` bits (1.05x), in bytes (12MB), or a gate to meet (kl<=0.01)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnxcomp.engine.order import allowed, check_order
+from onnxcomp.engine.recipe import Recipe
 from onnxcomp.engine.walk import Shared
 from onnxcomp.errors import GateFailed
 from onnxcomp.files.atomic import scratch_folder
@@ -49,17 +50,20 @@ def _sharing(job: Job, source: Stored, folder: Path) -> Job:
 
 
 def _climb(job: Job, attempt: Callable[[Job], Result], watch: Watch | None) -> tuple[Job, Result]:
-    recipes, tried, refusals = job.recipe.steps, list[Rung](), list[GateFailed]()
-    for i, (name, recipe) in enumerate(zip(job.recipe.rungs, recipes, strict=True)):
+    tried, refusals = list[Rung](), list[GateFailed]()
+    left = list(zip(job.recipe.rungs, job.recipe.steps, strict=True))
+    while left:
+        name, recipe = left.pop(0)
         if watch:
-            watch(f"rung '{name}', {i + 1} of {len(recipes)}: {', '.join(map(str, recipe.passes))}", 0, 0)
-        job.shared.advise = i + 1 == len(recipes)
+            watch(f"rung '{name}': {', '.join(map(str, recipe.passes))}", 0, 0)
+        job.shared.advise = not left and len(tried) < len(job.recipe.rungs)
         rung, began = dataclasses.replace(job, recipe=recipe), time.perf_counter()
         try:
             result = attempt(rung)
         except GateFailed as e:
             tried.append(_rung(name, rung, e.report, time.perf_counter() - began, str(e)))
             refusals.append(e)
+            left += _sparing(name, e)
         else:
             tried.append(_rung(name, rung, result.report, time.perf_counter() - began))
             result.report.rungs = tried
@@ -72,6 +76,12 @@ def _climb(job: Job, attempt: Callable[[Job], Result], watch: Watch | None) -> t
             (r.report.remedy for r in refusals if isinstance(r.report, Report) and r.report.remedy), None
         )
     raise GateFailed(f"no rung met the gates; '{tried[at].name}' came nearest: {tried[at].refused}", report)
+
+
+def _sparing(name: str, e: GateFailed) -> list[tuple[str, Recipe]]:
+    """After the last rung, that one without the sites that a remedy found: with them left alone gates passed."""
+    remedy = e.report.remedy if isinstance(e.report, Report) else None
+    return [(f"{name}, sparing", Recipe.from_yaml(remedy.recipe))] if remedy is not None and remedy.recipe else []
 
 
 def _rung(name: str, job: Job, report: object, seconds: float, refused: str = "") -> Rung:

@@ -150,8 +150,8 @@ class PassManager:
             walk.report.validation = None  # stale: the last step's comparison is made again at the end
         walk.exact = walk.graph if p.fidelity is Fidelity.EXACT and walk.exact is before else walk.exact
         walk.cut = walk.graph if p.changes_sizes and walk.graph is not before else walk.cut
-        if p.fidelity is Fidelity.LOSSY and walk.graph is not before:
-            walk.lossy = p, before
+        if p.fidelity is Fidelity.LOSSY and walk.graph is not before and p.stage is not Stage.CORRECT:
+            walk.lossy = p, before  # what corrections leave alone tells nothing of what they correct
         lowered = p.stage is Stage.LOWER and walk.report.steps[-1].edits
         if lowered and walk.unlowered is None and walk.graph is not before:
             walk.unlowered, walk.plain = before, judged
@@ -382,9 +382,11 @@ class PassManager:
 
     def _remedy(self, walk: Walk) -> Remedy | None:
         """What the last lossy pass should leave alone for the gates to pass, where it can leave something alone."""
-        if walk.lossy is None or walk.reference is None or not hasattr(walk.lossy[0], "skip"):
+        if walk.lossy is None or walk.reference is None:
             return None
         p, before = walk.lossy
+        if p.chooses or not hasattr(p, "skip"):
+            return None
         stats = self._collect(walk, before, needs_of(p, before, walk.exact, self.target), p.name)
         env = dataclasses.replace(self._env(walk, before, stats, p), measures=False, shapes=())
         few = walk.reference.head(RANKED_ON)

@@ -17,6 +17,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.reports import json_report
 from onnxcomp.validation.compare import Reference
 from tests import tiny
+from tests.engine.test_remedy import with_an_outlier
 
 NEAREST = {"method": "nearest", "min_size": 1, "block": 16}
 RUNGS = {
@@ -165,6 +166,18 @@ def test_auto_int8_finds_the_smoothed_rung_on_planted_outliers_by_itself(tmp_pat
     assert [r.name for r in result.report.rungs] == ["plain", "smoothed"]
     plain, smoothed = (r.values["sqnr"] for r in result.report.rungs)
     assert plain < 20 < 24 <= smoothed
+
+
+def test_behind_the_last_rung_the_sites_that_lose_most_are_spared_where_that_is_enough(tmp_path):
+    path = storage.save(with_an_outlier(), tmp_path / "model")
+    last = ladder(rungs={"last": ["qdq: {min_size: 1, clip: minmax}", "correct", "lower"]})
+    result = oc.compress(
+        path, tmp_path / "out", recipe=last, calibration="random", samples=20, gates=["sqnr>=25"], measure=False
+    )
+    assert [r.name for r in result.report.rungs] == ["last", "last, sparing"]
+    spared = [d.site for d in result.report.step("qdq").declined]
+    assert blocks.mlps(storage.load(path))[1].down.name in spared
+    assert all(v.passed for v in result.report.verdicts)
 
 
 def test_the_command_line_tells_what_each_rung_gave(source, batches, tmp_path, capsys):

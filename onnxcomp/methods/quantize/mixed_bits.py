@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from onnxcomp import blocks
 from onnxcomp.errors import GateFailed, ModelError, RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.maths.frontier import Frontier
+from onnxcomp.maths.frontier import Frontier, Option
 from onnxcomp.methods.quantize import site_options
 from onnxcomp.methods.quantize.site_options import Inputs, Unit, loss_of, named, nbytes
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
@@ -78,7 +78,7 @@ def choose(
     inputs = site_options.inputs_of(g, split, found)
     table = site_options.measure(g, split, found, methods, base, metric, inputs)
     front = Frontier.of([table[u.name] for u in found])
-    case = _Case(g, split, found, methods, front, metric, sum(nbytes(u.weight, base) for u in found), inputs)
+    case = _Case(g, split, found, methods, table, front, metric, sum(nbytes(u.weight, base) for u in found), inputs)
     if budget.condition is not None:
         return case.meeting(budget.condition)
     return case.within(budget.nbytes or (budget.relative or 0.0) * case.base, budget.text)
@@ -92,13 +92,14 @@ class _Case:
     env: Env
     found: Sequence[Unit]
     methods: Sequence[Method | None]
+    table: Mapping[str, Sequence[Option]]
     front: Frontier
     metric: str
     base: int
     inputs: Mapping[str, Inputs]
 
     def within(self, limit: float, text: str) -> Chosen:
-        """Of the best sum of losses, each option for all and the rule of thumb what loses least on the whole model."""
+        """Of the best sums of any options, one for all and the rule of thumb what loses least on the whole model."""
         at = self.front.within(limit)
         if at is None:
             least = self.front.costs[0]
@@ -106,8 +107,8 @@ class _Case:
                 f"budget {text}: the smallest that these options reach is {least / self.base:.3f}x, "
                 f"{least:,.0f} bytes; allow fewer bits or larger blocks"
             )
-        options = {"mixed": self._at(at)} | {f"all {named(m)}": self._all(m) for m in self.methods} | self._rule()
-        fitting = {name: c for name, c in options.items() if self._cost(c) <= limit * ROUNDING}
+        uniform = {f"all {named(m)}": self._all(m) for m in self.methods}
+        fitting = {"mixed": self._at(at)} | self._best(uniform, limit) | self._best(self._rule(), limit)
         edits = [site_options.plainly(self.found, c, self.inputs) for c in fitting.values()]
         scores = self.env.evaluate(edits, self.metric, site_options.SAMPLES)
         losses = {name: loss_of(s.value, self.metric) for name, s in zip(fitting, scores, strict=True)}
@@ -155,6 +156,15 @@ class _Case:
         picked = self.front.choice(at)
         return {u.name: self.methods[i] for u, i in zip(self.found, picked, strict=True)}
 
+    def _best(self, choices: Mapping[str, Choice], limit: float) -> dict[str, Choice]:
+        """That of the least sum of losses among those that fit, if any does."""
+        fitting = [name for name, c in choices.items() if self._cost(c) <= limit * ROUNDING]
+        best = min(fitting, key=lambda name: self._sum(choices[name]), default=None)
+        return {} if best is None else {best: choices[best]}
+
+    def _sum(self, choice: Choice) -> float:
+        return sum(self.table[name][self.methods.index(m)].loss for name, m in choice.items())
+
     def _all(self, m: Method | None) -> Choice:
         return {u.name: m for u in self.found}
 
@@ -190,15 +200,16 @@ class _Case:
 
 
 def rule_of_thumb(g: Graph) -> set[str]:
-    """Linears that llama.cpp and onnxruntime-genai's `mixed_layers` give 8 bits: values and outputs of MLPs.
+    """Linears that llama.cpp and onnxruntime-genai's `mixed_layers` give 8 bits: the head, values and outputs of MLPs.
 
-    In the first and last eighth of the layers and every third one between them.
+    The latter in the first and last eighth of the layers and every third one between them.
     """
-    layers = blocks.layers(g)
+    layers, head = blocks.layers(g), blocks.head(g)
     n = len(layers)
     chosen = [x for i, x in enumerate(layers) if i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2]
     values = [a.v for x in chosen for a in x.attentions]
-    return {linear.name for linear in (*values, *(m.down for x in chosen for m in x.mlps))}
+    found = {linear.name for linear in (*values, *(m.down for x in chosen for m in x.mlps))}
+    return found if not found or head is None or head.linear is None else {*found, head.linear.name}
 
 
 def apply(
