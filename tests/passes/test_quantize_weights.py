@@ -124,7 +124,7 @@ def test_a_tied_head_goes_with_its_table():
     assert head.why == "it shares the embedding table, which stays float without embeddings: true"
     model = quantized(g, embeddings=True).model
     tables = [v for v in model.model.graph.initializers.values() if tuple(v.shape) == (200, 64)]
-    assert [v.dtype for v in tables] == [ir.DataType.INT8]
+    assert [v.dtype for v in tables] == [ir.DataType.UINT8]
     batches = feeds(g, range(60, 62))
     assert distance(outputs(model, batches), outputs(g, batches)) < 0.05
 
@@ -160,7 +160,7 @@ def test_a_head_of_its_own_has_its_own_bits():
     tied = tiny.decoder(hidden=64, ffn=128, tied=True, vocabulary=200)
     model = quantized(tied, method="nearest", embeddings=4, head=8).model
     tables = [v.dtype for v in model.model.graph.initializers.values() if tuple(v.shape) == (200, 64)]
-    assert tables == [ir.DataType.INT8]
+    assert tables == [ir.DataType.UINT8]
 
 
 @pytest.mark.parametrize("count", [60, 200, 1000])

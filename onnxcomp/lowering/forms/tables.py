@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
-from onnxcomp.lowering.forms.weight_only import FOUR, packed_rows, packed_zeros
+from onnxcomp.lowering.forms.weight_only import EIGHT, FOUR, SIGNED, packed_rows, packed_zeros
 
 __all__ = ["TABLE"]
 
@@ -28,7 +28,7 @@ class Rows:
 def _find(g: Graph) -> list[Spot]:
     """Look-ups in a DequantizeLinear of constant codes `[rows, width]`.
 
-    Codes are int8 with one scale per row or one in all, or of 4 bits with a scale for each block of a row.
+    Codes are int8 with one scale per row or one in all, or of 8 or 4 bits with a scale for each block of a row.
     """
     spots = []
     for gather in g.nodes("Gather"):
@@ -43,7 +43,8 @@ def _find(g: Graph) -> list[Spot]:
             per_row = len(scale.shape) == 1 and axis == 0
             rows = Rows(8, 0, per_row) if per_row or len(scale.shape) == 0 else None
         else:
-            rows = Rows(4, block, False) if codes.dtype in FOUR and block and axis == 1 else None
+            bits = 4 if codes.dtype in FOUR else 8 if codes.dtype in EIGHT else 0
+            rows = Rows(bits, block, False) if bits and block and axis == 1 else None
         if rows is not None:
             spots.append(Spot("table", str(gather.name), (made, gather), "dequantized", rows, f"{rows.bits} bits"))
     return spots
@@ -77,7 +78,9 @@ def _gathered(ctx: Context, spot: Spot) -> None:
 
 
 def _refuse_gathered(ctx: Context, spot: Spot) -> str:
-    return "" if spot.data.bits == 8 else "the runtime looks up no codes of 4 bits"
+    if spot.data.bits == 4:
+        return "the runtime looks up no codes of 4 bits"
+    return "its rows have several scales" if spot.data.block else ""
 
 
 def _blocks(ctx: Context, spot: Spot) -> None:
@@ -91,7 +94,7 @@ def _blocks(ctx: Context, spot: Spot) -> None:
     if rows.block == 0:
         args[2] = _column(ctx, scale)
     elif zero is not None:
-        zeros = packed_zeros(g.array(zero), rows.bits, tensor.dtype is ir.DataType.INT4)
+        zeros = packed_zeros(g.array(zero), rows.bits, tensor.dtype in SIGNED)
         if zeros is not None:
             args.append(ctx.shared("zeros", zero, lambda: g.constant(zeros, f"{zero.name}_packed")))
     block = rows.block or max(SMALLEST_BLOCK, 1 << (width - 1).bit_length())
@@ -102,7 +105,7 @@ def _blocks(ctx: Context, spot: Spot) -> None:
 
 def _refuse_blocks(ctx: Context, spot: Spot) -> str:
     codes, _, indices, out = _parts(spot)
-    if spot.data.bits == 8 and not spot.data.per_row:
+    if not spot.data.block and not spot.data.per_row:
         return "takes one scale per row"
     if codes is not None and len(list(codes.uses())) > 1:
         return "the codes are those of another operator as well, which wants them signed"

@@ -1,4 +1,4 @@
-"""Embedding tables in blocks of 4 bits along their rows, shared with a head that reads the same table."""
+"""Embedding tables as codes of 8 or 4 bits, shared with a head that reads the same table."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from onnxcomp.maths.formats import Format, Quantized
 from onnxcomp.methods.quantize import linears, tables
 from onnxcomp.target import Target
 
-__all__ = ["EightBitTables", "FourBitTables", "Tables"]
+__all__ = ["BlockTables", "RowTables", "Tables"]
 
 
 @dataclass
-class EightBitTables:
+class RowTables:
     """Tables as int8 with one scale per row."""
 
     g: Graph
@@ -38,8 +38,8 @@ class EightBitTables:
         tables.store(self.g, self.eligible, self.codes)
 
 
-class FourBitTables:
-    """Tables as codes of 4 bits with a scale, and a zero point where not symmetric, for each block of a row."""
+class BlockTables:
+    """Tables as codes with a scale, and a zero point where not symmetric, for each block of a row."""
 
     def __init__(self, g: Graph, eligible: Sequence[Embedding], fmt: Format, block: int, *, symmetric: bool) -> None:
         self.g, self.eligible, self.fmt, self.block, self.symmetric = g, eligible, fmt, block, symmetric
@@ -52,7 +52,7 @@ class FourBitTables:
             q = formats.fit(
                 w, self.fmt, axis=0, block=self.block, symmetric=self.symmetric, mse=True, scale_type=w.dtype
             )
-            self._made[table] = self.g.constant(np.ascontiguousarray(q.codes.T), f"{table.name}_int4"), q
+            self._made[table] = self.g.constant(np.ascontiguousarray(q.codes.T), f"{table.name}_int{self.fmt.bits}"), q
         return self._made[table]
 
     def head(self, x: Linear, *, wide: bool) -> ir.Value:
@@ -83,4 +83,4 @@ class FourBitTables:
         tables.read_as(self.g, self.eligible, read)
 
 
-Tables = EightBitTables | FourBitTables
+Tables = RowTables | BlockTables

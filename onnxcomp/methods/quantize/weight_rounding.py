@@ -19,7 +19,7 @@ from onnxcomp.maths.formats import FORMATS, Format, Quantized
 from onnxcomp.maths.hqq import hqq
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
-from onnxcomp.methods.quantize.table_blocks import EightBitTables, FourBitTables, Tables
+from onnxcomp.methods.quantize.table_blocks import BlockTables, RowTables, Tables
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
@@ -71,6 +71,8 @@ class Method:
 LEAST_DAMP = 0.01
 PULL_PER_CHANNEL = 0.7
 DAMP_PER_CHANNEL = 0.25
+SMALLEST_BLOCK = 16  # of look-ups
+TABLE_BLOCK = 64  # of 8 bits for look-ups and a head: KL of docs_lm 1.3e-4 with one scale per row
 
 
 @dataclass(frozen=True)
@@ -173,19 +175,24 @@ def round_sites(
 
     Each is fitted on the inputs that the rounded ones before it give. Where `free_bias`, biases take what rounding does
     to the means of the outputs. Heads that share one of the `tables` share its codes, and need no method. Tables are
-    int8 with one scale per row, or in blocks of 4 bits where `table_method` says so.
+    int8 with one scale per row, or in blocks where `table_method` says so: of 4 bits, or of 8 where a head shares them.
     """
-    codes: Tables = EightBitTables(g, env.target, tables)
-    if table_method is not None and table_method.bits == 4:
-        m = table_method
-        codes = FourBitTables(g, tables, m.fmt, m.block, symmetric=m.symmetric)
     rounder = Rounder(g, env, methods, free_bias=free_bias)
     shared = {e.table for e in tables}
     g.sort()
     wanted = [x for x in linears.quantizable(g) if x.name in methods or (x.transposed and x.weight in shared)]
+    codes = _tables(g, env, tables, table_method, [x.sizes[0] for x in wanted if x.transposed])
     for group in blocks.siblings(wanted):
         rounder.replace(group, codes)
     codes.store()
+
+
+def _tables(g: Graph, env: Env, eligible: Sequence[Embedding], m: Method | None, widths: Sequence[int]) -> Tables:
+    """How tables are stored; `widths` are those of the rows that heads share."""
+    even = min((k & -k for k in widths), default=0)  # the largest power of two that divides all rows
+    if m is None or m.block == 0 or (m.bits == 8 and even < SMALLEST_BLOCK):
+        return RowTables(g, env.target, eligible)
+    return BlockTables(g, eligible, m.fmt, m.block if m.bits == 4 else min(TABLE_BLOCK, even), symmetric=m.symmetric)
 
 
 class Rounder:
