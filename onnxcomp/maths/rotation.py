@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from onnxcomp.maths import Float64
+from onnxcomp.maths import Array, Float64
 
-__all__ = ["hadamard", "random_rotation"]
+__all__ = ["hadamard", "is_rotation", "random_rotation"]
+
+ORTHOGONAL = 4e-3  # what rounding of its entries to half types may leave of a row's length and of angles
 
 
 def hadamard(n: int) -> Float64 | None:
@@ -33,6 +35,22 @@ def random_rotation(n: int, rng: np.random.Generator) -> Float64:
         return np.asarray(rng.choice([-1.0, 1.0], size=n)[:, None] * h / np.sqrt(n))
     q, r = np.linalg.qr(rng.standard_normal((n, n)))
     return np.asarray(q * np.where(np.diag(r) < 0, -1.0, 1.0))  # signs that make it uniform (Haar)
+
+
+def is_rotation(w: Array) -> bool:
+    """Whether a matrix is orthogonal to float16's precision, or is so behind the subtraction of the mean.
+
+    Rows of trained weights fail at their first two, so that little of a large model is read.
+    """
+    if w.ndim != 2 or w.shape[0] != w.shape[1] or len(w) < 2:
+        return False
+    d = len(w)
+    lengths = (np.asarray(w[:2], np.float64) ** 2).sum(axis=1)
+    taken = next((m for m in (0.0, 1 / d) if np.allclose(lengths, 1 - m, rtol=0, atol=ORTHOGONAL)), None)
+    if taken is None:
+        return False
+    whole = np.asarray(w, np.float64)
+    return bool(np.allclose(whole @ whole.T, np.eye(d) - taken, rtol=0, atol=ORTHOGONAL))
 
 
 def sylvester(k: int) -> Float64:

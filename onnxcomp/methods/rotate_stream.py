@@ -19,6 +19,7 @@ from onnxcomp.blocks.stream import Stream, stream_operands
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import ADDITIONS, TOKEN_SELECTING
 from onnxcomp.graph.scratch import as_tensor, release_pages
+from onnxcomp.graph.values import sole_use
 from onnxcomp.maths import Array, Float64
 
 __all__ = ["basis", "is_free", "multiply", "rotate"]
@@ -120,17 +121,70 @@ class _Rotation:
             return self.g.constant(self._matrix(self.g.array(x).astype(np.float64) @ q, x), f"{x.name}_sliced")
         readers = {u for u, _ in x.uses()}
         is_internal = not x.is_graph_output() and not self.others.get(x) and readers <= self.members
-        linear = self.index.by_output.get(x)
         if is_internal and (x is v or len(readers) == 1):
-            if linear is not None and is_free(linear):
-                multiply(self.g, linear.weight, q, 0 if linear.transposed else 1)
-                if linear.bias is not None:
-                    multiply(self.g, linear.bias, q, -1)
-                return x
-            if (table := self._table(x)) is not None:
-                multiply(self.g, table, q, 1)
-                return x
+            y, scale = self._unscaled(x)
+            places = self._constants(y, square=q.shape[0] == q.shape[1])
+            if places is not None:
+                for constant, axis in places:
+                    multiply(self.g, constant, q if scale is None else scale[:, None] * q, axis)
+                return y
         return self.g.op("MatMul", x, self._matrix(q, x), name=f"{x.name}_sliced")
+
+    def _unscaled(self, x: ir.Value) -> tuple[ir.Value, Float64 | None]:
+        """A value before the constant factor of each channel that is its only use (layer scale), and the factor."""
+        node = x.producer()
+        if node is None or node.op_type != "Mul" or node.domain:
+            return x, None
+        for y, c in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+            factor = self.g.array(c).astype(np.float64) if self.g.is_constant(c) else None
+            if y is not None and y in self.index.by_output and sole_use(y) is not None and factor is not None:
+                width = self.index.by_output[y].sizes[1]
+                return (y, factor.reshape(-1)) if factor.size == width == factor.shape[-1] else (x, None)
+        return x, None
+
+    def _constants(self, x: ir.Value, *, square: bool) -> list[tuple[ir.Value, int]] | None:
+        """The constants, with the axis of the channels, that a matrix behind a value is folded into; None if it isn't.
+
+        Patches take `square` ones only: other widths stand in the constants of shapes.
+        """
+        linear = self.index.by_output.get(x)
+        if linear is not None and is_free(linear):
+            bias = [(linear.bias, -1)] if linear.bias is not None else []
+            return [(linear.weight, 0 if linear.transposed else 1), *bias]
+        if (table := self._table(x)) is not None:
+            return [(table, 1)]
+        return self._patches(x) if square else None
+
+    def _patches(self, x: ir.Value) -> list[tuple[ir.Value, int]] | None:
+        """The constants, with the axis of the channels, that make the tokens of an image; None for anything else.
+
+        Tokens are concatenated from rows that are expanded, and from a convolution whose places become tokens.
+        """
+        node, shape = x.producer(), self.facts.shape(x)
+        if node is None or not shape or len(list(x.uses())) != 1 or x.is_graph_output():
+            return None
+        if node.op_type == "Concat" and node.attributes.get_int("axis", 0) % len(shape) < len(shape) - 1:
+            parts = [self._patches(y) for y in node.inputs if y is not None]
+            return None if any(p is None for p in parts) else [place for p in parts if p is not None for place in p]
+        if node.op_type == "Expand":
+            return self._own([(node.inputs[0], -1)], shape[-1])
+        if node.op_type != "Transpose" or node.attributes.get_ints("perm", ())[-1:] != (1,):
+            return None
+        v = node.inputs[0]
+        before = v.producer() if v is not None else None
+        if before is not None and before.op_type == "Reshape":
+            old, new = (self.facts.shape(y) if y is not None else None for y in (before.inputs[0], v))
+            is_own = v is not None and sole_use(v) is not None
+            v = before.inputs[0] if is_own and old and new and list(old[:2]) == list(new[:2]) else None
+            before = v.producer() if v is not None else None
+        if v is None or before is None or before.op_type != "Conv" or before.attributes.get_int("group", 1) != 1:
+            return None
+        return self._own([(w, 0) for w in before.inputs[1:] if w is not None], shape[-1]) if sole_use(v) else None
+
+    def _own(self, places: list[tuple[ir.Value | None, int]], width: object) -> list[tuple[ir.Value, int]] | None:
+        """Places of constants of that many channels, if nothing else reads them."""
+        own = [(v, axis) for v, axis in places if v is not None and self.g.is_constant(v) and sole_use(v) is not None]
+        return own if len(own) == len(places) and all(self.g.array(v).shape[axis] == width for v, axis in own) else None
 
     def _table(self, x: ir.Value) -> ir.Value | None:
         """The embedding table `[rows, d]` that only this value is looked up in."""

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from onnxcomp.maths.rotation import hadamard, random_rotation
+from onnxcomp.maths.rotation import hadamard, is_rotation, random_rotation
 from onnxcomp.maths.trial_rounding import Trial, TrialRounding, most_columns
 
 
@@ -60,3 +60,16 @@ def test_a_rotation_lowers_the_trial_error_of_rows_with_an_outlier():
     w[3] /= 100
     trial = Trial(rows, [w], TrialRounding(8, 0, 8))
     assert trial.error(basis=random_rotation(16, rng)) < 0.3 * trial.error()  # the range is 1 / sqrt(16) as wide
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_rotations_are_told_from_weights(dtype):
+    rng = np.random.default_rng(3)
+    q = random_rotation(48, rng)
+    assert is_rotation(q.astype(dtype))
+    assert is_rotation(np.linalg.qr(rng.standard_normal((33, 33)))[0].astype(dtype))
+    assert is_rotation((q - q.mean(axis=0)).astype(dtype))
+    assert not is_rotation((q * np.linspace(1, 1.1, 48)).astype(dtype))
+    assert not is_rotation(np.full((48, 48), 48**-0.5, dtype))
+    assert not is_rotation((rng.standard_normal((48, 48)) / 48**0.5).astype(dtype))
+    assert not is_rotation(q[:24].astype(dtype))

@@ -12,6 +12,7 @@ from onnxcomp.blocks import BatchedLinear, Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats, saturation
 from onnxcomp.maths.formats import FORMATS
+from onnxcomp.maths.rotation import is_rotation
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.target import Granularity, Target, resolved
 
@@ -41,8 +42,12 @@ FLOATS = (ir.DataType.FLOAT, *HALVES)
 
 
 def quantizable(g: Graph) -> list[Linear]:
-    """Linears whose weight is stored in a float type, with the output head that shares the embedding table."""
-    return [x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS]
+    """Linears whose weight is stored in a float type, with the output head that shares the embedding table.
+
+    A product with a rotation is none: it stands before what is to be rounded, and its input has the outliers.
+    """
+    floats = (x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS)
+    return [x for x in floats if x.sizes[0] != x.sizes[1] or not is_rotation(g.array(x.weight))]
 
 
 def coded(g: Graph) -> list[Linear]:
