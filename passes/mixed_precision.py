@@ -34,7 +34,7 @@ class MixedPrecision(Pass):
     stage: ClassVar[Stage] = Stage.WEIGHTS
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
-    example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "budget": "2x", "blocks": (16,)}
+    example: ClassVar[Mapping[str, Any]] = {"min_size": 1, "budget": "9x", "bits": (8,), "blocks": (16,)}
     chooses: ClassVar[bool] = True
 
     budget: Annotated[str, Field(pattern=BUDGETS)] = "1.05x"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class Sensitivity(Pass):
     stage: ClassVar[Stage] = Stage.WEIGHTS
     fidelity: ClassVar[Fidelity] = Fidelity.EXACT
     any_place: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"int8": False, "bits": (4,), "min_size": 3000}
 
     bits: tuple[Literal[8, 4, 3, 2], ...] = (8, 4, 3, 2)
     """Bits of weights that are tried, activations float."""

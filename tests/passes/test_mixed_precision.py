@@ -124,11 +124,20 @@ def test_what_cannot_be_met_is_refused_with_the_best_that_can():
 
 
 def test_with_float_as_an_option_some_stay_float_and_are_named():
-    g = loud()
+    g = tiny.mlp(hidden=32, ffn=64)
     result = mixed(g, "3x", bits=(4, "float"), blocks=(16,))
     floats = [d.site for d in result.report.steps[-1].declined if "stays float" in d.why]
     assert floats
     assert set(floats) | set(bits(result.model)) == {x.name for x in blocks.linears(g)}
+
+
+def test_with_one_option_nothing_is_measured():
+    g = tiny.linear(64, 64)
+    result = mixed(g, "9x", bits=(8,), blocks=(16,))
+    assert set(bits(result.model).values()) == {8}
+    assert result.report.steps[-1].noted == []
+    with pytest.raises(RecipeError, match="smallest that these options reach"):
+        mixed(g, "1x", bits=(8,), blocks=(16,))
 
 
 def test_at_identity_nothing_is_edited():

@@ -64,7 +64,7 @@ def test_the_entry_is_of_the_form_that_is_asked_for(by, start):
 
 
 def test_the_command_prints_the_ranking_and_the_entry(tmp_path, capsys):
-    g = tiny.encoder(norm="pre", hidden=64, ffn=64)
+    g = tiny.encoder(1, 64, 4, 64)
     path = storage.save(g, tmp_path)
     data = tmp_path / "data.npz"
     np.savez(data, **tiny.feeds(g, 10, 7))

@@ -56,6 +56,15 @@ class Budget:
             raise RecipeError(f"budget '{text}': give a size such as 1.05x, or a gate on the drift of all outputs")
         return cls(text, condition=condition)
 
+    def limit(self, base: int) -> float:
+        """Bytes, where it is a size relative to so many or in bytes."""
+        return self.nbytes or (self.relative or 0.0) * base
+
+    def fits(self, found: Sequence[Unit], m: Method | None, base: Method) -> bool:
+        """Whether a size holds for one option of all weights."""
+        limit = self.limit(sum(nbytes(u.weight, base) for u in found))
+        return sum(nbytes(u.weight, m) for u in found) <= limit * ROUNDING
+
 
 @dataclass(frozen=True)
 class Chosen:
@@ -74,6 +83,8 @@ def choose(
     Bytes are relative to those of all weights in the option `base`. Whatever the sums of losses say, the whole model
     decides, on calibration data that was left out. Raises `RecipeError` or `GateFailed` with the best that is reached.
     """
+    if len(methods) == 1 and budget.condition is None and budget.fits(found, methods[0], base):
+        return Chosen({u.name: methods[0] for u in found}, ())  # nothing to choose, so nothing is measured
     split, metric = env.split(), site_options.metric_of(g, metric)
     inputs = site_options.inputs_of(g, split, found)
     table = site_options.measure(g, split, found, methods, base, metric, inputs)
@@ -81,7 +92,7 @@ def choose(
     case = _Case(g, split, found, methods, table, front, metric, sum(nbytes(u.weight, base) for u in found), inputs)
     if budget.condition is not None:
         return case.meeting(budget.condition)
-    return case.within(budget.nbytes or (budget.relative or 0.0) * case.base, budget.text)
+    return case.within(budget.limit(case.base), budget.text)
 
 
 @dataclass(frozen=True)
