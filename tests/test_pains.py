@@ -33,11 +33,13 @@ from onnxcomp.passes.qdq import Qdq
 from onnxcomp.reports import json_report
 from onnxcomp.runtime import installed, sessions
 from onnxcomp.runtime.placement import placement
+from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats import histogram, minmax
 from onnxcomp.stats.calibrate import collect
 from onnxcomp.target import CPU, CUDA, TENSORRT
 from onnxcomp.validation.gates import Gate
 from tests import hand, matrix, tiny, zoo
+from tests.lowering.test_weight_only import linear
 
 
 def run(g, feeds):
@@ -525,6 +527,23 @@ def test_row_35_the_accuracy_level_of_a_blockwise_product_is_never_lost_nor_made
     plain, _ = kept("bert.dynamo-sdpa-18")
     lowered = PassManager(Recipe.preset("int8").passes, allow_unchanged=True).run(plain, encoded(plain)).model
     assert not list(lowered.nodes("MatMulNBits"))
+
+
+def test_row_34_inputs_that_8_bits_ruin_are_seen_and_can_stay_float():
+    """One channel of massive activations: at accuracy level 4 its block of inputs is rounded to nothing."""
+    g, w, x = linear(4, 32, k=64, bias=False)
+    x[:, 0] = 3000
+    rest = x.astype(np.float64)
+    base = rest[:, 1:] @ w[1:]  # what the other channels say
+
+    def said(inputs: str) -> np.ndarray:
+        made = PassManager([Lower(inputs=inputs)]).run(g).model
+        with Session(made) as s:
+            return s.run({"x": x})["y"].astype(np.float64) - rest[:, :1] * w[:1]
+
+    kept, lost = (np.mean(said(i).argmax(axis=1) == base.argmax(axis=1)) for i in ("float", "int8"))
+    assert kept == 1
+    assert lost < 0.8
 
 
 def encoded(g):

@@ -92,6 +92,13 @@ def test_a_slower_lowered_model_gives_way_to_the_unlowered_one(source, monkeypat
             np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+def test_a_lowered_model_that_is_smaller_gives_way_to_none(source, monkeypatch):
+    """Codes of 2 bits stand in 4 before they are lowered."""
+    monkeypatch.setattr(confirm, "LARGER", 0.5)
+    out, _ = optimized(source, monkeypatch, {"unlowered": 0.5})
+    assert json.loads((out / "source.report.json").read_text())["lowering"]["kept"] == "lowered"
+
+
 def test_a_result_slower_than_the_source_is_said_first(source, monkeypatch):
     _, result = optimized(source, monkeypatch, {"unlowered": 5.0})
     result.report.benchmark = bench({"a": 1.0, "b": 2.0})(["a.onnx", "b.onnx"], CPU)

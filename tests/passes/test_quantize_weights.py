@@ -165,9 +165,9 @@ def test_a_head_of_its_own_has_its_own_bits():
 
 @pytest.mark.parametrize("count", [60, 200, 1000])
 def test_fits_do_not_follow_small_sets_of_texts(count):
-    """On other texts no worse than without data, with as few as twice as many tokens (480) as in-channels."""
+    """On other texts no worse than without data, with as few as twice as many tokens (540) as in-channels."""
     g = tiny.encoder(layers=1, hidden=64, ffn=256, vocabulary=500)
-    texts = as_dataset([tiny.feeds(g, 60, 8, seed=0), *(tiny.feeds(g, 235, 8, seed=i) for i in range(1, 5))], g)
+    texts = as_dataset([tiny.feeds(g, 60, 9, seed=0), *(tiny.feeds(g, 235, 9, seed=i) for i in range(1, 5))], g)
     texts = texts.head(count)
     assert len(texts) == count
     other = feeds(g, range(1000, 1010))
