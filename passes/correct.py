@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
 from onnxcomp import blocks
+from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.readers import shift_bias
 from onnxcomp.methods.skip_patterns import skipped
-from onnxcomp.pipeline import Env, Fidelity, SequentialPass, Stage
+from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import shift
 from onnxcomp.target import Target
 
@@ -21,7 +22,7 @@ __all__ = ["Correct"]
 
 
 @dataclass(frozen=True)
-class Correct(SequentialPass):
+class Correct(Pass):
     """Add `mean(y of the original) - mean(y)` to the bias of each quantized linear, in the order of the graph.
 
     Each on the model corrected so far, so that errors of the layers before count as well (arXiv 1906.04721, section
@@ -35,22 +36,50 @@ class Correct(SequentialPass):
     skip: tuple[str, ...] = ()
     """Patterns of node or weight names whose biases stay."""
 
+    @property
+    def wants_data(self) -> bool:
+        """Means are of data."""
+        return True
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether everything is skipped."""
+        return "*" in self.skip
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Quantized linears."""
-        return [x.site for x in blocks.linears(g, tied=True) if x.quantized]
+        return [x.site for x in _quantized(g)]
 
-    def edit(self, g: Graph, site: Site, env: Env) -> None:
-        """Shift one bias, created where there is none."""
-        x = next(x for x in blocks.linears(g, tied=True) if x.name == site.name)
-        name = str(x.output.name)
-        hit = skipped(self.skip, x.name, str(x.weight.name))
-        if hit is not None or not has(env.original, name):
-            missing = f"the original has no value '{name}' to compare with"
-            g.decline(site, missing if hit is None else f"skipped by the pattern '{hit}'")
-            return
-        need = shift(x.output, name, other_of="original")
-        by = np.asarray(env.collect(g, [need])[need], np.float64)
-        if not by.any():
-            g.decline(site, "its means are those of the original")
-            return
-        shift_bias(g, x, by)
+    def run(self, g: Graph, env: Env) -> None:
+        """Shift the biases of the linears of one input after the other."""
+        g.model.graph.sort()
+        for group in blocks.siblings(_quantized(g)):
+            kept = []
+            for x in group:
+                if why := self._unfit(x, env.original):
+                    g.decline(x.site, why)
+                else:
+                    kept.append(x)
+            _correct(g, env, kept)
+
+    def _unfit(self, x: Linear, original: Graph) -> str:
+        """Why a bias stays, empty if it moves."""
+        if (hit := skipped(self.skip, x.name, str(x.weight.name))) is not None:
+            return f"skipped by the pattern '{hit}'"
+        return "" if has(original, str(x.output.name)) else f"the original has no value '{x.output.name}'"
+
+
+def _quantized(g: Graph) -> list[Linear]:
+    return [x for x in blocks.linears(g, tied=True) if x.quantized]
+
+
+def _correct(g: Graph, env: Env, group: Sequence[Linear]) -> None:
+    """Shift the biases of linears that read one value, created where there are none."""
+    needs = {x.name: shift(x.output, str(x.output.name), other_of="original") for x in group}
+    stats = env.collect(g, needs.values())
+    for x in group:
+        by = np.asarray(stats[needs[x.name]], np.float64)
+        if by.any():
+            shift_bias(g, x, by)
+        else:
+            g.decline(x.site, "its means are those of the original")

@@ -28,9 +28,13 @@ CHUNK = 1 << 20  # elements of a weight that are examined at a time, to bound th
 def pair_sums(w: Array) -> Array:
     """Per column of `[K, N]` the largest sum of one sign over rows (0, 1), (2, 3), ...; an odd last row is alone."""
     wide = w.astype(np.int16 if w.dtype.kind in "iu" else np.float64)
-    starts = np.arange(0, len(wide), 2)
-    both = (np.add.reduceat(np.maximum(sign * wide, 0), starts, axis=0).max(axis=0) for sign in (1, -1))
-    return np.asarray(np.maximum(*both))
+    pairs = len(wide) // 2 * 2
+    largest = np.zeros(wide.shape[1], wide.dtype)
+    for sign in (1, -1):
+        part = np.maximum(sign * wide, 0)
+        for sums in (part[:pairs:2] + part[1:pairs:2], part[pairs:]):
+            largest = np.maximum(largest, sums.max(axis=0, initial=0))
+    return largest
 
 
 def breaks(codes: Array) -> Array:

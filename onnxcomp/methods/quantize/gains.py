@@ -16,11 +16,15 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.blocks.linears import Index
 from onnxcomp.graph import Graph
+from onnxcomp.graph.operators import ADDITIONS
 from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array, Float64
+from onnxcomp.methods.quantize import linears
 from onnxcomp.methods.repair.readers import shift_bias
 
-__all__ = ["Place", "divide", "places", "subtract", "tied", "unfit"]
+__all__ = ["Fold", "Place", "divide", "places", "subtract", "tied", "unfit"]
+
+Fold = Callable[[Graph, Float64], None]  # multiplies the channels of a value `[K]` where it is made
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,15 @@ class Place:
 
     source: ir.Value
     readers: tuple[Linear, ...]
-    fold: Callable[[Graph, Float64], None] | None = None
+    fold: Fold | None = None
     units: Array | None = None
     added: tuple[ir.Node, int] | None = None
 
 
 def places(g: Graph, chosen: Iterable[Linear]) -> list[Place]:
     """The inputs of the chosen linears, in the order of the graph."""
-    index, attentions = Index.of(g), {a.node.outputs[0]: a for a in blocks.attentions(g)}
-    return [_place(g, index, attentions, group) for group in blocks.siblings(chosen)]
+    index = Index.of(g)
+    return [_place(g, index, group) for group in blocks.siblings(chosen)]
 
 
 def unfit(place: Place) -> str:
@@ -89,14 +93,14 @@ def _add(g: Graph, node: ir.Node, index: int, row: Float64) -> None:
     g.put(v, (a.astype(np.float64) + row.reshape([*[1] * (a.ndim - 1), -1])).astype(a.dtype), users=[node])
 
 
-def _place(g: Graph, index: Index, attentions: dict[ir.Value, blocks.Attention], group: Sequence[Linear]) -> Place:
+def _place(g: Graph, index: Index, group: Sequence[Linear]) -> Place:
     v, readers = group[0].source, tuple(group)
-    if v.is_graph_output() or any(
-        n not in [x.node for x in readers] and not _beside(g, n, v, group) for n in users_of(v)
-    ):
+    inside = {x.node for x in readers}
+    if v.is_graph_output() or not all(n in inside or _beside(g, n, group) for n in users_of(v)):
         return Place(v, readers)
-    if (a := attentions.get(v)) is not None:
-        return _through_attention(a, readers)
+    node = v.producer()
+    if node is not None and node.op_type == "Attention" and v is node.outputs[0]:
+        return _through_attention(g, index, node, readers)
     fold = _fold(g, index, v)
     return Place(v, readers, fold, None, _added(index, v) if fold is not None else None)
 
@@ -112,37 +116,30 @@ def _added(index: Index, v: ir.Value) -> tuple[ir.Node, int] | None:
     return node, list(node.inputs).index(linear.bias)
 
 
-def _beside(g: Graph, node: ir.Node, v: ir.Value, group: Sequence[Linear]) -> bool:
+def _beside(g: Graph, node: ir.Node, group: Sequence[Linear]) -> bool:
     """Whether a node picks channels alone that the linears do not multiply by anything, which get no gain."""
-    if node.op_type != "Gather" or node.inputs[0] is not v or node.attributes.get_int("axis", 0) not in (-1, _last(v)):
-        return False
-    picked = g.tensor(node.inputs[1])
-    return picked is not None and not any(g.array(x.weight)[picked.numpy()].any() for x in group)
+    channels = linears.picked_channels(g, node)
+    return channels is not None and not any(g.array(x.weight)[channels].any() for x in group)
 
 
-def _last(v: ir.Value) -> int:
-    return len(v.shape) - 1 if v.shape is not None else -1
-
-
-def _fold(g: Graph, index: Index, v: ir.Value) -> Callable[[Graph, Float64], None] | None:
+def _fold(g: Graph, index: Index, v: ir.Value) -> Fold | None:
     """How the channels of a value are multiplied where it is made, None where that is not exact."""
     node, norm = v.producer(), index.norm_by_output.get(v)
     if norm is not None:
         parts = [c for c in (norm.gain, norm.bias) if c is not None]
         return _scaling([(c, norm.node) for c in parts]) if _fits(g, v, parts) else None
-    if v in index.by_output:
-        return _into(index.by_output[v])
     if node is None or node.op_type not in ("Mul", "Relu"):
-        return None
+        return _into(index, v)
     for x in node.inputs if node.op_type == "Mul" else node.inputs[:1]:
-        if x is None:
-            continue
-        if g.is_constant(x) and _fits(g, v, [x]):
+        if x is not None and g.is_constant(x) and _fits(g, v, [x]):
             return _scaling([(x, node)])
-        linear = index.by_output.get(x)
-        if linear is not None and users_of(x) == [node] and not x.is_graph_output() and (fold := _into(linear)):
+        if x is not None and _read_by(x) == [node] and (fold := _into(index, x)):
             return fold
     return None
+
+
+def _read_by(v: ir.Value) -> list[ir.Node] | None:
+    return None if v.is_graph_output() else users_of(v)
 
 
 def _fits(g: Graph, v: ir.Value, parts: Sequence[ir.Value]) -> bool:
@@ -151,7 +148,7 @@ def _fits(g: Graph, v: ir.Value, parts: Sequence[ir.Value]) -> bool:
     return all(g.array(c).size == width == g.array(c).shape[-1] for c in parts)
 
 
-def _scaling(parts: Sequence[tuple[ir.Value, ir.Node]]) -> Callable[[Graph, Float64], None]:
+def _scaling(parts: Sequence[tuple[ir.Value, ir.Node]]) -> Fold:
     def fold(g: Graph, by: Float64) -> None:
         for v, node in parts:
             g.scale(v, by, -1, users=[node])
@@ -159,27 +156,39 @@ def _scaling(parts: Sequence[tuple[ir.Value, ir.Node]]) -> Callable[[Graph, Floa
     return fold
 
 
-def _into(x: Linear) -> Callable[[Graph, Float64], None] | None:
-    """The columns of a linear's weight and its bias."""
-    if x.quantized or x.transposed or len(list(x.weight.uses())) > 1:
-        return None
-    bias = [] if x.bias is None else [(x.bias, x.add or x.node)]
-    return _scaling([(x.weight, x.node), *bias])
+def _into(index: Index, v: ir.Value) -> Fold | None:
+    """The columns of the weight and the bias of the linear that makes a value, or of the two whose sum it is."""
+    node, made = v.producer(), [v]
+    if v not in index.by_output and node is not None and node.op_type in ADDITIONS:
+        made = [x for x in node.inputs if x is not None and _read_by(x) == [node]]
+    parts = list[tuple[ir.Value, ir.Node]]()
+    for x in (index.by_output.get(y) for y in made):
+        if x is None or x.quantized or x.transposed or len(list(x.weight.uses())) > 1:
+            return None
+        parts += [(x.weight, x.node), *([] if x.bias is None else [(x.bias, x.add or x.node)])]
+    whole = made == [v] or (node is not None and len(made) == len(node.inputs))
+    return _scaling(parts) if parts and whole else None
 
 
-def _through_attention(a: blocks.Attention, readers: tuple[Linear, ...]) -> Place:
+def _through_attention(g: Graph, index: Index, node: ir.Node, readers: tuple[Linear, ...]) -> Place:
     """Values are averaged over tokens, channel by channel: a gain of the output is one of the value projection."""
-    v, source = a.v.output, readers[0].source
-    fold = _into(a.v)
-    if a.node.inputs[2] is not v or users_of(v) != [a.node] or v.is_graph_output() or a.present or fold is None:
+    source, values = readers[0].source, node.inputs[2]
+    heads, kv_heads = (node.attributes.get_int(f"{x}_num_heads", 0) for x in ("q", "kv"))
+    cached = any(v is not None for v in node.inputs[4:6]) or any(_used(v) for v in node.outputs[1:3])
+    fold = None if values is None or _read_by(values) != [node] or cached else _into(index, values)
+    if fold is None or not heads or not kv_heads or values is None or values.shape is None:
         return Place(source, readers)
-    width = a.v.sizes[1] // a.kv_heads
-    query_head, channel = np.divmod(np.arange(a.heads * width), width)
-    units = query_head // (a.heads // a.kv_heads) * width + channel
+    wide = readers[0].sizes[0] // heads
+    query_head, channel = np.divmod(np.arange(heads * wide), wide)
+    units = query_head // (heads // kv_heads) * wide + channel
 
     def through(g: Graph, by: Float64) -> None:
-        of_values = np.empty(a.v.sizes[1])
+        of_values = np.empty(kv_heads * wide)
         of_values[units] = by
         fold(g, of_values)
 
     return Place(source, readers, through, units)
+
+
+def _used(v: ir.Value) -> bool:
+    return v.is_graph_output() or bool(users_of(v))

@@ -26,6 +26,7 @@ __all__ = [
     "in_float32",
     "integer_weight",
     "lazy_codes",
+    "picked_channels",
     "product",
     "quantizable",
     "run_time_product",
@@ -44,10 +45,22 @@ FLOATS = (ir.DataType.FLOAT, *HALVES)
 def quantizable(g: Graph) -> list[Linear]:
     """Linears whose weight is stored in a float type, with the output head that shares the embedding table.
 
-    A product with a rotation is none: it stands before what is to be rounded, and its input has the outliers.
+    A product with a rotation is none: it stands before what is to be rounded, and its input has the outliers. Products
+    of picked channels (`split-outliers`) are in float on purpose.
     """
     floats = (x for x in blocks.linears(g, tied=True) if not x.quantized and x.weight.dtype in FLOATS)
-    return [x for x in floats if x.sizes[0] != x.sizes[1] or not is_rotation(g.array(x.weight))]
+    own = (x for x in floats if picked_channels(g, x.source.producer()) is None)
+    return [x for x in own if x.sizes[0] != x.sizes[1] or not is_rotation(g.array(x.weight))]
+
+
+def picked_channels(g: Graph, node: ir.Node | None) -> Array | None:
+    """The channels that a node picks from the last axis of a value, None where it is no such node."""
+    if node is None or node.op_type != "Gather" or node.inputs[0] is None or not g.is_constant(node.inputs[1]):
+        return None
+    shape, axis = node.inputs[0].shape, node.attributes.get_int("axis", 0)
+    channels = g.array(node.inputs[1])
+    last = axis == -1 or (shape is not None and axis == len(shape) - 1 > 0)
+    return channels if last and channels.ndim == 1 and not g.is_constant(node.inputs[0]) else None
 
 
 def coded(g: Graph) -> list[Linear]:
