@@ -62,7 +62,7 @@ class SmoothQuant(Pass):
             if not why and place.fold is None and not self.multiply:
                 why = "its gains would have to be multiplied at run time"
             by = None if why else self._gains(g, env, place)
-            if by is not None and np.abs(by - 1).max() > SAME:
+            if by is not None and np.abs(place.keep(by, 1.0) - 1).max() > SAME:
                 gains.divide(g, place, by)
                 continue
             for x in place.readers:

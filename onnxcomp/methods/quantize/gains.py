@@ -6,6 +6,7 @@ nothing else reads that; elsewhere the linears read the value times a constant.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -33,7 +34,8 @@ class Place:
 
     `fold` divides the value itself, for which channels of one of the `units` `[K]` need the same divisor; without it
     the value is multiplied by a constant on its way to the linears. `added`, a node and the index of its input, is
-    where a constant row is added last, which takes a shift.
+    where a constant row is added last, which takes a shift. Channels that something else picks from the value alone
+    (`picked`) stay as they are.
     """
 
     source: ir.Value
@@ -41,6 +43,12 @@ class Place:
     fold: Fold | None = None
     units: Array | None = None
     added: tuple[ir.Node, int] | None = None
+    picked: tuple[int, ...] = ()
+
+    def keep(self, by: Float64, neutral: float) -> Float64:
+        """A divisor or a shift `[K]` that is neutral at the picked channels and those of their units."""
+        units = np.arange(len(by)) if self.units is None else self.units
+        return np.where(np.isin(units, units[list(self.picked)]), neutral, by)
 
 
 def places(g: Graph, chosen: Iterable[Linear]) -> list[Place]:
@@ -59,6 +67,7 @@ def unfit(place: Place) -> str:
 
 def divide(g: Graph, place: Place, by: Float64) -> None:
     """Divide the channels of a value by `[K]`, and multiply the rows of its readers' weights."""
+    by = place.keep(by, 1.0)
     if place.fold is not None:
         place.fold(g, 1 / by)
     else:
@@ -80,6 +89,7 @@ def tied(place: Place, by: Float64) -> Float64:
 def subtract(g: Graph, place: Place, by: Float64) -> None:
     """Subtract `[K]` from the value where a constant is `added`, and give the readers' biases what is missing."""
     assert place.added is not None
+    by = place.keep(by, 0.0)
     for x in place.readers:
         shift_bias(g, x, by @ g.array(x.weight).astype(np.float64))
     _add(g, *place.added, -by)
@@ -96,13 +106,15 @@ def _add(g: Graph, node: ir.Node, index: int, row: Float64) -> None:
 def _place(g: Graph, index: Index, group: Sequence[Linear]) -> Place:
     v, readers = group[0].source, tuple(group)
     inside = {x.node for x in readers}
-    if v.is_graph_output() or not all(n in inside or _beside(g, n, group) for n in users_of(v)):
+    others = [linears.picked_channels(g, n) for n in users_of(v) if n not in inside]
+    if v.is_graph_output() or any(channels is None for channels in others):
         return Place(v, readers)
+    picked = tuple(int(c) for channels in others if channels is not None for c in channels)
     node = v.producer()
     if node is not None and node.op_type == "Attention" and v is node.outputs[0]:
-        return _through_attention(g, index, node, readers)
+        return dataclasses.replace(_through_attention(index, node, readers), picked=picked)
     fold = _fold(g, index, v)
-    return Place(v, readers, fold, None, _added(index, v) if fold is not None else None)
+    return Place(v, readers, fold, None, _added(index, v) if fold is not None else None, picked)
 
 
 def _added(index: Index, v: ir.Value) -> tuple[ir.Node, int] | None:
@@ -114,12 +126,6 @@ def _added(index: Index, v: ir.Value) -> tuple[ir.Node, int] | None:
         return None
     node = linear.add or linear.node
     return node, list(node.inputs).index(linear.bias)
-
-
-def _beside(g: Graph, node: ir.Node, group: Sequence[Linear]) -> bool:
-    """Whether a node picks channels alone that the linears do not multiply by anything, which get no gain."""
-    channels = linears.picked_channels(g, node)
-    return channels is not None and not any(g.array(x.weight)[channels].any() for x in group)
 
 
 def _fold(g: Graph, index: Index, v: ir.Value) -> Fold | None:
@@ -170,7 +176,7 @@ def _into(index: Index, v: ir.Value) -> Fold | None:
     return _scaling(parts) if parts and whole else None
 
 
-def _through_attention(g: Graph, index: Index, node: ir.Node, readers: tuple[Linear, ...]) -> Place:
+def _through_attention(index: Index, node: ir.Node, readers: tuple[Linear, ...]) -> Place:
     """Values are averaged over tokens, channel by channel: a gain of the output is one of the value projection."""
     source, values = readers[0].source, node.inputs[2]
     heads, kv_heads = (node.attributes.get_int(f"{x}_num_heads", 0) for x in ("q", "kv"))
