@@ -37,8 +37,8 @@ class Qdq(Pass):
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
     example: ClassVar[Mapping[str, Any]] = {"min_size": 1}
 
-    clip: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
-    """How the range of an input follows from its histogram."""
+    clip: Literal["mse", "minmax", "percentile", "entropy", "output"] = "mse"
+    """How the range of an input follows from its histogram; output takes that of least error at the outputs."""
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.99
     """Share of values inside the range, percent; used by clip: percentile."""
     weights: Granularity = "channel"
@@ -73,7 +73,7 @@ class Qdq(Pass):
         """The histogram of each distinct input (and output) of the linears that will be quantized."""
         copy = g.clone()
         codes, eligible = self._inputs(copy, target), self._chosen(copy, target, [])
-        yield from dict.fromkeys(codes.need(x.source) for x in eligible)
+        yield from dict.fromkeys(need for x in eligible for need in codes.needs(x.source))
         if self.outputs:
             yield from dict.fromkeys(codes.need(x.output) for x in eligible)
         experts = batched.chosen(copy, self.skip, self.min_size, target)
@@ -95,7 +95,7 @@ class Qdq(Pass):
                 continue
             # A CPU's integer kernels take float32 scales; where halves are computed (TensorRT) pairs keep theirs.
             wide = env.target.provider.startswith("CPU") and group[0].source.dtype in linears.HALVES
-            x = inputs.pair(g, group[0].source, env.stats, wide=wide)
+            x = inputs.pair(g, group[0].source, env.stats, group, wide=wide)
             for linear in group:
                 linears.product(g, linear, x, linears.integer_weight(codes, linear, wide=wide))
                 if self.outputs:

@@ -37,7 +37,7 @@ class SmoothQuant(Pass):
 
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """The exponent of every input; by default the best of `alphas` for each, or none where that is better."""
-    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.2, 0.35, 0.5, 0.65)
+    alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
     """The exponents that are tried."""
     multiply: bool = True
     """Multiply values whose gains cannot be folded into what makes them, where the error falls by a fifth."""

@@ -14,6 +14,7 @@ PAGES = {
     "cuts-wider": "passes/README.md",
     "builder": "passes/README.md",
     "format_speed": "passes/README.md",
+    "int8": "passes/README.md",
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",
     "node_tests": "onnxcomp/README.md",

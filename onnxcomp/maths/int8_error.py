@@ -15,10 +15,15 @@ from onnxcomp.maths.clipping import bin_counts, clip_range
 from onnxcomp.maths.formats import FORMATS, affine, dequantize, fit, quantize
 from onnxcomp.maths.saturation import nearest
 
-__all__ = ["equalizing", "folds", "left_out_error", "output_error", "rounded_inputs", "thinned"]
+Range = tuple[float, float]
+
+__all__ = ["Range", "best_range", "equalizing", "folds", "left_out_error", "output_error", "rounded_inputs", "thinned"]
 
 FOLDS = 2  # halves of the rows: what is fitted to either is judged on the other
 COLUMNS = 512  # out-channels of a linear that are judged: an error over more of them differs by a few per cent
+SKETCH = 64  # random directions of outputs: their squares then differ from the whole by some per cent
+SHRINK = np.geomspace(1.0, 0.02, 24)  # ranges that are tried for both ends, then for each around the best ever closer
+NEARER = (np.geomspace(0.6, 1.6, 9), np.geomspace(0.9, 1.1, 5))
 LARGEST_GAIN = 1e4  # larger ones would leave float16, and say that a channel hardly has data
 
 
@@ -70,13 +75,45 @@ def rounded_inputs(fitted: Array, rows: Array) -> Array:
 
 
 def output_error(fitted: Array, rows: Array, weights: Sequence[Array], *, limited: bool) -> float:
-    """Squared error of the outputs on rows, with the range of other rows; `limited` weights cannot saturate."""
+    """Weighted squared error of the outputs on rows, with the range of others; `limited` weights cannot saturate."""
     x, f = rounded_inputs(fitted, rows), FORMATS["int8"]
-    total = 0.0
+    errors, size = np.zeros(len(rows)), np.zeros(len(rows))
     for w in weights:
-        q = nearest(w, f) if limited else fit(w, f, axis=1)
-        total += float(np.square(rows @ w - x @ q.array()).sum(dtype=np.float64))
-    return total
+        q, y = nearest(w, f) if limited else fit(w, f, axis=1), rows @ w
+        errors += np.square(y - x @ q.array()).sum(axis=1, dtype=np.float64)
+        size += np.square(y).sum(axis=1, dtype=np.float64)
+    return float(errors @ importance(size))
+
+
+def importance(size: Float64) -> Float64:
+    """What a unit of error counts in rows of outputs whose squares sum to `size` `[R]`: less in those above the median.
+
+    Norms divide by it: the error of a token whose activations are a hundred times those of others would decide alone.
+    """
+    floor = float(np.median(size))
+    return np.asarray(1.0 / np.maximum(size, floor if floor > 0 else 1.0))
+
+
+def best_range(rows: Array, weights: Sequence[Array], low: float, high: float, fmt: str, *, symmetric: bool) -> Range:
+    """The range inside `low` to `high` of inputs whose rounding errs least at the outputs, rows weighed by importance.
+
+    Outputs are seen in `SKETCH` random directions.
+    """
+    w = np.concatenate(weights, axis=1)
+    signs = np.random.default_rng(0).choice(np.array([-1.0, 1.0], np.float32), (w.shape[1], min(SKETCH, w.shape[1])))
+    sketch = np.asarray(w @ signs, np.float32)
+    by = importance(np.square(rows @ sketch).sum(axis=1, dtype=np.float64))
+
+    def error(ends: Range) -> float:
+        scale, zero = affine(*ends, fmt, symmetric=symmetric)
+        left = rows - dequantize(quantize(rows, scale, zero, fmt), scale, zero)
+        return float(np.square(left @ sketch).sum(axis=1, dtype=np.float64) @ by)
+
+    best = min(((low * f, high * f) for f in SHRINK), key=error)
+    for near in NEARER:
+        best = min(((best[0], min(best[1] * f, high)) for f in near), key=error)
+        best = min(((max(best[0] * f, low), best[1]) for f in near), key=error)
+    return best
 
 
 def left_out_error(

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
-from onnxcomp.maths import formats
+from onnxcomp.maths import Array, formats, int8_error
 from onnxcomp.maths.clipping import Clip, clip_range
+from onnxcomp.maths.int8_error import Range
 from onnxcomp.methods.quantize import linears
-from onnxcomp.stats import Need, Stats, histogram
+from onnxcomp.methods.repair.readers import numbers
+from onnxcomp.stats import Need, Stats, histogram, sample
 
 __all__ = ["InputCodes"]
+
+ROWS = 512  # of an input, by which a range is judged at the outputs
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class InputCodes:
 
     signed: bool
     symmetric: bool
-    clip: Clip
+    clip: Clip | Literal["output"]
     percentile: float
     silent: dict[ir.Value, tuple[int, ...]]
 
@@ -34,10 +40,28 @@ class InputCodes:
         """The histogram that the range of a value follows from."""
         return histogram(x, without=self.silent.get(x, ()))
 
-    def pair(self, g: Graph, x: ir.Value, stats: Stats, *, wide: bool = False) -> ir.Value:
+    def needs(self, x: ir.Value) -> list[Need]:
+        """All that the range of a linear's input follows from."""
+        return [self.need(x), *([sample(x, ROWS)] if self.clip == "output" else [])]
+
+    def _range(self, g: Graph, x: ir.Value, stats: Stats, readers: Sequence[Linear], fmt: str) -> Range:
+        """The range of a value, by the outputs of its readers where there are any and that is asked for."""
+        rule = "mse" if self.clip == "output" else self.clip
+        if self.clip == "output" and readers:
+            ends = clip_range(stats[self.need(x)], method="minmax", symmetric=self.symmetric)
+            rows = np.array(stats[sample(x, ROWS)], np.float32)
+            rows[:, list(self.silent.get(x, ()))] = 0
+            weights = [_weight(g, linear) for linear in readers]
+            return int8_error.best_range(rows, weights, *ends, fmt, symmetric=self.symmetric)
+        counts = stats[self.need(x)]
+        return clip_range(counts, method=rule, bits=8, symmetric=self.symmetric, percentile=self.percentile)
+
+    def pair(
+        self, g: Graph, x: ir.Value, stats: Stats, readers: Sequence[Linear] = (), *, wide: bool = False
+    ) -> ir.Value:
         """Codes of a value and back; `wide` gives float32 for a half-precision value."""
-        fmt, symmetric, counts = "int8" if self.signed else "uint8", self.symmetric, stats[self.need(x)]
-        low, high = clip_range(counts, method=self.clip, bits=8, symmetric=symmetric, percentile=self.percentile)
+        fmt, symmetric = "int8" if self.signed else "uint8", self.symmetric
+        low, high = self._range(g, x, stats, readers, fmt)
         x = linears.in_float32(g, x) if wide else x
         dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
         constants = formats.affine(low, high, fmt, symmetric=symmetric, scale_type=dtype)
@@ -49,3 +73,10 @@ class InputCodes:
         """Codes of a value, their scale and zero point, in float32."""
         pair = self.pair(g, x, stats, wide=x.dtype in linears.HALVES).producer()
         return [v for v in pair.inputs if v is not None] if pair is not None else []
+
+
+def _weight(g: Graph, x: Linear) -> Array:
+    """The weight of a linear `[K, N]` as float32, thinned."""
+    w = numbers(g, x.weight)
+    assert w is not None
+    return np.asarray(int8_error.thinned(w.T if x.transposed else w), np.float32)
