@@ -258,7 +258,8 @@ def preset_table(found: Iterable[Mapping[str, Any]], *, every: bool = False) -> 
     for p in found:
         rows.append((p["name"], p["target"], p["data"], p["about"]))
         if every:
-            rows += [("", "", "passes", ", ".join(map(str, p["passes"]))), ("", "", "gates", ", ".join(p["gates"]))]
+            lists = {"passes": p["passes"], **{f"rung {k}": v for k, v in p["rungs"].items()}, "gates": p["gates"]}
+            rows += [("", "", what, ", ".join(map(str, listed))) for what, listed in lists.items()]
     return table("Presets", ("name", "target", "data", "what it is for"), rows, left=4)
 
 
