@@ -125,7 +125,7 @@ def test_what_cannot_be_met_is_refused_with_the_best_that_can():
 
 def test_with_float_as_an_option_some_stay_float_and_are_named():
     g = tiny.mlp(hidden=32, ffn=64)
-    result = mixed(g, "3x", bits=(4, "float"), blocks=(16,))
+    result = mixed(g, "4x", bits=(4, "float"), blocks=(16,))
     floats = [d.site for d in result.report.steps[-1].declined if "stays float" in d.why]
     assert floats
     assert set(floats) | set(bits(result.model)) == {x.name for x in blocks.linears(g)}
