@@ -23,7 +23,7 @@ from onnxcomp.target import Target
 __all__ = ["SplitOutliers"]
 
 ROWS = 512  # of an input, on which its error with and without a split is compared: 256 for each half
-PAYS = 0.8  # error left, relative, below which a split is worth a product and an addition at run time
+PAYS = 0.33  # error left, relative, below which a split is worth its run time: smoothing takes as much off for less
 
 
 @dataclass(frozen=True)
