@@ -192,6 +192,8 @@ class Pass(abc.ABC):
     """It runs code that is no part of it: a job needs `allow_code`."""
     chooses: ClassVar[bool] = False
     """It weighs its sites against each other, so that no one looks for some to leave alone where gates refuse it."""
+    mends: ClassVar[bool] = False
+    """It makes up for passes before it, so that it is no error where it finds nothing to do."""
     rounding_db: ClassVar[float] = 1.0
     """What exact passes behind this one may lose, decibels: float noise moves values over its rounding edges."""
 

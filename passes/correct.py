@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
@@ -32,6 +33,7 @@ class Correct(Pass):
     stage: ClassVar[Stage] = Stage.CORRECT
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
     identity: ClassVar[Mapping[str, Any]] = {"skip": ("*",)}
+    mends: ClassVar[bool] = True
 
     skip: tuple[str, ...] = ()
     """Patterns of node or weight names whose biases stay."""
@@ -52,7 +54,7 @@ class Correct(Pass):
 
     def run(self, g: Graph, env: Env) -> None:
         """Shift the biases of the linears of one input after the other."""
-        g.model.graph.sort()
+        g.sort()
         for group in blocks.siblings(_quantized(g)):
             kept = []
             for x in group:
@@ -66,16 +68,28 @@ class Correct(Pass):
         """Why a bias stays, empty if it moves."""
         if (hit := skipped(self.skip, x.name, str(x.weight.name))) is not None:
             return f"skipped by the pattern '{hit}'"
-        return "" if has(original, str(x.output.name)) else f"the original has no value '{x.output.name}'"
+        return "" if _known(x, original) is not None else f"the original has no value '{x.output.name}'"
 
 
 def _quantized(g: Graph) -> list[Linear]:
     return [x for x in blocks.linears(g, tied=True) if x.quantized]
 
 
+def _known(x: Linear, original: Graph) -> ir.Value | None:
+    """The output of a linear that the original has too: products in a half model are cast back behind it."""
+    v: ir.Value = x.output
+    while not has(original, str(v.name)):
+        users = [node for node, _ in v.uses()]
+        if len(users) != 1 or users[0].op_type not in ("Cast", "Add"):
+            return None
+        v = users[0].outputs[0]
+    return v
+
+
 def _correct(g: Graph, env: Env, group: Sequence[Linear]) -> None:
     """Shift the biases of linears that read one value, created where there are none."""
-    needs = {x.name: shift(x.output, str(x.output.name), other_of="original") for x in group}
+    values = {x.name: _known(x, env.original) for x in group}
+    needs = {name: shift(v, str(v.name), other_of="original") for name, v in values.items() if v is not None}
     stats = env.collect(g, needs.values())
     for x in group:
         by = np.asarray(stats[needs[x.name]], np.float64)

@@ -207,8 +207,8 @@ class PassManager:
 
     @staticmethod
     def _idle(p: Pass, work: Graph) -> bool:
-        """An exact pass may have nothing to do; so may a lossy one that says it is at its identity setting."""
-        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity)
+        """An exact pass may have nothing to do; so may one that mends others or says it is at its identity setting."""
+        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity or p.mends)
 
     def _judge(self, walk: Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
         """Compare with the original; keep the new graph, or the one before where the pass is refused."""

@@ -249,7 +249,7 @@ def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
         y = g.op("Cast", y, to=out.dtype.value, name=f"{linear.name}_narrow", like=out)
         if linear.node.op_type == "Gemm" and linear.bias is not None:
             y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=out)
-        g.replace(out, y)
+        _take_over(g, out, y)
         return
     if linear.node.op_type == "MatMul":
         g.set_input(linear.node, 0, x)
@@ -258,7 +258,14 @@ def product(g: Graph, linear: Linear, x: ir.Value, w: ir.Value) -> None:
     y = g.op("MatMul", x, w, name=f"{linear.name}_product", like=linear.output)
     if linear.bias is not None:
         y = g.op("Add", y, linear.bias, name=f"{linear.name}_bias", like=linear.output)
-    g.replace(linear.output, y)
+    _take_over(g, linear.output, y)
+
+
+def _take_over(g: Graph, old: ir.Value, new: ir.Value) -> None:
+    """Replace a value by another, which gets its name: by that later passes find what the original has there."""
+    g.replace(old, new)
+    if not new.is_graph_output():
+        old.name, new.name = g.fresh(f"{old.name}_was"), old.name
 
 
 def run_time_product(g: Graph, x: ir.Node, weight: ir.Value, scale: ir.Value, name: str, like: ir.Value) -> ir.Value:

@@ -190,7 +190,8 @@ def round_sites(
 def _tables(g: Graph, env: Env, eligible: Sequence[Embedding], m: Method | None, widths: Sequence[int]) -> Tables:
     """How tables are stored; `widths` are those of the rows that heads share."""
     even = min((k & -k for k in widths), default=0)  # the largest power of two that divides all rows
-    if m is None or m.block == 0 or (m.bits == 8 and even < SMALLEST_BLOCK):
+    half = any(e.table.dtype in linears.HALVES for e in eligible)  # a head in blocks has no fast product there
+    if m is None or m.block == 0 or (m.bits == 8 and (half or even < SMALLEST_BLOCK)):
         return RowTables(g, env.target, eligible)
     return BlockTables(g, eligible, m.fmt, m.block if m.bits == 4 else min(TABLE_BLOCK, even), symmetric=m.symmetric)
 
