@@ -161,8 +161,8 @@ NOT_MORE = "only its down projection is fitted: more does not help on held-out r
 # Passes on gated parts; the other kinds of parts with the cuts that reach them in different ways.
 CASES = [
     *(("gated", name) for name in CUTS if name != "prune-heads"),
-    *(("biases, norms behind", name) for name in ("prune-heads", "drop-layers")),
-    *(("biases, norms before", name) for name in ("prune-ffn", "slice")),
+    ("biases, norms behind", "prune-heads"),
+    ("biases, norms before", "prune-ffn"),
 ]
 
 

@@ -80,7 +80,7 @@ def apply(pass_name: str, g: Graph, **options):
     return manager.run(g, as_dataset(batches(g), g))
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def applied(pass_name: str, zoo_name: str):
     """The prepared model, its bytes before the pass, and what came of it; the laws read one run of each pair."""
     g = prepared(zoo_name, pass_name)
@@ -179,7 +179,7 @@ def test_lossy_pass_at_identity_makes_no_edit(pass_name):
 
 def test_lossy_pass_that_changes_nothing_is_an_error(pass_name):
     cls, g = catalog.load(pass_name), tiny.copy()
-    if cls.fidelity is Fidelity.EXACT:
+    if cls.fidelity is Fidelity.EXACT or cls.mends:
         assert apply(pass_name, tiny.linear(2, 2)).report.steps[0].changed == 0
         return
     with pytest.raises(RecipeError, match="allow_unchanged"):
@@ -195,15 +195,15 @@ def test_sizes_change_only_where_that_is_declared(pass_name):
 
 
 def test_same_input_same_bytes(pass_name):
-    first, second = (content(apply(pass_name, prepared("decoder-grouped", pass_name)).model) for _ in range(2))
-    assert first == second
+    again = apply(pass_name, prepared("decoder-grouped", pass_name)).model
+    assert content(applied(pass_name, "decoder-grouped")[2].model) == content(again)
 
 
 def test_external_data_gives_the_same_result(pass_name, tmp_path: Path):
     g = prepared("encoder-post-norm", pass_name)
     path = tiny.external(g, tmp_path)
     stored = sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir())
-    a, b = apply(pass_name, g), apply(pass_name, storage.load(path))
+    a, b = applied(pass_name, "encoder-post-norm")[2], apply(pass_name, storage.load(path))
     batch = batches(g)[0]
     np.testing.assert_equal(outputs(a.model, batch), outputs(b.model, batch))
     assert sorted((p.name, p.read_bytes()) for p in tmp_path.iterdir()) == stored
