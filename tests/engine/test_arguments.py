@@ -31,17 +31,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "model.onnx"
 
 
-@pytest.mark.parametrize(
-    "option",
-    ["model", "out", "preset", "recipe", "passes", "target", "samples", "batch", "sequence", "gates", "on_fail",
-     "shapes", "opset", "budget", "threads", "memory", "choices", "cache", "report", "graph", "seed"],
-)  # fmt: skip
+OPTIONS = ["model", "out", "preset", "recipe", "passes", "target", "samples", "batch", "sequence", "gates", "on_fail",
+           "shapes", "opset", "budget", "threads", "memory", "choices", "cache", "report", "graph", "seed"]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
 def test_odd_values_from_python_are_refused_by_name(
     source: Path, tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No raw exception, and no option of the command line in a message."""
+    """No raw exception, and no option of the command line in a message; each option takes every other value."""
     monkeypatch.chdir(tmp_path)
-    for value in ODD:
+    for value in ODD[OPTIONS.index(option) % 2 :: 2]:
         given = {"model": source, "out": None, "measure": False, "plan": True, option: value}
         if option not in ("preset", "recipe", "passes"):
             given["passes"] = ["canonicalize"]
