@@ -39,10 +39,10 @@ def test_plain_int8_is_refused_and_says_so(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["int8", "smooth-quant"])
+@pytest.mark.parametrize("what", ["int8-accurate", "smooth-quant"])
 def test_presets_and_passes_about_outliers_hold(planted: Path, tmp_path: Path, what: str) -> None:
     """Plain int8 of the clean model is 42.8 dB from it; `tools/int8` judges the other recipes."""
-    passes = ["--preset", what] if what == "int8" else recipe(what, "qdq")
+    passes = ["--preset", what] if what == "int8-accurate" else recipe(what, "qdq")
     gates = ["--gate", "sqnr>=40", "--gate", "accuracy-drop<=1%"]
     assert compress(planted, tmp_path / "out", *passes, *gates) == 0
     assert (tmp_path / "out" / "model.onnx").exists()
