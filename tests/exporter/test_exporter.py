@@ -40,6 +40,7 @@ MODELS: dict[str, Callable[[Any], Any]] = {
     "distilbert": lambda t: t.DistilBertForQuestionAnswering(
         t.DistilBertConfig(vocab_size=61, dim=16, n_layers=1, n_heads=4, hidden_dim=24, max_position_embeddings=32)
     ),
+    "bert-tokens": lambda t: t.BertForTokenClassification(t.BertConfig(**TEXT, num_labels=5)),
     "bert-mlm": lambda t: t.BertForMaskedLM(t.BertConfig(**TEXT)),
     "vit": lambda t: t.ViTForImageClassification(
         t.ViTConfig(
@@ -64,6 +65,7 @@ EXPECTED: dict[str, tuple[str, tuple[str, ...], dict[str, list[int | str]]]] = {
     "bert": ("feature-extraction", TYPED, {"last_hidden_state": [*AXES, 16]}),
     "roberta": ("text-classification", MASKED, {"logits": ["batch", 3]}),
     "distilbert": ("question-answering", MASKED, {"start_logits": AXES, "end_logits": AXES}),
+    "bert-tokens": ("token-classification", TYPED, {"logits": [*AXES, 5]}),
     "bert-mlm": ("fill-mask", TYPED, {"logits": [*AXES, 61]}),
     "vit": ("image-classification", ("pixel_values",), {"logits": ["batch", 2]}),
     "llama": ("text-generation", MASKED, {"logits": [*AXES, 61]}),
