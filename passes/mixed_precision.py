@@ -94,8 +94,8 @@ class MixedPrecision(Pass):
             g, env, units, self._options(), self._option(self.like, self.block), Budget.parse(self.budget), self.metric
         )
         mixed_bits.apply(g, env, units, chosen.methods, tables=eligible)
-        for name, what in chosen.notes:
-            g.note(name, what)
+        for n in chosen.notes:
+            g.note(n.site, n.what, n.values)
 
     def _tables(self, g: Graph) -> list[Embedding]:
         return tables.quantizable(g) if self.embeddings else []

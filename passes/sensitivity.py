@@ -21,7 +21,7 @@ MOST = 0.5  # share of all losses that the linears of the recipe's fragment make
 
 @dataclass(frozen=True)
 class Sensitivity(Pass):
-    """Rank the linears by what int8, and weights of fewer bits, cost the model; the notes say it, nothing is edited.
+    """Rank the linears by what int8, and weights of fewer bits, cost the model; the notes have it, nothing is edited.
 
     Each is rounded alone and the model run on calibration data, a fifth, that nothing was fitted to; the last note is a
     recipe's entry that spares those that lose most.
@@ -61,7 +61,7 @@ class Sensitivity(Pass):
         by = self.by if self.by in next(iter(losses.values())) else next(iter(next(iter(losses.values()))))
         ranked = sorted(losses, key=lambda name: -losses[name][by])
         for name in ranked:
-            g.note(name, ", ".join(f"{form}: {x:.3g}" for form, x in losses[name].items()))
+            g.note(name, ", ".join(f"{form}: {x:.3g}" for form, x in losses[name].items()), losses[name])
         g.note("recipe", self._entry(ranked, {name: losses[name][by] for name in ranked}, by))
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:

@@ -45,10 +45,8 @@ def rank(model: Path, settings: Any, options: Mapping[str, Any], watch: Watch | 
     if not step.noted:
         raise ModelError(f"{model}: has no float linears of the size that quantizers take")
     *sites, entry = step.noted
-    parsed = [dict(part.split(": ") for part in n.what.split(", ")) for n in sites]
-    losses = [{form: float(x) for form, x in forms.items()} for forms in parsed]
     return {
-        "sites": [{"site": n.site, "losses": x} for n, x in zip(sites, losses, strict=True)],
+        "sites": [{"site": n.site, "losses": dict(n.values)} for n in sites],
         "recipe": f"- {entry.what}",
     }
 

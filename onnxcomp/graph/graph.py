@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +54,11 @@ class Declined:
 
 @dataclass(frozen=True)
 class Noted:
-    """What a pass did to a site, as text such as `12 > 9 heads`."""
+    """What a pass did to a site, as text such as `12 > 9 heads`, and what it measured there, by name, for programs."""
 
     site: str
     what: str
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class Graph:
@@ -312,14 +313,13 @@ class Graph:
 
     def decline(self, site: Site | ir.Node | str, why: str) -> None:
         """Record that an eligible site is left unchanged, and why; the report shows it."""
-        name = site if isinstance(site, str) else str(site.name)
-        entry = Declined(name, why)
+        entry = Declined(site if isinstance(site, str) else str(site.name), why)
         if entry not in self.declined:
             self.declined.append(entry)
 
-    def note(self, site: Site | str, what: str) -> None:
-        """Record what a pass did to a site; the report and a dry run show it."""
-        self.noted.append(Noted(site if isinstance(site, str) else site.name, what))
+    def note(self, site: Site | str, what: str, values: Mapping[str, float] | None = None) -> None:
+        """Record what a pass did to a site, in words and numbers; the report and a dry run show it."""
+        self.noted.append(Noted(site if isinstance(site, str) else site.name, what, values or {}))
 
     # ---- upkeep --------------------------------------------------------------------------------------------------
 

@@ -68,10 +68,11 @@ class DeclinedPart(TypedDict):
 
 
 class NotedPart(TypedDict):
-    """What became of a site, in words."""
+    """What became of a site, in words, and what was measured there, by name."""
 
     site: str
     what: str
+    values: dict[str, float]
 
 
 class StepPart(TypedDict):

@@ -26,8 +26,7 @@ def ranked(**options):
 
 
 def losses(result) -> dict[str, dict[str, float]]:
-    notes = result.report.steps[-1].noted[:-1]
-    return {n.site: {k: float(x) for k, x in (p.split(": ") for p in n.what.split(", "))} for n in notes}
+    return {n.site: dict(n.values) for n in result.report.steps[-1].noted[:-1]}
 
 
 def test_the_linear_that_is_felt_most_is_first_fewer_bits_lose_more_and_nothing_is_edited():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from onnxcomp import blocks
 from onnxcomp.errors import GateFailed, ModelError, RecipeError
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, Noted
 from onnxcomp.maths.frontier import Frontier, Option
 from onnxcomp.methods.quantize import site_options
 from onnxcomp.methods.quantize.site_options import Inputs, Unit, loss_of, named, nbytes
@@ -71,7 +71,7 @@ class Chosen:
     """The option of each weight, and what was tried on the whole model, with the frontier, as notes."""
 
     methods: Choice
-    notes: tuple[tuple[str, str], ...]
+    notes: tuple[Noted, ...]
 
 
 def choose(
@@ -124,7 +124,10 @@ class _Case:
         scores = self.env.evaluate(edits, self.metric, site_options.SAMPLES)
         losses = {name: loss_of(s.value, self.metric) for name, s in zip(fitting, scores, strict=True)}
         ranked = sorted(losses, key=lambda name: losses[name])
-        notes = [(name, f"{self._size(fitting[name])}, loses {losses[name]:.3g} unfitted") for name in ranked]
+        notes = [
+            self._noted(name, fitting[name], f"loses {losses[name]:.3g} unfitted", {"loss": losses[name]})
+            for name in ranked
+        ]
         return Chosen(fitting[ranked[0]], (*notes, *self._points()))
 
     def meeting(self, condition: Condition) -> Chosen:
@@ -136,12 +139,12 @@ class _Case:
         low, high = max(float(self.front.losses[-1]), site_options.LEAST), float(self.front.losses[0])
         bound = loss_of(-condition.bound if _higher(condition.name) else condition.bound, condition.name)
         aim = min(max(bound, low), high) if condition.name in site_options.LOSSES else math.sqrt(low * high)
-        notes, passed, failed = list[tuple[str, str]](), None, None
+        notes, passed, failed = list[Noted](), None, None
         for _ in range(TRIES):
             at = self.front.losing(aim * ROUNDING)
             at = len(self.front.losses) - 1 if at is None else at
             value = self._measured(at, condition.name)
-            notes.append((self._size(self._at(at)), f"{condition.name} {value:.4g}"))
+            notes.append(self._noted("tried", self._at(at), f"{condition.name} {value:.4g}", {condition.name: value}))
             if condition.holds(value):
                 passed, low = at, aim
             else:
@@ -153,7 +156,10 @@ class _Case:
                 break
             aim = math.sqrt(low * high)
         if passed is None:
-            raise GateFailed(f"budget {condition.text}: the best that these options reach is {notes[-1][1]}")
+            best = notes[-1].values[condition.name]
+            raise GateFailed(
+                f"budget {condition.text}: the best that these options reach is {condition.name} {best:.4g}"
+            )
         return Chosen(self._at(passed), (*notes, *self._points()))
 
     def _measured(self, at: int, name: str) -> float:
@@ -196,18 +202,22 @@ class _Case:
     def _cost(self, choice: Choice) -> int:
         return sum(nbytes(u.weight, choice[u.name]) for u in self.found)
 
-    def _size(self, choice: Choice) -> str:
-        return f"{self._cost(choice) / self.base:.3f}x the bytes"
+    def _noted(self, name: str, choice: Choice, what: str, values: Mapping[str, float]) -> Noted:
+        """A choice that was tried on the whole model, with its size."""
+        cost = self._cost(choice)
+        return Noted(name, f"{cost / self.base:.3f}x the bytes, {what}", {"bytes": cost, **values})
 
-    def _points(self) -> list[tuple[str, str]]:
+    def _points(self) -> list[Noted]:
         """The frontier of predicted losses at even steps of the bytes' logarithm."""
         costs = self.front.costs
         steps = [costs[0] * (costs[-1] / costs[0]) ** (i / (SHOWN - 1)) for i in range(SHOWN)]
         places = sorted({self.front.within(c * ROUNDING) or 0 for c in steps})
-        return [
-            ("frontier", f"{costs[i] / self.base:.3f}x the bytes, sum of losses {self.front.losses[i]:.3g}")
-            for i in places
+        sums = [float(self.front.losses[i]) for i in places]
+        said = [
+            f"{costs[i] / self.base:.3f}x the bytes, sum of losses {x:.3g}" for i, x in zip(places, sums, strict=True)
         ]
+        values = [{"bytes": float(costs[i]), "loss": x} for i, x in zip(places, sums, strict=True)]
+        return [Noted("frontier", *x) for x in zip(said, values, strict=True)]
 
 
 def rule_of_thumb(g: Graph) -> set[str]:
