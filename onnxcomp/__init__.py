@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxcomp.engine.manager import PassManager as PassManager
     from onnxcomp.engine.recipe import Recipe as Recipe
     from onnxcomp.engine.settings import Settings as Settings
+    from onnxcomp.engine.verified_result import verify as verify
     from onnxcomp.errors import DataError as DataError
     from onnxcomp.errors import GateFailed as GateFailed
     from onnxcomp.errors import ModelError as ModelError
@@ -86,6 +87,7 @@ _HOME = {
     "TENSORRT": "target",
     "Target": "target",
     "validate": "validation.compare",
+    "verify": "engine.verified_result",
     # for those who write passes; what they may ask for by name are the functions of `onnxcomp.stats`
     "Companions": "pipeline",
     "Env": "pipeline",

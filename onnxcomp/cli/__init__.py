@@ -13,7 +13,7 @@ import typer
 
 import onnxcomp
 from onnxcomp.cli import failures
-from onnxcomp.cli.catalogue import doctor, passes, presets, schema
+from onnxcomp.cli.catalogue import doctor, passes, presets, schema, verify
 from onnxcomp.cli.console import Output, parse_memory, parse_seconds, parse_shape
 from onnxcomp.cli.options import (
     AllowCode,
@@ -327,7 +327,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (sensitivity, presets, passes, schema, doctor):
+for _command in (verify, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 
 

@@ -1,9 +1,10 @@
-"""The commands that say what there is: presets, passes, schemas, and what this machine can do."""
+"""The commands that say what there is: presets, passes, schemas, this machine, and whether a result is whole."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +13,7 @@ from onnxcomp.cli import failures
 from onnxcomp.cli.console import Output
 from onnxcomp.cli.options import Json, Quiet, Verbose
 
-__all__ = ["doctor", "passes", "presets", "schema"]
+__all__ = ["doctor", "passes", "presets", "schema", "verify"]
 
 
 def presets(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -> None:
@@ -85,3 +86,24 @@ def doctor(json: Json = False, quiet: Quiet = False, verbose: Verbose = False) -
     Output(json, quiet, verbose).show(found, line, tables.checks(found["checks"]))
     if broken:
         raise typer.Exit(failures.FAULT)
+
+
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder of a result.")],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare a result's files with its manifest, load its models and run them; exit code 3 if something differs."""
+    import dataclasses
+
+    from onnxcomp.engine.verified_result import verify as check
+
+    found = check(folder)
+    facts = {"folder": str(folder), "ok": found.ok, **dataclasses.asdict(found)}
+    line = f"{folder}: {found.files} files are as they were written; {', '.join(found.models)} runs"
+    others = f"not listed, so not compared: {', '.join(found.unlisted)}"
+    Output(json, quiet, verbose).show(facts, line if found.ok else "", *([others] if found.unlisted else []))
+    if not found.ok:
+        sys.stderr.write("".join(f"refused: {p}\n" for p in found.problems))
+        raise typer.Exit(failures.REFUSED)

@@ -154,6 +154,7 @@ class Job:
             advice=self.recipe.advice,
             target=self.settings.target.name,
             seed=self.settings.seed,
+            files=source.hashes,
         )
 
 

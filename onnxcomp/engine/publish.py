@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.evidence import Evidence
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.ladder import climb
@@ -29,6 +30,7 @@ from onnxcomp.validation.gates import Gate
 
 __all__ = ["publish"]
 
+BESIDE = "{} and its result {} lie in one folder now: say which file in later commands"
 LARGER = 1.05  # size relative to the source's from which on the report says so: names and shapes alone make less
 
 
@@ -41,19 +43,22 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
     whole = file_name is None and not (folder.exists() and folder.samefile(source))
     names = {name: _file_name(job, folder, file_name) for name, job in jobs.items()}
     check_report_file(report)
+    evidence = Evidence(folder, names, source if whole else None)
     results, made = dict[str, Result](), dict[str, Job]()
     try:
         with contextlib.ExitStack() as late:
             put_report = late.enter_context(report_file(report))
-            staging = late.enter_context(storage.publish(folder, storage.companions(source) if whole else ()))
+            owned = storage.companions(source) if whole else ()
+            staging = late.enter_context(storage.publish(folder, owned, evidence.seal))
             for name, job in jobs.items():
-                beside = file_name is None and not whole
-                made[name], results[name] = _stage(job, staging, names[name], watch, beside=beside)
+                notes = evidence.notes if file_name or whole else [BESIDE.format(job.model.name, names[name])]
+                made[name], results[name] = _stage(job, staging, names[name], watch, notes)
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
                     config_file.rewrite(staging, result.config)
             _rewrite_companions(made, results, staging, whole=whole)
+            evidence.tell(made, results, staging)
             put_report(next(iter(results.values())).report)
         for name, result in results.items():
             result.path = folder / names[name]
@@ -98,13 +103,13 @@ def _file_name(job: Job, folder: Path, asked: str | None) -> str:
     return name
 
 
-def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> tuple[Job, Result]:
+def _stage(job: Job, staging: Path, name: str, watch: Watch | None, notes: Sequence[str]) -> tuple[Job, Result]:
     """The job as it was done, that of a rung where it has any, and its result."""
     source, there = storage.read(job.model), set(staging.iterdir())
 
     def attempt(rung: Job) -> Result:
         try:
-            return _stage_one(rung, source, staging, name, watch, beside=beside)
+            return _stage_one(rung, source, staging, name, watch, notes)
         except GateFailed:
             for left in set(staging.iterdir()) - there:  # the next rung may write other files
                 left.unlink()
@@ -116,11 +121,9 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None, *, beside: b
     return done, result
 
 
-def _stage_one(job: Job, source: Stored, staging: Path, name: str, watch: Watch | None, *, beside: bool) -> Result:
+def _stage_one(job: Job, source: Stored, staging: Path, name: str, watch: Watch | None, notes: Sequence[str]) -> Result:
     result = job.run(watch, source)
-    if beside:
-        note = f"{job.model.name} and its result {name} lie in one folder now: say which file in later commands"
-        result.report.warnings.append(note)
+    result.report.warnings += notes
     result.report.warnings += [c.note for c in _companions(job, result) if c.note]
     if result.report.validation is not None:
         result.report.warnings += result.report.validation.notes

@@ -21,7 +21,7 @@ from onnxcomp.pipeline import PassFault
 from onnxcomp.runtime import trial
 from onnxcomp.target import Target
 
-__all__ = ["prove", "proven", "smoke"]
+__all__ = ["prove", "proven", "runs", "smoke"]
 
 
 def prove(source: Stored, target: Target) -> None:
@@ -70,6 +70,11 @@ def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
             _refuse(found, shape)
         notes.append(f"the original fails on random inputs at {shape} as well as the result: {found.trouble}")
     return notes
+
+
+def runs(model: Stored, target: Target) -> str:
+    """Why a model does not load, or gives no finite outputs for made-up inputs of a small size; empty if it does."""
+    return _Run.of(model, _small(model), target).trouble
 
 
 @dataclass(frozen=True)

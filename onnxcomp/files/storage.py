@@ -6,8 +6,7 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,12 +19,12 @@ from onnxcomp.files import external, inlining, weights
 from onnxcomp.files.atomic import (
     locked,
     remove_stale,
-    replacing,
     staging_folder,
     sync,
     sync_folder,
     temporary_file,
 )
+from onnxcomp.files.companions import COMPANIONS, companions, copy_companions
 from onnxcomp.files.normalized import normalize
 from onnxcomp.files.stored import Stored, digest
 from onnxcomp.files.switch import finish, steadily, switch
@@ -60,24 +59,7 @@ _IR_OF = {  # the first IR version with an element type
     ir.DataType.FLOAT6E2M3: 14,
     ir.DataType.FLOAT6E3M2: 14,
 }
-COMPANIONS = (  # files beside a checkpoint or model that users of the result need
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-)
+Seal = Callable[[Path, Set[str]], None]
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -321,10 +303,11 @@ def _referenced(models: Iterable[Path]) -> set[str] | None:
 
 
 @contextmanager
-def publish(out: Path, owned: Collection[str] = ()) -> Iterator[Path]:
+def publish(out: Path, owned: Collection[str] = (), seal: Seal | None = None) -> Iterator[Path]:
     """A staging folder whose files become those of `out`, all at once (`files/switch.py`); an error leaves nothing.
 
     Of the names in `owned` those that were not staged are removed: files of an earlier result that the new one lacks.
+    `seal` may stage more once no other run can change `out`: it gets the staging folder and the names that `out` loses.
     """
     if out.exists() and not out.is_dir():
         raise ModelError(f"{out}: is a file; choose a folder as output, or a name that ends in .onnx")
@@ -337,7 +320,7 @@ def publish(out: Path, owned: Collection[str] = ()) -> Iterator[Path]:
             remove_stale(out)
         with staging_folder(out if inside else out.parent) as staging:
             yield staging
-            _place(staging, out, owned)
+            _place(staging, out, owned, seal)
     except OSError as e:
         raise ModelError(f"{out}: cannot be written: {e.strerror or e}") from e
     finally:
@@ -346,9 +329,11 @@ def publish(out: Path, owned: Collection[str] = ()) -> Iterator[Path]:
                 folder.rmdir()
 
 
-def _place(staging: Path, out: Path, owned: Collection[str]) -> None:
+def _place(staging: Path, out: Path, owned: Collection[str], seal: Seal | None) -> None:
     staged = {p.name for p in staging.iterdir()}
     if not out.exists():
+        if seal is not None:
+            seal(staging, set())
         try:
             os.rename(staging, out)
         except OSError:
@@ -361,25 +346,10 @@ def _place(staging: Path, out: Path, owned: Collection[str]) -> None:
         models = {x for x in staged if x.endswith(".onnx")}
         used = _referenced(p for p in out.glob("*.onnx") if p.name not in models)
         rooted = set(os.listdir(out)) if used is None else used
-        switch(staging, out, (_data_of(models, out) | set(owned)) - staged - rooted, rooted)
-
-
-def companions(source: Path) -> list[str]:
-    """Names of tokenizer, processor and configuration files in a folder."""
-    return [name for name in COMPANIONS if (source / name).is_file()]
-
-
-def copy_companions(source: Path, out: Path) -> list[Path]:
-    """Copy tokenizer, processor and configuration files from one folder to another; returns the copies."""
-    folder = source if source.is_dir() else source.parent
-    if out.exists() and folder.samefile(out):
-        return []
-    copies = []
-    for name in companions(folder):
-        with replacing(out / name) as temporary:
-            shutil.copyfile(folder / name, temporary)
-        copies.append(out / name)
-    return copies
+        removed = (_data_of(models, out) | set(owned)) - staged - rooted
+        if seal is not None:
+            seal(staging, removed)
+        switch(staging, out, removed, rooted)
 
 
 def chosen_graphs(model: Path, graph: str | None) -> dict[str, Path]:

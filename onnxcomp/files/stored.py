@@ -10,7 +10,7 @@ from pathlib import Path
 
 from onnxcomp.graph import Graph
 
-__all__ = ["Stored", "digest"]
+__all__ = ["Stored", "digest", "file_hash"]
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,20 @@ class Stored:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the files, that of `storage.fingerprint`."""
-        return hashlib.sha256(digest(self.files)).hexdigest()
+        return hashlib.sha256(b"".join(map(bytes.fromhex, self.hashes.values()))).hexdigest()
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 (hex) of each file by its path beside the model, in the order of `files`."""
+        return {p.relative_to(self.path.parent).as_posix(): file_hash(p) for p in self.files}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def digest(files: Sequence[Path]) -> bytes:
     """The SHA-256 digests of files, one after another."""
-    parts = []
-    for p in files:
-        with p.open("rb") as f:
-            parts.append(hashlib.file_digest(f, "sha256").digest())
-    return b"".join(parts)
+    return b"".join(bytes.fromhex(file_hash(p)) for p in files)

@@ -65,7 +65,7 @@ class DataUsed:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the result was made of and by what; hashes are SHA-256 in hex."""
+    """What the result was made of and by what; hashes are SHA-256 in hex, those of the source's `files` by name."""
 
     source: str
     source_hash: str
@@ -76,6 +76,7 @@ class Origin:
     advice: str
     target: str
     seed: int
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def metadata(self) -> dict[str, str]:
