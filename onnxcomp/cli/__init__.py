@@ -26,25 +26,29 @@ from onnxcomp.cli.options import (
     Gates,
     GraphName,
     Json,
+    Junit,
     LabelColumn,
     Model,
     NoMeasure,
     Out,
     Preset,
+    Progress,
     Quiet,
     ReportFile,
     Samples,
     Seed,
     Sequence_,
     Shapes,
-    Source,
+    Summary,
     Target,
     TargetOrRecipes,
     TextColumn,
     Threads,
     Verbose,
 )
+from onnxcomp.cli.pipelines import ForPipelines
 from onnxcomp.cli.rank_linears import sensitivity
+from onnxcomp.cli.two_models import validate
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.version import __version__
 
@@ -139,6 +143,9 @@ def optimize(
     choices: ChoicesFile = None,
     cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
     report: ReportFile = None,
+    junit: Junit = None,
+    summary: Summary = None,
+    progress: Progress = "auto",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -153,7 +160,8 @@ def optimize(
         measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads, report=report,
         exact_rows=exact_rows, choices=choices, cache=cache,
     )  # fmt: skip
-    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
+    files = ForPipelines("optimize", junit, summary)
+    show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))
 
 
 @app.command()
@@ -188,6 +196,9 @@ def compress(
         Path | None, typer.Option(help="Keep statistics, measured forms and finished passes here.")
     ] = None,
     report: ReportFile = None,
+    junit: Junit = None,
+    summary: Summary = None,
+    progress: Progress = "auto",
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
@@ -213,53 +224,8 @@ def compress(
         cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, exact_rows=exact_rows,
         choices=choices,
     )  # fmt: skip
-    show(Output(json, quiet, verbose), out, lambda watch: run(watch=watch))
-
-
-@app.command()
-def validate(
-    reference: Model,
-    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
-    evaluation: Annotated[
-        str, typer.Option("--evaluation", "--eval", metavar="SRC", help=f"Data to judge on: {Source}.")
-    ],
-    metric: Annotated[list[str] | None, typer.Option(help="agreement, accuracy, f1, perplexity, ...")] = None,
-    gate: Gates = None,
-    target: Target = "cpu",
-    samples: Samples = None,
-    batch: Batch = None,
-    sequence: Sequence_ = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    graph: GraphName = None,
-    seed: Seed = 0,
-    allow_code: AllowCode = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-) -> None:
-    """Compare a model with its original on data: drift and task metrics with intervals."""
-    from onnxcomp.cli import validate_models
-    from onnxcomp.engine.settings import Settings
-    from onnxcomp.reports import tables
-    from onnxcomp.target import find
-
-    output = Output(json, quiet, verbose)
-    settings = Settings(
-        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence,
-        text_column=text_column, label_column=label_column, seed=seed,
-        allow_code=allow_code,
-    )  # fmt: skip
-    result = validate_models.compare(
-        reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
-    )
-    shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
-    if len(result.validation.outputs) > 1:
-        shown.append(tables.outputs(result.validation, every=verbose))
-    output.show(result.json(), result.headline(), *shown)
-    if result.refused:
-        sys.stderr.write(f"refused: {result.refused}\n")
-        raise typer.Exit(failures.REFUSED)
+    files = ForPipelines("compress", junit, summary)
+    show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))
 
 
 @app.command()
@@ -273,6 +239,7 @@ def bench(
     budget: Budget = None,
     threads: Threads = 0,
     graph: GraphName = None,
+    progress: Progress = "auto",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -282,7 +249,7 @@ def bench(
     from onnxcomp.reports import tables
     from onnxcomp.target import find
 
-    output = Output(json, quiet, verbose)
+    output = Output(json, quiet, verbose, progress)
     shapes = [parse_shape(s) for s in shape or ()]
     limit = parse_seconds(budget) if budget else None
     with output.progress() as watch:
@@ -327,7 +294,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (verify, sensitivity, presets, passes, schema, doctor):
+for _command in (validate, verify, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from onnxcomp.cli.console import Output, Watch
+from onnxcomp.cli.pipelines import ForPipelines
 from onnxcomp.machine import size_text
 from onnxcomp.reports import json_report as report
 from onnxcomp.reports import tables
@@ -14,19 +15,22 @@ from onnxcomp.reports.outcome import Result
 __all__ = ["show"]
 
 
-def show(output: Output, out: Path | None, run: Callable[[Watch | None], dict[str, Result]]) -> None:
-    """Run a compression with a progress bar and say what came of it."""
-    with output.progress() as watch:
+def show(
+    output: Output, out: Path | None, files: ForPipelines, run: Callable[[Watch | None], dict[str, Result]]
+) -> None:
+    """Run a compression with a progress bar and say what came of it, to pipelines as well."""
+    with files.recording() as tell, output.progress() as watch:
         results = run(watch)
+        tell({name: r.report for name, r in results.items()})
     graphs = {name: report.to_json(r.report) for name, r in results.items()}
     lines, shown = [], []
     for name, result in results.items():
         line = report.headline(result.report) if out else _planned(result)
         lines.append(line if len(results) == 1 else f"{name}: {line}")
         shown += tables.report_tables(result.report, verbose=output.verbose)
-    files = {name: str(r.path) for name, r in results.items() if r.path is not None}
-    shown.append(f"written to {', '.join(files.values())}" if files else "nothing was written (--plan)")
-    facts = {"out": str(out) if out else None, "files": files, "graphs": graphs}
+    paths = {name: str(r.path) for name, r in results.items() if r.path is not None}
+    shown.append(f"written to {', '.join(paths.values())}" if paths else "nothing was written (--plan)")
+    facts = {"out": str(out) if out else None, "files": paths, "graphs": graphs}
     output.show(facts, "\n".join(lines), *shown)
 
 

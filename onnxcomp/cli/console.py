@@ -32,6 +32,11 @@ class Output:
     json: bool = False
     quiet: bool = False
     verbose: bool = False
+    lines: str = "auto"  # how progress is told: `json` is one object a line
+
+    def __post_init__(self) -> None:
+        if self.lines not in ("auto", "json"):
+            raise RecipeError(f"--progress is auto or json, not '{self.lines[:80]}'")
 
     def show(self, data: Any, headline: str, *tables: Any) -> None:
         """The result: `data` with `--json`, else the headline and, unless quiet, the tables."""
@@ -52,6 +57,9 @@ class Output:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Watch | None]:
         """Progress on stderr: a bar on a terminal, else now and then a line; yields what takes (label, done, total)."""
+        if self.lines == "json":
+            yield _objects()
+            return
         if self.quiet:
             yield None
             return
@@ -71,6 +79,19 @@ class Output:
                 bar.update(task, description=label, completed=done, total=total)
 
             yield watch
+
+
+def _objects() -> Watch:
+    """Progress as JSON objects, one a line: every change, with the seconds since the beginning."""
+    began = time.monotonic()
+
+    def watch(label: str, done: int, total: int) -> None:
+        event: dict[str, Any] = {"event": "note" if not total else "progress", "text": label}
+        event |= {"done": done, "total": total} if total else {}
+        sys.stderr.write(json.dumps({**event, "seconds": round(time.monotonic() - began, 3)}) + "\n")
+        sys.stderr.flush()
+
+    return watch
 
 
 def _lines() -> Watch:

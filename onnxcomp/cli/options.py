@@ -21,11 +21,13 @@ __all__ = [
     "Gates",
     "GraphName",
     "Json",
+    "Junit",
     "LabelColumn",
     "Model",
     "NoMeasure",
     "Out",
     "Preset",
+    "Progress",
     "Quiet",
     "ReportFile",
     "Samples",
@@ -33,6 +35,7 @@ __all__ = [
     "Sequence_",
     "Shapes",
     "Source",
+    "Summary",
     "Target",
     "TargetOrRecipes",
     "TextColumn",
@@ -92,5 +95,15 @@ Seed = Annotated[int, typer.Option(min=0, help=SEED)]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of what is timed; 0 lets the runtime choose.")]
 Budget = Annotated[str | None, typer.Option(metavar="TIME", help="Stop measuring after so long, such as 60s or 2m.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+Junit = Annotated[
+    Path | None,
+    typer.Option("--junit", metavar="F.xml", help="Write JUnit XML, a case for each gate, also if refused."),
+]
+Summary = Annotated[
+    Path | None, typer.Option("--summary", metavar="F.md", help="Append a summary in Markdown, also if refused.")
+]
+Progress = Annotated[
+    str, typer.Option("--progress", metavar="KIND", help="auto, or json: a JSON object a line on stderr.")
+]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="Only the result in one line, and errors.")]
 Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Everything that was left alone; warnings, tracebacks.")]

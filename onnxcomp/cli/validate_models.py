@@ -13,6 +13,7 @@ from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
+from onnxcomp.reports.outcome import Report
 from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
@@ -33,6 +34,11 @@ class Compared:
         whole = {**self.validation.json(), "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
         plain: dict[str, Any] = finite(whole)
         return plain
+
+    @property
+    def report(self) -> Report:
+        """The same as a report without steps."""
+        return Report(verdicts=list(self.verdicts), validation=self.validation)
 
     def headline(self) -> str:
         """Metrics and drift in one line, and below it what must be known to read them."""

@@ -17,7 +17,7 @@ from onnxcomp.reports.outcome import Report, Result
 from onnxcomp.reports.run_snippet import snippet
 from onnxcomp.version import __version__
 
-__all__ = ["CARD", "SourceCard", "card", "source_card"]
+__all__ = ["CARD", "SourceCard", "card", "checked", "made", "source_card"]
 
 CARD = "README.md"
 LARGEST = 1 << 20  # bytes of a source's card; a larger one is not copied
@@ -75,8 +75,8 @@ def _parts(results: Mapping[str, Result]) -> list[str]:
     shown = []
     for file, result in results.items():
         shown += [f"`{file}`: {headline(result.report)}."]
-        shown += [f"## How {file} was made", *_made(result.report)]
-        shown += [f"## What was checked of {file}", _checked(result.report)]
+        shown += [f"## How {file} was made", *made(result.report)]
+        shown += [f"## What was checked of {file}", checked(result.report)]
         shown += [f"## Known losses of {file}", _losses(result.report)]
     return shown
 
@@ -106,7 +106,8 @@ def _hub_name(source: Path) -> str:
     return found if known and not Path(found).exists() else ""
 
 
-def _made(r: Report) -> list[str]:
+def made(r: Report) -> list[str]:
+    """How a result was made, as parts of a page: recipe, passes, data."""
     rows = ["| pass | sites changed / found | declined | bytes of weights |", "| --- | --- | --- | --- |"]
     for s in r.steps:
         undone = f" (rolled back: {s.rolled_back})" if s.rolled_back else ""
@@ -130,7 +131,8 @@ def _data(name: str) -> str:
     return f"`{Path(name).name or name}`"
 
 
-def _checked(r: Report) -> str:
+def checked(r: Report) -> str:
+    """Gates and measurements as a table."""
     rows = [
         (f"gate `{v.gate}`", "-" if v.value is None else f"{v.value:.4g}", "passed" if v.passed else "refused")
         for v in r.verdicts

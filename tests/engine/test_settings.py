@@ -19,7 +19,7 @@ from onnxcomp.lowering import planner
 from tests import tiny
 
 # How the command line prints, and how a caller watches; neither changes a result.
-PRESENTATION = {"json", "quiet", "verbose", "watch"}
+PRESENTATION = {"json", "quiet", "verbose", "watch", "progress", "junit", "summary"}
 # Options that may be given several times have a singular name there; a negation is a flag.
 PLURAL = {"gate": "gates", "shape": "shapes", "pass": "passes", "metric": "metrics"}
 NEGATED = {"no-measure": "measure"}

@@ -1,0 +1,83 @@
+"""The commands about two models: how far one is from the other."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from onnxcomp.cli import failures
+from onnxcomp.cli.console import Output
+from onnxcomp.cli.options import (
+    AllowCode,
+    Batch,
+    Gates,
+    GraphName,
+    Json,
+    Junit,
+    LabelColumn,
+    Model,
+    Quiet,
+    Samples,
+    Seed,
+    Sequence_,
+    Source,
+    Summary,
+    Target,
+    TextColumn,
+    Verbose,
+)
+from onnxcomp.cli.pipelines import ForPipelines
+
+__all__ = ["validate"]
+
+
+def validate(
+    reference: Model,
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="The model to judge.")],
+    evaluation: Annotated[
+        str, typer.Option("--evaluation", "--eval", metavar="SRC", help=f"Data to judge on: {Source}.")
+    ],
+    metric: Annotated[list[str] | None, typer.Option(help="agreement, accuracy, f1, perplexity, ...")] = None,
+    gate: Gates = None,
+    target: Target = "cpu",
+    samples: Samples = None,
+    batch: Batch = None,
+    sequence: Sequence_ = None,
+    text_column: TextColumn = None,
+    label_column: LabelColumn = None,
+    graph: GraphName = None,
+    seed: Seed = 0,
+    allow_code: AllowCode = False,
+    junit: Junit = None,
+    summary: Summary = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Compare a model with its original on data: drift and task metrics with intervals."""
+    from onnxcomp.cli import validate_models
+    from onnxcomp.engine.settings import Settings
+    from onnxcomp.reports import tables
+    from onnxcomp.target import find
+
+    output = Output(json, quiet, verbose)
+    settings = Settings(
+        target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence,
+        text_column=text_column, label_column=label_column, seed=seed,
+        allow_code=allow_code,
+    )  # fmt: skip
+    with ForPipelines("validate", junit, summary).recording() as tell:
+        result = validate_models.compare(
+            reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
+        )
+        tell({"": result.report}, result.refused, refused=True)
+    shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
+    if len(result.validation.outputs) > 1:
+        shown.append(tables.outputs(result.validation, every=verbose))
+    output.show(result.json(), result.headline(), *shown)
+    if result.refused:
+        sys.stderr.write(f"refused: {result.refused}\n")
+        raise typer.Exit(failures.REFUSED)
