@@ -89,7 +89,7 @@ class Env:
     rng: np.random.Generator
     memory: int | None
     scratch: Path
-    run_variants: Callable[[Sequence[Edit], str | None, int | None], list[Score]]
+    run_variants: Callable[[Sequence[Edit], str | None, int | None, Graph | None], list[Score]]
     run_costs: Callable[[Mapping[str, Graph], Mapping[str, Sequence[int]]], list[Cost]]
     run_collect: Callable[[Graph, Sequence[Need], Graph | None], Stats]
     run_plan: Callable[[], Planner]
@@ -101,13 +101,15 @@ class Env:
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", resolved(self.target))
 
-    def evaluate(self, variants: Iterable[Edit], metric: str | None = None, samples: int | None = None) -> list[Score]:
+    def evaluate(
+        self, variants: Iterable[Edit], metric: str | None = None, samples: int | None = None, of: Graph | None = None
+    ) -> list[Score]:
         """Score edits, each on its own copy of the current graph, against the original on calibration data.
 
         `metric` is a gate name (`kl`, `rel-l2`, `perplexity-rise`, ...); None takes `kl` for logits, else `rel-l2`.
-        At most `samples` of the data are run.
+        At most `samples` of the data are run. Copies may be `of` another graph than the current one.
         """
-        return self.run_variants(list(variants), metric, samples)
+        return self.run_variants(list(variants), metric, samples, of)
 
     def cost(self, site: Site, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]]) -> list[Cost]:
         """Seconds and bytes of equivalent micro-models of a site on the target, measured or from its table.

@@ -10,9 +10,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from onnxcomp.blocks import Embedding
+from onnxcomp.errors import TargetError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, mixed_bits, site_options, tables
-from onnxcomp.methods.quantize.mixed_bits import BUDGETS, Budget
+from onnxcomp.methods.quantize.mixed_budget import BUDGETS, Budget
+from onnxcomp.methods.quantize.site_options import INT8, Way
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
@@ -38,13 +40,14 @@ class MixedPrecision(Pass):
     chooses: ClassVar[bool] = True
 
     budget: Annotated[str, Field(pattern=BUDGETS)] = "1.05x"
-    """Size of the weights relative to all at `like` bits (1.05x), in bytes (12MB), or a gate to meet (kl<=0.01)."""
+    """Size of the weights relative to all at `like` bits (1.05x), in bytes (12MB), time of the linears (3ms), or a gate
+    to meet (kl<=0.01)."""
     like: Literal[8, 4, 2] = 4
     """Bits, in blocks of `block`, that a relative budget is relative to, and that each weight is tried at."""
     block: Literal[16, 32, 64, 128, 256] = 32
     """In-channels that share a scale there."""
-    bits: tuple[Literal[8, 4, 2, "float"], ...] = (8, 4)
-    """Bits that a weight may get."""
+    bits: tuple[Literal[8, 4, 2, "int8", "float"], ...] = (8, 4)
+    """Bits that a weight may get; int8 rounds its inputs too, as qdq with clip: output does."""
     blocks: tuple[Literal[16, 32, 64, 128, 256], ...] = (16, 32, 64, 128)
     """In-channels that may share a scale."""
     metric: str | None = None
@@ -75,6 +78,8 @@ class MixedPrecision(Pass):
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every linear with a float weight, and tables where they are asked for."""
+        if "int8" in self.bits and not target.quantized.pays:
+            raise TargetError(f"mixed-precision: '{target.name}' has no int8 product; leave int8 out of bits")
         return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -93,21 +98,21 @@ class MixedPrecision(Pass):
         chosen = mixed_bits.choose(
             g, env, units, self._options(), self._option(self.like, self.block), Budget.parse(self.budget), self.metric
         )
-        mixed_bits.apply(g, env, units, chosen.methods, tables=eligible)
+        mixed_bits.apply(g, env, units, chosen.ways, tables=eligible)
         for n in chosen.notes:
             g.note(n.site, n.what, n.values)
 
     def _tables(self, g: Graph) -> list[Embedding]:
         return tables.quantizable(g) if self.embeddings else []
 
-    def _options(self) -> list[Method | None]:
+    def _options(self) -> list[Way]:
         """Every pair of bits and block that the runtime has a product for."""
         legal = [
             self._option(bits, block)
             for bits, block in itertools.product(self.bits, self.blocks)
-            if bits != "float" and (bits != 2 or block in TWO_BITS)
+            if isinstance(bits, int) and (bits != 2 or block in TWO_BITS)
         ]
-        return [*legal, *([None] if "float" in self.bits else [])]
+        return [*legal, *([INT8] if "int8" in self.bits else []), *([None] if "float" in self.bits else [])]
 
     def _option(self, bits: int, block: int) -> Method:
         return Method(bits, block, rule=self.method)

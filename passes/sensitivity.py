@@ -10,6 +10,7 @@ from pydantic import Field
 
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.quantize import linears, site_options
+from onnxcomp.methods.quantize.site_options import INT8, Way
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
@@ -37,7 +38,7 @@ class Sensitivity(Pass):
     block: Literal[16, 32, 64, 128, 256] = 32
     """In-channels that share a scale there."""
     int8: bool = True
-    """Also try int8 weights and inputs, as qdq makes them."""
+    """Also try int8 weights and inputs, as qdq with clip: output makes them."""
     by: Literal["int8", "8 bits", "4 bits", "3 bits", "2 bits"] = "4 bits"
     """The form that the order is by."""
     metric: str | None = None
@@ -71,17 +72,13 @@ class Sensitivity(Pass):
     def _losses(self, g: Graph, env: Env, names: list[str]) -> dict[str, dict[str, float]]:
         """By the name of a weight's first linear what each form of it loses."""
         found = [u for u in site_options.units(linears.quantizable(g)) if u.name in names]
-        inputs, metric = site_options.inputs_of(g, env, found), site_options.metric_of(g, self.metric)
-        methods = [Method(bits, self.block) for bits in self.bits]
-        table: dict[str, dict[str, float]] = {u.name: {} for u in found}
-        if self.int8:
-            for name, loss in site_options.integers(g, env, found, metric).items():
-                table[name]["int8"] = loss
+        metric, methods = site_options.metric_of(g, self.metric), [Method(bits, self.block) for bits in self.bits]
+        ways: list[Way] = [*([INT8] if self.int8 else []), *methods]
         base = min(methods, key=lambda m: abs(m.bits - 4), default=Method(4, self.block))
-        measured = site_options.measure(g, env, found, methods, base, metric, inputs) if methods else {}
-        for name, options in measured.items():
-            table[name] |= {f"{m.bits} bits": o.loss for m, o in zip(methods, options, strict=True)}
-        return table
+        moments = site_options.moments_of(g, env, found, ways)
+        table = site_options.measure(g, env, found, ways, base, metric, moments)
+        labels = [f"{m.bits} bits" if isinstance(m, Method) else "int8" for m in ways]
+        return {name: dict(zip(labels, losses, strict=True)) for name, losses in table.items()}
 
     @staticmethod
     def _entry(ranked: list[str], losses: Mapping[str, float], by: str) -> str:

@@ -263,7 +263,7 @@ class PassManager:
             rng=np.random.default_rng([self.seed, len(walk.report.steps)]),
             memory=self.memory,
             scratch=walk.scratch,
-            run_variants=lambda edits, metric, samples: self._variants(walk, work, edits, metric, samples, p.name),
+            run_variants=self._scorer(walk, work, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
             run_collect=self._collector(walk, work, p),
             run_split=lambda: self._split(walk, work, env, p),
@@ -278,7 +278,7 @@ class PassManager:
         fitted, left_out = walk.parts(data_used.HELD_OUT)
         return dataclasses.replace(
             env,
-            run_variants=lambda edits, metric, samples: self._variants(left_out, work, edits, metric, samples, p.name),
+            run_variants=self._scorer(left_out, work, p.name),
             run_collect=self._collector(fitted, work, p),
         )
 
@@ -344,6 +344,11 @@ class PassManager:
             return made[id(of)].collect(g, needs)
 
         return collect
+
+    def _scorer(
+        self, walk: Walk, work: Graph, name: str
+    ) -> Callable[[Sequence[Edit], str | None, int | None, Graph | None], list[Score]]:
+        return lambda edits, metric, samples, of: self._variants(walk, of or work, edits, metric, samples, name)
 
     def _variants(
         self, walk: Walk, work: Graph, edits: Sequence[Edit], metric: str | None, samples: int | None, name: str

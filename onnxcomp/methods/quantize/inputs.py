@@ -60,12 +60,22 @@ class InputCodes:
         self, g: Graph, x: ir.Value, stats: Stats, readers: Sequence[Linear] = (), *, wide: bool = False
     ) -> ir.Value:
         """Codes of a value and back; `wide` gives float32 for a half-precision value."""
-        fmt, symmetric = "int8" if self.signed else "uint8", self.symmetric
+        scale, zero = self.constants(g, x, stats, readers, wide=wide)
+        return self.coded(g, linears.in_float32(g, x) if wide else x, scale, zero)
+
+    def constants(
+        self, g: Graph, x: ir.Value, stats: Stats, readers: Sequence[Linear] = (), *, wide: bool = False
+    ) -> tuple[Array, Array]:
+        """Scale and zero point of a value; `wide` gives a float32 scale for a half-precision value."""
+        fmt = "int8" if self.signed else "uint8"
         low, high = self._range(g, x, stats, readers, fmt)
-        x = linears.in_float32(g, x) if wide else x
-        dtype = x.dtype.numpy() if x.dtype else np.dtype(np.float32)
-        constants = formats.affine(low, high, fmt, symmetric=symmetric, scale_type=dtype)
-        s, z = (g.constant(a, f"{x.name}_{what}") for a, what in zip(constants, ("scale", "zero"), strict=True))
+        dtype = x.dtype.numpy() if x.dtype and not (wide and x.dtype in linears.HALVES) else np.dtype(np.float32)
+        return formats.affine(low, high, fmt, symmetric=self.symmetric, scale_type=dtype)
+
+    @staticmethod
+    def coded(g: Graph, x: ir.Value, scale: Array, zero: Array) -> ir.Value:
+        """Codes of a value and back, by scale and zero point."""
+        s, z = g.constant(scale, f"{x.name}_scale"), g.constant(zero, f"{x.name}_zero")
         q = g.op("QuantizeLinear", x, s, z, name=f"{x.name}_quantize")
         return g.op("DequantizeLinear", q, s, z, name=f"{x.name}_dequantize", like=x)
 

@@ -19,7 +19,7 @@ from onnxcomp.target import Target
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
 
-__all__ = ["SLOWER", "TICK", "experts_models", "loses", "models", "paying", "products"]
+__all__ = ["SLOWER", "TICK", "coded", "experts_models", "loses", "models", "paying", "products"]
 
 # A group is kept in float where integers take longer by this factor, and by more seconds than the noise of one session
 # call: small differences must not decide, since they change from run to run.
@@ -113,6 +113,27 @@ def models(group: Sequence[Linear], target: Target, *, dynamic: bool = False) ->
 def products(fan_in: int, outs: Sequence[tuple[int, bool]], source: str = "x") -> Graph:
     """Float linears on an input `[batch, rows, fan_in]`, by their fan-out and whether they have a bias."""
     return Graph(_model(fan_in, outs, "", source).model)
+
+
+def coded(fan_in: int, fan_out: int, biased: bool, bits: int, block: int, target: Target, *, zeros: bool) -> Graph:
+    """A linear on an input `x` `[batch, rows, fan_in]` with codes in blocks, in the form of the target's table."""
+    g = Graph(_model(fan_in, [], "").model)
+    (x,), dtype = g.inputs, ir.DataType.UINT8 if bits > 4 else ir.DataType.UINT4
+    like = ir.Value(name="like", type=x.type, shape=ir.Shape(["batch", "rows", fan_out]))
+    code = 3 if bits == 2 else 2**bits - 1  # the largest, so that its bits are seen to be in use
+    w = _constant(g, (fan_in, fan_out), code, dtype)
+    shape = (-(-fan_in // block), fan_out)
+    args = [w, g.constant(np.full(shape, 0.01, np.float32), "scale")]
+    args += [_constant(g, shape, 1, dtype)] if zeros else []
+    w = g.op("DequantizeLinear", *args, axis=0, block_size=block)
+    w.type, w.shape = x.type, ir.Shape([fan_in, fan_out])
+    y = g.op("MatMul", x, w, like=like)
+    y = g.op("Add", y, np.full(fan_out, 0.1, np.float32), like=like) if biased else y
+    y.name = "y"
+    g.model.graph.outputs.append(y)
+    g.sort()
+    _in_form(g, target, "weight-only")
+    return g
 
 
 def _quantized(fan_in: int, outs: Sequence[tuple[int, bool]], target: Target, kind: str) -> Graph:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -12,25 +12,28 @@ import onnx_ir as ir
 from onnxcomp.blocks import Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, Float64, affine, formats
-from onnxcomp.maths.clipping import clip_range
-from onnxcomp.maths.frontier import Option
-from onnxcomp.methods.quantize import linears
+from onnxcomp.methods.quantize.static_sites import Ranges, as_integers, ranges
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.pipeline import Edit, Env
-from onnxcomp.stats import Need, Stats, histogram, mean, norm2, var
+from onnxcomp.stats import Need, Stats, mean, norm2, var
+from onnxcomp.target import Target
 from onnxcomp.validation.outputs import View
 
 __all__ = [
+    "INT8",
     "LEAST",
     "LOSSES",
     "SAMPLES",
+    "Choice",
     "Inputs",
+    "Moments",
+    "Static",
     "Unit",
-    "inputs_of",
-    "integers",
+    "Way",
     "loss_of",
     "measure",
     "metric_of",
+    "moments_of",
     "named",
     "nbytes",
     "plainly",
@@ -42,7 +45,17 @@ COLUMNS = 128  # out-channels of a weight that its options are compared on; they
 LEAST = 1e-30  # in place of an error of zero, so that options keep their order
 LOSSES = ("kl", "rel-l2", "sqnr", "pooled-sqnr")  # metrics whose losses of sites add while they are small
 
-Choice = Mapping[str, Method | None]  # of each weight by its name; None leaves it float
+
+class Static:
+    """Static int8: a scale for each out-channel of the weight, a range for its readers' inputs."""
+
+    def __repr__(self) -> str:
+        return "int8"
+
+
+INT8 = Static()
+Way = Method | Static | None  # of a weight; None leaves it float
+Choice = Mapping[str, Way]  # of each weight by its name
 
 
 @dataclass(frozen=True)
@@ -73,17 +86,19 @@ def units(found: Iterable[Linear]) -> list[Unit]:
     return [Unit(w, tuple(readers)) for w, readers in by_weight.items()]
 
 
-def named(m: Method | None) -> str:
+def named(m: Way) -> str:
     """An option in words."""
-    return "float" if m is None else f"{m.bits} bits in {m.block}"
+    return f"{m.bits} bits in {m.block}" if isinstance(m, Method) else "float" if m is None else str(m)
 
 
-def nbytes(weight: ir.Value, m: Method | None) -> int:
+def nbytes(weight: ir.Value, m: Way) -> int:
     """Bytes of a weight `[K, N]` as codes, scales and zero points as they are stored in the end, or in float."""
     k, n = (int(d) for d in weight.shape or (0, 0))  # type: ignore[arg-type]
     item = weight.dtype.itemsize if weight.dtype is not None else 4
     if m is None:
         return int(k * n * item)
+    if isinstance(m, Static):
+        return int(n * (k + item))
     bits = {3: 4}.get(m.bits, m.bits)
     blocks_of = math.ceil(k / m.block)
     zero = 0 if m.symmetric else math.ceil(blocks_of * bits / 8)
@@ -110,28 +125,76 @@ class Inputs:
     means: Float64
 
 
-def measure(
-    g: Graph, env: Env, found: Sequence[Unit], methods: Sequence[Method | None], base: Method, metric: str,
-    inputs: Mapping[str, Inputs],
-) -> dict[str, list[Option]]:  # fmt: skip
-    """Bytes and loss of every option of every weight, by the name of the unit.
+@dataclass(frozen=True)
+class Moments:
+    """What rounding needs of the inputs of weights, by the name of the unit, and codes of values for int8."""
 
-    Each weight is rounded alone by the method `base`, and the model run on what `env` judges on; what its other options
-    lose is in proportion to their squared errors, `sum_k E[x_k^2] |e_k|^2`.
+    inputs: Mapping[str, Inputs]
+    ranges: Ranges = field(default_factory=dict)
+
+
+def measure(
+    g: Graph, env: Env, found: Sequence[Unit], ways: Sequence[Way], base: Method, metric: str, moments: Moments
+) -> dict[str, list[float]]:
+    """Loss of every option of every weight, by the name of the unit.
+
+    Each weight is rounded alone by the method `base`, and the model run on what `env` judges on; what its other codes
+    lose is in proportion to their squared errors, `sum_k E[x_k^2] |e_k|^2`. As int8 it is run once more.
     """
-    edits = [plainly([u], {u.name: base}, inputs) for u in found]
-    scores = env.evaluate(edits, metric, SAMPLES)
+    coded = any(isinstance(m, Method) for m in ways)
+    gains = _gains(g, env, found, base, metric, moments.inputs) if coded else {}
+    wholes = _integers(g, env, found, metric, moments.ranges) if INT8 in ways else {}
+
+    def loss(u: Unit, weight: Array, m: Way) -> float:
+        if isinstance(m, Method):
+            return _error(weight, m, moments.inputs[u.name]) * gains[u.name]
+        return 0.0 if m is None else wholes[u.name]
+
     table = {}
-    for u, score in zip(found, scores, strict=True):
-        weight = g.array(u.weight)
-        weight = weight[:, :: -(-weight.shape[1] // COLUMNS)]
-        errors = [_error(weight, m, inputs[u.name]) for m in methods]
-        gain = max(loss_of(score.value, metric), LEAST) / max(_error(weight, base, inputs[u.name]), LEAST)
-        table[u.name] = [Option(nbytes(u.weight, m), e * gain) for m, e in zip(methods, errors, strict=True)]
+    for u in found:
+        weight = _thinned(g.array(u.weight))
+        table[u.name] = [loss(u, weight, m) for m in ways]
     return table
 
 
-def inputs_of(g: Graph, env: Env, found: Sequence[Unit]) -> dict[str, Inputs]:
+def _gains(
+    g: Graph, env: Env, found: Sequence[Unit], base: Method, metric: str, inputs: Mapping[str, Inputs]
+) -> dict[str, float]:
+    """What the model loses by a weight for a unit of its squared error."""
+    edits = [plainly([u], {u.name: base}, Moments(inputs), env.target) for u in found]
+    scores = env.evaluate(edits, metric, SAMPLES)
+    return {
+        u.name: max(loss_of(s.value, metric), LEAST)
+        / max(_error(_thinned(g.array(u.weight)), base, inputs[u.name]), LEAST)
+        for u, s in zip(found, scores, strict=True)
+    }
+
+
+def _thinned(weight: Array) -> Array:
+    return np.asarray(weight[:, :: -(-weight.shape[1] // COLUMNS)])
+
+
+def _integers(g: Graph, env: Env, found: Sequence[Unit], metric: str, ranges: Ranges) -> dict[str, float]:
+    """What static int8 of the weight and of its readers' inputs loses, by unit, each alone."""
+    edits = [plainly([u], {u.name: INT8}, Moments({}, ranges), env.target) for u in found]
+    scores = env.evaluate(edits, metric, SAMPLES)
+    return {
+        u.name: loss_of(s.value, metric) if _reached(u, ranges) else math.inf
+        for u, s in zip(found, scores, strict=True)
+    }
+
+
+def _reached(u: Unit, ranges: Ranges) -> bool:
+    return all(str(x.source.name) in ranges for x in u.readers)
+
+
+def moments_of(g: Graph, env: Env, found: Sequence[Unit], ways: Sequence[Way]) -> Moments:
+    """What all roundings of these weights need of their inputs, of the graph as it is."""
+    inputs = _inputs_of(g, env, found) if any(isinstance(m, Method) for m in ways) else {}
+    return Moments(inputs, ranges(g, env, [x for u in found for x in u.readers]) if INT8 in ways else {})
+
+
+def _inputs_of(g: Graph, env: Env, found: Sequence[Unit]) -> dict[str, Inputs]:
     """The moments of the inputs of every unit, of the graph as it is."""
     needs: dict[ir.Value, tuple[Need, Need, Need]] = {
         x.source: (norm2(x.source), mean(x.source), var(x.source)) for u in found for x in u.readers
@@ -158,56 +221,32 @@ def _rounded(weight: Array, m: Method, inputs: Inputs) -> Array:
     ).array()
 
 
-def _error(weight: Array, m: Method | None, inputs: Inputs) -> float:
-    if m is None:
-        return 0.0
+def _error(weight: Array, m: Method, inputs: Inputs) -> float:
     return float(inputs.squares @ np.square(_rounded(weight, m, inputs) - weight).sum(axis=1, dtype=np.float64))
 
 
-def plainly(found: Iterable[Unit], choice: Choice, inputs: Mapping[str, Inputs]) -> Edit:
-    """An edit that rounds weights to nearest, in float, biases taking what that does to means."""
-    chosen = [(str(u.weight.name), u.bias and str(u.bias.name), choice.get(u.name), inputs[u.name]) for u in found]
+def plainly(found: Iterable[Unit], choice: Choice, moments: Moments, target: Target) -> Edit:
+    """An edit that rounds weights to nearest, in float, biases taking what that does to means; int8 with its inputs."""
+    units = list(found)
+    chosen = [(u, choice.get(u.name)) for u in units]
+    coded = [
+        (str(u.weight.name), u.bias and str(u.bias.name), m, moments.inputs[u.name])
+        for u, m in chosen
+        if isinstance(m, Method)
+    ]
+    integers = as_integers(
+        {x.name for u, m in chosen if isinstance(m, Static) for x in u.readers}, moments.ranges, target
+    )
 
     def edit(g: Graph) -> None:
-        for name, bias, method, moments in chosen:
-            if method is None:
-                continue
+        for name, bias, method, inputs in coded:
             weight = g.array(v := g.value(name))
-            new = _rounded(weight.astype(np.float32), method, moments)
+            new = _rounded(weight.astype(np.float32), method, inputs)
             g.put(v, new.astype(weight.dtype))
             if bias:
                 b = g.array(g.value(bias))
-                gain = moments.means @ (weight - new)
+                gain = inputs.means @ (weight - new)
                 g.put(g.value(bias), (b + gain.reshape(b.shape)).astype(b.dtype))
-
-    return edit
-
-
-def integers(g: Graph, env: Env, found: Sequence[Unit], metric: str) -> dict[str, float]:
-    """What static int8 of the weight and of its readers' inputs loses, by unit, each alone."""
-    sources = list(dict.fromkeys(x.source for u in found for x in u.readers))
-    stats = env.collect(g, [histogram(v) for v in sources])
-    edits = [_as_integers(u, env, stats) for u in found]
-    scores = env.evaluate(edits, metric, SAMPLES)
-    return {u.name: loss_of(s.value, metric) for u, s in zip(found, scores, strict=True)}
-
-
-def _as_integers(u: Unit, env: Env, stats: Stats) -> Edit:
-    """An edit that puts a Q/DQ pair on the inputs of a weight's readers, and int8 codes in its place."""
-    names = {x.name for x in u.readers}
-
-    def edit(g: Graph) -> None:
-        codes = linears.WeightCodes(g, "channel", env.target)
-        for x in [x for x in linears.quantizable(g) if x.name in names]:
-            symmetric = not env.target.quantized.zero_points
-            low, high = clip_range(stats[histogram(x.source)], method="mse", bits=8, symmetric=symmetric)
-            scale, zero = formats.affine(low, high, "int8" if symmetric else "uint8", symmetric=symmetric)
-            source = linears.in_float32(g, x.input)
-            pair = g.constant(scale, f"{x.name}_scale"), g.constant(zero, f"{x.name}_zero")
-            q = g.op("QuantizeLinear", source, *pair)
-            linears.product(
-                g, x, g.op("DequantizeLinear", q, *pair, like=source),
-                linears.integer_weight(codes, x, wide=source is not x.input),
-            )  # fmt: skip
+        integers(g)
 
     return edit
