@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import contextlib
+import functools
 import gc
 import os
 
@@ -23,3 +25,17 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     # 700 new objects is where a round begins otherwise; a graph of the tests is some ten thousand.
     gc.set_threshold(20_000, 20, 20)
+
+
+@functools.cache
+def read_translations_once() -> None:
+    """Let torch's exporter read onnxscript's library once, not for every export: a sixth of the time of a small one."""
+    with contextlib.suppress(ImportError, AttributeError):  # neither is public; without them exports are only slower
+        from torch.onnx._internal.exporter._registration import onnxscript_apis
+
+        onnxscript_apis.get_torchlib_ops = functools.cache(onnxscript_apis.get_torchlib_ops)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("export"):
+        read_translations_once()
