@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ __all__ = [
     "MEMORY",
     "MIB",
     "cpu_features",
+    "cpu_kind",
     "installed_runtimes",
     "machine",
     "megabytes",
@@ -50,6 +52,19 @@ def cpu_features() -> frozenset[str]:
     return frozenset(features)
 
 
+def cpu_kind(features: Collection[str]) -> str:
+    """What instruction sets mean for int8, in words."""
+    if "vnni" in features:
+        return "x86 with VNNI: int8 products run in one instruction"
+    if "dotprod" in features:
+        return "Arm with dot products: int8 products run in one instruction"
+    if wide := next((x for x in ("avx512f", "avx2") if x in features), ""):
+        return (
+            f"x86 with {'AVX-512' if wide == 'avx512f' else 'AVX2'}, without VNNI: int8 gains less, sums can saturate"
+        )
+    return "no instruction sets for int8 known"
+
+
 def installed_runtimes() -> dict[str, str]:
     """Versions of the installed distributions that provide the module onnxruntime; more than one is a broken setup."""
     versions = {}
@@ -74,6 +89,7 @@ def machine() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "cpu": names[0] if names else platform.processor() or platform.machine(),
+        "kind": cpu_kind(cpu_features()),
         "cores": cores,
         "features": sorted(cpu_features()),
         "os": f"{platform.system()} {platform.release()}",

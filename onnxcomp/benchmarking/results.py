@@ -155,7 +155,7 @@ class BenchReport:
         return [self.models[i] for i in slower]
 
     def json(self) -> dict[str, Any]:
-        """Plain values: rows, ratios by shape, the machine and warnings."""
+        """Plain values: rows, ratios by shape, the machine, how noisy it was, and warnings."""
         ratios = [
             {"model": name, "shape": shape, **dataclasses.asdict(r.ratio(i))}
             for shape, r in self.rounds.items()
@@ -166,5 +166,9 @@ class BenchReport:
             "rows": [dataclasses.asdict(r) for r in self.rows],
             "ratios": ratios,
             "slower": self.slower(),
+            "noise": [
+                {"shape": shape, "rounds": len(r.blocks), "undisturbed": len(r.clean), "busy": r.busy}
+                for shape, r in self.rounds.items()
+            ],
             "warnings": self.warnings,
         }

@@ -29,12 +29,14 @@ from onnxcomp.cli.options import (
     Junit,
     LabelColumn,
     Model,
+    NoHtml,
     NoMeasure,
     Out,
     Preset,
     Progress,
     Quiet,
     ReportFile,
+    ReportOnly,
     Samples,
     Seed,
     Sequence_,
@@ -48,6 +50,7 @@ from onnxcomp.cli.options import (
 )
 from onnxcomp.cli.pipelines import ForPipelines
 from onnxcomp.cli.rank_linears import sensitivity
+from onnxcomp.cli.remake_report import report as remake
 from onnxcomp.cli.two_models import validate
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.version import __version__
@@ -143,6 +146,7 @@ def optimize(
     choices: ChoicesFile = None,
     cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
     report: ReportFile = None,
+    no_html: NoHtml = False,
     junit: Junit = None,
     summary: Summary = None,
     progress: Progress = "auto",
@@ -158,7 +162,7 @@ def optimize(
     run = functools.partial(
         compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
         measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads, report=report,
-        exact_rows=exact_rows, choices=choices, cache=cache,
+        html=not no_html, exact_rows=exact_rows, choices=choices, cache=cache,
     )  # fmt: skip
     files = ForPipelines("optimize", junit, summary)
     show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))
@@ -196,6 +200,7 @@ def compress(
         Path | None, typer.Option(help="Keep statistics, measured forms and finished passes here.")
     ] = None,
     report: ReportFile = None,
+    no_html: NoHtml = False,
     junit: Junit = None,
     summary: Summary = None,
     progress: Progress = "auto",
@@ -221,8 +226,8 @@ def compress(
         gates=gate or (), on_fail=rule,
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads,
-        cache=cache, report=report, graph=graph, seed=seed, allow_code=allow_code, exact_rows=exact_rows,
-        choices=choices,
+        cache=cache, report=report, html=not no_html, graph=graph, seed=seed, allow_code=allow_code,
+        exact_rows=exact_rows, choices=choices,
     )  # fmt: skip
     files = ForPipelines("compress", junit, summary)
     show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))
@@ -239,25 +244,23 @@ def bench(
     budget: Budget = None,
     threads: Threads = 0,
     graph: GraphName = None,
+    report: ReportOnly = None,
+    no_html: NoHtml = False,
     progress: Progress = "auto",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Time models against each other, each in its own process, interleaved."""
-    from onnxcomp.reports import json_report as report
-    from onnxcomp.reports import tables
-    from onnxcomp.target import find
+    from onnxcomp.cli import bench_models
 
     output = Output(json, quiet, verbose, progress)
     shapes = [parse_shape(s) for s in shape or ()]
     limit = parse_seconds(budget) if budget else None
-    with output.progress() as watch:
-        found = onnxcomp.bench(
-            models, find(target), shapes, runs=runs, budget=limit, threads=threads, graph=graph, watch=watch
-        )
-    notes = [f"note: {w}" for w in found.warnings]
-    output.show(report.finite(found.json()), report.speed_headline(found), tables.benchmark(found), *notes)
+    bench_models.show(
+        output, models, target, shapes, runs=runs, budget=limit, threads=threads, graph=graph, report=report,
+        html=not no_html,
+    )  # fmt: skip
 
 
 @app.command()
@@ -296,6 +299,7 @@ def tune(
 
 for _command in (validate, verify, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
+app.command("report")(remake)
 
 
 def _none_empty(given: Sequence[str]) -> None:

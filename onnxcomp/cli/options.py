@@ -24,12 +24,14 @@ __all__ = [
     "Junit",
     "LabelColumn",
     "Model",
+    "NoHtml",
     "NoMeasure",
     "Out",
     "Preset",
     "Progress",
     "Quiet",
     "ReportFile",
+    "ReportOnly",
     "Samples",
     "Seed",
     "Sequence_",
@@ -83,6 +85,10 @@ AllowCode = Annotated[bool, typer.Option("--allow-code", help="Let package.modul
 NoMeasure = Annotated[bool, typer.Option("--no-measure", help="Time nothing; the same bytes on every machine.")]
 ChoicesFile = Annotated[Path | None, typer.Option("--choices", help="Forms that onnxcomp tune measured, as a file.")]
 ReportFile = Annotated[Path | None, typer.Option("--report", help="Write the report here as well, also when refused.")]
+ReportOnly = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE", help="Write a report: this JSON file and its page beside it.")
+]
+NoHtml = Annotated[bool, typer.Option("--no-html", help="Write no page (.html) beside the report.")]
 ExactRows = Annotated[
     bool,
     typer.Option(

@@ -19,7 +19,9 @@ from onnxcomp.cli.options import (
     Junit,
     LabelColumn,
     Model,
+    NoHtml,
     Quiet,
+    ReportOnly,
     Samples,
     Seed,
     Sequence_,
@@ -51,6 +53,8 @@ def validate(
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
+    report: ReportOnly = None,
+    no_html: NoHtml = False,
     junit: Junit = None,
     summary: Summary = None,
     json: Json = False,
@@ -59,20 +63,24 @@ def validate(
 ) -> None:
     """Compare a model with its original on data: drift and task metrics with intervals."""
     from onnxcomp.cli import validate_models
+    from onnxcomp.engine.report_file import check_report_file, write_report
     from onnxcomp.engine.settings import Settings
     from onnxcomp.reports import tables
     from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
+    check_report_file(report, html=not no_html)
     settings = Settings(
         target=find(target), evaluation=evaluation, samples=samples, batch=batch or 8, sequence=sequence,
         text_column=text_column, label_column=label_column, seed=seed,
-        allow_code=allow_code,
+        allow_code=allow_code, html=not no_html,
     )  # fmt: skip
     with ForPipelines("validate", junit, summary).recording() as tell:
         result = validate_models.compare(
             reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
         )
+        if report is not None:
+            write_report(result.report, report, html=not no_html)
         tell({"": result.report}, result.refused, refused=True)
     shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
     if len(result.validation.outputs) > 1:

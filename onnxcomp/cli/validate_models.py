@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.engine.asked import check_asked
+from onnxcomp.engine.repeat import settings_words
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import RecipeError
 from onnxcomp.files import storage
 from onnxcomp.reports.json_report import finite, quality
-from onnxcomp.reports.outcome import Report
+from onnxcomp.reports.outcome import DataUsed, Report, Size
 from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
@@ -24,21 +27,21 @@ __all__ = ["Compared", "compare"]
 
 @dataclass(frozen=True)
 class Compared:
-    """A validation with the verdicts of the gates."""
+    """A comparison as a report without steps: a validation with the verdicts of the gates."""
 
+    report: Report
     validation: Validation
-    verdicts: tuple[Verdict, ...]
+
+    @property
+    def verdicts(self) -> Sequence[Verdict]:
+        """What the gates say."""
+        return self.report.verdicts
 
     def json(self) -> dict[str, Any]:
         """Plain values."""
         whole = {**self.validation.json(), "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
         plain: dict[str, Any] = finite(whole)
         return plain
-
-    @property
-    def report(self) -> Report:
-        """The same as a report without steps."""
-        return Report(verdicts=list(self.verdicts), validation=self.validation)
 
     def headline(self) -> str:
         """Metrics and drift in one line, and below it what must be known to read them."""
@@ -73,4 +76,23 @@ def compare(
         can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
         v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
     sizes = {"size": second.nbytes / max(1, first.nbytes)}
-    return Compared(v, (*gate.judge(v.values()), *gate.judge(sizes, files=True)))
+    options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
+    report = Report(
+        kind="validate",
+        command=_command(reference, candidate, settings, options),
+        models=(str(reference), str(candidate)),
+        validation=v,
+        verdicts=[*gate.judge(v.values()), *gate.judge(sizes, files=True)],
+        size=Size(first.nbytes, second.nbytes, stored_parts(second.graph), stored_parts(first.graph)),
+        evaluation=DataUsed(data.name, v.samples),
+        warnings=list(v.notes),
+    )
+    return Compared(report, v)
+
+
+def _command(reference: Path, candidate: Path, s: Settings, options: Mapping[str, Sequence[str]]) -> str:
+    """What does the comparison again."""
+    words = ["onnxcomp", "validate", str(reference), str(candidate), "--eval", str(s.evaluation)]
+    words += [w for option, values in options.items() for value in values for w in (option, value)]
+    words += settings_words(s)
+    return shlex.join(words)

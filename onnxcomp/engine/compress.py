@@ -57,6 +57,7 @@ def compress(
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
+    html: bool = True,
     graph: str | None = None,
     seed: int = 0,
     allow_code: bool = False,
@@ -73,7 +74,7 @@ def compress(
         evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, text_column=text_column,
         label_column=label_column, gates=gates, on_fail=on_fail,
         shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, budget=budget, threads=threads,
-        exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, seed=seed,
+        exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph, seed=seed,
         allow_code=allow_code, watch=watch,
     ).values()  # fmt: skip
     return result
@@ -107,6 +108,7 @@ def compress_each(
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
+    html: bool = True,
     graph: str | None = None,
     seed: int = 0,
     allow_code: bool = False,
@@ -118,7 +120,7 @@ def compress_each(
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
     `budget` is the time for measuring in seconds (by default as long as the passes take), `threads` how many what is
     timed uses (0: the runtime's choice); `choices` is a file that `tune` wrote; `exact_rows` sets that option of the
-    passes that have it; `memory` is in bytes.
+    passes that have it; `memory` is in bytes; `html` writes report.html beside report.json.
     """
     path, place = path_of("model", model), path_of("out", out)
     graphs = chosen_graphs(path or Path(), graph)
@@ -146,6 +148,7 @@ def compress_each(
         choices=path_of("choices", choices),
         allow_code=allow_code,
         seed=seed,
+        html=html,
     )
     _needs_data(chosen, settings.calibration, plan)
     jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}
@@ -169,13 +172,15 @@ def optimize(
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
+    html: bool = True,
     graph: str | None = None,
     watch: Watch | None = None,
 ) -> Result:
     """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
     return compress(
         model, out, preset="optimize", target=target, shapes=shapes, opset=opset, measure=measure, budget=budget,
-        threads=threads, exact_rows=exact_rows, choices=choices, cache=cache, report=report, graph=graph, watch=watch,
+        threads=threads, exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph,
+        watch=watch,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from onnxcomp.engine.ladder import climb
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.order import advice
 from onnxcomp.engine.recipe import Recipe
+from onnxcomp.engine.repeat import command_of
 from onnxcomp.engine.settings import Settings
 from onnxcomp.engine.walk import Shared
 from onnxcomp.errors import GateFailed
@@ -144,6 +145,7 @@ class Job:
         return result
 
     def _describe(self, report: Report, source: Stored) -> None:
+        report.command, report.models = command_of(self), (str(self.model),)
         report.origin = Origin(
             source=str(self.model),
             source_hash=source.fingerprint,

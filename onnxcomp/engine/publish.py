@@ -14,14 +14,14 @@ from onnxcomp.engine.evidence import Evidence
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.ladder import climb
-from onnxcomp.engine.report_file import check_report_file, report_file
+from onnxcomp.engine.report_file import check_report_file, report_file, write_report
 from onnxcomp.engine.smoke import smoke
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
 from onnxcomp.pipeline import Companions, Stage
-from onnxcomp.reports.json_report import write
 from onnxcomp.reports.outcome import Report, Result, Size
+from onnxcomp.reports.page.files import page_file
 from onnxcomp.runtime import sessions
 from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.runtime.placement import Placement, placement
@@ -42,13 +42,15 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
     source = next(iter(jobs.values())).model.parent
     whole = file_name is None and not (folder.exists() and folder.samefile(source))
     names = {name: _file_name(job, folder, file_name) for name, job in jobs.items()}
-    check_report_file(report)
+    html = next(iter(jobs.values())).settings.html
+    check_report_file(report, html=html)
+    stale = () if html else [page_file(Path(_report_name(name))).name for name in names.values()]
     evidence = Evidence(folder, names, source if whole else None)
     results, made = dict[str, Result](), dict[str, Job]()
     try:
         with contextlib.ExitStack() as late:
-            put_report = late.enter_context(report_file(report))
-            owned = storage.companions(source) if whole else ()
+            put_report = late.enter_context(report_file(report, html=html))
+            owned = (*(storage.companions(source) if whole else ()), *stale)
             staging = late.enter_context(storage.publish(folder, owned, evidence.seal))
             for name, job in jobs.items():
                 notes = evidence.notes if file_name or whole else [BESIDE.format(job.model.name, names[name])]
@@ -64,7 +66,7 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
             result.path = folder / names[name]
     except GateFailed as e:
         if report is not None and isinstance(e.report, Report):
-            write(e.report, report)
+            write_report(e.report, report, html=html)
         raise
     return results
 
@@ -116,9 +118,13 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None, notes: Seque
             raise
 
     done, result = climb(job, source, attempt, watch)
-    stem = Path(name).stem
-    write(result.report, staging / ("report.json" if stem == "model" else f"{stem}.report.json"))
+    write_report(result.report, staging / _report_name(name), html=job.settings.html)
     return done, result
+
+
+def _report_name(name: str) -> str:
+    stem = Path(name).stem
+    return "report.json" if stem == "model" else f"{stem}.report.json"
 
 
 def _stage_one(job: Job, source: Stored, staging: Path, name: str, watch: Watch | None, notes: Sequence[str]) -> Result:
@@ -153,7 +159,7 @@ def _judge_again(job: Job, r: Report) -> None:
 def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Watch | None) -> None:
     """What can only be judged on the written file: it runs at two shapes, keeps integer products, size, speed."""
     r, target = result.report, job.settings.target
-    r.size = Size(source.nbytes, written.nbytes, stored_parts(written.graph))
+    r.size = Size(source.nbytes, written.nbytes, stored_parts(written.graph), stored_parts(source.graph))
     if r.size.ratio > LARGER:
         r.warnings.append(f"the result is larger than its source: {r.size.original:,} > {r.size.result:,} bytes")
     values = {"size": r.size.ratio}
@@ -168,14 +174,15 @@ def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Wat
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
     r.verdicts += gate.judge(values, files=True)
     refused = [str(v) for v in r.verdicts if not v.passed]
+    r.refused = []
     if r.integer is not None and not r.integer.ok:
         lowered = any(p.stage is Stage.LOWER for p in job.recipe.passes)
         stage = Stage.LOWER.name.lower()
         hint = "" if lowered else f"; a pass of stage '{stage}' at the end writes products that read codes"
-        refused.append(f"integer check: {r.integer.detail}{hint}")
+        r.refused.append(f"integer check: {r.integer.detail}{hint}")
     if target.quantized.saturates and target.provider == CPU.provider:
-        refused += _saturating(source, written, r)
-    if refused:
+        r.refused += _saturating(source, written, r)
+    if refused := [*refused, *r.refused]:
         raise GateFailed("the result was refused: " + "; ".join(refused), r)
 
 

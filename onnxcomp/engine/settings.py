@@ -28,7 +28,8 @@ class Settings:
     `samples`, `sequence` (tokens per sample) and `memory` (bytes) are upper limits; without `measure` nothing is timed;
     `budget` (seconds) is how long measuring may take, choosing forms half of it at most (by default the benchmark takes
     as long as the passes); `threads` are those of what is timed, 0 leaves them to the runtime; `choices` is a file that
-    `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run.
+    `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run; `html` writes the report as a
+    page as well.
     """
 
     target: Target = CPU
@@ -48,6 +49,7 @@ class Settings:
     choices: Path | None = None
     allow_code: bool = False
     seed: int = 0
+    html: bool = True
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)

@@ -11,22 +11,15 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ConfigDict, TypeAdapter, with_config
-from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+from pydantic import TypeAdapter
 
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files.atomic import replacing
 from onnxcomp.machine import machine
+from onnxcomp.reports.figures import figures
+from onnxcomp.reports.measured_parts import BenchmarkPart
 from onnxcomp.reports.outcome import Origin
-from onnxcomp.reports.schema import (
-    ChoicePart,
-    Interval,
-    LoweringPart,
-    PlacementPart,
-    RemedyPart,
-    RungPart,
-    ValidationPart,
-)
+from onnxcomp.reports.schema import LoweringPart, RecipePart, RemedyPart, ReportPart, StepPart
 from onnxcomp.version import REPORT_SCHEMA, __version__
 
 if TYPE_CHECKING:
@@ -53,154 +46,6 @@ PACKAGES = ("onnxcomp", "onnx", "onnx-ir", "onnxscript", "numpy", "onnxruntime",
 # ---- the schema ------------------------------------------------------------------------------------------------------
 
 
-class DataPart(TypedDict):
-    """A dataset: its source and how many samples were used."""
-
-    name: str
-    samples: int
-
-
-class DeclinedPart(TypedDict):
-    """A site left as it was, with the reason."""
-
-    site: str
-    why: str
-
-
-class NotedPart(TypedDict):
-    """What became of a site, in words, and what was measured there, by name."""
-
-    site: str
-    what: str
-    values: dict[str, float]
-
-
-class StepPart(TypedDict):
-    """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass.
-
-    `choosing` is the part of `seconds` that choosing among forms took.
-    """
-
-    name: str
-    spec: str
-    fidelity: str
-    eligible: int
-    changed: int
-    edits: int
-    declined: list[DeclinedPart]
-    nodes: tuple[int, int]
-    nbytes: tuple[int, int]
-    seconds: float
-    choosing: float
-    peak_mib: float
-    drift: dict[str, Any] | None
-    rolled_back: str
-    cached: bool
-    choices: list[ChoicePart]
-    noted: list[NotedPart]
-
-
-class VerdictPart(TypedDict):
-    """A gate with what was measured; null when nothing could be."""
-
-    gate: str
-    value: float | None
-    passed: bool
-
-
-class RatioPart(Interval):
-    """How many times faster than the original: above 1 is faster."""
-
-    model: str
-    shape: str
-
-
-class BenchmarkPart(TypedDict):
-    """Original against result, interleaved on this machine; `slower`: models slower than it with 95 % confidence."""
-
-    machine: dict[str, Any]
-    rows: list[dict[str, Any]]
-    ratios: list[RatioPart]
-    slower: list[str]
-    warnings: list[str]
-
-
-class IntegerPart(TypedDict):
-    """The check without a clock: integer products of the runtime-optimized graph, weights dequantized on every run."""
-
-    quantized_linears: int
-    integer_products: int
-    dequantized_weights: int
-    ok: bool
-    detail: str
-
-
-class SourcePart(TypedDict):
-    """The model that was compressed; `sha256` over its files, external data included."""
-
-    path: str
-    sha256: str
-
-
-class RecipePart(TypedDict):
-    """What was done, as a recipe file's text; `sha256` over what changes the result."""
-
-    name: str
-    text: str
-    sha256: str
-    advice: str
-
-
-class ConstantsPart(TypedDict):
-    """Bytes of the constants of one part, such as embeddings, in one element type."""
-
-    part: str
-    dtype: str
-    nbytes: int
-
-
-class SizePart(TypedDict):
-    """Bytes on disk, external data included; `parts` are those of the result's constants, the largest first."""
-
-    original: int
-    result: int
-    parts: list[ConstantsPart]
-
-
-class DataParts(TypedDict):
-    """The data used; null where none was."""
-
-    calibration: DataPart | None
-    evaluation: DataPart | None
-
-
-@with_config(ConfigDict(extra="forbid"))
-class ReportPart(TypedDict):
-    """report.json of onnxcomp; a number that is infinite or undefined is null."""
-
-    schema_version: int
-    summary: str
-    job: str
-    source: SourcePart
-    recipe: RecipePart
-    target: str
-    seed: int
-    data: DataParts
-    size: SizePart | None
-    steps: list[StepPart]
-    verdicts: list[VerdictPart]
-    rungs: list[RungPart]
-    remedy: RemedyPart | None
-    validation: ValidationPart | None
-    benchmark: BenchmarkPart | None
-    lowering: LoweringPart | None
-    placement: PlacementPart | None
-    integer_check: IntegerPart | None
-    warnings: list[str]
-    machine: dict[str, Any]
-    versions: dict[str, str]
-
-
 def schema() -> dict[str, Any]:
     """JSON schema of report.json."""
     whole = TypeAdapter(ReportPart).json_schema(mode="serialization")
@@ -217,7 +62,12 @@ def to_json(report: Report) -> ReportPart:
     validation, benchmark = report.validation, report.benchmark
     whole: ReportPart = {
         "schema_version": REPORT_SCHEMA,
+        "kind": report.kind,
         "summary": headline(report),
+        "command": report.command,
+        "models": list(report.models),
+        "refused": [*(str(v) for v in report.verdicts if not v.passed), *report.refused],
+        "figures": figures(report),
         "job": origin.job_hash,
         "source": {"path": origin.source, "sha256": origin.source_hash},
         "recipe": _recipe(origin),
@@ -230,12 +80,12 @@ def to_json(report: Report) -> ReportPart:
         "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),
         "validation": None if validation is None else finite(validation.json()),
-        "benchmark": None if benchmark is None else _benchmark(benchmark),
+        "benchmark": None if benchmark is None else _benchmark(benchmark, report.kind),
         "lowering": None if report.lowering is None else _lowering(report.lowering),
         "placement": _plain(report.placement),
         "integer_check": _plain(report.integer),
         "warnings": list(report.warnings),
-        "machine": machine(),
+        "machine": machine(),  # type: ignore[typeddict-item]
         "versions": versions(),
     }
     plain: ReportPart = finite(whole)
@@ -282,9 +132,9 @@ def finite(x: Any) -> Any:
     return x if x is None or isinstance(x, (str, int)) else str(x)
 
 
-def _benchmark(b: BenchReport) -> BenchmarkPart:
-    """The benchmark with its models called by their roles, since the result is timed before it has its final path."""
-    called = dict(zip(b.models, ("original", "result"), strict=False))
+def _benchmark(b: BenchReport, kind: str) -> BenchmarkPart:
+    """The benchmark, models of a job called by their roles, since its result is timed before it has its final path."""
+    called = {} if kind == "bench" else dict(zip(b.models, ("original", "result"), strict=False))
     plain = finite(b.json())
     for row in (*plain["rows"], *plain["ratios"]):
         row["model"] = called.get(row["model"], row["model"])

@@ -92,11 +92,12 @@ class Origin:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes on disk, external data included; `parts` are those of the result's constants."""
+    """Bytes on disk, external data included; `parts` are those of the result's constants, `before` the original's."""
 
     original: int
     result: int
     parts: tuple[StoredPart, ...] = ()
+    before: tuple[StoredPart, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -161,7 +162,11 @@ class Plan:
 
 @dataclass
 class Report:
-    """All that was done, declined and measured; `json_report` writes it as versioned JSON, `tables` for people."""
+    """All that was done, declined and measured; `json_report` writes it as versioned JSON, `tables` for people.
+
+    `kind` is compress, validate or bench, `command` what does it again, `models` are those compared, the original
+    first; `refused` is what checks other than gates refused.
+    """
 
     steps: list[Step] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
@@ -178,6 +183,10 @@ class Report:
     plan: Plan | None = None
     remedy: Remedy | None = None
     rungs: list[Rung] = field(default_factory=list)
+    kind: str = "compress"
+    command: str = ""
+    models: tuple[str, ...] = ()
+    refused: list[str] = field(default_factory=list)
 
     @property
     def metadata(self) -> dict[str, str]:

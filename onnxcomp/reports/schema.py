@@ -1,21 +1,32 @@
-"""Parts of report.json's schema: how sites were lowered, where their operators ran, and how far outputs moved."""
+"""report.json as types, which pydantic turns into a JSON schema and checks files against."""
 
 from __future__ import annotations
 
+from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+
+from onnxcomp.reports.measured_parts import BenchmarkPart, FigurePart, MachinePart, ShapeRatio, ValidationPart
 
 __all__ = [
     "CandidatePart",
     "ChoicePart",
-    "Interval",
+    "ConstantsPart",
+    "DataPart",
+    "DataParts",
+    "DeclinedPart",
+    "IntegerPart",
     "LoweringPart",
-    "MetricPart",
-    "OutputPart",
+    "NotedPart",
     "PlacementPart",
+    "RecipePart",
     "RemedyPart",
+    "ReportPart",
     "RungPart",
-    "ShapeRatio",
-    "ValidationPart",
+    "SharePart",
+    "SizePart",
+    "SourcePart",
+    "StepPart",
+    "VerdictPart",
 ]
 
 
@@ -50,14 +61,6 @@ class RungPart(TypedDict):
     refused: str
 
 
-class Interval(TypedDict):
-    """A value and the 95 % interval around it; null where it is not a finite number."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
 class CandidatePart(TypedDict):
     """A form of a site: ms at each shape, how many times faster than the default with its interval, a remark."""
 
@@ -83,12 +86,6 @@ class ChoicePart(TypedDict):
     candidates: list[CandidatePart]
 
 
-class ShapeRatio(Interval):
-    """How many times faster than the unlowered model at one shape."""
-
-    shape: str
-
-
 class LoweringPart(TypedDict):
     """Whether the lowered or the unlowered model was kept, and why."""
 
@@ -107,50 +104,145 @@ class PlacementPart(TypedDict):
     detail: str
 
 
-class MetricPart(TypedDict):
-    """A task metric of both models; `change` has a 95 % bootstrap interval from `low` to `high`."""
+class DataPart(TypedDict):
+    """A dataset: its source and how many samples were used."""
 
     name: str
-    reference: float | None
-    candidate: float | None
-    change: float | None
-    low: float | None
-    high: float | None
+    samples: int
 
 
-class OutputPart(TypedDict):
-    """An output against the original's; null where undefined. Integers have `exact_match` alone, floats all others."""
+class DeclinedPart(TypedDict):
+    """A site left as it was, with the reason."""
 
-    equal: bool
-    max_abs: float | None
-    rel_l2: float | None
-    sqnr: float | None
-    cosine: float | None
-    agreement: float | None
-    kl: float | None
-    pooled_sqnr: float | None
-    pooled_cosine: float | None
-    exact_match: float | None
-    finite: bool
-    rows: int
-    undefined: int
+    site: str
+    why: str
 
 
-class ValidationPart(TypedDict):
-    """Result against original on held-out data: `outputs` has each output, `values` by gate name the worst of them.
+class NotedPart(TypedDict):
+    """What became of a site, in words, and what was measured there, by name."""
 
-    Task metrics read the output that is `scored`; outputs that are maps are `uncompared`.
+    site: str
+    what: str
+    values: dict[str, float]
+
+
+class StepPart(TypedDict):
+    """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass.
+
+    `choosing` is the part of `seconds` that choosing among forms took.
     """
 
-    samples: int
-    data: str
-    random: bool
-    notes: list[str]
-    finite: bool
-    equal: bool
-    worst: str
-    scored: str
-    uncompared: list[str]
-    values: dict[str, float | None]
-    outputs: dict[str, OutputPart]
-    metrics: dict[str, MetricPart]
+    name: str
+    spec: str
+    fidelity: str
+    eligible: int
+    changed: int
+    edits: int
+    declined: list[DeclinedPart]
+    nodes: tuple[int, int]
+    nbytes: tuple[int, int]
+    seconds: float
+    choosing: float
+    peak_mib: float
+    drift: ValidationPart | None
+    rolled_back: str
+    cached: bool
+    choices: list[ChoicePart]
+    noted: list[NotedPart]
+
+
+class VerdictPart(TypedDict):
+    """A gate with what was measured; null when nothing could be."""
+
+    gate: str
+    value: float | None
+    passed: bool
+
+
+class IntegerPart(TypedDict):
+    """The check without a clock: integer products of the runtime-optimized graph, weights dequantized on every run."""
+
+    quantized_linears: int
+    integer_products: int
+    dequantized_weights: int
+    ok: bool
+    detail: str
+
+
+class SourcePart(TypedDict):
+    """The model that was compressed; `sha256` over its files, external data included."""
+
+    path: str
+    sha256: str
+
+
+class RecipePart(TypedDict):
+    """What was done, as a recipe file's text; `sha256` over what changes the result."""
+
+    name: str
+    text: str
+    sha256: str
+    advice: str
+
+
+class ConstantsPart(TypedDict):
+    """Bytes of the constants of one part, such as embeddings, in one element type."""
+
+    part: str
+    dtype: str
+    nbytes: int
+
+
+class SizePart(TypedDict):
+    """Bytes on disk, external data included; `parts` are those of the result's constants, the largest first.
+
+    `before` are the same of the original.
+    """
+
+    original: int
+    result: int
+    parts: list[ConstantsPart]
+    before: list[ConstantsPart]
+
+
+class DataParts(TypedDict):
+    """The data used; null where none was."""
+
+    calibration: DataPart | None
+    evaluation: DataPart | None
+
+
+@with_config(ConfigDict(extra="forbid"))
+class ReportPart(TypedDict):
+    """report.json of onnxcomp; a number that is infinite or undefined is null.
+
+    `kind` is compress, validate or bench; `command` does it again; `models` are those compared, the original first.
+    `refused` says what refused the result, gates and checks; empty where nothing did.
+    """
+
+    schema_version: int
+    kind: str
+    summary: str
+    command: str
+    models: list[str]
+    refused: list[str]
+    figures: list[FigurePart]
+    job: str
+    source: SourcePart
+    recipe: RecipePart
+    target: str
+    seed: int
+    data: DataParts
+    size: SizePart | None
+    steps: list[StepPart]
+    verdicts: list[VerdictPart]
+    rungs: list[RungPart]
+    remedy: RemedyPart | None
+    validation: ValidationPart | None
+    benchmark: BenchmarkPart | None
+    lowering: LoweringPart | None
+    placement: PlacementPart | None
+    integer_check: IntegerPart | None
+    warnings: list[str]
+    machine: MachinePart
+    versions: dict[str, str]

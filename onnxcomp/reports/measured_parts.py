@@ -1,0 +1,167 @@
+"""Parts of report.json that are measurements: how far outputs moved, times, the machine, what a decision is made by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+
+__all__ = [
+    "BenchmarkPart",
+    "FigurePart",
+    "Interval",
+    "MachinePart",
+    "MetricPart",
+    "NoisePart",
+    "OutputPart",
+    "RatioPart",
+    "RowPart",
+    "ShapeRatio",
+    "ValidationPart",
+]
+
+
+class Interval(TypedDict):
+    """A value and the 95 % interval around it; null where it is not a finite number."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class RatioPart(Interval):
+    """How many times faster than the original: above 1 is faster."""
+
+    model: str
+    shape: str
+
+
+class ShapeRatio(Interval):
+    """How many times faster than the unlowered model at one shape."""
+
+    shape: str
+
+
+class RowPart(TypedDict):
+    """Times of a model at a shape in ms, over runs that were used; `dropped` runs were disturbed by other processes.
+
+    `throughput` is in samples per second; `peak_mib` is of the whole process, `base_mib` before the model was loaded.
+    """
+
+    model: str
+    shape: str
+    median_ms: float
+    p90: float
+    p99: float
+    min: float
+    samples: int
+    dropped: int
+    throughput: float
+    tokens: float | None
+    peak_mib: float
+    load_s: float
+    size_mib: float
+    provider: str
+    threads: int
+    base_mib: float
+
+
+class NoisePart(TypedDict):
+    """How noisy the machine was at a shape: rounds measured, those no other process disturbed, whether it was busy."""
+
+    shape: str
+    rounds: int
+    undisturbed: int
+    busy: bool
+
+
+class BenchmarkPart(TypedDict):
+    """Original against result, interleaved on this machine; `slower`: models slower than it with 95 % confidence."""
+
+    machine: dict[str, Any]
+    rows: list[RowPart]
+    ratios: list[RatioPart]
+    slower: list[str]
+    noise: list[NoisePart]
+    warnings: list[str]
+
+
+class MetricPart(TypedDict):
+    """A task metric of both models; `change` has a 95 % bootstrap interval from `low` to `high`."""
+
+    name: str
+    reference: float | None
+    candidate: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+
+
+class OutputPart(TypedDict):
+    """An output against the original's; null where undefined. Integers have `exact_match` alone, floats all others."""
+
+    equal: bool
+    max_abs: float | None
+    rel_l2: float | None
+    sqnr: float | None
+    cosine: float | None
+    agreement: float | None
+    kl: float | None
+    pooled_sqnr: float | None
+    pooled_cosine: float | None
+    exact_match: float | None
+    finite: bool
+    rows: int
+    undefined: int
+
+
+class ValidationPart(TypedDict):
+    """Result against original on held-out data: `outputs` has each output, `values` by gate name the worst of them.
+
+    Task metrics read the output that is `scored`; outputs that are maps are `uncompared`.
+    """
+
+    samples: int
+    data: str
+    random: bool
+    notes: list[str]
+    finite: bool
+    equal: bool
+    worst: str
+    scored: str
+    uncompared: list[str]
+    values: dict[str, float | None]
+    outputs: dict[str, OutputPart]
+    metrics: dict[str, MetricPart]
+
+
+class FigurePart(TypedDict):
+    """What a decision is made by: a quantity before and after, its change with the 95 % interval, and its gates.
+
+    `at` is the shape or output it holds for. `change` is after over before for size and memory, times faster for
+    latency, relative for perplexity, else after minus before; null where nothing was measured before. `passed` is null
+    where no gate is about it.
+    """
+
+    name: str
+    at: str
+    unit: str
+    before: float | None
+    after: float | None
+    change: float | None
+    low: float | None
+    high: float | None
+    gates: list[str]
+    passed: bool | None
+
+
+class MachinePart(TypedDict):
+    """What the figures hold for; `kind` says in words what its instruction sets mean for int8."""
+
+    cpu: str
+    kind: str
+    cores: int
+    features: list[str]
+    os: str
+    python: str
+    onnxcomp: str

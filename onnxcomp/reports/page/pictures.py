@@ -1,0 +1,143 @@
+"""The pictures of a page: what each shows, and the same figures as a table; none of what was not measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcomp.reports.page import plots
+from onnxcomp.reports.page.numbers import Figure, at, pointer
+from onnxcomp.reports.page.plots import Bar, Series
+
+__all__ = ["Picture", "pictures"]
+
+MOST = 16  # bars of a picture; the table below it has the others
+LEAST = 0.005  # of a model's bytes: smaller parts are in the table alone
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A plot with its title, what it says, and its figures: each row a name and figures of the report."""
+
+    name: str
+    title: str
+    says: str
+    svg: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str | Figure]]
+
+
+def pictures(report: Mapping[str, Any]) -> list[Picture]:
+    """All that there are figures for, in the order of the page."""
+    made = (_sizes(report), _latency(report), _steps(report), _outputs(report), _shares(report))
+    return [x for x in made if x is not None]
+
+
+def _bar(report: Mapping[str, Any], *keys: str | int) -> Bar:
+    where = pointer(*keys)
+    return Bar(at(report, where), where)
+
+
+def _sizes(report: Mapping[str, Any]) -> Picture | None:
+    """Bytes by part and element type, before and after."""
+    size = report["size"]
+    if size is None or not size["parts"] or not size["before"]:
+        return None
+    places: dict[tuple[str, str], dict[str, int]] = {}
+    for side in ("before", "parts"):
+        for i, x in enumerate(size[side]):
+            places.setdefault((x["part"], x["dtype"]), {})[side] = i
+    total = max(size["original"], size["result"], 1)
+    series, rows = [], []
+    for (part, dtype), found in places.items():
+        bars = [
+            _bar(report, "size", side, found[side], "nbytes") if side in found else Bar(0, "")
+            for side in ("before", "parts")
+        ]
+        if max(b.value or 0 for b in bars) >= LEAST * total:
+            series.append(Series(f"{part} {dtype}", bars))
+        rows.append([f"{part}, {dtype}", *(Figure(b.where, "bytes") if b.where else "-" for b in bars)])
+    title = "Size by part"
+    svg = plots.stacks(("original", "result"), series, "bytes", title)
+    says = "What the bytes of the constants are: by the part that reads them and by their element type."
+    return Picture("size", title, says, svg, ("part", "original", "result"), rows)
+
+
+def _latency(report: Mapping[str, Any]) -> Picture | None:
+    """Median times by shape, with the fastest run and the 90th percentile."""
+    if (bench := report["benchmark"]) is None or not bench["rows"]:
+        return None
+    shapes = list(dict.fromkeys(r["shape"] for r in bench["rows"]))
+    series = []
+    for model in dict.fromkeys(r["model"] for r in bench["rows"]):
+        places = [i for i, r in enumerate(bench["rows"]) if r["model"] == model]
+        bars = [
+            Bar(r["median_ms"], pointer("benchmark", "rows", i, "median_ms"), r["min"], r["p90"])
+            for i, r in ((i, bench["rows"][i]) for i in places)
+        ]
+        series.append(Series(model, bars))
+    rows: list[list[str | Figure]] = [
+        [
+            f"{r['model']}, {r['shape']}",
+            *(Figure(pointer("benchmark", "rows", i, k), "ms") for k in ("min", "median_ms", "p90", "p99")),
+            Figure(pointer("benchmark", "rows", i, "samples"), "count"),
+        ]
+        for i, r in enumerate(bench["rows"])
+    ]
+    title = "Latency by shape"
+    svg = plots.columns(shapes, series, "ms", title)
+    says = "Median time of a run; the line is from the fastest run to the 90th percentile. Lower is better."
+    return Picture("latency", title, says, svg, ("model", "fastest", "median", "90 %", "99 %", "runs"), rows)
+
+
+def _steps(report: Mapping[str, Any]) -> Picture | None:
+    """Signal to noise of the outputs after each pass: where the error enters, step by step."""
+    found = [
+        (i, s)
+        for i, s in enumerate(report["steps"])
+        if s["drift"] is not None and s["drift"]["values"].get("sqnr") is not None
+    ]
+    if len(found) < 2 or all(s["fidelity"] == "exact" for _, s in found):
+        return None
+    where = [("steps", i, "drift", "values", "sqnr") for i, _ in found]
+    names = [f"{i + 1}. {s['name']}" for i, s in found]
+    title = "Where the error enters, step by step"
+    svg = plots.rows(names, Series("SQNR", [_bar(report, *w) for w in where]), "dB", title)
+    says = "Signal to noise of the worst output after each pass, against the original. 6 dB more halve the error."
+    rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "dB")] for n, w in zip(names, where, strict=True)]
+    return Picture("steps-error", title, says, svg, ("after", "SQNR"), rows)
+
+
+def _outputs(report: Mapping[str, Any]) -> Picture | None:
+    """Each output against the original's, the worst first; a single output is in the table of figures."""
+    v = report["validation"]
+    if v is None or len(v["outputs"]) < 2:
+        return None
+    ranked = sorted(
+        (n for n, d in v["outputs"].items() if d["sqnr"] is not None), key=lambda n: v["outputs"][n]["sqnr"]
+    )
+    if not ranked:
+        return None
+    title = "Where the error leaves, output by output"
+    bars = [_bar(report, "validation", "outputs", n, "sqnr") for n in ranked]
+    svg = plots.rows(ranked[:MOST], Series("SQNR", bars[:MOST]), "dB", title)
+    kinds = (("sqnr", "dB"), ("cosine", "number"), ("max_abs", "number"), ("agreement", "percent"), ("kl", "nats"))
+    rows: list[list[str | Figure]] = [
+        [n, *(Figure(pointer("validation", "outputs", n, k), kind) for k, kind in kinds)] for n in ranked
+    ]
+    says = "Signal to noise of each output against the original's, the worst first. Longer is better."
+    return Picture("outputs", title, says, svg, ("output", "SQNR", "cosine", "max abs", "top-1 equal", "KL"), rows)
+
+
+def _shares(report: Mapping[str, Any]) -> Picture | None:
+    """Sites that a refused pass loses most by."""
+    if (r := report["remedy"]) is None or not r["shares"]:
+        return None
+    names = [s["site"] for s in r["shares"]]
+    where = [("remedy", "shares", i, "share") for i in range(len(names))]
+    title = f"Sites that {r['name']} loses most by"
+    svg = plots.rows(names[:MOST], Series("share", [_bar(report, *w) for w in where[:MOST]]), "percent", title)
+    says = "Share of the error of all measured sites, each changed alone."
+    rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "percent")] for n, w in zip(names, where, strict=True)]
+    return Picture("shares", title, says, svg, ("site", "share"), rows)

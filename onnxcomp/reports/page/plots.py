@@ -1,0 +1,143 @@
+"""Plots as SVG: bars of figures of a report, in colours of the page, with text as text and no script."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from onnxcomp.reports.page.numbers import shown
+
+__all__ = ["Bar", "Series", "available", "columns", "rows", "stacks"]
+
+WIDTH = 460  # units of the drawing; a unit is a pixel where the page has one column
+ROW = 24  # height of a horizontal bar with its gap
+LONGEST = 34  # characters of a label; what is longer is cut in the middle, the table beside it has the whole name
+ROOM = 1.3  # of the longest bar: behind it stands its value
+_FEW = {"x_labels_major_count": 4, "show_minor_x_labels": False}  # of horizontal bars x is the axis of values
+# The characters that XML cannot hold, written or escaped.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A figure of the report: its value, where report.json has it, and a spread around it."""
+
+    value: float | None
+    where: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Series:
+    """Bars of one colour, one for each label."""
+
+    name: str
+    bars: Sequence[Bar]
+
+
+def available() -> bool:
+    """Whether the library that draws is installed."""
+    return importlib.util.find_spec("pygal") is not None
+
+
+def rows(labels: Sequence[str], series: Series, kind: str, title: str) -> str:
+    """Horizontal bars, the first at the top."""
+    top = max((b.value for b in series.bars if b.value is not None), default=0.0)
+    low = min((b.value for b in series.bars if b.value is not None), default=0.0)
+    options: dict[str, Any] = {"show_legend": False, "range": (min(0.0, low), top * ROOM), **_FEW}
+    chart = _chart("HorizontalBar", [_short(x) for x in reversed(labels)], kind, 40 + ROW * len(labels), **options)
+    root = _tree(chart, [Series(series.name, series.bars[::-1])], title)
+    for node in root.iter("text"):
+        if node.get("class") == "value":  # behind the end of its bar, not across it
+            node.set("text-anchor", "start")
+    return _text(root)
+
+
+def stacks(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
+    """Horizontal bars of parts, one bar for each label, the first at the top."""
+    height = 90 + 36 * len(labels) + 18 * -(-len(series) // 2)
+    chart = _chart("HorizontalStackedBar", labels[::-1], kind, height, print_values=False, **_FEW)
+    return _text(_tree(chart, [Series(s.name, s.bars[::-1]) for s in series], title))
+
+
+def columns(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
+    """Vertical bars in groups, with their spread."""
+    top = max((x for s in series for b in s.bars for x in (b.value, b.high) if x is not None), default=1.0)
+    options: dict[str, Any] = {"show_legend": len(series) > 1, "range": (0, top * 1.1)}
+    options |= {"y_labels_major_count": 4, "show_minor_y_labels": False}
+    return _text(_tree(_chart("Bar", [_short(x) for x in labels], kind, 280, **options), series, title))
+
+
+def _chart(name: str, labels: Sequence[str], kind: str, height: int, **options: Any) -> Any:
+    import pygal
+
+    shared = {
+        "width": WIDTH, "height": height, "x_labels": [_clean(x) for x in labels], "js": (), "css": (),
+        "no_prefix": True, "print_values": True, "print_values_position": "top", "truncate_label": -1,
+        "truncate_legend": -1, "legend_at_bottom": True, "legend_at_bottom_columns": 2, "legend_box_size": 10,
+        "margin": 4, "spacing": 8,
+        "value_formatter": lambda x: shown(x, kind), "style": _style(), "no_data_text": "",
+    }  # fmt: skip
+    return getattr(pygal, name)(**{**shared, **options})
+
+
+def _style() -> Any:
+    """Sizes that the library lays text out by; colours are those of the page."""
+    from pygal.style import Style
+
+    sizes = dict.fromkeys(("label_font_size", "major_label_font_size", "value_font_size", "legend_font_size"), 11)
+    return Style(font_family="sans-serif", **sizes)
+
+
+def _tree(chart: Any, series: Sequence[Series], title: str) -> Any:
+    """The drawing as a tree of elements, without the library's own style, script and comments."""
+    for s in series:
+        chart.add(_clean(s.name), [_point(b) for b in s.bars])
+    root = chart.render_tree()
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if not isinstance(child.tag, str) or child.tag in ("defs", "title") or _hidden(child):
+                parent.remove(child)
+    root.attrib.pop("id", None)
+    root.set("role", "img")
+    root.set("aria-label", _clean(title))
+    for node in root.iter("desc"):
+        if node.get("class") == "value":  # browsers show a title where the pointer rests
+            node.tag = "title"
+    for parent in list(root.iter()):
+        for child in [x for x in parent if x.tag == "desc"]:
+            parent.remove(child)
+    return root
+
+
+def _text(root: Any) -> str:
+    from pygal.etree import etree
+
+    return str(etree.tostring(root, encoding="unicode"))
+
+
+def _hidden(node: Any) -> bool:
+    """Parts that only the library's script would use."""
+    return node.get("class", "") in ("tooltip", "tooltip-overlay", "plot tooltip-overlay")
+
+
+def _point(b: Bar) -> dict[str, Any] | None:
+    if b.value is None:
+        return None
+    point: dict[str, Any] = {"value": b.value, "node": {"data-at": b.where}}
+    if b.low is not None and b.high is not None:
+        point["ci"] = {"low": b.low, "high": b.high}
+    return point
+
+
+def _clean(text: str) -> str:
+    return _FORBIDDEN.sub("\ufffd", text)
+
+
+def _short(text: str) -> str:
+    half = (LONGEST - 1) // 2
+    return text if len(text) <= LONGEST else f"{text[:half]}…{text[-half:]}"
