@@ -22,10 +22,11 @@ from tests import tiny
 PRESENTATION = {"json", "quiet", "verbose", "watch", "progress", "junit", "summary"}
 # Options that may be given several times have a singular name there; a negation is a flag.
 PLURAL = {"gate": "gates", "shape": "shapes", "pass": "passes", "metric": "metrics"}
-NEGATED = {"no-measure": "measure"}
+NEGATED = {"no-measure": "measure", "no-html": "html"}
 # What only one of the two offers: the command line judges and picks a graph of a folder, callers of Python do it by
-# `Gate(...).judge(...)` and by path; a plan's blocks, data of its own and scratch space are for callers of Python.
-ONLY_COMMAND = {"validate": {"gates", "graph"}}
+# `Gate(...).judge(...)` and by path; it writes reports of what those calls return; a plan's blocks, data of its own and
+# scratch space are for callers of Python.
+ONLY_COMMAND = {"validate": {"gates", "graph", "report", "html"}, "bench": {"report", "html"}}
 ONLY_PYTHON = {"validate": {"scratch"}, "bench": {"data", "window"}}
 
 

@@ -104,15 +104,15 @@ def test_the_names_in_a_report_stay() -> None:
     r.steps[0].choices, r.placement = [], Placement("CPUExecutionProvider", True, {"CPUExecutionProvider": {"Gelu": 1}})
     data = valid(json_report.to_json(r))
     assert list(data) == [
-        "schema_version", "summary", "job", "source", "recipe", "target", "seed", "data", "size", "steps", "verdicts",
-        "rungs", "remedy", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
-        "versions",
+        "schema_version", "kind", "summary", "command", "models", "refused", "figures", "job", "source", "recipe",
+        "target", "seed", "data", "size", "steps", "verdicts", "rungs", "remedy", "validation", "benchmark", "lowering",
+        "placement", "integer_check", "warnings", "machine", "versions",
     ]  # fmt: skip
     assert data["source"] == {"path": "a.onnx", "sha256": "5a"}
     assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}
     assert (data["job"], data["target"], data["seed"]) == ("4b", "cpu", 3)
     assert data["data"] == {"calibration": {"name": "a.npz", "samples": 3}, "evaluation": None}
-    assert data["size"] == {"original": 4000, "result": 1000, "parts": []}
+    assert data["size"] == {"original": 4000, "result": 1000, "parts": [], "before": []}
     ratio = {"shape": "batch=1", "value": 1.5, "low": 1.4, "high": 1.6}
     assert data["lowering"] == {"kept": "lowered", "why": "faster", "ratios": [ratio]}
     assert list(data["steps"][0]) == [
@@ -125,14 +125,14 @@ def test_the_names_in_a_report_stay() -> None:
     assert list(data["integer_check"]) == [
         "quantized_linears", "integer_products", "dequantized_weights", "ok", "detail",
     ]  # fmt: skip
-    assert list(data["benchmark"]) == ["machine", "rows", "ratios", "slower", "warnings"]
+    assert list(data["benchmark"]) == ["machine", "rows", "ratios", "slower", "noise", "warnings"]
     assert list(data["validation"]) == [
         "samples", "data", "random", "notes", "finite", "equal", "worst", "scored", "uncompared", "values", "outputs",
         "metrics",
     ]  # fmt: skip
     assert r.metadata == {
         "onnxcomp.version": oc.__version__, "onnxcomp.source": "5a", "onnxcomp.recipe": "4e",
-        "onnxcomp.target": "cpu", "onnxcomp.schema": "1",
+        "onnxcomp.target": "cpu", "onnxcomp.schema": "2",
     }  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def test_what_is_not_finite_becomes_null() -> None:
     assert json_report.finite({1: (np.int64(3), -math.inf, Path("x"), None, True)}) == {"1": [3, None, "x", None, True]}
 
 
-@pytest.mark.parametrize("change", [{"extra": 1}, {"schema_version": 2}, {"steps": [{}]}, {"size": {"original": 1}}])
+@pytest.mark.parametrize("change", [{"extra": 1}, {"schema_version": 1}, {"steps": [{}]}, {"size": {"original": 1}}])
 def test_the_schema_refuses_anything_else(change: dict[str, Any]) -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     with pytest.raises(jsonschema.ValidationError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -68,8 +68,9 @@ def read(path: Path) -> ReportPart:
             "the report again, or use the onnxcomp that made it"
         )
     try:
-        return TypeAdapter(ReportPart).validate_python(raw)
+        TypeAdapter(ReportPart).validate_python(raw)
     except ValidationError as e:
         first = e.errors()[0]
         where = "/".join(map(str, first["loc"]))
         raise OnnxcompError(f"{path}: is no report of onnxcomp: {where}: {first['msg']}") from e
+    return cast(ReportPart, raw)  # as it stands: checking turns whole numbers into others of the same value

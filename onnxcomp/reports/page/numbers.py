@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from onnxcomp.machine import size_text
 
-__all__ = ["KINDS", "Figure", "at", "exact", "pointer", "shown"]
+__all__ = ["KINDS", "Figure", "at", "clean", "exact", "pointer", "shown"]
 
 NOTHING = "-"  # what stands for null
+
+
+# The characters that neither XML nor HTML can hold, written or escaped, and lone surrogates, which no file can.
+_FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def clean(text: str) -> str:
+    """A text without characters that no page can hold."""
+    return _FORBIDDEN.sub("\ufffd", text)
 
 
 @dataclass(frozen=True)
@@ -51,14 +61,14 @@ def _significant(x: float, digits: int = 3) -> str:
 
 
 KINDS: Mapping[str, Callable[[float], str]] = {
-    "bytes": size_text,
+    "bytes": lambda x: size_text(x) if x else "0 MB",
     "ms": lambda x: f"{_significant(x)} ms",
     "s": lambda x: f"{x:.1f} s",
     "mib": lambda x: size_text(x * (1 << 20)),
     "times": lambda x: f"{x:.2f}x",
     "percent": lambda x: f"{x:.2%}" if abs(x) < 0.1 else f"{x:.1%}",
     "signed": lambda x: f"{x:+.2%}",
-    "dB": lambda x: f"{x:.1f} dB",
+    "dB": lambda x: f"{x:.1f} dB" if x else "0 dB",
     "nats": lambda x: f"{_significant(x)} nats",
     "count": lambda x: f"{x:,.0f}",
     "number": lambda x: _significant(x, 4),

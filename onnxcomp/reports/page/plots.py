@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from onnxcomp.reports.page.numbers import shown
+from onnxcomp.reports.page.numbers import clean, shown
 
 __all__ = ["Bar", "Series", "available", "columns", "rows", "stacks"]
 
@@ -17,8 +17,6 @@ ROW = 24  # height of a horizontal bar with its gap
 LONGEST = 34  # characters of a label; what is longer is cut in the middle, the table beside it has the whole name
 ROOM = 1.3  # of the longest bar: behind it stands its value
 _FEW = {"x_labels_major_count": 4, "show_minor_x_labels": False}  # of horizontal bars x is the axis of values
-# The characters that XML cannot hold, written or escaped.
-_FORBIDDEN = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -68,21 +66,28 @@ def columns(labels: Sequence[str], series: Sequence[Series], kind: str, title: s
     """Vertical bars in groups, with their spread."""
     top = max((x for s in series for b in s.bars for x in (b.value, b.high) if x is not None), default=1.0)
     options: dict[str, Any] = {"show_legend": len(series) > 1, "range": (0, top * 1.1)}
-    options |= {"y_labels_major_count": 4, "show_minor_y_labels": False}
+    options |= {"y_labels_major_count": 4, "show_minor_y_labels": False, "print_values": False}
     return _text(_tree(_chart("Bar", [_short(x) for x in labels], kind, 280, **options), series, title))
 
 
 def _chart(name: str, labels: Sequence[str], kind: str, height: int, **options: Any) -> Any:
-    import pygal
-
+    pygal = _library()
     shared = {
-        "width": WIDTH, "height": height, "x_labels": [_clean(x) for x in labels], "js": (), "css": (),
+        "width": WIDTH, "height": height, "x_labels": [clean(x) for x in labels], "js": (), "css": (),
         "no_prefix": True, "print_values": True, "print_values_position": "top", "truncate_label": -1,
         "truncate_legend": -1, "legend_at_bottom": True, "legend_at_bottom_columns": 2, "legend_box_size": 10,
         "margin": 4, "spacing": 8,
         "value_formatter": lambda x: shown(x, kind), "style": _style(), "no_data_text": "",
     }  # fmt: skip
     return getattr(pygal, name)(**{**shared, **options})
+
+
+def _library() -> Any:
+    import pygal
+
+    # Its finder of plugins is of a kind that Python's import has dropped, and warns of at every import after it.
+    sys.meta_path[:] = [x for x in sys.meta_path if type(x).__module__ != "pygal"]
+    return pygal
 
 
 def _style() -> Any:
@@ -96,15 +101,16 @@ def _style() -> Any:
 def _tree(chart: Any, series: Sequence[Series], title: str) -> Any:
     """The drawing as a tree of elements, without the library's own style, script and comments."""
     for s in series:
-        chart.add(_clean(s.name), [_point(b) for b in s.bars])
+        chart.add(clean(s.name), [_point(b) for b in s.bars])
     root = chart.render_tree()
     for parent in list(root.iter()):
         for child in list(parent):
             if not isinstance(child.tag, str) or child.tag in ("defs", "title") or _hidden(child):
                 parent.remove(child)
-    root.attrib.pop("id", None)
+    for node in root.iter():
+        node.attrib.pop("id", None)
     root.set("role", "img")
-    root.set("aria-label", _clean(title))
+    root.set("aria-label", clean(title))
     for node in root.iter("desc"):
         if node.get("class") == "value":  # browsers show a title where the pointer rests
             node.tag = "title"
@@ -132,10 +138,6 @@ def _point(b: Bar) -> dict[str, Any] | None:
     if b.low is not None and b.high is not None:
         point["ci"] = {"low": b.low, "high": b.high}
     return point
-
-
-def _clean(text: str) -> str:
-    return _FORBIDDEN.sub("\ufffd", text)
 
 
 def _short(text: str) -> str:

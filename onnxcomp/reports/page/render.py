@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onnxcomp.reports.page import plots
-from onnxcomp.reports.page.numbers import Figure, at, exact, pointer, shown
+from onnxcomp.reports.page.numbers import Figure, at, clean, exact, pointer, shown
 from onnxcomp.reports.page.pictures import pictures
 
 if TYPE_CHECKING:
@@ -49,20 +49,22 @@ def page(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    return env.get_template("page.html").render(
-        r=report,
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        fig=figure,
-        is_figure=lambda x: isinstance(x, Figure),
-        pointer=pointer,
-        rows=_figure_rows(report["figures"]),
-        pictures=[(p, Markup(p.svg)) for p in pictures(report)] if plots.available() else [],
-        drawn=plots.available(),
-        verdict=_verdict(report),
-        title=_title(report),
-        grouped=_grouped,
+    return clean(
+        env.get_template("page.html").render(
+            r=report,
+            style=Markup(style),
+            script=Markup(script),
+            script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+            fig=figure,
+            is_figure=lambda x: isinstance(x, Figure),
+            pointer=pointer,
+            rows=_figure_rows(report["figures"]),
+            pictures=[(p, Markup(p.svg)) for p in pictures(report)] if plots.available() else [],
+            drawn=plots.available(),
+            verdict=_verdict(report),
+            title=_title(report),
+            grouped=_grouped,
+        )
     )
 
 
