@@ -77,7 +77,7 @@ def test_the_cards_lines_run(made: Path) -> None:
 def test_the_manifest_has_the_hash_of_every_file_and_of_the_source(made: Path) -> None:
     raw = json.loads((made / "out" / "manifest.json").read_text())
     names = {p.name for p in (made / "out").iterdir()}
-    assert names == {"model.onnx", "report.json", "config.json", "README.md", "manifest.json"}
+    assert names == {"model.onnx", "report.json", "report.html", "config.json", "README.md", "manifest.json"}
     assert raw["files"].keys() == names - {"manifest.json"}
     assert all(x["sha256"] == file_hash(made / "out" / k) for k, x in raw["files"].items())
     source = raw["models"]["model.onnx"]["source"]
@@ -92,7 +92,9 @@ def test_card_and_manifest_have_the_same_bytes_again(made: Path, tmp_path: Path)
     assert a["README.md"] == b["README.md"]
     first, again = (json.loads(x["manifest.json"]) for x in (a, b))
     assert first["models"] == again["models"]
-    assert {k for k in first["files"] if first["files"][k] != again["files"][k]} <= {"report.json"}, "it has seconds"
+    assert {k for k in first["files"] if first["files"][k] != again["files"][k]} <= {"report.json", "report.html"}, (
+        "they have seconds"
+    )
 
 
 @pytest.fixture
@@ -145,7 +147,7 @@ def test_verify_believes_no_name_outside_the_folder(copy: Path) -> None:
 
 def test_verify_from_the_command_line(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(copy)]) == 0
-    assert "4 files are as they were written" in capsys.readouterr().out
+    assert "5 files are as they were written" in capsys.readouterr().out
     (copy / "config.json").unlink()
     assert cli.main(["verify", str(copy), "--json"]) == 3
     captured = capsys.readouterr()

@@ -78,7 +78,7 @@ def test_what_a_refused_rung_wrote_is_gone(source, batches, tmp_path):
     assert [r.name for r in result.report.rungs] == ["large", "small"]
     assert "size<=0.8x" in result.report.rungs[0].refused
     written = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert written == ["README.md", "config.json", "manifest.json", "model.onnx", "report.json"]
+    assert written == ["README.md", "config.json", "manifest.json", "model.onnx", "report.html", "report.json"]
 
 
 def test_where_no_rung_meets_the_gates_the_nearest_is_named(source, batches, tmp_path):
