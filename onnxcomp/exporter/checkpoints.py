@@ -133,7 +133,11 @@ def inputs_of(model: Any, source: object) -> tuple[str, ...]:
 
 
 def title(source: object, model: Any) -> str:
-    return str(source) if isinstance(source, (str, Path)) else type(model).__name__
+    """A hub id as it is, a folder so that nobody takes it for one: `./org/name`, or absolute."""
+    if not isinstance(source, (str, Path)):
+        return type(model).__name__
+    local = Path(source).is_dir() and not Path(source).is_absolute()
+    return f"./{Path(source).as_posix()}" if local else str(source)
 
 
 def companions(model: Any, source: str | Path | Any, revision: str | None, staging: Path, log: list[str]) -> None:

@@ -84,10 +84,13 @@ def _parts(results: Mapping[str, Result]) -> list[str]:
 def _front(results: Mapping[str, Result], original: SourceCard, source: Path, *, quantized: bool) -> str:
     """The front matter, with what the source's says of licence, language, task and data."""
     entries = {k: original.front[k] for k in CARRIED if k in original.front}
-    if "base_model" not in entries and (name := _hub_name(source)):
+    exported = _hub_name(source / "export.json", "source")
+    if name := exported or entries.get("base_model") or _hub_name(source / "config.json", "_name_or_path"):
         entries["base_model"] = name
+    # Else the source may have been trained from its base model, of which the result is no quantized form then.
+    certain = bool(exported) or original.front.get("base_model_relation") == "quantized"
     types = {p.dtype for r in results.values() if r.report.size for p in r.report.size.parts}
-    if "base_model" in entries and quantized and types & _TAGS.keys():
+    if name and certain and quantized and types & _TAGS.keys():
         entries["base_model_relation"] = "quantized"
     entries["library_name"] = "onnx"
     tags = original.front.get("tags")
@@ -96,10 +99,10 @@ def _front(results: Mapping[str, Result], original: SourceCard, source: Path, *,
     return f"---\n{yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)}---"
 
 
-def _hub_name(source: Path) -> str:
-    """The hub's name of the checkpoint, as its configuration says; empty where it names none, or a local folder."""
+def _hub_name(file: Path, key: str) -> str:
+    """The hub's name of a checkpoint, as an entry of a JSON file says; empty where it names none, or a local folder."""
     try:
-        found = json.loads((source / "config.json").read_text("utf-8")).get("_name_or_path", "")
+        found = json.loads(file.read_text("utf-8")).get(key, "")
     except (OSError, ValueError, AttributeError, RecursionError):
         return ""
     known = isinstance(found, str) and _HUB_ID.fullmatch(found) is not None

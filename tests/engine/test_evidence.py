@@ -14,15 +14,19 @@ import yaml
 
 import onnxcomp as oc
 from onnxcomp import cli
+from onnxcomp.blocks.stored_parts import StoredPart
 from onnxcomp.engine.compress import compress_each
 from onnxcomp.errors import ModelError
 from onnxcomp.files.stored import file_hash
+from onnxcomp.passes.canonicalize import Canonicalize
 from onnxcomp.reports import manifest
+from onnxcomp.reports.card import card
+from onnxcomp.reports.outcome import Size
 from tests import tiny
 from tests.engine.test_job import listing
 
 FEW = ["canonicalize", "quantize-weights: {bits: 8, min_size: 1, method: nearest, block: 16}"]
-FRONT = "---\nlicense: mit\nbase_model: org/thing\nlanguage: [en]\ntags: [bert, onnx]\n---\n"
+FRONT = "license: mit\nbase_model: org/thing\nbase_model_relation: quantized\nlanguage: [en]\ntags: [bert, onnx]\n"
 
 
 def parts(card: str) -> tuple[dict, str]:
@@ -43,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "model").mkdir()
     tiny.external(tiny.encoder(spelled="dynamo"), folder / "model")
     (folder / "model" / "config.json").write_text('{"vocab_size": 50, "_name_or_path": "org/other"}')
-    (folder / "model" / "README.md").write_text(FRONT + "# The original\n\n| says | 1 |\n")
+    (folder / "model" / "README.md").write_text(f"---\n{FRONT}---\n# The original\n\n| says | 1 |\n")
     oc.compress(folder / "model", folder / "out", passes=FEW, evaluation=data(), gates=["sqnr>=10"], measure=False)
     return folder
 
@@ -59,6 +63,24 @@ def test_the_card_says_what_was_made_checked_and_lost(made: Path) -> None:
         assert said in text
     assert f"| sqnr | {report['validation']['values']['sqnr']:.4g} |" in text
     assert text.endswith("# The original\n\n| says | 1 |\n"), "what the source's card said is there"
+
+
+@pytest.mark.parametrize(
+    ("files", "want"),
+    [
+        ({"export.json": {"source": "org/tuned"}}, ("org/tuned", "quantized")),
+        ({"export.json": {"source": "./org/folder"}, "config.json": {"_name_or_path": "org/base"}}, ("org/base", None)),
+        ({}, (None, None)),
+    ],
+)
+def test_a_quantized_form_of_a_base_model_is_one_surely(files: dict, want: tuple, tmp_path: Path) -> None:
+    """What a checkpoint was trained from is no name of the checkpoint itself."""
+    for name, entries in files.items():
+        (tmp_path / name).write_text(json.dumps(entries))
+    result = oc.PassManager([Canonicalize()], allow_unchanged=True).run(tiny.linear(8, 8))
+    result.report.size = Size(256, 64, (StoredPart("linears", "int8", 64),))
+    front, _ = parts(card({"model.onnx": result}, tmp_path, tmp_path, quantized=True))
+    assert (front.get("base_model"), front.get("base_model_relation")) == want
 
 
 def test_the_cards_lines_run(made: Path) -> None:
