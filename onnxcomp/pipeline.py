@@ -97,6 +97,7 @@ class Env:
     shapes: tuple[Mapping[str, int], ...] = ()
     dry: bool = False  # only sizes count: no statistic was collected
     run_split: Callable[[], Env] | None = None
+    run_unseen: Callable[[], Env | None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", resolved(self.target))
@@ -157,6 +158,10 @@ class Env:
         For choices between fits: what a fit has seen overrates it. Of few samples both use all.
         """
         return self if self.run_split is None or self.dry else self.run_split()
+
+    def unseen(self) -> Env | None:
+        """The same world on the calibration samples that no fit of the pass reads; None where none were left out."""
+        return None if self.run_unseen is None or self.dry else self.run_unseen()
 
 
 @dataclass(frozen=True)
@@ -239,6 +244,11 @@ class Pass(abc.ABC):
     def wants_data(self) -> bool:
         """Whether the pass asks for statistics, so that missing data can be refused before any work."""
         return type(self).needs is not Pass.needs or isinstance(self, SequentialPass)
+
+    @property
+    def fits(self) -> bool:
+        """Whether weights follow the calibration data closely: some samples are left out, to judge what it learnt."""
+        return False
 
     @property
     def content(self) -> str:

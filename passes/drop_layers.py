@@ -43,10 +43,15 @@ class DropLayers(Pass):
     """How importance is measured; ablation runs the model once for each candidate and round."""
     rescore: bool = True
     """Score again after each one that is dropped; otherwise once."""
-    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "block-tune", "least-squares", "none"] = "least-squares"
     """How it is compensated: later linears that write to the stream refitted to the original, none: no repair."""
     protect: Annotated[int, Field(ge=0)] = 1
     """Layers at each end that are never dropped."""
+
+    @property
+    def fits(self) -> bool:
+        """Where what is left is refitted."""
+        return not self.is_identity and self.repair != "none"
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Every layer, attention or MLP."""
@@ -63,7 +68,7 @@ class DropLayers(Pass):
         choice.scores = self._scores(g, env, choice.candidates, env.stats)
         gaps = self._drop(g, env, int(self.ratio * len(every)), choice)
         if self.repair != "none" and not env.dry:
-            refit_around_gaps(g, uncut, env, gaps, self.repair == "gauss-newton")
+            refit_around_gaps(g, uncut, env, gaps, self.repair)
         self._decline(g, every, choice)
 
     def _drop(self, g: Graph, env: Env, count: int, choice: Choice) -> list[Gap]:

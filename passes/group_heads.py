@@ -42,8 +42,13 @@ class GroupHeads(Pass):
     """Align the heads before the mean."""
     max_loss: Annotated[float, Field(ge=0, le=1)] = 1.0
     """An attention whose keys or values would lose more than this share of their energy on calibration data is kept."""
-    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "block-tune", "least-squares", "none"] = "least-squares"
     """How it is compensated: low-rank factors instead of rotations, output projections refitted; none: no repair."""
+
+    @property
+    def fits(self) -> bool:
+        """Where what is left is refitted."""
+        return not self.is_identity and self.repair != "none"
 
     @property
     def _factorizes(self) -> bool:
@@ -84,7 +89,7 @@ class GroupHeads(Pass):
             changed.append(a.o)
         g.forget_shapes()
         if self.repair != "none" and not env.dry:
-            shared_heads.repair(g, uncut, env, changed, self.repair == "gauss-newton")
+            shared_heads.repair(g, uncut, env, changed, self.repair)
 
     def _refusal(self, g: Graph, a: Attention) -> str:
         """Why an attention keeps its heads, empty if they can be grouped."""

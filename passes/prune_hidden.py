@@ -51,7 +51,7 @@ class PruneHidden(Width):
             for s in place.group.computed:  # a value that is no full stream, such as a gate, keeps its own channels
                 targets[s.value] = Part(s.value, projection if s.units == stream else np.flatnonzero(s.kept(keep)))
         readers = [r for p, _ in cut for r in p.readers]
-        sequential.refit_in_order(g, uncut, env, readers, targets, self.repair == "gauss-newton")
+        sequential.refit_in_order(g, uncut, env, readers, targets, self.repair)
 
 
 def _projection(uncut: Graph, place: Place, keep: Array) -> Array:

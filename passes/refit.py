@@ -44,6 +44,11 @@ class Refit(SequentialPass):
     damp: Annotated[float, Field(ge=0)] = 0.01
     """Damping towards the current weights, relative to the mean of the inputs' squares."""
 
+    @property
+    def fits(self) -> bool:
+        """Layers and norms, to the original."""
+        return not self.is_identity
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Linears that are added to the stream, and norms."""
         writers = [x.site for x in blocks.linears(g) if residual_add(x) is not None and not x.quantized]

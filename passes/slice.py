@@ -47,11 +47,16 @@ class Slice(Pass):
     """A basis for every norm, with a small product on each skip between two, or one for the whole stream."""
     multiple: Annotated[int, Field(ge=0)] = 0
     """Widths are multiples of this; 0 takes the target's width multiple."""
-    repair: Literal["gauss-newton", "least-squares", "none"] = "least-squares"
+    repair: Literal["gauss-newton", "block-tune", "least-squares", "none"] = "least-squares"
     """Refit the linears that read the stream or add to it to the uncut model (the logits by `gauss-newton` only).
 
     Weights that write to the stream are then projected obliquely, so that the weights which read it lose least.
     """
+
+    @property
+    def fits(self) -> bool:
+        """Where what is left is refitted."""
+        return not self.is_identity and self.repair != "none"
 
     @property
     def wants_data(self) -> bool:
@@ -116,9 +121,7 @@ class Slice(Pass):
         """Refit, one after another, the linears that read the stream and those that add to it."""
         linears = [x for x in blocks.linears(g) if x.node in readers and not x.output.is_graph_output()]
         fitted = [x for x in linears if has(uncut, str(x.output.name)) and not sequential.unfit_reason(g, x)]
-        sequential.refit_in_order(
-            g, uncut, env, map(sequential.reader_of, fitted), targets, self.repair == "gauss-newton"
-        )
+        sequential.refit_in_order(g, uncut, env, map(sequential.reader_of, fitted), targets, self.repair)
 
     def _repairs(self, env: Env) -> bool:
         return self.repair != "none" and not env.dry

@@ -18,6 +18,7 @@ from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, n
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
+from onnxcomp.engine.left_out import beside_left_out, other_kinds
 from onnxcomp.engine.order import allowed, check_order
 from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
@@ -164,7 +165,7 @@ class PassManager:
         work.sweep()
         sites = listed(p, "sites", p.sites(work, self.target), Site)
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
-        stats = self._collect(walk, work, needs_of(p, work, walk.exact, self.target), p.name)
+        stats = self._collect(walk.fitted(p)[0], work, needs_of(p, work, walk.exact, self.target), p.name)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
         step.choices = walk.planner.chosen if walk.planner is not None else []
@@ -233,6 +234,7 @@ class PassManager:
         assert walk.reference is not None
         validation = compared(walk.reference, work, p.name)
         step.drift = validation.json()
+        beside_left_out(walk, p, step, work, validation, self._reference)
         failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
         refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
         walk.report.validation = None if refused else validation
@@ -255,7 +257,7 @@ class PassManager:
     # ---- what passes may ask -------------------------------------------------------------------------------------
 
     def _env(self, walk: Walk, work: Graph, stats: Stats, p: Pass) -> Env:
-        measured = self.measure and not self.host_note
+        measured, (fitted, left_out) = self.measure and not self.host_note, walk.fitted(p)
         env = Env(
             target=self.target,
             stats=stats,
@@ -263,24 +265,26 @@ class PassManager:
             rng=np.random.default_rng([self.seed, len(walk.report.steps)]),
             memory=self.memory,
             scratch=walk.scratch,
-            run_variants=self._scorer(walk, work, p.name),
             run_costs=lambda forms, shapes: self._costs(walk, forms, shapes, measured),
-            run_collect=self._collector(walk, work, p),
-            run_split=lambda: self._split(walk, work, env, p),
+            **self._asked(fitted, work, p),
+            run_split=lambda: self._split(fitted, work, env, p),
+            run_unseen=lambda: unseen,
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             dry=self.dry and walk.calibration is None,
             shapes=asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
+        unseen = dataclasses.replace(env, **self._asked(left_out, work, p)) if left_out else None
         return env
+
+    def _asked(self, walk: Walk, work: Graph, p: Pass) -> dict[str, Any]:
+        """What the world says of the data of a walk."""
+        return {"run_variants": self._scorer(walk, work, p.name), "run_collect": self._collector(walk, work, p)}
 
     def _split(self, walk: Walk, work: Graph, env: Env, p: Pass) -> Env:
         fitted, left_out = walk.parts(data_used.HELD_OUT)
-        return dataclasses.replace(
-            env,
-            run_variants=self._scorer(left_out, work, p.name),
-            run_collect=self._collector(fitted, work, p),
-        )
+        env = dataclasses.replace(env, **self._asked(left_out, work, p))
+        return dataclasses.replace(env, run_collect=self._collector(fitted, work, p))
 
     def _costs(
         self, walk: Walk, forms: Mapping[str, Graph], shapes: Mapping[str, Sequence[int]], measured: bool
@@ -373,7 +377,7 @@ class PassManager:
     def _finish(self, walk: Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
-        report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes])
+        report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes, *other_kinds(report.steps)])
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
         if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)

@@ -21,6 +21,11 @@ from onnxcomp.validation.variants import Variants
 __all__ = ["Shared", "Walk"]
 
 
+LEFT_OUT = 8
+MOST_LEFT_OUT = 128
+LEAST_SAMPLES = 16  # of fewer all are needed for the fit
+
+
 @dataclass
 class Shared:
     """What several runs on one model, data and gates have in common: the original's answers, where they are `kept`.
@@ -51,8 +56,20 @@ class Walk:
     cut: Graph | None = None  # as the last pass that changes sizes left it: quantized products hide their sizes
     plain: Validation | None = None  # how far the unlowered model is from the original
     exactness: Exactness | None = None
+    left_out: list[Reference] = field(default_factory=list)  # parts of the samples that no fit reads, of the original
     lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
     variants: dict[tuple[str | None, int | None, int], Variants] = field(default_factory=dict)
+
+    def fitted(self, p: Pass) -> tuple[Walk, Walk | None]:
+        """This walk on the samples that a pass may fit to, and on those left out; None where it fits none, or few.
+
+        One sample in `LEFT_OUT` is left out, of many at most `MOST_LEFT_OUT`.
+        """
+        count = len(self.calibration) if p.fits and self.calibration is not None else 0
+        if count < LEAST_SAMPLES:
+            return self, None
+        fitted, left_out = self.parts(max(LEFT_OUT, -(-count // MOST_LEFT_OUT)))
+        return (self, None) if fitted is self else (fitted, left_out)
 
     def parts(self, holdout: int) -> tuple[Walk, Walk]:
         """This walk on the calibration data without one sample in `holdout`, and on those; on all where it is short."""

@@ -32,13 +32,14 @@ class Part(Protocol):
 
 
 P = TypeVar("P", bound=Part)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Fitted(Generic[P]):
+class Fitted(Generic[T]):
     """The fitted part, and the error before and after on the held-out rows."""
 
-    part: P
+    part: T
     before: float
     after: float
 

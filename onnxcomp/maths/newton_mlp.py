@@ -11,7 +11,7 @@ a few products enough.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,8 +45,7 @@ class Ffn:
 
     def moved(self, change: Sequence[Array], by: float = 1.0) -> Ffn:
         """The part with its weights moved by a multiple of a change."""
-        new = [(w + by * c).astype(w.dtype) for w, c in zip(self.weights, change, strict=True)]
-        return Ffn(new[0], new[1] if self.gate is not None else None, new[-1], self.activation, self.tail)
+        return self.having([(w + by * c).astype(w.dtype) for w, c in zip(self.weights, change, strict=True)])
 
     def hidden(self, x: Array) -> tuple[Array, list[Array]]:
         """The input of `down`, `[R, K]` or with ones `[R, K + 1]`, and its derivatives `[R, K]` by `x up`, `x gate`."""
@@ -61,6 +60,23 @@ class Ffn:
         if self.tail:
             h = np.concatenate([h, np.ones((len(h), 1), h.dtype)], axis=1)
         return h, slopes
+
+    def having(self, weights: Sequence[Array]) -> Ffn:
+        """The part with other weights, in the order of `weights`."""
+        return replace(self, up=weights[0], gate=weights[1] if self.gate is not None else None, down=weights[-1])
+
+    def forward(self, x: Array) -> tuple[Array, tuple[Array, list[Array]]]:
+        """The outputs `[R, N]` for a few rows, with the hidden values and slopes that made them."""
+        kept = self.hidden(x)
+        return kept[0] @ self.down, kept
+
+    def gradients(self, x: Array, kept: tuple[Array, list[Array]], e: Array) -> Iterator[Array]:
+        """The gradient by every weight, for gradients `e` `[R, N]` by the outputs."""
+        h, slopes = kept
+        gradient = e @ self.down[: self.up.shape[1]].T  # [R, K]
+        for s in slopes:
+            yield x.T @ (s * gradient)
+        yield h.T @ e
 
     def __call__(self, x: Array) -> Array:
         """The outputs `[R, N]` for rows `[R, d]`."""
@@ -130,7 +146,7 @@ class _System:
         total = [np.zeros_like(w) for w in self.part.weights]
         for a, b in _rows(self.part, self.x, y):
             h, slopes = self.part.hidden(a)
-            self._back(total, a, h, slopes, b - h @ self.part.down)
+            self._back(total, a, (h, slopes), b - h @ self.part.down)
         return total
 
     def product(self, change: Change) -> Change:
@@ -140,14 +156,12 @@ class _System:
         for (a,) in _rows(self.part, self.x):
             h, slopes = self.part.hidden(a)
             moved = np.asarray(sum(s * (a @ c) for s, c in zip(slopes, ahead, strict=True)))
-            self._back(total, a, h, slopes, moved @ self._read + h @ last)
+            self._back(total, a, (h, slopes), moved @ self._read + h @ last)
         return total
 
-    def _back(self, total: Change, x: Array, h: Array, slopes: Sequence[Array], e: Array) -> None:
-        gradient = e @ self._read.T  # [rows, K]
-        for t, s in zip(total, slopes, strict=False):
-            t += x.T @ (s * gradient)
-        total[-1] += h.T @ e
+    def _back(self, total: Change, x: Array, kept: tuple[Array, list[Array]], e: Array) -> None:
+        for t, g in zip(total, self.part.gradients(x, kept, e), strict=True):
+            t += g
 
     def _damped(self, change: Change) -> Change:
         inner, outer = self.damps

@@ -19,6 +19,7 @@ from onnxcomp.maths import Float64, affine
 from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.methods import head_matrices
 from onnxcomp.methods.repair import sequential
+from onnxcomp.methods.repair.readers import Repair
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 
@@ -166,9 +167,9 @@ def average(g: Graph, a: Attention, keys: Alignment, values: Alignment, count: i
         g.set_attr(node, num_heads=groups)
 
 
-def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], gauss_newton: bool = False) -> None:
+def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], how: Repair = "least-squares") -> None:
     """Refit output projections to the uncut residual stream, by sequential repair (`repair.sequential`)."""
-    sequential.refit_in_order(g, uncut, env, [sequential.reader_of(x) for x in outputs], gauss_newton=gauss_newton)
+    sequential.refit_in_order(g, uncut, env, [sequential.reader_of(x) for x in outputs], how=how)
 
 
 def _planes(a: Attention, x: Linear, width: int) -> tuple[list[tuple[int, int]], list[int]]:

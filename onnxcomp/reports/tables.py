@@ -338,6 +338,8 @@ def _drift(s: Step) -> str:
     if s.drift is None:
         return ""
     sqnr = s.drift["values"].get("sqnr")
+    if said := s.drift.get("left_out"):
+        return f"{said['evaluation']} (left-out calibration {said['left_out']})"
     return f"{sqnr:.1f} dB" if sqnr is not None else "none" if s.drift["finite"] else "not finite"
 
 

@@ -14,7 +14,7 @@ from onnxcomp.blocks.caches import remove_ports
 from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
-from onnxcomp.methods.repair.readers import downstream
+from onnxcomp.methods.repair.readers import Repair, downstream
 from onnxcomp.methods.repair.sequential import refit_to_stream, unfit_reason
 from onnxcomp.pipeline import Env
 
@@ -59,7 +59,7 @@ def leave_out(g: Graph, b: Branch, gaps: Iterable[Gap] = ()) -> list[Gap]:
     return [*known.values(), Gap(str(b.entry.name), after, sites, read or any(x.read for x in parts))]
 
 
-def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], gauss_newton: bool = False) -> None:
+def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], how: Repair = "least-squares") -> None:
     """Refit the linears that write to the stream before and after gaps, in order, each on the graph repaired so far.
 
     Right before a gap the target is the uncut stream after it, so that the linear replaces what it can of the branches
@@ -88,9 +88,9 @@ def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], gau
             x,
             str(end.name) if gap is None else _target(g, uncut, gap),
             GAP_DAMP,
-            gauss_newton=gauss_newton,
+            how=how,
         )
-    if gauss_newton and gaps:
+    if how == "gauss-newton" and gaps:
         fit_logits(g, env)
 
 

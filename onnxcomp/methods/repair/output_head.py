@@ -10,7 +10,8 @@ from onnxcomp.graph import Graph
 from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array
 from onnxcomp.maths.newton_softmax import Classes, fit
-from onnxcomp.methods.repair.mlp_gauss_newton import HELD, reader_of
+from onnxcomp.methods.repair.mlp_gauss_newton import HELD
+from onnxcomp.methods.repair.part_weights import reader_of
 from onnxcomp.methods.repair.readers import replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired

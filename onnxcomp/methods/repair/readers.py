@@ -35,7 +35,7 @@ __all__ = [
     "silence",
 ]
 
-Repair = Literal["gauss-newton", "least-squares", "bias", "none"]
+Repair = Literal["gauss-newton", "block-tune", "least-squares", "bias", "none"]
 FEEDS_ITSELF = (
     "its weights are used again on what they gave (shared layers), so they are not refitted, at most the bias"
 )

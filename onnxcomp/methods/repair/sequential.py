@@ -20,18 +20,21 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_pages, release_weights
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
+from onnxcomp.methods.repair.block_tune import tune_part
 from onnxcomp.methods.repair.correspondence import has, reference_value
-from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp, reader_of
+from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp
 from onnxcomp.methods.repair.output_head import fit_logits
-from onnxcomp.methods.repair.readers import FEEDS_ITSELF, Reader, downstream, inside, replace
+from onnxcomp.methods.repair.part_weights import reader_of
+from onnxcomp.methods.repair.readers import FEEDS_ITSELF, Reader, Repair, downstream, inside, replace
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, cross_gram, gram, mean, norm2, var
 
-__all__ = ["DAMP", "Part", "reader_of", "refit_in_order", "refit_to_stream", "unfit_reason"]
+__all__ = ["DAMP", "WHOLE", "Part", "reader_of", "refit_in_order", "refit_to_stream", "unfit_reason"]
 
 # Pull of a refitted weight towards the weights as they are, relative to the mean of the inputs' squares. More damping
 # follows the calibration data less: it is finite, and the errors of the layers before are those on this data only.
 DAMP = 1e-3
+WHOLE = ("block-tune", "gauss-newton")  # repairs of all that follows a cut, feed-forward parts as a whole
 
 
 @dataclass(frozen=True)
@@ -72,13 +75,13 @@ def refit_in_order(
     env: Env,
     readers: Iterable[Reader],
     streams: Mapping[str, Part] | None = None,
-    gauss_newton: bool = False,
+    how: Repair = "least-squares",
 ) -> None:
     """Refit the weights and biases of the readers of cut axes, in topological order, each on the graph repaired so far.
 
     `streams` are residual sums that were cut themselves, by name, with the part of the uncut sum that each represents:
-    the linears added to them are refitted to that. With `gauss_newton` every linear downstream of a cut that is added
-    to the stream is refitted, and feed-forward parts with all their weights.
+    the linears added to them are refitted to that. `how` says what else is fitted: with `block-tune` and `gauss-newton`
+    every linear downstream of a cut that is added to the stream, and feed-forward parts with all their weights.
 
     A linear that is added to the residual stream has as its target the uncut stream after it less what the stream
     carries now, so that it compensates earlier errors too; any other linear its own uncut output. A weight that reads
@@ -89,7 +92,7 @@ def refit_in_order(
     g.sort()
     order = {node: i for i, node in enumerate(g.nodes())}
     here = _fitted_together(g, inside(g, readers))
-    changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if gauss_newton else set()
+    changed = downstream(o for r in here for x in r.linears for o in x.node.outputs) if how in WHOLE else set()
     targets: dict[blocks.Linear, tuple[str, Part | None]] = {}  # of linears that are added to the stream
     for x in blocks.linears(g):
         end = "" if (joined := residual_sum(x)) is None else str(joined.end.name)
@@ -105,10 +108,10 @@ def refit_in_order(
             _fit(g, uncut, env, step)
         else:
             name, represented = targets[step]
-            refit_to_stream(g, uncut, env, step, name, part=represented, gauss_newton=gauss_newton)
+            refit_to_stream(g, uncut, env, step, name, part=represented, how=how)
         if g.spool is not None:
             release_weights(g.model)
-    if gauss_newton and steps:
+    if how == "gauss-newton" and steps:
         fit_logits(g, env)
 
 
@@ -131,13 +134,13 @@ def refit_to_stream(
     target: str,
     damp: float = DAMP,
     part: Part | None = None,
-    gauss_newton: bool = False,
+    how: Repair = "least-squares",
 ) -> None:
     """Refit a linear that is added to the residual stream, so that the stream comes closest to an uncut `target`.
 
-    Only a `part` of that value counts, by default all of it. With `gauss_newton` the feed-forward part that ends in the
-    linear is then fitted too, all its weights together. Law: the squared error of the stream on the calibration data
-    does not grow.
+    Only a `part` of that value counts, by default all of it. With `block-tune` and `gauss-newton` the feed-forward part
+    that ends in the linear is then fitted too, all its weights together. Law: the squared error of the stream on the
+    calibration data does not grow (`block-tune`: that of the layer's output on rows that no fit has read).
     """
     joined = residual_sum(x)
     assert joined is not None
@@ -147,8 +150,11 @@ def refit_to_stream(
         factors = g.array(joined.scale).reshape(-1).astype(np.float64)
         moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
     _solve(g, reader_of(x), [moments], free, damp)
-    mlp = next((m for m in blocks.mlps(g) if m.down.node is x.node and not m.inner), None) if gauss_newton else None
-    if mlp is not None:
+    if how == "block-tune":
+        tune_part(g, uncut, env, x, joined, target, part)
+    elif how == "gauss-newton" and (
+        mlp := next((m for m in blocks.mlps(g) if m.down.node is x.node and not m.inner), None)
+    ):
         fit_mlp(g, *reference_value(env.original, uncut, uncut.value(target)), env, mlp, joined, part)
 
 

@@ -27,7 +27,7 @@ from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.methods.repair import readers
 from onnxcomp.methods.repair.readers import Reader, Repair
-from onnxcomp.methods.repair.sequential import refit_in_order
+from onnxcomp.methods.repair.sequential import WHOLE, refit_in_order
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.methods.width import budgets, scores, trial_cuts
 from onnxcomp.methods.width.budgets import Budget, Clock
@@ -46,6 +46,7 @@ Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
 NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
 REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "gauss-newton": [gram, mean, var],
+    "block-tune": [gram, mean, var],
     "least-squares": [gram, mean, var],
     "bias": [mean],
     "none": [],
@@ -91,12 +92,13 @@ class Width(Pass):
     repair: Repair = "least-squares"
     """How it is compensated: remaining weights refitted to the uncut layer, its mean in the bias, none: no repair.
 
-    `gauss-newton` refits every linear that adds to the residual stream after the cut, and whole feed-forward parts.
+    `block-tune` and `gauss-newton` refit every linear that adds to the residual stream after the cut, and whole
+    feed-forward parts: by Adam, with the norms behind them, and by Gauss-Newton steps.
     """
     sequential: bool = True
     """Refit each layer on the inputs that the repaired layers before it produce; else on the uncut model's inputs.
 
-    Only least squares has the choice: Gauss-Newton steps are always sequential.
+    Only least squares has the choice: what is fitted beyond it is always sequential.
     """
     multiple_of: Annotated[int, Field(ge=0)] = 0
     """Widths become multiples of this; 0 takes what the target runs well (for heads: any count)."""
@@ -121,6 +123,11 @@ class Width(Pass):
         return self._measures or self.ranking == "sensitivity"
 
     @property
+    def fits(self) -> bool:
+        """Least squares and what builds on it."""
+        return not self.is_identity and self.repair in (*WHOLE, "least-squares")
+
+    @property
     def _measures(self) -> bool:
         return self.score != "magnitude" or self.repair != "none"
 
@@ -138,7 +145,7 @@ class Width(Pass):
 
     @property
     def _in_order(self) -> bool:
-        return self.repair == "gauss-newton" or (self.sequential and self.repair == "least-squares")
+        return self.repair in WHOLE or (self.sequential and self.repair == "least-squares")
 
     def planning(self) -> Width:
         """The pass for a dry run, with the same total size: units ranked by magnitude, without data and repair.
@@ -235,9 +242,7 @@ class Width(Pass):
     def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Sequential repair: refit the readers of what was cut, one after another, where that is asked for."""
         if self._in_order:
-            refit_in_order(
-                g, uncut, env, [r for p, _ in cut for r in p.readers], gauss_newton=self.repair == "gauss-newton"
-            )
+            refit_in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], how=self.repair)
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be refitted; raises `ModelError` where that cannot be as asked."""
@@ -273,7 +278,7 @@ class Width(Pass):
         consumers = self._readers(c.g, group, linears)
         quantized = next((r.quantized for r in consumers if r.quantized), None)
         zeroes_weights = self.score == "ablation" or self.ranking == "sensitivity"
-        if quantized is not None and (self.repair in ("gauss-newton", "least-squares") or zeroes_weights):
+        if quantized is not None and (self.repair in (*WHOLE, "least-squares") or zeroes_weights):
             raise ModelError(
                 f"linear '{quantized.name}' is quantized, and this needs float weights: cut the model before "
                 "quantizing it, or say repair: bias or none, no ablation, and no ranking by sensitivity"

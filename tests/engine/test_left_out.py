@@ -1,0 +1,90 @@
+"""Samples that no fit reads: how many, for which passes, and what their error beside the evaluation's says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine.left_out import differs, other_kinds
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import parse_pass
+from onnxcomp.graph import Graph
+from onnxcomp.reports import tables
+from onnxcomp.stats import mean
+from tests import tiny
+
+
+def batches(g: Graph, tokens: range, count: int, first: int = 0) -> list[Batch]:
+    """Batches of eight samples whose tokens are of one part of the vocabulary."""
+    made = []
+    for i in range(count):
+        rng = np.random.default_rng(first + i)
+        feeds = tiny.feeds(g, 8, 9, seed=i)
+        ids = rng.integers(tokens.start, tokens.stop, (8, 9))
+        made.append(Batch({k: ids if k == "input_ids" else a for k, a in feeds.items()}))
+    return made
+
+
+def report(calibration: range, evaluation: range, options: str = "repair: least-squares", count: int = 4):
+    g = tiny.encoder(layers=2)
+    cut = parse_pass(f"prune-ffn: {{ratio: 0.5, ranking: layer, {options}}}")
+    data = as_dataset(batches(g, calibration, count), g)
+    return PassManager([cut]).run(g, data, batches(g, evaluation, 3, first=100)).report
+
+
+def test_other_text_than_the_calibration_data_is_said() -> None:
+    found = report(range(2, 12), range(20, 50))
+    said = found.step("prune-ffn").drift["left_out"]
+    assert said["samples"] == 4
+    assert said["other_kind"]
+    (note,) = [w for w in found.warnings if "of another kind" in w]
+    assert said["evaluation"] in note
+    assert said["left_out"] in note
+    assert f"{said['evaluation']} (left-out calibration {said['left_out']})" in str(
+        list(tables.steps(found.steps).columns[6].cells)
+    )
+
+
+def test_text_of_the_same_kind_is_not() -> None:
+    found = report(range(2, 50), range(2, 50))
+    assert not found.step("prune-ffn").drift["left_out"]["other_kind"]
+    assert not any("of another kind" in w for w in found.warnings)
+
+
+@pytest.mark.parametrize(("options", "count"), [("repair: bias", 4), ("repair: least-squares", 1)])
+def test_nothing_is_left_out_of_what_fits_nothing_or_has_few_samples(options: str, count: int) -> None:
+    assert "left_out" not in report(range(2, 50), range(2, 50), options, count).step("prune-ffn").drift
+
+
+def test_a_fit_reads_no_left_out_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    g, read = tiny.encoder(layers=1), {}
+    cut = parse_pass("prune-ffn: {ratio: 0.5, ranking: layer}")
+    data = as_dataset(batches(g, range(2, 50), 4), g)
+
+    def run(self, graph: Graph, env) -> None:
+        name = str(graph.inputs[0].name)
+        first = next(iter(graph.nodes("Gather"))).outputs[0]
+        for key, world in (("fitted", env), ("unseen", env.unseen())):
+            read[key] = world.collect(graph, [mean(first)])[mean(first)], name
+        original(self, graph, env)
+
+    original = type(cut).run
+    monkeypatch.setattr(type(cut), "run", run)
+    PassManager([cut]).run(g, data, batches(g, range(2, 50), 1))
+    fitted, unseen = data.split(8)
+    table = g.array(next(iter(g.nodes("Gather"))).inputs[0])
+    for key, part in (("fitted", fitted), ("unseen", unseen)):
+        rows = np.concatenate([table[b.feeds["input_ids"]].reshape(-1, table.shape[1]) for b in part])
+        np.testing.assert_allclose(read[key][0], rows.mean(axis=0), atol=1e-5)
+    assert dataclasses.replace(cut, repair="none").fits is False
+
+
+def test_differences_within_noise_are_none() -> None:
+    assert differs(-20.0, -10.0, 1.0, 4, 0.5)
+    assert not differs(-20.0, -19.5, 0.0, 4, 0.5)
+    assert not differs(-20.0, -17.0, 2.0, 4, 0.5)
+    assert not differs(-10.0, -20.0, 0.1, 4, 0.5)
+    assert not differs(-20.0, -10.0, 0.0, 1, 0.5)
+    assert other_kinds([]) == []

@@ -1,0 +1,72 @@
+"""`repair: block-tune` in graphs: closer than least squares on other data, and what it leaves alone."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+from onnxcomp import blocks
+from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.engine import catalog
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.graph import Graph
+from onnxcomp.maths import block_tune
+from onnxcomp.runtime.sessions import Session
+from tests import tiny
+
+TUNED = "tuned: squared error of the layer's output -"
+CASES = {
+    "gated, norms before": (lambda: tiny.decoder(layers=2), "prune-ffn", {"ratio": 0.4}),
+    "norms behind": (lambda: tiny.encoder(layers=2, norm="post"), "prune-ffn", {"ratio": 0.4}),
+    "norms before": (lambda: tiny.encoder(layers=2, norm="pre"), "prune-ffn", {"ratio": 0.4}),
+}
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_tune, "STEPS", 60)
+
+
+def cut(g: Graph, name: str, options: dict, how: str):
+    """The model cut and repaired, what is said of sites, and its squared error on other data."""
+    data = [Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(8)]
+    manager = PassManager([catalog.load(name)(ranking="layer", repair=how, **options)])
+    found = manager.run(g, as_dataset(data, g), data[:1])
+    error = 0.0
+    for i in range(4):
+        feeds, outputs = tiny.feeds(g, 8, 9, seed=100 + i), []
+        for m in (g, found.model):
+            with Session(m) as s:
+                outputs.append(next(iter(s.run(feeds).values())).astype(np.float64))
+        error += float(np.square(outputs[0] - outputs[1]).sum())
+    return found.model, [n.what for n in found.report.step(name).noted], error
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tuned_parts_bring_held_out_outputs_closer_than_least_squares(case: str) -> None:
+    make, name, options = CASES[case]
+    g = make()
+    plain, _, before = cut(g, name, options, "least-squares")
+    tuned, said, after = cut(g, name, options, "block-tune")
+    assert after < before
+    assert tuned.nbytes == plain.nbytes
+    assert [n.op_type for n in tuned.nodes()] == [n.op_type for n in plain.nodes()]
+    assert any(s.startswith(TUNED) for s in said)
+
+
+def test_the_norm_behind_is_tuned_with_its_part() -> None:
+    g = tiny.encoder(layers=1, norm="post")
+    model, said, _ = cut(g, "prune-ffn", {"ratio": 0.4}, "block-tune")
+    pairs = zip(blocks.norms(g), blocks.norms(model), strict=True)
+    assert sum(not np.array_equal(g.array(a.gain), model.array(b.gain)) for a, b in pairs) == 1
+    assert sum(s.startswith(TUNED) for s in said) == 1
+
+
+def test_the_samples_that_judge_are_read_by_no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = block_tune.tune
+    monkeypatch.setattr("onnxcomp.methods.repair.block_tune.tune", lambda *a: seen.append(a[1:]) or real(*a))
+    cut(tiny.encoder(layers=1, norm="pre"), "prune-ffn", {"ratio": 0.4}, "block-tune")
+    ((fitted, unseen),) = seen
+    assert len(fitted) == 7 * len(unseen)
+    rows = {r.tobytes() for r in fitted.x}
+    assert not any(r.tobytes() in rows for r in unseen.x)
