@@ -279,7 +279,11 @@ class PassManager:
 
     def _asked(self, walk: Walk, work: Graph, p: Pass) -> dict[str, Any]:
         """What the world says of the data of a walk."""
-        return {"run_variants": self._scorer(walk, work, p.name), "run_collect": self._collector(walk, work, p)}
+
+        def score(edits: Sequence[Edit], metric: str | None, samples: int | None, of: Graph | None) -> list[Score]:
+            return self._variants(walk, of or work, edits, metric, samples, p.name)
+
+        return {"run_variants": score, "run_collect": self._collector(walk, work, p)}
 
     def _split(self, walk: Walk, work: Graph, env: Env, p: Pass) -> Env:
         fitted, left_out = walk.parts(data_used.HELD_OUT)
@@ -348,11 +352,6 @@ class PassManager:
             return made[id(of)].collect(g, needs)
 
         return collect
-
-    def _scorer(
-        self, walk: Walk, work: Graph, name: str
-    ) -> Callable[[Sequence[Edit], str | None, int | None, Graph | None], list[Score]]:
-        return lambda edits, metric, samples, of: self._variants(walk, of or work, edits, metric, samples, name)
 
     def _variants(
         self, walk: Walk, work: Graph, edits: Sequence[Edit], metric: str | None, samples: int | None, name: str
