@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,16 @@ from onnxcomp.validation.compare import Reference
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "models" / "data"
 VISION = ("vit_digits", "vit_glyphs")
-METRIC = {**dict.fromkeys(VISION, "accuracy"), "docs_lm": "perplexity"}
-SHOWN = {**dict.fromkeys(VISION, ("accuracy-drop", "kl")), "docs_lm": ("perplexity-rise", "kl")}
+# The real MiniLM, calibrated on 60 sentences and doc strings (`foreign`), or on natural sentences as well.
+SENTENCES = {"minilm foreign": ("calibration",), "minilm": ("calibration", "natural")}
+JUDGES = ("heldout", "natural_heldout")  # natural sentences that no calibration set holds
+DOCSTRINGS = 1100  # for each seed, beside the sentences
+METRIC = {**dict.fromkeys(VISION, "accuracy"), "docs_lm": "perplexity", **dict.fromkeys(SENTENCES, "")}
+SHOWN = {
+    **dict.fromkeys(VISION, ("accuracy-drop", "kl")),
+    "docs_lm": ("perplexity-rise", "kl"),
+    **dict.fromkeys(SENTENCES, ("pooled-sqnr", "pooled-sqnr of docstrings")),
+}
 DRAWN = {**dict.fromkeys(VISION, 256), "docs_lm": 128}  # training images, windows of training text, for each seed
 HELDOUT = {**dict.fromkeys(VISION), "docs_lm": 64}  # samples; the KL of 64 windows is a mean over 8,000 tokens
 
@@ -32,6 +41,7 @@ class Case:
     heldout: Dataset
     reference: Reference
     drawn: dict[int, Dataset]
+    second: Reference | None = None  # of the other domain
 
 
 def folder(name: str, work: Path) -> Path:
@@ -82,3 +92,56 @@ def _drawn(name: str, seed: int, model: Graph, work: Path, count: int | None) ->
     path = work / f"calibration-{seed}.npz"
     np.savez(path, **{k: a[chosen] for k, a in arrays.items()})
     return load_data(path, model, None, batch=32)
+
+
+# ---- the real MiniLM ------------------------------------------------------------------------------------------------
+
+
+def opened_minilm(name: str, seeds: Sequence[int], work: Path, source: Path | None, count: int | None = None) -> Case:
+    """MiniLM, exported to the folder `source` or exported now, judged on natural sentences and left-out doc strings."""
+    source = source or importlib.import_module("models.minilm").export(work / "minilm").parent
+    model = storage.load(source / "model.onnx")
+    judges = {
+        "natural": [text for part in JUDGES for text in sentences(part)],
+        "docstrings": [json.loads(line)["text"][:300] for line in (DATA / "docs_lm" / "heldout.jsonl").open()],
+    }
+    data = {k: _texts(work / f"{k}.jsonl", texts, model, source) for k, texts in judges.items()}
+    answers = {k: Reference(model, d, scratch=work / f"{name}-{k}") for k, d in data.items()}
+    known = [text for part in SENTENCES[name] for text in sentences(part)]
+    drawn = {
+        seed: _texts(work / f"{name}-{seed}.jsonl", known + docstrings(count or DOCSTRINGS, seed), model, source)
+        for seed in seeds
+    }
+    canonicalize(model)
+    return Case(model, data["natural"], answers["natural"], drawn, answers["docstrings"])
+
+
+def sentences(part: str) -> list[str]:
+    """The sentences of our own of one file under `models/data/minilm`."""
+    return [json.loads(line)["text"] for line in (DATA / "minilm" / f"{part}.jsonl").open(encoding="utf-8")]
+
+
+def docstrings(count: int, seed: int) -> list[str]:
+    """Doc strings of 40 to 300 characters, drawn from the training text of `docs_lm`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "models" / "weights" / "docs_lm")
+    with np.load(DATA / "docs_lm" / "train.npz") as held:
+        tokens = held["tokens"].astype(np.int64)
+    starts = np.flatnonzero(tokens == tokenizer.bos_token_id)
+    ends = [*starts[1:], len(tokens)]
+    fitting: list[str] = []
+    for i in np.random.default_rng(seed).permutation(len(starts)):
+        text = tokenizer.decode(tokens[starts[i] + 1 : ends[i]])
+        if 40 <= len(text) <= 300:
+            fitting.append(text)
+        if len(fitting) == count:
+            break
+    return fitting
+
+
+def _texts(path: Path, texts: Sequence[str], model: Graph, source: Path) -> Dataset:
+    """Texts as data, by length: a batch of texts of one length has no padding to compute."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": x}) + "\n" for x in sorted(texts, key=len)), encoding="utf-8")
+    return load_data(path, model, source, batch=32)
