@@ -1,4 +1,4 @@
-"""Whose fault an exception is: one inside a pass names the pass, its file and its line."""
+"""Whose fault it is: an exception inside a pass names the pass, its file and its line; what a pass must have done."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from onnxcomp.blocks.inner import inner_linears
-from onnxcomp.errors import ModelError, OnnxcompError
-from onnxcomp.graph import Declined, Graph
-from onnxcomp.pipeline import Pass, PassFault
+from onnxcomp.errors import ModelError, OnnxcompError, RecipeError
+from onnxcomp.graph import Declined, Graph, Site
+from onnxcomp.pipeline import Fidelity, Pass, PassFault
 from onnxcomp.runtime.integer import quantized_linears
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
 
-__all__ = ["blaming", "described", "left_in_branches", "listed", "needs_of", "nothing_found", "unmatched"]
+__all__ = ["blaming", "described", "left_in_branches", "listed", "needs_of", "nothing_found", "settled", "unmatched"]
 
 T = TypeVar("T")
 
@@ -97,3 +97,24 @@ def needs_of(p: Pass, work: Graph, exact: Graph, target: Target) -> list[Need]:
         except ModelError as e:
             raise PassFault(f"pass '{p.name}' asks for a statistic of a value that is not there: {e}") from e
     return needs
+
+
+def settled(p: Pass, work: Graph, sites: list[Site], allow_unchanged: bool = False) -> int:
+    """Count changed sites; one neither changed nor declined is a fault, a lossy pass must change one."""
+    declined = {d.site for d in work.declined}
+    changed = [s for s in sites if s.name not in declined and work.touched.intersection(s.nodes)]
+    lost = [s.name for s in sites if s.name not in declined and not work.touched.intersection(s.nodes)]
+    if lost and not _idle(p, work):
+        raise PassFault(
+            f"pass '{p.name}' neither changed nor declined {len(lost)} of {len(sites)} sites, such as '{lost[0]}'"
+        )
+    if p.fidelity is Fidelity.LOSSY and not changed and not allow_unchanged and not _idle(p, work):
+        why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
+        found = f"changed none of the {len(sites)} sites it found" if sites else nothing_found(work)
+        raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
+    return len(changed)
+
+
+def _idle(p: Pass, work: Graph) -> bool:
+    """An exact pass may have nothing to do; so may one that mends others or says it is at its identity setting."""
+    return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity or p.mends)

@@ -14,7 +14,7 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
 from onnxcomp.engine.asked import check_asked
-from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, nothing_found, unmatched
+from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, settled, unmatched
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
@@ -175,7 +175,7 @@ class PassManager:
         if p.changes_interface:
             work.interface = Graph(work.model).interface
         self._verify(work, p)
-        step.changed = self._settle(p, work, sites)
+        step.changed = settled(p, work, sites, self.allow_unchanged)
         step.edits, step.declined, step.noted = work.edits, work.declined, work.noted
         walk.report.warnings += unmatched(p, work.declined)
         step.nodes = (before.model.graph.num_nodes(), work.model.graph.num_nodes())
@@ -190,26 +190,6 @@ class PassManager:
             work.verify()
         except ModelError as e:
             raise PassFault(f"pass '{p.name}' left a broken graph: {e}") from e
-
-    def _settle(self, p: Pass, work: Graph, sites: list[Site]) -> int:
-        """Count changed sites; one neither changed nor declined is a fault, a lossy pass must change one."""
-        declined = {d.site for d in work.declined}
-        changed = [s for s in sites if s.name not in declined and work.touched.intersection(s.nodes)]
-        lost = [s.name for s in sites if s.name not in declined and not work.touched.intersection(s.nodes)]
-        if lost and not self._idle(p, work):
-            raise PassFault(
-                f"pass '{p.name}' neither changed nor declined {len(lost)} of {len(sites)} sites, such as '{lost[0]}'"
-            )
-        if p.fidelity is Fidelity.LOSSY and not changed and not self.allow_unchanged and not self._idle(p, work):
-            why = f"; it declined '{work.declined[0].site}': {work.declined[0].why}" if work.declined else ""
-            found = f"changed none of the {len(sites)} sites it found" if sites else nothing_found(work)
-            raise RecipeError(f"pass '{p.name}' {found}{why}. Say allow_unchanged: true in the recipe if that is fine")
-        return len(changed)
-
-    @staticmethod
-    def _idle(p: Pass, work: Graph) -> bool:
-        """An exact pass may have nothing to do; so may one that mends others or says it is at its identity setting."""
-        return work.edits == 0 and (p.fidelity is Fidelity.EXACT or p.is_identity or p.mends)
 
     def _judge(self, walk: Walk, p: Pass, step: Step, before: Graph, work: Graph) -> Graph:
         """Compare with the original; keep the new graph, or the one before where the pass is refused."""
