@@ -19,6 +19,7 @@ PAGES = {
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",
     "node_tests": "onnxcomp/README.md",
+    "planted": "onnxcomp/README.md",
     "rewrites": "passes/README.md",
 }
 

@@ -207,6 +207,7 @@ def compress(
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Where gates refuse, name the pass and the sites.")] = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -227,7 +228,7 @@ def compress(
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads,
         cache=cache, report=report, html=not no_html, graph=graph, seed=seed, allow_code=allow_code,
-        exact_rows=exact_rows, choices=choices,
+        exact_rows=exact_rows, choices=choices, bisect=bisect,
     )  # fmt: skip
     files = ForPipelines("compress", junit, summary)
     show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))

@@ -54,7 +54,7 @@ def _refusal(e: GateFailed) -> tuple[Any, str]:
     from rich.console import Console
 
     from onnxcomp.reports.json_report import to_json
-    from onnxcomp.reports.tables import remedy, report_tables
+    from onnxcomp.reports.tables import culprit, remedy, report_tables
 
     text = io.StringIO()
     console = Console(file=text, width=WIDE, highlight=False)
@@ -62,6 +62,7 @@ def _refusal(e: GateFailed) -> tuple[Any, str]:
         show(console, table)
     advice = e.report.origin.advice.strip() if e.report.origin is not None else ""
     parts = [text.getvalue(), "Nothing was written."]
+    parts += [culprit(c)] if (c := e.report.culprit) is not None else []
     parts += [f"What to try:\n{advice}"] if advice else []
     parts += [remedy(r)] if (r := e.report.remedy) is not None else []  # last, so that its recipe can be copied
     return to_json(e.report), "\n".join([*parts, ""])

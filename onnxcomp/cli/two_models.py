@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,12 @@ def validate(
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
+    by_layer: Annotated[
+        bool, typer.Option("--by-layer", help="Compare value by value: where the models begin to differ, and why.")
+    ] = False,
+    node_data: Annotated[
+        Path | None, typer.Option(metavar="F.json", help="Write that for model-explorer, by nodes of CANDIDATE.")
+    ] = None,
     report: ReportOnly = None,
     no_html: NoHtml = False,
     junit: Junit = None,
@@ -65,7 +71,7 @@ def validate(
     from onnxcomp.cli import validate_models
     from onnxcomp.engine.report_file import check_report_file, write_report
     from onnxcomp.engine.settings import Settings
-    from onnxcomp.reports import tables
+    from onnxcomp.reports import layer_tables, tables
     from onnxcomp.target import find
 
     output = Output(json, quiet, verbose)
@@ -77,14 +83,26 @@ def validate(
     )  # fmt: skip
     with ForPipelines("validate", junit, summary).recording() as tell:
         result = validate_models.compare(
-            reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph
+            reference,
+            candidate,
+            settings,
+            metrics=metric or (),
+            gates=gate or (),
+            graph=graph,
+            by_layer=by_layer,
+            node_data=node_data,
         )
         if report is not None:
             write_report(result.report, report, html=not no_html)
         tell({"": result.report}, result.refused, refused=True)
-    shown = [tables.validation(result.validation), *([tables.verdicts(result.verdicts)] if result.verdicts else [])]
+    shown: list[Any] = [
+        tables.validation(result.validation),
+        *([tables.verdicts(result.verdicts)] if result.verdicts else []),
+    ]
     if len(result.validation.outputs) > 1:
         shown.append(tables.outputs(result.validation, every=verbose))
+    if result.layers is not None:
+        shown += layer_tables.layer_tables(result.layers, every=verbose)
     output.show(result.json(), result.headline(), *shown)
     if result.refused:
         sys.stderr.write(f"refused: {result.refused}\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,14 @@ from typing import Any
 
 from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.engine.asked import check_asked
+from onnxcomp.engine.by_layer import by_layer as values_of
+from onnxcomp.engine.host import host_of
 from onnxcomp.engine.repeat import settings_words
 from onnxcomp.engine.settings import Settings
-from onnxcomp.errors import RecipeError
+from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.files import storage
+from onnxcomp.files.atomic import replacing
+from onnxcomp.reports import layer_tables
 from onnxcomp.reports.json_report import finite, quality
 from onnxcomp.reports.outcome import DataUsed, Report, Size
 from onnxcomp.runtime.integer import counted, saturating
@@ -31,6 +36,7 @@ class Compared:
 
     report: Report
     validation: Validation
+    layers: dict[str, Any] | None = None
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -40,6 +46,7 @@ class Compared:
     def json(self) -> dict[str, Any]:
         """Plain values."""
         whole = {**self.validation.json(), "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
+        whole |= {"by_layer": self.layers} if self.layers is not None else {}
         plain: dict[str, Any] = finite(whole)
         return plain
 
@@ -61,8 +68,14 @@ def compare(
     metrics: Sequence[str] = (),
     gates: Sequence[str] = (),
     graph: str | None = None,
+    by_layer: bool = False,
+    node_data: Path | None = None,
 ) -> Compared:
-    """Run both models on the settings' evaluation data and judge the candidate; metrics of gates are computed too."""
+    """Run both models on the settings' evaluation data and judge the candidate; metrics of gates are computed too.
+
+    `by_layer` compares them value by value as well; `node_data` is a file for that, as model-explorer reads it.
+    """
+    _check_node_data(node_data)
     gate = Gate(gates)
     if gate.wants_latency:
         raise RecipeError("validate times nothing, so it cannot judge a latency gate: drop it, or see onnxcomp bench")
@@ -76,6 +89,11 @@ def compare(
         can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
         v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
     sizes = {"size": second.nbytes / max(1, first.nbytes)}
+    layers = None
+    if by_layer or node_data is not None:
+        layers = layer_tables.layer_json(values_of(first.graph, second.graph, data, host_of(settings.target)[0]))
+    if node_data is not None:
+        _write(node_data, layer_tables.node_data(layers or {}, second.graph))
     options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
     report = Report(
         kind="validate",
@@ -87,7 +105,7 @@ def compare(
         evaluation=DataUsed(data.name, v.samples),
         warnings=list(v.notes),
     )
-    return Compared(report, v)
+    return Compared(report, v, layers)
 
 
 def _command(reference: Path, candidate: Path, s: Settings, options: Mapping[str, Sequence[str]]) -> str:
@@ -96,3 +114,24 @@ def _command(reference: Path, candidate: Path, s: Settings, options: Mapping[str
     words += [w for option, values in options.items() for value in values for w in (option, value)]
     words += settings_words(s)
     return shlex.join(words)
+
+
+def _check_node_data(path: Path | None) -> None:
+    """Refuse a file that would take the place of something else than node data."""
+    if path is not None and path.exists() and not (path.suffix == ".json" and '"gradient"' in _text(path)):
+        raise OnnxcompError(f"--node-data {path}: is there and is no node data, so it is not replaced")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", "utf-8")
+    except OSError as e:
+        raise OnnxcompError(f"{path}: cannot be written: {e.strerror or e}") from e

@@ -61,6 +61,7 @@ def compress(
     graph: str | None = None,
     seed: int = 0,
     allow_code: bool = False,
+    bisect: bool = False,
     watch: Watch | None = None,
 ) -> Result:
     """Compress one model and publish it in the folder (or `.onnx` file) `out`; `compress_each` explains the options.
@@ -75,7 +76,7 @@ def compress(
         label_column=label_column, gates=gates, on_fail=on_fail,
         shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, budget=budget, threads=threads,
         exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph, seed=seed,
-        allow_code=allow_code, watch=watch,
+        allow_code=allow_code, bisect=bisect, watch=watch,
     ).values()  # fmt: skip
     return result
 
@@ -112,6 +113,7 @@ def compress_each(
     graph: str | None = None,
     seed: int = 0,
     allow_code: bool = False,
+    bisect: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Result]:
     """Compress every graph of a model and publish all of them or none; returns results by graph name.
@@ -120,7 +122,8 @@ def compress_each(
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
     `budget` is the time for measuring in seconds (by default as long as the passes take), `threads` how many what is
     timed uses (0: the runtime's choice); `choices` is a file that `tune` wrote; `exact_rows` sets that option of the
-    passes that have it; `memory` is in bytes; `html` writes report.html beside report.json.
+    passes that have it; `memory` is in bytes; `html` writes report.html beside report.json; `bisect` names, where gates
+    refuse, the pass and its sites to blame.
     """
     path, place = path_of("model", model), path_of("out", out)
     graphs = chosen_graphs(path or Path(), graph)
@@ -149,6 +152,7 @@ def compress_each(
         allow_code=allow_code,
         seed=seed,
         html=html,
+        bisect=bisect,
     )
     _needs_data(chosen, settings.calibration, plan)
     jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}

@@ -14,6 +14,7 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine import data_used
 from onnxcomp.engine.asked import check_asked
+from onnxcomp.engine.bisect import Bisection
 from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, settled, unmatched
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
@@ -76,6 +77,7 @@ class PassManager:
         self.passes = tuple(passes)
         self.target, self.seed, self.measure, self.shapes = s.target, s.seed, s.measure, s.shapes
         self.memory, self.cache, self.allow_code = s.memory, s.cache, s.allow_code
+        self.bisection = Bisection(active=s.bisect)
         self.threads, self.budget = s.threads, BUDGET if s.budget is None else s.budget / 2
         self.host, self.host_note = host_of(self.target)
         self.gate = gate or Gate()
@@ -114,7 +116,7 @@ class PassManager:
             work = original.clone()
             if original.nbytes > (self.memory or MEMORY) // 2:
                 work.spool = scratch / "weights"
-            walk = Walk(original, work, work, calib, reference, scratch, report, steps)
+            walk = Walk(original, work, work, calib, reference, scratch, report, steps, bisection=self.bisection)
             for i, p in enumerate(self.passes):
                 if self.watch:
                     self.watch(p.name, i, len(self.passes))
@@ -129,7 +131,7 @@ class PassManager:
         return Reference(model, data, self.host, metrics=metrics, scratch=scratch, allow_code=self.allow_code)
 
     def _steps(self, original: Graph, calib: Dataset | None, evalu: Dataset | None) -> StepCache:
-        if self.cache is None:
+        if self.cache is None or self.bisection.active:  # which compares behind every pass
             return StepCache(None)
         data = [d.fingerprint() if d is not None else "" for d in (calib, evalu)]
         choices = self.choices.json() if self.choices.pinned else self.choices.header.forms
@@ -209,13 +211,15 @@ class PassManager:
         walk.report.warnings.append(f"pass '{p.name}' was rolled back: {refused}")
         return before
 
-    def _failed(self, walk: Walk, p: Pass, step: Step, _before: Graph, work: Graph) -> str:
+    def _failed(self, walk: Walk, p: Pass, step: Step, before: Graph, work: Graph) -> str:
         """The gates that refuse a lossy pass, empty if it stays."""
         assert walk.reference is not None
         validation = compared(walk.reference, work, p.name)
         step.drift = validation.json()
         beside_left_out(walk, p, step, work, validation, self._reference)
-        failed = [v for v in self.gate.judge(validation.values()) if not v.passed]
+        verdicts = self.gate.judge(validation.values())
+        walk.bisection.judged(p, before, work, verdicts)
+        failed = [v for v in verdicts if not v.passed]
         refused = "; ".join(map(str, failed)) if self.on_fail == "rollback" else ""
         walk.report.validation = None if refused else validation
         return refused
@@ -365,6 +369,7 @@ class PassManager:
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:
+            report.culprit = walk.bisection.culprit(walk.original, walk.reference, self.host)
             report.remedy = self._remedy(walk) if self.shared.advise else None
             raise GateFailed("the result was refused: " + "; ".join(map(str, refused)), report)
 

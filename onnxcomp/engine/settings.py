@@ -29,7 +29,7 @@ class Settings:
     `budget` (seconds) is how long measuring may take, choosing forms half of it at most (by default the benchmark takes
     as long as the passes); `threads` are those of what is timed, 0 leaves them to the runtime; `choices` is a file that
     `onnxcomp tune` wrote; `allow_code` lets data sources of the form module:function run; `html` writes the report as a
-    page as well.
+    page as well; `bisect` names the pass and the site that broke a gate.
     """
 
     target: Target = CPU
@@ -50,6 +50,7 @@ class Settings:
     allow_code: bool = False
     seed: int = 0
     html: bool = True
+    bisect: bool = False
 
     def __post_init__(self) -> None:
         put = functools.partial(object.__setattr__, self)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from onnxcomp.data.datasets import Dataset
+from onnxcomp.engine.bisect import Bisection
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.resume import StepCache
 from onnxcomp.errors import DataError
@@ -58,6 +59,7 @@ class Walk:
     exactness: Exactness | None = None
     left_out: list[Reference] = field(default_factory=list)  # parts of the samples that no fit reads, of the original
     lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
+    bisection: Bisection = field(default_factory=Bisection)
     variants: dict[tuple[str | None, int | None, int], Variants] = field(default_factory=dict)
 
     def fitted(self, p: Pass) -> tuple[Walk, Walk | None]:

@@ -79,6 +79,7 @@ def to_json(report: Report) -> ReportPart:
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),
+        "culprit": _plain(report.culprit),
         "validation": None if validation is None else finite(validation.json()),
         "benchmark": None if benchmark is None else _benchmark(benchmark, report.kind),
         "lowering": None if report.lowering is None else _lowering(report.lowering),

@@ -20,7 +20,20 @@ if TYPE_CHECKING:
     from onnxcomp.runtime.sessions import IntegerCheck
     from onnxcomp.validation.results import Validation
 
-__all__ = ["DataUsed", "Lowering", "Origin", "Plan", "Remedy", "Report", "Result", "Rung", "Size", "Step"]
+__all__ = [
+    "Culprit",
+    "DataUsed",
+    "Lowering",
+    "Origin",
+    "Plan",
+    "Remedy",
+    "Report",
+    "Result",
+    "Rung",
+    "Size",
+    "Step",
+    "Suspect",
+]
 
 
 @dataclass
@@ -133,6 +146,31 @@ class Remedy:
 
 
 @dataclass(frozen=True)
+class Suspect:
+    """A site whose result differs though its inputs do not: where it is, by how much (relative), what it reaches.
+
+    `outstanding` is how many times the usual error of its kind that is, 0 where it is noise.
+    """
+
+    site: str
+    place: str
+    error: float
+    outstanding: float
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """The pass behind which gates began to fail, what they said then, and its sites, the worst first."""
+
+    name: str
+    spec: str
+    verdicts: tuple[str, ...]
+    suspects: tuple[Suspect, ...]
+    why: str = ""
+
+
+@dataclass(frozen=True)
 class Rung:
     """What one recipe of a ladder gave: its passes, the drift of its result, bytes, seconds, and why it was refused.
 
@@ -182,6 +220,7 @@ class Report:
     lowering: Lowering | None = None
     plan: Plan | None = None
     remedy: Remedy | None = None
+    culprit: Culprit | None = None
     rungs: list[Rung] = field(default_factory=list)
     kind: str = "compress"
     command: str = ""

@@ -11,6 +11,7 @@ __all__ = [
     "CandidatePart",
     "ChoicePart",
     "ConstantsPart",
+    "CulpritPart",
     "DataPart",
     "DataParts",
     "DeclinedPart",
@@ -26,6 +27,7 @@ __all__ = [
     "SizePart",
     "SourcePart",
     "StepPart",
+    "SuspectPart",
     "VerdictPart",
 ]
 
@@ -48,6 +50,26 @@ class RemedyPart(TypedDict):
     skip: list[str]
     verdicts: list[str]
     recipe: str
+
+
+class SuspectPart(TypedDict):
+    """A site whose result differs though its inputs do not; errors are relative, `outstanding` times the usual one."""
+
+    site: str
+    place: str
+    error: float | None
+    outstanding: float | None
+    outputs: list[str]
+
+
+class CulpritPart(TypedDict):
+    """The pass behind which gates began to fail, what they said then, and its sites, the worst first."""
+
+    name: str
+    spec: str
+    verdicts: list[str]
+    suspects: list[SuspectPart]
+    why: str
 
 
 class RungPart(TypedDict):
@@ -238,6 +260,7 @@ class ReportPart(TypedDict):
     verdicts: list[VerdictPart]
     rungs: list[RungPart]
     remedy: RemedyPart | None
+    culprit: CulpritPart | None
     validation: ValidationPart | None
     benchmark: BenchmarkPart | None
     lowering: LoweringPart | None

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from onnxcomp.blocks.stored_parts import StoredPart
     from onnxcomp.engine.catalog import PassInfo
     from onnxcomp.lowering.choices import Choice
-    from onnxcomp.reports.outcome import Remedy, Report, Rung, Step
+    from onnxcomp.reports.outcome import Culprit, Remedy, Report, Rung, Step
     from onnxcomp.validation.gates import Verdict
     from onnxcomp.validation.results import Validation
 
@@ -28,6 +28,7 @@ __all__ = [
     "benchmark",
     "checks",
     "choices",
+    "culprit",
     "option_table",
     "outputs",
     "pass_table",
@@ -244,6 +245,17 @@ def remedy(r: Remedy) -> str:
         kept = f"{r.tried} as before, of which those not measured alone were ranked by their kind,"
     lines.append(f"Leaving {kept} lets the gates pass ({'; '.join(r.verdicts)}). As a recipe, for --recipe FILE:")
     return "\n".join([*lines, "", r.recipe])
+
+
+def culprit(c: Culprit) -> str:
+    """The pass that broke the gates, and its sites by what each adds on its own, in sentences."""
+    lines = [f"The gates began to fail behind pass '{c.spec}': {'; '.join(c.verdicts)}."]
+    for s in c.suspects:
+        times = f", {s.outstanding:.0f} times the usual" if s.outstanding >= 2 else ""
+        lines.append(
+            f"  {s.site} ({s.place}): {s.error:.2%} of error of its own{times}; reaches {', '.join(s.outputs)}"
+        )
+    return "\n".join([*lines, *([c.why.capitalize() + "."] if c.why else [])])
 
 
 def pass_table(found: Iterable[PassInfo]) -> Table:

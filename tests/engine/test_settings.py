@@ -26,7 +26,7 @@ NEGATED = {"no-measure": "measure", "no-html": "html"}
 # What only one of the two offers: the command line judges and picks a graph of a folder, callers of Python do it by
 # `Gate(...).judge(...)` and by path; it writes reports of what those calls return; a plan's blocks, data of its own and
 # scratch space are for callers of Python.
-ONLY_COMMAND = {"validate": {"gates", "graph", "report", "html"}, "bench": {"report", "html"}}
+ONLY_COMMAND = {"validate": {"gates", "graph", "report", "html", "by_layer", "node_data"}, "bench": {"report", "html"}}
 ONLY_PYTHON = {"validate": {"scratch"}, "bench": {"data", "window"}}
 
 

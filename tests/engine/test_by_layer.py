@@ -1,0 +1,87 @@
+"""Two models value by value: what corresponds, where it differs first, and faults that were planted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from onnxcomp.engine.bisect import Bisection
+from onnxcomp.engine.by_layer import by_layer
+from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.recipe import parse_pass
+from onnxcomp.graph import Graph
+from onnxcomp.maths.sequence_alignment import align
+from onnxcomp.target import CPU
+from onnxcomp.validation.gates import Verdict
+from tests import planted, tiny
+from tests.planted import Case
+
+CHEAP = [Case("bert", "bias", 0), Case("qwen2", "mask", 1), Case("qwen2", "scale", 2), Case("qwen2", "weight", 3)]
+
+
+def data(g: Graph) -> Any:
+    from onnxcomp.data.datasets import as_dataset
+
+    return as_dataset([tiny.feeds(g, 2, 9, seed=i) for i in range(2)], g)
+
+
+def test_alignment_keeps_order_and_leaves_out_what_fits_nothing() -> None:
+    score = np.array([[0.1, 0.9, 0.0], [0.8, 0.1, 0.0], [0.0, 0.0, 0.7]])
+    assert align(score) == [(0, 1), (2, 2)]
+    assert align(np.full((2, 3), -1.0)) == []
+    assert align(np.zeros((0, 3))) == []
+    assert align(np.eye(4)) == [(i, i) for i in range(4)]
+
+
+@pytest.mark.parametrize("case", CHEAP, ids=lambda c: f"{c.architecture}-{c.fault}")
+def test_a_planted_fault_is_what_stands_out(case: Case) -> None:
+    g, nodes = case.planted()
+    found = by_layer(case.original(), g, case.data())
+    assert found.culprits[0].candidate.node in nodes
+    assert found.culprits[0].reference.outputs, "which outputs it reaches"
+
+
+def test_without_a_fault_nothing_stands_out_and_exact_models_do_not_differ() -> None:
+    case = Case("bert", "bias", 0)
+    found = by_layer(case.original(), case.compressed(), case.data())
+    assert found.culprits == []
+    assert found.first is not None
+    assert found.first.reference.product, "the first that differs is a linear that was quantized"
+    same = by_layer(case.original(), Case("bert", "bias", 1).original(), case.data())
+    assert same.first is None
+    assert (same.worst, same.missing) == ([], ())
+
+
+def test_pruned_models_are_compared_where_widths_agree() -> None:
+    g = tiny.decoder(layers=2, ffn=64)
+    passes = [parse_pass(p) for p in ("canonicalize", {"prune-ffn": {"ratio": 0.5, "score": "magnitude"}})]
+    cut = PassManager(passes).run(g, [tiny.feeds(g, 2, 9, seed=i) for i in range(6)]).model
+    found = by_layer(g, cut, data(g))
+    missing = {x.role for x in found.missing}
+    assert {"MLP up", "MLP gate"} <= missing
+    assert {(x.reference.layer, x.reference.role) for x in found.worst[:2]} == {(0, "MLP down"), (1, "MLP down")}
+
+
+def test_bisect_names_the_pass_and_the_site_that_broke_a_gate() -> None:
+    case = Case("qwen2", "scale", 2)
+    culprit, truth = case.bisected("sqnr>=20")
+    assert culprit.name == "faulty"
+    assert culprit.verdicts[0].startswith("sqnr>=20: measured")
+    assert culprit.suspects[0].site in truth
+    assert culprit.suspects[0].outstanding > 2 * culprit.suspects[1].outstanding
+    assert culprit.suspects[0].outputs == ("logits",)
+
+
+def test_a_pass_whose_harm_a_later_one_mends_is_not_blamed() -> None:
+    bisection = Bisection(active=True)
+    p, g = parse_pass("cleanup"), tiny.linear()
+    bisection.judged(p, g, g, [Verdict("sqnr>=20", 10.0, passed=False)])
+    bisection.judged(p, g, g, [Verdict("sqnr>=20", 25.0, passed=True)])
+    assert bisection.culprit(g, None, CPU) is None
+    assert bisection.at is None
+
+
+def test_every_planted_fault_has_a_place() -> None:
+    assert len(planted.cases()) == 20
