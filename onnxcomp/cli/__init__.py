@@ -51,7 +51,7 @@ from onnxcomp.cli.options import (
 from onnxcomp.cli.pipelines import ForPipelines
 from onnxcomp.cli.rank_linears import sensitivity
 from onnxcomp.cli.remake_report import report as remake
-from onnxcomp.cli.two_models import validate
+from onnxcomp.cli.two_models import diff, validate
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.version import __version__
 
@@ -298,7 +298,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (validate, verify, sensitivity, presets, passes, schema, doctor):
+for _command in (validate, diff, verify, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 app.command("report")(remake)
 

@@ -33,7 +33,7 @@ from onnxcomp.cli.options import (
 )
 from onnxcomp.cli.pipelines import ForPipelines
 
-__all__ = ["validate"]
+__all__ = ["diff", "validate"]
 
 
 def validate(
@@ -107,3 +107,26 @@ def validate(
     if result.refused:
         sys.stderr.write(f"refused: {result.refused}\n")
         raise typer.Exit(failures.REFUSED)
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A model.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
+    raised: Annotated[
+        bool,
+        typer.Option("--raised", help="Compare the canonical forms, so that exporters' spelling is no difference."),
+    ] = False,
+    graph: GraphName = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say what two models have otherwise: nodes, constants, shapes, types, bytes; by structure, not by name."""
+    from onnxcomp.engine.model_diff import diff as compare
+    from onnxcomp.files import storage
+    from onnxcomp.reports import diff_tables
+
+    a, b = (storage.load(storage.one_graph(x, graph)) for x in (first, second))
+    found = compare(a, b, raised=raised)
+    shown = diff_tables.diff_tables(found, every=verbose)
+    Output(json, quiet, verbose).show(found.json(), diff_tables.diff_headline(found), *shown)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import ADDITIONS, LAYER_OPS, LAYOUT_OR_CAST, has_body
+from onnxcomp.graph.postorder import postorder
 from onnxcomp.graph.values import sole_use
 
 __all__ = ["Landmark", "landmarks"]
@@ -100,24 +101,11 @@ def _heights(g: Graph) -> dict[ir.Value, int]:
 
 def _walked(g: Graph, heights: Mapping[ir.Value, int]) -> list[ir.Node]:
     """All nodes behind inputs, each after those it reads; of several inputs the one with the longest way first."""
-    order: dict[ir.Node, None] = {}
-    stack: list[tuple[ir.Node, bool]] = []
-    for out in reversed(g.model.graph.outputs):
-        if (producer := out.producer()) is not None:
-            stack.append((producer, False))
-    while stack:
-        node, ready = stack.pop()
-        if node in order:
-            continue
-        if ready:
-            order[node] = None
-            continue
-        stack.append((node, True))
-        known = [x for x in dict.fromkeys(node.inputs) if x is not None and x in heights]
-        for x in sorted(known, key=lambda x: heights[x]):  # stable: inputs of one height stay in their order
-            if (before := x.producer()) is not None and before not in order:
-                stack.append((before, False))
-    return list(order)
+
+    def read(node: ir.Node) -> list[ir.Value]:  # stable: inputs of one height stay in their order
+        return sorted((x for x in node.inputs if x is not None and x in heights), key=lambda x: -heights[x])
+
+    return postorder(g, read)
 
 
 def _reaching(g: Graph) -> dict[ir.Value, set[str]]:
