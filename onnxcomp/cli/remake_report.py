@@ -21,10 +21,12 @@ def report(
 ) -> None:
     """Make report.html again from report.json, one page for each report of the folder."""
     from onnxcomp.engine.report_file import check_report_file
+    from onnxcomp.reports.manifest import renew
     from onnxcomp.reports.page.files import page_file, read, reports_in, write_page
 
     found = reports_in(folder)
     for path in found:
         check_report_file(path, html=True)
     pages = [write_page(read(path), page_file(path)) for path in found]
+    renew(found[0].parent, pages)
     Output(json, quiet, verbose).show({"pages": [str(p) for p in pages]}, "\n".join(f"written to {p}" for p in pages))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import ModelError
+from onnxcomp.files.atomic import replacing
 from onnxcomp.files.stored import file_hash
 from onnxcomp.version import __version__
 
-__all__ = ["MANIFEST", "Entry", "Made", "Manifest", "read"]
+__all__ = ["MANIFEST", "Entry", "Made", "Manifest", "read", "renew"]
 
 MANIFEST = "manifest.json"
 SCHEMA = 1  # of manifest.json
@@ -69,6 +70,20 @@ class Manifest:
         files |= {name: Entry.of(p) for name, p in staged.items()}
         models = {k: x for k, x in self.models.items() if k in files} | dict(made)
         return Manifest(files, models)
+
+
+def renew(folder: Path, paths: Iterable[Path]) -> None:
+    """Take down what files of a result are now, where they were made again and its manifest lists them.
+
+    Raises `ModelError` for a manifest that cannot be read, `OSError` where it cannot be written.
+    """
+    known = read(folder)
+    changed = [p.name for p in paths if known is not None and p.name in known.files]
+    if known is None or not changed:
+        return
+    known.files.update({name: Entry.of(folder / name) for name in changed})
+    with replacing(folder / MANIFEST) as temporary:
+        temporary.write_text(known.text(), "utf-8")
 
 
 def _sealed(whole: dict[str, Any]) -> str:

@@ -178,6 +178,15 @@ def test_verify_from_the_command_line(copy: Path, capsys: pytest.CaptureFixture[
     assert cli.main(["verify", str(copy / "nowhere")]) == 2
 
 
+def test_a_page_that_is_made_again_is_taken_down(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = copy / "report.html"
+    page.write_text(page.read_text() + "<!-- of an older version -->\n")
+    assert not oc.verify(copy).ok
+    assert cli.main(["report", str(copy)]) == 0
+    assert "of an older version" not in page.read_text()
+    assert oc.verify(copy).ok
+
+
 def test_a_users_card_stays_and_ours_is_replaced(made: Path, copy: Path) -> None:
     assert not any("README.md" in w for w in oc.optimize(made / "model", copy, measure=False).report.warnings)
     card = (copy / "README.md").read_text()
