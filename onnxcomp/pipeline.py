@@ -98,6 +98,7 @@ class Env:
     dry: bool = False  # only sizes count: no statistic was collected
     run_split: Callable[[], Env] | None = None
     run_unseen: Callable[[], Env | None] | None = None
+    watch: Callable[[str, int, int], None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target", resolved(self.target))
@@ -151,6 +152,11 @@ class Env:
         Needs of the original are of the uncompressed model, or of the graph that is given instead.
         """
         return self.run_collect(g, list(needs), original)
+
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Tell people who wait what is being done, and how much of it is done."""
+        if self.watch is not None:
+            self.watch(label, done, total)
 
     def split(self) -> Env:
         """The same world, where `evaluate` judges on one fifth of the calibration data, which `collect` does not see.

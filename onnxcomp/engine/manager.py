@@ -253,6 +253,7 @@ class PassManager:
             **self._asked(fitted, work, p),
             run_split=lambda: self._split(fitted, work, env, p),
             run_unseen=lambda: unseen,
+            watch=self.watch,
             run_plan=lambda: self._plan(walk, work, measured),
             measures=measured,
             dry=self.dry and walk.calibration is None,

@@ -18,10 +18,11 @@ import numpy as np
 from onnxcomp.maths import Array
 from onnxcomp.maths.newton import Change, Fitted
 
-__all__ = ["Affine", "Block", "Norm", "Rows", "cost", "tune"]
+__all__ = ["ROWS_READ", "Affine", "Block", "Norm", "Rows", "tune"]
 
 BATCH = 512  # rows of a step: 240 steps are three passes over 41,000 rows, some thousand sentences
 STEPS = 240
+ROWS_READ = BATCH * STEPS
 CHECKS = 6  # times the unseen rows are looked at: the best state of these is kept
 PIECE = 128  # rows of a piece: its hidden values stay in the second cache, and four pieces a batch feed the cores
 RATE = 0.01  # of a step, in spreads of each weight; it falls to zero along a cosine
@@ -178,11 +179,6 @@ class Block:
             z, factor = self.norm.normalized(s)
             e, own = self.norm.gradients(z, factor, self.norm.scaled(z) - rows.y)
         return [*self.part.gradients(rows.x, kept, e if self.scale is None else e * self.scale), *own]
-
-
-def cost(start: Block) -> float:
-    """Multiplications of a tuning, about: forwards, and twice as many back."""
-    return 3.0 * BATCH * STEPS * sum(w.size for w in start.part.weights)
 
 
 def tune(start: Block, fitted: Rows, unseen: Rows, rate: float = RATE) -> Fitted[Block]:

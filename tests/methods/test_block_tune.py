@@ -10,6 +10,7 @@ from onnxcomp.engine import catalog
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
 from onnxcomp.maths import block_tune
+from onnxcomp.methods.repair import mlp_gauss_newton
 from onnxcomp.runtime.sessions import Session
 from tests import tiny
 
@@ -70,3 +71,28 @@ def test_the_samples_that_judge_are_read_by_no_fit(monkeypatch: pytest.MonkeyPat
     assert len(fitted) == 7 * len(unseen)
     rows = {r.tobytes() for r in fitted.x}
     assert not any(r.tobytes() in rows for r in unseen.x)
+
+
+def test_what_a_repair_will_cost_is_told_before_it_starts() -> None:
+    g, told = tiny.decoder(layers=2), []
+    data = as_dataset([Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(3)], g)
+    for how in ("block-tune", "gauss-newton", "least-squares"):
+        cut = catalog.load("prune-ffn")(ratio=0.4, ranking="layer", repair=how)
+        PassManager([cut], watch=lambda *a: told.append(a)).run(g, data)
+    steps = [a for a in told if a[0].startswith("repair by")]
+    assert {a[0] for a in steps} == {
+        "repair by block-tune, at most some 1 min on one core",
+        "repair by gauss-newton, at most some 1 min on one core",
+        "repair by least-squares",
+    }
+    assert [a[1:] for a in steps if a[0] == "repair by least-squares"] == [(0, 2), (1, 2)]
+
+
+def test_gauss_newton_fits_wide_parts_on_fewer_rows() -> None:
+    class Wide:
+        linears = (type("Linear", (), {"sizes": (384, 1536)}), type("Linear", (), {"sizes": (1536, 384)}))
+
+    narrow = type("Narrow", (), {"linears": (type("Linear", (), {"sizes": (32, 64)}),)})
+    assert mlp_gauss_newton._rows(narrow) == mlp_gauss_newton.ROWS
+    assert mlp_gauss_newton._rows(Wide) == 8876
+    assert mlp_gauss_newton.work_of(Wide) <= mlp_gauss_newton.WORK

@@ -14,13 +14,13 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.values import users_of
 from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array, Float64
-from onnxcomp.maths.block_tune import Affine, Block, Norm, Rows, tune
+from onnxcomp.maths.block_tune import ROWS_READ, Affine, Block, Norm, Rows, tune
 from onnxcomp.methods.repair import part_weights
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, paired
 
-__all__ = ["tune_part"]
+__all__ = ["tune_part", "tuning_work"]
 
 ROWS = 1 << 16  # calibration rows at most: more than the steps of a tuning read
 LEAST_ROWS = 64  # even where memory is said to be less
@@ -78,6 +78,11 @@ def tune_part(
     _write(g, place, found.part)
     gain = 1 - found.after / found.before
     g.note(place.site, f"tuned: squared error of the layer's output -{gain:.1%} on rows that no fit has read")
+
+
+def tuning_work(m: Mlp) -> int:
+    """Multiplications that the tuning of one part costs: forwards, and twice as many back."""
+    return 3 * ROWS_READ * sum(x.sizes[0] * x.sizes[1] for x in m.linears)
 
 
 def _place(g: Graph, x: Linear, joined: ResidualSum, *, tuned_norm: bool) -> _Place:

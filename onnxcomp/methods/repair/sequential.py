@@ -20,9 +20,9 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.scratch import release_pages, release_weights
 from onnxcomp.maths import Array, Float64, affine
 from onnxcomp.maths.affine import Means
-from onnxcomp.methods.repair.block_tune import tune_part
+from onnxcomp.methods.repair.block_tune import tune_part, tuning_work
 from onnxcomp.methods.repair.correspondence import has, reference_value
-from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp
+from onnxcomp.methods.repair.mlp_gauss_newton import fit_mlp, work_of
 from onnxcomp.methods.repair.output_head import fit_logits
 from onnxcomp.methods.repair.part_weights import reader_of
 from onnxcomp.methods.repair.readers import FEEDS_ITSELF, Reader, Repair, downstream, inside, replace
@@ -34,6 +34,7 @@ __all__ = ["DAMP", "WHOLE", "Part", "reader_of", "refit_in_order", "refit_to_str
 # Pull of a refitted weight towards the weights as they are, relative to the mean of the inputs' squares. More damping
 # follows the calibration data less: it is finite, and the errors of the layers before are those on this data only.
 DAMP = 1e-3
+CORE = 2e10  # multiplications a second of one core, float32, that costs are told with: AVX2 at 3 GHz
 WHOLE = ("block-tune", "gauss-newton")  # repairs of all that follows a cut, feed-forward parts as a whole
 
 
@@ -103,7 +104,9 @@ def refit_in_order(
             targets[x] = end, None
     steps: list[tuple[int, Reader | blocks.Linear]] = [(order[x.node], x) for x in targets]
     steps += [(min(order[x.node] for x in r.linears), r) for r in here if r.linears[0] not in targets]
-    for _, step in sorted(steps, key=lambda s: s[0]):
+    label = _label(g, targets, how)
+    for i, (_, step) in enumerate(sorted(steps, key=lambda s: s[0])):
+        env.progress(label, i, len(steps))
         if isinstance(step, Reader):
             _fit(g, uncut, env, step)
         else:
@@ -113,6 +116,15 @@ def refit_in_order(
             release_weights(g.model)
     if how == "gauss-newton" and steps:
         fit_logits(g, env)
+
+
+def _label(g: Graph, fitted: Iterable[blocks.Linear], how: Repair) -> str:
+    """What is about to be done, for people who wait; for a repair of whole parts with the most that it costs."""
+    ends = {x.node for x in fitted}
+    parts = [m for m in blocks.mlps(g) if m.down.node in ends and not m.inner]
+    work = sum(map(work_of, parts)) if how == "gauss-newton" else sum(map(tuning_work, parts))
+    cost = f", at most some {max(1, round(work / CORE / 60))} min on one core" if how in WHOLE and work else ""
+    return f"repair by {how}{cost}"
 
 
 def _fitted_together(g: Graph, readers: Iterable[Reader]) -> list[Reader]:
