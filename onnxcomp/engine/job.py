@@ -157,6 +157,7 @@ class Job:
             target=self.settings.target.name,
             seed=self.settings.seed,
             files=source.hashes,
+            passes=", ".join(p.name for p in self.recipe.passes),
         )
 
 

@@ -78,7 +78,10 @@ class DataUsed:
 
 @dataclass(frozen=True)
 class Origin:
-    """What the result was made of and by what; hashes are SHA-256 in hex, those of the source's `files` by name."""
+    """What the result was made of and by what; hashes are SHA-256 in hex, those of the source's `files` by name.
+
+    `passes` are the names of the recipe's, in one line.
+    """
 
     source: str
     source_hash: str
@@ -90,11 +93,13 @@ class Origin:
     target: str
     seed: int
     files: Mapping[str, str] = field(default_factory=dict)
+    passes: str = ""
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What a written model says of itself."""
+        """What a written model says of itself; viewers show it."""
         return {
+            "onnxcomp.passes": self.passes,
             "onnxcomp.version": __version__,
             "onnxcomp.source": self.source_hash,
             "onnxcomp.recipe": self.recipe_hash,

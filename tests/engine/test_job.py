@@ -49,6 +49,7 @@ def test_compress_publishes_model_report_and_companions(source, batches, tmp_pat
     assert all(v.passed for v in result.report.verdicts)
     props = storage.load(tmp_path / "out").model.metadata_props
     assert props["onnxcomp.source"] == storage.fingerprint(source / "model.onnx")
+    assert props["onnxcomp.passes"] == "canonicalize, cleanup, qdq, lower"
 
 
 def test_refused_result_writes_nothing_but_the_asked_report(source, batches, tmp_path):
@@ -62,7 +63,7 @@ def test_refused_result_writes_nothing_but_the_asked_report(source, batches, tmp
             measure=False,
             report=tmp_path / "why.json",
         )
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "why.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "why.json", "why.html"}
     assert not json.loads((tmp_path / "why.json").read_text())["verdicts"][0]["passed"]
 
 
@@ -108,7 +109,7 @@ def test_same_folder_keeps_the_source_beside_the_result(source, tmp_path):
 def test_output_may_be_a_file(source, tmp_path):
     oc.optimize(source, tmp_path / "fast.onnx", measure=False)
     assert (tmp_path / "fast.onnx").is_file()
-    assert {p.name for p in tmp_path.iterdir()} == {"model", "fast.onnx", "fast.report.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "fast.onnx", "fast.report.json", "fast.report.html"}
 
 
 def test_every_graph_of_a_folder_or_the_named_one(source, tmp_path):

@@ -99,14 +99,16 @@ def keys(x: Any) -> Any:
 def test_the_names_in_a_report_stay() -> None:
     """Golden: whoever reads report.json by these names can read the next one."""
     r = full()
-    r.origin = Origin("a.onnx", "5a", "4b", "passes: []", "custom", "4e", "try less", "cpu", 3)
+    r.origin = Origin(
+        "a.onnx", "5a", "4b", "passes: []", "custom", "4e", "try less", "cpu", 3, passes="canonicalize, lower"
+    )
     r.lowering = Lowering("lowered", "faster", {"batch=1": Ratio(1.5, 1.4, 1.6)})
     r.steps[0].choices, r.placement = [], Placement("CPUExecutionProvider", True, {"CPUExecutionProvider": {"Gelu": 1}})
     data = valid(json_report.to_json(r))
     assert list(data) == [
         "schema_version", "kind", "summary", "command", "models", "refused", "figures", "job", "source", "recipe",
-        "target", "seed", "data", "size", "steps", "verdicts", "rungs", "remedy", "validation", "benchmark", "lowering",
-        "placement", "integer_check", "warnings", "machine", "versions",
+        "target", "seed", "data", "size", "steps", "verdicts", "rungs", "remedy", "culprit", "validation", "benchmark",
+        "lowering", "placement", "integer_check", "warnings", "machine", "versions",
     ]  # fmt: skip
     assert data["source"] == {"path": "a.onnx", "sha256": "5a"}
     assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}
@@ -132,7 +134,7 @@ def test_the_names_in_a_report_stay() -> None:
     ]  # fmt: skip
     assert r.metadata == {
         "onnxcomp.version": oc.__version__, "onnxcomp.source": "5a", "onnxcomp.recipe": "4e",
-        "onnxcomp.target": "cpu", "onnxcomp.schema": "2",
+        "onnxcomp.target": "cpu", "onnxcomp.schema": "2", "onnxcomp.passes": "canonicalize, lower",
     }  # fmt: skip
 
 
