@@ -15,7 +15,8 @@ from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
 from onnxcomp.methods.repair import convolutions
 from onnxcomp.methods.repair.convolutions import Patches
-from onnxcomp.methods.width.base import Place, Width
+from onnxcomp.methods.width.base import Ranking, Width
+from onnxcomp.methods.width.places import Cut, Place
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need
 from onnxcomp.target import Target
@@ -37,10 +38,10 @@ class PruneChannels(Width):
     unit: ClassVar[str] = "channels"
     axis: ClassVar[int] = 1
 
-    ranking: Literal["sensitivity", "global", "layer"] | None = None
-    """Lowest loss of the model (one trial cut a layer), lowest score over all layers, or the same share of each.
+    ranking: Ranking | None = None
+    """What decides between layers: their error curves, one trial cut of each, the scores alone, the same share of each.
 
-    By default sensitivity for energy, and else layer: other scores do not measure what the last channels of a layer
+    By default curves for energy, and else layer: other scores do not measure what the last channels of a layer
     cost.
     """
     repair: Literal["least-squares", "bias", "none"] = "least-squares"
@@ -49,7 +50,7 @@ class PruneChannels(Width):
     """No budget here: only linears and attentions are timed; say macs instead."""
 
     @property
-    def _ranked(self) -> Literal["sensitivity", "global", "layer"]:
+    def _ranked(self) -> Ranking:
         if self.ranking is None and self.score != "energy":
             return "layer"
         return super()._ranked
@@ -75,9 +76,9 @@ class PruneChannels(Width):
         consumers = super()._readers(g, group, linears)
         return (*convolutions.patches_of(g, group), *consumers) if self._measures else consumers
 
-    def _take(self, g: Graph, place: Place, keep: Array, env: Env, predicted: str) -> None:
-        linears = tuple(r for r in place.readers if not isinstance(r, Patches))
-        super()._take(g, dataclasses.replace(place, readers=linears), keep, env, predicted)
+    def _take(self, g: Graph, cut: Cut, env: Env) -> None:
+        linears = tuple(r for r in cut.place.readers if not isinstance(r, Patches))
+        super()._take(g, dataclasses.replace(cut, place=dataclasses.replace(cut.place, readers=linears)), env)
 
     def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Repair the convolutions after every cut: a bias added before would keep its full length."""

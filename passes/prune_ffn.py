@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
-from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods.width import kinds
 from onnxcomp.methods.width.base import Width
 
 __all__ = ["PruneFfn"]
@@ -27,4 +27,4 @@ class PruneFfn(Width):
 
     def starts(self, g: Graph) -> Iterable[tuple[Site, ir.Value]]:
         """The input `[.., K]` of every down projection, `K` hidden channels."""
-        return [(mlp.site, mlp.down.input) for mlp in blocks.mlps(g)]
+        return kinds.channel_starts(g)

@@ -12,10 +12,10 @@ import onnx_ir as ir
 from onnxcomp import blocks
 from onnxcomp.graph import Graph, Site
 from onnxcomp.maths import Array
-from onnxcomp.methods.repair import sequential
 from onnxcomp.methods.repair.sequential import Part
 from onnxcomp.methods.repair.stream_projection import dual, readers_moment
-from onnxcomp.methods.width.base import Place, Width
+from onnxcomp.methods.width.base import Width
+from onnxcomp.methods.width.places import Place
 from onnxcomp.pipeline import Env
 
 __all__ = ["PruneHidden"]
@@ -50,8 +50,7 @@ class PruneHidden(Width):
             projection, stream = _projection(uncut, place, keep), tuple(range(place.group.units))
             for s in place.group.computed:  # a value that is no full stream, such as a gate, keeps its own channels
                 targets[s.value] = Part(s.value, projection if s.units == stream else np.flatnonzero(s.kept(keep)))
-        readers = [r for p, _ in cut for r in p.readers]
-        sequential.refit_in_order(g, uncut, env, readers, targets, self.repair)
+        self._refit(g, uncut, env, cut, targets)
 
 
 def _projection(uncut: Graph, place: Place, keep: Array) -> Array:

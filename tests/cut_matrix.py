@@ -19,7 +19,8 @@ from onnxcomp.engine import catalog
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
-from onnxcomp.methods.width.base import Place, Width
+from onnxcomp.methods.width.base import Width
+from onnxcomp.methods.width.places import Place
 from onnxcomp.target import CPU
 from tests import cuts, matrix, zoo
 

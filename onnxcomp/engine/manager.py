@@ -353,7 +353,7 @@ class PassManager:
             reference = self._reference(walk.original, data, metrics, kept)
             known = walk.steps.variants and walk.steps.variants / "-".join(map(str, key))
             memory, notes = self.memory or MEMORY, walk.steps.notes
-            walk.variants[key] = Variants(reference, self.host, memory, kept, known, notes)
+            walk.variants[key] = Variants(reference, self.host, memory, kept, known, notes, self.watch)
         return [Score(x) for x in walk.variants[key].compare(work, edits, lambda v: score_of(v, metric))]
 
     # ---- around the passes ---------------------------------------------------------------------------------------

@@ -11,7 +11,19 @@ import numpy as np
 
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["LARGEST_RATIO", "Candidate", "Normal", "choose", "isotonic", "ladder", "least_ratio", "normalised"]
+__all__ = [
+    "LARGEST_RATIO",
+    "Candidate",
+    "Normal",
+    "allowed",
+    "best",
+    "choose",
+    "isotonic",
+    "ladder",
+    "least_ratio",
+    "normalised",
+    "removed",
+]
 
 Normal = Literal["none", "l2", "standard"]
 BISECTIONS = 24  # of a ratio, to 6e-8: finer than one unit of any layer
@@ -67,7 +79,7 @@ def choose(
     if uniform and candidates:
         share = sum(counts) / sum(c.units for c in candidates)
         counts = [c.units * share for c in candidates]
-    return [_best(c, _rounded(c, n)) for c, n in zip(candidates, counts, strict=True)]
+    return [best(c, _rounded(c, n)) for c, n in zip(candidates, counts, strict=True)]
 
 
 def _ranked(candidates: Sequence[Candidate], ratio: float) -> list[float]:
@@ -86,10 +98,28 @@ def _ranked(candidates: Sequence[Candidate], ratio: float) -> list[float]:
     return [float(n) for n in kept]
 
 
+def _ordered(c: Candidate) -> Float64:
+    """The scores of each part, ascending: `[parts, units of each]`."""
+    parts = np.asarray(c.parts or (0,) * c.units)
+    return np.stack([np.sort(c.scores[parts == p]) for p in np.unique(parts)])
+
+
+def removed(c: Candidate, counts: Sequence[int]) -> Float64:
+    """Sum of the scores of the units that go when a layer keeps so many, for each of the counts."""
+    order = _ordered(c)
+    sums = np.append(0.0, np.cumsum(order.sum(axis=0)))
+    return np.asarray(sums[(c.units - np.asarray(counts, np.int64)) // len(order)])
+
+
+def allowed(c: Candidate) -> list[int]:
+    """Every number of units that may be kept, ascending."""
+    step, lowest = _least(c)
+    return [*range(lowest, c.units, step), c.units]
+
+
 def _steps(c: Candidate) -> list[tuple[float, int]]:
     """Mean score and number of the units that are removed in each step of the count, from the lowest."""
-    parts = np.asarray(c.parts or (0,) * c.units)
-    order = np.stack([np.sort(c.scores[parts == p]) for p in np.unique(parts)])
+    order = _ordered(c)
     step, lowest = _least(c)
     steps, kept = [], c.units
     while kept - (size := kept % step or step) >= lowest:
@@ -119,7 +149,7 @@ def ladder(c: Candidate, shares: Sequence[float] = (0.0, 0.5, 0.75, 1.0)) -> lis
     return sorted({_rounded(c, c.units * s) for s in shares})
 
 
-def _best(c: Candidate, count: int) -> Array:
+def best(c: Candidate, count: int) -> Array:
     """The highest scores, as many of each part; among equals the first wins."""
     if not c.parts:
         return np.sort(np.argsort(-c.scores, kind="stable")[:count])

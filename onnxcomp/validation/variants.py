@@ -24,7 +24,8 @@ class Variants:
 
     The walk keeps its position between calls, so that a caller who proceeds layer by layer computes no layer of the
     unedited graph twice. Results equal those of running every variant in one session, to float noise. The folder
-    `known`, if given, caches numbers by the content of a variant; `notes` gets what is said of damaged entries.
+    `known`, if given, caches numbers by the content of a variant; `notes` gets what is said of damaged entries,
+    `watch` how many of the edits are done.
     """
 
     def __init__(
@@ -35,14 +36,19 @@ class Variants:
         scratch: Path,
         known: Path | None = None,
         notes: list[str] | None = None,
+        watch: Callable[[str, int, int], None] | None = None,
     ) -> None:
-        self.reference, self.known, self.notes = reference, known, notes
+        self.reference, self.known, self.notes, self.watch = reference, known, notes, watch
         self.walk, self._walked = Walk(target, memory, scratch), reference
 
     def compare(self, g: Graph, edits: Sequence[Edit], value: Callable[[Validation], float]) -> list[float]:
         """`value` of each edit's comparison with the original, in the given order (that of the graph is fastest)."""
-        layout = Layout(g)
-        return [self._number(g, layout, _edited(g, edit), value) for edit in edits]
+        layout, numbers = Layout(g), list[float]()
+        for i, edit in enumerate(edits):
+            if self.watch is not None and len(edits) > 1:
+                self.watch("trial models", i, len(edits))
+            numbers.append(self._number(g, layout, _edited(g, edit), value))
+        return numbers
 
     def _number(self, g: Graph, layout: Layout, variant: Graph, value: Callable[[Validation], float]) -> float:
         if self.known is None or variant.spool is not None:  # hashing large weights takes as long as running them

@@ -1,4 +1,4 @@
-"""Ranking by sensitivity: layers give what loses the model least, by one trial cut of each."""
+"""Ranking by error curves and by sensitivity: layers give what loses the model least, by trial cuts of each."""
 
 from types import SimpleNamespace
 
@@ -41,26 +41,30 @@ def widths(g: Graph, **options) -> list[int]:
 
 
 @pytest.mark.parametrize("score", ["energy", "wanda", "flap"])
-@pytest.mark.parametrize("repair", ["least-squares", "bias", "none"])
-def test_the_layer_that_hardly_counts_gives_most(score, repair):
+@pytest.mark.parametrize(
+    ("repair", "ranking"), [("least-squares", None), ("bias", None), ("none", None), ("least-squares", "sensitivity")]
+)
+def test_the_layer_that_hardly_counts_gives_most(score, repair, ranking):
     g = quiet_first()
     whole = blocks.mlps(g)[0].width
-    first, *others = widths(g, score=score, repair=repair)
+    first, *others = widths(g, score=score, repair=repair, ranking=ranking)
     assert first < min(others)
     assert whole - first > 0.75 * (3 * whole - first - sum(others))  # nearly all that goes, goes there
 
 
-def test_by_default_it_is_sensitivity_where_data_is_asked_for():
+def test_by_default_curves_decide_where_data_is_asked_for():
     g = quiet_first()
-    assert widths(g) == widths(g, ranking="sensitivity") != widths(g, ranking="layer")
+    assert widths(g) == widths(g, ranking="curves") != widths(g, ranking="layer")
     plain = {"score": "magnitude", "repair": "none"}
     assert widths(g, **plain) == widths(g, **plain, ranking="layer")
+    assert widths(g, **plain) != widths(g, **plain, ranking="curves")
     assert widths(g, **plain) != widths(g, **plain, ranking="sensitivity")
     assert len(set(widths(g, uniform=True))) == 1
 
 
-def test_sensitivity_without_data_is_refused_with_the_way_out():
-    p = catalog.load("prune-ffn")(ratio=0.3, score="magnitude", repair="none", ranking="sensitivity")
+@pytest.mark.parametrize("ranking", ["curves", "sensitivity"])
+def test_trial_cuts_without_data_are_refused_with_the_way_out(ranking):
+    p = catalog.load("prune-ffn")(ratio=0.3, score="magnitude", repair="none", ranking=ranking)
     with pytest.raises(DataError, match="calibration="):
         PassManager([p]).run(tiny.encoder())
 
@@ -112,12 +116,23 @@ def test_no_more_samples_are_run_than_asked_for():
             return super()._reference(original, dataset, *rest)
 
     g = tiny.encoder(layers=2)
-    many = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(40)], g)
-    Counting([catalog.load("prune-ffn")(ratio=0.5)]).run(g, many)
-    assert trial_cuts.SAMPLES in seen
+    many = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(50)], g)
+    for ranking, most in (("sensitivity", trial_cuts.SAMPLES), ("curves", trial_cuts.CURVE_SAMPLES)):
+        seen.clear()
+        Counting([catalog.load("prune-ffn")(ratio=0.5, ranking=ranking)]).run(g, many)
+        assert most in seen
 
 
-def test_trials_are_remembered_by_their_content(tmp_path, monkeypatch):
+def test_progress_tells_how_many_trial_cuts_are_left():
+    g, told = tiny.encoder(layers=2), []
+    p = catalog.load("prune-ffn")(ratio=0.25, multiple_of=1)
+    PassManager([p], watch=lambda *x: told.append(x)).run(g, data(g))
+    trials = 2 * len(trial_cuts.CURVE_SHARES)
+    assert [x for x in told if x[0] == "trial models"] == [("trial models", i, trials) for i in range(trials)]
+
+
+@pytest.mark.parametrize(("ranking", "trials"), [("curves", 2 * len(trial_cuts.CURVE_SHARES)), ("sensitivity", 2)])
+def test_trials_are_remembered_by_their_content(tmp_path, monkeypatch, ranking, trials):
     """With a cache another ratio tries nothing again; another model does."""
     g, ran = tiny.encoder(layers=2), []
     compared = Variants._compared
@@ -125,18 +140,19 @@ def test_trials_are_remembered_by_their_content(tmp_path, monkeypatch):
     data = as_dataset([Batch(tiny.feeds(g, 4, 9, seed=i)) for i in range(4)], g)
 
     def cut(model, ratio):
-        p = catalog.load("prune-ffn")(ratio=ratio, multiple_of=1, ranking="sensitivity")
+        p = catalog.load("prune-ffn")(ratio=ratio, multiple_of=1, ranking=ranking)
         return PassManager([p], cache=tmp_path).run(model, data).model
 
     first = cut(g, 0.25)
-    assert len(ran) == 2
+    assert len(ran) == trials
     cut(g, 0.5)
-    assert len(ran) == 2
-    with_cache, without = cut(g, 0.25), PassManager([catalog.load("prune-ffn")(ratio=0.25, multiple_of=1)]).run(g, data)
+    assert len(ran) == trials
+    alone = catalog.load("prune-ffn")(ratio=0.25, multiple_of=1, ranking=ranking)
+    with_cache, without = cut(g, 0.25), PassManager([alone]).run(g, data)
     assert [x.sizes for x in blocks.linears(first)] == [x.sizes for x in blocks.linears(with_cache)]
     assert [x.sizes for x in blocks.linears(first)] == [x.sizes for x in blocks.linears(without.model)]
     other = g.clone()
     other.put(blocks.linears(other)[0].weight, other.array(blocks.linears(other)[0].weight) * np.float32(2))
     before = len(ran)
     cut(other, 0.25)
-    assert len(ran) == before + 2
+    assert len(ran) == before + trials

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxcomp import blocks
@@ -15,10 +16,10 @@ from onnxcomp.graph import Graph, Site
 from onnxcomp.methods.repair.correspondence import has
 from onnxcomp.methods.repair.output_head import fit_logits
 from onnxcomp.methods.repair.readers import Repair, downstream
-from onnxcomp.methods.repair.sequential import refit_to_stream, unfit_reason
+from onnxcomp.methods.repair.sequential import Part, refit_to_stream, unfit_reason
 from onnxcomp.pipeline import Env
 
-__all__ = ["Gap", "leave_out", "refit_around_gaps"]
+__all__ = ["Gap", "leave_out", "refit_around_gaps", "targets_before_gaps"]
 
 # Pull of a refitted weight towards the weight as it is, relative to the mean of the inputs' squares. Thirty times that
 # of other repairs: the change that replaces whole layers is large, and would overfit the calibration data.
@@ -92,6 +93,19 @@ def refit_around_gaps(g: Graph, uncut: Graph, env: Env, gaps: Iterable[Gap], how
         )
     if how == "gauss-newton" and gaps:
         fit_logits(g, env)
+
+
+def targets_before_gaps(g: Graph, uncut: Graph, gaps: Iterable[Gap]) -> dict[str, Part]:
+    """By the sum before each gap the uncut stream after it, for a refit in which other parts are cut as well.
+
+    A norm after that sum gets the parameters of the one after the gap. A note says where nothing can be refitted.
+    """
+    g.sort()
+    found = [(x, into.end) for x in blocks.linears(g) if (into := residual_sum(x)) is not None]
+    width = {str(end.name): x.sizes[1] for x, end in found}
+    ends = ((gap, _end(g, uncut, gap, found)) for gap in gaps if has(g, gap.entry))
+    named = [(gap, str(end.name)) for gap, end in ends if end is not None]
+    return {end: Part(_target(g, uncut, gap), np.arange(width[end])) for gap, end in named}
 
 
 def _end(g: Graph, uncut: Graph, gap: Gap, writers: Iterable[tuple[Linear, ir.Value]]) -> ir.Value | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,29 +19,29 @@ from pydantic import Field
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.coupling import Blocked, Coupling, prove
-from onnxcomp.coupling.sizes import macs, parameters
+from onnxcomp.coupling.sizes import parameters
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
+from onnxcomp.maths.error_curves import Curve
 from onnxcomp.methods.repair import readers
 from onnxcomp.methods.repair.readers import Reader, Repair
-from onnxcomp.methods.repair.sequential import WHOLE, refit_in_order
+from onnxcomp.methods.repair.sequential import WHOLE, Part, refit_in_order
 from onnxcomp.methods.skip_patterns import skipped
-from onnxcomp.methods.width import budgets, scores, trial_cuts
-from onnxcomp.methods.width.budgets import Budget, Clock
+from onnxcomp.methods.width import amounts, budgets, scores, trial_cuts
+from onnxcomp.methods.width.budgets import Clock
+from onnxcomp.methods.width.places import UNREACHED, Cut, Place
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.stats import Need, gram, mean, var
 from onnxcomp.target import Target
 
-__all__ = ["Place", "Score", "Width"]
+__all__ = ["Ranking", "Score", "Width"]
 
-UNREACHED = (
-    "no sample of the data reaches it: give more data, or say what measures nothing (score: magnitude, repair: none, "
-    "ranking: layer)"
-)
 Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
+Ranking = Literal["curves", "sensitivity", "global", "layer"]
+TRIED = ("curves", "sensitivity")  # rankings by trial cuts, which zero float weights and need statistics of the uncut
 # How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
 NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
 REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
@@ -51,15 +51,6 @@ REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "bias": [mean],
     "none": [],
 }
-
-
-@dataclass(frozen=True)
-class Place:
-    """One group with the sites it belongs to and the linears that read its axis."""
-
-    sites: tuple[Site, ...]
-    group: Group
-    readers: tuple[Reader, ...]
 
 
 @dataclass(frozen=True)
@@ -82,10 +73,10 @@ class Width(Pass):
     """Cut until at most this share of the multiplications with weights that it finds, per token, remains."""
     latency: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cut until what is cut (its linears, its attention) takes at most this share of its time, measured here."""
-    ranking: Literal["sensitivity", "global", "layer"] | None = None
-    """What loses the model least over all layers (one trial cut a layer), what scores least, or the same share of each.
+    ranking: Ranking | None = None
+    """What decides between layers: their error curves, one trial cut of each, the scores alone, the same share of each.
 
-    By default sensitivity where score or repair ask for data anyway and no weight is quantized, and else layer.
+    By default curves where score or repair ask for data anyway and no weight is quantized, and else layer.
     """
     score: Score = "energy"
     """How much a unit matters: weight norm, |W||X|, fluctuation, output error after a refit, loss of the model."""
@@ -107,7 +98,7 @@ class Width(Pass):
     uniform: bool = False
     """Keep the same share of every layer whatever the ranking, for runtimes that want one number for all."""
     metric: str | None = None
-    """Gate name that ablation and sensitivity measure; by default kl for logits, else rel-l2."""
+    """Gate name that ablation, curves and sensitivity measure; by default kl for logits, else rel-l2."""
     skip: tuple[str, ...] = ()
     """Patterns of node names that are not cut."""
 
@@ -120,7 +111,7 @@ class Width(Pass):
     @property
     def wants_data(self) -> bool:
         """Magnitudes without repair need none."""
-        return self._measures or self.ranking == "sensitivity"
+        return self._measures or self.ranking in TRIED
 
     @property
     def fits(self) -> bool:
@@ -132,11 +123,11 @@ class Width(Pass):
         return self.score != "magnitude" or self.repair != "none"
 
     @property
-    def _ranked(self) -> Literal["sensitivity", "global", "layer"]:
+    def _ranked(self) -> Ranking:
         """The ranking asked for, by default the one that fits the other options."""
         if self.uniform:
             return "layer"
-        return self.ranking or ("sensitivity" if self._measures else "layer")
+        return self.ranking or ("curves" if self._measures else "layer")
 
     @property
     def _by_clock(self) -> float | None:
@@ -154,7 +145,7 @@ class Width(Pass):
         """
         if self._by_clock is not None:
             raise budgets.no_clock(self.name, self._by_clock, "a dry run (--plan) has none")
-        ranking = "global" if self._ranked == "sensitivity" else self._ranked
+        ranking = "global" if self._ranked in TRIED else self._ranked
         return dataclasses.replace(self, score="magnitude", repair="none", ranking=ranking)
 
     @abc.abstractmethod
@@ -177,7 +168,7 @@ class Width(Pass):
 
     def _needs(self, place: Place) -> Iterable[Need]:
         """What the score of one group asks for, and its repair where that is not sequential."""
-        uses_uncut_inputs = not self._in_order or self._ranked == "sensitivity"
+        uses_uncut_inputs = not self._in_order or self._ranked in TRIED
         kinds = [*scores.NEEDS[self.score], *(REPAIR_NEEDS[self.repair] if uses_uncut_inputs else ())]
         bias = REPAIR_NEEDS["none" if self.repair == "none" else "bias"]
         return (
@@ -211,38 +202,62 @@ class Width(Pass):
             return
         candidates = self._score(g, places, env)
         clock = self._clock(g, places, candidates, env)
-        keeps = self._amounts(g, places, candidates, clock)
+        curves = self._curves(g, places, candidates, env)
+        keeps = self._amounts(g, places, candidates, curves, clock)
+        said = [clock.describe(keeps, i) if clock else "" for i in range(len(keeps))]
+        losses = [float(curves[i].at([len(k)])[0]) if curves else None for i, k in enumerate(keeps)]
+        self._apply(g, env, coupling, [Cut(*x) for x in zip(places, keeps, said, losses, strict=True)])
+
+    def _apply(self, g: Graph, env: Env, coupling: Coupling, cuts: Sequence[Cut]) -> None:
+        """Take out what does not stay, and repair what reads it."""
         uncut = g.clone()
-        for i, (place, keep) in enumerate(zip(places, keeps, strict=True)):
-            if why := place.group.emptied(keep):
-                keeps[i] = np.arange(place.group.units)
-                for site in place.sites:
+        self._repair(g, uncut, env, self._cut(g, env, coupling, cuts))
+
+    def _cut(self, g: Graph, env: Env, coupling: Coupling, cuts: Sequence[Cut]) -> list[tuple[Place, Array]]:
+        """Take units out of groups, and prove the sizes of what is left; the groups that were cut."""
+        done = list[tuple[Place, Array]]()
+        for cut in cuts:
+            if why := cut.place.group.emptied(cut.keep):
+                for site in cut.place.sites:
                     g.decline(site, why)
                 continue
-            self._take(g, place, keep, env, clock.describe(keeps, i) if clock else "")
-        prove(coupling.facts, g, [(p.group, keep) for p, keep in zip(places, keeps, strict=True)])
-        self._repair(g, uncut, env, [(p, k) for p, k in zip(places, keeps, strict=True) if len(k) < p.group.units])
+            self._take(g, cut, env)
+            done.append((cut.place, cut.keep))
+        prove(coupling.facts, g, [(p.group, keep) for p, keep in done])
+        return [(p, keep) for p, keep in done if len(keep) < p.group.units]
 
-    def _take(self, g: Graph, place: Place, keep: Array, env: Env, predicted: str) -> None:
-        """Take the units outside `keep` out of one group and note it, or decline its sites where all stay.
+    def _take(self, g: Graph, cut: Cut, env: Env) -> None:
+        """Take the units that do not stay out of one group and note it, or decline its sites where all stay.
 
         A repair that is not sequential comes first: it needs the weights of the removed units.
         """
+        place, keep = cut.place, cut.keep
         if len(keep) == place.group.units:
             for site in place.sites:
-                g.decline(site, f"all {len(keep)} {self.unit} stay: {self._why(place, env.target)}")
+                g.decline(site, f"all {len(keep)} {self._unit(place)} stay: {self._why(place, env.target)}")
             return
         for reader in place.readers:
             if self.repair != "none" and (not self._in_order or reader.feeds_itself):
                 readers.repair(g, reader, keep, env.stats, self.repair)
         g.take(place.group, keep)
         for site in place.sites:
-            g.note(site, f"{place.group.units} > {len(keep)} {self.unit}" + (f", {predicted}" if predicted else ""))
+            g.note(site, cut.describe(self._unit(place)), cut.values)
 
     def _repair(self, g: Graph, uncut: Graph, env: Env, cut: Sequence[tuple[Place, Array]]) -> None:
         """Sequential repair: refit the readers of what was cut, one after another, where that is asked for."""
         if self._in_order:
-            refit_in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], how=self.repair)
+            self._refit(g, uncut, env, cut)
+
+    def _refit(
+        self,
+        g: Graph,
+        uncut: Graph,
+        env: Env,
+        cut: Sequence[tuple[Place, Array]],
+        streams: Mapping[str, Part] | None = None,
+    ) -> None:
+        """Refit the readers of what was cut in order, and what is added to some `streams` towards what these are."""
+        refit_in_order(g, uncut, env, [r for p, _ in cut for r in p.readers], streams, self.repair)
 
     def _readers(self, g: Graph, group: Group, linears: Sequence[Linear]) -> tuple[Reader, ...]:
         """What reads the axis of a group and can be refitted; raises `ModelError` where that cannot be as asked."""
@@ -277,23 +292,28 @@ class Width(Pass):
         group = self.group(c, start)
         consumers = self._readers(c.g, group, linears)
         quantized = next((r.quantized for r in consumers if r.quantized), None)
-        zeroes_weights = self.score == "ablation" or self.ranking == "sensitivity"
+        zeroes_weights = self.score == "ablation" or self.ranking in TRIED
         if quantized is not None and (self.repair in (*WHOLE, "least-squares") or zeroes_weights):
             raise ModelError(
                 f"linear '{quantized.name}' is quantized, and this needs float weights: cut the model before "
-                "quantizing it, or say repair: bias or none, no ablation, and no ranking by sensitivity"
+                "quantizing it, or say repair: bias or none, no ablation, and no ranking by curves or sensitivity"
             )
         if not consumers and (self.repair != "none" or self.score not in ("magnitude", "ablation")):
             raise ModelError("no linear reads it, so nothing can be measured; use score: magnitude and repair: none")
         return Place((site,), group, consumers)
 
     def _why(self, place: Place, target: Target) -> str:
-        step = self._multiple(target)
+        step = self._multiple(place, target)
         if place.group.units <= max(self.floor, step):
             return f"there are no fewer than {max(self.floor, step)} to keep (floor {self.floor}, multiples of {step})"
         return "the nearest count allowed" if self._ranked == "layer" else "they matter more than those of other layers"
 
-    def _multiple(self, target: Target) -> int:
+    def _unit(self, place: Place) -> str:
+        """What the units of a group are called."""
+        return self.unit
+
+    def _multiple(self, place: Place, target: Target) -> int:
+        """The steps of a group's width."""
         return self.multiple_of or (target.width_multiple if self.aligned else 1)
 
     # ---- score and amount ----------------------------------------------------------------------------------------
@@ -303,7 +323,7 @@ class Width(Pass):
         candidates = self._candidates(g, places, [self._scores(g, p, env) for p in places], env.target)
         if self._ranked != "sensitivity":
             return candidates
-        return trial_cuts.scaled(g, [(p.group, p.readers) for p in places], candidates, env, self.metric, self.repair)
+        return trial_cuts.scaled(g, [p.part for p in places], candidates, env, self.metric, self.repair)
 
     def _scores(self, g: Graph, place: Place, env: Env) -> Float64:
         """How much each unit of one group matters: `[units]`; of several consumers each counts the same."""
@@ -324,9 +344,22 @@ class Width(Pass):
         costs = [max(1, total - parameters(g, [(x, np.arange(x.units - 1))])) for x in groups]
         how = NORMALIZED.get(self.score, "l2") if self._ranked == "global" else "none"
         return [
-            Candidate(normalised(s, how), cost, x.parts, self._multiple(target), self.floor)
-            for s, x, cost in zip(unit_scores, groups, costs, strict=True)
+            Candidate(normalised(s, how), cost, p.group.parts, self._multiple(p, target), self.floor)
+            for s, p, cost in zip(unit_scores, places, costs, strict=True)
         ]
+
+    def _curves(
+        self, g: Graph, places: Sequence[Place], candidates: Sequence[Candidate], env: Env
+    ) -> list[Curve] | None:
+        """The error curves of the layers; None where there is one layer, or something else ranks them."""
+        if self._ranked != "curves" or len(candidates) < 2:
+            return None
+        left_out = self._droppable(g, places)
+        return trial_cuts.curves(g, [p.part for p in places], candidates, env, self.metric, self.repair, left_out)
+
+    def _droppable(self, g: Graph, places: Sequence[Place]) -> Collection[int]:
+        """The numbers of the groups of which nothing need stay."""
+        return ()
 
     def _clock(self, g: Graph, places: Sequence[Place], candidates: Sequence[Candidate], env: Env) -> Clock | None:
         """Measured times of every group, None without a latency budget."""
@@ -335,19 +368,20 @@ class Width(Pass):
         return budgets.timed(self.name, self._by_clock, g, [p.group for p in places], candidates, env)
 
     def _amounts(
-        self, g: Graph, places: Sequence[Place], candidates: Sequence[Candidate], clock: Clock | None = None
+        self,
+        g: Graph,
+        places: Sequence[Place],
+        candidates: Sequence[Candidate],
+        curves: Sequence[Curve] | None = None,
+        clock: Clock | None = None,
     ) -> list[Array]:
-        """The units that stay in each group: by ratio, or by the budget that removes most."""
-        groups = [p.group for p in places]
-        options = [("parameters", self.parameters, parameters), ("macs", self.macs, macs)]
-        given = [budgets.counted(name, b, g, groups, count) for name, b, count in options if b is not None]
-        if clock is not None and self.latency is not None:
-            given.append(Budget("latency", self.latency, clock.share))
-        if not given:
-            return self._choose(candidates, self.ratio)
-        return self._choose(
-            candidates, budgets.ratio(self.name, self.unit, given, lambda r: self._choose(candidates, r))
-        )
+        """The units that stay in each group: by ratio, or so that every budget is met."""
+        shares = {"parameters": self.parameters, "macs": self.macs}
+        given = budgets.currencies(g, [p.group for p in places], shares, self.latency, clock)
+        if curves is not None:
+            return amounts.by_curves(self.name, self.unit, curves, given, self.ratio)
+        ratio = budgets.ratio(self.name, self.unit, [c.budget for c in given], lambda r: self._choose(candidates, r))
+        return self._choose(candidates, ratio if given else self.ratio)
 
     def _choose(self, candidates: Sequence[Candidate], ratio: float) -> list[Array]:
         return choose(candidates, ratio, "layer" if self._ranked == "layer" else "global", self.uniform)

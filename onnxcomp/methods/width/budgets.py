@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
+from onnxcomp.coupling.sizes import macs, parameters
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.graph import Graph, Site, extract
 from onnxcomp.graph.groups import Group
@@ -22,7 +23,7 @@ from onnxcomp.methods.quantize import payoff
 if TYPE_CHECKING:
     from onnxcomp.pipeline import Env
 
-__all__ = ["Budget", "Clock", "Keeps", "counted", "no_clock", "ratio", "timed"]
+__all__ = ["Budget", "Clock", "Currency", "Keeps", "currencies", "no_clock", "out_of_reach", "ratio", "timed"]
 
 Keeps = Sequence[Array]
 LEAST_SECONDS = 1e-7  # of a form: dispatch of a node takes as much, and less is noise of the subtraction below
@@ -37,10 +38,20 @@ class Budget:
     remaining: Callable[[Keeps], float]
 
 
-def counted(name: str, share: float, g: Graph, groups: Sequence[Group], count: Callable[..., int]) -> Budget:
+@dataclass(frozen=True)
+class Currency:
+    """A budget with what group `i` costs at `n` units in its currency, as a share of all that counts."""
+
+    budget: Budget
+    cost: Callable[[int, int], float]
+
+
+def counted(name: str, share: float, g: Graph, groups: Sequence[Group], count: Callable[..., int]) -> Currency:
     """A budget of what `count(g, cuts)` counts (`coupling.sizes`)."""
     total = count(g)
-    return Budget(name, share, lambda keeps: count(g, zip(groups, keeps, strict=True)) / total)
+    units = [max(1, total - count(g, [(x, np.arange(x.units - 1))])) / total for x in groups]
+    budget = Budget(name, share, lambda keeps: count(g, zip(groups, keeps, strict=True)) / total)
+    return Currency(budget, lambda i, n: units[i] * n)
 
 
 def ratio(owner: str, unit: str, budgets: Sequence[Budget], choose: Callable[[float], Keeps]) -> float:
@@ -51,11 +62,35 @@ def ratio(owner: str, unit: str, budgets: Sequence[Budget], choose: Callable[[fl
 def _ratio(owner: str, unit: str, budget: Budget, choose: Callable[[float], Keeps]) -> float:
     least = least_ratio(lambda r: budget.remaining(choose(r)) <= budget.share)
     if least is None:
-        raise RecipeError(
-            f"{owner}: {budget.name}={budget.share:g} cannot be reached: with all {unit} cut that may go, "
-            f"{budget.remaining(choose(LARGEST_RATIO)):.0%} stay; ask for more, or let another pass cut as well"
-        )
+        raise out_of_reach(owner, unit, budget, choose(LARGEST_RATIO))
     return least
+
+
+def out_of_reach(owner: str, unit: str, budget: Budget, least: Keeps) -> RecipeError:
+    """The refusal of a budget that even the `least` that may be kept exceeds."""
+    return RecipeError(
+        f"{owner}: {budget.name}={budget.share:g} cannot be reached: with all {unit} cut that may go, "
+        f"{budget.remaining(least):.0%} stay; ask for more, or let another pass cut as well"
+    )
+
+
+def currencies(
+    g: Graph,
+    groups: Sequence[Group],
+    shares: Mapping[str, float | None],
+    latency: float | None,
+    clock: Clock | None,
+) -> list[Currency]:
+    """The budgets that are asked for: `shares` of parameters and multiplications, and of measured time."""
+    counts = {"parameters": parameters, "macs": macs}
+    given = [counted(name, share, g, groups, counts[name]) for name, share in shares.items() if share is not None]
+    return given if latency is None or clock is None else [*given, by_clock(latency, clock)]
+
+
+def by_clock(share: float, clock: Clock) -> Currency:
+    """A budget of measured seconds; every asked shape counts the same."""
+    total = sum(row[:, -1] for row in clock.seconds)
+    return Currency(Budget("latency", share, clock.share), lambda i, n: float(np.mean(clock.at(i, n) / total)))
 
 
 # ---- by the clock ----------------------------------------------------------------------------------------------------
