@@ -15,10 +15,12 @@ from onnxcomp.lowering.costs import Cost
 from onnxcomp.methods.quantize import mixed_bits, site_options
 from onnxcomp.methods.quantize.weight_rounding import Method
 from onnxcomp.passes.mixed_precision import MixedPrecision
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from tests import tiny
 from tests.engine.test_remedy import with_an_outlier
 
-SMALL = {"min_size": 1, "block": 16, "blocks": (16, 32), "method": "nearest"}
+PLAIN = {"min_size": 1, "method": "nearest"}
+SMALL = {**PLAIN, "block": 16, "blocks": (16, 32)}
 LOUD = 30.0  # how much larger the rounding error of the loud layer is than that of the others
 
 
@@ -88,6 +90,22 @@ def test_the_choice_loses_no_more_than_one_option_for_all_or_the_rule_of_thumb()
     losses = [x["loss"] for x in found.values()]
     assert losses == sorted(losses)
     assert {next(iter(found)), list(found)[1]} == {"mixed", "mixed, in context"}
+
+
+@pytest.mark.parametrize("rule", [False, True])
+def test_on_held_out_data_no_uniform_choice_and_no_rule_of_thumb_of_as_many_bytes_is_better(rule):
+    g = loud()
+    calibration, heldout = (
+        as_dataset([tiny.feeds(g, 5, 7, seed=i) for i in seeds], g) for seeds in ((0, 1), (11, 12, 13))
+    )
+    wanted = mixed_bits.rule_of_thumb(g) if rule else set()
+    other = QuantizeWeights(**PLAIN, block=16, overrides=dict.fromkeys(sorted(wanted), 8))
+    simple = PassManager([other]).run(g, (), heldout)
+    budget = f"{size(simple.model) / base(g):.4f}x"
+    chosen = PassManager([MixedPrecision(**{**SMALL, "budget": budget})]).run(g, calibration, heldout)
+    assert size(chosen.model) <= 1.0001 * size(simple.model)
+    drift, simple_drift = (r.report.validation.values()["rel-l2"] for r in (chosen, simple))
+    assert drift <= simple_drift
 
 
 def test_the_frontier_is_in_the_report_and_monotone():
