@@ -15,6 +15,7 @@ PAGES = {
     "builder": "passes/README.md",
     "format_speed": "passes/README.md",
     "int8": "passes/README.md",
+    "autopilot": "passes/README.md",
     "frontier": "passes/README.md",
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",

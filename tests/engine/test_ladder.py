@@ -159,7 +159,11 @@ def with_outliers(g: Graph, by: float) -> Graph:
 def test_auto_int8_finds_the_smoothed_rung_on_planted_outliers_by_itself(kind, tmp_path):
     g = kind(layers=1, hidden=64, ffn=128, norm="pre")
     data = [tiny.feeds(g, 4, 9, seed=i) for i in range(8)]
-    clean = PassManager([parse_pass("canonicalize"), parse_pass("qdq")]).run(g, data, data).report.validation.values()["sqnr"]
+    clean = (
+        PassManager([parse_pass("canonicalize"), parse_pass("qdq")])
+        .run(g, data, data)
+        .report.validation.values()["sqnr"]
+    )
     path = storage.save(with_outliers(g, 128), tmp_path / "model")
     gates = [f"sqnr>={clean - 1:.2f}", "exact-match>=0?", "perplexity-rise<=9?"]
     result = oc.compress(path, tmp_path / "out", preset="auto-int8", calibration=data, gates=gates, measure=False)

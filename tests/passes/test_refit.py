@@ -9,9 +9,13 @@ from onnxcomp import blocks
 from onnxcomp.data.datasets import Batch, as_dataset
 from onnxcomp.engine import catalog
 from onnxcomp.engine.manager import PassManager
+from onnxcomp.engine.order import check_order
 from onnxcomp.maths import affine
 from onnxcomp.maths.affine import Means
+from onnxcomp.passes.correct import Correct
 from onnxcomp.passes.low_rank import LowRank
+from onnxcomp.passes.qdq import Qdq
+from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.passes.refit import Refit
 from onnxcomp.passes.slice import Slice
 from onnxcomp.passes.sparsify import Sparsify
@@ -134,3 +138,34 @@ def test_norms_that_canonicalize_made_are_fitted_too():
     norms = {d.site: d.why for d in step.declined if "orm" in d.site}
     assert not [why for why in norms.values() if "has no value" in why]
     assert step.changed > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "quantizer"),
+    [
+        (tiny.encoder, QuantizeWeights(bits=2, method="nearest", min_size=1)),
+        (tiny.decoder, Qdq(min_size=1, percentile=90, clip="percentile")),
+    ],
+)
+def test_behind_a_quantizer_norms_and_scales_are_fitted_and_codes_stay(kind, quantizer):
+    g = kind(norm="pre")
+    samples = data(g)
+    check_order([quantizer, Refit(), Correct()])
+    plain = PassManager([quantizer]).run(g, samples, samples)
+    fitted = PassManager([quantizer, Refit(outputs=False, scales=True)]).run(g, samples, samples)
+    assert fitted.report.steps[-1].changed > 0.8 * (len(blocks.linears(g)) + len(blocks.norms(g)))
+    codes = [{x.name: r.model.array(x.weight) for x in blocks.linears(r.model)} for r in (plain, fitted)]
+    assert all(np.array_equal(a, codes[1][name]) for name, a in codes[0].items())
+    before, after = (r.report.validation.values()["rel-l2"] for r in (plain, fitted))
+    assert after < 0.97 * before
+
+
+def test_scales_that_several_places_share_stay():
+    g = tiny.encoder(norm="pre")
+    first, second = (m.up for m in blocks.mlps(g))
+    g.set_input(second.node, 1, first.weight)
+    g.sweep()
+    passes = [QuantizeWeights(method="nearest", min_size=1), Refit(outputs=False, norms=False, scales=True)]
+    step = PassManager(passes).run(g, data(g), data(g)).report.steps[-1]
+    assert {d.site for d in step.declined} >= {first.name, second.name}
+    assert any("is shared" in d.why for d in step.declined)
