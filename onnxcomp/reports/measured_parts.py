@@ -12,11 +12,13 @@ __all__ = [
     "Interval",
     "MachinePart",
     "MetricPart",
+    "MovedPart",
     "NoisePart",
     "OutputPart",
     "RatioPart",
     "RowPart",
     "ShapeRatio",
+    "SimilarityPart",
     "ValidationPart",
 ]
 
@@ -97,6 +99,24 @@ class MetricPart(TypedDict):
     high: float | None
 
 
+class MovedPart(TypedDict):
+    """So many samples for which the original says one class and the result another, by label where there is one."""
+
+    label: int | None
+    original: int
+    result: int
+    samples: int
+
+
+class SimilarityPart(TypedDict):
+    """Cosines of all pairs of samples: mean and largest change, and the share whose nearest other sample stays."""
+
+    samples: int
+    mean_change: float
+    max_change: float
+    neighbours: float
+
+
 class OutputPart(TypedDict):
     """An output against the original's; null where undefined. Integers have `exact_match` alone, floats all others."""
 
@@ -113,6 +133,10 @@ class OutputPart(TypedDict):
     finite: bool
     rows: int
     undefined: int
+    kl_p99: float | None
+    kl_max: float | None
+    moved: list[MovedPart]
+    similarity: SimilarityPart | None
 
 
 class ValidationPart(TypedDict):

@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
+from onnxcomp.validation.moved import ClassSums, Moved, Similarity, SimilaritySums
 from onnxcomp.validation.rows import OutputRows, chunks, row_cosine, row_kl
 
 __all__ = ["Drift", "DriftSums", "MatchSums"]
@@ -23,7 +24,8 @@ class Drift:
 
     `pooled_*` compare the mean over the tokens of each sample (embeddings); `agreement` is of the top-1 class.
     Integers, booleans and strings have `exact_match` alone, the share of equal entries. `undefined` entries are NaN in
-    the original and count as equal.
+    the original and count as equal. `kl_p99` and `kl_max` are the 99th percentile and the largest `kl` of a row,
+    `moved` the classes that changed, `similarity` how alike samples are to each other.
     """
 
     max_abs: float | None = None
@@ -38,6 +40,10 @@ class Drift:
     finite: bool = True
     rows: int = 0
     undefined: int = 0
+    kl_p99: float | None = None
+    kl_max: float | None = None
+    moved: tuple[Moved, ...] = ()
+    similarity: Similarity | None = None
 
     @property
     def equal(self) -> bool:
@@ -81,6 +87,8 @@ class DriftSums:
         self._means = np.zeros(4)  # signal, noise, cosine and number of pooled rows
         self._finite = self._classes = True
         self._undefined = 0
+        self._kls: list[Array] = []
+        self._moved, self._alike = ClassSums(), SimilaritySums()
 
     @_QUIET
     def update(self, batch: OutputRows) -> None:
@@ -103,11 +111,17 @@ class DriftSums:
         if self._classes:
             self._agree += float((reference.argmax(axis=1) == candidate.argmax(axis=1)).sum())
         if self._logits:
-            self._kl += float(row_kl(reference, candidate).sum())
+            kls = row_kl(reference, candidate)
+            self._kl += float(kls.sum())
+            self._kls.append(kls.astype(np.float32))
+            self._moved.update(batch)
+        elif _of_samples(batch):
+            self._alike.update(reference, candidate)
         if self._pooled and len(reference):
             self._pool(_means(reference, batch.sample), _means(candidate, batch.sample))
 
     def _pool(self, x: Float64, y: Float64) -> None:
+        self._alike.update(x, y)
         self._means += [float((x * x).sum()), float(((y - x) ** 2).sum()), float(row_cosine(x, y).sum()), len(x)]
 
     def result(self) -> Drift:
@@ -116,6 +130,7 @@ class DriftSums:
         if n == 0:
             raise DataError("every token of the evaluation data is padding; check its attention mask")
         signal, noise, cosine, pooled = self._means
+        kls = np.concatenate(self._kls) if self._kls and self._classes else np.zeros(0, np.float32)
         return Drift(
             max_abs=self._max,
             rel_l2=math.sqrt(self._noise / self._signal) if self._signal > 0 else (math.inf if self._noise else 0.0),
@@ -128,7 +143,16 @@ class DriftSums:
             finite=self._finite,
             rows=int(n),
             undefined=self._undefined,
+            kl_p99=float(np.quantile(kls, 0.99)) if kls.size else None,
+            kl_max=float(kls.max()) if kls.size else None,
+            moved=self._moved.result(),
+            similarity=self._alike.result(),
         )
+
+
+def _of_samples(batch: OutputRows) -> bool:
+    """Whether each row is all there is of a sample."""
+    return len(batch.rows) == batch.samples and not batch.per_token and not batch.position.any()
 
 
 def _means(rows: Array, sample: Array) -> Float64:

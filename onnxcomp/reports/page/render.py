@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onnxcomp.reports.page import plots
 from onnxcomp.reports.page.numbers import Figure, at, clean, exact, pointer, shown
 from onnxcomp.reports.page.pictures import pictures
+from onnxcomp.reports.page.tasks import tasks
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -60,6 +61,7 @@ def page(report: Mapping[str, Any]) -> str:
             pointer=pointer,
             rows=_figure_rows(report["figures"]),
             pictures=[(p, Markup(p.svg)) for p in pictures(report)] if plots.available() else [],
+            tasks=tasks(report),
             drawn=plots.available(),
             verdict=_verdict(report),
             title=_title(report),
