@@ -19,6 +19,7 @@ from onnxcomp.engine.blame import blaming, left_in_branches, listed, needs_of, s
 from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compared
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
+from onnxcomp.engine.layer_map import layer_map
 from onnxcomp.engine.left_out import beside_left_out, other_kinds
 from onnxcomp.engine.order import allowed, check_order
 from onnxcomp.engine.remedy import RANKED_ON, find_remedy
@@ -356,8 +357,6 @@ class PassManager:
             walk.variants[key] = Variants(reference, self.host, memory, kept, known, notes, self.watch)
         return [Score(x) for x in walk.variants[key].compare(work, edits, lambda v: score_of(v, metric))]
 
-    # ---- around the passes ---------------------------------------------------------------------------------------
-
     def _finish(self, walk: Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
@@ -367,6 +366,7 @@ class PassManager:
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)
         if walk.unlowered is not None and walk.plain is None and walk.reference is not None:
             walk.plain = possibly_compared(walk.reference, walk.unlowered)
+        report.layers = layer_map(walk, self.host)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:

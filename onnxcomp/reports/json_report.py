@@ -77,6 +77,7 @@ def to_json(report: Report) -> ReportPart:
         "size": _plain(report.size),
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
+        "layers": [_plain(x) for x in report.layers],
         "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),
         "culprit": _plain(report.culprit),

@@ -10,6 +10,7 @@ __all__ = [
     "BenchmarkPart",
     "FigurePart",
     "Interval",
+    "LayerPart",
     "MachinePart",
     "MetricPart",
     "MovedPart",
@@ -19,6 +20,7 @@ __all__ = [
     "RowPart",
     "ShapeRatio",
     "SimilarityPart",
+    "StreamPart",
     "ValidationPart",
 ]
 
@@ -157,6 +159,29 @@ class ValidationPart(TypedDict):
     values: dict[str, float | None]
     outputs: dict[str, OutputPart]
     metrics: dict[str, MetricPart]
+
+
+class StreamPart(TypedDict):
+    """The residual stream behind a part of a layer: its value and relative L2 error, null where not measured."""
+
+    part: str
+    value: str
+    error: float | None
+
+
+class LayerPart(TypedDict):
+    """A layer with what became of it: pairs are [before, after], zeros where it is gone.
+
+    `heads` and `kv_heads` are of all its attentions, `width` is that of its feed-forward parts, `weights` counts its
+    linears in the result by stored element type.
+    """
+
+    index: int
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    width: tuple[int, int]
+    weights: dict[str, int]
+    stream: list[StreamPart]
 
 
 class FigurePart(TypedDict):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Culprit",
     "DataUsed",
+    "LayerMap",
     "Lowering",
     "Origin",
     "Plan",
@@ -32,6 +33,7 @@ __all__ = [
     "Rung",
     "Size",
     "Step",
+    "StreamError",
     "Suspect",
 ]
 
@@ -176,6 +178,30 @@ class Culprit:
 
 
 @dataclass(frozen=True)
+class StreamError:
+    """The residual stream behind a part of a layer: its value's name and relative L2 error, None if not measured."""
+
+    part: str
+    value: str
+    error: float | None
+
+
+@dataclass(frozen=True)
+class LayerMap:
+    """A layer of the original with what became of it: pairs are before and after, zeros where it is gone.
+
+    `weights` counts its linears in the result by the element type of what is stored.
+    """
+
+    index: int
+    heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    width: tuple[int, int]
+    weights: Mapping[str, int]
+    stream: tuple[StreamError, ...]
+
+
+@dataclass(frozen=True)
 class Rung:
     """What one recipe of a ladder gave: its passes, the drift of its result, bytes, seconds, and why it was refused.
 
@@ -227,6 +253,7 @@ class Report:
     remedy: Remedy | None = None
     culprit: Culprit | None = None
     rungs: list[Rung] = field(default_factory=list)
+    layers: tuple[LayerMap, ...] = ()
     kind: str = "compress"
     command: str = ""
     models: tuple[str, ...] = ()

@@ -5,7 +5,14 @@ from __future__ import annotations
 from pydantic import ConfigDict, with_config
 from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
 
-from onnxcomp.reports.measured_parts import BenchmarkPart, FigurePart, MachinePart, ShapeRatio, ValidationPart
+from onnxcomp.reports.measured_parts import (
+    BenchmarkPart,
+    FigurePart,
+    LayerPart,
+    MachinePart,
+    ShapeRatio,
+    ValidationPart,
+)
 
 __all__ = [
     "CandidatePart",
@@ -258,6 +265,7 @@ class ReportPart(TypedDict):
     size: SizePart | None
     steps: list[StepPart]
     verdicts: list[VerdictPart]
+    layers: list[LayerPart]
     rungs: list[RungPart]
     remedy: RemedyPart | None
     culprit: CulpritPart | None

@@ -26,11 +26,12 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Declined, Noted
 from onnxcomp.lowering.choices import Candidate, Choice
 from onnxcomp.reports import json_report
-from onnxcomp.reports.outcome import Origin, Remedy, Report, Rung, Size
+from onnxcomp.reports.outcome import LayerMap, Origin, Remedy, Report, Rung, Size, StreamError
 from onnxcomp.reports.page import files, numbers, plots
 from onnxcomp.reports.page.render import page
+from onnxcomp.validation.moved import Moved, Similarity
 from tests import tiny
-from tests.reports.page_reader import Reader
+from tests.reports.page_reader import Element, Reader
 from tests.reports.test_report import full, validation
 
 HOSTILE = (
@@ -52,11 +53,22 @@ def rich(name: str = "layer/0") -> Report:
     step.choices = [
         Choice(name, name, "fused", "plain", f"fastest, {name}", "measured", (name,), (name, "b"), candidates)
     ]
-    r.steps.append(dataclasses.replace(step, name="lower", spec=f"lower: {{x: {name}}}", fidelity="exact"))
+    losses = [Noted(f"{name} {i}", "4 bits", {"4 bits": 3.0 - i, "8 bits": 0.5}) for i in range(3)]
+    entry = Noted("recipe", f"qdq: {{skip: ['{name}']}}")
+    ranking = dataclasses.replace(step, name="sensitivity", spec="sensitivity", noted=[*losses, entry], choices=[])
+    r.steps += [ranking, dataclasses.replace(step, name="lower", spec=f"lower: {{x: {name}}}", fidelity="exact")]
+    r.layers = (
+        LayerMap(0, (4, 2), (4, 2), (8, 8), {"int8": 5, "float32": 1}, (StreamError("attention", name, 0.0125),)),
+        LayerMap(1, (4, 0), (4, 0), (8, 0), {}, (StreamError("attention", name, None),)),
+    )
     drift = next(iter(validation().outputs.values()))
+    words = dataclasses.replace(
+        drift, sqnr=30.5, kl=0.01, kl_p99=0.125, kl_max=1.75, agreement=0.95,
+        moved=(Moved(3, 3, 1, 7), Moved(None, 0, 1, 2)), similarity=Similarity(4, 0.01, 0.07, 0.75),
+    )  # fmt: skip
     r.validation = dataclasses.replace(
         validation(),
-        outputs={numbers.clean(name): drift, "logits": dataclasses.replace(drift, sqnr=30.5)},
+        outputs={numbers.clean(name): drift, "logits": words},
         data=name,
         notes=(name,),
     )
@@ -64,6 +76,11 @@ def rich(name: str = "layer/0") -> Report:
     r.remedy = Remedy("qdq", ((name, 0.7), ("b", 0.3)), 2, 3, 1, (name,), (f"sqnr>=30: {name}",), f"passes: [{name}]")
     r.rungs = [Rung(name, name, {"sqnr": 20.5}, 700, 1.5), Rung("b", "lower", {}, None, 0.5, f"refused: {name}")]
     return r
+
+
+def drawings(found: Reader) -> list[Element]:
+    """The pictures, without what is drawn in cells of a table for the eye alone."""
+    return [e for e in found.all("svg") if e.parent is not None and e.parent.tag == "figure"]
 
 
 def read(report: Report) -> tuple[dict[str, Any], Reader]:
@@ -92,6 +109,8 @@ def test_every_figure_of_a_decision_is_on_the_page() -> None:
     for i, f in enumerate(data["figures"]):
         for key in ("before", "after", "change"):
             assert f[key] is None or f"/figures/{i}/{key}" in shown
+    assert {"/layers/0/heads/1", "/layers/0/weights/int8", "/validation/outputs/logits/kl_max"} <= shown
+    assert {"/validation/outputs/logits/moved/0/samples", "/validation/outputs/logits/similarity/neighbours"} <= shown
     assert {"/steps/0/seconds", "/steps/0/changed", "/steps/0/nbytes/1", "/benchmark/noise/0/undisturbed"} <= shown
 
 
@@ -152,7 +171,7 @@ def test_what_screen_readers_need() -> None:
     assert len(ids) == len(set(ids))
     assert {e.attributes["href"][1:] for e in found.all("a")} <= set(ids)
     assert {e.attributes["aria-labelledby"] for e in found.elements if "aria-labelledby" in e.attributes} <= set(ids)
-    assert all(e.attributes.get("aria-label") for e in found.all("svg", "button", "pre", "nav"))
+    assert all(e.attributes.get("aria-label") for e in [*drawings(found), *found.all("button", "pre", "nav")])
     assert all("scope" in e.attributes for e in found.all("th"))
     levels = [int(e.tag[1]) for e in found.all("h1", "h2", "h3")]
     assert levels[0] == 1
@@ -164,10 +183,10 @@ def test_what_screen_readers_need() -> None:
 @drawn
 def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
     data, found = read(rich())
-    pictures = found.all("svg")
-    assert len(pictures) == len(found.all("figure")) == 5
+    pictures = drawings(found)
+    assert len(pictures) == len(found.all("figure")) == 7
     marked = [e for e in found.elements if "data-at" in e.attributes and e.tag == "rect"]
-    assert len(marked) >= 8
+    assert len(marked) >= 12
     for e in marked:
         assert e.parent is not None
         [title] = [x for x in e.parent.children if x.tag == "title"]
@@ -175,6 +194,14 @@ def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
         assert any(title.text == numbers.shown(value, kind) for kind in numbers.KINDS)
     assert any("embeddings float32" in e.text for e in pictures)
     assert all(e.text.strip() for e in pictures)
+
+
+@drawn
+def test_sites_by_what_they_cost_come_with_the_entry_that_spares_them() -> None:
+    _, found = read(rich("a"))
+    [picture] = [e for e in found.all("figure") if e.attributes["id"] == "picture-losses"]
+    assert "Sensitivity of sites, 4 bits" in picture.text
+    assert "- qdq: {skip: ['a']}" in picture.text
 
 
 def test_a_picture_without_figures_is_left_out() -> None:

@@ -107,8 +107,9 @@ def test_the_names_in_a_report_stay() -> None:
     data = valid(json_report.to_json(r))
     assert list(data) == [
         "schema_version", "kind", "summary", "command", "models", "refused", "figures", "job", "source", "recipe",
-        "target", "seed", "data", "size", "steps", "verdicts", "rungs", "remedy", "culprit", "validation", "benchmark",
-        "lowering", "placement", "integer_check", "warnings", "machine", "versions",
+        "target", "seed", "data", "size", "steps", "verdicts", "layers", "by_layer", "rungs", "remedy",
+        "culprit", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
+        "versions",
     ]  # fmt: skip
     assert data["source"] == {"path": "a.onnx", "sha256": "5a"}
     assert data["recipe"] == {"name": "custom", "text": "passes: []", "sha256": "4e", "advice": "try less"}

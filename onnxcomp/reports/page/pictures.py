@@ -12,13 +12,17 @@ from onnxcomp.reports.page.plots import Bar, Series
 
 __all__ = ["Picture", "pictures"]
 
+LAYERS = 64  # bars of a picture of layers: two for each of 32
 MOST = 16  # bars of a picture; the table below it has the others
 LEAST = 0.005  # of a model's bytes: smaller parts are in the table alone
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A plot with its title, what it says, and its figures: each row a name and figures of the report."""
+    """A plot with its title, what it says, and its figures: each row a name and figures of the report.
+
+    `recipe` is an entry of a recipe that follows from it.
+    """
 
     name: str
     title: str
@@ -26,11 +30,20 @@ class Picture:
     svg: str
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Figure]]
+    recipe: str = ""
 
 
 def pictures(report: Mapping[str, Any]) -> list[Picture]:
     """All that there are figures for, in the order of the page."""
-    made = (_sizes(report), _latency(report), _steps(report), _outputs(report), _shares(report))
+    made = (
+        _sizes(report),
+        _latency(report),
+        _steps(report),
+        _stream(report),
+        _outputs(report),
+        _losses(report),
+        _shares(report),
+    )
     return [x for x in made if x is not None]
 
 
@@ -107,6 +120,64 @@ def _steps(report: Mapping[str, Any]) -> Picture | None:
     says = "Signal to noise of the worst output after each pass, against the original. 6 dB more halve the error."
     rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "dB")] for n, w in zip(names, where, strict=True)]
     return Picture("steps-error", title, says, svg, ("after", "SQNR"), rows)
+
+
+def _stream(report: Mapping[str, Any]) -> Picture | None:
+    """Relative error of the residual stream behind each part of each layer: where the error enters, and grows."""
+    found = [
+        (i, j, x)
+        for i, layer in enumerate(report["layers"])
+        for j, x in enumerate(layer["stream"])
+        if x["error"] is not None
+    ]
+    if not found:
+        return None
+    names = [f"{report['layers'][i]['index']} {x['part']}" for i, _, x in found]
+    where = [("layers", i, "stream", j, "error") for i, j, _ in found]
+    title = "Where the error enters, layer by layer"
+    svg = plots.rows(names[:LAYERS], Series("error", [_bar(report, *w) for w in where[:LAYERS]]), "percent", title)
+    says = "Relative error of the residual stream behind each part of each layer, on 4 samples. Shorter is better."
+    rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "percent")] for n, w in zip(names, where, strict=True)]
+    return Picture("layers-error", title, says, svg, ("layer", "error"), rows)
+
+
+def _losses(report: Mapping[str, Any]) -> Picture | None:
+    """Sites by what a form of them costs, where a pass measured that, with the entry that spares the worst."""
+    found = [(i, s, _ranked(s)) for i, s in enumerate(report["steps"])]
+    if not (ranked := next(((i, s, x) for i, s, x in found if x), None)):
+        return None
+    i, step, (form, places) = ranked
+    forms = list(dict.fromkeys(k for j in places for k in step["noted"][j]["values"]))
+    names = [step["noted"][j]["site"] for j in places]
+    bars = [_bar(report, "steps", i, "noted", j, "values", form) for j in places[:MOST]]
+    title = f"Sensitivity of sites, {form}"
+    svg = plots.rows(names[:MOST], Series(form, bars), "number", title)
+    rows: list[list[str | Figure]] = [
+        [
+            n,
+            *(
+                Figure(pointer("steps", i, "noted", j, "values", k), "number")
+                if k in step["noted"][j]["values"]
+                else "-"
+                for k in forms
+            ),
+        ]
+        for n, j in zip(names, places, strict=True)
+    ]
+    entry = next((x["what"] for x in step["noted"] if x["site"] == "recipe"), "")
+    says = f"What each site costs in this form alone, as {step['name']} measured it; the worst first."
+    return Picture("losses", title, says, svg, ("site", *forms), rows, f"- {entry}" if entry else "")
+
+
+def _ranked(step: Mapping[str, Any]) -> tuple[str, list[int]] | None:
+    """The form that a pass ranked its sites by, and their places, the worst first; None where it measured none."""
+    valued = [j for j, x in enumerate(step["noted"]) if x["values"]]
+    for form in {k: None for j in valued for k in step["noted"][j]["values"]}:
+        places = [j for j in valued if form in step["noted"][j]["values"]]
+        losses = [step["noted"][j]["values"][form] for j in places]
+        if len(places) > 1 and losses == sorted(losses, reverse=True):
+            return form, places
+    return None
 
 
 def _outputs(report: Mapping[str, Any]) -> Picture | None:
