@@ -105,7 +105,8 @@ def test_every_figure_is_that_of_the_json(report: Report) -> None:
 def test_every_figure_of_a_decision_is_on_the_page() -> None:
     data, found = read(rich())
     shown = {e.attributes.get("data-at") for e in found.all("data")}
-    assert {f["name"] for f in data["figures"]} == {"size", "latency", "memory", "accuracy", "sqnr"}
+    names = {f["name"] for f in data["figures"]}
+    assert names == {"size", "latency", "memory", "accuracy", "sqnr", "kl", "agreement"}
     for i, f in enumerate(data["figures"]):
         for key in ("before", "after", "change"):
             assert f[key] is None or f"/figures/{i}/{key}" in shown

@@ -1,0 +1,61 @@
+"""The layers in a report: sizes before and after, element types, and errors that grow where something was lost."""
+
+from __future__ import annotations
+
+import pytest
+
+import onnxcomp as oc
+from onnxcomp.data.datasets import Batch
+from onnxcomp.engine import layer_map
+from onnxcomp.engine.recipe import parse_pass
+from onnxcomp.errors import GateFailed
+from onnxcomp.files import storage
+from onnxcomp.graph import Graph
+from onnxcomp.reports.outcome import Report
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    return storage.load(storage.save(tiny.encoder(), tmp_path_factory.mktemp("model")))
+
+
+def report(model: Graph, *steps: str, gates: tuple[str, ...] = ()) -> Report:
+    batches = [Batch(tiny.feeds(model, 4, 9, seed=i)) for i in range(2)]
+    passes = [parse_pass(x) for x in ("canonicalize", *steps)]
+    return oc.PassManager(passes, gate=oc.Gate(gates)).run(model, batches, batches).report
+
+
+def test_heads_widths_and_types(model: Graph) -> None:
+    found = report(model, "prune-ffn: {ratio: 0.5}", "qdq: {min_size: 1}").layers
+    assert len(found) == 2
+    assert all(x.heads[0] == x.heads[1] > 0 for x in found)
+    assert sum(x.width[1] for x in found) < sum(x.width[0] for x in found)
+    assert all(x.weights == {"int8": 6} for x in found)
+    errors = [s.error for x in found for s in x.stream]
+    assert [s.part for x in found for s in x.stream] == ["attention", "feed-forward"] * 2
+    assert all(e is not None and 0 < e < 1 for e in errors)
+
+
+def test_a_dropped_layer_is_gone(model: Graph) -> None:
+    found = report(model, "drop-layers: {ratio: 0.5, protect: 0}").layers
+    gone = [x for x in found if not x.weights]
+    assert len(gone) == 1
+    assert gone[0].heads[1] == gone[0].width[1] == 0
+
+
+def test_exact_passes_have_no_map(model: Graph) -> None:
+    assert report(model, "cleanup").layers == ()
+
+
+def test_a_refused_result_has_the_map(model: Graph) -> None:
+    with pytest.raises(GateFailed) as e:
+        report(model, "qdq: {min_size: 1}", gates=("sqnr>=90",))
+    assert isinstance(e.value.report, Report)
+    assert len(e.value.report.layers) == 2
+
+
+def test_large_models_are_not_run_for_it(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_map, "LARGEST", 1)
+    found = report(model, "qdq: {min_size: 1}").layers
+    assert [s.error for x in found for s in x.stream] == [None] * 4
