@@ -35,7 +35,8 @@ def show(
     with output.progress() as watch:
         found = bench(models, find(target), shapes, runs=runs, budget=budget, threads=threads, graph=graph, watch=watch)
     words = ["onnxcomp", "bench", *map(str, models), *(x for s in shapes for x in ("--shape", label(s)))]
-    given = {"--target": target, "--runs": runs, "--budget": budget, "--threads": threads or None, "--graph": graph}
+    given: dict[str, object] = {"--target": None if target == "cpu" else target, "--runs": runs, "--budget": budget}
+    given |= {"--threads": threads or None, "--graph": graph}
     words += [w for k, v in given.items() if v is not None for w in (k, str(v))]
     written = []
     if report is not None:

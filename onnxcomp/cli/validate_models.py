@@ -97,22 +97,25 @@ def compare(
     options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
     report = Report(
         kind="validate",
-        command=_command(reference, candidate, settings, options),
+        command=_command(reference, candidate, settings, options, by_layer=by_layer),
         models=(str(reference), str(candidate)),
         validation=v,
         verdicts=[*gate.judge(v.values()), *gate.judge(sizes, files=True)],
         size=Size(first.nbytes, second.nbytes, stored_parts(second.graph), stored_parts(first.graph)),
         evaluation=DataUsed(data.name, v.samples),
         warnings=list(v.notes),
+        by_layer=layers,
     )
     return Compared(report, v, layers)
 
 
-def _command(reference: Path, candidate: Path, s: Settings, options: Mapping[str, Sequence[str]]) -> str:
+def _command(
+    reference: Path, candidate: Path, s: Settings, options: Mapping[str, Sequence[str]], *, by_layer: bool
+) -> str:
     """What does the comparison again."""
     words = ["onnxcomp", "validate", str(reference), str(candidate), "--eval", str(s.evaluation)]
     words += [w for option, values in options.items() for value in values for w in (option, value)]
-    words += settings_words(s)
+    words += settings_words(s) + (["--by-layer"] if by_layer else [])
     return shlex.join(words)
 
 

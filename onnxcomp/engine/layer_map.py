@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.blocks.layers import Layer, Unit, layers
 from onnxcomp.data.inputs import Batch
@@ -59,8 +60,8 @@ def _width(layer: Layer | None) -> int:
     return sum(m.width for m in layer.mlps) if layer is not None else 0
 
 
-def _dtype(kind: object) -> str:
-    return str(getattr(kind, "name", kind)).lower()
+def _dtype(kind: ir.DataType | None) -> str:
+    return "unknown" if kind is None else str(kind.numpy().name)
 
 
 def _ends(layer: Layer) -> list[tuple[str, str]]:

@@ -78,6 +78,7 @@ def to_json(report: Report) -> ReportPart:
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "layers": [_plain(x) for x in report.layers],
+        "by_layer": report.by_layer,
         "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),
         "culprit": _plain(report.culprit),
@@ -183,6 +184,8 @@ def slower(report: Report) -> list[str]:
 
 def headline(report: Report) -> str:
     """The first line of the summary: that the result is slower, whatever the gates say; else size, speed and drift."""
+    if report.kind == "bench" and report.benchmark is not None:
+        return speed_headline(report.benchmark) or "one model was timed"
     if worse := slower(report):
         return f"slower than the original: {'; '.join(worse)}"
     parts = []

@@ -8,11 +8,13 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 
 __all__ = [
     "BenchmarkPart",
+    "ByLayerPart",
     "FigurePart",
     "Interval",
     "LayerPart",
     "MachinePart",
     "MetricPart",
+    "MissingPart",
     "MovedPart",
     "NoisePart",
     "OutputPart",
@@ -22,6 +24,7 @@ __all__ = [
     "SimilarityPart",
     "StreamPart",
     "ValidationPart",
+    "ValuePart",
 ]
 
 
@@ -182,6 +185,43 @@ class LayerPart(TypedDict):
     width: tuple[int, int]
     weights: dict[str, int]
     stream: list[StreamPart]
+
+
+class ValuePart(TypedDict):
+    """A value of the original and its counterpart: the relative error, and its `own` where all before it is right.
+
+    `outstanding` is how many times the usual error of its kind that is, 0 for noise; `outputs` are those it reaches.
+    """
+
+    layer: int | None
+    role: str
+    original: str
+    result: str
+    value: str
+    error: float | None
+    own: float | None
+    outstanding: float | None
+    outputs: list[str]
+
+
+class MissingPart(TypedDict):
+    """A value of the original without a counterpart."""
+
+    layer: int | None
+    role: str
+    node: str
+
+
+class ByLayerPart(TypedDict):
+    """Two models value by value, on a few samples; errors up to `noise` are those of arithmetic in another order."""
+
+    samples: int
+    noise: float
+    first: ValuePart | None
+    culprits: list[ValuePart]
+    worst: list[ValuePart]
+    values: list[ValuePart]
+    missing: list[MissingPart]
 
 
 class FigurePart(TypedDict):

@@ -254,6 +254,7 @@ class Report:
     culprit: Culprit | None = None
     rungs: list[Rung] = field(default_factory=list)
     layers: tuple[LayerMap, ...] = ()
+    by_layer: Any = None  # as `layer_tables.layer_json` gives it
     kind: str = "compress"
     command: str = ""
     models: tuple[str, ...] = ()

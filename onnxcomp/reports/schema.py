@@ -7,6 +7,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 
 from onnxcomp.reports.measured_parts import (
     BenchmarkPart,
+    ByLayerPart,
     FigurePart,
     LayerPart,
     MachinePart,
@@ -266,6 +267,7 @@ class ReportPart(TypedDict):
     steps: list[StepPart]
     verdicts: list[VerdictPart]
     layers: list[LayerPart]
+    by_layer: ByLayerPart | None
     rungs: list[RungPart]
     remedy: RemedyPart | None
     culprit: CulpritPart | None

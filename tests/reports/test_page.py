@@ -26,7 +26,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Declined, Noted
 from onnxcomp.lowering.choices import Candidate, Choice
 from onnxcomp.reports import json_report
-from onnxcomp.reports.outcome import LayerMap, Origin, Remedy, Report, Rung, Size, StreamError
+from onnxcomp.reports.outcome import Culprit, LayerMap, Origin, Remedy, Report, Rung, Size, StreamError, Suspect
 from onnxcomp.reports.page import files, numbers, plots
 from onnxcomp.reports.page.render import page
 from onnxcomp.validation.moved import Moved, Similarity
@@ -74,6 +74,12 @@ def rich(name: str = "layer/0") -> Report:
     )
     r.warnings.append(name)
     r.remedy = Remedy("qdq", ((name, 0.7), ("b", 0.3)), 2, 3, 1, (name,), (f"sqnr>=30: {name}",), f"passes: [{name}]")
+    value = {"layer": 0, "role": name, "original": name, "result": name, "value": name, "outputs": [name]}
+    values = [{**value, "error": 0.5, "own": own, "outstanding": 7.5} for own in (0.25, 0.00001)]
+    missing = [{"layer": None, "role": name, "node": name}]
+    r.by_layer = {"samples": 4, "noise": 1e-4, "first": None, "culprits": values[:1], "worst": values[:1]}
+    r.by_layer |= {"values": values, "missing": missing}
+    r.culprit = Culprit("qdq", "qdq", (name,), (Suspect(name, name, 0.5, 7.5, (name,)),), name)
     r.rungs = [Rung(name, name, {"sqnr": 20.5}, 700, 1.5), Rung("b", "lower", {}, None, 0.5, f"refused: {name}")]
     return r
 
@@ -185,7 +191,7 @@ def test_what_screen_readers_need() -> None:
 def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
     data, found = read(rich())
     pictures = drawings(found)
-    assert len(pictures) == len(found.all("figure")) == 7
+    assert len(pictures) == len([e for e in found.all("figure") if e.attributes["id"].startswith("picture-")]) == 9
     marked = [e for e in found.elements if "data-at" in e.attributes and e.tag == "rect"]
     assert len(marked) >= 12
     for e in marked:
@@ -193,7 +199,8 @@ def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
         [title] = [x for x in e.parent.children if x.tag == "title"]
         value = numbers.at(data, e.attributes["data-at"])
         assert any(title.text == numbers.shown(value, kind) for kind in numbers.KINDS)
-    assert any("embeddings float32" in e.text for e in pictures)
+    legends = [e.text for e in found.all("ul") if e.attributes.get("class") == "legend"]
+    assert any("embeddings float32" in e and "linears int8" in e for e in legends)
     assert all(e.text.strip() for e in pictures)
 
 

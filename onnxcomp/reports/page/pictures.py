@@ -21,7 +21,7 @@ LEAST = 0.005  # of a model's bytes: smaller parts are in the table alone
 class Picture:
     """A plot with its title, what it says, and its figures: each row a name and figures of the report.
 
-    `recipe` is an entry of a recipe that follows from it.
+    `recipe` is an entry of a recipe that follows from it; `legend` names the colours where there are several.
     """
 
     name: str
@@ -31,20 +31,13 @@ class Picture:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Figure]]
     recipe: str = ""
+    legend: Sequence[str] = ()
 
 
 def pictures(report: Mapping[str, Any]) -> list[Picture]:
     """All that there are figures for, in the order of the page."""
-    made = (
-        _sizes(report),
-        _latency(report),
-        _steps(report),
-        _stream(report),
-        _outputs(report),
-        _losses(report),
-        _shares(report),
-    )
-    return [x for x in made if x is not None]
+    made = (_sizes, _latency, _steps, _stream, _values, _suspects, _outputs, _losses, _shares)
+    return [x for x in (make(report) for make in made) if x is not None]
 
 
 def _bar(report: Mapping[str, Any], *keys: str | int) -> Bar:
@@ -74,7 +67,7 @@ def _sizes(report: Mapping[str, Any]) -> Picture | None:
     title = "Size by part"
     svg = plots.stacks(("original", "result"), series, "bytes", title)
     says = "What the bytes of the constants are: by the part that reads them and by their element type."
-    return Picture("size", title, says, svg, ("part", "original", "result"), rows)
+    return Picture("size", title, says, svg, ("part", "original", "result"), rows, legend=[s.name for s in series])
 
 
 def _latency(report: Mapping[str, Any]) -> Picture | None:
@@ -100,8 +93,9 @@ def _latency(report: Mapping[str, Any]) -> Picture | None:
     ]
     title = "Latency by shape"
     svg = plots.columns(shapes, series, "ms", title)
+    columns = ("model", "fastest", "median", "90 %", "99 %", "runs")
     says = "Median time of a run; the line is from the fastest run to the 90th percentile. Lower is better."
-    return Picture("latency", title, says, svg, ("model", "fastest", "median", "90 %", "99 %", "runs"), rows)
+    return Picture("latency", title, says, svg, columns, rows, legend=[s.name for s in series])
 
 
 def _steps(report: Mapping[str, Any]) -> Picture | None:
@@ -132,13 +126,57 @@ def _stream(report: Mapping[str, Any]) -> Picture | None:
     ]
     if not found:
         return None
-    names = [f"{report['layers'][i]['index']} {x['part']}" for i, _, x in found]
+    names = [f"layer {report['layers'][i]['index']}, {x['part']}" for i, _, x in found]
     where = [("layers", i, "stream", j, "error") for i, j, _ in found]
     title = "Where the error enters, layer by layer"
     svg = plots.rows(names[:LAYERS], Series("error", [_bar(report, *w) for w in where[:LAYERS]]), "percent", title)
     says = "Relative error of the residual stream behind each part of each layer, on 4 samples. Shorter is better."
     rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "percent")] for n, w in zip(names, where, strict=True)]
     return Picture("layers-error", title, says, svg, ("layer", "error"), rows)
+
+
+def _values(report: Mapping[str, Any]) -> Picture | None:
+    """Values by what their own part gets wrong, of a comparison value by value."""
+    if (found := report["by_layer"]) is None:
+        return None
+    places = [i for i, x in enumerate(found["values"]) if x["own"] is not None and x["own"] > found["noise"]]
+    if not places:
+        return None
+    places.sort(key=lambda i: -found["values"][i]["own"])
+    names = [_place(found["values"][i]) for i in places]
+    bars = [_bar(report, "by_layer", "values", i, "own") for i in places[:MOST]]
+    title = "Where the error enters, value by value"
+    svg = plots.rows(names[:MOST], Series("own error", bars), "percent", title)
+    says = "What each part gets wrong although all before it is right (relative), the worst first."
+    kinds = (("own", "percent"), ("error", "percent"), ("outstanding", "times"))
+    rows: list[list[str | Figure]] = [
+        [
+            f"{n}: {found['values'][i]['result']}",
+            *(Figure(pointer("by_layer", "values", i, k), kind) for k, kind in kinds),
+        ]
+        for n, i in zip(names, places, strict=True)
+    ]
+    return Picture("values", title, says, svg, ("value", "own error", "error", "times the usual"), rows)
+
+
+def _place(x: Mapping[str, Any]) -> str:
+    return x["role"] if x["layer"] is None else f"layer {x['layer']}, {x['role']}"
+
+
+def _suspects(report: Mapping[str, Any]) -> Picture | None:
+    """Sites of the pass behind which gates began to fail."""
+    if (found := report["culprit"]) is None or not found["suspects"]:
+        return None
+    names = [f"{x['place']}" for x in found["suspects"]]
+    where = [("culprit", "suspects", i, "error") for i in range(len(names))]
+    title = f"Sites of {found['name']}, behind which gates fail"
+    svg = plots.rows(names[:MOST], Series("error", [_bar(report, *w) for w in where[:MOST]]), "percent", title)
+    rows: list[list[str | Figure]] = [
+        [f"{x['place']}: {x['site']}", Figure(pointer(*w), "percent"), Figure(pointer(*w[:3], "outstanding"), "times")]
+        for x, w in zip(found["suspects"], where, strict=True)
+    ]
+    says = f"What each gets wrong although its inputs are right (relative). {found['why']}"
+    return Picture("suspects", title, says, svg, ("site", "error", "times the usual"), rows)
 
 
 def _losses(report: Mapping[str, Any]) -> Picture | None:

@@ -46,7 +46,7 @@ def rows(labels: Sequence[str], series: Series, kind: str, title: str) -> str:
     """Horizontal bars, the first at the top."""
     top = max((b.value for b in series.bars if b.value is not None), default=0.0)
     low = min((b.value for b in series.bars if b.value is not None), default=0.0)
-    options: dict[str, Any] = {"show_legend": False, "range": (min(0.0, low), top * ROOM), **_FEW}
+    options: dict[str, Any] = {"range": (min(0.0, low), top * ROOM), **_FEW}
     chart = _chart("HorizontalBar", [_short(x) for x in reversed(labels)], kind, 40 + ROW * len(labels), **options)
     root = _tree(chart, [Series(series.name, series.bars[::-1])], title)
     for node in root.iter("text"):
@@ -57,7 +57,7 @@ def rows(labels: Sequence[str], series: Series, kind: str, title: str) -> str:
 
 def stacks(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
     """Horizontal bars of parts, one bar for each label, the first at the top."""
-    height = 90 + 36 * len(labels) + 18 * -(-len(series) // 2)
+    height = 50 + 36 * len(labels)
     chart = _chart("HorizontalStackedBar", labels[::-1], kind, height, print_values=False, **_FEW)
     return _text(_tree(chart, [Series(s.name, s.bars[::-1]) for s in series], title))
 
@@ -65,7 +65,7 @@ def stacks(labels: Sequence[str], series: Sequence[Series], kind: str, title: st
 def columns(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
     """Vertical bars in groups, with their spread."""
     top = max((x for s in series for b in s.bars for x in (b.value, b.high) if x is not None), default=1.0)
-    options: dict[str, Any] = {"show_legend": len(series) > 1, "range": (0, top * 1.1)}
+    options: dict[str, Any] = {"range": (0, top * 1.1)}
     options |= {"y_labels_major_count": 4, "show_minor_y_labels": False, "print_values": False}
     return _text(_tree(_chart("Bar", [_short(x) for x in labels], kind, 280, **options), series, title))
 
@@ -75,7 +75,7 @@ def _chart(name: str, labels: Sequence[str], kind: str, height: int, **options: 
     shared = {
         "width": WIDTH, "height": height, "x_labels": [clean(x) for x in labels], "js": (), "css": (),
         "no_prefix": True, "print_values": True, "print_values_position": "top", "truncate_label": -1,
-        "truncate_legend": -1, "legend_at_bottom": True, "legend_at_bottom_columns": 2, "legend_box_size": 10,
+        "show_legend": False,
         "margin": 4, "spacing": 8,
         "value_formatter": lambda x: shown(x, kind), "style": _style(), "no_data_text": "",
     }  # fmt: skip
@@ -94,7 +94,7 @@ def _style() -> Any:
     """Sizes that the library lays text out by; colours are those of the page."""
     from pygal.style import Style
 
-    sizes = dict.fromkeys(("label_font_size", "major_label_font_size", "value_font_size", "legend_font_size"), 11)
+    sizes = dict.fromkeys(("label_font_size", "major_label_font_size", "value_font_size"), 11)
     return Style(font_family="sans-serif", **sizes)
 
 
