@@ -10,6 +10,7 @@ PAGES = {
     "coverage": "onnxcomp/README.md",
     "coverage-wider": "onnxcomp/README.md",
     "curves": "passes/README.md",
+    "curves-minilm": "passes/README.md",
     "cuts": "passes/README.md",
     "cuts-wider": "passes/README.md",
     "builder": "passes/README.md",

@@ -7,6 +7,7 @@ gradients are added in order: results do not depend on the number of threads.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -229,14 +230,21 @@ class _Adam:
 
     def step(self, weights: Sequence[Array], gradients: Change, i: int) -> list[Array]:
         """The weights after step `i`, from 0."""
-        cosine = 0.5 * (1 + np.cos(np.pi * i / STEPS))
+        cosine = 0.5 * (1 + math.cos(math.pi * i / STEPS))  # no numpy scalar, which would make float64 of float32
         new = []
         for w, g, m, v, rate in zip(weights, gradients, self.first, self.second, self.rates, strict=True):
             g /= self.level
-            m += (1 - FIRST) * (g - m)
-            v += (1 - SECOND) * (g * g - v)
-            ahead = m / (np.sqrt(v / (1 - SECOND ** (i + 1))) + TINY)
-            new.append((w - cosine * rate / (1 - FIRST ** (i + 1)) * ahead).astype(w.dtype))
+            m *= FIRST
+            m += (1 - FIRST) * g
+            g *= g
+            v *= SECOND
+            v += (1 - SECOND) * g
+            np.sqrt(v, out=g)
+            g *= 1 / math.sqrt(1 - SECOND ** (i + 1))
+            g += TINY
+            np.divide(m, g, out=g)
+            g *= -cosine * rate / (1 - FIRST ** (i + 1))
+            new.append(w + g)
         return new
 
 
