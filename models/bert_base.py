@@ -8,18 +8,18 @@ from pathlib import Path
 from models import randomise
 
 
-def checkpoint(out: str | Path, seed: int = 0) -> Path:
-    """Write a transformers folder with random weights, different in every layer (438 MB)."""
+def checkpoint(out: str | Path, seed: int = 0, layers: int = 12) -> Path:
+    """Write a transformers folder with random weights, different in every layer (438 MB of 12 layers)."""
     import torch
     from transformers import BertConfig, BertModel
 
     torch.manual_seed(seed)
-    return randomise.save(BertModel(BertConfig()), out, seed)
+    return randomise.save(BertModel(BertConfig(num_hidden_layers=layers)), out, seed)
 
 
-def export(out: str | Path, seed: int = 0) -> Path:
+def export(out: str | Path, seed: int = 0, layers: int = 12) -> Path:
     """Write the random encoder as an ONNX folder."""
     import onnxcomp as oc
 
     with tempfile.TemporaryDirectory() as scratch:
-        return oc.export(checkpoint(scratch, seed), out)
+        return oc.export(checkpoint(scratch, seed, layers), out)

@@ -10,6 +10,7 @@ depend on the size of the model.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -220,12 +221,15 @@ def checkpoint(out: str | Path, seed: int = 0, size: Size = SIZES["12x768"]) -> 
     return randomise.save(LlamaForCausalLM(config), out, seed)
 
 
-def export(out: str | Path, size: str = "12x768", seed: int = 0) -> Path:
-    """Write the model of a named size as an ONNX folder; `0.85b` takes 3.4 GB of disk, `7b` 27 GB."""
+def export(out: str | Path, size: str = "12x768", seed: int = 0, layers: int | None = None) -> Path:
+    """Write the model of a named size as an ONNX folder; `0.85b` takes 3.4 GB of disk, `7b` 27 GB.
+
+    Other than 12x768 it may have another number of `layers`.
+    """
     if size not in SIZES:
         raise ValueError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
     if size != "12x768":
-        return write(out, SIZES[size], seed)
+        return write(out, dataclasses.replace(SIZES[size], layers=layers or SIZES[size].layers), seed)
     import onnxcomp as oc
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -238,8 +242,9 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="12x768")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="instead of the size's own; not of 12x768")
     args = parser.parse_args()
-    print(export(args.out, args.size, args.seed))
+    print(export(args.out, args.size, args.seed, args.layers))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
 RESAMPLES = 1000  # of a bootstrap: 25 lie beyond each bound of the 95 % interval
@@ -13,4 +14,4 @@ RESAMPLES = 1000  # of a bootstrap: 25 lie beyond each bound of the 95 % interva
 # chooses its zeros in spans of as many.
 LAZY = 128
 
-__all__ = ["LAZY", "RESAMPLES", "Array", "Float64"]
+__all__ = ["LAZY", "RESAMPLES", "Array", "Float32", "Float64"]

@@ -24,6 +24,7 @@ __all__ = [
     "affine",
     "bin_edges",
     "block_reduced",
+    "cast",
     "clip_range",
     "dequantize",
     "fit",
@@ -110,10 +111,10 @@ def affine(
         zero = np.full(lo.shape, middle)
     else:
         zero = np.clip(np.rint(f.low - lo / scale.astype(np.float64)), f.low, f.high)
-    return np.asarray(scale), _cast(np.asarray(zero), f)
+    return np.asarray(scale), cast(np.asarray(zero), f)
 
 
-def _cast(codes: Array, f: Format) -> Array:
+def cast(codes: Array, f: Format) -> Array:
     """Codes in the format's type; sub-byte types are reached through bytes."""
     if f.integer and f.dtype.itemsize == 1 and f.dtype.kind not in "iu":
         codes = codes.astype(np.uint8 if f.low >= 0 else np.int8)
@@ -140,7 +141,7 @@ def quantize(
     scaled = x / spread(scale, x.shape, axis, block)
     if f.integer:
         scaled = np.rint(scaled) + spread(zero, x.shape, axis, block)
-    return _cast(np.clip(scaled, f.low, f.high), f)
+    return cast(np.clip(scaled, f.low, f.high), f)
 
 
 def dequantize(codes: Array, scale: Array, zero: Array, *, axis: int | None = None, block: int = 0) -> Array:

@@ -14,7 +14,7 @@ import numpy as np
 from onnxcomp.maths import Array
 from onnxcomp.maths.formats import Format, Quantized, affine, quantize
 
-__all__ = ["PAIR_LIMIT", "breaks", "mended", "nearest", "pair_sums", "scales"]
+__all__ = ["PAIR_LIMIT", "breaks", "mended", "nearest", "pair_sums", "room", "scales"]
 
 # Largest sum of a pair's weight codes of one sign: 255 * 128 = 32640 < 2**15, 255 * 129 = 32895 is not.
 PAIR_LIMIT = 128
@@ -54,6 +54,11 @@ def mended(codes: Array) -> Array:
         first -= (sign * larger).astype(np.int16)
         second -= (sign * (over - larger)).astype(np.int16)
     return q.astype(codes.dtype)
+
+
+def room(partner: Array) -> tuple[Array, Array]:
+    """The least and largest code beside another one of the pair."""
+    return -PAIR_LIMIT - np.minimum(partner, 0), PAIR_LIMIT - np.maximum(partner, 0)
 
 
 def nearest(w: Array, fmt: Format, *, scale_type: Any = np.float32) -> Quantized:

@@ -74,7 +74,7 @@ def damped(gram: Float64, damp: float, overwrite: bool = False) -> tuple[Float64
         return np.eye(len(gram)), np.eye(len(gram)), damp
     h, diagonal = gram if overwrite else gram.copy(), np.diag(gram).copy()
     while damp < DAMP_LIMIT:
-        h.reshape(-1)[:: len(h) + 1] = diagonal + damp * level
+        np.einsum("ii->i", h)[...] = diagonal + damp * level
         try:
             return h, np.asarray(np.linalg.cholesky(h), np.float64), damp
         except np.linalg.LinAlgError:
@@ -152,7 +152,10 @@ def invert_lower(lower: Float64) -> Float64:
     return lower
 
 
-def inverse_factor(h: Float64, damp: float) -> tuple[Float64, float]:
-    """Upper triangular `U` with `U^T U = H^-1`, from the Cholesky factor of `H` read backwards."""
-    lower, used = damped(h[::-1, ::-1], damp)[1:]
+def inverse_factor(h: Float64, damp: float, overwrite: bool = False) -> tuple[Float64, float]:
+    """Upper triangular `U` with `U^T U = H^-1`, from the Cholesky factor of `H` read backwards.
+
+    With `overwrite` the matrix is overwritten.
+    """
+    lower, used = damped(h[::-1, ::-1], damp, overwrite)[1:]
     return invert_lower(lower)[::-1, ::-1], used

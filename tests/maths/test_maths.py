@@ -335,7 +335,7 @@ def test_refits_come_near_the_best_of_all_codes_and_scales(seed: int) -> None:
     x, w = problem(k=6, n=5, rows=60, seed=seed)
     g, w = x.T @ x, w.astype(np.float32)
     losses = [rounding.round_weights(g, w, "int2", refits=n, damp=0.01).loss for n in (0, 1, 3)]
-    assert losses == sorted(losses, reverse=True)
+    assert losses[2] <= losses[1] * (1 + 1e-6) < losses[0]  # scales are float32
     nearest = formats.fit(w, "int2", axis=1)
     best = sum(brute_force(g, w[:, i].astype(np.float64), nearest, -2, 1) for i in range(5))
     assert best * (1 - 1e-9) <= losses[-1] < 2.5 * best
@@ -361,7 +361,7 @@ def test_descent_and_refitted_scales_never_err_more(block: int, fmt: str) -> Non
         target = (naive[i] - z[i]) * s[i] + rest / g[i, i]
         naive[i] = np.clip(np.rint(target / s[i]) + z[i], formats.FORMATS[fmt].low, formats.FORMATS[fmt].high)
     assert np.mean(codes.astype(np.float64) != naive) < 0.002
-    scale = rounding.refit_scales(g, wide, moved)
+    scale = rounding.refit_scales(g, wide, moved, formats.FORMATS[fmt])
     refitted = dataclasses.replace(moved, scale=scale)
     assert np.all(solve.error(g, refitted.array() - w) <= solve.error(g, moved.array() - w) * (1 + 1e-6))
     if not block:  # one scale an out-channel is a least-squares problem of one unknown
