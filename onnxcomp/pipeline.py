@@ -274,6 +274,9 @@ class Pass(abc.ABC):
         """Whether the options say that nothing is to change; such a pass makes zero edits."""
         return bool(self.identity) and all(getattr(self, k) == v for k, v in self.identity.items())
 
+    def require(self, target: Target) -> None:  # noqa: B027  most passes are for every target
+        """Raise `TargetError` or `RecipeError` where these options are not for this target, before any pass runs."""
+
     def advice(self, target: Target) -> Iterable[str]:
         """What a user of these options should know about this target; goes into the report's warnings."""
         return ()

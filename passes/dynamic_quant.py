@@ -48,12 +48,15 @@ class DynamicQuant(Pass):
         """Whether everything is skipped."""
         return "*" in self.skip
 
-    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every linear with a float weight; raises `TargetError` where the target has no dynamic int8 product."""
+    def require(self, target: Target) -> None:
+        """Refuse targets without a dynamic int8 product."""
         if not target.provider.startswith("CPU"):
             raise TargetError(
                 f"target '{target.name}' has no dynamic int8 product; use qdq where it is legal, or the cpu target"
             )
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every linear with a float weight."""
         found: list[Linear | blocks.BatchedLinear] = [*linears.quantizable(g), *batched.quantizable(g)]
         return [*(x.site for x in found), *map(tables.site, self._tables(g))]
 

@@ -62,13 +62,13 @@ class Half(Pass):
                 "conversions, only the file is smaller; use --target cuda or tensorrt, or int8 for a faster CPU model"
             )
 
-    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every node that produces float32 and could produce half; those that only consume it (comparisons) follow.
-
-        Raises `TargetError` for bf16 on a CPU, which has no kernels for it.
-        """
+    def require(self, target: Target) -> None:
+        """Refuse bf16 on a CPU, which has no kernels for it."""
         if self.dtype == "bf16" and target.provider.startswith("CPU"):
             raise TargetError(f"half: '{target.name}' does not run bf16; use --target cuda or tensorrt")
+
+    def sites(self, g: Graph, target: Target) -> Iterable[Site]:
+        """Every node that produces float32 and could produce half; those that only consume it (comparisons) follow."""
         return [_site(p) for p in candidates.candidates(g, TYPES[self.dtype]) if p.outputs]
 
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:

@@ -63,9 +63,24 @@ class Qdq(Pass):
         """Whether everything is skipped."""
         return "*" in self.skip
 
+    def require(self, target: Target) -> None:
+        """Refuse what the target cannot run, or would run as float arithmetic."""
+        legal, name = target.quantized, target.name
+        if not legal.pays:
+            raise TargetError(f"qdq: '{name}' has no int8 product, so the result would be slower; use cpu or tensorrt")
+        if self._type(target) not in legal.activations:
+            on_cpu = target.provider.startswith("CPU")
+            why = "one s8 pair feeding several linears is not fused there" if on_cpu else "it does not run there"
+            use = legal.activations[0]
+            raise TargetError(f"qdq: activations '{self.activations}' are not legal on '{name}' ({why}); use {use}")
+        if not legal.zero_points and not self._is_symmetric(target):
+            raise TargetError(f"qdq: '{name}' takes no zero points; leave 'symmetric' unset or say symmetric: true")
+        if self.weights not in legal.granularity:
+            use = legal.granularity[0]
+            raise TargetError(f"qdq: weights per {self.weights} are not legal on '{name}'; use {use}")
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every linear with a float input; raises `TargetError` where the options are not legal on the target."""
-        self._legal(target)
+        """Every linear with a float input."""
         found: list[Linear | BatchedLinear] = [*linears.quantizable(g), *linears.coded(g), *batched.quantizable(g)]
         return [*(x.site for x in found), *map(tables.site, self._tables(g))]
 
@@ -125,19 +140,3 @@ class Qdq(Pass):
 
     def _is_symmetric(self, target: Target) -> bool:
         return not target.quantized.zero_points if self.symmetric is None else self.symmetric
-
-    def _legal(self, target: Target) -> None:
-        """Refuse what the target cannot run, or would run as float arithmetic, before anything is done."""
-        legal, name = target.quantized, target.name
-        if not legal.pays:
-            raise TargetError(f"qdq: '{name}' has no int8 product, so the result would be slower; use cpu or tensorrt")
-        if self._type(target) not in legal.activations:
-            on_cpu = target.provider.startswith("CPU")
-            why = "one s8 pair feeding several linears is not fused there" if on_cpu else "it does not run there"
-            use = legal.activations[0]
-            raise TargetError(f"qdq: activations '{self.activations}' are not legal on '{name}' ({why}); use {use}")
-        if not legal.zero_points and not self._is_symmetric(target):
-            raise TargetError(f"qdq: '{name}' takes no zero points; leave 'symmetric' unset or say symmetric: true")
-        if self.weights not in legal.granularity:
-            use = legal.granularity[0]
-            raise TargetError(f"qdq: weights per {self.weights} are not legal on '{name}'; use {use}")

@@ -10,13 +10,11 @@ import onnx_ir as ir
 from pydantic import Field
 
 from onnxcomp import blocks
-from onnxcomp.blocks import Linear
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
-from onnxcomp.methods.quantize import linears, tables
+from onnxcomp.methods.quantize import kernels, linears, tables
 from onnxcomp.methods.quantize.augmentation import augmented
-from onnxcomp.methods.quantize.kernels import require, slower
 from onnxcomp.methods.quantize.weight_rounding import Method, round_sites
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -85,17 +83,19 @@ class QuantizeWeights(Pass):
 
     def advice(self, target: Target) -> Iterable[str]:
         """Where products with few bits are slower than float ones."""
-        return slower(target) if self.codes == "integer" and self.block != "channel" else ()
+        return kernels.slower(target) if self.codes == "integer" and self.block != "channel" else ()
 
     def calibration(self, data: Dataset, g: Graph) -> Dataset:
         """With copies of small sets of texts."""
         return augmented(data, g, self.augment, self.name)
 
+    def require(self, target: Target) -> None:
+        """Refuse codes that the target, or any, has no product for."""
+        used = (self.bits, *self.overrides.values(), self.embeddings == 4 and 4, self.head) * (not self.is_identity)
+        kernels.require(target, used, self.block, symmetric=self._is_symmetric(target), codes=self.codes)
+
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
-        """Every linear with a float weight, and tables where they are asked for; raises `RecipeError`."""
-        tables_, head = (4 if self.embeddings == 4 else None), self.head
-        used = {self.bits, *self.overrides.values(), tables_, head} if not self.is_identity else set()
-        require(target, used, self.block, symmetric=self._is_symmetric(target), codes=self.codes)
+        """Every linear with a float weight, and tables where they are asked for."""
         return [*(x.site for x in linears.quantizable(g)), *map(tables.site, self._tables(g))]
 
     def run(self, g: Graph, env: Env) -> None:
@@ -118,7 +118,7 @@ class QuantizeWeights(Pass):
         table = self._method(self._table_bits(last, shared), env.target)
         round_sites(g, env, methods, free_bias=self.bias, tables=eligible, table_method=table)
 
-    def _bits(self, x: Linear, last: blocks.Head | None) -> tuple[int | Literal["float"], str]:
+    def _bits(self, x: blocks.Linear, last: blocks.Head | None) -> tuple[int | Literal["float"], str]:
         """Bits of a linear's weight, and the option that says so."""
         if (pattern := self._override(x)) is not None:
             return self.overrides[pattern], f"the override '{pattern}'"
@@ -131,7 +131,7 @@ class QuantizeWeights(Pass):
         bits = 4 if self.embeddings == 4 else 8
         return max(bits, self.head) if isinstance(self.head, int) and last and last.weight in tables else bits
 
-    def _override(self, x: Linear) -> str | None:
+    def _override(self, x: blocks.Linear) -> str | None:
         return skipped(self.overrides, x.name, str(x.weight.name))
 
     def _tables(self, g: Graph) -> list[blocks.Embedding]:

@@ -37,7 +37,7 @@ def climb(job: Job, source: Stored, attempt: Callable[[Job], Result], watch: Wat
     for recipe in job.recipe.steps:  # all that is wrong with a later rung is said before the first
         if not recipe.any_order:
             check_order(recipe.passes)
-        allowed(recipe.passes, job.settings.allow_code)
+        allowed(recipe.passes, job.settings.allow_code, job.settings.target)
     with scratch_folder() as folder:
         return _climb(_sharing(job, source, folder), attempt, watch)
 

@@ -89,7 +89,7 @@ class PassManager:
         self.on_fail = on_fail
         if not any_order:
             check_order(self.passes)
-        allowed(self.passes, s.allow_code)
+        allowed(self.passes, s.allow_code, self.target)
 
     def run(self, model: Graph | Stored | str | Path, calibration: Any = (), evaluation: Any = ()) -> Result:
         """Compress a copy of the model; `calibration` and `evaluation` are datasets or re-iterables of feed dicts.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 
+from onnxcomp.engine.blame import blaming
 from onnxcomp.errors import RecipeError
 from onnxcomp.pipeline import Fidelity, Pass, Stage
+from onnxcomp.target import Target
 
 __all__ = ["advice", "allowed", "check_order"]
 
@@ -40,9 +42,11 @@ def advice(passes: Sequence[Pass]) -> list[str]:
     return notes
 
 
-def allowed(passes: Iterable[Pass], allow_code: bool) -> None:
-    """Raise `RecipeError` where a pass runs code that is not allowed, or that is not there."""
+def allowed(passes: Iterable[Pass], allow_code: bool, target: Target) -> None:
+    """Raise `RecipeError` where a pass runs code that is not allowed or not there, or is not for the target."""
     for p in passes:
+        with blaming(p):
+            p.require(target)
         if p.runs_code and not allow_code:
             raise RecipeError(f"pass '{p}' runs code of yours; allow it with --allow-code")
         _ = p.content

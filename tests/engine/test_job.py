@@ -180,6 +180,27 @@ def test_absent_target_compresses_on_the_cpu_and_says_so(source, batches, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("preset", "target"),
+    [
+        ("int8", "cuda"),
+        ("int8-accurate", "cuda"),
+        ("int8-smooth", "cuda"),
+        ("int8-dynamic", "tensorrt"),
+        ("auto-int8", "cuda"),
+        ("int4", "tensorrt"),
+        ("bf16", "cpu"),
+    ],
+)
+def test_what_is_not_for_the_target_is_refused_before_the_first_pass(preset, target, source, batches, tmp_path):
+    begun = []
+    given = {"calibration": batches, "target": target, "watch": lambda *step: begun.append(step)}
+    with pytest.raises(TargetError):
+        oc.compress(source, tmp_path / "out", preset=preset, **given)
+    assert not begun
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
     ("passes", "said"),
     [
         (["canonicalize", {"half": {"dtype": "fp16"}}, "lower"], ["not faster"]),

@@ -34,7 +34,7 @@ def require(
             why = f"{name} has no product with {codes} weights and would make them float at every run"
             raise TargetError(f"quantize-weights: {why}; it {legal}")
         return
-    used = {4 if b == 3 else b for b in bits if isinstance(b, int)}
+    used = {4 if b == 3 else b for b in bits if b and isinstance(b, int)}
     if block == "channel":
         if used - {8}:
             raise RecipeError("quantize-weights: with 'block: channel' products run in 8 bits only; say bits: 8")
