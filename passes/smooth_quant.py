@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -19,9 +19,9 @@ from onnxcomp.target import Target
 
 __all__ = ["SmoothQuant"]
 
-ROWS = 512  # of an input, on which exponents are compared: 256 for each half
+ROWS = 256  # of an input, on which exponents are compared: 128 for each half
 SAME = 1e-3  # relative to one: gains nearer than this are what rounding left of those that are there already
-FREE, PAID = 0.99, 0.8  # error left, relative, below which a gain is taken: where it is folded, and where it is a Mul
+FREE, PAID = 0.99, 0.6  # error left, relative, below which a gain is taken: where it is folded, and where it is a Mul
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class SmoothQuant(Pass):
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """The exponent of every input; by default the best of `alphas` for each, or none where that is better."""
     alphas: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.2, 0.35, 0.5, 0.65, 0.8)
-    """The exponents that are tried."""
+    """The exponents that are tried, from the middle on."""
     multiply: bool = True
-    """Multiply values whose gains cannot be folded into what makes them, where the error falls by a fifth."""
+    """Multiply values whose gains cannot be folded into what makes them, where two fifths of the error go."""
     skip: tuple[str, ...] = ()
     """Patterns of node or weight names that stay as they are."""
     min_size: Annotated[int, Field(ge=0)] = 1024
@@ -89,9 +89,20 @@ class SmoothQuant(Pass):
             return int8_error.left_out_error(rows, some, change, limited=limited)
 
         plain = int8_error.left_out_error(rows, some, limited=limited)
-        errors = {alpha: error(alpha) for alpha in self.alphas}
-        best = min(errors, key=lambda a: errors[a])
-        if not errors[best] < plain * (PAID if place.fold is None else FREE):
+        best, least = _least(error, sorted(self.alphas))
+        if not least < plain * (PAID if place.fold is None else FREE):
             return None
-        g.note(place.readers[0].site, f"alpha {best}, int8 error {errors[best] / plain:.2f} of what it was")
+        g.note(place.readers[0].site, f"alpha {best}, int8 error {least / plain:.2f} of what it was")
         return int8_error.equalizing(seen, large, best, place.units)
+
+
+def _least(error: Callable[[float], float], alphas: Sequence[float]) -> tuple[float, float]:
+    """The exponent of least error with that, from the middle one on towards the side that errs less."""
+    errors, at = dict[float, float](), len(alphas) // 2
+    while True:
+        near = alphas[max(at - 1, 0) : at + 2]
+        errors.update((a, error(a)) for a in near if a not in errors)
+        best = min(near, key=lambda a: errors[a])
+        if best == alphas[at]:
+            return best, errors[best]
+        at = alphas.index(best)

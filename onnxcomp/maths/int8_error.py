@@ -20,10 +20,10 @@ Range = tuple[float, float]
 __all__ = ["Range", "best_range", "equalizing", "folds", "left_out_error", "output_error", "rounded_inputs", "thinned"]
 
 FOLDS = 2  # halves of the rows: what is fitted to either is judged on the other
-COLUMNS = 512  # out-channels of a linear that are judged: an error over more of them differs by a few per cent
+COLUMNS = 128  # out-channels of a linear that are judged: of all that is compared, the same
 SKETCH = 64  # random directions of outputs: their squares then differ from the whole by some per cent
-SHRINK = np.geomspace(1.0, 0.02, 24)  # ranges that are tried for both ends, then for each around the best ever closer
-NEARER = (np.geomspace(0.6, 1.6, 9), np.geomspace(0.9, 1.1, 5))
+SHRINK = np.geomspace(1.0, 0.02, 16)  # ranges that are tried for both ends, then for each around the best ever closer
+NEARER = (np.geomspace(0.6, 1.6, 7), np.geomspace(0.9, 1.1, 5))
 LARGEST_GAIN = 1e4  # larger ones would leave float16, and say that a channel hardly has data
 
 
@@ -69,7 +69,7 @@ def _over(a: Float64, units: Array) -> Float64:
 
 def rounded_inputs(fitted: Array, rows: Array) -> Array:
     """Rows rounded to 8 bits with the range, of least squared error, of other rows."""
-    low, high = clip_range(bin_counts(fitted), "mse")
+    low, high = clip_range(bin_counts(fitted), "mse", coarse=True)
     scale, zero = affine(low, high, "uint8")
     return dequantize(quantize(rows, scale, zero, "uint8"), scale, zero)
 

@@ -125,6 +125,7 @@ class Collector:
         self.widths: dict[Need, int] = {}
         self.held = 0
         self._last: dict[Need, tuple[Any, Array | Path | NoRows]] = {}
+        self._layouts: dict[Of, tuple[Graph, int, Layout]] = {}
 
     def graphs(self, graph: Graph, asked: Iterable[Need]) -> dict[Of, Graph]:
         """The graphs by the name that needs give them; raises `OnnxcompError` where the original is not known."""
@@ -233,14 +234,21 @@ class Collector:
         """How to go segment by segment; None where everything fits the budget in one session of the whole graph."""
         values = {k for n in needs for k in fetched(n)}
         states = sum(self._state(n) for n in needs)
-        large = any(graphs[of].nbytes > self.memory // 2 for of, _ in values)
+        large = not self.sequential and any(graphs[of].nbytes > self.memory // 2 for of in {of for of, _ in values})
         fits = states <= self.memory // 4 and sum(self.sizes[k] for k in values) <= self.memory // 4
         if fits and not large and not self.sequential:
             return None
-        layouts = {of: Layout(g) for of, g in graphs.items() if any(o == of for o, _ in values)}
+        layouts = {of: self._layout(of, g) for of, g in graphs.items() if any(o == of for o, _ in values)}
         if self.chunk is None:  # samples a run: a sixteenth of the budget for the largest value
             self.chunk = max(1, self.memory // 16 // max(self.sizes[k] for k in values))
         return Blocks(layouts, self._grouped(layouts, needs))
+
+    def _layout(self, of: Of, graph: Graph) -> Layout:
+        """The cuts of a graph, kept while it is not edited: the original is not between calls."""
+        known = self._layouts.get(of)
+        if known is None or known[0] is not graph or known[1] != graph.edits:
+            known = self._layouts[of] = (graph, graph.edits, Layout(graph))
+        return known[2]
 
     def _grouped(self, layouts: Mapping[Of, Layout], needs: Sequence[Need]) -> list[list[Need]]:
         """Needs in the order of the graph, in groups that keep within the budget."""

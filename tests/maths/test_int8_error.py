@@ -17,7 +17,7 @@ def case(seed: int = 0, rows: int = 60, k: int = 12, n: int = 9) -> tuple[np.nda
 @pytest.mark.parametrize("limited", [False, True])
 def test_the_error_is_that_of_rounded_inputs_times_rounded_weights(limited: bool) -> None:
     x, w = case()
-    low, high = clip_range(bin_counts(x[:30]), "mse")
+    low, high = clip_range(bin_counts(x[:30]), "mse", coarse=True)
     scale, zero = formats.affine(low, high, "uint8")
     q = np.clip(np.rint(x[30:] / scale) + float(zero), 0, 255) - float(zero)
     limit = np.abs(w).max(axis=0) / 127

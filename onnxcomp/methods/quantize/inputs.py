@@ -20,7 +20,7 @@ from onnxcomp.stats import Need, Stats, histogram, sample
 
 __all__ = ["InputCodes"]
 
-ROWS = 512  # of an input, by which a range is judged at the outputs
+ROWS = 256  # of an input, by which a range is judged at the outputs
 
 
 @dataclass(frozen=True)
