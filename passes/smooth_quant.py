@@ -19,7 +19,7 @@ from onnxcomp.target import Target
 
 __all__ = ["SmoothQuant"]
 
-ROWS = 256  # of an input, on which exponents are compared: 128 for each half
+ROWS = 512  # of an input, on which exponents are compared: 256 for each half
 SAME = 1e-3  # relative to one: gains nearer than this are what rounding left of those that are there already
 FREE, PAID = 0.99, 0.6  # error left, relative, below which a gain is taken: where it is folded, and where it is a Mul
 

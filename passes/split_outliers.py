@@ -22,7 +22,7 @@ from onnxcomp.target import Target
 
 __all__ = ["SplitOutliers"]
 
-ROWS = 256  # of an input, on which its error with and without a split is compared: 128 for each half
+ROWS = 512  # of an input, on which its error with and without a split is compared: 256 for each half
 PAYS = 0.33  # error left, relative, below which a split is worth its run time: smoothing takes as much off for less
 
 

@@ -1,4 +1,4 @@
-"""Fits on 60, 200 and 1,000 short texts, judged on others: more data is no worse, 60 no worse than what fits nothing."""
+"""Fits on 60, 200 and 1,000 short texts, judged on others: more is no worse, and 60 no worse than fitting nothing."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,11 @@ from tests import tiny
 TEXTS = (60, 200, 1000)
 LENGTH = 12  # tokens of a text; a fifth is left out: 60 have 576 rows for 64 and 256 channels, 1,000 need no copies
 SAME = 1.05  # errors nearer than this, relative, are noise of the calibration set
-PLAIN = {"int4": QuantizeWeights(min_size=1, method="nearest"), "int8-accurate": Qdq(min_size=1), "int8-smooth": Qdq(min_size=1)}
+PLAIN = {
+    "int4": QuantizeWeights(min_size=1, method="nearest"),
+    "int8-accurate": Qdq(min_size=1),
+    "int8-smooth": Qdq(min_size=1),
+}
 
 
 def texts(g: Graph, count: int, seed: int) -> Dataset:
