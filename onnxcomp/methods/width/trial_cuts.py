@@ -43,7 +43,7 @@ def curves(
     how: Repair,
     droppable: Collection[int] = (),
 ) -> list[Curve]:
-    """The error curve of every layer: the model's loss at a few amounts of each, in the order of the graph.
+    """The error curve of every layer: the model's loss at a few amounts of each, on samples left out of the repair.
 
     Of `droppable` ones (by number) nothing need stay: their curves go down to no unit. Losses are on a scale on which
     small ones of several layers add: divergences, and squares of errors.
@@ -56,7 +56,8 @@ def curves(
         for i, c in enumerate(candidates)
         for n in kept[i]
     ]
-    found = iter(env.evaluate(edits, metric, CURVE_SAMPLES))
+    judge = env.unseen() or env  # a repair hides what a cut costs on the samples that it was fitted to
+    found = iter(judge.evaluate(edits, metric, CURVE_SAMPLES))
     losses = [[loss_of(next(found).value, name) for _ in numbers] for numbers in kept]
     return [Curve(c, tuple(n), tuple(x)) for c, n, x in zip(candidates, kept, losses, strict=True)]
 
