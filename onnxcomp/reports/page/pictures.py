@@ -160,7 +160,8 @@ def _values(report: Mapping[str, Any]) -> Picture | None:
 
 
 def _place(x: Mapping[str, Any]) -> str:
-    return x["role"] if x["layer"] is None else f"layer {x['layer']}, {x['role']}"
+    layer = x["layer"]
+    return f"layer {layer}, {x['role']}" if layer is not None and layer >= 0 else f"{x['role']}, in no layer"
 
 
 def _suspects(report: Mapping[str, Any]) -> Picture | None:

@@ -12,9 +12,9 @@ from onnxcomp.reports.page.numbers import clean, shown
 
 __all__ = ["Bar", "Series", "available", "columns", "rows", "stacks"]
 
-WIDTH = 460  # units of the drawing; a unit is a pixel where the page has one column
+WIDTH = 380  # units of the drawing; about a pixel each on a phone, so that text can be read there
 ROW = 24  # height of a horizontal bar with its gap
-LONGEST = 34  # characters of a label; what is longer is cut in the middle, the table beside it has the whole name
+LONGEST = 28  # characters of a label; what is longer is cut in the middle, the table beside it has the whole name
 ROOM = 1.3  # of the longest bar: behind it stands its value
 _FEW = {"x_labels_major_count": 4, "show_minor_x_labels": False}  # of horizontal bars x is the axis of values
 
