@@ -23,10 +23,11 @@ WIDTHS = (390, 1024, 1600)
 # Texts whose colour is too near to what is behind them (WCAG 2.2 AA: 4.5, of large text 3), with their ratio.
 PALE = """() => {
   const rgb = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-  const light = ([r, g, b]) => [r, g, b].map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+  const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(x => linear(x / 255))
     .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
   const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
-    if (c[3] > 0) return c; } return rgb(getComputedStyle(document.documentElement).colorScheme === 'dark' ? '0 0 0' : '255 255 255'); };
+    if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
   const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let n = walk.nextNode(); n; n = walk.nextNode()) {
     const e = n.parentElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
