@@ -35,7 +35,7 @@ SKETCH = 2048  # elements of a value that similarity is taken of, at equal dista
 NOISE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2, ir.DataType.BFLOAT16: 5e-2}
 ALIKE = 0.5  # cosine from which on two values of one shape stand for each other
 WRONG = 0.2  # relative error of the next value that shows that an unlike one is no other basis, but wrong
-SAME_KIND = 0.5  # what one operator in both is worth, as cosine: decides where a fault left nothing alike
+SAME_KIND = 0.5  # what one operator in both is worth, as squared cosine: decides where a fault left nothing alike
 OUTSTANDING = 6.0  # times the median own error of values of its kind from which on one stands out
 FEW = 4  # values of a kind below which they have no usual error of their own
 
@@ -98,7 +98,8 @@ def by_layer(
     made = _values(second, after, fed, target)
     cosines = _cosines(right, made)
     same = np.array([[a.op == b.op for b in after] for a in before]).reshape(cosines.shape)
-    pairs = align(np.where(np.isnan(cosines), -1.0, np.maximum(cosines, 0.0) + SAME_KIND * same - SAME_KIND / 2))
+    like = np.maximum(cosines, 0.0) ** 2  # so that one that is right outweighs one of the same operator that is not
+    pairs = align(np.where(np.isnan(cosines), -1.0, like + SAME_KIND * same - SAME_KIND / 2))
     forced = _forced(second, right, after, _alike(pairs, cosines), fed, target)
     if wrong := _wrong(pairs, cosines, right, forced):
         forced = _forced(second, right, after, [*_alike(pairs, cosines), *wrong], fed, target)

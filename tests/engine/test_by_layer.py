@@ -64,6 +64,17 @@ def test_pruned_models_are_compared_where_widths_agree() -> None:
     assert {(x.reference.layer, x.reference.role) for x in found.worst[:2]} == {(0, "MLP down"), (1, "MLP down")}
 
 
+def test_a_stream_in_another_basis_is_no_fault_of_what_reads_it() -> None:
+    g = tiny.decoder(layers=2, ffn=64)
+    passes = [parse_pass("canonicalize"), parse_pass("slice: {ratio: 0.25}")]
+    cut = PassManager(passes).run(g, [tiny.feeds(g, 2, 9, seed=i) for i in range(8)]).model
+    found = by_layer(g, cut, data(g))
+    assert found.culprits == []
+    assert [x.reference.op == x.candidate.op for x in found.values] == [True] * len(found.values)
+    roles = [(x.reference.layer, x.reference.role) for x in found.values if x.reference.product]
+    assert roles == [(i, r) for i in range(2) for r in ("query", "key", "value", "MLP gate", "MLP up")] + [(-1, "")]
+
+
 def test_bisect_names_the_pass_and_the_site_that_broke_a_gate() -> None:
     case = Case("qwen2", "scale", 2)
     culprit, truth = case.bisected("sqnr>=20")

@@ -30,8 +30,12 @@ def outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def put(out: Path, value: int, name: str = "model.onnx", owned: tuple[str, ...] = ("tokenizer.json",)) -> None:
-    """Publish a result whose weights, configuration and report all say `value`; an odd one has a tokenizer too."""
-    with storage.publish(out, owned) as staging:
+    """Publish a result whose weights, configuration, report and seal say `value`; an odd one has a tokenizer too."""
+
+    def seal(staging: Path, gone: object) -> None:
+        (staging / "manifest.json").write_text(str(value))
+
+    with storage.publish(out, owned, seal) as staging:
         storage.save(holding(np.full(5000, value, np.float32)), staging, name=name)
         (staging / "config.json").write_text(str(value))
         (staging / "report.json").write_text(str(value))
@@ -45,7 +49,7 @@ def held(out: Path) -> int:
     g = storage.load(out / "model.onnx")
     (v,) = g.model.graph.initializers.values()
     assert set(g.array(v)) == {float(value)}
-    assert (out / "report.json").read_text() == str(value)
+    assert (out / "report.json").read_text() == (out / "manifest.json").read_text() == str(value)
     tokenizer = out / "tokenizer.json"
     assert tokenizer.exists() == bool(value % 2)
     assert not tokenizer.exists() or tokenizer.read_text() == str(value)
