@@ -226,7 +226,7 @@ def test_no_fit_raises_the_error_at_its_place():
     gone = dropped_layers.leave_out(work, layer_branches(work)[2], gone)
     assert [(x.entry, x.exit) for x in gone] == [(layer_branches(g)[2].entry.name, layer_branches(g)[3].exit.name)]
 
-    def fitted(g_, uncut_, env, x, target, damp, gauss_newton):
+    def fitted(g_, uncut_, env, x, target, damp, **how):
         end = residual_sum(x).end
         wanted = [run(uncut, f, target)[0] for f in calibration]
 
@@ -235,7 +235,7 @@ def test_no_fit_raises_the_error_at_its_place():
             return sum(float(np.sum((a - y) ** 2)) for a, y in zip(made, wanted, strict=True))
 
         before = off()
-        sequential.refit_to_stream(g_, uncut_, env, x, target, damp, gauss_newton=gauss_newton)
+        sequential.refit_to_stream(g_, uncut_, env, x, target, damp, **how)
         seen.append((before, off()))
 
     class Spy(DropLayers):
