@@ -56,8 +56,10 @@ def _gates_of(f: FigurePart) -> list[str]:
 def _speed(b: BenchReport) -> Iterator[FigurePart]:
     """Latency and memory of the second model against the first at each shape."""
     for shape in b.shapes:
-        first, second = (r for r in b.rows if r.shape == shape and r.model in b.models[:2])
-        ratio = b.ratio(1, shape)
+        rows = [r for r in b.rows if r.shape == shape and r.model in b.models[:2]]
+        if len(rows) < 2:
+            continue
+        (first, second), ratio = rows, b.ratio(1, shape)
         latency = _figure("latency", shape, "ms", first.median_ms, second.median_ms, ratio.value)
         latency["low"], latency["high"] = ratio.low, ratio.high
         yield latency
