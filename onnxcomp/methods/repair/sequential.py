@@ -7,7 +7,7 @@ target `[R, N]`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,6 +34,8 @@ __all__ = ["DAMP", "WHOLE", "Part", "reader_of", "refit_in_order", "refit_to_str
 # Pull of a refitted weight towards the weights as they are, relative to the mean of the inputs' squares. More damping
 # follows the calibration data less: it is finite, and the errors of the layers before are those on this data only.
 DAMP = 1e-3
+FEW_ROWS = 16  # for each in-channel: with fewer, samples that no fit has read choose among dampings
+MORE_DAMPING = (1, 10, 100)  # times the damping: with less than a row for each channel the last is often the best
 CORE = 2e10  # multiplications a second of one core, float32, that costs are told with: AVX2 at 3 GHz
 WHOLE = ("block-tune", "gauss-newton")  # repairs of all that follows a cut, feed-forward parts as a whole
 
@@ -47,6 +49,13 @@ class _Moments:
     x: Float64
     y: Float64
     rows: float
+
+    def error(self, weight: Float64, bias: Float64 | None) -> float:
+        """The squared error of `x W + b` over these rows, less the sum of `y^2`."""
+        squared = float(np.vdot(weight, self.gram @ weight) - 2 * np.vdot(weight, self.cross))
+        if bias is None:
+            return squared
+        return squared + float(2 * bias @ (self.x @ weight) + self.rows * bias @ bias - 2 * bias @ self.y)
 
 
 @dataclass(frozen=True)
@@ -157,11 +166,13 @@ def refit_to_stream(
     joined = residual_sum(x)
     assert joined is not None
     free = x.bias is not None
-    moments = _moments(g, uncut, env, x, free, (uncut.value(target), joined.others), part)
-    if joined.scale is not None:
-        factors = g.array(joined.scale).reshape(-1).astype(np.float64)
-        moments = dataclasses.replace(moments, cross=moments.cross / factors, y=moments.y / factors)
-    _solve(g, reader_of(x), [moments], free, damp)
+    factors = 1.0 if joined.scale is None else g.array(joined.scale).reshape(-1).astype(np.float64)
+
+    def moments(world: Env) -> list[_Moments]:
+        found = _moments(g, uncut, world, x, free, (uncut.value(target), joined.others), part)
+        return [dataclasses.replace(found, cross=found.cross / factors, y=found.y / factors)]
+
+    _solve(g, reader_of(x), env, moments, free, damp)
     if how == "block-tune":
         tune_part(g, uncut, env, x, joined, target, part)
     elif how == "gauss-newton" and (
@@ -187,11 +198,21 @@ def _fit(g: Graph, uncut: Graph, env: Env, reader: Reader) -> None:
     """Refit one weight to the uncut outputs of its linears, with the bias where they have the same one."""
     biases = {x.bias for x in reader.linears}
     free = len(biases) == 1 and None not in biases
-    _solve(g, reader, [_moments(g, uncut, env, x, free, _place(x)) for x in reader.linears], free, DAMP)
+
+    def moments(world: Env) -> list[_Moments]:
+        return [_moments(g, uncut, world, x, free, _place(x)) for x in reader.linears]
+
+    _solve(g, reader, env, moments, free, DAMP)
 
 
-def _solve(g: Graph, reader: Reader, calls: Sequence[_Moments], free: bool, damp: float) -> None:
-    """Store the weight, and with `free` the bias, of least squared error over all calls of a layer."""
+def _solve(
+    g: Graph, reader: Reader, env: Env, moments: Callable[[Env], list[_Moments]], free: bool, damp: float
+) -> None:
+    """Store the weight, and with `free` the bias, of least squared error over all calls of a layer.
+
+    Of few rows the damping is raised where samples that no fit has read then err less.
+    """
+    calls = moments(env)
     weight = reader.weight(g)
     first, *rest = calls  # the statistics of a single call are not copied
     squares, cross = (np.asarray(sum((getattr(m, k) for m in rest), getattr(first, k))) for k in ("gram", "cross"))
@@ -199,7 +220,13 @@ def _solve(g: Graph, reader: Reader, calls: Sequence[_Moments], free: bool, damp
     means = None
     if free:
         means = Means(np.asarray(sum(m.x for m in calls)) / rows, np.asarray(sum(m.y for m in calls)) / rows, rows)
-    fitted, bias = affine.linear(squares, cross, weight, damp, means)
+    spare = env.unseen() if rows < FEW_ROWS * len(weight) else None
+    unseen = [] if spare is None else moments(spare)
+    fits = [affine.linear(squares, cross, weight, damp * k, means) for k in (MORE_DAMPING if unseen else (1,))]
+    best = int(np.argmin([sum(m.error(*f) for m in unseen) for f in fits]))
+    if best:
+        g.note(reader.linears[0].site, f"damped {MORE_DAMPING[best]} times more: few rows, and unseen samples err less")
+    fitted, bias = fits[best]
     replace(g, reader, fitted.astype(weight.dtype), bias)
 
 
