@@ -24,7 +24,7 @@ from onnxcomp.maths.formats import Format, Quantized, fit, format_of
 from onnxcomp.maths.grid import Grid
 from onnxcomp.maths.solve import error, inverse_factor, symmetrized
 
-__all__ = ["GPTQ_DAMP", "Rounded", "Visit", "round_weights"]
+__all__ = ["GPTQ_DAMP", "Rounded", "Visit", "joined", "round_weights"]
 
 GPTQ_DAMP = 0.01  # of the GPTQ paper: spreads errors less over in-channels that the calibration data hardly shows
 COLUMNS = 512  # out-channels at a time at most, on any machine: bounds the copies of a weight that are made
@@ -121,7 +121,7 @@ def round_weights(
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         parts, losses, least = zip(*pool.map(part, _chunks(w.shape[1])), strict=True)
-    return Rounded(_joined(parts), sum(losses), sum(least), visit.damp)
+    return Rounded(joined(parts), sum(losses), sum(least), visit.damp)
 
 
 def _chunks(n: int) -> Iterator[slice]:
@@ -131,7 +131,7 @@ def _chunks(n: int) -> Iterator[slice]:
     return (slice(i, min(i + size, n)) for i in range(0, n, size))
 
 
-def _joined(parts: Sequence[Quantized]) -> Quantized:
+def joined(parts: Sequence[Quantized]) -> Quantized:
     """Columns together again: scales and zero points are `[N]`, or `[blocks, N]`."""
     first = parts[0]
     codes = np.concatenate([p.codes for p in parts], axis=1)

@@ -12,6 +12,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering import tensorrt
 from onnxcomp.maths import formats
+from onnxcomp.methods.quantize import weight_rounding
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.quantize_weights import QuantizeWeights
 from onnxcomp.runtime.sessions import Session, integer_check
@@ -268,3 +269,17 @@ def test_the_runtime_multiplies_by_the_codes(tmp_path, bits, block):
     found = integer_check(path)
     assert (found.quantized_linears, found.integer_products, found.dequantized_weights, found.ok) == (2, 2, 0, True)
     assert path.stat().st_size < (0.4 if bits == 8 else 0.25) * 4 * 2 * 256 * 512
+
+
+def test_wide_weights_are_fitted_in_parts(monkeypatch):
+    """Out-channels are independent, so a head takes no more memory than a layer."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((32, 72)).astype(np.float32), rng.standard_normal((200, 32))
+    then = x + 0.05 * rng.standard_normal(x.shape)
+    inputs = weight_rounding.Inputs(x.T @ x, x.T @ then, x.mean(axis=0), then.mean(axis=0), 200.0)
+    whole, gain = weight_rounding.rounded(w, inputs, True, weight_rounding.Method())
+    monkeypatch.setattr(weight_rounding, "WIDEST", 32)
+    parts, gains = weight_rounding.rounded(w, inputs, True, weight_rounding.Method())
+    np.testing.assert_array_equal(parts.array(), whole.array())
+    np.testing.assert_allclose(gains, gain, atol=1e-9)
+    assert np.abs(gain).max() > 0

@@ -76,6 +76,7 @@ LEAST_OF_FEW = {2: (0.1, 0.3), 3: (0.03, 0.03)}
 PULL_PER_CHANNEL = 0.7
 DAMP_PER_CHANNEL = 0.25
 SMALLEST_BLOCK = 16  # of look-ups
+WIDEST = 8192  # out-channels fitted at a time: a head of 32,000 would take five arrays of its size in float64
 TABLE_BLOCK = 64  # of 8 bits for look-ups and a head: KL of docs_lm 1.3e-4 with one scale per row
 
 
@@ -133,22 +134,33 @@ def rounded(weight: Array, inputs: Inputs, free: bool, m: Method) -> tuple[Quant
     W` with `H = X~^T X~` and `C = X~^T X` (Qronos, arXiv 2505.11695, and GPTAQ, arXiv 2504.02692, in closed form), and
     then rounded with `H`. A free bias takes the means, so that only what is about them has to be fitted.
     """
-    moments, w = inputs.centred if free else inputs, np.asarray(weight, np.float64)
-    channels = len(w) / inputs.rows
+    moments = inputs.centred if free else inputs
+    parts = [weight[:, i : i + WIDEST] for i in range(0, weight.shape[1], WIDEST)]
+    found = [_fitted(part, moments, m) for part in parts]
+    if not free:
+        return rounding.joined(found), np.zeros(weight.shape[1])
+    gains = [
+        inputs.then @ p.astype(np.float64) - inputs.now @ q.array().astype(np.float64)
+        for p, q in zip(parts, found, strict=True)
+    ]
+    return rounding.joined(found), np.concatenate(gains)
+
+
+def _fitted(weight: Array, moments: Inputs, m: Method) -> Quantized:
+    """The codes of some out-channels of a weight."""
+    if m.rule == "weighted":
+        return nearest(weight, m, np.diag(moments.gram)[:, None])
+    w = np.asarray(weight, np.float64)
+    channels = len(w) / moments.rows
     least_pull, least_damp = LEAST_OF_FEW.get(m.bits, (LEAST_DAMP, LEAST_DAMP))
     pull = max(least_pull, PULL_PER_CHANNEL * channels) if m.pull is None else m.pull
     damp = max(least_damp, DAMP_PER_CHANNEL * channels) if m.damp is None else m.damp
     goal = least_squares(moments.gram, moments.cross @ w, pull, start=w).weights if m.rule == "least-squares" else w
-    if m.rule == "weighted":
-        found = nearest(weight, m, np.diag(moments.gram)[:, None])
-    else:
-        found = rounding.round_weights(
-            moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
-            refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype, limited=m.limited,
-            full_range=m.full_range,
-        ).quantized  # fmt: skip
-    gain = inputs.then @ w - inputs.now @ np.asarray(found.array(), np.float64) if free else np.zeros(w.shape[1])
-    return found, gain
+    return rounding.round_weights(
+        moments.gram, goal, m.fmt, block=m.block, symmetric=m.symmetric, damp=damp,
+        refits=m.refits if m.rule == "least-squares" else 0, scale_type=weight.dtype, limited=m.limited,
+        full_range=m.full_range,
+    ).quantized  # fmt: skip
 
 
 def nearest(weight: Array, m: Method, importance: Array | float = 1.0) -> Quantized:
