@@ -10,7 +10,7 @@ __all__ = ["presets"]
 
 DATA = {
     "calibration": "calibration data; a fifth of it judges unless --eval is given",
-    "evaluation": "none to make it, --eval to judge it",
+    "evaluation": "none to make it; --eval to judge it, which its gates need",
     "none": "none",
 }
 

@@ -48,6 +48,10 @@ from onnxcomp.version import __version__
 
 __all__ = ["PassManager"]
 
+NOTHING_TO_JUDGE_ON = (
+    "gates need evaluation data: give --eval heldout.jsonl, at least 5 calibration samples, or --eval random, which "
+    "says little"
+)
 EXACT_SAMPLES = 16  # samples, in whole batches, that an exact pass is checked on; other comparisons take all of them
 
 
@@ -103,7 +107,7 @@ class PassManager:
         judged = bool(self.gate.conditions) and any(p.fidelity is Fidelity.LOSSY for p in self.passes)
         calib, evalu, notes = data_used.datasets(original, calibration, evaluation, made_up=not (judged or self.dry))
         if judged and evalu is None:
-            raise DataError("gates need evaluation data: give --eval heldout.jsonl, or at least 5 calibration samples")
+            raise DataError(NOTHING_TO_JUDGE_ON)
         report = Report(calibration=data_used.described(calib), evaluation=data_used.described(evalu))
         report.warnings += [*([self.host_note] if self.host_note else []), *notes, *left_in_branches(original)]
         with scratch_folder() as scratch:

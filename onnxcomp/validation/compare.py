@@ -110,6 +110,7 @@ class Reference:
         if not any(b.labels is not None and (b.labels >= 0).any() for b in self.data):
             if needing := [x for x in asked if x in ("accuracy", "f1")]:
                 raise DataError(f"metric '{needing[0]}': no label of the data counts, all are below 0")
+            self._notes += ("no label of the data counts, all are below 0, so answers were not judged by labels",)
             return
         found = self.view.answering(labels, made, batch.feeds)
         if len(found) > 1:  # a later batch may hold larger labels

@@ -264,7 +264,9 @@ def test_labels_none_of_which_counts_are_refused_and_a_model_without_a_hit_is_to
     ignored = data(g, labels=np.full(12, -100))
     with pytest.raises(DataError, match="no label of the data counts"):
         validate(g, g, ignored, metrics=["accuracy"])
-    assert validate(g, g, ignored).metrics == {}
+    unjudged = validate(g, g, ignored)
+    assert unjudged.metrics == {}
+    assert "no label of the data counts" in unjudged.notes[0]
     wrong = [Batch(b.feeds, (y.argmax(-1) + 1) % 5) for b, y in zip(data(g), outputs(g, data(g)), strict=True)]
     v = validate(g, g, wrong)
     assert v.metrics["accuracy"].reference == 0

@@ -68,9 +68,9 @@ class Width(Pass):
     ratio: Annotated[float, Field(ge=0, lt=1)] = 0.25
     """Share of the units to cut; 0 without a budget changes nothing."""
     parameters: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the parameters that the pass finds remains, instead of a ratio."""
+    """Cut until at most this share of all float parameters, of the model as the pass meets it, remains; no ratio."""
     macs: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Cut until at most this share of the multiplications with weights that it finds, per token, remains."""
+    """Cut until at most this share of all the model's multiplications with weights, per token, remains."""
     latency: Annotated[float, Field(gt=0, le=1)] | None = None
     """Cut until what is cut (its linears, its attention) takes at most this share of its time, measured here."""
     ranking: Ranking | None = None
