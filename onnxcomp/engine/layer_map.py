@@ -13,7 +13,7 @@ from onnxcomp.blocks.layers import Layer, Unit, layers
 from onnxcomp.data.inputs import Batch
 from onnxcomp.data.narrowed import suited
 from onnxcomp.data.vocabulary import between
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.reports.outcome import LayerMap, StreamError
@@ -86,7 +86,7 @@ def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) ->
     try:
         right = _run(original, few, names, host)
         made = _run(result, suited(few, original, result), names, host)
-    except ModelError:  # such as an operator that only the lowered model has a kernel for
+    except (DataError, ModelError):  # a batch size that is fixed, an operator that only the lowered model has
         return {}
     return {
         name: _error([x[name] for x in right], [y[name] for y in made]) for name in names if _fit(right, made, name)

@@ -467,10 +467,9 @@ def test_one_file_cuts_depth_and_width_and_quantizes(tmp_path):
     changed = {s.name: s.changed for s in result.report.steps}
     assert (changed["drop-layers"], changed["prune-heads"], changed["prune-ffn"], changed["qdq"]) == (1, 2, 2, 12)
     assert result.report.integer.integer_products == 12
-    notes = {s.name: {n.what for n in s.noted} for s in result.report.steps}
-    assert notes["prune-heads"] == {"4 > 2 heads"}
-    kept = [n.values["kept"] for s in result.report.steps if s.name == "prune-ffn" for n in s.noted]
-    assert sum(kept) == 64  # of both layers together
+    for name, want in (("prune-heads", 4), ("prune-ffn", 64)):  # of both layers together
+        kept = [n.values.get("kept", 0) for s in result.report.steps if s.name == name for n in s.noted]
+        assert sum(kept) == want
 
 
 @pytest.mark.parametrize("text", WRONG)
