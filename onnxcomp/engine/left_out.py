@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Step
+from onnxcomp.reports.tables import level_text
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.results import Validation
 
@@ -22,7 +23,10 @@ __all__ = ["beside_left_out", "differs", "other_kinds"]
 
 SAMPLES = 64  # left-out samples that are run at most: errors of kinds of data differ by more than those of samples
 HALVINGS = 2  # of the left-out samples: the errors of four parts say how large the noise is
-LEAST = 1.0  # decibel that errors differ by before anything is said
+FEWEST = 16  # left-out samples; fewer say nothing of the worst ones
+LEAST = (
+    2.0  # decibel that errors differ by before anything is said; halves of one set differ by up to 1.5 at 64 samples
+)
 ERRORS = 3.0  # standard errors that they differ by then
 METRICS = ("kl", "pooled-sqnr", "sqnr")  # the first that the model has is compared
 
@@ -46,12 +50,13 @@ def beside_left_out(
     metric = next((m for m in METRICS if all(m in e for e in (*errors, validation.values()))), None)
     if metric is None:
         return
-    here, noise, there = _levels(metric, errors, validation.values())
     sizes = [r.samples for r in walk.left_out]
+    powers = [_power(metric, e[metric]) for e in errors]
+    here, there = float(np.average(powers, weights=sizes)), _power(metric, validation.values()[metric])
     if not all(map(math.isfinite, (here, there))):
         return
-    other = differs(here, there, noise, len(sizes), sum(sizes) / len(sizes) / validation.samples)
-    shown = {"left_out": _shown(metric, here), "evaluation": _shown(metric, there)}
+    other = differs(powers, here, there, sum(sizes), sum(sizes) / len(sizes) / validation.samples)
+    shown = {"left_out": _unit(metric, here), "evaluation": _unit(metric, there)}
     step.drift["left_out"] = {"metric": metric, **shown, "samples": sum(sizes), "other_kind": other}
 
 
@@ -59,22 +64,26 @@ def other_kinds(steps: Iterable[Step]) -> list[str]:
     """What a user should know of fits whose calibration data is of another kind than the evaluation data."""
     found = [(s.name, said) for s in steps if s.drift and (said := s.drift.get("left_out")) and said["other_kind"]]
     return [
-        f"pass '{name}': the error on the evaluation data ({said['evaluation']}) is larger than on calibration samples "
-        f"that no fit has read ({said['left_out']}), by more than noise: the calibration data is of another kind. "
-        "Calibrate on samples like those the model will see (not the evaluation samples themselves), or on both kinds"
+        f"pass '{name}': the error on the evaluation data ({level_text(said['metric'], said['evaluation'])}) is "
+        f"larger than on calibration samples that no fit has read ({level_text(said['metric'], said['left_out'])}), by "
+        "more than noise: the calibration data may be of another kind. Calibrate on samples like those the model will "
+        "see (not the evaluation samples themselves), or on both kinds"
         for name, said in found
     ]
 
 
-def differs(here: float, there: float, noise: float, parts: int, share: float) -> bool:
-    """Whether the error `there` is larger than `here` by more than noise, in decibels.
+def differs(parts: Sequence[float], here: float, there: float, samples: int, share: float) -> bool:
+    """Whether the error `there` is larger than `here`, the mean of `parts` of the samples, by more than noise.
 
-    `noise` is the standard deviation of the error of `parts` parts of the samples here, and `share` the size of a part
-    relative to the samples there.
+    Errors are powers: a few samples can have most of the error, so it must be larger than that of the worst part too.
+    `samples` are those of all parts, and `share` is the size of a part relative to the samples there.
     """
-    if parts < 2:
+    if samples < FEWEST or len(parts) < 2 or min(*parts, here, there) <= 0:
         return False
-    return there - here > max(LEAST, ERRORS * noise * math.sqrt(1 / parts + share))
+    level, levels = 10 * math.log10(there), 10 * np.log10(parts)
+    noise = float(np.std(levels, ddof=1)) * math.sqrt(1 / len(parts) + share)
+    above = level - 10 * math.log10(here)
+    return above > max(LEAST, ERRORS * noise) and level - float(levels.max()) > LEAST
 
 
 def _parts(data: Dataset) -> list[Dataset]:
@@ -88,24 +97,11 @@ def _parts(data: Dataset) -> list[Dataset]:
     return parts
 
 
-def _levels(
-    metric: str, errors: Sequence[Mapping[str, float]], there: Mapping[str, float]
-) -> tuple[float, float, float]:
-    """Mean error of the parts, its standard deviation, and the error on the evaluation data, in decibels."""
-    levels = [_decibel(metric, e[metric]) for e in errors]
-    return (
-        float(np.mean(levels)),
-        float(np.std(levels, ddof=1)) if len(levels) > 1 else 0.0,
-        _decibel(metric, there[metric]),
-    )
+def _power(metric: str, value: float) -> float:
+    """An error as a power, which can be averaged: a divergence as it is, decibels as noise relative to the signal."""
+    return value if metric == "kl" else 10 ** (-value / 10)
 
 
-def _decibel(metric: str, value: float) -> float:
-    """An error on one scale, larger is worse."""
-    if metric != "kl":
-        return -value
-    return 10 * math.log10(value) if value > 0 else -math.inf
-
-
-def _shown(metric: str, level: float) -> str:
-    return f"{10 ** (level / 10):.4f} kl" if metric == "kl" else f"{-level:.1f} dB {metric}"
+def _unit(metric: str, power: float) -> float:
+    """A power in the unit of its metric."""
+    return power if metric == "kl" or power <= 0 else -10 * math.log10(power)

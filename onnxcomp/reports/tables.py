@@ -344,6 +344,11 @@ def _is_change(name: str, v: Validation) -> bool:
     return name.rpartition("-")[0] in v.metrics
 
 
+def level_text(metric: str, value: float) -> str:
+    """An error with its metric."""
+    return f"{value:.3g} kl" if metric == "kl" else f"{value:.1f} dB {metric}"
+
+
 def _drift(s: Step) -> str:
     if s.rolled_back:
         return f"rolled back: {s.rolled_back}"
@@ -351,7 +356,8 @@ def _drift(s: Step) -> str:
         return ""
     sqnr = s.drift["values"].get("sqnr")
     if said := s.drift.get("left_out"):
-        return f"{said['evaluation']} (left-out calibration {said['left_out']})"
+        metric = said["metric"]
+        return f"{level_text(metric, said['evaluation'])} (left-out calibration {level_text(metric, said['left_out'])})"
     return f"{sqnr:.1f} dB" if sqnr is not None else "none" if s.drift["finite"] else "not finite"
 
 
