@@ -13,6 +13,7 @@ import yaml
 
 from onnxcomp.machine import size_text
 from onnxcomp.reports.json_report import headline
+from onnxcomp.reports.markdown import code, fenced, text
 from onnxcomp.reports.outcome import Report, Result
 from onnxcomp.reports.run_snippet import snippet
 from onnxcomp.version import __version__
@@ -62,7 +63,7 @@ def card(results: Mapping[str, Result], source: Path, folder: Path, *, quantized
     `quantized` says that nothing was cut: all that was lost went into fewer bits.
     """
     original = source_card(source)
-    title = f"# {source.resolve().name or 'model'}, compressed by onnxcomp"
+    title = f"# {text(source.resolve().name or 'model')}, compressed by onnxcomp"
     parts = [_front(results, original, source, quantized=quantized), title, *_parts(results)]
     parts += ["## How to run it", *(snippet(r.model, folder / file, r.report) for file, r in results.items())]
     parts += ["`onnxcomp verify .` compares all files with `manifest.json`, loads the model and runs it."]
@@ -74,10 +75,10 @@ def card(results: Mapping[str, Result], source: Path, folder: Path, *, quantized
 def _parts(results: Mapping[str, Result]) -> list[str]:
     shown = []
     for file, result in results.items():
-        shown += [f"`{file}`: {headline(result.report)}."]
-        shown += [f"## How {file} was made", *made(result.report)]
-        shown += [f"## What was checked of {file}", checked(result.report)]
-        shown += [f"## Known losses of {file}", _losses(result.report)]
+        shown += [f"{code(file)}: {text(headline(result.report))}."]
+        shown += [f"## How {text(file)} was made", *made(result.report)]
+        shown += [f"## What was checked of {text(file)}", checked(result.report)]
+        shown += [f"## Known losses of {text(file)}", _losses(result.report)]
     return shown
 
 
@@ -115,14 +116,14 @@ def made(r: Report) -> list[str]:
     for s in r.steps:
         undone = f" (rolled back: {s.rolled_back})" if s.rolled_back else ""
         sizes = f"{size_text(s.nbytes[0])} > {size_text(s.nbytes[1])}"
-        rows.append(f"| `{s.name}`{_cell(undone)} | {s.changed} / {s.eligible} | {len(s.declined)} | {sizes} |")
+        rows.append(f"| {code(s.name)}{text(undone)} | {s.changed} / {s.eligible} | {len(s.declined)} | {sizes} |")
     origin = r.origin
-    text = [f"By onnxcomp {__version__}, after training, without training it further."]
+    told = [f"By onnxcomp {__version__}, after training, without training it further."]
     if origin is not None:
-        made = f"For target `{origin.target}`, seed {origin.seed}, recipe `{origin.recipe_name}`:"
-        text += [made, f"```yaml\n{origin.recipe.strip()}\n```"]
+        made = f"For target {code(origin.target)}, seed {origin.seed}, recipe {code(origin.recipe_name)}:"
+        told += [made, fenced("yaml", origin.recipe.strip())]
     data = [f"{what} data: {_data(x.name)}, {x.samples} samples" for what, x in _used(r)]
-    return [*text, "\n".join(rows), *(["; ".join(data) + "."] if data else [])]
+    return [*told, "\n".join(rows), *(["; ".join(data) + "."] if data else [])]
 
 
 def _used(r: Report) -> list[tuple[str, Any]]:
@@ -131,13 +132,13 @@ def _used(r: Report) -> list[tuple[str, Any]]:
 
 def _data(name: str) -> str:
     """What data is called, without folders of the machine that had it."""
-    return f"`{Path(name).name or name}`"
+    return code(Path(name).name or name)
 
 
 def checked(r: Report) -> str:
     """Gates and measurements as a table."""
     rows = [
-        (f"gate `{v.gate}`", "-" if v.value is None else f"{v.value:.4g}", "passed" if v.passed else "refused")
+        (f"gate {code(v.gate)}", "-" if v.value is None else f"{v.value:.4g}", "passed" if v.passed else "refused")
         for v in r.verdicts
     ]
     if r.size is not None:
@@ -145,19 +146,23 @@ def checked(r: Report) -> str:
     if (v := r.validation) is not None:
         of = f"on {v.samples} {'random' if v.random else 'held-out'} samples"
         rows += [
-            (m.name, f"{m.reference:.4g} > {m.candidate:.4g}, change {m.change:+.3g} [{m.low:+.3g}, {m.high:+.3g}]", of)
+            (
+                text(m.name),
+                f"{m.reference:.4g} > {m.candidate:.4g}, change {m.change:+.3g} [{m.low:+.3g}, {m.high:+.3g}]",
+                of,
+            )
             for m in v.metrics.values()
         ]
-        rows += [(key, f"{x:.4g}", of) for key, x in v.summary().items() if key != "max-abs" and _first(key)]
+        rows += [(text(key), f"{x:.4g}", of) for key, x in v.summary().items() if key != "max-abs" and _first(key)]
     if (b := r.benchmark) is not None:
-        cpu = f"{b.machine.get('cpu', 'this machine')}, {b.machine.get('cores', '?')} cores"
+        cpu = text(f"{b.machine.get('cpu', 'this machine')}, {b.machine.get('cores', '?')} cores")
         for shape in b.shapes:
             x = b.ratio(1, shape)
-            rows.append((f"times the speed at {shape}", f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]", cpu))
+            rows.append((text(f"times the speed at {shape}"), f"{x.value:.2f} [{x.low:.2f}, {x.high:.2f}]", cpu))
     if r.integer is not None and r.integer.quantized_linears:
         rows.append(("integer products", f"{r.integer.integer_products} of {r.integer.quantized_linears}", "counted"))
     lines = ["| what | value | how |", "| --- | --- | --- |"]
-    return "\n".join([*lines, *(f"| {' | '.join(map(_cell, row))} |" for row in rows)])
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def _first(key: str) -> bool:
@@ -169,12 +174,8 @@ def _losses(r: Report) -> str:
     lines = []
     if (v := r.validation) is not None and not v.equal:
         far = "" if v.drift.sqnr is None else f", {v.drift.sqnr:.1f} dB of signal to noise"
-        lines.append(f"- Outputs differ from the original's; the furthest is `{v.worst}`{far}.")
+        lines.append(f"- Outputs differ from the original's; the furthest is {code(v.worst)}{far}.")
     elif v is None:
         lines.append("- The outputs were not compared with the original's.")
-    lines += [f"- {' '.join(w.split())}" for w in r.warnings]
+    lines += [f"- {text(w)}" for w in r.warnings]
     return "\n".join(lines) or "- None known: the outputs equal the original's on the samples above."
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())

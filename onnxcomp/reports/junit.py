@@ -8,6 +8,7 @@ from xml.etree import ElementTree as Xml
 
 from onnxcomp.reports.card import checked, made
 from onnxcomp.reports.json_report import headline
+from onnxcomp.reports.markdown import code, text
 from onnxcomp.reports.outcome import Report
 
 __all__ = ["junit", "summary"]
@@ -18,15 +19,19 @@ _NOT_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 def junit(command: str, reports: Mapping[str, Report], trouble: str = "", *, refused: bool = False) -> str:
     """JUnit XML of a command: a suite for each graph, in it a case for each gate and one for the command itself.
 
-    `trouble` is why there is no result: a failure where a gate or a check `refused` it, else an error.
+    `trouble` is why there is no result: a failure where a gate or a check `refused` it, else an error. Names do not
+    depend on the outcome, and a gate that refused is one failure: the command's own case fails for other reasons only.
     """
     whole = Xml.Element("testsuites", name=f"onnxcomp {command}")
     for name, report in (reports or {"": Report()}).items():
-        suite = Xml.SubElement(whole, "testsuite", name=f"onnxcomp.{command}" + (f".{name}" if name else ""))
+        suite = Xml.SubElement(
+            whole, "testsuite", name=f"onnxcomp.{command}" + (f".{name}" if len(reports) > 1 else "")
+        )
         for v in report.verdicts:
             _case(suite, v.gate, 0.0, "" if v.passed else str(v), "failure")
         seconds = sum(s.seconds for s in report.steps if not s.cached)
-        _case(suite, command, seconds, trouble, "failure" if refused else "error")
+        told = refused and any(not v.passed for v in report.verdicts)
+        _case(suite, command, seconds, "" if told else trouble, "failure" if refused else "error")
         for kind in ("failure", "error"):
             suite.set(f"{kind}s", str(len(suite.findall(f"testcase/{kind}"))))
         suite.set("tests", str(len(suite)))
@@ -39,18 +44,18 @@ def _case(suite: Xml.Element, name: str, seconds: float, trouble: str, kind: str
     case = Xml.SubElement(suite, "testcase", name=_NOT_XML.sub("?", name), classname=str(suite.get("name")))
     case.set("time", f"{seconds:.3f}")
     if trouble:
-        text = _NOT_XML.sub("?", trouble)
-        Xml.SubElement(case, kind, message=text.splitlines()[0]).text = text
+        said = _NOT_XML.sub("?", trouble)
+        Xml.SubElement(case, kind, message=said.splitlines()[0]).text = said
 
 
 def summary(command: str, reports: Mapping[str, Report], trouble: str = "", *, refused: bool = False) -> str:
     """What came of a command in Markdown: the verdict, what was checked, and what was done."""
     end = ("refused" if refused else "failed") if trouble else "done"
-    parts = [f"### onnxcomp {command}: {end}", *([trouble.replace("\n", "  \n")] if trouble else [])]
+    parts = [f"### onnxcomp {command}: {end}", *map(text, trouble.splitlines())]
     for name, report in reports.items():
-        parts += [f"{f'`{name}`: ' if len(reports) > 1 else ''}{headline(report)}.", checked(report)]
+        parts += [f"{f'{code(name)}: ' if len(reports) > 1 else ''}{text(headline(report))}.", checked(report)]
         if report.steps:
             done = "\n\n".join(made(report))
             parts.append(f"<details><summary>How it was made</summary>\n\n{done}\n\n</details>")
-        parts += ["\n".join(f"- {' '.join(w.split())}" for w in report.warnings)] if report.warnings else []
+        parts += ["\n".join(f"- {text(w)}" for w in report.warnings)] if report.warnings else []
     return "\n\n".join(parts) + "\n"

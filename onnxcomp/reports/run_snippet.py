@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from onnxcomp.data.inputs import specs
 from onnxcomp.data.open_axes import shapes_of
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
+from onnxcomp.reports.markdown import fenced
 from onnxcomp.reports.outcome import Report
 from onnxcomp.target import TARGETS
 
@@ -23,7 +25,7 @@ def snippet(g: Graph, path: Path, report: Report) -> str:
     names, folder = [s.name for s in specs(g)], path.parent
     target = TARGETS.get(report.origin.target) if report.origin is not None else None
     provider = target.provider if target is not None else "CPUExecutionProvider"
-    start = f'session = ort.InferenceSession("{path.name}", providers=["{provider}"])'
+    start = f'session = ort.InferenceSession({json.dumps(path.name)}, providers=["{provider}"])'
     run = "outputs = session.run(None, feeds)"
     if set(names) <= TEXT and (folder / "tokenizer.json").is_file() and (folder / "config.json").is_file():
         lines = [
@@ -56,13 +58,15 @@ def _feeds(g: Graph) -> list[str]:
         try:
             shapes = shapes_of(g, {})
         except OnnxcompError:
-            return ["feeds = {}  # arrays by input name: " + ", ".join(f"{p.name} {list(p.shape)}" for p in ports)]
-    made = [f'"{p.name}": np.ones({shapes[p.name]}, "{p.dtype.name}")' for p in ports]
+            return [
+                "feeds = {}  # arrays by input name: "
+                + ", ".join(f"{json.dumps(p.name)} {list(p.shape)}" for p in ports)
+            ]
+    made = [f'{json.dumps(p.name)}: np.ones({shapes[p.name]}, "{p.dtype.name}")' for p in ports]
     if len(made) <= MOST:
         return [f"feeds = {{{', '.join(made)}}}"]
     return ["feeds = {", *(f"    {x}," for x in made), "}"]
 
 
 def _block(title: str, lines: list[str]) -> str:
-    code = "\n".join(lines)
-    return f"{title}\n\n```python\n{code}\n```"
+    return f"{title}\n\n{fenced('python', chr(10).join(lines))}"
