@@ -19,11 +19,11 @@ from onnxcomp.reports.tables import level_text
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.results import Validation
 
-__all__ = ["beside_left_out", "differs", "other_kinds"]
+__all__ = ["beside_left_out", "differs", "few_samples", "other_kinds"]
 
 SAMPLES = 64  # left-out samples that are run at most: errors of kinds of data differ by more than those of samples
 HALVINGS = 2  # of the left-out samples: the errors of four parts say how large the noise is
-FEWEST = 16  # left-out samples; fewer say nothing of the worst ones
+FEWEST = 16  # samples; fewer say nothing of the worst ones, and repairs fit all that they see
 LEAST = (
     2.0  # decibel that errors differ by before anything is said; halves of one set differ by up to 1.5 at 64 samples
 )
@@ -69,6 +69,18 @@ def other_kinds(steps: Iterable[Step]) -> list[str]:
         "more than noise: the calibration data may be of another kind. Calibrate on samples like those the model will "
         "see (not the evaluation samples themselves), or on both kinds"
         for name, said in found
+    ]
+
+
+def few_samples(passes: Iterable[Pass], steps: Iterable[Step], calibration: Dataset | None) -> list[str]:
+    """What a user should know of passes that chose or fitted by very few samples."""
+    changed = {s.name for s in steps if s.changed and s.fidelity == "lossy"}
+    names = [p.name for p in passes if p.wants_data and p.name in changed]
+    if calibration is None or not names or (count := len(calibration)) >= FEWEST:
+        return []
+    samples = "1 calibration sample" if count == 1 else f"{count} calibration samples"
+    return [
+        f"{samples}: what {', '.join(dict.fromkeys(names))} chose and fitted may hold for {'it' if count == 1 else 'them'} alone; give at least {FEWEST}, better 100 or more"
     ]
 
 

@@ -20,7 +20,7 @@ from onnxcomp.engine.compared import NoKernel, answers, compared, possibly_compa
 from onnxcomp.engine.exactness import Exactness
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.layer_map import layer_map
-from onnxcomp.engine.left_out import beside_left_out, other_kinds
+from onnxcomp.engine.left_out import beside_left_out, few_samples, other_kinds
 from onnxcomp.engine.order import allowed, check_order
 from onnxcomp.engine.remedy import RANKED_ON, find_remedy
 from onnxcomp.engine.resume import StepCache
@@ -364,7 +364,8 @@ class PassManager:
     def _finish(self, walk: Walk) -> None:
         """Judge the whole result; raises `GateFailed` where a quality gate refuses it."""
         report = walk.report
-        report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes, *other_kinds(report.steps)])
+        data = (*few_samples(self.passes, report.steps, walk.calibration), *other_kinds(report.steps))
+        report.warnings += dict.fromkeys([*self.choices.notes, *walk.steps.notes, *data])
         lossy = any(s.fidelity == "lossy" and s.changed for s in report.steps)
         if report.validation is None and walk.reference is not None and any(s.edits for s in report.steps):
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)

@@ -211,6 +211,7 @@ def quality(v: Validation) -> list[str]:
     if d.equal:
         return [*shown, f"equal outputs ({', '.join(v.uncompared)} not compared)"]
     drift = f"SQNR {d.sqnr:.1f} dB" if d.sqnr is not None else f"{d.exact_match:.2%} of entries equal"
+    drift += " on random data" if v.random else ""
     return [*shown, drift + (f" in '{v.worst}', the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else "")]
 
 

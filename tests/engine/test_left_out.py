@@ -12,6 +12,7 @@ from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import parse_pass
 from onnxcomp.graph import Graph
 from onnxcomp.reports import tables
+from onnxcomp.reports.json_report import headline
 from onnxcomp.stats import mean
 from tests import tiny
 
@@ -54,6 +55,17 @@ def test_text_of_the_same_kind_is_not() -> None:
 @pytest.mark.parametrize(("options", "count"), [("repair: bias", 4), ("repair: least-squares", 1)])
 def test_nothing_is_left_out_of_what_fits_nothing_or_has_few_samples(options: str, count: int) -> None:
     assert "left_out" not in report(range(2, 50), range(2, 50), options, count).step("prune-ffn").drift
+
+
+def test_few_samples_are_said_and_a_headline_on_random_data_says_so() -> None:
+    g = tiny.encoder(layers=2)
+    few = [Batch(tiny.feeds(g, 1, 9, seed=i)) for i in range(3)]
+    found = PassManager([parse_pass("prune-ffn: {ratio: 0.5, ranking: layer}")]).run(g, few).report
+    assert "3 calibration samples: what prune-ffn chose" in " ".join(found.warnings)
+    assert "dB on random data" in headline(found)
+    many = report(range(2, 50), range(2, 50))
+    assert not any("calibration sample" in w for w in many.warnings)
+    assert "random" not in headline(many)
 
 
 def test_a_fit_reads_no_left_out_sample(monkeypatch: pytest.MonkeyPatch) -> None:
