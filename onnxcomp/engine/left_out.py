@@ -80,7 +80,8 @@ def few_samples(passes: Iterable[Pass], steps: Iterable[Step], calibration: Data
         return []
     samples = "1 calibration sample" if count == 1 else f"{count} calibration samples"
     return [
-        f"{samples}: what {', '.join(dict.fromkeys(names))} chose and fitted may hold for {'it' if count == 1 else 'them'} alone; give at least {FEWEST}, better 100 or more"
+        f"{samples}: what {', '.join(dict.fromkeys(names))} chose and "
+        f"fitted may hold for {'it' if count == 1 else 'them'} alone; give {FEWEST} or more, better 100"
     ]
 
 
