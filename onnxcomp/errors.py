@@ -56,8 +56,8 @@ class ExportError(OnnxcompError):
 
 
 class GateFailed(OnnxcompError):
-    """A gate refused the result, so nothing was written; `report` holds what was measured."""
+    """A gate refused the result, so nothing was written; `report` is what was measured, of one `graph` of several."""
 
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
-        self.report = report
+        self.report, self.graph = report, ""

@@ -37,7 +37,7 @@ class ForPipelines:
         except GateFailed as e:
             from onnxcomp.reports.outcome import Report
 
-            reports = {"": e.report} if isinstance(e.report, Report) else {}
+            reports = {e.graph: e.report} if isinstance(e.report, Report) else {}
             self.write(reports, str(e), refused=True)
             raise
         except OnnxcompError as e:

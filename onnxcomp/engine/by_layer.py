@@ -8,6 +8,7 @@ that of the first one: what a part makes of the *right* inputs is its own error,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,8 @@ class Compared:
     """A value of the first model and the one of the second that corresponds to it.
 
     `error` is the relative L2 difference, `own` that where everything before it is as in the first model; `outstanding`
-    is how many times larger than those of its kind that is, 0 where it is noise.
+    is how many times larger than those of its kind that is: 0 where it is noise, infinite where most of these are
+    exact.
     """
 
     reference: Landmark
@@ -83,7 +85,8 @@ class ByLayer:
     @property
     def culprits(self) -> list[Compared]:
         """Values whose own error stands out from those of their kind, the most outstanding first."""
-        return sorted((x for x in self.values if x.outstanding >= OUTSTANDING), key=lambda x: -x.outstanding)
+        found = (x for x in self.values if x.outstanding >= OUTSTANDING)
+        return sorted(found, key=lambda x: (-x.outstanding, -np.nan_to_num(x.own, nan=np.inf)))
 
 
 def by_layer(
@@ -218,7 +221,16 @@ def _judged(found: Sequence[Compared], noise: float) -> list[Compared]:
     for x in found:
         kinds.setdefault(_kind(x), []).append(x.own)
     usual = {k: max(least, float(np.median(v)) if len(v) >= FEW else 0.0) for k, v in kinds.items()}
-    return [dataclasses.replace(x, outstanding=0.0 if x.own <= noise else x.own / usual[_kind(x)]) for x in found]
+    return [dataclasses.replace(x, outstanding=_outstanding(x.own, usual[_kind(x)], noise)) for x in found]
+
+
+def _outstanding(own: float, usual: float, noise: float) -> float:
+    """How many times the usual error one is; the usual one being noise, a multiple of it would say nothing."""
+    if own <= noise:
+        return 0.0
+    if usual > noise:
+        return own / usual
+    return 0.0 if own < OUTSTANDING * noise else math.inf
 
 
 def _kind(x: Compared) -> str:

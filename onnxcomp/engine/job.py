@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,6 +134,7 @@ class Job:
         source = storage.read(self.model)
         graph = source.graph
         result = dry.manager(watch, dry=True).run(graph, *dry._data(graph))
+        result.report.warnings += _otherwise(self.recipe.passes, passes)
         self._describe(result.report, source)
         report, planned = result.report, result.unlowered or result.model  # lowering writes products in other ways
         report.plan = Plan(
@@ -159,6 +160,15 @@ class Job:
             files=source.hashes,
             passes=", ".join(p.name for p in self.recipe.passes),
         )
+
+
+def _otherwise(passes: Iterable[Pass], planned: Iterable[Pass | None]) -> Iterator[str]:
+    """What a dry run decides by other options than the job will, for each pass."""
+    for p, q in zip(passes, planned, strict=True):
+        options = [f.name for f in dataclasses.fields(p) if q is not None and getattr(p, f.name) != getattr(q, f.name)]
+        if options:
+            said = ", ".join(f"{name}: {getattr(q, name)}" for name in options)
+            yield f"pass '{p.name}' is planned without data ({said}): what each layer keeps may come out otherwise"
 
 
 def _planning(p: Pass) -> Pass | None:

@@ -11,8 +11,8 @@ import numpy as np
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine.compared import compared
 from onnxcomp.engine.walk import Walk
-from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
+from onnxcomp.maths import Float64
 from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Step
 from onnxcomp.reports.tables import level_text
@@ -22,12 +22,13 @@ from onnxcomp.validation.results import Validation
 __all__ = ["beside_left_out", "differs", "few_samples", "other_kinds"]
 
 SAMPLES = 64  # left-out samples that are run at most: errors of kinds of data differ by more than those of samples
-HALVINGS = 2  # of the left-out samples: the errors of four parts say how large the noise is
 FEWEST = 16  # samples; fewer say nothing of the worst ones, and repairs fit all that they see
-LEAST = (
-    2.0  # decibel that errors differ by before anything is said; halves of one set differ by up to 1.5 at 64 samples
-)
-ERRORS = 3.0  # standard errors that they differ by then
+LEAST = 1.5  # times that errors differ by before anything is said: 1.8 dB, which nobody calibrates anew for
+MOST = 512  # samples of the evaluation data that are divided anew: more add time, not certainty
+DRAWS = 999  # permutations: the smallest share they can show is 0.001
+# Share of random divisions of all samples whose errors differ as much, below which the difference is no chance. A job
+# with three passes that fit then says it of one set in a hundred or fewer, since their errors go together.
+CHANCE = 0.01
 METRICS = ("kl", "pooled-sqnr", "sqnr")  # the first that the model has is compared
 
 
@@ -43,21 +44,20 @@ def beside_left_out(
     _, left_out = walk.fitted(p)
     if left_out is None or left_out.calibration is None or step.drift is None:
         return
-    if not walk.left_out:
-        parts = _parts(left_out.calibration.spread(SAMPLES))
-        walk.left_out += [refer(walk.original, d, [], walk.scratch / f"left-out-{i}") for i, d in enumerate(parts)]
-    errors = [compared(r, work, p.name).values() for r in walk.left_out]
-    metric = next((m for m in METRICS if all(m in e for e in (*errors, validation.values()))), None)
-    if metric is None:
+    walk.left_out = walk.left_out or refer(
+        walk.original, left_out.calibration.spread(SAMPLES), [], walk.scratch / "left-out-samples"
+    )
+    unseen = compared(walk.left_out, work, p.name)
+    here, there = unseen.values(), validation.values()
+    metric = next((m for m in METRICS if m in here and m in there), None)
+    if metric is None or not all(map(math.isfinite, (here[metric], there[metric]))):
         return
-    sizes = [r.samples for r in walk.left_out]
-    powers = [_power(metric, e[metric]) for e in errors]
-    here, there = float(np.average(powers, weights=sizes)), _power(metric, validation.values()[metric])
-    if not all(map(math.isfinite, (here, there))):
-        return
-    other = differs(powers, here, there, sum(sizes), sum(sizes) / len(sizes) / validation.samples)
-    shown = {"left_out": _unit(metric, here), "evaluation": _unit(metric, there)}
-    step.drift["left_out"] = {"metric": metric, **shown, "samples": sum(sizes), "other_kind": other}
+    output = max(validation.by_sample, key=lambda k: _mean(validation.by_sample[k].get(metric)))
+    errors = [v.by_sample.get(output, {}).get(metric, np.zeros(0)) for v in (unseen, validation)]
+    power = _power(metric, there[metric]) / max(_power(metric, here[metric]), np.finfo(float).tiny)
+    shown = {"left_out": here[metric], "evaluation": there[metric]}
+    other = power >= LEAST and differs(*errors)
+    step.drift["left_out"] = {"metric": metric, **shown, "samples": unseen.samples, "other_kind": other}
 
 
 def other_kinds(steps: Iterable[Step]) -> list[str]:
@@ -85,36 +85,26 @@ def few_samples(passes: Iterable[Pass], steps: Iterable[Step], calibration: Data
     ]
 
 
-def differs(parts: Sequence[float], here: float, there: float, samples: int, share: float) -> bool:
-    """Whether the error `there` is larger than `here`, the mean of `parts` of the samples, by more than noise.
+def differs(here: Float64, there: Float64) -> bool:
+    """Whether the errors of samples there are larger than those here by more than the division of samples explains.
 
-    Errors are powers: a few samples can have most of the error, so it must be larger than that of the worst part too.
-    `samples` are those of all parts, and `share` is the size of a part relative to the samples there.
+    A permutation test of the ratio of the means, which asks nothing of how errors are distributed: where a few samples
+    have most of the error, most divisions differ.
     """
-    if samples < FEWEST or len(parts) < 2 or min(*parts, here, there) <= 0:
+    if min(len(here), len(there)) < FEWEST or not here.mean() > 0 or there.mean() < LEAST * here.mean():
         return False
-    level, levels = 10 * math.log10(there), 10 * np.log10(parts)
-    noise = float(np.std(levels, ddof=1)) * math.sqrt(1 / len(parts) + share)
-    above = level - 10 * math.log10(here)
-    return above > max(LEAST, ERRORS * noise) and level - float(levels.max()) > LEAST
+    there = there[:: -(-len(there) // MOST)]
+    pooled = np.concatenate([here, there])
+    drawn = np.random.default_rng(0).permuted(np.tile(pooled, (DRAWS, 1)), axis=1)
+    # Of one set the larger the mean of a part the smaller that of the rest: means of the first part order the ratios.
+    as_far = int((drawn[:, : len(here)].mean(axis=1) <= here.mean()).sum())
+    return (as_far + 1) / (DRAWS + 1) < CHANCE
 
 
-def _parts(data: Dataset) -> list[Dataset]:
-    """The samples in four parts, in two or one where they are few."""
-    parts = [data]
-    for _ in range(HALVINGS):
-        try:
-            parts = [half for part in parts for half in part.split(2)]
-        except DataError:
-            break
-    return parts
+def _mean(errors: Float64 | None) -> float:
+    return float(np.nan_to_num(errors.mean())) if errors is not None and errors.size else 0.0
 
 
 def _power(metric: str, value: float) -> float:
-    """An error as a power, which can be averaged: a divergence as it is, decibels as noise relative to the signal."""
-    return value if metric == "kl" else 10 ** (-value / 10)
-
-
-def _unit(metric: str, power: float) -> float:
-    """A power in the unit of its metric."""
-    return power if metric == "kl" or power <= 0 else -10 * math.log10(power)
+    """An error as a power: a divergence as it is, decibels as noise relative to the signal."""
+    return value if metric == "kl" else float(10 ** (-value / 10))

@@ -65,6 +65,7 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
         for name, result in results.items():
             result.path = folder / names[name]
     except GateFailed as e:
+        e.graph = next(n for n in jobs if n not in results) if len(jobs) > 1 else ""
         if report is not None and isinstance(e.report, Report):
             write_report(e.report, report, html=html)
         raise

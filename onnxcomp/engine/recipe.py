@@ -103,7 +103,7 @@ class Recipe:
                 "recipe: 'name' becomes a part of file names: letters, digits, spaces and -_.+, at most 64, the first "
                 f"a letter or digit; not {_shown(self.name)}"
             )
-        Gate(self.gates)
+        object.__setattr__(self, "gates", tuple(c.text for c in Gate(self.gates).conditions))  # without replaced ones
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Self:

@@ -53,7 +53,8 @@ def _recipe(recipe: Recipe) -> Iterator[str]:
     own = Recipe.preset(recipe.name) if recipe.name in presets() else None
     if own is not None and dataclasses.replace(recipe, gates=(), data=own.data) == dataclasses.replace(own, gates=()):
         yield from ("--preset", recipe.name)
-        for gate in recipe.gates[len(own.gates) :]:
-            yield from ("--gate", gate)
+        for gate in recipe.gates:
+            if gate not in own.gates:
+                yield from ("--gate", gate)
         return
     yield from ("--recipe", FILE)

@@ -57,7 +57,7 @@ class Walk:
     cut: Graph | None = None  # as the last pass that changes sizes left it: quantized products hide their sizes
     plain: Validation | None = None  # how far the unlowered model is from the original
     exactness: Exactness | None = None
-    left_out: list[Reference] = field(default_factory=list)  # parts of the samples that no fit reads, of the original
+    left_out: Reference | None = None  # of samples that no fit reads, by the original
     lossy: tuple[Pass, Graph] | None = None  # the last lossy pass that changed something, and the graph before it
     bisection: Bisection = field(default_factory=Bisection)
     variants: dict[tuple[str | None, int | None, int], Variants] = field(default_factory=dict)

@@ -22,6 +22,7 @@ __all__ = ["Allocation", "Curve"]
 OPTIONS = 4096
 FEWEST_OPTIONS = 32
 TRIFLE = 1e-12  # of all scores of a layer: less than what tells two units apart
+ROUNDING = 1e-10  # a loss: the square of a relative error of 1e-5, which sums in another order reach
 ROUND = 1e-9  # of a budget: sums of costs differ by as much
 
 
@@ -36,6 +37,11 @@ class Curve:
     candidate: Candidate
     kept: tuple[int, ...]
     losses: tuple[float, ...]
+
+    @property
+    def tells(self) -> bool:
+        """Whether some cut loses more than rounding does; few samples can be fitted exactly."""
+        return any(loss > ROUNDING for loss in self.losses)
 
     @property
     def counts(self) -> list[int]:

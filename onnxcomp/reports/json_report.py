@@ -205,14 +205,15 @@ def quality(v: Validation) -> list[str]:
     broken = [name for name, d in v.outputs.items() if not d.finite]
     if broken:
         return [*shown, f"the result's output '{broken[0]}' is not finite"]
-    if v.equal:
-        return [*shown, "equal outputs"]
-    d = v.drift
+    d, random = v.drift, " on random data" if v.random else ""
     if d.equal:
-        return [*shown, f"equal outputs ({', '.join(v.uncompared)} not compared)"]
+        lacking = "" if v.equal else f" ({', '.join(v.uncompared)} not compared)"
+        return [*shown, f"equal outputs{random}{lacking}"]
     drift = f"SQNR {d.sqnr:.1f} dB" if d.sqnr is not None else f"{d.exact_match:.2%} of entries equal"
-    drift += " on random data" if v.random else ""
-    return [*shown, drift + (f" in '{v.worst}', the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else "")]
+    return [
+        *shown,
+        drift + random + (f" in '{v.worst}', the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else ""),
+    ]
 
 
 def speed(ratios: list[dict[str, Any]], busy: Collection[str] = ()) -> str:

@@ -24,8 +24,9 @@ def junit(command: str, reports: Mapping[str, Report], trouble: str = "", *, ref
     """
     whole = Xml.Element("testsuites", name=f"onnxcomp {command}")
     for name, report in (reports or {"": Report()}).items():
+        of_several = len(reports) > 1 or refused  # of several graphs the first that is refused is the only one
         suite = Xml.SubElement(
-            whole, "testsuite", name=f"onnxcomp.{command}" + (f".{name}" if len(reports) > 1 else "")
+            whole, "testsuite", name=f"onnxcomp.{command}" + (f".{name}" if name and of_several else "")
         )
         for v in report.verdicts:
             _case(suite, v.gate, 0.0, "" if v.passed else str(v), "failure")

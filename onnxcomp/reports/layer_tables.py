@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.graph import Graph
 from onnxcomp.reports.json_report import finite
-from onnxcomp.reports.tables import table
+from onnxcomp.reports.tables import outstanding, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -56,7 +56,7 @@ def layer_tables(found: Mapping[str, Any], *, every: bool = False) -> list[Rende
     count, missing, first = len(found["values"]), len(found["missing"]), found["first"]
     lines = [f"{count} values correspond" + (f", {missing} of the original have no counterpart" if missing else "")]
     lines.append("no value differs by more than noise" if first is None else f"the first that differs: {_said(first)}")
-    lines += [f"stands out: {_said(x)}, {x['outstanding']:.0f} times the usual" for x in found["culprits"]]
+    lines += [f"stands out: {_said(x)}, {outstanding(x['outstanding'])}" for x in found["culprits"]]
     shown = found["values"] if every else found["worst"]
     columns = ("place", "node of the result", "reaches", "error", "own error")
     title = "All values" if every else "Largest errors of their own (with the original's values before them)"

@@ -6,18 +6,24 @@ import re
 
 __all__ = ["code", "fenced", "text"]
 
-_MARKS = re.compile(r"([\\`*\[\]|])")
+# Marks anywhere; an underscore where it is at an end of a word; at the start what begins a heading, a quote or a list.
+_MARKS = re.compile(r"[\\`*\[\]|~]|(?<!\w)_|_(?!\w)|^[#>+-]|(?<=^\d)[.)]|(?<=^\d\d)[.)]")
 _TICKS = re.compile("`+")
 
 
 def text(said: str) -> str:
     """One line of plain text: nothing in it is markup, nor HTML."""
-    return _MARKS.sub(r"\\\1", " ".join(said.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKS.sub(r"\\\g<0>", " ".join(said.split())).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def code(said: str) -> str:
-    """A code span; its fence is longer than any run of backticks inside. Table cells end at no bar of it."""
-    line = " ".join(said.split()).replace("|", "\\|")
+    """Code in a line; its fence is longer than any run of backticks inside.
+
+    With a bar it is HTML: no code span shows one alike inside and outside of a table.
+    """
+    line = " ".join(said.split())
+    if "|" in line:
+        return f"<code>{re.sub('[^a-zA-Z0-9 ]', lambda mark: f'&#{ord(mark[0])};', line)}</code>"
     fence = "`" * (1 + max(map(len, _TICKS.findall(line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 

@@ -190,7 +190,8 @@ class LayerPart(TypedDict):
 class ValuePart(TypedDict):
     """A value of the original and its counterpart: the relative error, and its `own` where all before it is right.
 
-    `outstanding` is how many times the usual error of its kind that is, 0 for noise; `outputs` are those it reaches.
+    `outstanding` is how many times the usual error of its kind that is, 0 for noise and null where most of its kind are
+    exact; `outputs` are those it reaches.
     """
 
     layer: int | None

@@ -156,7 +156,8 @@ class Remedy:
 class Suspect:
     """A site whose result differs though its inputs do not: where it is, by how much (relative), what it reaches.
 
-    `outstanding` is how many times the usual error of its kind that is, 0 where it is noise.
+    `outstanding` is how many times the usual error of its kind that is: 0 where it is noise, infinite where most of its
+    kind are exact.
     """
 
     site: str

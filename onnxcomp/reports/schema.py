@@ -61,7 +61,10 @@ class RemedyPart(TypedDict):
 
 
 class SuspectPart(TypedDict):
-    """A site whose result differs though its inputs do not; errors are relative, `outstanding` times the usual one."""
+    """A site whose result differs though its inputs do not; errors are relative, `outstanding` times the usual one.
+
+    `outstanding` is null where most sites of its kind are exact, so that there is no usual error.
+    """
 
     site: str
     place: str

@@ -251,11 +251,17 @@ def culprit(c: Culprit) -> str:
     """The pass that broke the gates, and its sites by what each adds on its own, in sentences."""
     lines = [f"The gates began to fail behind pass '{c.spec}': {'; '.join(c.verdicts)}."]
     for s in c.suspects:
-        times = f", {s.outstanding:.0f} times the usual" if s.outstanding >= 2 else ""
+        times = f", {outstanding(s.outstanding)}" if s.outstanding >= 2 else ""
         lines.append(
             f"  {s.site} ({s.place}): {s.error:.2%} of error of its own{times}; reaches {', '.join(s.outputs)}"
         )
     return "\n".join([*lines, *([c.why.capitalize() + "."] if c.why else [])])
+
+
+def outstanding(times: float | None) -> str:
+    """By how much an error stands out; None as reports write an infinite number."""
+    exact = times is None or math.isinf(times)
+    return "where most others are exact" if exact else f"{times:.0f} times the usual"
 
 
 def pass_table(found: Iterable[PassInfo]) -> Table:

@@ -25,7 +25,7 @@ from onnxcomp.runtime.runner import Runner
 from onnxcomp.runtime.segments import Walk
 from onnxcomp.target import CPU, Target, find
 from onnxcomp.validation import metrics as scoring
-from onnxcomp.validation.drift import Drift, DriftSums, MatchSums
+from onnxcomp.validation.drift import DriftSums, MatchSums
 from onnxcomp.validation.flat import SHAPES, flattened
 from onnxcomp.validation.kept import KeptAnswers, digest
 from onnxcomp.validation.metrics import Metric, Sums
@@ -230,13 +230,12 @@ class Reference:
                             sums.update(output)
             else:
                 if count == len(self._kept):
-                    done = {k: d.result() for k, d in drifts.items()}
                     if vocab is None or removed is None or not removed.share:
-                        return self._result(done, sums)
+                        return self._result(drifts, sums)
                     more = Retokenized({}, len(removed.samples), "a part of the model was run")
                     if walk is None:
                         more = retokenize(session, self._graph, self.view, self.data, removed, vocab, self.metrics)
-                    return self._result(done, sums, more, (more.note(removed, causal),))
+                    return self._result(drifts, sums, more, (more.note(removed, causal),))
         raise DataError(
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
         )
@@ -259,8 +258,14 @@ class Reference:
         return ((own, *pair) for own, pair in zip(self.data, session.each(given, names), strict=False))
 
     def _result(
-        self, drifts: dict[str, Drift], sums: Sums, more: Retokenized | None = None, notes: tuple[str, ...] = ()
+        self,
+        found: Mapping[str, DriftSums | MatchSums],
+        sums: Sums,
+        more: Retokenized | None = None,
+        notes: tuple[str, ...] = (),
     ) -> Validation:
+        drifts = {k: d.result() for k, d in found.items()}
+        by_sample = {k: d.by_sample() for k, d in found.items()}
         results = {}
         for m in self.metrics:
             reference, candidate = self._sums.of(m), sums.of(m)
@@ -281,7 +286,9 @@ class Reference:
         if self.view.uncompared:
             notes = (*notes, f"outputs that are maps are not compared: {', '.join(self.view.uncompared)}")
         scored, data = self.view.scored.name, self.data
-        return Validation(drifts, results, self.samples, data.name, data.random, notes, scored, self.view.uncompared)
+        return Validation(
+            drifts, results, self.samples, data.name, data.random, notes, scored, self.view.uncompared, by_sample
+        )
 
     def _check_interface(self, inputs: set[str], outputs: Sequence[str], without: Set[str]) -> None:
         if inputs | (self.inputs & without) != self.inputs:

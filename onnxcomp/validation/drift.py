@@ -72,6 +72,10 @@ class MatchSums:
         self._entries += batch.rows.size
         self._rows += len(batch.rows)
 
+    def by_sample(self) -> dict[str, Float64]:
+        """None: entries are equal or not."""
+        return {}
+
     def result(self) -> Drift:
         """The share of equal entries over all batches; an output without entries is equal."""
         return Drift(exact_match=self._equal / self._entries if self._entries else 1.0, rows=self._rows)
@@ -88,6 +92,7 @@ class DriftSums:
         self._finite = self._classes = True
         self._undefined = 0
         self._kls: list[Array] = []
+        self._by_sample: dict[str, list[Float64]] = {}
         self._moved, self._alike = ClassSums(), SimilaritySums()
 
     @_QUIET
@@ -99,12 +104,15 @@ class DriftSums:
             self._undefined += undefined
         self._finite &= not bool((~np.isfinite(candidate) & (candidate != reference)).any())
         self._classes &= reference.shape[1] > 1
-        for _, (x, y) in chunks(reference, candidate):
+        signals, noises = np.zeros(len(reference)), np.zeros(len(reference))
+        for part, (x, y) in chunks(reference, candidate):
             noise = np.where(x == y, 0.0, y - x)
             signal = np.where(np.isfinite(x), x, 0.0)
-            self._signal += float(np.vdot(signal, signal))
-            self._noise += float(np.vdot(noise, noise))
+            signals[part], noises[part] = (np.einsum("ij,ij->i", a, a) for a in (signal, noise))
             self._max = max(self._max, float(np.abs(noise).max(initial=0.0)))
+        self._signal += float(signals.sum())
+        self._noise += float(noises.sum())
+        self._keep("sqnr", *(batch.per_sample(a)[:, 0] for a in (noises, signals)))
         defined = np.isfinite(reference).all(axis=1)
         self._cosine += float(row_cosine(reference[defined], candidate[defined]).sum() + (~defined).sum())
         self._rows += len(reference)
@@ -114,6 +122,7 @@ class DriftSums:
             kls = row_kl(reference, candidate)
             self._kl += float(kls.sum())
             self._kls.append(kls.astype(np.float32))
+            self._keep("kl", *batch.per_sample(kls).T)
             self._moved.update(batch)
         elif _of_samples(batch):
             self._alike.update(reference, candidate)
@@ -121,8 +130,18 @@ class DriftSums:
             self._pool(_means(reference, batch.sample), _means(candidate, batch.sample))
 
     def _pool(self, x: Float64, y: Float64) -> None:
+        signal, noise = (x * x).sum(axis=1), ((y - x) ** 2).sum(axis=1)
         self._alike.update(x, y)
-        self._means += [float((x * x).sum()), float(((y - x) ** 2).sum()), float(row_cosine(x, y).sum()), len(x)]
+        self._keep("pooled-sqnr", noise, signal)
+        self._means += [float(signal.sum()), float(noise.sum()), float(row_cosine(x, y).sum()), len(x)]
+
+    def _keep(self, metric: str, errors: Float64, sizes: Float64) -> None:
+        """Note the error of each sample, relative to its size; samples of no size have none."""
+        self._by_sample.setdefault(metric, []).append(errors[sizes > 0] / sizes[sizes > 0])
+
+    def by_sample(self) -> dict[str, Float64]:
+        """Errors of single samples `[samples]` by gate name: mean `kl`, noise relative to signal for SQNR."""
+        return {metric: np.concatenate(parts) for metric, parts in self._by_sample.items()}
 
     def result(self) -> Drift:
         """The drift over all batches; raises `DataError` when every row was padding."""

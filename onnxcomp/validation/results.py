@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from onnxcomp.maths import Float64
 from onnxcomp.validation.drift import Drift
 from onnxcomp.validation.metrics import MetricResult
 
@@ -21,7 +22,8 @@ LOWER_IS_BETTER = ("max_abs", "rel_l2", "kl")
 class Validation:
     """How far a candidate is from the original: the drift of each of the `outputs`, and task `metrics`.
 
-    `scored` is the output that task metrics read; `uncompared` are outputs that are maps.
+    `scored` is the output that task metrics read; `uncompared` are outputs that are maps. `by_sample` has the error of
+    each sample by output and metric, for comparisons of samples; no report has it.
     """
 
     outputs: dict[str, Drift]
@@ -32,6 +34,7 @@ class Validation:
     notes: tuple[str, ...] = ()
     scored: str = ""
     uncompared: tuple[str, ...] = ()
+    by_sample: Mapping[str, Mapping[str, Float64]] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def finite(self) -> bool:

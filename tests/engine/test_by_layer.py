@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import pytest
 
+from onnxcomp import blocks
 from onnxcomp.engine.bisect import Bisection
 from onnxcomp.engine.by_layer import by_layer
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import parse_pass
 from onnxcomp.graph import Graph
 from onnxcomp.maths.sequence_alignment import align
+from onnxcomp.reports.layer_tables import layer_json, layer_tables
 from onnxcomp.target import CPU
 from onnxcomp.validation.gates import Verdict
 from tests import planted, tiny
@@ -54,6 +57,19 @@ def test_without_a_fault_nothing_stands_out_and_exact_models_do_not_differ() -> 
     assert (same.worst, same.missing) == ([], ())
 
 
+def test_among_exact_values_an_error_is_no_multiple_of_anything() -> None:
+    g = tiny.encoder(layers=2)
+    other = g.clone()
+    x = blocks.mlps(other)[0].down
+    other.put(x.weight, (other.array(x.weight) * 1.5).astype(np.float32))
+    found = by_layer(g, other, data(g))
+    assert found.culprits[0].outstanding == math.inf
+    assert {x.outstanding for x in found.values} == {0.0, math.inf}
+    plain = layer_json(found)
+    assert plain["culprits"][0]["outstanding"] is None
+    assert "where most others are exact" in str(layer_tables(plain)[0])
+
+
 def test_pruned_models_are_compared_where_widths_agree() -> None:
     g = tiny.decoder(layers=2, ffn=64)
     passes = [parse_pass(p) for p in ("canonicalize", {"prune-ffn": {"ratio": 0.5, "score": "magnitude"}})]
@@ -81,7 +97,8 @@ def test_bisect_names_the_pass_and_the_site_that_broke_a_gate() -> None:
     assert culprit.name == "faulty"
     assert culprit.verdicts[0].startswith("sqnr>=20: measured")
     assert culprit.suspects[0].site in truth
-    assert culprit.suspects[0].outstanding > 2 * culprit.suspects[1].outstanding
+    first, second = (culprit.suspects[i] for i in range(2))
+    assert (first.outstanding, first.error) > (2 * second.outstanding, 2 * second.error)
     assert culprit.suspects[0].outputs == ("logits",)
 
 

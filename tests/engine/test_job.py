@@ -136,6 +136,16 @@ def test_plan_writes_nothing(source, batches, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_says_by_which_other_options_it_was_made(source):
+    plain = "prune-ffn: {score: magnitude, repair: none}"
+    found = [
+        oc.compress(source, None, passes=["canonicalize", p], plan=True).report.warnings for p in ("prune-ffn", plain)
+    ]
+    (said,) = [w for w in found[0] if "planned without data" in w]
+    assert "(ranking: global, score: magnitude, repair: none)" in said
+    assert not [w for w in found[1] if "planned" in w]
+
+
 def test_what_to_do_must_be_said_once(source, tmp_path):
     for options in ({}, {"preset": "int8", "passes": SMALL}):
         with pytest.raises(RecipeError, match="exactly one"):

@@ -233,3 +233,7 @@ def test_the_schema_refuses_what_is_refused(text: str) -> None:
 @pytest.mark.parametrize("name", recipe.presets())
 def test_the_schema_accepts_the_presets(name: str) -> None:
     jsonschema.validate(yaml.safe_load(Recipe.preset(name).to_yaml()), schema())
+
+
+def test_a_replaced_gate_is_gone():
+    assert Recipe(("cleanup",), gates=("sqnr>=20", "kl<=1", "sqnr>=25")).gates == ("sqnr>=25", "kl<=1")

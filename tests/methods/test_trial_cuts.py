@@ -62,6 +62,15 @@ def test_by_default_curves_decide_where_data_is_asked_for():
     assert len(set(widths(g, uniform=True))) == 1
 
 
+def test_curves_that_see_no_loss_decide_nothing_and_say_so(monkeypatch):
+    g = quiet_first()
+    monkeypatch.setattr(trial_cuts, "loss_of", lambda value, name: 1e-14)
+    cut = catalog.load("prune-ffn")(ratio=0.3, multiple_of=1)
+    result = PassManager([cut]).run(g, data(g))
+    assert [m.width for m in blocks.mlps(result.model)] == widths(g, ranking="layer")
+    assert sum("no trial cut lost anything" in n.what for n in result.report.step("prune-ffn").noted) == 3
+
+
 @pytest.mark.parametrize("ranking", ["curves", "sensitivity"])
 def test_trial_cuts_without_data_are_refused_with_the_way_out(ranking):
     p = catalog.load("prune-ffn")(ratio=0.3, score="magnitude", repair="none", ranking=ranking)

@@ -41,6 +41,7 @@ __all__ = ["Ranking", "Score", "Width"]
 
 Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
 Ranking = Literal["curves", "sensitivity", "global", "layer"]
+FLAT = "no trial cut lost anything on these samples, so all layers give the same share"
 TRIED = ("curves", "sensitivity")  # rankings by trial cuts, which zero float weights and need statistics of the uncut
 # How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
 NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
@@ -145,7 +146,7 @@ class Width(Pass):
         """
         if self._by_clock is not None:
             raise budgets.no_clock(self.name, self._by_clock, "a dry run (--plan) has none")
-        ranking = "global" if self._ranked in TRIED else self._ranked
+        ranking = "global" if self._ranked in TRIED else self.ranking
         return dataclasses.replace(self, score="magnitude", repair="none", ranking=ranking)
 
     @abc.abstractmethod
@@ -203,8 +204,11 @@ class Width(Pass):
         candidates = self._score(g, places, env)
         clock = self._clock(g, places, candidates, env)
         curves = self._curves(g, places, candidates, env)
-        keeps = self._amounts(g, places, candidates, curves, clock)
-        said = [clock.describe(keeps, i) if clock else "" for i in range(len(keeps))]
+        chooser, flat = self, curves is not None and not any(c.tells for c in curves)
+        if flat:
+            chooser, curves = dataclasses.replace(self, ranking="layer"), None
+        keeps = chooser._amounts(g, places, candidates, curves, clock)
+        said = [clock.describe(keeps, i) if clock else FLAT if flat else "" for i in range(len(keeps))]
         losses = [float(curves[i].at([len(k)])[0]) if curves else None for i, k in enumerate(keeps)]
         self._apply(g, env, coupling, [Cut(*x) for x in zip(places, keeps, said, losses, strict=True)])
 
