@@ -38,7 +38,7 @@ TRANSFORMER = (
     "slice",
     "prune-heads",
     "prune-ffn: {score: wanda, ranking: global, repair: gauss-newton}",
-    "prune-ffn: {parameters: 0.8, score: flap, repair: bias} > qdq",
+    "prune-ffn: {parameters: 0.8, score: fluctuation, repair: bias} > qdq",
     "prune-heads > prune-ffn > refit > qdq > lower",
     "sparsify",
     "quantize-weights: {min_size: 1, embeddings: true}",
@@ -72,7 +72,7 @@ RECIPES = {
         "canonicalize",
         "low-rank: {ratio: 0.3, min_size: 0, multiple: 8}",
         "prune-channels",
-        "prune-channels: {score: flap, repair: bias}",
+        "prune-channels: {score: fluctuation, repair: bias}",
     ),
 }
 Found = dict[str, str]  # what was written, or "refused" (on purpose) or "broken", and its hash or text

@@ -154,7 +154,7 @@ def test_before_repair_the_result_equals_the_masked_model(name):
     cuts.assert_same(mask, run(g, name, ratio=0.25, **DATA_FREE).model, tiny.feeds(g, 2, 7), tiny.feeds(g, 1, 5))
 
 
-@pytest.mark.parametrize("score", ["magnitude", "wanda", "flap", "energy", "ablation"])
+@pytest.mark.parametrize("score", ["magnitude", "wanda", "fluctuation", "energy", "ablation"])
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
 def test_every_score_runs_and_finds_what_does_nothing(name, score):
     """A unit whose reading rows are zero goes first, whatever the score."""
@@ -414,7 +414,7 @@ def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec):
 
 
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
-@pytest.mark.parametrize("how", [DATA_FREE, {"score": "wanda", "repair": "none"}, {"score": "flap", "repair": "bias"}])
+@pytest.mark.parametrize("how", [DATA_FREE, {"score": "wanda", "repair": "none"}, {"score": "fluctuation", "repair": "bias"}])
 def test_quantized_models_are_cut_when_asked(name, how):
     g = tiny.encoder()
     data = as_dataset(batches(g), g)

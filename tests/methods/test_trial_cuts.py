@@ -40,7 +40,7 @@ def widths(g: Graph, **options) -> list[int]:
     return [m.width for m in blocks.mlps(result)]
 
 
-@pytest.mark.parametrize("score", ["energy", "wanda", "flap"])
+@pytest.mark.parametrize("score", ["energy", "wanda", "fluctuation"])
 @pytest.mark.parametrize(
     ("repair", "ranking"), [("least-squares", None), ("bias", None), ("none", None), ("least-squares", "sensitivity")]
 )

@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from onnxcomp import blocks
 from onnxcomp.blocks import Linear
@@ -39,12 +39,16 @@ from onnxcomp.target import Target
 
 __all__ = ["Ranking", "Score", "Width"]
 
-Score = Literal["magnitude", "wanda", "flap", "energy", "ablation"]
+# The score of FLAP was called by the paper's name before.
+Score = Annotated[
+    Literal["magnitude", "wanda", "fluctuation", "energy", "ablation"],
+    BeforeValidator(lambda name: "fluctuation" if name == "flap" else name),
+]
 Ranking = Literal["curves", "sensitivity", "global", "layer"]
 FLAT = "no trial cut lost anything on these samples, so all layers give the same share"
 TRIED = ("curves", "sensitivity")  # rankings by trial cuts, which zero float weights and need statistics of the uncut
 # How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
-NORMALIZED: dict[str, Normal] = {"flap": "standard", "ablation": "none"}
+NORMALIZED: dict[str, Normal] = {"fluctuation": "standard", "ablation": "none"}
 REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "gauss-newton": [gram, mean, var],
     "block-tune": [gram, mean, var],

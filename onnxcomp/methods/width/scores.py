@@ -70,10 +70,10 @@ def _without(group: Group, unit: int) -> Edit:
     return lambda g: readers.silence(g, group, np.array([unit]))
 
 
-SCORES: dict[str, Callable[[Array, Reader, Stats, int], Float64]] = {"wanda": wanda, "flap": flap, "energy": energy}
+SCORES: dict[str, Callable[[Array, Reader, Stats, int], Float64]] = {"wanda": wanda, "fluctuation": flap, "energy": energy}
 NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "wanda": [norm2],
-    "flap": [var, mean],
+    "fluctuation": [var, mean],
     "energy": [gram],
     "magnitude": [],
     "ablation": [],
