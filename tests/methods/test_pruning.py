@@ -414,7 +414,9 @@ def test_the_file_is_as_large_as_planned(tmp_path, monkeypatch, spec):
 
 
 @pytest.mark.parametrize("name", ["prune-heads", "prune-ffn"])
-@pytest.mark.parametrize("how", [DATA_FREE, {"score": "wanda", "repair": "none"}, {"score": "fluctuation", "repair": "bias"}])
+@pytest.mark.parametrize(
+    "how", [DATA_FREE, {"score": "wanda", "repair": "none"}, {"score": "fluctuation", "repair": "bias"}]
+)
 def test_quantized_models_are_cut_when_asked(name, how):
     g = tiny.encoder()
     data = as_dataset(batches(g), g)

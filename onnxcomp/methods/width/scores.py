@@ -70,7 +70,11 @@ def _without(group: Group, unit: int) -> Edit:
     return lambda g: readers.silence(g, group, np.array([unit]))
 
 
-SCORES: dict[str, Callable[[Array, Reader, Stats, int], Float64]] = {"wanda": wanda, "fluctuation": flap, "energy": energy}
+SCORES: dict[str, Callable[[Array, Reader, Stats, int], Float64]] = {
+    "wanda": wanda,
+    "fluctuation": flap,
+    "energy": energy,
+}
 NEEDS: dict[str, list[Callable[[str], Need]]] = {
     "wanda": [norm2],
     "fluctuation": [var, mean],
