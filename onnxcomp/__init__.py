@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from onnxcomp.data.datasets import load_data as load_data
     from onnxcomp.engine.compress import compress as compress
     from onnxcomp.engine.compress import optimize as optimize
+    from onnxcomp.engine.consumers import package as package
     from onnxcomp.engine.job import Job as Job
     from onnxcomp.engine.manager import PassManager as PassManager
     from onnxcomp.engine.recipe import Recipe as Recipe
@@ -73,6 +74,7 @@ _HOME = {
     "Job": "engine.job",
     "compress": "engine.compress",
     "optimize": "engine.compress",
+    "package": "engine.consumers",
     "Pass": "pipeline",
     "PassManager": "engine.manager",
     "Report": "reports.outcome",

@@ -48,6 +48,7 @@ from onnxcomp.cli.options import (
     Threads,
     Verbose,
 )
+from onnxcomp.cli.package_model import package
 from onnxcomp.cli.pipelines import ForPipelines
 from onnxcomp.cli.rank_linears import sensitivity
 from onnxcomp.cli.remake_report import report as remake
@@ -298,7 +299,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (validate, diff, verify, sensitivity, presets, passes, schema, doctor):
+for _command in (validate, diff, verify, package, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 app.command("report")(remake)
 

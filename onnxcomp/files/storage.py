@@ -192,12 +192,19 @@ def file_bytes(path: Path) -> int:
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 
-def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] | None = None, name: str = "model.onnx") -> Path:
+def save(
+    graph: Graph,
+    out: Path,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    name: str = "model.onnx",
+    one_file: bool = False,
+) -> Path:
     """Write a model to the folder `out` (as `name`), or to the file `out` if it ends in `.onnx`; returns the file.
 
-    Weights over 64 MiB together go to a data file named by their hash, written and synced first; the model file is
-    replaced last, so that a killed process leaves either the old result or the new one. Raises `ModelError`, also when
-    the output is the source.
+    Weights over 64 MiB together go to a data file named by their hash, unless `one_file`; it is written and synced
+    first and the model file is replaced last, so that a killed process leaves either the old result or the new one.
+    Raises `ModelError`, also when the output is the source.
     """
     target = out if out.suffix == ".onnx" else out / name
     if graph.path is not None and target.exists() and graph.path.exists() and target.samefile(graph.path):
@@ -205,7 +212,7 @@ def save(graph: Graph, out: Path, *, metadata: Mapping[str, str] | None = None, 
     created = _make_folder(target.parent)
     try:
         remove_stale(target.parent)
-        written = _write(graph, target, metadata or {})
+        written = _write(graph, target, metadata or {}, one_file=one_file)
     except OSError as e:
         raise ModelError(f"{target}: cannot be written: {e.strerror or e}") from e
     finally:
@@ -239,11 +246,11 @@ def _is_large(model: ir.Model) -> bool:
     return sum({id(t): t.nbytes for t, _ in external.tensors(model)}.values()) > INLINE_LIMIT
 
 
-def _write(graph: Graph, target: Path, metadata: Mapping[str, str]) -> Path:
+def _write(graph: Graph, target: Path, metadata: Mapping[str, str], *, one_file: bool) -> Path:
     """Write the files under temporary names, then rename them while no other run writes there: the model decides."""
     model, folder = _prepared(graph, metadata), target.parent
     with temporary_file(folder) as weights_file, temporary_file(folder) as model_file:
-        data = weights.externalize(model, weights_file, target.stem) if _is_large(model) else None
+        data = weights.externalize(model, weights_file, target.stem) if _is_large(model) and not one_file else None
         proto = ir.to_proto(weights.embedded(model, data))
         with model_file.open("wb") as f:
             f.write(proto.SerializeToString(deterministic=True))

@@ -1,0 +1,37 @@
+"""Folders that other engines load: onnxruntime-genai, Optimum and transformers.js, made of a model and its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from onnxcomp.data.arguments import path_of
+from onnxcomp.engine.consumers import genai, optimum, transformers_js
+from onnxcomp.engine.consumers.source import Source
+from onnxcomp.errors import ModelError
+from onnxcomp.files import storage
+
+__all__ = ["CONSUMERS", "package"]
+
+CONSUMERS: dict[str, Callable[[Source, Path], None]] = {
+    "genai": genai.write,
+    "optimum": optimum.write,
+    "transformers.js": transformers_js.write,
+}
+
+
+def package(model: str | Path, out: str | Path, consumer: str, *, threads: int = 0) -> Path:
+    """Write the folder `out` that `consumer` (genai, optimum or transformers.js) loads; returns it.
+
+    `threads` is what genai's configuration asks for, 0 for as many as this machine has cores. Raises `ModelError` for
+    a model or configuration that the consumer cannot load, with the reason, and for a folder that is not empty.
+    """
+    path, folder = path_of("model", model) or Path(), path_of("out", out) or Path()
+    if consumer not in CONSUMERS:
+        raise ModelError(f"'{consumer}' is no consumer; there are {', '.join(CONSUMERS)}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder}: is not empty; a package is written to a new folder")
+    source = Source.of(storage.one_graph(path, None), threads)
+    with storage.publish(folder) as staging:
+        CONSUMERS[consumer](source, staging)
+    return folder

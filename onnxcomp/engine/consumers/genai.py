@@ -1,0 +1,100 @@
+"""A folder for onnxruntime-genai: model, tokenizer and genai_config.json."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from onnxcomp.engine.consumers.source import Source
+from onnxcomp.errors import ModelError
+from onnxcomp.files import storage
+
+__all__ = ["write"]
+
+# Types that onnxruntime-genai 0.18 knows; every other decoder is its generic type.
+TYPES = (
+    *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "gptoss", "granite"),
+    *("granitemoehybrid", "hunyuandensev1", "internlm2", "lfm2", "llama", "mistral", "nemotron", "olmo", "phi"),
+    *("phimoe", "phi3", "phi3small", "qwen2", "qwen3", "smollm3"),
+)
+GENERIC = "decoder"
+FEEDABLE = ("input_ids", "attention_mask", "position_ids")  # what a decoder of genai is fed, besides its caches
+SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "length_penalty")
+CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+LONGEST = 4096  # tokens of a sequence where the configuration does not tell its context
+
+
+def write(source: Source, folder: Path) -> None:
+    """Write the model, the files beside it and genai_config.json; raises `ModelError` where genai cannot run it."""
+    if not (source.path.parent / "tokenizer.json").is_file():
+        raise ModelError(f"{source.path.parent}: has no tokenizer.json, which genai reads")
+    config = configuration(source)
+    storage.save(source.graph, folder)
+    storage.copy_companions(source.path.parent, folder)
+    (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+
+
+def configuration(source: Source) -> dict[str, Any]:
+    """What genai_config.json says of a model."""
+    context = next((source.config[n] for n in CONTEXT if isinstance(source.config.get(n), int)), LONGEST)
+    bos, eos, pad = (source.token(kind) for kind in ("bos", "eos", "pad"))
+    family = str(source.config.get("model_type", GENERIC))
+    return {
+        "model": {
+            "type": family if family in TYPES else GENERIC,
+            "context_length": context,
+            "vocab_size": source.number("vocab_size"),
+            **({} if bos is None else {"bos_token_id": bos}),
+            "eos_token_id": eos,
+            "pad_token_id": pad if pad is not None else eos[0] if isinstance(eos, list) else eos,
+            "decoder": _decoder(source),
+        },
+        "search": {
+            **{k: source.generation[k] for k in SEARCH if source.generation.get(k) is not None},
+            "max_length": context,
+            # Only this operator writes new keys into the buffer of the old ones.
+            "past_present_share_buffer": _in_place(source) and len(set(source.cache_sizes())) == 1,
+        },
+    }
+
+
+def _decoder(source: Source) -> dict[str, Any]:
+    """The part about the graph: its file, sizes, inputs and outputs."""
+    past, present, sizes = source.past, source.present, source.cache_sizes()
+    caches = {t % i for t in (past.key, past.value) for i in past.layers}
+    if other := [name for name in source.inputs if name not in {*FEEDABLE, *caches}]:
+        raise ModelError(f"{source.path}: genai feeds no input '{other[0]}'")
+    # Of its own genai takes one thread.
+    options = {"log_id": "onnxruntime-genai", "intra_op_num_threads": source.threads or os.cpu_count() or 1}
+    return {
+        "session_options": options | {"provider_options": []},
+        "filename": "model.onnx",
+        "head_size": sizes[0][1],
+        "hidden_size": source.number("hidden_size", "n_embd", "d_model"),
+        "inputs": {
+            **{name: name for name in FEEDABLE if name in source.inputs},
+            "past_key_names": past.key,
+            "past_value_names": past.value,
+        },
+        "outputs": {
+            "logits": _logits(source),
+            "present_key_names": present.key,
+            "present_value_names": present.value,
+        },
+        "num_attention_heads": source.number("num_attention_heads", "n_head"),
+        "num_hidden_layers": len(past.layers),
+        "num_key_value_heads": sizes[0][0],
+    }
+
+
+def _logits(source: Source) -> str:
+    if not any(v.name == "logits" and v.shape is not None and len(v.shape) == 3 for v in source.graph.outputs):
+        raise ModelError(f"{source.path}: has no output 'logits' of a score for each token and word")
+    return "logits"
+
+
+def _in_place(source: Source) -> bool:
+    """Whether all that reads a cache is GroupQueryAttention."""
+    return all(u.op_type == "GroupQueryAttention" for v in source.caches for u in v.consumers())
