@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxcomp.blocks.product_roles import PRODUCTS, product_roles
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import NORMS
 
@@ -15,14 +16,16 @@ __all__ = ["StoredPart", "stored_parts"]
 
 CARRIERS = ("Transpose", "Reshape", "Identity", "Cast", "DequantizeLinear", "Slice", "Split", "Squeeze", "Unsqueeze")
 TABLES = ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization")
-_INTEGER = ("MatMulInteger", "MatMulIntegerToFloat", "DynamicQuantizeMatMul", "QLinearMatMul", "QGemm", "MatMulNBits")
-PRODUCTS = frozenset(("MatMul", "Gemm", "FusedMatMul", "Einsum", *_INTEGER))
 # At which inputs scales and zero points of codes stand.
 SCALED: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("DequantizeLinear", "QuantizeLinear"), (1, 2)),
     **dict.fromkeys(("MatMulNBits", "GatherBlockQuantized", "DynamicQuantizeMatMul"), (2, 3)),
     "MatMulIntegerToFloat": (2, 3, 4, 5),
 }
+ORDER = (
+    "embeddings", "attention", "feed-forward", "head", "linears", "convolutions", "recurrent", "norms", "biases",
+    "scales", "other",
+)  # fmt: skip
 CONVOLUTIONS = ("Conv", "ConvTranspose", "ConvInteger", "QLinearConv", "FusedConv")
 RECURRENT = ("LSTM", "GRU", "RNN", "DynamicQuantizeLSTM")
 MORE_NORMS = ("BatchNormalization", "InstanceNormalization", "GroupNormalization", "SkipSimplifiedLayerNormalization")
@@ -38,22 +41,29 @@ class StoredPart:
 
 
 def stored_parts(g: Graph) -> tuple[StoredPart, ...]:
-    """Bytes by part and type, the largest first; a tensor that several parts read counts once, as the first of them."""
-    order = ("embeddings", "linears", "convolutions", "recurrent", "norms", "biases", "scales", "other")
-    found: Counter[tuple[str, str]] = Counter()
+    """Bytes by part and type, the largest first; a tensor that several parts read counts once, as the first of them.
+
+    Weights of products are those of attentions, feed-forward parts and heads, else of `linears`.
+    """
+    readers = {v: list(_readers(v)) for v in g.model.graph.initializers.values() if v.const_value is not None}
+    roles = product_roles(g, {n for v, found in readers.items() for n, i in found if _role(v, n, i) == "linears"})
     seen: dict[int, tuple[str, str, int]] = {}
-    for v in g.model.graph.initializers.values():
+    for v, found in readers.items():
         t = v.const_value
-        if t is None:
-            continue
-        roles = {_role(v, user, index) for user, index in _readers(v)} or {"other"}
-        part = min(roles, key=order.index)
+        assert t is not None
+        part = min((_part(v, *reader, roles) for reader in found), key=ORDER.index, default="other")
         known = seen.get(id(t))
-        if known is None or order.index(part) < order.index(known[0]):
+        if known is None or ORDER.index(part) < ORDER.index(known[0]):
             seen[id(t)] = (part, t.dtype.numpy().name, t.nbytes)
+    total: Counter[tuple[str, str]] = Counter()
     for part, dtype, nbytes in seen.values():
-        found[part, dtype] += nbytes
-    return tuple(StoredPart(*key, n) for key, n in found.most_common() if n)
+        total[part, dtype] += nbytes
+    return tuple(StoredPart(*key, n) for key, n in total.most_common() if n)
+
+
+def _part(v: ir.Value, user: ir.Node, index: int, roles: Mapping[ir.Node, str]) -> str:
+    role = _role(v, user, index)
+    return roles.get(user, role) if role == "linears" else role
 
 
 def _readers(v: ir.Value, depth: int = 4) -> Iterator[tuple[ir.Node, int]]:
@@ -75,6 +85,8 @@ def _role(v: ir.Value, user: ir.Node, index: int) -> str:
         return "embeddings"
     if op in NORMS or op in MORE_NORMS:
         return "norms"
+    if "Attention" in op and index == 1 and rank == 2:  # fused with its projections
+        return "attention"
     for part, ops in (("linears", PRODUCTS), ("convolutions", CONVOLUTIONS), ("recurrent", RECURRENT)):
         if op in ops:
             return part if rank > 1 or part == "recurrent" else "biases"

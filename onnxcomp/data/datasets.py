@@ -134,6 +134,10 @@ class Dataset:
             return self
         return self._select([self.indices[i * len(self) // n] for i in range(n)])
 
+    def singly(self, n: int) -> Dataset:
+        """At most `n` samples at equal distances, one by one; one batch where the model takes but one size of them."""
+        return self.spread(max(n, self.batch)).head(self.batch) if self._fixed_batch else self.spread(n).rebatch(1)
+
     def rebatch(self, batch: int) -> Dataset:
         """The same samples in batches of another size."""
         return self._select(self.indices, batch)

@@ -12,7 +12,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.validation.gates import Gate
 from onnxcomp.validation.outputs import View
 
-__all__ = ["check_asked", "check_timed"]
+__all__ = ["check_asked", "check_bisected", "check_timed"]
 
 
 def check_asked(g: Graph, gate: Gate, shapes: Sequence[Mapping[str, int]]) -> None:
@@ -27,3 +27,12 @@ def check_timed(gate: Gate, settings: Settings) -> None:
     """Raise `RecipeError` where a gate needs a speed that will not be measured."""
     if gate.wants_latency and not (settings.measure and settings.target.here and not host_of(settings.target)[1]):
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
+
+
+def check_bisected(gate: Gate) -> None:
+    """Raise `RecipeError` where no gate is there whose pass can be named: quality is compared behind every pass."""
+    if any(not c.on_files for c in gate.conditions):
+        return
+    texts = ", ".join(c.text for c in gate.conditions)
+    why = f"{texts} can only be judged on the written file, behind all passes" if texts else "there is no gate"
+    raise RecipeError(f"--bisect names the pass behind which a quality gate fails, but {why}; add one, as sqnr>=20")

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from onnxcomp.engine.by_layer import Compared, by_layer
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
+from onnxcomp.machine import size_text
 from onnxcomp.pipeline import Pass
-from onnxcomp.reports.outcome import Culprit, Suspect
+from onnxcomp.reports.outcome import Culprit, Step, Suspect
 from onnxcomp.target import Target
 from onnxcomp.validation.compare import Reference
 from onnxcomp.validation.gates import Verdict
 
-__all__ = ["Bisection"]
+__all__ = ["Bisection", "not_bisected"]
 
 SHOWN = 8  # sites that are named
 
@@ -60,7 +61,16 @@ class Bisection:
             name = _site(x, sites)
             suspects.setdefault(name, Suspect(name, x.reference.title, x.own, x.outstanding, x.reference.outputs))
         why = "" if found.culprits else "no site stands out: the error is spread over all that it changed"
+        why = "most of what it changed has nothing in common with what was there before" if found.unrelated else why
         return Culprit(p.name, str(p), self.at.failed, tuple(suspects.values())[:SHOWN], why)
+
+
+def not_bisected(verdicts: Sequence[Verdict], steps: Sequence[Step]) -> str:
+    """Why no pass is named for gates that the written file failed, with what each pass left of the constants."""
+    gates = ", ".join(v.gate for v in verdicts if not v.passed)
+    left = ", ".join(f"{s.name} {size_text(s.nbytes[1])}" for s in steps if s.nbytes[0] != s.nbytes[1])
+    why = f"--bisect names no pass for {gates}, judged on the written file behind all passes"
+    return f"{why}; constants were {size_text(steps[0].nbytes[0])}, behind {left}" if left else why
 
 
 def _site(x: Compared, sites: dict[str, str]) -> str:

@@ -30,7 +30,9 @@ from onnxcomp.target import CPU, Target
 __all__ = ["ByLayer", "Compared", "by_layer"]
 
 Runs = list[Array]  # a value on each sample
-SAMPLES = 4  # run one by one, so that no padding is compared; layers differ by factors, so few are enough
+SAMPLES = (
+    4  # run one by one where that goes, so that no padding is compared; layers differ by factors, so few are enough
+)
 SKETCH = 2048  # elements of a value that similarity is taken of, at equal distances
 # Relative error that the same arithmetic in another order stays below, by the narrowest float of the two models.
 NOISE = {ir.DataType.FLOAT: 1e-4, ir.DataType.FLOAT16: 1e-2, ir.DataType.BFLOAT16: 5e-2}
@@ -38,6 +40,9 @@ ALIKE = 0.5  # cosine from which on two values of one shape stand for each other
 WRONG = 0.2  # relative error of the next value that shows that an unlike one is no other basis, but wrong
 SAME_KIND = 0.5  # what one operator in both is worth, as squared cosine: decides where a fault left nothing alike
 OUTSTANDING = 6.0  # times the median own error of values of its kind from which on one stands out
+# Own error of the usual product from which on two models have nothing in common: of independent weights it is 1 or
+# more, of codes of 2 bits below 0.5.
+UNRELATED = 0.8
 FEW = 4  # values of a kind below which they have no usual error of their own
 
 
@@ -72,6 +77,12 @@ class ByLayer:
     samples: int
 
     @property
+    def unrelated(self) -> bool:
+        """Whether most weight products make something else of the same inputs, so that no part can be blamed."""
+        products = [x.own for x in self.values if x.reference.product]
+        return len(products) >= FEW and not float(np.median(products)) < UNRELATED
+
+    @property
     def first(self) -> Compared | None:
         """The first value that differs by more than noise."""
         return next((x for x in self.values if not x.error <= self.noise), None)
@@ -95,7 +106,7 @@ def by_layer(
     """Compare two models value by value on a few samples of the original's data, or of the `source`'s of both."""
     first, second = _raised(original), _raised(result)
     before, after = landmarks(first), landmarks(second)
-    raw = [b.feeds for b in data.spread(SAMPLES).rebatch(1)]
+    raw = [b.feeds for b in data.singly(SAMPLES)]
     feeds, fed = ([fitted(x, source or original, g) for x in raw] for g in (original, result))
     right = _values(first, before, feeds, target)
     made = _values(second, after, fed, target)

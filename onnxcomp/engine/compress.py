@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
-from onnxcomp.engine.asked import check_timed
+from onnxcomp.engine.asked import check_bisected, check_timed
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
 from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
@@ -155,6 +155,8 @@ def compress_each(
         bisect=bisect,
     )
     _needs_data(chosen, settings.calibration, plan)
+    if bisect and not plan:
+        check_bisected(Gate(chosen.gates))
     jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}
     if plan or place is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}

@@ -10,9 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks.layers import Layer, Unit, layers
-from onnxcomp.data.inputs import Batch
-from onnxcomp.data.narrowed import suited
-from onnxcomp.data.vocabulary import between
+from onnxcomp.data.narrowed import suited, without_caches
+from onnxcomp.engine.probe import fitted
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -25,19 +24,23 @@ if TYPE_CHECKING:
 
 __all__ = ["layer_map"]
 
-SAMPLES = 4  # run one by one, so that padding is not compared; layers differ by factors, so few are enough
-# Bytes of weights from which on a model is not run for this: loading it twice more would take a job seconds.
-LARGEST = 128 << 20
+SAMPLES = 4  # run one by one where that goes, so that padding is not compared; layers differ by factors: few do
+SMALL = 128 << 20  # bytes of weights from which on one sample has to do: loading and running take seconds then
+# Bytes from which on a model is not run for this: both are loaded once more, whole, whatever the memory of the job.
+LARGEST = 1 << 30
 
 
-def layer_map(walk: Walk, host: Target) -> tuple[LayerMap, ...]:
-    """Each layer of the original as passes know it, with what became of it; none where no pass lost anything."""
+def layer_map(walk: Walk, host: Target) -> tuple[tuple[LayerMap, ...], str]:
+    """Each layer of the original as passes know it, with what became of it; none where no pass lost anything.
+
+    And why the error of the stream was not measured, empty where it was.
+    """
     if not any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
-        return ()
+        return (), ""
     original, result = walk.exact, walk.unlowered or walk.graph
     before, after = layers(original), layers(result)
     by_name = {x.name: layer for layer in after for x in layer.linears}
-    errors = _errors(walk, before, result, host)
+    errors, why = _errors(walk, before, result, host)
     found = []
     for layer in before:
         now = next((by_name[x.name] for x in layer.linears if x.name in by_name), None)
@@ -45,7 +48,7 @@ def layer_map(walk: Walk, host: Target) -> tuple[LayerMap, ...]:
         stream = tuple(StreamError(part, name, errors.get(name)) for part, name in _ends(layer))
         sizes = ((_heads(layer), _heads(now)), (_kv_heads(layer), _kv_heads(now)), (_width(layer), _width(now)))
         found.append(LayerMap(layer.index, *sizes, dict(weights.most_common()), stream))
-    return tuple(found)
+    return tuple(found), why if found else ""
 
 
 def _heads(layer: Layer | None) -> int:
@@ -73,30 +76,38 @@ def _part(u: Unit) -> str:
     return " and ".join(x for x, there in (("attention", u.attends), ("feed-forward", u.feeds_forward)) if there)
 
 
-def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) -> dict[str, float]:
-    """Relative L2 error of the stream by the name of its value, where both models have it and it is cheap to run."""
+def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) -> tuple[dict[str, float], str]:
+    """Relative L2 error of the stream by the name of its value, where both models have it; else why there is none."""
     original, reference = walk.exact, walk.reference
-    if reference is None or max(original.nbytes, result.nbytes) > LARGEST or between(original, result) is not None:
-        return {}
     there = {str(v.name) for node in result.nodes() for v in node.outputs}
     names = [name for layer in before for _, name in _ends(layer) if name in there]
+    size = max(original.nbytes, result.nbytes)
+    if reference is None:
+        return {}, "there was no data to judge on"
+    if size > LARGEST:
+        return (
+            {},
+            f"models above {LARGEST >> 20:,} MiB are not run once more for it; `onnxcomp validate --by-layer` does",
+        )
     if not names:
-        return {}
-    few = reference.data.spread(SAMPLES).rebatch(1)
+        return {}, "no value of the original's residual stream is in the result by its name"
+    few = reference.data.singly(SAMPLES if size <= SMALL else 1)
+    taken = suited(few, original, result)
+    feeds = [b.feeds for b in (few if taken is few else without_caches(few, original))]
     try:
-        right = _run(original, few, names, host)
-        made = _run(result, suited(few, original, result), names, host)
-    except (DataError, ModelError):  # a batch size that is fixed, an operator that only the lowered model has
-        return {}
-    return {
-        name: _error([x[name] for x in right], [y[name] for y in made]) for name in names if _fit(right, made, name)
-    }
+        right = _run(original, feeds, names, host)
+        made = _run(result, [fitted(b.feeds, original, result) for b in taken], names, host)
+    except (DataError, ModelError) as e:  # such as an operator that only the lowered model has
+        return {}, f"the model before lowering did not run: {e}"
+    errors = {n: _error([x[n] for x in right], [y[n] for y in made]) for n in names if _fit(right, made, n)}
+    return errors, "" if errors else "the residual stream of the result has another width or length"
 
 
-def _run(g: Graph, data: object, names: Sequence[str], host: Target) -> list[Mapping[str, Array]]:
-    batches: list[Batch] = list(data)  # type: ignore[call-overload]
+def _run(
+    g: Graph, feeds: Sequence[Mapping[str, Array]], names: Sequence[str], host: Target
+) -> list[Mapping[str, Array]]:
     with Session(g, host, taps=names) as session:
-        return [session.run(b.feeds, names) for b in batches]
+        return [session.run(x, names) for x in feeds]
 
 
 def _fit(right: Sequence[Mapping[str, Array]], made: Sequence[Mapping[str, Array]], name: str) -> bool:

@@ -184,6 +184,7 @@ class PassManager:
         self._verify(work, p)
         step.changed = settled(p, work, sites, self.allow_unchanged)
         step.edits, step.declined, step.noted = work.edits, work.declined, work.noted
+        step.covered = work.covered
         walk.report.warnings += unmatched(p, work.declined)
         step.nodes = (before.model.graph.num_nodes(), work.model.graph.num_nodes())
         step.nbytes = (before.nbytes, work.nbytes)
@@ -371,7 +372,7 @@ class PassManager:
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)
         if walk.unlowered is not None and walk.plain is None and walk.reference is not None:
             walk.plain = possibly_compared(walk.reference, walk.unlowered)
-        report.layers = layer_map(walk, self.host)
+        report.layers, report.stream_note = layer_map(walk, self.host)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
+from onnxcomp.engine.bisect import not_bisected
 from onnxcomp.engine.blame import blaming
 from onnxcomp.engine.evidence import Evidence
 from onnxcomp.engine.host import host_of
@@ -173,7 +174,10 @@ def _check(job: Job, source: Stored, written: Stored, result: Result, watch: Wat
     if job.settings.measure and target.here and not elsewhere:
         r.benchmark = r.benchmark or confirm.timed([source, written], r, job.settings, watch)
         values["latency"] = max(1 / r.benchmark.ratio(1, s).value for s in r.benchmark.shapes)
-    r.verdicts += gate.judge(values, files=True)
+    on_file = gate.judge(values, files=True)
+    r.verdicts += on_file
+    if job.settings.bisect and not all(v.passed for v in on_file):
+        r.warnings.append(not_bisected(on_file, r.steps))
     refused = [str(v) for v in r.verdicts if not v.passed]
     r.refused = []
     if r.integer is not None and not r.integer.ok:

@@ -1,5 +1,6 @@
 """The model in memory: counted edits, coupled groups of axes, validity, storage of tensors."""
 
-from onnxcomp.graph.graph import CONTRIB, Declined, Graph, Noted, Site
+from onnxcomp.graph.graph import CONTRIB, Graph
+from onnxcomp.graph.records import Covered, Declined, Noted, Site
 
-__all__ = ["CONTRIB", "Declined", "Graph", "Noted", "Site"]
+__all__ = ["CONTRIB", "Covered", "Declined", "Graph", "Noted", "Site"]

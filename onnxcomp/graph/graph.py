@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,41 +23,16 @@ from onnxcomp.graph.identities import drop_identities
 from onnxcomp.graph.inference import infer_shapes
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
+from onnxcomp.graph.records import Covered, Declined, Noted, Site
 from onnxcomp.graph.scratch import as_tensor, release_weights
 from onnxcomp.graph.take import cut_group
 from onnxcomp.maths import Array
 
-__all__ = ["Declined", "Graph", "Noted", "Site"]
+__all__ = ["Graph"]
 
 CONTRIB = "com.microsoft"
 # Bytes of mapped weights read after which their pages are given back, where a graph is too large to stay in memory.
 RELEASE_AFTER = 256 << 20
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the graph that a pass may edit: a name to report, and the names of its nodes."""
-
-    name: str
-    nodes: tuple[str, ...]
-    kind: str = ""
-
-
-@dataclass(frozen=True)
-class Declined:
-    """A site that a pass left unchanged, with the reason."""
-
-    site: str
-    why: str
-
-
-@dataclass(frozen=True)
-class Noted:
-    """What a pass did to a site, as text such as `12 > 9 heads`, and what it measured there, by name, for programs."""
-
-    site: str
-    what: str
-    values: Mapping[str, float] = field(default_factory=dict)
 
 
 class Graph:
@@ -71,6 +45,7 @@ class Graph:
         self.touched: set[str] = set()
         self.declined: list[Declined] = []
         self.noted: list[Noted] = []
+        self.covered: list[Covered] = []
         self.spool: Path | None = None  # folder for large new constants; None keeps them in memory
         self._read = 0
         self._counter = itertools.count()

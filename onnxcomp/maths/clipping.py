@@ -12,7 +12,7 @@ import numpy as np
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array, Float64
 
-__all__ = ["BINS", "Clip", "bin_counts", "bin_edges", "clip_range"]
+__all__ = ["BINS", "Clip", "bin_counts", "bin_edges", "clip_loss", "clip_range"]
 
 Clip = Literal["minmax", "percentile", "entropy", "mse"]
 BINS = 65536  # one per pattern of a float32's upper 16 bits: sign, exponent, 7 bits of mantissa
@@ -131,6 +131,18 @@ def clip_range(
         limit = max(-low, high)
         return -limit, limit
     return low, high
+
+
+def clip_loss(histogram: Array, low: float, high: float, bits: int) -> tuple[float, float, float, float]:
+    """The least and largest value of a histogram, the share outside a range, and what rounding to it errs (rel. L2).
+
+    Values that lie less than half a step outside count as inside: they are rounded, not clipped.
+    """
+    b, near = _bins(histogram), (high - low) / (2**bits - 1) / 2
+    outside = float(b.count[(b.middle < low - near) | (b.middle > high + near)].sum() / b.count.sum())
+    size = float((b.middle**2 + b.spread) @ b.count)
+    lost = float(_error(_thinned(b), np.array([low]), np.array([high]), bits)[0])
+    return float(b.low[0]), float(b.high[-1]), outside, (lost / size) ** 0.5 if size else 0.0
 
 
 def _percentile(b: _Bins, percentile: float, symmetric: bool) -> tuple[float, float]:

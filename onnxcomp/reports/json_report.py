@@ -78,6 +78,7 @@ def to_json(report: Report) -> ReportPart:
         "steps": [_step(s) for s in report.steps],
         "verdicts": [{"gate": v.gate, "value": v.value, "passed": v.passed} for v in report.verdicts],
         "layers": [_plain(x) for x in report.layers],
+        "stream_note": report.stream_note,
         "by_layer": report.by_layer,
         "rungs": [_plain(r) for r in report.rungs],
         "remedy": None if report.remedy is None else _remedy(report.remedy),

@@ -12,8 +12,13 @@ from onnxcomp.reports.tables import outstanding, table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["layer_json", "layer_tables", "node_data"]
+__all__ = ["UNRELATED", "layer_json", "layer_tables", "node_data"]
 
+UNRELATED = (
+    "the two models have nothing in common: of the same inputs most weight products make something else in one than in "
+    "the other, so no part is to blame and where an error enters means nothing"
+)
+OWN = "Largest errors of their own (with the original's values before them)"
 SHOWN = 10  # values in the table, unless all are asked for
 # Colours of model-explorer's gradient, from the smallest error to the largest; readable with black text.
 GRADIENT = ({"stop": 0, "bgColor": "#ffffff"}, {"stop": 1, "bgColor": "#ff8a65"})
@@ -27,6 +32,7 @@ def layer_json(found: Any) -> dict[str, Any]:
         {
             "samples": found.samples,
             "noise": found.noise,
+            "unrelated": found.unrelated,
             "first": first,
             "culprits": [_row(x) for x in found.culprits],
             "worst": [_row(x) for x in found.worst[:SHOWN]],
@@ -55,12 +61,17 @@ def layer_tables(found: Mapping[str, Any], *, every: bool = False) -> list[Rende
     """Where two models begin to differ and what is to blame, of what `layer_json` gives."""
     count, missing, first = len(found["values"]), len(found["missing"]), found["first"]
     lines = [f"{count} values correspond" + (f", {missing} of the original have no counterpart" if missing else "")]
+    if found["unrelated"]:
+        return [f"{UNRELATED}. {lines[0]} by order and operator, no more.", *_values(found["values"])[:every]]
     lines.append("no value differs by more than noise" if first is None else f"the first that differs: {_said(first)}")
     lines += [f"stands out: {_said(x)}, {outstanding(x['outstanding'])}" for x in found["culprits"]]
-    shown = found["values"] if every else found["worst"]
+    shown = _values(found["values"] if every else found["worst"], "" if every else OWN)
+    return [". ".join(lines) + ".", *shown] if shown else [". ".join(lines)]
+
+
+def _values(shown: Sequence[Mapping[str, Any]], title: str = "") -> list[RenderableType]:
     columns = ("place", "node of the result", "reaches", "error", "own error")
-    title = "All values" if every else "Largest errors of their own (with the original's values before them)"
-    return [". ".join(lines) + ".", table(title, columns, map(_cells, shown), left=3)] if shown else [". ".join(lines)]
+    return [table(title or "All values", columns, map(_cells, shown), left=3)] if shown else []
 
 
 def _said(x: Mapping[str, Any]) -> str:

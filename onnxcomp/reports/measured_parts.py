@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import (
+    Any,
+    NotRequired,  # pydantic cannot read typing's before Python 3.12
+)
 
-from typing_extensions import TypedDict  # pydantic cannot read typing's before Python 3.12
+from typing_extensions import TypedDict
 
 __all__ = [
     "BenchmarkPart",
     "ByLayerPart",
+    "DriftPart",
     "FigurePart",
     "Interval",
     "LayerPart",
+    "LeftOutPart",
     "MachinePart",
     "MetricPart",
     "MissingPart",
@@ -164,6 +169,25 @@ class ValidationPart(TypedDict):
     metrics: dict[str, MetricPart]
 
 
+class LeftOutPart(TypedDict):
+    """What a fit errs on samples of the calibration data that none has read, beside that on the evaluation data.
+
+    In the gate value `metric`; `other_kind` says that the two differ by more than noise.
+    """
+
+    metric: str
+    left_out: float
+    evaluation: float
+    samples: int
+    other_kind: bool
+
+
+class DriftPart(ValidationPart):
+    """Result against original behind a pass; `left_out` where the pass fits weights and samples were left out."""
+
+    left_out: NotRequired[LeftOutPart]
+
+
 class StreamPart(TypedDict):
     """The residual stream behind a part of a layer: its value and relative L2 error, null where not measured."""
 
@@ -214,10 +238,14 @@ class MissingPart(TypedDict):
 
 
 class ByLayerPart(TypedDict):
-    """Two models value by value, on a few samples; errors up to `noise` are those of arithmetic in another order."""
+    """Two models value by value, on a few samples; errors up to `noise` are those of arithmetic in another order.
+
+    Of `unrelated` models nothing stands out: most products make something else of the same inputs.
+    """
 
     samples: int
     noise: float
+    unrelated: bool
     first: ValuePart | None
     culprits: list[ValuePart]
     worst: list[ValuePart]

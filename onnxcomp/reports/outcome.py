@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.blocks.stored_parts import StoredPart
 from onnxcomp.files.storage import save
-from onnxcomp.graph import Declined, Graph, Noted
+from onnxcomp.graph import Covered, Declined, Graph, Noted
 from onnxcomp.lowering.choices import Choice
 from onnxcomp.validation.gates import Verdict
 from onnxcomp.version import REPORT_SCHEMA, __version__
@@ -62,12 +62,13 @@ class Step:
     cached: bool = False
     choices: list[Choice] = field(default_factory=list)
     noted: list[Noted] = field(default_factory=list)
+    covered: list[Covered] = field(default_factory=list)
 
     def roll_back(self, why: str) -> None:
         """Say that the pass left nothing behind: no edits, sizes as before; its drift stays, as the reason."""
         self.rolled_back, self.changed, self.edits = why, 0, 0
         self.nodes, self.nbytes = (self.nodes[0],) * 2, (self.nbytes[0],) * 2
-        self.declined, self.noted, self.choices = [], [], []
+        self.declined, self.noted, self.choices, self.covered = [], [], [], []
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ class Report:
     """All that was done, declined and measured; `json_report` writes it as versioned JSON, `tables` for people.
 
     `kind` is compress, validate or bench, `command` what does it again, `models` are those compared, the original
-    first; `refused` is what checks other than gates refused.
+    first; `refused` is what checks other than gates refused; `stream_note` says why layers have no error of the stream.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -255,6 +256,7 @@ class Report:
     culprit: Culprit | None = None
     rungs: list[Rung] = field(default_factory=list)
     layers: tuple[LayerMap, ...] = ()
+    stream_note: str = ""
     by_layer: Any = None  # as `layer_tables.layer_json` gives it
     kind: str = "compress"
     command: str = ""

@@ -8,6 +8,7 @@ from typing_extensions import TypedDict  # pydantic cannot read typing's before 
 from onnxcomp.reports.measured_parts import (
     BenchmarkPart,
     ByLayerPart,
+    DriftPart,
     FigurePart,
     LayerPart,
     MachinePart,
@@ -19,6 +20,7 @@ __all__ = [
     "CandidatePart",
     "ChoicePart",
     "ConstantsPart",
+    "CoveredPart",
     "CulpritPart",
     "DataPart",
     "DataParts",
@@ -159,6 +161,25 @@ class NotedPart(TypedDict):
     values: dict[str, float]
 
 
+class CoveredPart(TypedDict):
+    """The numbers at a site, from `low` to `high`, and the range that codes of so many bits cover of them.
+
+    `outside` is the share of the numbers more than half a step beyond that, null where it was not counted; `error` is
+    the relative L2 error that clipping and rounding make of them.
+    """
+
+    site: str
+    of: str
+    value: str
+    bits: int
+    low: float
+    high: float
+    covered_low: float
+    covered_high: float
+    outside: float | None
+    error: float
+
+
 class StepPart(TypedDict):
     """What one pass did; sizes are [before, after]; `drift` is the comparison with the original after this pass.
 
@@ -177,11 +198,12 @@ class StepPart(TypedDict):
     seconds: float
     choosing: float
     peak_mib: float
-    drift: ValidationPart | None
+    drift: DriftPart | None
     rolled_back: str
     cached: bool
     choices: list[ChoicePart]
     noted: list[NotedPart]
+    covered: list[CoveredPart]
 
 
 class VerdictPart(TypedDict):
@@ -250,7 +272,8 @@ class ReportPart(TypedDict):
     """report.json of onnxcomp; a number that is infinite or undefined is null.
 
     `kind` is compress, validate or bench; `command` does it again; `models` are those compared, the original first.
-    `refused` says what refused the result, gates and checks; empty where nothing did.
+    `refused` says what refused the result, gates and checks; empty where nothing did. `stream_note` says why `layers`
+    have no error of the residual stream, empty where they have.
     """
 
     schema_version: int
@@ -270,6 +293,7 @@ class ReportPart(TypedDict):
     steps: list[StepPart]
     verdicts: list[VerdictPart]
     layers: list[LayerPart]
+    stream_note: str
     by_layer: ByLayerPart | None
     rungs: list[RungPart]
     remedy: RemedyPart | None

@@ -83,6 +83,11 @@ class Condition:
         return self.name if self.output is None else f"{self.name}[{self.output}]"
 
     @property
+    def on_files(self) -> bool:
+        """Whether it is judged on the written file alone."""
+        return self.name in MEASURED_ON_FILES
+
+    @property
     def metric(self) -> str | None:
         """The task metric that has to be computed for this condition, if any."""
         for suffix in ("-drop", "-rise"):
@@ -156,7 +161,7 @@ class Gate:
         """
         verdicts = []
         for c in self.conditions:
-            if (c.name in MEASURED_ON_FILES) is files:
+            if c.on_files is files:
                 value = values.get(c.measured)
                 if value is None and c.optional:
                     continue

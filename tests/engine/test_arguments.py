@@ -133,7 +133,7 @@ def test_a_report_replaces_reports_only(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     for _ in range(2):
         oc.optimize(source, tmp_path / "out", report=tmp_path / "deep" / "r.json", measure=False)
-    assert json.loads((tmp_path / "deep" / "r.json").read_text())["schema_version"] == 2
+    assert json.loads((tmp_path / "deep" / "r.json").read_text())["schema_version"] == 3
 
 
 def test_a_result_beside_its_source_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

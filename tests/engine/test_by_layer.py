@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from onnxcomp import blocks
-from onnxcomp.engine.bisect import Bisection
+from onnxcomp.engine.asked import check_bisected
+from onnxcomp.engine.bisect import Bisection, not_bisected
 from onnxcomp.engine.by_layer import by_layer
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.recipe import parse_pass
+from onnxcomp.errors import RecipeError
 from onnxcomp.graph import Graph
 from onnxcomp.maths.sequence_alignment import align
 from onnxcomp.reports.layer_tables import layer_json, layer_tables
+from onnxcomp.reports.outcome import Step
 from onnxcomp.target import CPU
-from onnxcomp.validation.gates import Verdict
+from onnxcomp.validation.gates import Gate, Verdict
 from tests import planted, tiny
 from tests.planted import Case
 
@@ -89,6 +92,33 @@ def test_a_stream_in_another_basis_is_no_fault_of_what_reads_it() -> None:
     assert [x.reference.op == x.candidate.op for x in found.values] == [True] * len(found.values)
     roles = [(x.reference.layer, x.reference.role) for x in found.values if x.reference.product]
     assert roles == [(i, r) for i in range(2) for r in ("query", "key", "value", "MLP gate", "MLP up")] + [(-1, "")]
+
+
+def test_models_with_other_weights_are_unrelated_and_nothing_stands_out() -> None:
+    g = tiny.decoder(layers=2, ffn=64)
+    found = by_layer(g, tiny.decoder(layers=2, ffn=64, seed=5), data(g))
+    assert found.unrelated
+    assert found.culprits == []
+    assert not by_layer(g, g.clone(), data(g)).unrelated
+    lines = layer_tables(layer_json(found))
+    assert str(lines[0]).startswith("the two models have nothing in common")
+    assert len(lines) == 1
+
+
+def test_gates_on_the_written_file_are_refused_for_bisecting() -> None:
+    with pytest.raises(RecipeError, match=r"but latency<=1x, size<=0\.5x can only be judged on the written file"):
+        check_bisected(Gate(["latency<=1x", "size<=0.5x"]))
+    with pytest.raises(RecipeError, match="there is no gate"):
+        check_bisected(Gate())
+    check_bisected(Gate(["size<=0.5x", "sqnr>=20"]))
+
+
+def test_a_size_that_refuses_says_what_each_pass_left() -> None:
+    steps = [Step("canonicalize", "canonicalize", "exact", nbytes=(8_000_000, 8_000_000))]
+    steps.append(Step("qdq", "qdq", "lossy", nbytes=(8_000_000, 3_600_000)))
+    says = not_bisected([Verdict("size<=0.1x", 0.46, passed=False), Verdict("latency<=1x", 0.9, passed=True)], steps)
+    assert says.startswith("--bisect names no pass for size<=0.1x, judged on the written file")
+    assert says.endswith("constants were 8.0 MB, behind qdq 3.6 MB")
 
 
 def test_bisect_names_the_pass_and_the_site_that_broke_a_gate() -> None:

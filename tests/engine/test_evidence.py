@@ -60,7 +60,7 @@ def test_the_card_says_what_was_made_checked_and_lost(made: Path) -> None:
     report = json.loads((made / "out" / "report.json").read_text())
     sites = f"| {report['steps'][1]['changed']} / {report['steps'][1]['eligible']} |"
     for said in (report["summary"], report["recipe"]["text"].strip(), "gate `sqnr>=10`", sites, "6 held-out samples"):
-        assert said in text
+        assert said in text.replace("0\\.", "0.")  # text that begins with a number and a full stop is escaped
     assert f"| sqnr | {report['validation']['values']['sqnr']:.4g} |" in text
     assert text.endswith("# The original\n\n| says | 1 |\n"), "what the source's card said is there"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import onnxcomp as oc
@@ -57,5 +59,30 @@ def test_a_refused_result_has_the_map(model: Graph) -> None:
 
 def test_large_models_are_not_run_for_it(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_map, "LARGEST", 1)
-    found = report(model, "qdq: {min_size: 1}").layers
-    assert [s.error for x in found for s in x.stream] == [None] * 4
+    found = report(model, "qdq: {min_size: 1}")
+    assert [s.error for x in found.layers for s in x.stream] == [None] * 4
+    assert found.stream_note.startswith("models above 0 MiB are not run once more for it")
+
+
+def test_of_larger_ones_one_sample_is_run(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[int] = []
+    run = layer_map._run
+    monkeypatch.setattr(layer_map, "_run", lambda g, feeds, *rest: runs.append(len(feeds)) or run(g, feeds, *rest))
+    for small in (layer_map.SMALL, 1):
+        monkeypatch.setattr(layer_map, "SMALL", small)
+        found = report(model, "qdq: {min_size: 1}")
+        assert all(s.error for x in found.layers for s in x.stream)
+        assert found.stream_note == ""
+    assert runs == [4, 4, 1, 1]
+
+
+def test_a_batch_size_that_is_fixed_is_run_as_it_is(tmp_path: Path) -> None:
+    fixed = storage.load(storage.save(tiny.encoder(batch=4), tmp_path / "fixed"))
+    found = report(fixed, "qdq: {min_size: 1}")
+    assert all(s.error for x in found.layers for s in x.stream)
+
+
+def test_a_narrower_stream_is_said(tmp_path: Path) -> None:
+    decoder = storage.load(storage.save(tiny.decoder(), tmp_path / "decoder"))
+    found = report(decoder, "slice: {ratio: 0.25}")
+    assert found.stream_note == "no value of the original's residual stream is in the result by its name"

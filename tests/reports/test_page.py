@@ -23,7 +23,7 @@ from onnxcomp.engine.repeat import command_of
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.files import storage
-from onnxcomp.graph import Declined, Noted
+from onnxcomp.graph import Covered, Declined, Noted
 from onnxcomp.lowering.choices import Candidate, Choice
 from onnxcomp.reports import json_report
 from onnxcomp.reports.outcome import Culprit, LayerMap, Origin, Remedy, Report, Rung, Size, StreamError, Suspect
@@ -45,9 +45,15 @@ def rich(name: str = "layer/0") -> Report:
     r = full()
     r.origin = Origin(name, "5a", "4b", f"passes: []\n# {name}", "int8", "4e", f"1. try {name}", "cpu", 3)
     r.command, r.models = f"onnxcomp compress {name}", (f"/models/{name}/model.onnx",)
-    parts = (StoredPart("embeddings", "float32", 3000), StoredPart("linears", "int8", 700))
-    r.size = Size(4000, 3800, parts, (StoredPart("embeddings", "float32", 3000), StoredPart("linears", "float32", 900)))
+    parts = (StoredPart("embeddings", "float32", 3000), StoredPart("attention", "int8", 700))
+    r.size = Size(
+        4000, 3800, parts, (StoredPart("embeddings", "float32", 3000), StoredPart("attention", "float32", 900))
+    )
     step = r.steps[0]
+    step.covered = [
+        Covered(name, "input", name, 8, -0.2, 24.75, -0.18, 23.25, 0.00001, 0.0908),
+        Covered(name, "weight", name, 8, -0.5, 0.25, -0.5, 0.5, None, 0.0125),
+    ]
     step.declined, step.noted = [Declined(name, f"too small: {name}")], [Noted(name, f"cut {name}")]
     candidates = (Candidate("plain", (1.5, 2.25)), Candidate("fused", (1.0, 1.5), 1.5, 1.4, 1.6, name))
     step.choices = [
@@ -55,8 +61,13 @@ def rich(name: str = "layer/0") -> Report:
     ]
     losses = [Noted(f"{name} {i}", "4 bits", {"4 bits": 3.0 - i, "8 bits": 0.5}) for i in range(3)]
     entry = Noted("recipe", f"qdq: {{skip: ['{name}']}}")
-    ranking = dataclasses.replace(step, name="sensitivity", spec="sensitivity", noted=[*losses, entry], choices=[])
-    r.steps += [ranking, dataclasses.replace(step, name="lower", spec=f"lower: {{x: {name}}}", fidelity="exact")]
+    ranking = dataclasses.replace(
+        step, name="sensitivity", spec="sensitivity", noted=[*losses, entry], choices=[], covered=[]
+    )
+    r.steps += [
+        ranking,
+        dataclasses.replace(step, name="lower", spec=f"lower: {{x: {name}}}", fidelity="exact", covered=[]),
+    ]
     r.layers = (
         LayerMap(0, (4, 2), (4, 2), (8, 8), {"int8": 5, "float32": 1}, (StreamError("attention", name, 0.0125),)),
         LayerMap(1, (4, 0), (4, 0), (8, 0), {}, (StreamError("attention", name, None),)),
@@ -73,11 +84,19 @@ def rich(name: str = "layer/0") -> Report:
         notes=(name,),
     )
     r.warnings.append(name)
+    r.stream_note = name
     r.remedy = Remedy("qdq", ((name, 0.7), ("b", 0.3)), 2, 3, 1, (name,), (f"sqnr>=30: {name}",), f"passes: [{name}]")
     value = {"layer": 0, "role": name, "original": name, "result": name, "value": name, "outputs": [name]}
     values = [{**value, "error": 0.5, "own": own, "outstanding": 7.5} for own in (0.25, 0.00001)]
     missing = [{"layer": None, "role": name, "node": name}]
-    r.by_layer = {"samples": 4, "noise": 1e-4, "first": None, "culprits": values[:1], "worst": values[:1]}
+    r.by_layer = {
+        "samples": 4,
+        "noise": 1e-4,
+        "unrelated": False,
+        "first": None,
+        "culprits": values[:1],
+        "worst": values[:1],
+    }
     r.by_layer |= {"values": values, "missing": missing}
     r.culprit = Culprit("qdq", "qdq", (name,), (Suspect(name, name, 0.5, 7.5, (name,)),), name)
     r.rungs = [Rung(name, name, {"sqnr": 20.5}, 700, 1.5), Rung("b", "lower", {}, None, 0.5, f"refused: {name}")]
@@ -191,7 +210,11 @@ def test_what_screen_readers_need() -> None:
 def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
     data, found = read(rich())
     pictures = drawings(found)
-    assert len(pictures) == len([e for e in found.all("figure") if e.attributes["id"].startswith("picture-")]) == 9
+    named = [e.attributes["id"] for e in found.all("figure") if e.attributes["id"].startswith("picture-")]
+    assert len(pictures) == len(named) == len(set(named)) == 12
+    assert {"picture-size", "picture-latency", "picture-layers-error", "picture-forms", "picture-forms-0-0"} < set(
+        named
+    )
     marked = [e for e in found.elements if "data-at" in e.attributes and e.tag == "rect"]
     assert len(marked) >= 12
     for e in marked:
@@ -200,7 +223,7 @@ def test_pictures_are_svg_with_text_and_the_figures_of_the_json() -> None:
         value = numbers.at(data, e.attributes["data-at"])
         assert any(title.text == numbers.shown(value, kind) for kind in numbers.KINDS)
     legends = [e.text for e in found.all("ul") if e.attributes.get("class") == "legend"]
-    assert any("embeddings float32" in e and "linears int8" in e for e in legends)
+    assert any("embeddings float32" in e and "attention int8" in e for e in legends)
     assert all(e.text.strip() for e in pictures)
 
 
@@ -288,7 +311,7 @@ def test_a_page_never_replaces_a_file_of_another_kind(result: Path, tmp_path: Pa
     ("content", "says"),
     [
         ("{", "is no JSON"), ("[]", "is no report"), ('{"schema_version": 1}', "is of report schema 1"),
-        ('{"schema_version": 2, "kind": 3}', "kind: Input should be a valid string"), ("[" * 100_000, "is no JSON"),
+        ('{"schema_version": 3, "kind": 3}', "kind: Input should be a valid string"), ("[" * 100_000, "is no JSON"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_report_is_one_error(content: str, says: str, tmp_path: Path) -> None:

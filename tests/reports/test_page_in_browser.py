@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,53 +12,24 @@ import pytest
 from onnxcomp.reports import json_report
 from onnxcomp.reports.outcome import Report
 from onnxcomp.reports.page.render import page
+from tests.reports.browser import CHROMIUM, PALE, WIDTHS, chromium, opened
 from tests.reports.test_page import HOSTILE, rich
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
-WIDTHS = (390, 1024, 1600)
-
-# Texts whose colour is too near to what is behind them (WCAG 2.2 AA: 4.5, of large text 3), with their ratio.
-PALE = """() => {
-  const rgb = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
-  const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4;
-  const light = ([r, g, b]) => [r, g, b].map(x => linear(x / 255))
-    .reduce((sum, x, i) => sum + x * [.2126, .7152, .0722][i], 0);
-  const behind = e => { for (; e; e = e.parentElement) { const c = rgb(getComputedStyle(e).backgroundColor);
-    if (c[3] > 0) return c; } return [255, 255, 255, 1]; };
-  const found = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  for (let n = walk.nextNode(); n; n = walk.nextNode()) {
-    const e = n.parentElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
-    if (!n.data.trim() || !box.width || e.closest('script, style, title, .hidden, [hidden]')) continue;
-    const a = light(rgb(e.closest('svg') ? style.fill : style.color)), b = light(behind(e));
-    const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05), large = parseFloat(style.fontSize) >= 24;
-    if (ratio < (large ? 3 : 4.5)) found.push(`${n.data.trim().slice(0, 40)}: ${ratio.toFixed(2)}`);
-  }
-  return found;
-}"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as p:
-        made = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as made:
         yield made
-        made.close()
 
 
-def opened(browser: Any, folder: Path, report: Report, width: int, scheme: str = "light") -> tuple[Any, list[str]]:
-    """The page in a window, with everything unfolded, and what the browser complained of."""
+def show(browser: Any, folder: Path, report: Report, width: int, scheme: str = "light") -> tuple[Any, list[str]]:
+    """The page of a report in a window."""
     file = folder / "report.html"
     file.write_text(page(json.loads(json_report.text(report))), "utf-8")
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True)
-    shown, said = context.new_page(), list[str]()
-    shown.on("console", lambda m: said.append(m.text))
-    shown.on("pageerror", lambda e: said.append(str(e)))
-    shown.on("dialog", lambda d: (said.append(f"dialog: {d.message}"), d.dismiss()))
-    shown.goto(file.as_uri())
-    shown.evaluate("document.querySelectorAll('details').forEach(x => { x.open = true; })")
-    return shown, said
+    return opened(browser, file, width, scheme)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -67,7 +37,7 @@ def opened(browser: Any, folder: Path, report: Report, width: int, scheme: str =
 def test_nothing_is_wider_than_the_window_and_nothing_complains(
     browser: Any, tmp_path: Path, width: int, name: str
 ) -> None:
-    shown, said = opened(browser, tmp_path, rich(name), width)
+    shown, said = show(browser, tmp_path, rich(name), width)
     assert said == []
     assert shown.evaluate("document.documentElement.scrollWidth") <= width
     assert shown.evaluate("document.querySelectorAll('img, iframe').length") == 0
@@ -76,12 +46,12 @@ def test_nothing_is_wider_than_the_window_and_nothing_complains(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", WIDTHS[:2])
 def test_texts_can_be_read(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
-    shown, _ = opened(browser, tmp_path, rich("layer/0"), width, scheme)
+    shown, _ = show(browser, tmp_path, rich("layer/0"), width, scheme)
     assert shown.evaluate(PALE) == []
 
 
 def test_the_keyboard_goes_down_the_page(browser: Any, tmp_path: Path) -> None:
-    shown, _ = opened(browser, tmp_path, rich("layer/0"), 1024)
+    shown, _ = show(browser, tmp_path, rich("layer/0"), 1024)
     order = []
     for _ in range(12):
         shown.keyboard.press("Tab")
@@ -100,7 +70,7 @@ def test_the_keyboard_goes_down_the_page(browser: Any, tmp_path: Path) -> None:
 
 
 def test_the_command_is_copied(browser: Any, tmp_path: Path) -> None:
-    shown, said = opened(browser, tmp_path, rich("layer/0"), 1024)
+    shown, said = show(browser, tmp_path, rich("layer/0"), 1024)
     button = shown.locator("button[data-copies=command]")
     assert button.is_visible()
     button.click()

@@ -107,7 +107,7 @@ def test_the_names_in_a_report_stay() -> None:
     data = valid(json_report.to_json(r))
     assert list(data) == [
         "schema_version", "kind", "summary", "command", "models", "refused", "figures", "job", "source", "recipe",
-        "target", "seed", "data", "size", "steps", "verdicts", "layers", "by_layer", "rungs", "remedy",
+        "target", "seed", "data", "size", "steps", "verdicts", "layers", "stream_note", "by_layer", "rungs", "remedy",
         "culprit", "validation", "benchmark", "lowering", "placement", "integer_check", "warnings", "machine",
         "versions",
     ]  # fmt: skip
@@ -120,7 +120,7 @@ def test_the_names_in_a_report_stay() -> None:
     assert data["lowering"] == {"kept": "lowered", "why": "faster", "ratios": [ratio]}
     assert list(data["steps"][0]) == [
         "name", "spec", "fidelity", "eligible", "changed", "edits", "declined", "nodes", "nbytes", "seconds",
-        "choosing", "peak_mib", "drift", "rolled_back", "cached", "choices", "noted",
+        "choosing", "peak_mib", "drift", "rolled_back", "cached", "choices", "noted", "covered",
     ]  # fmt: skip
     assert keys(data["placement"]) == dict.fromkeys(("provider", "ran", "elsewhere", "detail")) | {
         "nodes": {"CPUExecutionProvider": {"Gelu": None}}
@@ -135,7 +135,7 @@ def test_the_names_in_a_report_stay() -> None:
     ]  # fmt: skip
     assert r.metadata == {
         "onnxcomp.version": oc.__version__, "onnxcomp.source": "5a", "onnxcomp.recipe": "4e",
-        "onnxcomp.target": "cpu", "onnxcomp.schema": "2", "onnxcomp.passes": "canonicalize, lower",
+        "onnxcomp.target": "cpu", "onnxcomp.schema": "3", "onnxcomp.passes": "canonicalize, lower",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from onnxcomp.maths import Array, formats, int8_error
 from onnxcomp.maths.clipping import Clip, clip_range
 from onnxcomp.maths.int8_error import Range
 from onnxcomp.methods.quantize import linears
+from onnxcomp.methods.quantize.covered import values_covered
 from onnxcomp.methods.repair.readers import numbers
 from onnxcomp.stats import Need, Stats, histogram, sample
 
@@ -35,6 +36,10 @@ class InputCodes:
     clip: Clip | Literal["output"]
     percentile: float
     silent: dict[ir.Value, tuple[int, ...]]
+
+    @property
+    def _type(self) -> str:
+        return "int8" if self.signed else "uint8"
 
     def need(self, x: ir.Value) -> Need:
         """The histogram that the range of a value follows from."""
@@ -61,13 +66,15 @@ class InputCodes:
     ) -> ir.Value:
         """Codes of a value and back; `wide` gives float32 for a half-precision value."""
         scale, zero = self.constants(g, x, stats, readers, wide=wide)
+        site = readers[0].name if readers else str(x.name)
+        values_covered(g, site, str(x.name), stats[self.need(x)], scale, zero, formats.FORMATS[self._type])
         return self.coded(g, linears.in_float32(g, x) if wide else x, scale, zero)
 
     def constants(
         self, g: Graph, x: ir.Value, stats: Stats, readers: Sequence[Linear] = (), *, wide: bool = False
     ) -> tuple[Array, Array]:
         """Scale and zero point of a value; `wide` gives a float32 scale for a half-precision value."""
-        fmt = "int8" if self.signed else "uint8"
+        fmt = self._type
         low, high = self._range(g, x, stats, readers, fmt)
         dtype = x.dtype.numpy() if x.dtype and not (wide and x.dtype in linears.HALVES) else np.dtype(np.float32)
         return formats.affine(low, high, fmt, symmetric=self.symmetric, scale_type=dtype)

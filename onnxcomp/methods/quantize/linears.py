@@ -11,8 +11,9 @@ from onnxcomp import blocks
 from onnxcomp.blocks import BatchedLinear, Embedding, Linear
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array, formats, saturation
-from onnxcomp.maths.formats import FORMATS
+from onnxcomp.maths.formats import FORMATS, Quantized
 from onnxcomp.maths.rotation import is_rotation
+from onnxcomp.methods.quantize.covered import weight_covered
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.target import Granularity, Target, resolved
 
@@ -168,7 +169,17 @@ class WeightCodes:
                 self._made[key] = self.g.op("Transpose", q, perm=[1, 0], name=f"{q.name}_head", like=like), scale
             else:
                 self._made[key] = self._make(linear.weight, linear.transposed, self.saturates)
+                self._note(linear, *self._made[key])
         return self._made[key]
+
+    def _note(self, linear: Linear, q: ir.Value, scale: ir.Value) -> None:
+        """Note what the codes of a weight `[K, N]` cover, but of one that is not read yet."""
+        if not isinstance(q.const_value, ir.LazyTensor):
+            weight, s = self.g.array(linear.weight), self.g.array(scale)
+            codes = Quantized(self.g.array(q), s, np.zeros_like(s), self.axis)
+            weight_covered(
+                self.g, linear.name, str(linear.weight.name), weight.T if linear.transposed else weight, codes, 8
+            )
 
     def rows(self, table: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Symmetric int8 codes `[rows, width]` of a table and their scale, `[rows]` or `[]`."""

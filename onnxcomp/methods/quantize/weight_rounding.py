@@ -19,6 +19,7 @@ from onnxcomp.maths.formats import FORMATS, Format, Quantized
 from onnxcomp.maths.hqq import hqq
 from onnxcomp.maths.solve import least_squares
 from onnxcomp.methods.quantize import linears
+from onnxcomp.methods.quantize.covered import weight_covered
 from onnxcomp.methods.quantize.table_blocks import BlockTables, RowTables, Tables
 from onnxcomp.methods.repair.correspondence import reference_value
 from onnxcomp.pipeline import Env
@@ -275,6 +276,7 @@ class Rounder:
             if gain.any() and x.bias is not None:
                 old = g.array(x.bias)
                 g.put(x.bias, (old + gain.reshape(old.shape)).astype(old.dtype))
+        weight_covered(g, x.name, str(x.weight.name), weight, q, method.bits)
         name = f"{x.weight.name}_{method.fmt.name if method.codes == 'fp8' else f'int{method.bits}'}"
         zero = None if method.symmetric else g.constant(q.zero, f"{name}_zero")
         return g.constant(np.ascontiguousarray(q.codes), name), g.constant(q.scale, f"{name}_scale"), zero

@@ -67,6 +67,7 @@ KINDS: Mapping[str, Callable[[float], str]] = {
     "mib": lambda x: size_text(x * (1 << 20)),
     "times": lambda x: f"{x:.2f}x",
     "percent": lambda x: f"{x:.2%}" if abs(x) < 0.1 else f"{x:.1%}",
+    "share": lambda x: f"{x:.2%}" if not 0 < x < 1e-4 else "< 0.01%",
     "signed": lambda x: f"{x:+.2%}",
     "dB": lambda x: f"{x:.1f} dB" if x else "0 dB",
     "nats": lambda x: f"{_significant(x)} nats",

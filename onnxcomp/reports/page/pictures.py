@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from onnxcomp.reports.page import plots
 from onnxcomp.reports.page.numbers import Figure, at, pointer
 from onnxcomp.reports.page.plots import Bar, Series
 
-__all__ = ["Picture", "pictures"]
+__all__ = ["MOST", "Picture", "pictures", "short_names"]
 
 LAYERS = 64  # bars of a picture of layers: two for each of 32
 MOST = 16  # bars of a picture; the table below it has the others
+PARTS = ("embeddings", "attention", "feed-forward", "head", "linears", "convolutions", "norms")  # by their colours
+ENTRY = "recipe"  # what a pass calls the note that is an entry of a recipe
 LEAST = 0.005  # of a model's bytes: smaller parts are in the table alone
 
 
@@ -21,7 +24,8 @@ LEAST = 0.005  # of a model's bytes: smaller parts are in the table alone
 class Picture:
     """A plot with its title, what it says, and its figures: each row a name and figures of the report.
 
-    `recipe` is an entry of a recipe that follows from it; `legend` names the colours where there are several.
+    `recipe` is an entry of a recipe that follows from it; `legend` has names with the classes of their colours where
+    there are several.
     """
 
     name: str
@@ -31,13 +35,20 @@ class Picture:
     columns: Sequence[str]
     rows: Sequence[Sequence[str | Figure]]
     recipe: str = ""
-    legend: Sequence[str] = ()
+    legend: Sequence[tuple[str, str]] = ()
 
 
 def pictures(report: Mapping[str, Any]) -> list[Picture]:
     """All that there are figures for, in the order of the page."""
     made = (_sizes, _latency, _steps, _stream, _values, _suspects, _outputs, _losses, _shares)
     return [x for x in (make(report) for make in made) if x is not None]
+
+
+def short_names(models: Iterable[str]) -> dict[str, str]:
+    """Names of models by their paths: the folder of a model.onnx, else the last part; whole paths where these agree."""
+    known = list(dict.fromkeys(models))
+    names = [Path(m).parent.name if Path(m).stem == "model" else Path(m).name for m in known]
+    return dict(zip(known, names if len(set(names)) == len(names) and all(names) else known, strict=True))
 
 
 def _bar(report: Mapping[str, Any], *keys: str | int) -> Bar:
@@ -56,18 +67,30 @@ def _sizes(report: Mapping[str, Any]) -> Picture | None:
             places.setdefault((x["part"], x["dtype"]), {})[side] = i
     total = max(size["original"], size["result"], 1)
     series, rows = [], []
-    for (part, dtype), found in places.items():
+    for (part, dtype), found in sorted(
+        places.items(), key=lambda x: (PARTS.index(x[0][0]) if x[0][0] in PARTS else len(PARTS), x[0][1])
+    ):
         bars = [
             _bar(report, "size", side, found[side], "nbytes") if side in found else Bar(0, "")
             for side in ("before", "parts")
         ]
         if max(b.value or 0 for b in bars) >= LEAST * total:
-            series.append(Series(f"{part} {dtype}", bars))
+            series.append(Series(f"{part} {dtype}", bars, _shade(part, dtype)))
         rows.append([f"{part}, {dtype}", *(Figure(b.where, "bytes") if b.where else "-" for b in bars)])
     title = "Size by part"
     svg = plots.stacks(("original", "result"), series, "bytes", title)
-    says = "What the bytes of the constants are: by the part that reads them and by their element type."
-    return Picture("size", title, says, svg, ("part", "original", "result"), rows, legend=[s.name for s in series])
+    says = "What the bytes of the constants are: a colour for each part that reads them, paler with fewer bits."
+    return Picture("size", title, says, svg, ("part", "original", "result"), rows, legend=_legend(series))
+
+
+def _shade(part: str, dtype: str) -> str:
+    """Classes of a part and of the bits of its elements."""
+    bits = next((n for n in (64, 32, 16, 8) if str(n) in dtype), 4)
+    return f"color-{PARTS.index(part) if part in PARTS else len(PARTS)} bits-{bits}"
+
+
+def _legend(series: Sequence[Series]) -> list[tuple[str, str]]:
+    return [(s.name, s.color or f"color-{i}") for i, s in enumerate(series)]
 
 
 def _latency(report: Mapping[str, Any]) -> Picture | None:
@@ -75,17 +98,17 @@ def _latency(report: Mapping[str, Any]) -> Picture | None:
     if (bench := report["benchmark"]) is None or not bench["rows"]:
         return None
     shapes = list(dict.fromkeys(r["shape"] for r in bench["rows"]))
-    series = []
-    for model in dict.fromkeys(r["model"] for r in bench["rows"]):
+    series, names = [], short_names(r["model"] for r in bench["rows"])
+    for model in names:
         places = [i for i, r in enumerate(bench["rows"]) if r["model"] == model]
         bars = [
             Bar(r["median_ms"], pointer("benchmark", "rows", i, "median_ms"), r["min"], r["p90"])
             for i, r in ((i, bench["rows"][i]) for i in places)
         ]
-        series.append(Series(model, bars))
+        series.append(Series(names[model], bars))
     rows: list[list[str | Figure]] = [
         [
-            f"{r['model']}, {r['shape']}",
+            f"{names[r['model']]}, {r['shape']}",
             *(Figure(pointer("benchmark", "rows", i, k), "ms") for k in ("min", "median_ms", "p90", "p99")),
             Figure(pointer("benchmark", "rows", i, "samples"), "count"),
         ]
@@ -95,7 +118,7 @@ def _latency(report: Mapping[str, Any]) -> Picture | None:
     svg = plots.columns(shapes, series, "ms", title)
     columns = ("model", "fastest", "median", "90 %", "99 %", "runs")
     says = "Median time of a run; the line is from the fastest run to the 90th percentile. Lower is better."
-    return Picture("latency", title, says, svg, columns, rows, legend=[s.name for s in series])
+    return Picture("latency", title, says, svg, columns, rows, legend=_legend(series))
 
 
 def _steps(report: Mapping[str, Any]) -> Picture | None:
@@ -105,7 +128,9 @@ def _steps(report: Mapping[str, Any]) -> Picture | None:
         for i, s in enumerate(report["steps"])
         if s["drift"] is not None and s["drift"]["values"].get("sqnr") is not None
     ]
-    if len(found) < 2 or all(s["fidelity"] == "exact" for _, s in found):
+    first = next((n for n, (_, s) in enumerate(found) if s["fidelity"] != "exact"), len(found))
+    found = found[first:]  # exact passes before it lose nothing that could be seen beside the others
+    if len(found) < 2:
         return None
     where = [("steps", i, "drift", "values", "sqnr") for i, _ in found]
     names = [f"{i + 1}. {s['name']}" for i, s in found]
@@ -137,7 +162,7 @@ def _stream(report: Mapping[str, Any]) -> Picture | None:
 
 def _values(report: Mapping[str, Any]) -> Picture | None:
     """Values by what their own part gets wrong, of a comparison value by value."""
-    if (found := report["by_layer"]) is None:
+    if (found := report["by_layer"]) is None or found["unrelated"]:
         return None
     places = [i for i, x in enumerate(found["values"]) if x["own"] is not None and x["own"] > found["noise"]]
     if not places:
@@ -203,13 +228,18 @@ def _losses(report: Mapping[str, Any]) -> Picture | None:
         ]
         for n, j in zip(names, places, strict=True)
     ]
-    entry = next((x["what"] for x in step["noted"] if x["site"] == "recipe"), "")
+    entry = next((x["what"] for x in step["noted"] if x["site"] == ENTRY), "")
     says = f"What each site costs in this form alone, as {step['name']} measured it; the worst first."
     return Picture("losses", title, says, svg, ("site", *forms), rows, f"- {entry}" if entry else "")
 
 
 def _ranked(step: Mapping[str, Any]) -> tuple[str, list[int]] | None:
-    """The form that a pass ranked its sites by, and their places, the worst first; None where it measured none."""
+    """The form that a pass ranked its sites by, and their places, the worst first; None where it measured none.
+
+    A pass that ranks sites ends with the entry of a recipe that follows from it.
+    """
+    if all(x["site"] != ENTRY for x in step["noted"]):
+        return None
     valued = [j for j, x in enumerate(step["noted"]) if x["values"]]
     for form in {k: None for j in valued for k in step["noted"][j]["values"]}:
         places = [j for j in valued if form in step["noted"][j]["values"]]

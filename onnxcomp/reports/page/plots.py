@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,13 +11,14 @@ from typing import Any
 
 from onnxcomp.reports.page.numbers import clean, shown
 
-__all__ = ["Bar", "Series", "available", "columns", "rows", "stacks"]
+__all__ = ["COLORS", "Bar", "Series", "available", "columns", "rows", "stacks"]
 
 WIDTH = 380  # units of the drawing; about a pixel each on a phone, so that text can be read there
 ROW = 24  # height of a horizontal bar with its gap
 LONGEST = 28  # characters of a label; what is longer is cut in the middle, the table beside it has the whole name
+COLORS = 8  # of the page
 ROOM = 1.3  # of the longest bar: behind it stands its value
-_FEW = {"x_labels_major_count": 4, "show_minor_x_labels": False}  # of horizontal bars x is the axis of values
+TICKS = 4  # steps of an axis at most; one less where their texts stand side by side
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ class Bar:
 
 @dataclass(frozen=True)
 class Series:
-    """Bars of one colour, one for each label."""
+    """Bars of one colour, one for each label; `color` are its classes on the page, by default those of its place."""
 
     name: str
     bars: Sequence[Bar]
+    color: str = ""
 
 
 def available() -> bool:
@@ -46,7 +49,7 @@ def rows(labels: Sequence[str], series: Series, kind: str, title: str) -> str:
     """Horizontal bars, the first at the top."""
     top = max((b.value for b in series.bars if b.value is not None), default=0.0)
     low = min((b.value for b in series.bars if b.value is not None), default=0.0)
-    options: dict[str, Any] = {"range": (min(0.0, low), top * ROOM), **_FEW}
+    options: dict[str, Any] = {"range": (min(0.0, low), top * ROOM), "y_labels": _ticks(min(0.0, low), top, TICKS - 1)}
     chart = _chart("HorizontalBar", [_short(x) for x in reversed(labels)], kind, 40 + ROW * len(labels), **options)
     root = _tree(chart, [Series(series.name, series.bars[::-1])], title)
     for node in root.iter("text"):
@@ -58,16 +61,28 @@ def rows(labels: Sequence[str], series: Series, kind: str, title: str) -> str:
 def stacks(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
     """Horizontal bars of parts, one bar for each label, the first at the top."""
     height = 50 + 36 * len(labels)
-    chart = _chart("HorizontalStackedBar", labels[::-1], kind, height, print_values=False, **_FEW)
-    return _text(_tree(chart, [Series(s.name, s.bars[::-1]) for s in series], title))
+    top = max((sum(s.bars[i].value or 0.0 for s in series) for i in range(len(labels))), default=0.0)
+    chart = _chart(
+        "HorizontalStackedBar", labels[::-1], kind, height, print_values=False, y_labels=_ticks(0.0, top, TICKS - 1)
+    )
+    return _text(_tree(chart, [Series(s.name, s.bars[::-1], s.color) for s in series], title))
 
 
 def columns(labels: Sequence[str], series: Sequence[Series], kind: str, title: str) -> str:
     """Vertical bars in groups, with their spread."""
     top = max((x for s in series for b in s.bars for x in (b.value, b.high) if x is not None), default=1.0)
     options: dict[str, Any] = {"range": (0, top * 1.1)}
-    options |= {"y_labels_major_count": 4, "show_minor_y_labels": False, "print_values": False}
+    options |= {"y_labels": _ticks(0.0, top), "print_values": False}
     return _text(_tree(_chart("Bar", [_short(x) for x in labels], kind, 280, **options), series, title))
+
+
+def _ticks(low: float, high: float, most: int = TICKS) -> list[float]:
+    """Round values of an axis, at most so many steps."""
+    if not math.isfinite(high - low) or high <= low:
+        return [0.0]
+    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(power * k for k in (1, 2, 5, 10, 20) if power * k * most >= high - low)
+    return [step * k for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
 def _chart(name: str, labels: Sequence[str], kind: str, height: int, **options: Any) -> Any:
@@ -107,8 +122,11 @@ def _tree(chart: Any, series: Sequence[Series], title: str) -> Any:
         for child in list(parent):
             if not isinstance(child.tag, str) or child.tag in ("defs", "title") or _hidden(child):
                 parent.remove(child)
+    colors = {f"color-{i}": s.color for i, s in enumerate(series) if s.color}
     for node in root.iter():
         node.attrib.pop("id", None)
+        if own := [colors.get(c, c) for c in node.get("class", "").split()]:
+            node.set("class", " ".join(own))
     root.set("role", "img")
     root.set("aria-label", clean(title))
     for node in root.iter("desc"):

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onnxcomp.reports.layer_tables import UNRELATED
 from onnxcomp.reports.page import plots
+from onnxcomp.reports.page.covered import covered
+from onnxcomp.reports.page.forms import best_others, costs
 from onnxcomp.reports.page.numbers import Figure, at, clean, exact, pointer, shown
-from onnxcomp.reports.page.pictures import pictures
+from onnxcomp.reports.page.pictures import pictures, short_names
 from onnxcomp.reports.page.tasks import tasks
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ FOLDER = Path(__file__).parent
 # Of figures: the kind of their values before and after, and of their change. Others are plain numbers.
 VALUES = {"bytes": "bytes", "ms": "ms", "dB": "dB", "nats": "nats"}
 CHANGES = {"size": "times", "memory": "times", "latency": "times", "perplexity": "signed"}
+LONGEST = 80  # characters of a title
 SHARES = ("accuracy", "f1", "agreement", "exact-match")
 NAMES = {
     "size": "Size on disk", "latency": "Latency", "memory": "Peak memory", "sqnr": "Signal to noise (SQNR)",
@@ -60,9 +64,8 @@ def page(report: Mapping[str, Any]) -> str:
             is_figure=lambda x: isinstance(x, Figure),
             pointer=pointer,
             rows=_figure_rows(report["figures"]),
-            pictures=[(p, Markup(p.svg)) for p in pictures(report)] if plots.available() else [],
-            tasks=tasks(report),
-            drawn=plots.available(),
+            svg=lambda p: Markup(p.svg),
+            **_parts(report, drawn=plots.available()),
             verdict=_verdict(report),
             title=_title(report),
             grouped=_grouped,
@@ -70,12 +73,27 @@ def page(report: Mapping[str, Any]) -> str:
     )
 
 
+def _parts(report: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
+    """Pictures and tables of the page, `drawn` where the library for that is there."""
+    return {
+        "pictures": pictures(report) if drawn else [],
+        "forms": best_others(report) if drawn else None,
+        "costs": costs(report) if drawn else {},
+        "drawn": drawn,
+        "covered": covered(report),
+        "unrelated": UNRELATED,
+        "short": short_names([r["model"] for r in (report["benchmark"] or {"rows": ()})["rows"]]),
+        "tasks": tasks(report),
+    }
+
+
 def _title(report: Mapping[str, Any]) -> str:
     """What was done to what."""
-    names = [Path(m).parent.name if Path(m).stem == "model" else Path(m).name for m in report["models"]]
+    names = list(short_names(report["models"]).values())
     if report["kind"] == "compress":
         return f"{names[0] if names else 'model'}, recipe {report['recipe']['name'] or 'unknown'}"
-    return " and ".join(names) if len(names) < 3 else f"{len(names)} models"
+    said = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return said if len(said) <= LONGEST else f"{len(names)} models"
 
 
 def _verdict(report: Mapping[str, Any]) -> dict[str, str]:
