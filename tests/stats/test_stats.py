@@ -124,7 +124,7 @@ def test_accumulators_hold_no_more_than_they_say(stat: Stat) -> None:
     acc = feed(empty(stat), stat, np.abs(np.random.default_rng(0).standard_normal((200, 64))).astype(np.float32))
     held = sum(x.nbytes for x in vars(acc).values() if isinstance(x, np.ndarray))
     held += sum(x.nbytes for xs in vars(acc).values() if isinstance(xs, list) for x in xs)
-    keys = 8 * stat.n if kind.draws else 0  # of at most n rows, next to nothing beside the rows
+    keys = 16 * stat.n if kind.draws else 0  # next to nothing beside the rows
     assert held <= kind.nbytes(stat, widths) + keys
 
 

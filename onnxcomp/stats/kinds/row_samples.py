@@ -38,27 +38,42 @@ class SmallestKeys:
         if n < 1:
             raise DataError(f"a sample of {n} rows was asked for; ask for at least one")
         self.n = n
-        self.keys = np.zeros(0, np.uint64)
-        self.rows: Array | None = None
+        self._keys, self._rows = list[Array](), list[Array]()
+        self._limit: np.uint64 | None = None  # the largest key that stays, once `n` are there
 
     def update(self, x: Array, extra: Array | None = None) -> None:
         finite(x)
         self._add(row_keys(x) if extra is None else extra, x)
 
     def _add(self, keys: Array, rows: Array) -> None:
-        if self.rows is not None:
-            keys, rows = np.concatenate([self.keys, keys]), np.concatenate([self.rows, rows])
-        self.keys, first = np.unique(keys, return_index=True)
-        self.keys, self.rows = self.keys[: self.n], rows[first[: self.n]]
+        near = np.ones(len(keys), bool) if self._limit is None else keys < self._limit
+        if not near.any():
+            return
+        self._keys.append(keys[near])
+        self._rows.append(rows[near])
+        if sum(map(len, self._keys)) >= held(self.n):
+            self._sort()
+
+    def _sort(self) -> None:
+        """Keep the rows of the smallest keys, each key once."""
+        keys, first = np.unique(np.concatenate(self._keys), return_index=True)
+        self._limit = keys[self.n - 1] if len(keys) >= self.n else None
+        self._keys, self._rows = [keys[: self.n]], [np.concatenate(self._rows)[first[: self.n]]]
 
     def merge(self, other: Self) -> None:
-        if other.rows is not None:
-            self._add(other.keys, other.rows)
+        for keys, rows in zip(other._keys, other._rows, strict=True):
+            self._add(keys, rows)
 
     def result(self) -> Array:
-        if self.rows is None or not len(self.rows):
+        if not self._keys:
             raise no_rows()
-        return self.rows
+        self._sort()
+        return self._rows[0]
+
+
+def held(n: int) -> int:
+    """Rows that are held of a sample of `n`: a fourth more, so that they are sorted rarely."""
+    return n + max(n // 4, 1)
 
 
 class Sample(Statistic):
@@ -74,6 +89,11 @@ class Sample(Statistic):
     def accumulator(cls, stat: Stat) -> SmallestKeys:
         """Keeps the rows with the smallest keys."""
         return SmallestKeys(stat.n)
+
+    @classmethod
+    def nbytes(cls, stat: Stat, widths: Sequence[int]) -> int:
+        """Rows in float32, with those that wait to be sorted."""
+        return widths[0] * 4 * held(stat.n)
 
 
 class Paired(Sample):
