@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxcomp.engine.compress import compress as compress
     from onnxcomp.engine.compress import optimize as optimize
     from onnxcomp.engine.consumers import package as package
+    from onnxcomp.engine.generate import generate as generate
     from onnxcomp.engine.job import Job as Job
     from onnxcomp.engine.manager import PassManager as PassManager
     from onnxcomp.engine.recipe import Recipe as Recipe
@@ -74,6 +75,7 @@ _HOME = {
     "Job": "engine.job",
     "compress": "engine.compress",
     "optimize": "engine.compress",
+    "generate": "engine.generate",
     "package": "engine.consumers",
     "Pass": "pipeline",
     "PassManager": "engine.manager",

@@ -15,6 +15,7 @@ import onnxcomp
 from onnxcomp.cli import failures
 from onnxcomp.cli.catalogue import doctor, passes, presets, schema, verify
 from onnxcomp.cli.console import Output, parse_memory, parse_seconds, parse_shape
+from onnxcomp.cli.generate_text import generate
 from onnxcomp.cli.options import (
     AllowCode,
     Batch,
@@ -299,7 +300,7 @@ def tune(
     output.show(report.finite(choices.json()), line, tables.choices(found, every=verbose))
 
 
-for _command in (validate, diff, verify, package, sensitivity, presets, passes, schema, doctor):
+for _command in (validate, diff, verify, package, generate, sensitivity, presets, passes, schema, doctor):
     app.command()(_command)
 app.command("report")(remake)
 

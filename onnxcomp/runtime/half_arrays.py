@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxcomp.maths import Array
 
-__all__ = ["run"]
+__all__ = ["as_array", "as_value", "run"]
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -25,18 +25,19 @@ def run(ort: Any, session: Any, names: Sequence[str], feeds: Mapping[str, Array]
     ):
         arrays: list[Array] = session.run(names, dict(feeds))
         return arrays
-    values = session.run_with_ort_values(names, {n: _as_value(ort, a) for n, a in feeds.items()})
-    return [_as_array(v) for v in values]
+    values = session.run_with_ort_values(names, {n: as_value(ort, a) for n, a in feeds.items()})
+    return [as_array(v) for v in values]
 
 
-def _as_value(ort: Any, a: Array) -> Any:
+def as_value(ort: Any, a: Array) -> Any:
+    """An array in the runtime's memory."""
     a = np.ascontiguousarray(a)
     if a.dtype != BFLOAT16:
         return ort.OrtValue.ortvalue_from_numpy(a)
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(a.view(np.uint16), ir.DataType.BFLOAT16.value)
 
 
-def _as_array(value: Any) -> Array:
+def as_array(value: Any) -> Array:
     """A copy of a value's elements."""
     if value.data_type() != "tensor(bfloat16)":
         a: Array = value.numpy()

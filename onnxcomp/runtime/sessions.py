@@ -174,6 +174,20 @@ class Session:
         results = dict(zip(fetched, arrays, strict=True))
         return {n: results[n] if n in results else feeds[n] for n in names}
 
+    def run_values(
+        self, feeds: Mapping[str, Array], values: Mapping[str, Any], outputs: Sequence[str]
+    ) -> dict[str, Any]:
+        """Run on arrays and on `values` that an earlier call gave; the outputs stay in the runtime's own memory."""
+        if self._session is None:
+            raise OnnxcompError(f"{self._name}: the session is closed")
+        given = {n: half_arrays.as_value(self._ort, a) for n, a in feeds.items() if n not in self._removed} | dict(
+            values
+        )
+        try:
+            return dict(zip(outputs, self._session.run_with_ort_values(list(outputs), given), strict=True))
+        except failures() as e:
+            raise self._explain(e, feeds) from e
+
     def _explain(self, e: Exception, feeds: Mapping[str, Array]) -> OnnxcompError:
         shapes = ", ".join(f"{n} {list(a.shape)}" for n, a in feeds.items())
         if "out of data bounds" in str(e):

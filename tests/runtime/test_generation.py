@@ -1,0 +1,147 @@
+"""Token by token: caches against the whole text, padding, sampling, and what generates nothing."""
+
+import json
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+pytest.importorskip("onnxruntime")
+pytest.importorskip("tokenizers")
+
+from onnxcomp.cli import main
+from onnxcomp.engine.generate import generate
+from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files.storage import save
+from onnxcomp.graph import Graph
+from onnxcomp.maths.sampling import Sampling
+from onnxcomp.runtime.generation import Decoder, generated
+from tests import tiny
+
+WORDS, WIDTH, HEADS = 11, 16, 2
+RNG = np.random.default_rng(3)
+WEIGHTS = {
+    "table": 2 * RNG.standard_normal((WORDS, WIDTH)),
+    **{n: RNG.standard_normal((WIDTH, WIDTH)) / 2 for n in "qkv"},
+    "head": RNG.standard_normal((WIDTH, WORDS)),
+}
+
+
+def decoder(*, cached: bool = True, causal: bool = True) -> Graph:
+    """One attention between a table and a head, with caches or without."""
+    ids = ir.Value(name="input_ids", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["b", "s"]))
+    floats = ir.TensorType(ir.DataType.FLOAT)
+    past = [
+        ir.Value(name=f"past.{n}", type=floats, shape=ir.Shape(["b", HEADS, "p", WIDTH // HEADS])) for n in "kv"
+    ] * cached
+    g = Graph(ir.Model(ir.Graph([ids, *past], [], nodes=[], opset_imports={"": 23}, name="lm"), ir_version=10))
+    x = g.op("Gather", g.constant(WEIGHTS["table"].astype(np.float32), "table"), ids)
+    q, k, v = (g.op("MatMul", x, g.constant(WEIGHTS[n].astype(np.float32), n)) for n in "qkv")
+    sizes = {"q_num_heads": HEADS, "kv_num_heads": HEADS, "is_causal": int(causal)}
+    y = g.op("Attention", q, k, v, *([None, *past] if cached else []), outputs=3 if cached else 1, **sizes)
+    node = y.producer()
+    logits = g.op("MatMul", g.op("Add", x, y), g.constant(WEIGHTS["head"].astype(np.float32), "head"))
+    logits.name, logits.type, logits.shape = "logits", floats, ir.Shape(["b", "s", WORDS])
+    outs = [logits]
+    for name, out in zip("kv", node.outputs[1:], strict=False):
+        out.name, out.type, out.shape = f"now.{name}", floats, ir.Shape(["b", HEADS, "t", WIDTH // HEADS])
+        outs.append(out)
+    g.model.graph.outputs.extend(outs)
+    g.sort()
+    return g
+
+
+def formula(tokens: list[int]) -> np.ndarray:
+    """The scores behind the last token, float64."""
+    x = WEIGHTS["table"][tokens]
+    q, k, v = (np.reshape(x @ WEIGHTS[n], (len(tokens), HEADS, -1)).transpose(1, 0, 2) for n in "qkv")
+    s = q[:, -1:] @ k.transpose(0, 2, 1) / np.sqrt(WIDTH // HEADS)
+    p = np.exp(s - s.max())
+    y = (p / p.sum(axis=-1, keepdims=True)) @ v
+    return (x[-1] + y.reshape(-1)) @ WEIGHTS["head"]
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_tokens_are_those_of_the_formula(cached: bool) -> None:
+    text = [1, 4, 2]
+    with Decoder(decoder(cached=cached)) as d:
+        found = [int(x[0]) for x in generated(d, np.array([text]), 12)]
+        assert d.cached is cached
+        assert d.cache_bytes == (2 * 4 * WIDTH * (len(text) + 11) if cached else 0)
+        d.reset()
+        parts = [d.read(np.array([part]))[0] for part in ([1], [4, 2])]  # in pieces
+    for token in found:
+        assert token == int(formula(text).argmax())
+        text.append(token)
+    np.testing.assert_allclose(np.concatenate(parts)[-1], formula([1, 4, 2]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_ended_is_padded_and_the_rest_goes_on() -> None:
+    texts = np.array([[1, 4, 2], [3, 3, 5]])
+    with Decoder(decoder()) as d:
+        free = np.stack(list(generated(d, texts, 6)), axis=1)
+        d.reset()
+        end = int(free[0, 2])
+        cut = np.stack(list(generated(d, texts, 6, ends=[end], pad=-1 % WORDS)), axis=1)
+    stop = [list(row).index(end) + 1 if end in row else 6 for row in free]
+    for row, whole, n in zip(cut, free, stop, strict=True):
+        np.testing.assert_array_equal(row[:n], whole[:n])
+        assert set(row[n:]) <= {WORDS - 1}
+
+
+def test_a_model_without_a_mask_takes_no_padding() -> None:
+    with Decoder(decoder()) as d, pytest.raises(DataError, match="takes no mask"):
+        d.read(np.array([[0, 1]]), np.array([[0, 1]]))
+
+
+def test_what_reads_later_tokens_is_no_decoder() -> None:
+    with Decoder(decoder(cached=False, causal=False)) as d, pytest.raises(ModelError, match="no causal decoder"):
+        for part in ([1, 4, 2], [5]):
+            d.read(np.array([part]))
+    with pytest.raises(ModelError, match="no scores of next tokens"):
+        Decoder(tiny.encoder())
+    g = decoder()
+    del g.model.graph.outputs[2]
+    with pytest.raises(ModelError, match="takes 2 caches and gives 1"):
+        Decoder(g)
+
+
+def test_odds_are_those_of_the_kept_tokens() -> None:
+    scores = np.log([[0.5, 0.3, 0.15, 0.05]])
+    np.testing.assert_allclose(Sampling(1.0).odds(scores), np.exp(scores))
+    np.testing.assert_allclose(Sampling(1.0, top_k=2).odds(scores), [[0.625, 0.375, 0, 0]])
+    np.testing.assert_allclose(Sampling(1.0, top_p=0.79).odds(scores), [[0.625, 0.375, 0, 0]])
+    np.testing.assert_allclose(Sampling(1.0, top_p=0.4).odds(scores), [[1, 0, 0, 0]])
+    np.testing.assert_allclose(Sampling(0.5).odds(scores)[0, 0], 0.25 / (0.25 + 0.09 + 0.0225 + 0.0025))
+    assert Sampling().odds(scores).tolist() == [[1, 0, 0, 0]]
+    rng = np.random.default_rng(0)
+    drawn = np.concatenate([Sampling(1.0).pick(scores, rng) for _ in range(2000)])
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 2000, np.exp(scores[0]), atol=0.04)
+    for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
+        with pytest.raises(DataError, match="at least 0"):
+            Sampling(**wrong)
+
+
+def test_the_command_writes_text_and_json(tmp_path, capsys) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tok = Tokenizer(models.WordLevel({f"w{i}": i for i in range(WORDS)}, unk_token="w0"))
+    tok.pre_tokenizer = pre_tokenizers.Whitespace()
+    save(decoder(), tmp_path)
+    assert main(["generate", str(tmp_path), "w1"]) == 2
+    assert "no tokenizer.json" in capsys.readouterr().err
+    tok.save(str(tmp_path / "tokenizer.json"))
+    assert main(["generate", str(tmp_path), "w1 w4 w2", "--max-new", "5"]) == 0
+    shown = capsys.readouterr()
+    found = generate(tmp_path, "w1 w4 w2", max_new=5)
+    assert shown.out == f"w1 w4 w2{found.text}\n"
+    assert "caches of 0.00 MB" in shown.err
+    assert found.prompt_tokens == (1, 4, 2)
+    assert found.tokens[0] == int(formula([1, 4, 2]).argmax())
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": found.tokens[1], "max_position_embeddings": 6}))
+    assert main(["generate", str(tmp_path), "w1 w4 w2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["tokens"]) <= 3
+    assert told["ended"] == (told["tokens"][-1] == found.tokens[1])
+    assert main(["generate", str(tmp_path), "w1 w1 w1 w1 w1 w1"]) == 2
+    assert "reads at most 6" in capsys.readouterr().err
