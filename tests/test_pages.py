@@ -1,5 +1,6 @@
 """The pages: code blocks run as they stand, in order, in a fresh folder; links, paths, options and tables hold."""
 
+import functools
 import importlib.util
 import itertools
 import os
@@ -16,10 +17,12 @@ import pytest
 import typer
 import yaml
 
-from onnxcomp.cli import app
+from onnxcomp.benchmarking import benchmark
+from onnxcomp.cli import app, main
 from onnxcomp.engine import catalog
 from onnxcomp.engine.recipe import Recipe, parse_pass, presets
 from onnxcomp.graph import Graph
+from onnxcomp.lowering import race
 from onnxcomp.pipeline import Env
 from onnxcomp.stats.statistic import kinds
 from tests.test_house import ROOMS
@@ -67,6 +70,8 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
         return install(folder, tomllib.loads(text))
     if named and not named[1].startswith("test_"):
         return None
+    if not named and not list(folder.glob("*.dist-info")) and run_here(language, text):
+        return None
     arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", named[1]] if named else ["-c", text]
     command = ["bash", "-euo", "pipefail", "-c", text] if language == "bash" else [sys.executable, *arguments]
     done = subprocess.run(
@@ -74,6 +79,19 @@ def run(language: str, text: str, folder: Path, environment: dict[str, str]) -> 
     )
     assert done.returncode == 0, f"{text}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return None
+
+
+def run_here(language: str, text: str) -> bool:
+    """Run a block in this process, which has imported all libraries, where it is Python or only commands of ours."""
+    if language == "python":
+        exec(compile(text, "block", "exec"), {"__name__": "__main__"})
+        return True
+    lines = [shlex.split(line, comments=True) for line in text.splitlines()]
+    if not all(words[0] == "onnxcomp" and not {"|", ">", "2>", "&&"} & {*words} for words in lines):
+        return False
+    for words in lines:
+        assert main(words[1:]) == 0, words
+    return True
 
 
 def install(folder: Path, project: dict) -> None:
@@ -89,8 +107,12 @@ def install(folder: Path, project: dict) -> None:
 
 @whole
 @pytest.mark.export
-def test_blocks_run_in_order(tmp_path):
+def test_blocks_run_in_order(tmp_path, monkeypatch):
+    """In this process as far as it goes; what is timed is not judged here, so a few runs of each are enough."""
     pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(benchmark, "bench", functools.partial(benchmark.bench, window=0.01))
+    monkeypatch.setattr(race, "ROUNDS", 3)
     (tmp_path / "models").symlink_to(ROOT / "models")
     scripts = Path(sys.executable).parent
     environment = os.environ | {
