@@ -8,6 +8,7 @@ import os
 import pytest
 
 from onnxcomp.runtime import sessions
+from tests.session_cache import sessions_made_once  # noqa: F401
 
 # Several workers fill the cores; two threads a session would wait for each other, spinning.
 if "PYTEST_XDIST_WORKER" in os.environ:
