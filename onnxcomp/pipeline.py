@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -225,13 +226,12 @@ class Pass(abc.ABC):
             cls.name = cls.__module__.rpartition(".")[2].replace("_", "-")
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self), include_extras=True)
-        for f in dataclasses.fields(self):
+        for key, adapter in option_types(type(self)).items():
             try:
-                value = TypeAdapter(hints[f.name]).validate_python(getattr(self, f.name))
+                value = adapter.validate_python(getattr(self, key))
             except ValidationError as e:
-                raise RecipeError(f"{self.name}: option '{f.name}': {e.errors()[0]['msg']}") from None
-            object.__setattr__(self, f.name, value)
+                raise RecipeError(f"{self.name}: option '{key}': {e.errors()[0]['msg']}") from None
+            object.__setattr__(self, key, value)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -320,6 +320,13 @@ class SequentialPass(Pass):
         for site in sorted(self.sites(g, env.target), key=lambda s: min(order[n] for n in s.nodes)):
             stats = env.collect(g, self.site_needs(g, site, env.target))
             self.edit(g, site, dataclasses.replace(env, stats=stats))
+
+
+@functools.cache
+def option_types(cls: type[Pass]) -> Mapping[str, TypeAdapter[Any]]:
+    """What checks each option of a pass, by name; making it takes a hundred times as long as a check."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: TypeAdapter(hints[f.name]) for f in dataclasses.fields(cls)}
 
 
 def default_of(f: dataclasses.Field[Any]) -> Any:

@@ -124,7 +124,8 @@ class DropLayers(Pass):
         order = sorted(names)
         if self.score == "ablation":
             return {n: s.value for n, s in zip(order, env.evaluate(self._without(n) for n in order), strict=True)}
-        needs = {n: similarity(self._named(g, n)) for n in order}
+        every = {stable_name(b.name): b for b in self._all(g)}
+        needs = {n: similarity(every[stable_name(n)]) for n in order}
         cosines = env.collect(g, needs.values()) if stats is None else stats
         return {n: 1 - float(cosines[need]) for n, need in needs.items()}  # block influence
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import inspect
 import pkgutil
 from collections.abc import Iterable
@@ -111,6 +113,12 @@ def describe(name: str) -> PassInfo:
 
 def options_schema(cls: type[Pass]) -> dict[str, Any]:
     """JSON schema of a pass's options; definitions are named after the pass, so that schemas can be put together."""
+    return copy.deepcopy(_schema(cls))
+
+
+@functools.cache
+def _schema(cls: type[Pass]) -> dict[str, Any]:
+    """Made once for each class: pydantic reads and parses the source of the whole class for the docs of its fields."""
     schema = TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{cls.name}.{{model}}")
     for base in cls.__mro__[1:]:  # pydantic reads the docs of fields from the source of the last class only
         if base is not Pass and issubclass(base, Pass) and is_dataclass(base):

@@ -93,9 +93,8 @@ class Recipe:
     def __post_init__(self) -> None:
         object.__setattr__(self, "passes", _passes(self.passes))
         object.__setattr__(self, "rungs", _rungs(self.rungs))
-        for name, kind in typing.get_type_hints(type(self), include_extras=True).items():
-            if name not in LISTS:
-                object.__setattr__(self, name, _checked(kind, getattr(self, name), name))
+        for name, adapter in _settings().items():
+            object.__setattr__(self, name, _checked(adapter, getattr(self, name), name))
         if self.version > VERSION:
             raise RecipeError(_too_new(self.version))
         if not _FILE_NAME.fullmatch(self.name):
@@ -252,9 +251,7 @@ def schema() -> dict[str, Any]:
     settings: dict[str, Any] = {"passes": {"$ref": "#/$defs/passes"}}
     settings["rungs"] = {"type": "object", "additionalProperties": {"$ref": "#/$defs/passes"}}
     whole = {"type": "object", "properties": settings, "required": ["passes"], "additionalProperties": False}
-    for key, kind in typing.get_type_hints(Recipe, include_extras=True).items():
-        if key not in LISTS:
-            settings[key] = TypeAdapter(kind).json_schema()
+    settings |= {key: adapter.json_schema() for key, adapter in _settings().items()}
     settings["version"]["maximum"] = VERSION
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "onnxcomp recipe"}
     return head | {"anyOf": [{"$ref": "#/$defs/passes"}, whole], "$defs": defs}
@@ -323,9 +320,16 @@ def _rungs(rungs: Any) -> dict[str, tuple[Pass, ...]]:
     return {name: _passes(entries) for name, entries in rungs.items()}
 
 
-def _checked(kind: Any, value: Any, name: str) -> Any:
+@functools.cache
+def _settings() -> dict[str, TypeAdapter[Any]]:
+    """What checks each setting of a recipe, by name, beside those that are lists of passes."""
+    hints = typing.get_type_hints(Recipe, include_extras=True)
+    return {name: TypeAdapter(kind) for name, kind in hints.items() if name not in LISTS}
+
+
+def _checked(adapter: TypeAdapter[Any], value: Any, name: str) -> Any:
     try:
-        return TypeAdapter(kind).validate_python(value)
+        return adapter.validate_python(value)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join([name, *map(str, first["loc"])])

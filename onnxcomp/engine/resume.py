@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -20,6 +21,11 @@ from onnxcomp.reports.outcome import Step
 __all__ = ["StepCache"]
 
 RECORD = "step.json"
+
+
+@functools.cache
+def _steps() -> TypeAdapter[Step]:
+    return TypeAdapter(Step)
 
 
 class StepCache:
@@ -65,7 +71,7 @@ class StepCache:
         files.pop(RECORD)
         if record["seal"] != seal([self._key, text, json.dumps(files, sort_keys=True)]):
             raise ModelError("its files are not those that were written")
-        step: Step = TypeAdapter(Step).validate_json(text)
+        step = _steps().validate_json(text)
         return step
 
     def save(self, g: Graph, step: Step) -> None:
@@ -76,7 +82,7 @@ class StepCache:
         old = [p.name for p in here.iterdir()] if here.is_dir() else []
         with storage.publish(here, old) as staging:
             storage.save(g, staging)
-            plain = json.loads(TypeAdapter(Step).dump_json(step))
+            plain = json.loads(_steps().dump_json(step))
             text = json.dumps(plain)
             sealed = seal([self._key, text, json.dumps(file_seals(staging), sort_keys=True)])
             (staging / RECORD).write_text(json.dumps({"seal": sealed, "step": plain}), encoding="utf-8")

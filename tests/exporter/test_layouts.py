@@ -58,7 +58,10 @@ def test_an_exported_mixture_is_recognised(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_export_stores_shared_layers_once(tmp_path: Path) -> None:
     config = transformers.AlbertConfig(**SIZES, embedding_size=8, max_position_embeddings=32)
-    g = storage.load(export(transformers.AlbertModel(config).eval(), tmp_path / "out", static={"batch": 2, "sequence": 9}) / "model.onnx")
+    g = storage.load(
+        export(transformers.AlbertModel(config).eval(), tmp_path / "out", static={"batch": 2, "sequence": 9})
+        / "model.onnx"
+    )
     for _ in range(2):
         weights = [x.weight for x in blocks.linears(g, tied=True) if 16 in x.sizes]
         canonicalize(g)

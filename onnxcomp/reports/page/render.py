@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from onnxcomp.reports.page.pictures import pictures, short_names
 from onnxcomp.reports.page.tasks import tasks
 
 if TYPE_CHECKING:
+    import jinja2
     from markupsafe import Markup
 
 __all__ = ["page"]
@@ -37,7 +39,6 @@ NAMES = {
 
 def page(report: Mapping[str, Any]) -> str:
     """The page of a report that `ReportPart` describes."""
-    import jinja2
     from markupsafe import Markup, escape
 
     def figure(where: str, kind: str) -> Markup:
@@ -46,16 +47,9 @@ def page(report: Mapping[str, Any]) -> str:
         named = " ".join(f'{k}="{escape(v)}"' for k, v in fields.items())
         return Markup(f"<data {named}>{escape(shown(value, kind))}</data>")
 
-    env = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     style, script = ((FOLDER / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     return clean(
-        env.get_template("page.html").render(
+        _template().render(
             r=report,
             style=Markup(style),
             script=Markup(script),
@@ -85,6 +79,21 @@ def _parts(report: Mapping[str, Any], *, drawn: bool) -> dict[str, Any]:
         "short": short_names([r["model"] for r in (report["benchmark"] or {"rows": ()})["rows"]]),
         "tasks": tasks(report),
     }
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    """The template, compiled once in a process that writes several pages."""
+    import jinja2
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return env.get_template("page.html")
 
 
 def _title(report: Mapping[str, Any]) -> str:
