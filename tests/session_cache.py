@@ -1,4 +1,4 @@
-"""Sessions of the same bytes are made once: half of those that the tests ask for were made before, for other samples."""
+"""Sessions of the same bytes are made once: half of those that the tests ask for were made before, for other data."""
 
 import threading
 from collections import OrderedDict
