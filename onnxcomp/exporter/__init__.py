@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from onnxcomp.errors import ExportError
 from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
 from onnxcomp.exporter.preflight import check_installed, check_source
 from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_verified
+from onnxcomp.files.pooling import pooling
 from onnxcomp.files.storage import publish
 from onnxcomp.version import EXPORT_SCHEMA
 
@@ -51,6 +53,8 @@ def export(
             companions(job.model, source, revision, staging, log)
         record |= {"schema": EXPORT_SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
         record |= {"static": job.static, "failed": job.attempts, "versions": versions(), "log": log[-200:]}
+        if isinstance(source, (str, Path)) and (pooled := pooling(Path(source))) is not None:
+            record |= {"pooling": dataclasses.asdict(pooled)}
         (staging / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(out)
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from onnxcomp.files.pooling import pooling
 from onnxcomp.machine import size_text
+from onnxcomp.reports.consumer_snippets import more_snippets
 from onnxcomp.reports.json_report import headline
 from onnxcomp.reports.markdown import code, fenced, text
 from onnxcomp.reports.outcome import Report, Result
@@ -66,6 +68,8 @@ def card(results: Mapping[str, Result], source: Path, folder: Path, *, quantized
     title = f"# {text(source.resolve().name or 'model')}, compressed by onnxcomp"
     parts = [_front(results, original, source, quantized=quantized), title, *_parts(results)]
     parts += ["## How to run it", *(snippet(r.model, folder / file, r.report) for file, r in results.items())]
+    if len(results) == 1:  # other libraries load one model with its files
+        parts += [x for file, r in results.items() for x in more_snippets(r, folder / file, pooling(source))]
     parts += ["`onnxcomp verify .` compares all files with `manifest.json`, loads the model and runs it."]
     if original.body.strip():
         parts += ["---", "The card of the model that this was made of follows, as it was.", original.body.strip()]
