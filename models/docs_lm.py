@@ -160,10 +160,10 @@ def report(folder: Path = WEIGHTS) -> dict[str, float]:
 
 
 def export(out: str | Path, seed: int = 0) -> Path:
-    """Write the trained model as an ONNX folder; the weights are shipped, so `seed` changes nothing."""
+    """Write the trained model, without caches, as an ONNX folder; its weights are shipped: `seed` changes nothing."""
     import onnxcomp as oc
 
-    return oc.export(WEIGHTS, out)
+    return oc.export(WEIGHTS, out, past=False)
 
 
 def main() -> None:

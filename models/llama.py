@@ -233,7 +233,7 @@ def export(out: str | Path, size: str = "12x768", seed: int = 0, layers: int | N
     import onnxcomp as oc
 
     with tempfile.TemporaryDirectory() as scratch:
-        return oc.export(checkpoint(scratch, seed), out)
+        return oc.export(checkpoint(scratch, seed), out, past=False)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def opened(
     if planted:
         outliers = importlib.import_module("models.outliers")
         checkpoint = outliers.plant(ROOT / "models" / "weights" / name, work / name / "planted")
-        path = importlib.import_module("onnxcomp").export(checkpoint, work / name / "model", dtype="fp32")
+        path = importlib.import_module("onnxcomp").export(checkpoint, work / name / "model", dtype="fp32", past=False)
     else:
         path = importlib.import_module(f"models.{name}").export(work / name / "model")
     model = storage.load(path)

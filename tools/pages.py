@@ -17,6 +17,7 @@ PAGES = {
     "format_speed": "passes/README.md",
     "int8": "passes/README.md",
     "autopilot": "passes/README.md",
+    "generation": "onnxcomp/README.md",
     "frontier": "passes/README.md",
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",

@@ -89,6 +89,9 @@ def export(
     task: Annotated[
         str | None, typer.Option(help="Such as text-classification; by default from the checkpoint.")
     ] = None,
+    no_past: Annotated[
+        bool, typer.Option("--no-past", help="Models that generate text: without key-value caches.")
+    ] = False,
     opset: Annotated[int, typer.Option(help="Operator set of the exported model.")] = 18,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     static: Annotated[str | None, typer.Option(metavar="AXES", help="Fix axes: batch=1,sequence=128.")] = None,
@@ -107,11 +110,12 @@ def export(
     fixed = parse_shape(static) if static else None
     with output.progress() as watch:
         folder = onnxcomp.export(
-            source, out, task=task, opset=opset, dtype=dtype, static=fixed, revision=revision,
+            source, out, task=task, past=not no_past, opset=opset, dtype=dtype, static=fixed, revision=revision,
             allow_pickle=allow_pickle, watch=(lambda label: watch(label, 0, 1)) if watch else None,
         )  # fmt: skip
     record = text.loads((folder / "export.json").read_text(encoding="utf-8"))
-    output.show({"out": str(folder), **record}, f"exported to {folder}: {record['task']}, {record['dtype']}")
+    what = record["task"] + (" with caches" if record.get("past") else "")
+    output.show({"out": str(folder), **record}, f"exported to {folder}: {what}, {record['dtype']}")
 
 
 @app.command()

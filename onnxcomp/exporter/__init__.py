@@ -10,8 +10,10 @@ from typing import Any
 
 from onnxcomp.errors import ExportError
 from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
+from onnxcomp.exporter.decoder import Decoder
 from onnxcomp.exporter.preflight import check_installed, check_source
-from onnxcomp.exporter.routes import TOLERANCE, Watch, Work, first_verified
+from onnxcomp.exporter.routes import TOLERANCE, Watch, first_verified
+from onnxcomp.exporter.work import Work
 from onnxcomp.files.pooling import pooling
 from onnxcomp.files.storage import publish
 from onnxcomp.version import EXPORT_SCHEMA
@@ -19,6 +21,8 @@ from onnxcomp.version import EXPORT_SCHEMA
 __all__ = ["TASKS", "export"]
 
 OPSETS = (18, 23)
+ALIASES = {"text-generation-with-past": "text-generation"}  # names of optimum
+CACHED = ("text-generation",)  # tasks whose graphs take and give key-value caches
 
 
 def export(
@@ -26,6 +30,7 @@ def export(
     out: str | Path,
     *,
     task: str | None = None,
+    past: bool = True,
     opset: int = 18,
     dtype: str = "fp32",
     static: Mapping[str, int] | None = None,
@@ -36,9 +41,14 @@ def export(
     """Export a checkpoint (local folder, hub id, or a loaded transformers model) to the folder `out`; returns it.
 
     Writes `model.onnx` with dynamic axes `batch` and `sequence` (or those of `static` fixed), the tokenizer, processor
-    and configuration, and `export.json` with the route, versions and measured differences. Raises `ExportError`.
+    and configuration, and `export.json` with the route, versions and measured differences. Models that generate text
+    take and give key-value caches (`past_key_values.N.key`, `present.N.key`), unless `past` is false. Raises
+    `ExportError`.
     """
     say = watch or (lambda _: None)
+    if task in ALIASES and not past:
+        raise ExportError(f"the task '{task}' asks for caches; --no-past goes with '{ALIASES[task]}'")
+    task = ALIASES.get(task or "", task)
     _check_options(task, opset, dtype, static or {})
     check_installed()
     if isinstance(source, (str, Path)):
@@ -48,10 +58,20 @@ def export(
         with quiet(log):
             say("loading the checkpoint")
             model, task = load_checkpoint(source, task, revision, allow_pickle)
-            job = Work(cast(model, dtype), task, dtype, opset, dict(static or {}), inputs_of(model, source))
+            fixed = dict(static or {})
+            if past and task in CACHED:
+                job: Work = Decoder.of(cast(model, dtype), task, dtype, opset, fixed)
+            else:
+                job = Work(cast(model, dtype), task, dtype, opset, fixed, inputs_of(model, source))
             record = first_verified(job, staging, say)
             companions(job.model, source, revision, staging, log)
-        record |= {"schema": EXPORT_SCHEMA, "source": title(source, model), "task": task, "dtype": dtype}
+        record |= {
+            "schema": EXPORT_SCHEMA,
+            "source": title(source, model),
+            "task": task,
+            "past": job.past,
+            "dtype": dtype,
+        }
         record |= {"static": job.static, "failed": job.attempts, "versions": versions(), "log": log[-200:]}
         if isinstance(source, (str, Path)) and (pooled := pooling(Path(source))) is not None:
             record |= {"pooling": dataclasses.asdict(pooled)}

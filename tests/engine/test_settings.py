@@ -22,7 +22,7 @@ from tests import tiny
 PRESENTATION = {"json", "quiet", "verbose", "watch", "progress", "junit", "summary"}
 # Options that may be given several times have a singular name there; a negation is a flag.
 PLURAL = {"gate": "gates", "shape": "shapes", "pass": "passes", "metric": "metrics"}
-NEGATED = {"no-measure": "measure", "no-html": "html"}
+NEGATED = {"no-measure": "measure", "no-html": "html", "no-past": "past"}
 # What only one of the two offers: the command line judges and picks a graph of a folder, callers of Python do it by
 # `Gate(...).judge(...)` and by path; it writes reports of what those calls return; a plan's blocks, data of its own and
 # scratch space are for callers of Python.
@@ -41,7 +41,7 @@ def parameters(call: Callable[..., object]) -> set[str]:
     return set(inspect.signature(call).parameters) - PRESENTATION
 
 
-@pytest.mark.parametrize("name", ["compress", "optimize", "validate", "bench"])
+@pytest.mark.parametrize("name", ["compress", "optimize", "validate", "bench", "export"])
 def test_the_command_line_and_python_have_the_same_names(name: str) -> None:
     command, python = of_command(name), parameters(getattr(oc, name))
     assert command - python == ONLY_COMMAND.get(name, set())

@@ -1,0 +1,95 @@
+"""Tiny causal language models with caches: how they are built, and whether exports write what transformers writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.runtime.generation import Decoder
+from tests import wider
+from tests.zoo import Architecture
+
+NEW, BATCHES = 32, (1, 3)  # tokens that are compared, and prompts at once
+VARIED = 6  # different tokens that a text must have to prove anything
+LOUD, QUIET = 4.0, 0.1  # factors on matrices and tables: else the last token decides alone, and repeats itself
+
+
+def causal() -> dict[str, Architecture]:
+    """All causal language models of the coverage tables, by name."""
+    languages = [a for a in wider.ALL if "CausalLM" in a.model or "LMHead" in a.model]
+    return {a.name: a for a in languages if not a.past and a.experts != "looped"}
+
+
+def build(a: Architecture, seed: int = 0) -> Any:
+    """The module with other weights for each seed, in whatever attention it has."""
+    import torch
+
+    try:
+        model = a.build("sdpa")
+    except ValueError:  # the library has no other attention for it
+        model = a.build("eager")
+    tables = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim > 1:
+                p.copy_(torch.randn_like(p) * p.std() * (QUIET if id(p) in tables else LOUD))
+    return model
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """Tokens of transformers and ours for the same prompts `[batch, new]`, left-padded where the batch has several."""
+
+    theirs: Any
+    ours: Any
+
+    @property
+    def equal(self) -> bool:
+        return bool((self.theirs == self.ours).all())
+
+    @property
+    def distinct(self) -> int:
+        """Different tokens in the least varied row."""
+        return min(len(set(row.tolist())) for row in self.theirs)
+
+
+def prompts(model: Any, batch: int) -> tuple[Any, Any]:
+    """Random prompts of 6 tokens, of which every second row has 2 of padding, and their mask."""
+    ids = np.random.default_rng(batch).integers(3, model.config.vocab_size, (batch, 6))
+    mask = np.ones_like(ids)
+    mask[1::2, :2] = 0
+    ids[mask == 0] = 0
+    return ids, mask
+
+
+def theirs(model: Any, ids: Any, mask: Any, new: int = NEW) -> Any:
+    """The tokens `[batch, new]` that transformers' generate writes."""
+    import torch
+
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        whole = model.generate(
+            input_ids=torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=new,
+            do_sample=False, pad_token_id=0, use_cache=True,
+        )  # fmt: skip
+    return whole.numpy()[:, ids.shape[1] :]
+
+
+def greedy(model: Any, folder: Path, batch: int, new: int = NEW) -> Greedy:
+    """What both write after the same prompts."""
+    ids, mask = prompts(model, batch)
+    return Greedy(theirs(model, ids, mask, new), ours(folder, ids, mask, new))
+
+
+def ours(folder: Path, ids: Any, mask: Any, new: int = NEW) -> Any:
+    """The likeliest tokens `[batch, new]` by the exported graph, its caches handed on."""
+    with Decoder(folder) as decoder:
+        assert decoder.cached
+        tokens = [decoder.read(ids, mask)[:, -1].argmax(-1)]
+        while len(tokens) < new:
+            tokens.append(decoder.read(tokens[-1][:, None])[:, -1].argmax(-1))
+    return np.stack(tokens, 1)
