@@ -79,7 +79,7 @@ def _sizes(report: Mapping[str, Any]) -> Picture | None:
         rows.append([f"{part}, {dtype}", *(Figure(b.where, "bytes") if b.where else "-" for b in bars)])
     title = "Size by part"
     svg = plots.stacks(("original", "result"), series, "bytes", title)
-    says = "What the bytes of the constants are: a colour for each part that reads them, paler with fewer bits."
+    says = "What the bytes of the constants are: a colour for each part that reads them, fainter with fewer bits."
     return Picture("size", title, says, svg, ("part", "original", "result"), rows, legend=_legend(series))
 
 
@@ -155,7 +155,7 @@ def _stream(report: Mapping[str, Any]) -> Picture | None:
     where = [("layers", i, "stream", j, "error") for i, j, _ in found]
     title = "Where the error enters, layer by layer"
     svg = plots.rows(names[:LAYERS], Series("error", [_bar(report, *w) for w in where[:LAYERS]]), "percent", title)
-    says = "Relative error of the residual stream behind each part of each layer, on 4 samples. Shorter is better."
+    says = "Relative error of the residual stream behind each part of each layer, on 4 samples (large models: 1)."
     rows: list[list[str | Figure]] = [[n, Figure(pointer(*w), "percent")] for n, w in zip(names, where, strict=True)]
     return Picture("layers-error", title, says, svg, ("layer", "error"), rows)
 
