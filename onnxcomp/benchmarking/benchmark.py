@@ -52,7 +52,8 @@ class _Model:
     size: int
 
 
-def _model(model: str | Path | Stored, graph: str | None) -> _Model:
+def model_of(model: str | Path | Stored, graph: str | None) -> _Model:
+    """A model of a benchmark; raises `ModelError`."""
     path = Path(model)
     if isinstance(model, Stored):
         return _Model(str(path), model.path, model.graph, model.nbytes)
@@ -89,7 +90,7 @@ def bench(
             f"'{aim.name}' is another kind of machine, whose speed cannot be measured here: run onnxcomp bench there, "
             "or leave --target out to time this machine"
         )
-    loaded_models = [_model(m, graph) for m in models]
+    loaded_models = [model_of(m, graph) for m in models]
     asked = list(shapes) or default_shapes(loaded_models[0].graph)
     limit = BUDGET if budget is None and runs is None else budget
     end = math.inf if limit is None else time.perf_counter() + limit
@@ -177,7 +178,7 @@ class _Run:
         self.report.machine["runtime"] = loaded[0]["runtime"]
         self.report.rounds[named] = rounds
         late = time.perf_counter() > deadline and len(rounds.used) < LEAST
-        self.report.warnings += _warnings(rounds, named, late)
+        self.report.warnings += warnings(rounds, named, late)
         for i, c in enumerate(self.models):
             facts = {**loaded[i], "peak_mib": peaks[i]}
             self.report.rows.append(_row(c, named, rounds, i, facts, feeds[i]))
@@ -231,7 +232,8 @@ def _warmup(seconds: float) -> int:
     return 3 if seconds < 0.01 else 1 if seconds < 0.1 else 0
 
 
-def _warnings(rounds: Rounds, shape: str, late: bool = False) -> Iterator[str]:
+def warnings(rounds: Rounds, shape: str, late: bool = False) -> Iterator[str]:
+    """What a user should know of rounds that others disturbed."""
     total, clean = len(rounds.blocks), len(rounds.clean)
     if any(b.foreign is None for row in rounds.blocks for b in row):
         yield f"{shape}: CPU use of other processes is not available here, so disturbed runs could not be dropped"

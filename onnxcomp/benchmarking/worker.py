@@ -17,6 +17,7 @@ import numpy as np
 from onnxcomp.errors import OnnxcompError, TargetError
 from onnxcomp.machine import peak_mib, status
 from onnxcomp.runtime import child
+from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.runtime.installed import installed_runtimes
 from onnxcomp.runtime.sessions import Session, check_target
 
@@ -34,7 +35,7 @@ class Child(child.Child):
 
     def ask(self, do: str, seconds: float | None = None, /, **message: Any) -> dict[str, Any]:
         """As for any worker; loading, with its first run, must come to an end."""
-        if do == "load" and "model" in message:
+        if do in ("load", "decoder") and "model" in message:
             files = Path(message["model"]).parent.iterdir()  # with the model's data, of whatever name
             seconds = child.patience(sum(p.stat().st_size for p in files if p.is_file()))
         return super().ask(do, seconds, **message)
@@ -81,6 +82,8 @@ class _Worker:
     def __init__(self) -> None:
         self.session: Session | None = None
         self.feeds: dict[str, Any] = {}
+        self.text: Decoder | None = None
+        self.prompt = np.zeros((1, 1), np.int64)
 
     def ready(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Load the runtime's library, which is no part of loading the model."""
@@ -105,10 +108,7 @@ class _Worker:
         begun = time.perf_counter()
         self.session.run(self.feeds)
         first = time.perf_counter() - begun
-        # ONNX Runtime counts the calling thread as one of its own.
-        threads = m["threads"] or (
-            1 + threads_after - threads_before if threads_after is not None and threads_before is not None else 0
-        )
+        threads = m["threads"] or _started(threads_before, threads_after)
         return {
             "load_s": loaded - started,
             "first_s": first,
@@ -117,6 +117,37 @@ class _Worker:
             "threads": threads,
             "runtime": installed_runtimes(),
         }
+
+    def decoder(self, m: Mapping[str, Any]) -> dict[str, Any]:
+        """Load a decoder, and read the prompt once."""
+        threads_before, base = status("Threads"), peak_mib()
+        started = time.perf_counter()
+        self.text = Decoder(Path(m["model"]), child.target_of(m["target"]), threads=m["threads"])
+        loaded = time.perf_counter()
+        threads = m["threads"] or _started(threads_before, status("Threads"))
+        self.prompt = np.load(m["prompt"], allow_pickle=False)
+        self.text.read(self.prompt)
+        return {
+            "load_s": loaded - started,
+            "base_mib": base,
+            "cached": self.text.cached,
+            "provider": self.text.provider,
+            "threads": threads,
+            "runtime": installed_runtimes(),
+        }
+
+    def generate(self, m: Mapping[str, Any]) -> dict[str, Any]:
+        """Read the prompt and go on with the likeliest tokens: seconds of the first and of each further one."""
+        if self.text is None:
+            raise OnnxcompError("the benchmark's worker was asked to generate before it had a decoder")
+        self.text.reset()
+        watch, seconds = Watch(), []
+        begin = time.perf_counter()
+        for _ in generated(self.text, self.prompt, m["new"]):
+            now = time.perf_counter()
+            seconds.append(now - begin)
+            begin = now
+        return {"first": seconds[0], "others": seconds[1:], "foreign": watch.foreign(), "peak_mib": peak_mib()}
 
     def run(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Warm up, then `count` timed runs as one block."""
@@ -133,10 +164,25 @@ class _Worker:
         return {"samples": samples, "foreign": foreign, "peak_mib": peak_mib()}
 
 
+def _started(before: int | None, after: int | None) -> int:
+    """Threads of a session; ONNX Runtime counts the calling one as one of its own."""
+    return 0 if before is None or after is None else 1 + after - before
+
+
 def serve(lines: TextIO, replies: TextIO) -> None:
     """Answer every line."""
     worker = _Worker()
-    child.serve(lines, replies, {"ready": worker.ready, "load": worker.load, "run": worker.run})
+    child.serve(
+        lines,
+        replies,
+        {
+            "ready": worker.ready,
+            "load": worker.load,
+            "run": worker.run,
+            "decoder": worker.decoder,
+            "generate": worker.generate,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -245,6 +245,9 @@ def bench(
     models: Annotated[list[Path], typer.Argument(help="Models to time; the first is what others are compared with.")],
     target: Target = "cpu",
     shape: Shapes = None,
+    generate: Annotated[
+        str | None, typer.Option("--generate", metavar="prompt=128,new=64", help="Time decoders token by token.")
+    ] = None,
     runs: Annotated[
         int | None, typer.Option(min=1, help="Undisturbed runs of each, at least; by default until ratios are sure.")
     ] = None,
@@ -264,8 +267,9 @@ def bench(
     output = Output(json, quiet, verbose, progress)
     shapes = [parse_shape(s) for s in shape or ()]
     limit = parse_seconds(budget) if budget else None
+    tokens = parse_shape(generate) if generate is not None else None
     bench_models.show(
-        output, models, target, shapes, runs=runs, budget=limit, threads=threads, graph=graph, report=report,
+        output, models, target, shapes, tokens, runs=runs, budget=limit, threads=threads, graph=graph, report=report,
         html=not no_html,
     )  # fmt: skip
 

@@ -42,6 +42,7 @@ class Decoder:
         self.scores = _scores(graph)
         self._present = _pairs(graph, [s for s in self.inputs if s.cache is not None])
         self._session = Session(model, target, threads=threads)
+        self.provider = self._session.provider
         self.reset()
 
     @property

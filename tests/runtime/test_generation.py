@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("onnxruntime")
 pytest.importorskip("tokenizers")
 
+from onnxcomp.benchmarking.generation import bench_generation
 from onnxcomp.cli import main
 from onnxcomp.engine.generate import generate
 from onnxcomp.errors import DataError, ModelError
@@ -121,6 +122,31 @@ def test_odds_are_those_of_the_kept_tokens() -> None:
     for wrong in ({"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}):
         with pytest.raises(DataError, match="at least 0"):
             Sampling(**wrong)
+
+
+def test_a_benchmark_times_the_prompt_and_every_further_token(tmp_path, capsys) -> None:
+    for name, cached in (("a", True), ("b", False)):
+        save(decoder(cached=cached), tmp_path / name)
+    pair = [tmp_path / "a", tmp_path / "b"]
+    found = bench_generation(pair, prompt=5, new=3, threads=1)
+    assert [(r.model, r.shape) for r in found.rows] == [
+        (str(m), s) for s in ("prompt=5", "next token of 3, prompt=5") for m in pair
+    ]
+    assert [r.samples + r.dropped for r in found.rows] == [6, 6, 12, 12]
+    for row, tokens in zip(found.rows, (5, 5, 1, 1), strict=True):
+        assert row.tokens == pytest.approx(1000 * tokens / row.median_ms)
+    assert [w for w in found.warnings if "no caches" in w] == [
+        f"{pair[1]}: has no caches, so it reads all tokens again for each new one"
+    ]
+    (tmp_path / "a" / "config.json").write_text('{"max_position_embeddings": 6}')
+    command = ["bench", *map(str, pair), "--generate"]
+    assert main([*command, "prompt=5,new=3"]) == 2
+    assert "takes at most 6 tokens, 5 + 3 were asked for" in capsys.readouterr().err
+    assert main([*command, "length=5"]) == 2
+    assert main([*command, "prompt=2", "--shape", "batch=1"]) == 2
+    save(tiny.encoder(), tmp_path / "c")
+    assert main(["bench", str(tmp_path / "c"), "--generate", "prompt=2"]) == 2
+    assert "no scores of next tokens" in capsys.readouterr().err
 
 
 def test_the_command_writes_text_and_json(tmp_path, capsys) -> None:

@@ -1,0 +1,132 @@
+"""Time to the first token, and of each further one: decoders in turns, in processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from onnxcomp.benchmarking.benchmark import PAUSE, model_of, warnings
+from onnxcomp.benchmarking.results import LEAST, BenchReport, Block, Rounds, Row
+from onnxcomp.benchmarking.worker import Child
+from onnxcomp.data.arguments import whole
+from onnxcomp.data.inputs import roles, specs, vocabulary
+from onnxcomp.data.texts import longest
+from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files.atomic import scratch_folder
+from onnxcomp.files.stored import Stored
+from onnxcomp.graph import Graph
+from onnxcomp.machine import machine
+from onnxcomp.maths import Array
+from onnxcomp.target import CPU, Target, find
+
+__all__ = ["bench_generation"]
+
+Progress = Callable[[str, int, int], None]
+
+
+def bench_generation(
+    models: Sequence[str | Path | Stored],
+    target: str | Target = CPU,
+    *,
+    prompt: int = 128,
+    new: int = 64,
+    runs: int | None = None,
+    threads: int = 0,
+    graph: str | None = None,
+    watch: Progress | None = None,
+) -> BenchReport:
+    """Time decoders against the first one: reading a prompt of random tokens, and every token behind it.
+
+    The report has two rows for each model, as for two shapes: the prompt with the first token, and one further token
+    (the median of `new`). `runs` rounds, at least six. Raises `ModelError` for a model that is no decoder, `DataError`
+    for more tokens than one of them takes.
+    """
+    count = max(whole("runs", runs, 1) or LEAST, LEAST)
+    prompt, new = whole("prompt", prompt, 1) or 1, max(whole("new", new, 2) or 2, 2)
+    loaded = [model_of(m, graph) for m in models]
+    if not loaded:
+        raise ModelError("there is no model to benchmark")
+    for m in loaded:
+        most = longest(m.graph, m.path.parent)
+        if most is not None and prompt + new > most:
+            raise DataError(f"{m.name}: takes at most {most} tokens, {prompt} + {new} were asked for")
+    report = BenchReport(machine=machine(), models=[m.name for m in loaded])
+    aim, labels = find(target), (f"prompt={prompt}", f"next token of {new}, prompt={prompt}")
+    with scratch_folder() as folder, contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Child(m.name)) for m in loaded]
+        facts = []
+        for i, (child, m) in enumerate(zip(children, loaded, strict=True)):
+            file = folder / f"{i}.npy"
+            np.save(file, _tokens(m.graph, prompt))
+            child.ask("ready", target=dataclasses.asdict(aim))
+            fields = {"model": str(m.path.resolve()), "prompt": str(file), "threads": threads}
+            facts.append(child.ask("decoder", target=dataclasses.asdict(aim), **fields))
+        reading, going_on = _interleaved(children, facts, new, count, watch)
+    report.machine["runtime"] = facts[0]["runtime"]
+    for label, rounds in zip(labels, (reading, going_on), strict=True):
+        report.rounds[label] = rounds
+        report.warnings += warnings(rounds, label)
+        for i, m in enumerate(loaded):
+            tokens = prompt if rounds is reading else 1
+            report.rows.append(_row(m.name, m.size, label, rounds, i, facts[i], tokens))
+    report.warnings += [
+        f"{m.name}: has no caches, so it reads all tokens again for each new one"
+        for m, f in zip(loaded, facts, strict=True)
+        if not f["cached"]
+    ]
+    return report
+
+
+def _tokens(graph: Graph, count: int) -> Array:
+    """A random prompt `[1, count]` of words that the model has."""
+    words = vocabulary(graph).get(roles(specs(graph)).get("tokens", ""), 2)
+    return np.random.default_rng(0).integers(0, words, (1, count))
+
+
+def _interleaved(
+    children: Sequence[Child], facts: list[dict[str, Any]], new: int, count: int, watch: Progress | None
+) -> tuple[Rounds, Rounds]:
+    """Rounds A B, B A, A B ... of one text each; facts take the largest memory."""
+    reading, going_on = list[tuple[Block, ...]](), list[tuple[Block, ...]]()
+    for n in range(count):
+        if watch:
+            watch("measuring generation, rounds", n, count)
+        replies: dict[int, dict[str, Any]] = {}
+        order = list(range(len(children)))
+        for i in order if n % 2 == 0 else reversed(order):
+            time.sleep(PAUSE)
+            replies[i] = children[i].ask("generate", new=new)
+            facts[i]["peak_mib"] = replies[i]["peak_mib"]
+        reading.append(tuple(Block((replies[i]["first"],), replies[i]["foreign"]) for i in order))
+        going_on.append(tuple(Block(tuple(replies[i]["others"]), replies[i]["foreign"]) for i in order))
+    return Rounds(tuple(reading)), Rounds(tuple(going_on))
+
+
+def _row(name: str, size: int, label: str, rounds: Rounds, index: int, facts: Mapping[str, Any], tokens: int) -> Row:
+    ms = rounds.samples(index).reshape(-1) * 1000
+    median = float(np.median(ms))
+    p90, p99 = (float(x) for x in np.quantile(ms, [0.9, 0.99]))
+    return Row(
+        model=name,
+        shape=label,
+        median_ms=median,
+        p90=p90,
+        p99=p99,
+        min=float(ms.min()),
+        samples=ms.size,
+        dropped=rounds.dropped(index),
+        throughput=1000 / median,
+        tokens=1000 * tokens / median,
+        peak_mib=facts["peak_mib"],
+        load_s=facts["load_s"],
+        size_mib=size / (1 << 20),
+        provider=facts["provider"],
+        threads=facts["threads"],
+        base_mib=facts["base_mib"],
+    )
