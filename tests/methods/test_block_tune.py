@@ -5,14 +5,13 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 from onnxcomp import blocks
-from onnxcomp.data.datasets import Batch, as_dataset
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine import catalog
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
 from onnxcomp.maths import block_tune
 from onnxcomp.methods.repair import mlp_gauss_newton
-from onnxcomp.runtime.sessions import Session
-from tests import tiny
+from tests import repairs, tiny
 
 TUNED = "tuned: squared error of the layer's output -"
 CASES = {
@@ -28,18 +27,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut(g: Graph, name: str, options: dict, how: str):
-    """The model cut and repaired, what is said of sites, and its squared error on other data."""
-    data = [Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(8)]
-    manager = PassManager([catalog.load(name)(ranking="layer", repair=how, **options)])
-    found = manager.run(g, as_dataset(data, g), data[:1])
-    error = 0.0
-    for i in range(4):
-        feeds, outputs = tiny.feeds(g, 8, 9, seed=100 + i), []
-        for m in (g, found.model):
-            with Session(m) as s:
-                outputs.append(next(iter(s.run(feeds).values())).astype(np.float64))
-        error += float(np.square(outputs[0] - outputs[1]).sum())
-    return found.model, [n.what for n in found.report.step(name).noted], error
+    return repairs.cut(g, name, repairs.batches(g, 8), ranking="layer", repair=how, **options)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -75,7 +63,7 @@ def test_the_samples_that_judge_are_read_by_no_fit(monkeypatch: pytest.MonkeyPat
 
 def test_what_a_repair_will_cost_is_told_before_it_starts() -> None:
     g, told = tiny.decoder(layers=2), []
-    data = as_dataset([Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(3)], g)
+    data = as_dataset(repairs.batches(g, 3), g)
     for how in ("block-tune", "gauss-newton", "least-squares"):
         cut = catalog.load("prune-ffn")(ratio=0.4, ranking="layer", repair=how)
         PassManager([cut], watch=lambda *a: told.append(a)).run(g, data)

@@ -10,15 +10,12 @@ from hypothesis import strategies as st
 
 from onnxcomp import blocks, stats
 from onnxcomp.data.datasets import Batch, as_dataset
-from onnxcomp.engine import catalog
-from onnxcomp.engine.manager import PassManager
 from onnxcomp.graph import Graph
 from onnxcomp.maths import newton, newton_mlp
 from onnxcomp.maths.activations import DERIVED
 from onnxcomp.maths.newton_mlp import Ffn, fit
-from onnxcomp.runtime.sessions import Session
 from onnxcomp.stats.calibrate import collect
-from tests import tiny
+from tests import repairs, tiny
 
 TORCH = {
     "gelu": torch.nn.functional.gelu,
@@ -166,21 +163,8 @@ CASES = [
 ]
 
 
-def data(g: Graph, count: int = 24) -> list[Batch]:
-    return [Batch(tiny.feeds(g, 8, 9, seed=i)) for i in range(count)]
-
-
 def repaired(g: Graph, name: str, how: str):
-    """The model cut and repaired, what is said of sites, and its squared error on other data."""
-    found = PassManager([catalog.load(name)(**CUTS[name], repair=how)]).run(g, as_dataset(data(g), g))
-    error = 0.0
-    for i in range(4):
-        feeds, outputs = tiny.feeds(g, 8, 9, seed=100 + i), []
-        for m in (g, found.model):
-            with Session(m) as s:
-                outputs.append(next(iter(s.run(feeds).values())).astype(np.float64))
-        error += float(np.square(outputs[0] - outputs[1]).sum())
-    return found.model, [n.what for n in found.report.step(name).noted], error
+    return repairs.cut(g, name, repairs.batches(g, 24), repair=how, **CUTS[name])
 
 
 @pytest.mark.slow
