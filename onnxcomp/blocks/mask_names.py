@@ -14,6 +14,8 @@ from onnx.reference import ReferenceEvaluator
 
 from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.canonical.sinks import has_sink
+from onnxcomp.data.inputs import specs, total_mask
+from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import LAYER_OPS
 from onnxcomp.graph.values import users_of
@@ -22,6 +24,7 @@ from onnxcomp.maths import Array
 __all__ = ["Mask", "name_masks"]
 
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9  # sizes of the open axes of a sample
+SAMPLE_PAST = 4  # tokens of it that are in the caches, where a model has any
 SHORT_WINDOW = 4  # replaces a window longer than a sample
 MAX_WINDOW = 1 << 20  # integers from here on are not tried as windows
 LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to the largest slope
@@ -61,7 +64,7 @@ def _name(g: Graph, mask: ir.Value) -> Mask:
         return Mask(OTHER, "content")
     try:
         return _name_by_probing(_MaskModel.of(g, mask, keys), inputs_read)
-    except EVALUATOR_ERRORS:  # the evaluator raises all of these for unsupported nodes
+    except (*EVALUATOR_ERRORS, DataError):  # the evaluator raises all of these for unsupported nodes
         return Mask(OTHER)
 
 
@@ -100,8 +103,8 @@ def _upstream(g: Graph, mask: ir.Value, *, through_shapes: bool) -> list[ir.Valu
 class _MaskModel:
     """The subgraph that computes a mask, as a model."""
 
-    def __init__(self, model: ir.Model, inputs: list[ir.Value], keys: slice) -> None:
-        self.model, self.inputs, self.keys = model, inputs, keys
+    def __init__(self, model: ir.Model, inputs: list[ir.Value], keys: slice, sizes: Mapping[str, list[int]]) -> None:
+        self.model, self.inputs, self.keys, self.sizes = model, inputs, keys, sizes
 
     @classmethod
     def of(cls, g: Graph, mask: ir.Value, keys: slice) -> _MaskModel:
@@ -109,11 +112,11 @@ class _MaskModel:
         copy = g.clone()
         copy.model.graph.outputs[:] = [copy.value(str(mask.name))]
         copy.sweep()
-        return cls(copy.model, copy.inputs, keys)
+        return cls(copy.model, copy.inputs, keys, _sizes(g))
 
     def run(self, contents: Mapping[str, Array] | None = None) -> _Sample:
         """The mask for inputs of ones, or of the given contents."""
-        feeds = {str(v.name): np.ones(_sizes(v), _dtype(v)) for v in self.inputs}
+        feeds = {str(v.name): np.ones(self.sizes[str(v.name)], _dtype(v)) for v in self.inputs}
         feeds |= {k: a.astype(feeds[k].dtype) for k, a in (contents or {}).items()}
         with np.errstate(all="ignore"):
             (result,) = ReferenceEvaluator(ir.to_proto(self.model)).run(None, feeds)
@@ -125,7 +128,7 @@ class _MaskModel:
 
     def with_number(self, old: int, new: int) -> _MaskModel:
         """A copy with a number replaced in all scalar constants."""
-        changed = _MaskModel(self.model.clone(), self.inputs, self.keys)
+        changed = _MaskModel(self.model.clone(), self.inputs, self.keys, self.sizes)
         for v, n in changed._scalars():
             t = v.const_value
             if n == old and t is not None:
@@ -141,9 +144,17 @@ class _MaskModel:
         ]
 
 
-def _sizes(v: ir.Value) -> list[int]:
-    dims = list(v.shape or ())
-    return [d if isinstance(d, int) else SAMPLE_BATCH if i == 0 else SAMPLE_LENGTH for i, d in enumerate(dims)]
+def _sizes(g: Graph) -> dict[str, list[int]]:
+    """The sizes of each input in a sample; behind caches new tokens are fewer than those that a mask counts."""
+    inputs = specs(g)
+    total = total_mask(inputs)
+    past = SAMPLE_PAST if any(s.cache is not None for s in inputs) else 0
+    sizes = {}
+    for s in inputs:
+        length = SAMPLE_LENGTH if s is total else SAMPLE_PAST if s.cache is not None else SAMPLE_LENGTH - past
+        first = [SAMPLE_BATCH, *[length] * len(s.shape)]
+        sizes[s.name] = [d if isinstance(d, int) else first[i] for i, d in enumerate(s.shape)]
+    return sizes
 
 
 def _dtype(v: ir.Value) -> np.dtype[np.generic]:
@@ -223,7 +234,7 @@ def _padding(mask_model: _MaskModel, unpadded: _Sample, inputs_read: Iterable[ir
     """The form of padding: empty where no input's content matters, None where it does otherwise than by hiding keys."""
     rng, result = np.random.default_rng(0), ""
     for v in inputs_read:
-        sizes = _sizes(v)
+        sizes = mask_model.sizes[str(v.name)]
         if len(sizes) != 2:
             return None
         token_mask = rng.integers(0, 2, sizes)

@@ -188,3 +188,11 @@ def test_anatomy_says_what_was_not_recognised():
     facts = describe(g)
     assert facts["attention"]["not_recognised"] == 2
     assert [set(x) for x in facts["not_recognised"]] == [{"site", "why"}] * 2
+
+
+@pytest.mark.parametrize("name", ["llama-cache.legacy-eager-17", "gpt2-cache.dynamo-sdpa-20"])
+def test_the_mask_of_a_decoder_with_caches_is_named_by_more_keys_than_queries(name):
+    g = Graph(zoo.load_graph(name))
+    canonicalize(g)
+    found = describe(g)
+    assert [(s["kind"], s["attention"]["masks"]) for s in found["stacks"]] == [("decoder", "causal+padding")]
