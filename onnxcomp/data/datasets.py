@@ -17,7 +17,7 @@ from onnxcomp.data.untrusted import guarded
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 
-__all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs"]
+__all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs", "static_batch"]
 
 RANDOM_SAMPLES = 32  # where nobody says how many
 
@@ -136,7 +136,7 @@ class Dataset:
 
     def singly(self, n: int) -> Dataset:
         """At most `n` samples at equal distances, one by one; one batch where the model takes but one size of them."""
-        return self.spread(max(n, self.batch)).head(self.batch) if self._fixed_batch else self.spread(n).rebatch(1)
+        return self.leading(1)[0] if self._fixed_batch else self.spread(n).rebatch(1)
 
     def rebatch(self, batch: int) -> Dataset:
         """The same samples in batches of another size."""
@@ -197,11 +197,11 @@ def as_dataset(x: Any, graph: Graph | None = None, *, batch: int = 8, name: str 
     axes = None if graph is None else arrays.axes_of(specs(graph))
     source = arrays.Rows.of(x, name or f"{type(x).__name__} of batches", axes)
     check = None if graph is None else InputCheck(specs(graph), vocabulary(graph), source.name)
-    fixed = _static_batch(graph)
+    fixed = static_batch(graph)
     return Dataset(source, fixed or max(batch, source.widest), check, fixed_batch=fixed is not None).checked()
 
 
-def _static_batch(graph: Graph | None) -> int | None:
+def static_batch(graph: Graph | None) -> int | None:
     """The batch size of a model with a static batch axis."""
     ports = specs(graph) if graph is not None else []
     sizes = [s.shape[s.samples] for s in ports if s.samples is not None]
@@ -244,7 +244,7 @@ def _loaded(
     columns: tuple[str | None, str | None], code: bool, seed: int,
 ) -> Dataset:  # fmt: skip
     inputs, vocab = specs(graph), vocabulary(graph)
-    fixed = _static_batch(graph)
+    fixed = static_batch(graph)
     if fixed and (samples is not None or src == "random"):  # at least one whole batch
         samples = max(samples or RANDOM_SAMPLES, fixed)
     source = _open(src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed)

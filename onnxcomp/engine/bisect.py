@@ -13,7 +13,7 @@ from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Culprit, Step, Suspect
 from onnxcomp.target import Target
 from onnxcomp.validation.compare import Reference
-from onnxcomp.validation.gates import Verdict
+from onnxcomp.validation.gates import Condition, Verdict
 
 __all__ = ["Bisection", "not_bisected"]
 
@@ -66,11 +66,13 @@ class Bisection:
 
 
 def not_bisected(verdicts: Sequence[Verdict], steps: Sequence[Step]) -> str:
-    """Why no pass is named for gates that the written file failed, with what each pass left of the constants."""
-    gates = ", ".join(v.gate for v in verdicts if not v.passed)
+    """Why no pass is named for gates that the written file failed; for a size what each pass left of the constants."""
+    failed = [v.gate for v in verdicts if not v.passed]
+    gates = ", ".join(failed)
     left = ", ".join(f"{s.name} {size_text(s.nbytes[1])}" for s in steps if s.nbytes[0] != s.nbytes[1])
     why = f"--bisect names no pass for {gates}, judged on the written file behind all passes"
-    return f"{why}; constants were {size_text(steps[0].nbytes[0])}, behind {left}" if left else why
+    sized = left and any(Condition.parse(gate).name == "size" for gate in failed)
+    return f"{why}; constants were {size_text(steps[0].nbytes[0])}, behind {left}" if sized else why
 
 
 def _site(x: Compared, sites: dict[str, str]) -> str:

@@ -92,9 +92,9 @@ def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) ->
     if not names:
         return {}, "no value of the original's residual stream is in the result by its name"
     few = reference.data.singly(SAMPLES if size <= SMALL else 1)
-    taken = suited(few, original, result)
-    feeds = [b.feeds for b in (few if taken is few else without_caches(few, original))]
     try:
+        taken = suited(few, original, result)
+        feeds = [b.feeds for b in (few if taken is few else without_caches(few, original))]
         right = _run(original, feeds, names, host)
         made = _run(result, [fitted(b.feeds, original, result) for b in taken], names, host)
     except (DataError, ModelError) as e:  # such as an operator that only the lowered model has

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.data.arrays import Rows, axes_of
-from onnxcomp.data.datasets import Dataset, load_data, roles, specs
+from onnxcomp.data.datasets import Dataset, load_data, roles, specs, static_batch
 from onnxcomp.data.input_check import InputCheck
 from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.vocabulary import between
@@ -34,7 +34,8 @@ class Probe(Dataset):
     def __init__(self, g: Graph, folder: Path | None) -> None:
         source = Rows.of([random_feeds(g, folder, shape) for shape in SHAPES], "random", axes_of(specs(g)))
         source.random = True
-        super().__init__(source, source.widest, InputCheck(specs(g), vocabulary(g), "random"))
+        check = InputCheck(specs(g), vocabulary(g), "random")
+        super().__init__(source, source.widest, check, fixed_batch=static_batch(g) is not None)
 
 
 def probe(g: Graph) -> tuple[Probe | None, str]:

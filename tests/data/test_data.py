@@ -517,6 +517,13 @@ def test_a_model_of_fixed_batch_gets_whole_batches_only() -> None:
     for part in (everything, *everything.split(), everything.head(5)):
         assert {b.feeds["input_ids"].shape for b in part} == {(2, 7)}
     assert [len(x) for x in everything.split()] == [14, 2]
+    assert [b.size for b in everything.singly(4)] == [2]
+
+
+def test_other_models_get_samples_one_by_one(model: Graph) -> None:
+    data = as_dataset({"input_ids": tokens(10)}, model)
+    assert [b.size for b in data.singly(4)] == [1] * 4
+    assert rows_of(data.singly(5)) == rows_of(data)[::2]
 
 
 @pytest.mark.parametrize(("fixed", "samples", "found"), [(2, 1, 2), (3, None, 30), (64, None, 64), (3, 7, 6)])

@@ -105,6 +105,16 @@ def test_models_with_other_weights_are_unrelated_and_nothing_stands_out() -> Non
     assert len(lines) == 1
 
 
+def test_models_of_a_fixed_batch_are_run_by_whole_batches() -> None:
+    g = tiny.encoder(batch=3)
+    made = PassManager([parse_pass("dynamic-quant: {min_size: 1}")]).run(g, [tiny.feeds(g, 3, 9)]).model
+    from onnxcomp.data.datasets import as_dataset
+
+    found = by_layer(g, made, as_dataset([tiny.feeds(g, 3, 9, seed=i) for i in range(4)], g))
+    assert found.samples == 1, "one batch of three samples"
+    assert 0 < found.worst[0].error < 0.1
+
+
 def test_gates_on_the_written_file_are_refused_for_bisecting() -> None:
     with pytest.raises(RecipeError, match=r"but latency<=1x, size<=0\.5x can only be judged on the written file"):
         check_bisected(Gate(["latency<=1x", "size<=0.5x"]))
@@ -119,6 +129,8 @@ def test_a_size_that_refuses_says_what_each_pass_left() -> None:
     says = not_bisected([Verdict("size<=0.1x", 0.46, passed=False), Verdict("latency<=1x", 0.9, passed=True)], steps)
     assert says.startswith("--bisect names no pass for size<=0.1x, judged on the written file")
     assert says.endswith("constants were 8.0 MB, behind qdq 3.6 MB")
+    slow = not_bisected([Verdict("latency<=1x", 1.1, passed=False)], steps)
+    assert slow == "--bisect names no pass for latency<=1x, judged on the written file behind all passes"
 
 
 def test_bisect_names_the_pass_and_the_site_that_broke_a_gate() -> None:

@@ -96,6 +96,12 @@ def keys(x: Any) -> Any:
     return {k: keys(v) for k, v in x.items()} if isinstance(x, dict) else None
 
 
+def test_the_error_on_left_out_samples_may_stand_beside_that_on_the_evaluation_data() -> None:
+    r, said = full(), {"metric": "kl", "left_out": 0.1, "evaluation": 0.2, "samples": 16, "other_kind": False}
+    r.steps[0].drift = {**validation().json(), "left_out": said}
+    assert valid(json_report.to_json(r))["steps"][0]["drift"]["left_out"] == said
+
+
 def test_the_names_in_a_report_stay() -> None:
     """Golden: whoever reads report.json by these names can read the next one."""
     r = full()
