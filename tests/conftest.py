@@ -16,8 +16,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The code blocks of the pages are one long test: at the end, the other workers would wait for it."""
-    items.sort(key=lambda item: item.name != "test_blocks_run_in_order")
+    """First the code blocks of the pages, one long test for which the other workers would wait at the end.
+
+    Then what exports: one worker gets most of it, so that one imports transformers and the exporter.
+    """
+    items.sort(key=lambda item: (item.name != "test_blocks_run_in_order", not item.get_closest_marker("export")))
 
 
 def pytest_collection_finish() -> None:

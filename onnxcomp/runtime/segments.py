@@ -175,22 +175,21 @@ def signature(graph: Graph, names: Iterable[str]) -> tuple[Any, ...]:
     """
     wanted = set(names)
     pending = [v for node in graph.model.graph for v in node.outputs if v.name in wanted]
-    visited: dict[ir.Node, None] = {}
-    parts: list[Any] = [tuple(sorted(wanted))]
+    visited: set[ir.Node] = set()
+    parts, objects = list[Any](), list[object]()
     while pending:
-        v = pending.pop()
-        node = v.producer()
+        node = pending.pop().producer()
         if node is None or node in visited:
             continue
-        visited[node] = None
-        constants = tuple(_ById(t) for x in node.inputs if (t := graph.tensor(x)) is not None)
-        inputs = tuple("" if x is None else str(x.name) for x in node.inputs)
-        attributes = tuple((n, _ById(a.value) if _is_large(a) else repr(a.value)) for n, a in node.attributes.items())
-        parts.append(
-            (node.op_type, node.domain, inputs, tuple(str(o.name) for o in node.outputs), attributes, constants)
-        )
-        pending += [x for x in node.inputs if x is not None]
-    return tuple(parts)
+        visited.add(node)
+        inputs = node.inputs
+        objects += [graph.tensor(x) for x in inputs]
+        pending += [x for x in inputs if x is not None]
+        edges = [x and x.name for x in inputs], [v.name for v in node.outputs]
+        attributes = [(n, None if _is_large(a) else repr(a.value)) for n, a in node.attributes.items()]
+        objects += [a.value for a in node.attributes.values() if _is_large(a)]
+        parts.append((node.op_type, node.domain, edges, attributes))
+    return sorted(wanted), parts, _ById(objects)
 
 
 def _is_large(a: ir.Attr) -> bool:
@@ -198,16 +197,13 @@ def _is_large(a: ir.Attr) -> bool:
 
 
 class _ById:
-    """Compares an object by identity."""
+    """Compares objects by identity."""
 
-    def __init__(self, obj: object) -> None:
-        self.obj = obj
+    def __init__(self, objects: Sequence[object]) -> None:
+        self.objects, self.ids = objects, [*map(id, objects)]
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _ById) and self.obj is other.obj
-
-    def __hash__(self) -> int:
-        return id(self.obj)
+        return isinstance(other, _ById) and self.ids == other.ids
 
 
 class _Store:

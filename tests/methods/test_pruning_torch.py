@@ -1,6 +1,5 @@
 """Scores of the width passes against PyTorch's activations of the same trained layers; an exported ResNet is cut."""
 
-import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +21,7 @@ from onnxcomp.files import storage  # noqa: E402
 from onnxcomp.stats import calibrate  # noqa: E402
 from onnxcomp.target import CPU  # noqa: E402
 from tests import cut_matrix, cuts  # noqa: E402
+from tests.legacy_export import export_logits  # noqa: E402
 
 READS = {"prune-ffn": ("mlp.fc2", 256), "prune-heads": ("attention.o_proj", 4)}  # what reads the axis, and its units
 
@@ -32,24 +32,9 @@ def images() -> np.ndarray:
         return data["pixel_values"][:96]
 
 
-class Logits(torch.nn.Module):
-    """What the legacy exporter needs: one tensor in, one out."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x):
-        return self.model(x).logits
-
-
-def exported(model, name: str, x: torch.Tensor, path):
-    """The canonical graph, by torch's legacy exporter: it takes a tenth of the other's time."""
-    options = {"input_names": [name], "output_names": ["y"], "dynamic_axes": {name: {0: "batch"}}, "opset_version": 18}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(Logits(model).eval(), (x,), str(path), dynamo=False, **options)
-    g = storage.load(path)
+def exported(model, x: torch.Tensor, path):
+    """The canonical graph."""
+    g = storage.load(export_logits(model, x, path))
     canonicalize(g)
     return g
 
@@ -57,7 +42,7 @@ def exported(model, name: str, x: torch.Tensor, path):
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory, images):
     path = tmp_path_factory.mktemp("vit") / "model.onnx"
-    return exported(vit_digits.load(), "pixel_values", torch.tensor(images[:2]), path)
+    return exported(vit_digits.load(), torch.tensor(images[:2]), path)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +97,7 @@ def test_half_of_the_channels_of_an_exported_resnet(tmp_path):
     for norm in (m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         norm.running_mean.normal_(0, 0.1)
         norm.running_var.uniform_(0.5, 1.5)
-    g = exported(model, "x", torch.randn(2, 3, 32, 32), tmp_path / "m.onnx")
+    g = exported(model, torch.randn(2, 3, 32, 32), tmp_path / "m.onnx")
     p = catalog.load("prune-channels")(ratio=0.5, score="magnitude", repair="none")
     mask = g
     for place, keep in zip(*cut_matrix.planned(p, g.clone()), strict=True):
@@ -120,10 +105,10 @@ def test_half_of_the_channels_of_an_exported_resnet(tmp_path):
     result = PassManager([p]).run(g)
     assert result.report.steps[0].changed == len([*g.nodes("Conv")]) == 10
     assert parameters(result.model) < 0.28 * parameters(g)
-    feeds = [{"x": torch.randn(n, 3, 32, 32).numpy()} for n in (1, 3)]
+    feeds = [{"pixel_values": torch.randn(n, 3, 32, 32).numpy()} for n in (1, 3)]
     cuts.assert_same(mask, result.model, *feeds)
-    data = as_dataset([{"x": torch.randn(16, 3, 32, 32).numpy()} for _ in range(4)], g)
+    data = as_dataset([{"pixel_values": torch.randn(16, 3, 32, 32).numpy()} for _ in range(4)], g)
     repaired = PassManager([catalog.load("prune-channels")(ratio=0.5, score="magnitude")]).run(g, data)
     assert repaired.report.steps[0].changed == 10
-    want, without, fitted = (cuts.run(m, feeds[1])["y"] for m in (g, result.model, repaired.model))
+    want, without, fitted = (cuts.run(m, feeds[1])["logits"] for m in (g, result.model, repaired.model))
     assert np.linalg.norm(fitted - want) < 0.5 * np.linalg.norm(without - want)

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.legacy_export import export_logits
+
 pytestmark = [pytest.mark.export, pytest.mark.slow, pytest.mark.no_cover]
 DATA = Path(__file__).parents[2] / "models" / "data" / "vit_digits"
 
@@ -11,19 +13,20 @@ DATA = Path(__file__).parents[2] / "models" / "data" / "vit_digits"
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("transformers")
-    import onnxcomp as oc
-    from models import outliers
+    import torch
+
+    from models import outliers, vit_digits
 
     folder = tmp_path_factory.mktemp("planted")
-    outliers.plant(Path(__file__).parents[2] / "models" / "weights" / "vit_digits", folder / "checkpoint")
-    return oc.export(folder / "checkpoint", folder / "model")
+    outliers.plant(vit_digits.WEIGHTS, folder / "checkpoint")
+    return export_logits(vit_digits.load(folder / "checkpoint"), torch.zeros(2, 1, 8, 8), folder / "model.onnx")
 
 
 def compress(planted: Path, out: Path, *what: str) -> int:
     from onnxcomp.cli import main
 
-    data = ["--calibration", str(DATA / "calibration.npz"), "--eval", str(DATA / "heldout.npz"), "--no-measure"]
-    return main(["compress", str(planted), "-o", str(out), *what, *data])
+    data = ["--calibration", str(DATA / "calibration.npz"), "--eval", str(DATA / "heldout.npz"), "--samples", "300"]
+    return main(["compress", str(planted), "-o", str(out), *what, *data, "--no-measure"])
 
 
 def recipe(*passes: str) -> list[str]:
