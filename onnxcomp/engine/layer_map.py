@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.layers import Layer, Unit, layers
 from onnxcomp.data.narrowed import suited, without_caches
 from onnxcomp.engine.probe import fitted
-from onnxcomp.errors import DataError, ModelError
+from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 from onnxcomp.reports.outcome import LayerMap, StreamError
@@ -26,21 +26,20 @@ __all__ = ["layer_map"]
 
 SAMPLES = 4  # run one by one where that goes, so that padding is not compared; layers differ by factors: few do
 SMALL = 128 << 20  # bytes of weights from which on one sample has to do: loading and running take seconds then
-# Bytes from which on a model is not run for this: both are loaded once more, whole, whatever the memory of the job.
-LARGEST = 1 << 30
+LARGEST = 1 << 30  # bytes from which on a model is not run for this: both are loaded once more, whole
 
 
-def layer_map(walk: Walk, host: Target) -> tuple[tuple[LayerMap, ...], str]:
+def layer_map(walk: Walk, host: Target, memory: int | None = None) -> tuple[tuple[LayerMap, ...], str]:
     """Each layer of the original as passes know it, with what became of it; none where no pass lost anything.
 
-    And why the error of the stream was not measured, empty where it was.
+    And why the error of the stream was not measured, empty where it was: models above `memory` bytes are not run.
     """
     if not any(s.fidelity == "lossy" and s.changed for s in walk.report.steps):
         return (), ""
     original, result = walk.exact, walk.unlowered or walk.graph
     before, after = layers(original), layers(result)
     by_name = {x.name: layer for layer in after for x in layer.linears}
-    errors, why = _errors(walk, before, result, host)
+    errors, why = _errors(walk, before, result, host, min(LARGEST, memory or LARGEST))
     found = []
     for layer in before:
         now = next((by_name[x.name] for x in layer.linears if x.name in by_name), None)
@@ -76,7 +75,9 @@ def _part(u: Unit) -> str:
     return " and ".join(x for x, there in (("attention", u.attends), ("feed-forward", u.feeds_forward)) if there)
 
 
-def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) -> tuple[dict[str, float], str]:
+def _errors(
+    walk: Walk, before: Sequence[Layer], result: Graph, host: Target, most: int
+) -> tuple[dict[str, float], str]:
     """Relative L2 error of the stream by the name of its value, where both models have it; else why there is none."""
     original, reference = walk.exact, walk.reference
     there = {str(v.name) for node in result.nodes() for v in node.outputs}
@@ -84,11 +85,8 @@ def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) ->
     size = max(original.nbytes, result.nbytes)
     if reference is None:
         return {}, "there was no data to judge on"
-    if size > LARGEST:
-        return (
-            {},
-            f"models above {LARGEST >> 20:,} MiB are not run once more for it; `onnxcomp validate --by-layer` does",
-        )
+    if size > most:
+        return {}, f"models above {most >> 20:,} MiB are not run once more for it; onnxcomp validate --by-layer does"
     if not names:
         return {}, "no value of the original's residual stream is in the result by its name"
     few = reference.data.singly(SAMPLES if size <= SMALL else 1)
@@ -97,7 +95,7 @@ def _errors(walk: Walk, before: Sequence[Layer], result: Graph, host: Target) ->
         feeds = [b.feeds for b in (few if taken is few else without_caches(few, original))]
         right = _run(original, feeds, names, host)
         made = _run(result, [fitted(b.feeds, original, result) for b in taken], names, host)
-    except (DataError, ModelError) as e:  # such as an operator that only the lowered model has
+    except OnnxcompError as e:  # such as an operator that only the lowered model has
         return {}, f"the model before lowering did not run: {e}"
     errors = {n: _error([x[n] for x in right], [y[n] for y in made]) for n in names if _fit(right, made, n)}
     return errors, "" if errors else "the residual stream of the result has another width or length"

@@ -372,7 +372,7 @@ class PassManager:
             report.validation = compared(walk.reference, walk.graph, report.steps[-1].name)
         if walk.unlowered is not None and walk.plain is None and walk.reference is not None:
             walk.plain = possibly_compared(walk.reference, walk.unlowered)
-        report.layers, report.stream_note = layer_map(walk, self.host)
+        report.layers, report.stream_note = layer_map(walk, self.host, self.memory)
         if report.validation is not None and lossy:
             report.verdicts = self.gate.judge(report.validation.values())
         if refused := [v for v in report.verdicts if not v.passed]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,10 +23,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return storage.load(storage.save(tiny.encoder(), tmp_path_factory.mktemp("model")))
 
 
-def report(model: Graph, *steps: str, gates: tuple[str, ...] = ()) -> Report:
+def report(model: Graph, *steps: str, gates: tuple[str, ...] = (), **settings: Any) -> Report:
     batches = [Batch(tiny.feeds(model, 4, 9, seed=i)) for i in range(2)]
     passes = [parse_pass(x) for x in ("canonicalize", *steps)]
-    return oc.PassManager(passes, gate=oc.Gate(gates)).run(model, batches, batches).report
+    return oc.PassManager(passes, gate=oc.Gate(gates), **settings).run(model, batches, batches).report
 
 
 def test_heads_widths_and_types(model: Graph) -> None:
@@ -62,6 +63,8 @@ def test_large_models_are_not_run_for_it(model: Graph, monkeypatch: pytest.Monke
     found = report(model, "qdq: {min_size: 1}")
     assert [s.error for x in found.layers for s in x.stream] == [None] * 4
     assert found.stream_note.startswith("models above 0 MiB are not run once more for it")
+    monkeypatch.undo()
+    assert report(model, "qdq: {min_size: 1}", memory=1000).stream_note == found.stream_note
 
 
 def test_of_larger_ones_one_sample_is_run(model: Graph, monkeypatch: pytest.MonkeyPatch) -> None:
