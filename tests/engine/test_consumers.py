@@ -87,6 +87,12 @@ def test_genai_takes_any_family_dropped_layers_and_other_names(tmp_path: Path) -
     assert told["decoder"]["outputs"]["present_key_names"] == "out_key.%d"
 
 
+def test_special_tokens_that_are_no_words_are_refused(tmp_path: Path) -> None:
+    source = written(tmp_path / "m", decoder(), eos_token_id=[2, 5])
+    with pytest.raises(ModelError, match="eos_token_id is 5, of 5 words"):
+        package(source, tmp_path / "out", "genai")
+
+
 def test_optimum_gets_the_files_and_special_tokens(folder: Path, tmp_path: Path) -> None:
     out = package(folder, tmp_path / "out", "optimum")
     assert json.loads((out / "generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": [2, 3]}

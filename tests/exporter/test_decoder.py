@@ -14,8 +14,10 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
+from onnxcomp.engine.consumers import package
 from onnxcomp.errors import ExportError
 from onnxcomp.files import storage
+from onnxcomp.runtime.generation import Decoder, generated
 
 pytestmark = [pytest.mark.export]
 torch = pytest.importorskip("torch")
@@ -140,3 +142,24 @@ def test_a_trace_that_holds_only_for_its_sample_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(model, "forward", fixed)
     with pytest.raises(ExportError, match="output 'logits' differs from PyTorch"):
         export(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_packages_run_in_onnxruntime_genai(exported: Any, name: str, tmp_path: Path) -> None:
+    """The folder for it, by its own loop; and ours by ours."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    model, folder = exported(name)
+    (folder / "tokenizer.json").write_text("{}")  # random models have none, and tokens are given as numbers
+    (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
+    engine = genai.Model(str(package(folder, tmp_path / "genai", "genai", threads=1)))
+    tokens, _ = decoders.prompts(model, decoders.BATCHES[0])
+    params = genai.GeneratorParams(engine)
+    params.set_search_options(max_length=tokens.shape[1] + 12, do_sample=False)
+    text = genai.Generator(engine, params)
+    text.append_tokens(tokens[0])
+    while not text.is_done():
+        text.generate_next_token()
+    found = [int(x) for x in text.get_sequence(0)][tokens.shape[1] :]
+    with Decoder(folder, threads=1) as decoder:
+        assert found == [int(x[0]) for x in generated(decoder, tokens[:1], len(found), ends=[2])]
+    assert len(found) >= 1

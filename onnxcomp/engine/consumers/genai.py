@@ -13,9 +13,10 @@ from onnxcomp.files import storage
 
 __all__ = ["write"]
 
-# Types that onnxruntime-genai 0.18 knows; every other decoder is its generic type.
+# Types that onnxruntime-genai 0.18 knows; every other decoder is its generic type. `gpt2` is not here: under that name
+# it wants keys and values of a layer in one tensor.
 TYPES = (
-    *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gpt2", "gptoss", "granite"),
+    *("chatglm", "ernie4_5", "gemma", "gemma2", "gemma3_text", "gemma4_text", "gptoss", "granite"),
     *("granitemoehybrid", "hunyuandensev1", "internlm2", "lfm2", "llama", "mistral", "nemotron", "olmo", "phi"),
     *("phimoe", "phi3", "phi3small", "qwen2", "qwen3", "smollm3"),
 )
@@ -40,12 +41,19 @@ def configuration(source: Source) -> dict[str, Any]:
     """What genai_config.json says of a model."""
     context = next((source.config[n] for n in CONTEXT if isinstance(source.config.get(n), int)), LONGEST)
     bos, eos, pad = (source.token(kind) for kind in ("bos", "eos", "pad"))
+    words = source.number("vocab_size")
+    for name, given in (("bos", bos), ("eos", eos), ("pad", pad)):
+        for token in given if isinstance(given, list) else [given]:
+            if isinstance(token, int) and not 0 <= token < words:
+                raise ModelError(
+                    f"{source.path.parent}: {name}_token_id is {token}, of {words} words: genai refuses it"
+                )
     family = str(source.config.get("model_type", GENERIC))
     return {
         "model": {
             "type": family if family in TYPES else GENERIC,
             "context_length": context,
-            "vocab_size": source.number("vocab_size"),
+            "vocab_size": words,
             **({} if bos is None else {"bos_token_id": bos}),
             "eos_token_id": eos,
             "pad_token_id": pad if pad is not None else eos[0] if isinstance(eos, list) else eos,
