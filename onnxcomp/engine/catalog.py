@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import os
 import pkgutil
 from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -140,9 +141,15 @@ def nearest(name: object, known: Iterable[str]) -> str:
 # ---- where passes come from ------------------------------------------------------------------------------------------
 
 
-def _built_in() -> set[str]:
-    found = (m.name for m in pkgutil.iter_modules(passes.__path__))
-    return {n.replace("_", "-") for n in found if not n.startswith("_")}
+def _built_in() -> frozenset[str]:
+    return frozenset().union(*(_in_folder(p, os.path.getmtime(p) if os.path.exists(p) else 0) for p in passes.__path__))
+
+
+@functools.cache
+def _in_folder(path: str, changed: float) -> frozenset[str]:
+    """Names of the passes in a folder as it was when it changed last."""
+    found = (m.name for m in pkgutil.iter_modules([path]))
+    return frozenset(n.replace("_", "-") for n in found if not n.startswith("_"))
 
 
 def _third_party() -> tuple[dict[str, EntryPoint], dict[str, str]]:
