@@ -314,14 +314,16 @@ def test_presets_say_what_they_are_for_and_need(run: Run) -> None:
     ("words", "offered"),
     [("compress m --preset int", {"int8", "int8-dynamic"}), ("bench m --target ten", {"tensorrt"}), ("tun", {"tune"})],
 )
-def test_shells_complete_commands_presets_and_targets(words: str, offered: set[str]) -> None:
+def test_shells_complete_commands_presets_and_targets(
+    run: Run, monkeypatch: pytest.MonkeyPatch, words: str, offered: set[str]
+) -> None:
     typed = f"onnxcomp {words}"
-    env = os.environ | {"_ONNXCOMP_COMPLETE": "complete_bash", "COMP_WORDS": typed}
-    env["COMP_CWORD"] = str(len(typed.split()) - 1)
-    found = subprocess.run(
-        [sys.executable, "-m", "onnxcomp"], env=env, capture_output=True, text=True, timeout=60, check=True
-    )
-    assert set(found.stdout.split()) >= offered
+    monkeypatch.setenv("_ONNXCOMP_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    code, out, _ = run()
+    assert code == 0
+    assert set(out.split()) >= offered
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -444,31 +442,30 @@ def test_an_output_that_cannot_be_written_is_a_model_error(tmp_path: Path) -> No
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("outside")
 @pytest.mark.parametrize("step", range(1, 7))
 def test_a_kill_at_any_step_leaves_a_whole_model(tmp_path: Path, step: int) -> None:
-    """The process kills itself at the n-th file operation of a save over an older result."""
-    script = textwrap.dedent("""
-        import os, signal, sys
-        from pathlib import Path
-        import numpy as np
-        from onnxcomp.files import atomic, storage
-        from tests.files.test_storage import holding
-        storage.INLINE_LIMIT = 0
-        out, step = Path(sys.argv[1]), int(sys.argv[2])
-        storage.save(holding(np.zeros(5000, np.float32)), out)
+    """A fork kills itself at the n-th file operation of a save over an older result."""
+    storage.save(holding(np.zeros(5000, np.float32)), tmp_path)
+    if (pid := os.fork()) == 0:
         left = [step]
-        def counted(f):
-            def g(*args, **kw):
+
+        def counted(real: Any) -> Any:
+            def call(*args: Any, **options: Any) -> Any:
                 left[0] -= 1
                 if left[0] == 0:
                     os.kill(os.getpid(), signal.SIGKILL)
-                return f(*args, **kw)
-            return g
+                return real(*args, **options)
+
+            return call
+
         os.replace, os.fsync, Path.unlink = counted(os.replace), counted(os.fsync), counted(Path.unlink)
-        storage.save(holding(np.ones(5000, np.float32)), out)
-    """)
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(step)], cwd=Path(__file__).parents[2])
-    assert done.returncode == -signal.SIGKILL
+        try:
+            storage.save(holding(np.ones(5000, np.float32)), tmp_path)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     g = storage.load(tmp_path)
     (v,) = g.model.graph.initializers.values()
     assert set(g.array(v)) in ({0.0}, {1.0})
