@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from onnxcomp.runtime.generation import Decoder
+from onnxcomp.runtime.sessions import Session
 from tests import wider
 from tests.zoo import Architecture
 
@@ -92,4 +94,70 @@ def ours(folder: Path, ids: Any, mask: Any, new: int = NEW) -> Any:
         tokens = [decoder.read(ids, mask)[:, -1].argmax(-1)]
         while len(tokens) < new:
             tokens.append(decoder.read(tokens[-1][:, None])[:, -1].argmax(-1))
+    return np.stack(tokens, 1)
+
+
+# ---- encoder-decoders ------------------------------------------------------------------------------------------------
+
+PAIRS = ("t5", "t5-gated", "bart", "marian", "pegasus", "mbart", "mt5", "longt5", "whisper")
+
+
+def build_pair(name: str, seed: int = 0) -> Any:
+    """An encoder-decoder of the coverage tables with the head that writes text."""
+    a = wider.BY_NAME[name]
+    head = "MarianMTModel" if name == "marian" else a.model.replace("Model", "ForConditionalGeneration")
+    model = build(dataclasses.replace(a, model=head), seed)
+    for setting in ("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"):
+        setattr(model.generation_config, setting, None)
+    model.generation_config.decoder_start_token_id = 1
+    return model
+
+
+def sources(model: Any, batch: int) -> dict[str, Any]:
+    """What the encoder reads: texts of 7 tokens, of which every second ends with padding, or sound."""
+    rng = np.random.default_rng(batch)
+    if model.config.model_type == "whisper":
+        sizes = (batch, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        return {"input_features": rng.standard_normal(sizes).astype(np.float32)}
+    ids = rng.integers(3, model.config.vocab_size, (batch, 7))
+    mask = np.ones_like(ids)
+    mask[1::2, 5:] = 0
+    ids[mask == 0] = model.config.pad_token_id
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def greedy_pair(model: Any, folder: Path, batch: int, new: int = NEW) -> Greedy:
+    """What transformers' generate and both graphs write for the same sources."""
+    fed = sources(model, batch)
+    return Greedy(theirs_pair(model, fed, new), ours_pair(folder, fed, new))
+
+
+def theirs_pair(model: Any, fed: dict[str, Any], new: int = NEW) -> Any:
+    """The tokens `[batch, new]` that transformers' generate writes."""
+    import torch
+
+    tensors = {k: torch.from_numpy(v) for k, v in fed.items()}
+    options = {"do_sample": False, "num_beams": 1, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": new}
+    model.generation_config.eos_token_id = None
+    with torch.no_grad():
+        write = super(type(model), model).generate if model.config.model_type == "whisper" else model.generate
+        return write(**tensors, **options).numpy()[:, -new:]
+
+
+def ours_pair(folder: Path, fed: dict[str, Any], new: int) -> Any:
+    """The likeliest tokens `[batch, new]` by the exported graphs: one run of the encoder, then a token at a time."""
+    with Session(folder / "encoder_model.onnx") as encoder, Session(folder / "decoder_model.onnx") as decoder:
+        found = encoder.run(fed)
+        ports = {p.name: p for p in decoder.inputs}
+        feeds = {n: found[n.replace("past_key_values", "present")] for n in ports if ".encoder." in n}
+        if "encoder_attention_mask" in ports:
+            feeds["encoder_attention_mask"] = fed["attention_mask"]
+        batch, tokens = len(next(iter(fed.values()))), []
+        own = {n: np.zeros((batch, p.shape[1], 0, p.shape[3]), p.dtype) for n, p in ports.items() if ".decoder." in n}
+        feeds["input_ids"] = np.ones((batch, 1), np.int64)
+        while len(tokens) < new:
+            out = decoder.run(feeds | own)
+            tokens.append(out["logits"][:, -1].argmax(-1))
+            feeds["input_ids"] = tokens[-1][:, None]
+            own = {n: out[n.replace("past_key_values", "present")] for n in own}
     return np.stack(tokens, 1)

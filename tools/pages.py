@@ -18,6 +18,7 @@ PAGES = {
     "int8": "passes/README.md",
     "autopilot": "passes/README.md",
     "generation": "onnxcomp/README.md",
+    "generation-pairs": "onnxcomp/README.md",
     "frontier": "passes/README.md",
     "interactions": "passes/README.md",
     "low_bits": "passes/README.md",

@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.errors import ExportError
-from onnxcomp.exporter.checkpoints import TASKS, cast, companions, inputs_of, load_checkpoint, quiet, title, versions
+from onnxcomp.exporter.checkpoints import (
+    PAIRED,
+    TASKS,
+    cast,
+    companions,
+    inputs_of,
+    load_checkpoint,
+    quiet,
+    title,
+    versions,
+)
 from onnxcomp.exporter.decoder import Decoder
+from onnxcomp.exporter.encoder_decoder import two_sides
 from onnxcomp.exporter.preflight import check_installed, check_source
 from onnxcomp.exporter.routes import TOLERANCE, Watch, first_verified
 from onnxcomp.exporter.work import Work
@@ -58,12 +69,19 @@ def export(
         with quiet(log):
             say("loading the checkpoint")
             model, task = load_checkpoint(source, task, revision, allow_pickle)
-            fixed = dict(static or {})
-            if past and task in CACHED:
-                job: Work = Decoder.of(cast(model, dtype), task, dtype, opset, fixed)
+            fixed, cast_model = dict(static or {}), cast(model, dtype)
+            if task in PAIRED:
+                if not past:
+                    raise ExportError(f"a model of the task '{task}' is always exported with caches, without --no-past")
+                jobs: list[Work] = two_sides(cast_model, task, dtype, opset, fixed)
+            elif past and task in CACHED:
+                jobs = [Decoder.of(cast_model, task, dtype, opset, fixed)]
             else:
-                job = Work(cast(model, dtype), task, dtype, opset, fixed, inputs_of(model, source))
-            record = first_verified(job, staging, say)
+                jobs = [Work(cast_model, task, dtype, opset, fixed, inputs_of(model, source))]
+            graphs = {job.file: first_verified(job, staging, say) for job in jobs}
+            job, record = jobs[-1], graphs[jobs[-1].file]
+            if len(jobs) > 1:
+                record = {**record, "graphs": graphs}
             companions(job.model, source, revision, staging, log)
         record |= {
             "schema": EXPORT_SCHEMA,

@@ -26,6 +26,9 @@ TASKS = {  # task: transformers' class that loads it, its outputs
     "image-classification": ("AutoModelForImageClassification", ("logits",)),
     "fill-mask": ("AutoModelForMaskedLM", ("logits",)),
     "text-generation": ("AutoModelForCausalLM", ("logits",)),
+    "text2text-generation": ("AutoModelForSeq2SeqLM", ("logits",)),
+    "automatic-speech-recognition": ("AutoModelForSpeechSeq2Seq", ("logits",)),
+    "image-to-text": ("AutoModelForImageTextToText", ("logits",)),
 }
 _ARCHITECTURES = {
     "ForSequenceClassification": "text-classification",
@@ -37,6 +40,13 @@ _ARCHITECTURES = {
     "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
 }
+_PAIRS = {  # encoder-decoders
+    "WhisperForConditionalGeneration": "automatic-speech-recognition",
+    "VisionEncoderDecoderModel": "image-to-text",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "text2text-generation",
+}
+PAIRED = frozenset(_PAIRS.values())
 VOCABULARIES = ("vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -97,10 +107,9 @@ def _why_not_loaded(source: str | Path, e: BaseException) -> str:
 
 def task_of(config: Any, source: object) -> str:
     """The task that a configuration's architecture is for; raises `ExportError`."""
-    if getattr(config, "is_encoder_decoder", False):
-        raise ExportError(f"{source}: encoder-decoder models are not supported yet; there are {', '.join(TASKS)}")
     names = list(getattr(config, "architectures", None) or []) or [str(source)]
-    for suffix, task in _ARCHITECTURES.items():
+    pair = getattr(config, "is_encoder_decoder", False)
+    for suffix, task in (_PAIRS if pair else _ARCHITECTURES).items():
         if names[0].endswith(suffix):
             return task
     raise ExportError(f"{source}: the task does not follow from '{names[0]}'; give --task, one of {', '.join(TASKS)}")

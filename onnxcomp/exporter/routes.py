@@ -24,6 +24,7 @@ Route = Callable[[Work, int], Any]
 def first_verified(job: Work, staging: Path, say: Watch) -> dict[str, Any]:
     """Try exporters and attention implementations in order until one is verified; returns the facts for export.json."""
     routes = CACHED_ROUTES if job.past else ROUTES
+    before = set(staging.iterdir())
     for opset, attention, name in _order(job, routes):
         say(f"exporting through {name} ({attention} attention, opset {opset})")
         try:
@@ -32,10 +33,10 @@ def first_verified(job: Work, staging: Path, say: Watch) -> dict[str, Any]:
                 program = routes[name](job, opset)
             write(job, program, opset, staging)
             say("comparing with PyTorch")
-            verified = job.verify(staging / "model.onnx")
+            verified = job.verify(staging / job.file)
         except Exception as e:  # noqa: BLE001  exporters raise anything; every cause is reported
-            for old in staging.iterdir():
-                old.unlink()
+            for failed in set(staging.iterdir()) - before:
+                failed.unlink()
             why = one_line(e, staging)
             job.attempts.append({"route": name, "attention": attention, "opset": str(opset), "error": why})
             continue

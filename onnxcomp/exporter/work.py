@@ -12,7 +12,7 @@ import numpy as np
 from onnxcomp.errors import ModelError
 from onnxcomp.exporter.checkpoints import TASKS, one_line
 
-__all__ = ["TOLERANCE", "Work", "array_of", "difference"]
+__all__ = ["TOLERANCE", "Work", "array_of", "difference", "image_sizes"]
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # largest difference, relative to the largest output
 Axes = tuple[str | None, ...]
@@ -29,6 +29,7 @@ class Work:
     static: dict[str, int]
     inputs: tuple[str, ...]
     attempts: list[dict[str, str]] = field(default_factory=list)
+    file: ClassVar[str] = "model.onnx"
     past: ClassVar[bool] = False  # whether it takes and gives key-value caches
 
     @property
@@ -76,7 +77,7 @@ class Work:
         rng = np.random.default_rng(seed)
         batch, sequence = self.static.get("batch", batch), self.static.get("sequence", sequence)
         if self.inputs == ("pixel_values",):
-            pixels = rng.standard_normal((batch, *_image(self.config))).astype(np.float32)
+            pixels = rng.standard_normal((batch, *image_sizes(self.config))).astype(np.float32)
             return {"pixel_values": torch.from_numpy(pixels).to(self.model.dtype)}
         ids = self.tokens(rng, batch, sequence)
         mask = np.ones_like(ids)
@@ -138,7 +139,8 @@ class Work:
         return {n: out[n].float().numpy() for n in TASKS[self.task][1]}
 
 
-def _image(config: Any) -> tuple[int, int, int]:
+def image_sizes(config: Any) -> tuple[int, int, int]:
+    """Channels, height and width of the images that a model reads."""
     size = getattr(config, "image_size", None) or 224
     height, width = (size, size) if isinstance(size, int) else size
     return int(getattr(config, "num_channels", 3)), int(height), int(width)

@@ -45,7 +45,8 @@ def write(job: Work, program: Any, opset: int, staging: Path) -> None:
     if opset != job.opset:
         exported = convert(exported, job.opset)
     exported.verify(interface=False)
-    save(exported, staging, metadata={"task": job.task, "exported_by": f"onnxcomp {versions()['onnxcomp']}"})
+    metadata = {"task": job.task, "exported_by": f"onnxcomp {versions()['onnxcomp']}"}
+    save(exported, staging, metadata=metadata, name=job.file)
 
 
 def _name_nodes(program: Any) -> None:
