@@ -85,7 +85,7 @@ class Encoder(_Side):
 
     def axes(self) -> dict[str, Axes]:
         """Names of the open axes of each input."""
-        return {name: (BATCH, self.length) for name in self.inputs}
+        return dict.fromkeys(self.inputs, (BATCH, self.length))
 
     def output_axes(self) -> dict[str, Axes]:
         """Names of the open axes of each output."""
