@@ -536,8 +536,8 @@ def test_row_41_exporters_and_attentions_are_tried_in_order_and_the_one_that_wor
         return "program"
 
     monkeypatch.setattr(routes, "ROUTES", {"first": broken, "second": second})
-    monkeypatch.setattr(routes, "_write", lambda job, program, opset, staging: None)
-    monkeypatch.setattr(routes, "_verify", lambda job, file: {"outputs": {}})
+    monkeypatch.setattr(routes, "write", lambda job, program, opset, staging: None)
+    monkeypatch.setattr(routes.Work, "verify", lambda job, file: {"outputs": {}})
     job = routes.Work(Model(), "feature-extraction", "fp32", 20, {}, ("input_ids",))
     found = routes.first_verified(job, tmp_path, lambda line: None)
     assert (found["route"], found["attention"]) == ("second", "eager")
