@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from onnxcomp.graph import Site
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array
@@ -11,6 +13,7 @@ from onnxcomp.methods.repair.readers import Reader
 
 __all__ = ["UNREACHED", "Cut", "Place"]
 
+LISTED = 16  # heads that are named, counted from 0 as the pass met them
 UNREACHED = (
     "no sample of the data reaches it: give more data, or say what measures nothing (score: magnitude, repair: none, "
     "ranking: layer)"
@@ -42,7 +45,10 @@ class Cut:
 
     def describe(self, unit: str) -> str:
         """The note on its sites."""
-        return f"{self.place.group.units} > {len(self.keep)} {unit}" + (f", {self.said}" if self.said else "")
+        units = self.place.group.units
+        gone = np.setdiff1d(np.arange(units), self.keep)
+        told = f" (without {', '.join(map(str, gone))})" if unit == "heads" and 0 < len(gone) <= LISTED else ""
+        return f"{units} > {len(self.keep)} {unit}{told}" + (f", {self.said}" if self.said else "")
 
     @property
     def values(self) -> dict[str, float]:
