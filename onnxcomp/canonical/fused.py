@@ -31,9 +31,7 @@ SPECIAL_OPS = (
     *("PackedMultiHeadAttention", "PagedAttention", "SkipGroupNorm", "SparseAttention"),
 )
 KEPT = {
-    **dict.fromkeys(
-        QUANTIZED_OPS, "it computes with quantized weights, which stay as the tool that made them wrote them"
-    ),
+    **dict.fromkeys(QUANTIZED_OPS, "it computes with quantized weights, which stay as they were written"),
     **dict.fromkeys(SPECIAL_OPS, "it has no exact standard form"),
 }
 MASK_INPUT = {"Attention": 3, "MultiHeadAttention": 4}

@@ -75,4 +75,4 @@ def test_graphs_of_the_runtimes_quantizers(tmp_path, how):
         assert all(x.quantized for x in blocks.linears(new))
         assert {d.why for d in new.declined} == {"attention: its scores are quantized"}
     if how == "operators":
-        assert any("stay as the tool that made them wrote them" in d.why for d in new.declined)
+        assert any("stay as they were written" in d.why for d in new.declined)

@@ -256,7 +256,7 @@ def test_operators_of_other_tools_are_left_with_a_reason(op):
     inputs = {"MatMulNBits": [x, (packed,), (f32(6, 1),)], "QAttention": [x, (f32(16, 48),)]}.get(op, [x])
     sizes = {"K": 16, "N": 6, "bits": 4, "block_size": 16} if op == "MatMulNBits" else {"num_heads": 2}
     Op(op, inputs, **sizes).stays(
-        "stay as the tool that made them wrote them" if op != "PackedAttention" else "it has no exact standard form"
+        "stay as they were written" if op != "PackedAttention" else "it has no exact standard form"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from onnxcomp import blocks
 from onnxcomp.blocks.describe import describe
 from onnxcomp.blocks.mask_names import Mask, name_masks
 from onnxcomp.canonical import canonicalize
@@ -216,3 +217,18 @@ def test_a_mask_from_activations_is_not_probed():
 
     g, mask = mask_graph(content)
     assert name_masks(g, [mask])[mask] == Mask("other", "content")
+
+
+def test_products_of_codes_count_and_what_they_hide_is_said(tmp_path):
+    g = tiny.linear()
+    x = next(iter(blocks.linears(g)))
+    k, n = x.sizes
+    codes = g.constant(np.zeros((n, -(-k // 16), 8), np.uint8), "codes")
+    scales = g.constant(np.ones((n, -(-k // 16)), np.float32), "scales")
+    sizes = {"K": k, "N": n, "bits": 4, "block_size": 16}
+    g.replace(x.output, g.op("MatMulNBits", x.source, codes, scales, domain="com.microsoft", like=x.output, **sizes))
+    g.sweep()
+    assert inspected(g, tmp_path)["quantized_linears"] == 1
+    said = inspect_model.headline(inspect_model.inspect(tmp_path / "model"))
+    assert "1 quantized linears" in said
+    assert said.endswith("inspect the source for these")
