@@ -72,7 +72,7 @@ def test_foreign_use_is_busy_time_minus_our_own(monkeypatch: pytest.MonkeyPatch)
 def test_a_system_that_does_not_tell_is_not_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(worker, "_STAT", tmp_path / "none")
     assert Watch().foreign() is None
-    told = list(benchmark._warnings(rounds((1, 1), foreign=(None,)), "batch=1"))
+    told = list(benchmark.warnings(rounds((1, 1), foreign=(None,)), "batch=1"))
     assert len(told) == 1
     assert "CPU use of other processes is not available here" in told[0]
 
@@ -109,14 +109,14 @@ def test_too_few_clean_rounds_are_shown_with_a_warning() -> None:
     r = rounds((1, 1), (2, 2), (3, 3), (4, 4), foreign=(0, 0, 1, 1))
     assert r.used == [0, 1, 2, 3]
     assert r.dropped(0) == 0
-    told = list(benchmark._warnings(r, "batch=1"))
+    told = list(benchmark.warnings(r, "batch=1"))
     assert told == ["batch=1: noisy machine: 2 of 4 rounds were disturbed by others, all are shown"]
 
 
 def test_many_dropped_rounds_are_said() -> None:
     r = rounds(*[(1.0, 1.0)] * 8, foreign=(0, 0, 0, 1, 1, 1, 1, 1))
-    assert list(benchmark._warnings(r, "x")) == ["x: noisy machine: 5 of 8 rounds were disturbed and dropped"]
-    assert list(benchmark._warnings(rounds(*[(1.0, 1.0)] * 8), "x")) == []
+    assert list(benchmark.warnings(r, "x")) == ["x: noisy machine: 5 of 8 rounds were disturbed and dropped"]
+    assert list(benchmark.warnings(rounds(*[(1.0, 1.0)] * 8), "x")) == []
     assert r.busy
     assert not rounds(*[(1.0, 1.0)] * 8).busy
 
@@ -227,7 +227,7 @@ def test_a_wide_interval_is_measured_on() -> None:
 def test_no_round_begins_after_the_deadline() -> None:
     assert len(interleaved(dirty=0, deadline=0.0)[0].blocks) == benchmark.FEWEST
     assert len(interleaved(dirty=0, runs=2, deadline=0.0)[0].blocks) == 2
-    told = list(benchmark._warnings(rounds(*[(1.0, 1.0)] * 3), "batch=1", late=True))
+    told = list(benchmark.warnings(rounds(*[(1.0, 1.0)] * 3), "batch=1", late=True))
     assert told == ["batch=1: time was up after 3 rounds, so the interval is wide; --budget gives more"]
 
 

@@ -81,7 +81,7 @@ def test_what_no_xml_or_table_holds_is_written_otherwise() -> None:
     (suite,) = Xml.fromstring(junit("compress", {"model": report}, "line\x1b\nmore"))
     assert suite[0].get("name") == "kl[a|b?]<=1"
     assert suite[1][0].get("message") == "line?"
-    assert "gate `kl[a\\|b" in summary("compress", {"model": report}, "line")
+    assert "| gate <code>kl&#91;a&#124;b" in summary("compress", {"model": report}, "line")
 
 
 @pytest.mark.parametrize("trouble", ["", "broken"])
