@@ -151,7 +151,7 @@ def vocabulary(graph: Graph) -> dict[str, int]:
                     user.op_type in ("Cast", "Identity")
                     and len(user.outputs) == 1
                     and _stays_integer(user.outputs[0], user)
-                ):
+                ) or (user.op_type in ("Reshape", "Flatten", "Squeeze", "Unsqueeze") and index == 0):
                     reach.append(user.outputs[0])
                 elif user.op_type in ("Gather", "GatherBlockQuantized") and index == 1:
                     table = Graph.tensor(user.inputs[0])

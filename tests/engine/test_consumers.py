@@ -7,9 +7,12 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+pytest.importorskip("tokenizers")
+from tokenizers import Tokenizer, models
+
 from onnxcomp.cli import main
 from onnxcomp.engine.consumers import package
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import DataError, ModelError
 
 CONFIG = {
     "model_type": "llama",
@@ -56,7 +59,7 @@ def written(place: Path, model: ir.Model, **config) -> Path:
     place.mkdir()
     ir.save(model, place / "model.onnx")
     (place / "config.json").write_text(json.dumps(CONFIG | config))
-    (place / "tokenizer.json").write_text("{}")
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="a")).save(str(place / "tokenizer.json"))
     return place
 
 
@@ -90,6 +93,9 @@ def test_genai_takes_any_family_dropped_layers_and_other_names(tmp_path: Path) -
 def test_special_tokens_that_are_no_words_are_refused(tmp_path: Path) -> None:
     source = written(tmp_path / "m", decoder(), eos_token_id=[2, 5])
     with pytest.raises(ModelError, match="eos_token_id is 5, of 5 words"):
+        package(source, tmp_path / "out", "genai")
+    (source / "generation_config.json").write_text('{"eos_token_id": {"a": 1}}')
+    with pytest.raises(ModelError, match="must be a number or a list"):
         package(source, tmp_path / "out", "genai")
 
 
@@ -148,9 +154,17 @@ def test_what_no_consumer_can_load_is_refused_in_one_line(folder: Path, tmp_path
         package(folder, tmp_path / "out", "llama.cpp")
     with pytest.raises(ModelError, match="is not empty"):
         package(folder, folder, "genai")
+    with pytest.raises(ModelError, match="is a file"):
+        package(folder, folder / "config.json", "genai")
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json: genai could not load it"):
+        package(folder, tmp_path / "out", "genai")
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"no tokenizer\.json"):
         package(folder, tmp_path / "out", "genai")
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(DataError, match="is not a JSON object"):
+        package(folder, tmp_path / "out", "optimum")
     (folder / "config.json").unlink()
     assert main(["package", str(folder), "-o", str(tmp_path / "out"), "--for", "optimum"]) == 2
     assert "has no config.json" in capsys.readouterr().err

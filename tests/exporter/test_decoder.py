@@ -14,6 +14,7 @@ import pytest
 from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
+from onnxcomp.data.inputs import vocabulary
 from onnxcomp.engine.consumers import package
 from onnxcomp.errors import ExportError
 from onnxcomp.files import storage
@@ -23,6 +24,8 @@ pytestmark = [pytest.mark.export]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("onnxruntime")
+
+from tokenizers import Tokenizer, models  # noqa: E402
 
 from onnxcomp.exporter import export, routes  # noqa: E402
 from tests import decoders  # noqa: E402
@@ -55,6 +58,7 @@ def test_greedy_text_is_that_of_transformers(exported: Any, name: str, tmp_path:
     """Also behind padding on the left, and in the canonical form, whose attentions have their caches."""
     model, folder = exported(name)
     g = storage.load(folder)
+    assert vocabulary(g)["input_ids"] == model.config.vocab_size  # else no perplexity is told
     canonicalize(g)
     attentions = blocks.attentions(g)
     assert [a.past is not None and a.present is not None for a in attentions] == [True, True]
@@ -149,7 +153,8 @@ def test_packages_run_in_onnxruntime_genai(exported: Any, name: str, tmp_path: P
     """The folder for it, by its own loop; and ours by ours."""
     genai = pytest.importorskip("onnxruntime_genai")
     model, folder = exported(name)
-    (folder / "tokenizer.json").write_text("{}")  # random models have none, and tokens are given as numbers
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))  # tokens are given as numbers
+    words.save(str(folder / "tokenizer.json"))
     (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
     engine = genai.Model(str(package(folder, tmp_path / "genai", "genai", threads=1)))
     tokens, _ = decoders.prompts(model, decoders.BATCHES[0])

@@ -29,7 +29,9 @@ def package(model: str | Path, out: str | Path, consumer: str, *, threads: int =
     path, folder = path_of("model", model) or Path(), path_of("out", out) or Path()
     if consumer not in CONSUMERS:
         raise ModelError(f"'{consumer}' is no consumer; there are {', '.join(CONSUMERS)}")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ModelError(f"{folder}: is a file; a package is written to a new folder")
+    if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder}: is not empty; a package is written to a new folder")
     source = Source.of(storage.one_graph(path, None), threads)
     with storage.publish(folder) as staging:

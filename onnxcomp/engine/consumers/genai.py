@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
+from onnxcomp.data.texts import tokenizer
+from onnxcomp.data.untrusted import plain_file
 from onnxcomp.engine.consumers.source import Source
-from onnxcomp.errors import ModelError
+from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files import storage
 
 __all__ = ["write"]
@@ -29,8 +31,13 @@ LONGEST = 4096  # tokens of a sequence where the configuration does not tell its
 
 def write(source: Source, folder: Path) -> None:
     """Write the model, the files beside it and genai_config.json; raises `ModelError` where genai cannot run it."""
-    if not (source.path.parent / "tokenizer.json").is_file():
+    if not (file := source.path.parent / "tokenizer.json").is_file():
         raise ModelError(f"{source.path.parent}: has no tokenizer.json, which genai reads")
+    try:
+        plain_file(file)
+        tokenizer(file.read_text("utf-8"))
+    except (DataError, ValueError) as e:
+        raise ModelError(f"{file}: genai could not load it: {e}") from e
     config = configuration(source)
     storage.save(source.graph, folder)
     storage.copy_companions(source.path.parent, folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from onnxcomp.data.arrays import read_json
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
@@ -43,10 +43,10 @@ class Source:
     @classmethod
     def of(cls, path: Path, threads: int = 0) -> Source:
         """Read the model; raises `ModelError` where its folder has no config.json, or one that cannot be read."""
-        config = _json(path.parent / "config.json")
-        if not config:
+        if not (path.parent / "config.json").is_file():
             raise ModelError(f"{path.parent}: has no config.json, which every consumer reads; copy the checkpoint's")
-        return cls(path, storage.load(path), config, _json(path.parent / "generation_config.json"), threads)
+        told = [read_json(path.parent / name) for name in ("config.json", "generation_config.json")]
+        return cls(path, storage.load(path), *told, threads)
 
     @property
     def inputs(self) -> list[str]:
@@ -104,14 +104,10 @@ class Source:
     def token(self, kind: str) -> Any:
         """A special token by its kind (`eos`), a number, a list of numbers or None."""
         name = f"{kind}_token_id"
-        return self.generation.get(name, self.config.get(name))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise ModelError(f"{path}: cannot be read: {e}") from e
-    return found if isinstance(found, dict) else {}
+        given = self.generation.get(name, self.config.get(name))
+        for x in given if isinstance(given, list) else [given]:
+            if x is not None and (not isinstance(x, int) or isinstance(x, bool)):
+                raise ModelError(
+                    f"{self.path.parent}: {name} is {str(given)[:40]}; it must be a number or a list of them"
+                )
+        return given
