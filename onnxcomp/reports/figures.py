@@ -12,6 +12,7 @@ from onnxcomp.validation.gates import Condition
 if TYPE_CHECKING:
     from onnxcomp.benchmarking.benchmark import BenchReport
     from onnxcomp.reports.outcome import Report
+    from onnxcomp.validation.drift import Drift
     from onnxcomp.validation.results import Validation
 
 __all__ = ["figures"]
@@ -76,7 +77,21 @@ def _quality(v: Validation, gated: list[str]) -> Iterator[FigurePart]:
     for name, value in v.summary().items():
         if name.rpartition("-")[0] in v.metrics or not (name in DRIFT or name in gated or _words(name, v)):
             continue
-        yield _figure(name, v.worst if len(v.outputs) > 1 else "", DRIFT.get(name, ""), None, value)
+        yield _figure(name, _where(v, name, value) if len(v.outputs) > 1 else "", DRIFT.get(name, ""), None, value)
+
+
+def _where(v: Validation, name: str, value: float) -> str:
+    """The output that a value of the summary is of: each number has its own worst one."""
+    key = name.replace("-", "_")
+    there = [
+        k for k, d in v.outputs.items() if getattr(d, key, None) == value and (key != "agreement" or _scored(d, v))
+    ]
+    return v.worst if v.worst in there or not there else there[0]
+
+
+def _scored(d: Drift, v: Validation) -> bool:
+    """Whether agreement of an output counts: where one has scores of classes, only of such."""
+    return d.kl is not None or all(x.kl is None for x in v.outputs.values())
 
 
 def _words(name: str, v: Validation) -> bool:

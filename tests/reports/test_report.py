@@ -324,3 +324,17 @@ def test_what_stayed_float_is_said_with_its_bytes() -> None:
         "dtype": "int8",
         "nbytes": 10_600_000,
     }
+
+
+def test_every_figure_names_the_output_that_it_is_of() -> None:
+    from onnxcomp.reports.figures import figures
+    from onnxcomp.validation.drift import Drift
+    from onnxcomp.validation.results import Validation
+
+    scores = Drift(sqnr=30.0, kl=0.01, agreement=0.9, max_abs=0.2)
+    cache = Drift(sqnr=20.0, agreement=0.5, max_abs=0.1)
+    v = Validation({"present": cache, "logits": scores}, {}, 4, scored="logits")
+    found = {f["name"]: (f["at"], f["after"]) for f in figures(Report(validation=v))}
+    assert found["sqnr"] == ("present", 20.0)
+    assert found["kl"] == ("logits", 0.01)
+    assert found["agreement"] == ("logits", 0.9)

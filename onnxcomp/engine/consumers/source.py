@@ -45,8 +45,8 @@ class Source:
         """Read the model; raises `ModelError` where its folder has no config.json, or one that cannot be read."""
         if not (path.parent / "config.json").is_file():
             raise ModelError(f"{path.parent}: has no config.json, which every consumer reads; copy the checkpoint's")
-        told = [read_json(path.parent / name) for name in ("config.json", "generation_config.json")]
-        return cls(path, storage.load(path), *told, threads)
+        config, generation = (read_json(path.parent / name) for name in ("config.json", "generation_config.json"))
+        return cls(path, storage.load(path), config, generation, threads)
 
     @property
     def inputs(self) -> list[str]:
