@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from onnxcomp.cli.console import Output
-from onnxcomp.cli.options import Json, Quiet, Verbose
+from onnxcomp.cli.options import GraphName, Json, Quiet, Verbose
 
 __all__ = ["generate"]
 
@@ -24,6 +24,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that hold this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0: as it likes.")] = 0,
+    graph: GraphName = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -40,6 +41,7 @@ def generate(
 
     found = run(
         model, prompt, max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, threads=threads,
+        graph=graph,
         tell=None if json else tell,
     )  # fmt: skip
     output = Output(json, quiet, verbose)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from onnxcomp.cli.console import Output
-from onnxcomp.cli.options import Json, Quiet, Verbose
+from onnxcomp.cli.options import GraphName, Json, Quiet, Verbose
 
 __all__ = ["package"]
 
@@ -18,6 +18,7 @@ def package(
     out: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="A new folder.")],
     consumer: Annotated[str, typer.Option("--for", metavar="NAME", help="genai, optimum or transformers.js.")],
     threads: Annotated[int, typer.Option(min=0, help="Threads that genai takes; 0: as many as this machine has.")] = 0,
+    graph: GraphName = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -25,7 +26,7 @@ def package(
     """Write the folder that onnxruntime-genai, Optimum or transformers.js loads: model, tokenizer, configuration."""
     from onnxcomp.engine.consumers import package as write
 
-    folder = write(model, out, consumer, threads=threads)
+    folder = write(model, out, consumer, threads=threads, graph=graph)
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     facts = {"folder": str(folder), "for": consumer, "files": files}
     Output(json, quiet, verbose).show(facts, f"written to {folder}: {', '.join(files)}")

@@ -78,9 +78,13 @@ class ByLayer:
 
     @property
     def unrelated(self) -> bool:
-        """Whether most weight products make something else of the same inputs, so that no part can be blamed."""
+        """Whether most weight products make something else of the same inputs, so that no part can be blamed.
+
+        Of models in which hardly any products correspond, most of all values.
+        """
         products = [x.own for x in self.values if x.reference.product]
-        return len(products) >= FEW and not float(np.median(products)) < UNRELATED
+        found = products if len(products) >= FEW else [x.own for x in self.values]
+        return len(found) >= FEW and not float(np.median(found)) < UNRELATED
 
     @property
     def first(self) -> Compared | None:

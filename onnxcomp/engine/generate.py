@@ -59,6 +59,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     threads: int = 0,
+    graph: str | None = None,
     target: Target = CPU,
     tell: Callable[[str], None] | None = None,
 ) -> Generation:
@@ -70,7 +71,7 @@ def generate(
     if max_new < 1:
         raise DataError(f"max_new is {max_new}; at least one token is generated")
     sampling = Sampling(temperature, top_k, top_p, seed)
-    path = storage.one_graph(path_of("model", model) or Path(), None)
+    path = storage.one_graph(path_of("model", model) or Path(), graph)
     file = path.parent / "tokenizer.json"
     if not file.is_file():
         raise DataError(f"{path.parent}: has no tokenizer.json, which reads the prompt")

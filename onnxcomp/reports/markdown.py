@@ -13,7 +13,7 @@ _TICKS = re.compile("`+")
 
 def text(said: str) -> str:
     """One line of plain text: nothing in it is markup, nor HTML."""
-    return _MARKS.sub(r"\\\g<0>", " ".join(said.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return _MARKS.sub(r"\\\g<0>", _line(said)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def code(said: str) -> str:
@@ -21,11 +21,16 @@ def code(said: str) -> str:
 
     With a bar it is HTML: no code span shows one alike inside and outside of a table.
     """
-    line = " ".join(said.split())
+    line = _line(said)
     if "|" in line:
         return f"<code>{re.sub('[^a-zA-Z0-9 ]', lambda mark: f'&#{ord(mark[0])};', line)}</code>"
     fence = "`" * (1 + max(map(len, _TICKS.findall(line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def _line(said: str) -> str:
+    """One line, without the control characters that neither Markdown nor HTML has."""
+    return re.sub("[\x00-\x1f\x7f]", "?", " ".join(said.split()))
 
 
 def fenced(language: str, lines: str) -> str:

@@ -20,11 +20,12 @@ CONSUMERS: dict[str, Callable[[Source, Path], None]] = {
 }
 
 
-def package(model: str | Path, out: str | Path, consumer: str, *, threads: int = 0) -> Path:
+def package(model: str | Path, out: str | Path, consumer: str, *, threads: int = 0, graph: str | None = None) -> Path:
     """Write the folder `out` that `consumer` (genai, optimum or transformers.js) loads; returns it.
 
-    `threads` is what genai's configuration asks for, 0 for as many as this machine has cores. Raises `ModelError` for
-    a model or configuration that the consumer cannot load, with the reason, and for a folder that is not empty.
+    `threads` is what genai's configuration asks for, 0 for as many as this machine has cores; `graph` names one of
+    several. Raises `ModelError` for a model or configuration that the consumer cannot load, with the reason, and for a
+    folder that is not empty.
     """
     path, folder = path_of("model", model) or Path(), path_of("out", out) or Path()
     if consumer not in CONSUMERS:
@@ -33,7 +34,7 @@ def package(model: str | Path, out: str | Path, consumer: str, *, threads: int =
         raise ModelError(f"{folder}: is a file; a package is written to a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder}: is not empty; a package is written to a new folder")
-    source = Source.of(storage.one_graph(path, None), threads)
+    source = Source.of(storage.one_graph(path, graph), threads)
     with storage.publish(folder) as staging:
         CONSUMERS[consumer](source, staging)
     return folder
