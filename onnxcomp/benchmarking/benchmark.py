@@ -181,7 +181,7 @@ class _Run:
         self.report.warnings += warnings(rounds, named, late)
         for i, c in enumerate(self.models):
             facts = {**loaded[i], "peak_mib": peaks[i]}
-            self.report.rows.append(_row(c, named, rounds, i, facts, feeds[i]))
+            self.report.rows.append(row(c, named, rounds, i, facts, *_amounts(feeds[i])))
 
     def _watcher(self, shape: str) -> Callable[[Rounds, int], None] | None:
         watch = self.watch
@@ -245,20 +245,20 @@ def warnings(rounds: Rounds, shape: str, late: bool = False) -> Iterator[str]:
         yield f"{shape}: time was up after {total} rounds, so the interval is wide; --budget gives more"
 
 
-def _row(
-    c: _Model,
-    shape: str,
-    rounds: Rounds,
-    index: int,
-    facts: Mapping[str, Any],
-    feeds: Mapping[str, Array],
+def _amounts(feeds: Mapping[str, Array]) -> tuple[int, int | None]:
+    """Samples and tokens of the first input; None where it is no text."""
+    first = next(iter(feeds.values()), np.zeros(1))
+    ids = first.ndim == 2 and np.issubdtype(first.dtype, np.integer)
+    return (first.shape[0] if first.ndim else 1), first.size if ids else None
+
+
+def row(
+    c: _Model, shape: str, rounds: Rounds, index: int, facts: Mapping[str, Any], batch: int, tokens: int | None
 ) -> Row:
+    """What was measured of one model, whose runs read so many samples and tokens (None: no text)."""
     ms = rounds.samples(index).reshape(-1) * 1000
     median = float(np.median(ms))
     p90, p99 = (float(x) for x in np.quantile(ms, [0.9, 0.99]))
-    first = next(iter(feeds.values()), np.zeros(1))
-    batch = first.shape[0] if first.ndim else 1
-    ids = first.ndim == 2 and np.issubdtype(first.dtype, np.integer)
     return Row(
         model=c.name,
         shape=shape,
@@ -269,7 +269,7 @@ def _row(
         samples=ms.size,
         dropped=rounds.dropped(index),
         throughput=1000 * batch / median,
-        tokens=1000 * first.size / median if ids else None,
+        tokens=None if tokens is None else 1000 * tokens / median,
         peak_mib=facts["peak_mib"],
         load_s=facts["load_s"],
         size_mib=c.size / (1 << 20),

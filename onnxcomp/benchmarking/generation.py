@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxcomp.benchmarking.benchmark import PAUSE, model_of, warnings
-from onnxcomp.benchmarking.results import LEAST, BenchReport, Block, Rounds, Row
+from onnxcomp.benchmarking.benchmark import PAUSE, model_of, row, warnings
+from onnxcomp.benchmarking.results import LEAST, BenchReport, Block, Rounds
 from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.arguments import whole
 from onnxcomp.data.inputs import roles, specs, vocabulary
@@ -74,7 +74,7 @@ def bench_generation(
         report.warnings += warnings(rounds, label)
         for i, m in enumerate(loaded):
             tokens = prompt if rounds is reading else 1
-            report.rows.append(_row(m.name, m.size, label, rounds, i, facts[i], tokens))
+            report.rows.append(row(m, label, rounds, i, facts[i], 1, tokens))
     report.warnings += [
         f"{m.name}: has no caches, so it reads all tokens again for each new one"
         for m, f in zip(loaded, facts, strict=True)
@@ -106,27 +106,3 @@ def _interleaved(
         reading.append(tuple(Block((replies[i]["first"],), replies[i]["foreign"]) for i in order))
         going_on.append(tuple(Block(tuple(replies[i]["others"]), replies[i]["foreign"]) for i in order))
     return Rounds(tuple(reading)), Rounds(tuple(going_on))
-
-
-def _row(name: str, size: int, label: str, rounds: Rounds, index: int, facts: Mapping[str, Any], tokens: int) -> Row:
-    ms = rounds.samples(index).reshape(-1) * 1000
-    median = float(np.median(ms))
-    p90, p99 = (float(x) for x in np.quantile(ms, [0.9, 0.99]))
-    return Row(
-        model=name,
-        shape=label,
-        median_ms=median,
-        p90=p90,
-        p99=p99,
-        min=float(ms.min()),
-        samples=ms.size,
-        dropped=rounds.dropped(index),
-        throughput=1000 / median,
-        tokens=1000 * tokens / median,
-        peak_mib=facts["peak_mib"],
-        load_s=facts["load_s"],
-        size_mib=size / (1 << 20),
-        provider=facts["provider"],
-        threads=facts["threads"],
-        base_mib=facts["base_mib"],
-    )
