@@ -206,7 +206,8 @@ def output_rows(
     """One output of a batch as rows without padding; per sample where a row's length differs between samples."""
     y, x, feeds = out[layout.name], reference[layout.name], batch.feeds
     samples = batch.size if feeds else len(y)
-    if whole := y.ndim == 0 or len(y) != samples:  # such as a state, whose samples are along another axis
+    # Such as a state, whose samples are along another axis; what is empty is one row without elements.
+    if whole := y.ndim == 0 or len(y) != samples or not y.size:
         y, x, samples = y.reshape(1, -1), x.reshape(1, -1), 1
     y, x = (a.reshape(samples, -1) if a.ndim == 1 else a for a in (y, x))
     mask = view.visible(feeds, layout.side)

@@ -480,6 +480,18 @@ def test_public_names_are_functions_whatever_was_imported_first() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_an_output_without_elements_is_equal(axis: int) -> None:
+    g = tiny.encoder(classes=0)
+    empty = g.op("Slice", g.outputs[0], *(np.array([i], np.int64) for i in (0, 0, axis)), name="nothing")
+    empty.name, empty.type, empty.shape = "nothing", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", None, None])
+    g.model.graph.outputs.append(empty)
+    g = Graph(g.model)
+    v = validate(g, nudged(g), data(g))
+    assert v.outputs["nothing"].max_abs == 0
+    assert v.drift.max_abs > 0
+
+
 def test_rows_without_elements_do_not_differ() -> None:
     from onnxcomp.validation.rows import row_kl
 
