@@ -139,11 +139,15 @@ class Planner:
         if not group.sizes:
             return replace(base, reason="its sizes at the asked shapes are not known before it runs")
         if self._spent > self.budget:
-            return replace(base, reason=f"{self.budget:.0f} s of measuring were used up")
+            return replace(base, reason=self._used_up)
         measured, complete = self._measure(kind, group, [first, *(f for f in names if f != first)], base)
         if complete:
             self.choices.sites[group.key] = replace(measured, sites=())
         return measured
+
+    @property
+    def _used_up(self) -> str:
+        return f"{round(max(self.budget, 0.0), 1):g} s of measuring were used up"
 
     def _measure(self, kind: Kind, group: _Group, names: Sequence[str], base: Choice) -> tuple[Choice, bool]:
         """The measured choice, and whether there was time enough for it to be remembered."""
@@ -160,7 +164,7 @@ class Planner:
         candidates = tuple(e.candidate(entries[0]) for e in entries)
         if best is entries[0]:
             why = entries[0].note or f"none of {len(entries) - 1} other forms is reliably faster than {names[0]}"
-            why = why if complete else f"{self.budget:.0f} s of measuring were used up before another form had won"
+            why = why if complete else f"{self._used_up} before another form had won"
         else:
             c = best.candidate(entries[0])
             why = f"{c.ratio:.2f}x [{c.low:.2f}, {c.high:.2f}] the speed of {names[0]}"
