@@ -19,10 +19,14 @@ from onnxcomp.validation.compare import Reference
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "models" / "data"
 VISION = ("vit_digits", "vit_glyphs")
-# The real MiniLM, calibrated on 60 sentences and doc strings (`foreign`), or on natural sentences as well.
-SENTENCES = {"minilm foreign": ("calibration",), "minilm": ("calibration", "natural")}
+# The real MiniLM: the files of our own sentences that it is calibrated on, and how many other texts are drawn for each
+# seed: doc strings alone (`foreign`), natural sentences alone, or half of each.
+SENTENCES = {
+    "minilm foreign": (("calibration",), {"docstrings": 1100}),
+    "minilm": (("calibration", "natural"), {"examples": 2200}),
+    "minilm both": (("calibration", "natural"), {"docstrings": 1100, "examples": 1100}),
+}
 JUDGES = ("heldout", "natural_heldout")  # natural sentences that no calibration set holds
-DOCSTRINGS = 1100  # for each seed, beside the sentences
 METRIC = {**dict.fromkeys(VISION, "accuracy"), "docs_lm": "perplexity", **dict.fromkeys(SENTENCES, "")}
 SHOWN = {
     **dict.fromkeys(VISION, ("accuracy-drop", "kl")),
@@ -107,11 +111,13 @@ def opened_minilm(name: str, seeds: Sequence[int], work: Path, source: Path | No
     }
     data = {k: _texts(work / f"{k}.jsonl", texts, model, source) for k, texts in judges.items()}
     answers = {k: Reference(model, d, scratch=work / f"{name}-{k}") for k, d in data.items()}
-    known = [text for part in SENTENCES[name] for text in sentences(part)]
-    drawn = {
-        seed: _texts(work / f"{name}-{seed}.jsonl", known + docstrings(count or DOCSTRINGS, seed), model, source)
-        for seed in seeds
-    }
+    files, others = SENTENCES[name]
+    known = [text for part in files for text in sentences(part)]
+    draw = {"docstrings": docstrings, "examples": examples}
+    drawn = {}
+    for seed in seeds:
+        more = [text for kind, usual in others.items() for text in draw[kind](count or usual, seed)]
+        drawn[seed] = _texts(work / f"{name}-{seed}.jsonl", known + more, model, source)
     canonicalize(model)
     return Case(model, data["natural"], answers["natural"], drawn, answers["docstrings"])
 
@@ -119,6 +125,12 @@ def opened_minilm(name: str, seeds: Sequence[int], work: Path, source: Path | No
 def sentences(part: str) -> list[str]:
     """The sentences of our own of one file under `models/data/minilm`."""
     return [json.loads(line)["text"] for line in (DATA / "minilm" / f"{part}.jsonl").open(encoding="utf-8")]
+
+
+def examples(count: int, seed: int) -> list[str]:
+    """Examples of usage from WordNet: natural sentences of ten words and more."""
+    known = sentences("examples")
+    return [known[i] for i in np.random.default_rng(seed).permutation(len(known))[:count]]
 
 
 def docstrings(count: int, seed: int) -> list[str]:
