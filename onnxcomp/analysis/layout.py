@@ -19,6 +19,8 @@ from onnxcomp.graph.operators import LAYOUT_OPS
 
 __all__ = ["Axis", "MergedHeads", "Trace", "constant_target", "merge_heads", "reshaped", "start", "target_of", "trace"]
 
+LARGEST = 2**63 - 1  # of an axis in a Reshape target
+
 
 @dataclass(frozen=True, eq=False)
 class Axis:
@@ -170,7 +172,8 @@ def target_of(f: Facts, shape: Shape, sizes: Sequence[Size]) -> list[int] | None
             target.append(d)
         else:
             target.append(0 if i < len(shape) and f.same(shape[i], d) else -1)
-    return target if target.count(-1) <= 1 and 0 not in sizes else None
+    fits = all(d <= LARGEST for d in target)
+    return target if fits and target.count(-1) <= 1 and 0 not in sizes else None
 
 
 @dataclass(frozen=True)

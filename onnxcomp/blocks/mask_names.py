@@ -31,7 +31,9 @@ LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to th
 MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
 MAX_CONSTANT = 1 << 20  # elements of a constant in it; a larger one counts as a weight
 WEIGHTED_OPS = LAYER_OPS | {"Einsum"}  # a mask behind one of these is computed from activations
-EVALUATOR_ERRORS = (RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError)
+EVALUATOR_ERRORS = (
+    RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError, ArithmeticError,
+)  # fmt: skip
 OTHER = "other"
 
 

@@ -20,6 +20,7 @@ from onnxcomp.graph import Graph
 __all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs", "static_batch"]
 
 RANDOM_SAMPLES = 32  # where nobody says how many
+MOST_RANDOM = 1 << 18  # random samples at once: they are counted one by one, some microseconds each
 
 
 class Dataset:
@@ -272,6 +273,10 @@ def _open(
 
     path, axes = Path(src), arrays.axes_of(specs(graph))
     if src == "random":
+        if (fixed := static_batch(graph) or 0) > MOST_RANDOM:
+            raise DataError(
+                f"the model takes {fixed:,} samples at once, and random data has at most {MOST_RANDOM:,}; give data"
+            )
         return arrays.Random(graph, folder, samples or RANDOM_SAMPLES, sequence, seed)
     if not path.exists() and ":" in src:
         return arrays.from_function(src, allow_code, axes)

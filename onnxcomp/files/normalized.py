@@ -115,6 +115,8 @@ def _graph(graph: onnx.GraphProto) -> None:
     graph.name = graph.name or "graph"
     _keep(graph.initializer, lambda t: t.name)  # no node can read what has no name
     _keep(graph.input, lambda v: v.name)
+    stored = {t.name for t in graph.initializer}
+    _keep(graph.value_info, lambda v: v.name not in stored)  # the tensor knows its own type and shape
     given = {v.name: v.type for v in graph.input}
     for v in graph.output:
         if v.name in given:  # an input that is an output as well: what the runtime makes of it is the input

@@ -239,6 +239,8 @@ def _attributes(node: onnx.NodeProto, rule: Rule) -> None:
         held = {f.name for f, _ in a.ListFields()} - {"name", "type", "doc_string", "ref_attr_name"}
         if kind != wanted or held - {ATTRIBUTE_FIELDS[wanted]}:
             raise ModelError(f"{called(node)}: its attribute '{a.name}' must be of type {wanted}")
+        if (node.op_type, a.name) == ("Transpose", "perm") and sorted(a.ints) != list(range(len(a.ints))):
+            raise ModelError(f"{called(node)}: its perm {list(a.ints)} is no permutation of axes")
     if node.op_type == "Constant" and len(given) != 1:
         raise ModelError(f"{called(node)}: a constant has one attribute, its value; this one has {len(given)}")
     if missing := [name for name in rule.required if name not in given]:

@@ -76,9 +76,12 @@ class Graph:
         return sum({id(t): t.nbytes for t in tensors if t is not None}.values())
 
     def nodes(self, *ops: str) -> Iterator[ir.Node]:
-        """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating."""
+        """Top-level nodes in order, all or those of the named operator types; safe to edit while iterating.
+
+        A name means ONNX's or ONNX Runtime's operator; one of the same name in a set of the user's own is another.
+        """
         for node in list(self.model.graph):
-            if node.graph is not None and (not ops or node.op_type in ops):
+            if node.graph is not None and (not ops or (node.op_type in ops and node.domain in ("", CONTRIB))):
                 yield node
 
     def node(self, name: str) -> ir.Node:

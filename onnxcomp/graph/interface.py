@@ -49,14 +49,14 @@ def _describe(values: Iterable[ir.Value]) -> tuple[Port, ...]:
 
 
 def same_interface(before: Interface, now: Interface) -> None:
-    """Raise `ModelError` where names, order or types differ, or a dynamic axis became static."""
+    """Raise `ModelError` where names, order or known types differ, or a dynamic axis became static."""
     for old, new, what in zip(before, now, ("inputs", "outputs"), strict=True):
         if not _same(old, new):
             raise ModelError(f"the model's {what} changed from {old} to {new}")
 
 
 def _same(old: tuple[Port, ...], new: tuple[Port, ...]) -> bool:
-    if [x[:2] for x in old] != [x[:2] for x in new]:
+    if len(old) != len(new) or any(a[0] != b[0] or a[1] not in (b[1], "?") for a, b in zip(old, new, strict=True)):
         return False
     for (_, _, a), (_, _, b) in zip(old, new, strict=True):
         if a is None or b is None:

@@ -136,7 +136,9 @@ def not_decomposable(node: ir.Node) -> str:
     if not heads or not kv:
         return "an Attention without head counts"
     k, v = node.inputs[1], node.inputs[2]
-    known = all(x is not None and x.shape is not None and isinstance(x.shape[2], int) for x in (k, v))
+    known = all(
+        x is not None and x.shape is not None and len(x.shape) == 3 and isinstance(x.shape[2], int) for x in (k, v)
+    )
     return "" if heads == kv or known else "grouped heads of unknown width"
 
 

@@ -20,6 +20,7 @@ from onnx.helper import (  # noqa: TID251  onnx_ir cannot build invalid models
     make_tensor_value_info,
 )
 
+from onnxcomp import blocks
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.runtime.sessions import Session
@@ -138,6 +139,10 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     "attribute of another type": (flatten(make_attribute("axis", 1.0)), "'axis' must be of type INT"),
     "attribute without a type": (flatten(AttributeProto(name="axis", i=1)), "'axis' must be of type INT"),
     "unknown attribute": (flatten(make_attribute("depth", 1)), "no attribute 'depth'"),
+    "no permutation": (
+        model([make_node("Transpose", ["x"], ["y"], perm=[1, 1])]),
+        "its perm [1, 1] is no permutation of axes",
+    ),
     "missing attribute": (model([make_node("Cast", ["x"], ["y"])]), "attribute 'to' is missing"),
     "a type unlike its operator's": (model(known=[port("h", TensorProto.INT64)]), "'h' is recorded as INT64, what"),
     "constant without a value": (model([make_node("Constant", [], ["y"])]), "has one attribute, its value; this one"),
@@ -194,6 +199,17 @@ def test_what_outputs_leave_open_is_inferred(tmp_path: Path) -> None:
     assert g.interface[1] == (("y", "FLOAT", ("b", 4)),)
     g = storage.load(stored(ACCEPTED["size of -1"], tmp_path))
     assert [p[2] for p in g.interface[0]] == [("?", 4)]
+    untyped = model(known=[port("w", F, (4, 1 << 31))])  # what is said of a weight is not what it is
+    untyped.graph.output[0].ClearField("type")
+    assert storage.load(stored(untyped, tmp_path)).interface[1] == (("y", "FLOAT", ("b", 4)),)
+
+
+def test_an_operator_of_the_users_own_is_none_of_that_name(tmp_path: Path) -> None:
+    own = model([make_node("Gather", ["x"], ["y"], domain="my")], opsets=[("", 18), ("my", 1)])
+    g = storage.load(stored(own, tmp_path))
+    assert [n.op_type for n in g.nodes()] == ["Gather"]
+    assert not list(g.nodes("Gather"))
+    assert not blocks.embeddings(g)
 
 
 def test_recorded_shapes_that_contradict_the_operators_are_dropped(tmp_path: Path) -> None:
