@@ -85,6 +85,7 @@ class Target:
 _CPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
+    "coded siblings": ("joined",),
     "attention": ("Attention", "decomposed"),
     "weight-only": ("MatMulNBits", "Q/DQ"),
     "quantized": ("MatMulIntegerToFloat", "Sum"),
@@ -99,6 +100,7 @@ _CPU_FORMS = {
 _GPU_FORMS = {
     "projections": ("separate",),
     "siblings": ("separate",),
+    "coded siblings": ("separate",),
     "attention": ("MultiHeadAttention", "GroupQueryAttention", "decomposed"),
     "weight-only": ("MatMulNBits, bias behind", "Q/DQ"),
     "quantized": ("Add",),

@@ -26,7 +26,9 @@ def package(
     """Write the folder that onnxruntime-genai, Optimum or transformers.js loads: model, tokenizer, configuration."""
     from onnxcomp.engine.consumers import package as write
 
-    folder = write(model, out, consumer, threads=threads, graph=graph)
+    notes = list[str]()
+    folder = write(model, out, consumer, threads=threads, graph=graph, tell=notes.append)
     files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-    facts = {"folder": str(folder), "for": consumer, "files": files}
-    Output(json, quiet, verbose).show(facts, f"written to {folder}: {', '.join(files)}")
+    facts = {"folder": str(folder), "for": consumer, "files": files, "notes": notes}
+    told = "".join(f"note: {n}\n" for n in notes)
+    Output(json, quiet, verbose).show(facts, f"{told}written to {folder}: {', '.join(files)}")

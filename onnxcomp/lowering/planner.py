@@ -134,7 +134,7 @@ class Planner:
             return replace(known, sites=sites, source=source)
         if len(names) == 1:
             return replace(base, reason="the only form that is legal here")
-        if not self.measure or self.choices.pinned or not self.target.here:
+        if not self.measure or not kind.timed or self.choices.pinned or not self.target.here:
             return replace(base, reason=f"the table of '{self.target.name}'")
         if not group.sizes:
             return replace(base, reason="its sizes at the asked shapes are not known before it runs")

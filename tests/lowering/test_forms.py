@@ -2,6 +2,7 @@
 
 import math
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -134,6 +135,18 @@ def siblings(bias: bool, quantized: bool = False):
     return tiny.finish(g, y, "y", ["b", "s", 40]), {"x": data(B, S, H)}, {}
 
 
+def coded_siblings(zeros: bool):
+    """Codes of 4 bits in blocks of 16 in-channels."""
+    g = graph(23, x=("b", "s", H))
+    x, parts = g.model.graph.inputs[0], []
+    for n in (16, 24):
+        codes = RNG.integers(0, 16, (H, n)).astype(ml_dtypes.uint4)
+        sides = [f32(RNG.uniform(0.01, 0.1, (H // 16, n)))]
+        sides += [RNG.integers(4, 12, (H // 16, n)).astype(ml_dtypes.uint4)] if zeros else []
+        parts.append(g.op("MatMul", x, g.op("DequantizeLinear", codes, *sides, axis=0, block_size=16)))
+    return tiny.finish(g, g.op("Concat", *parts, axis=-1), "y", ["b", "s", 40]), {"x": data(B, S, H)}, {}
+
+
 def through_codes(g: Graph, x: ir.Value) -> ir.Value:
     scale, zero = f32(0.03), np.array(121, np.uint8)
     return g.op("DequantizeLinear", g.op("QuantizeLinear", x, scale, zero), scale, zero)
@@ -236,6 +249,8 @@ CASES = {
     "siblings": (lambda: siblings(True), "siblings", {"separate", "joined"}),
     "siblings-no-bias": (lambda: siblings(False), "siblings", {"separate", "joined"}),
     "siblings-quantized": (lambda: siblings(True, True), "siblings", {"separate", "joined"}),
+    "siblings-blocks": (lambda: coded_siblings(True), "coded siblings", {"separate", "joined"}),
+    "siblings-symmetric": (lambda: coded_siblings(False), "coded siblings", {"separate", "joined"}),
     "quantized": (lambda: quantized(3, True), "quantized", {"Add", "Sum", "MatMulIntegerToFloat"}),
     "quantized-rows": (lambda: quantized(2, True), "quantized", {"Add", "Sum", "MatMulIntegerToFloat"}),
     "quantized-no-bias": (lambda: quantized(2, False), "quantized", {"Add", "Sum", "MatMulIntegerToFloat", "QGemm"}),

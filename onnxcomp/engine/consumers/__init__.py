@@ -20,12 +20,20 @@ CONSUMERS: dict[str, Callable[[Source, Path], None]] = {
 }
 
 
-def package(model: str | Path, out: str | Path, consumer: str, *, threads: int = 0, graph: str | None = None) -> Path:
+def package(
+    model: str | Path,
+    out: str | Path,
+    consumer: str,
+    *,
+    threads: int = 0,
+    graph: str | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> Path:
     """Write the folder `out` that `consumer` (genai, optimum or transformers.js) loads; returns it.
 
     `threads` is what genai's configuration asks for, 0 for as many as this machine has cores; `graph` names one of
-    several. Raises `ModelError` for a model or configuration that the consumer cannot load, with the reason, and for a
-    folder that is not empty.
+    several; `tell` gets notes on what was done to the graph. Raises `ModelError` for a model or configuration that the
+    consumer cannot load, with the reason, and for a folder that is not empty.
     """
     path, folder = path_of("model", model) or Path(), path_of("out", out) or Path()
     if consumer not in CONSUMERS:
@@ -37,4 +45,7 @@ def package(model: str | Path, out: str | Path, consumer: str, *, threads: int =
     source = Source.of(storage.one_graph(path, graph), threads)
     with storage.publish(folder) as staging:
         CONSUMERS[consumer](source, staging)
+    if tell is not None:
+        for note in source.notes:
+            tell(note)
     return folder

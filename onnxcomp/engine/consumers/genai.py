@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.texts import tokenizer
 from onnxcomp.data.untrusted import plain_file
 from onnxcomp.engine.consumers.source import Source
-from onnxcomp.errors import DataError, ModelError
+from onnxcomp.errors import DataError, ModelError, OnnxcompError
 from onnxcomp.files import storage
+from onnxcomp.graph import Graph
+from onnxcomp.lowering.grouped_decoder import group_attentions
+from onnxcomp.runtime.generation import Decoder
 
 __all__ = ["write"]
 
@@ -26,6 +34,8 @@ GENERIC = "decoder"
 FEEDABLE = ("input_ids", "attention_mask", "position_ids")  # what a decoder of genai is fed, besides its caches
 SEARCH = ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty", "num_beams", "length_penalty")
 CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length")
+PROMPT, MORE = 9, 3  # tokens that both forms of a graph are compared on
+LEAST_DB = 30.0  # products of few bits round their inputs to 8 bits: what is added in another order may round otherwise
 LONGEST = 4096  # tokens of a sequence where the configuration does not tell its context
 
 
@@ -38,15 +48,63 @@ def write(source: Source, folder: Path) -> None:
         tokenizer(file.read_text("utf-8"))
     except (DataError, ValueError) as e:
         raise ModelError(f"{file}: genai could not load it: {e}") from e
+    configuration(source)  # refuses what genai cannot load, before any work
+    source = with_caches_in_place(source)
     config = configuration(source)
     storage.save(source.graph, folder)
     storage.copy_companions(source.path.parent, folder)
     (folder / "genai_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
+def with_caches_in_place(source: Source) -> Source:
+    """The model with attentions that write into genai's own caches, where it gives the same; a note says what was done.
+
+    genai runs several new tokens behind others for a single sample only, which is all that the operator takes.
+    """
+    graph = source.graph.clone()
+    why = (
+        "its caches differ by layer"
+        if len(set(source.cache_sizes())) > 1
+        else group_attentions(graph, _context(source))
+    )
+    try:
+        db = -math.inf if why else _agreement(source.graph, graph)
+    except OnnxcompError as e:
+        why = str(e)
+    if not why and db < LEAST_DB:
+        why = f"it would give other scores ({db:.0f} dB)"
+    if why:
+        source.notes.append(f"caches are copied for each token, as GroupQueryAttention does not fit: {why}")
+        return source
+    source.notes.append(f"attentions are GroupQueryAttention, which keeps caches in place: scores agree to {db:.0f} dB")
+    return dataclasses.replace(source, graph=graph)
+
+
+def _agreement(before: Graph, after: Graph) -> float:
+    """The worst SQNR in dB of the scores of random prompts, with padding on the left, and of single tokens behind."""
+    rng, worst = np.random.default_rng(0), math.inf
+    words = max(vocabulary(before).values(), default=2)
+    tokens = rng.integers(0, words, (2, PROMPT + MORE))
+    mask = np.ones_like(tokens)
+    mask[1, : PROMPT // 2] = 0
+    steps = [slice(0, PROMPT), *(slice(i, i + 1) for i in range(PROMPT, PROMPT + MORE))]
+    given = [list[np.ndarray]() for _ in (before, after)]
+    for graph, scores in zip((before, after), given, strict=True):
+        with Decoder(graph) as decoder:
+            scores += [decoder.read(tokens[:, s], mask[:, s])[mask[:, s] > 0] for s in steps]
+    for x, y in zip(*given, strict=True):
+        noise = float(((y - x) ** 2).sum())
+        worst = min(worst, 10 * math.log10(float((x * x).sum()) / noise) if noise else math.inf)
+    return worst
+
+
+def _context(source: Source) -> int:
+    return next((source.config[n] for n in CONTEXT if isinstance(source.config.get(n), int)), LONGEST)
+
+
 def configuration(source: Source) -> dict[str, Any]:
     """What genai_config.json says of a model."""
-    context = next((source.config[n] for n in CONTEXT if isinstance(source.config.get(n), int)), LONGEST)
+    context = _context(source)
     bos, eos, pad = (source.token(kind) for kind in ("bos", "eos", "pad"))
     words = source.number("vocab_size")
     for name, given in (("bos", bos), ("eos", eos), ("pad", pad)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,17 @@ class Template:
 
 @dataclass(frozen=True)
 class Source:
-    """A model file with the configuration beside it; `threads` as many as its user asks for, or 0."""
+    """A model file with the configuration beside it; `threads` as many as its user asks for, or 0.
+
+    `notes` tell what was done to the graph for its consumer, and what not.
+    """
 
     path: Path
     graph: Graph
     config: dict[str, Any]
     generation: dict[str, Any]
     threads: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, path: Path, threads: int = 0) -> Source:

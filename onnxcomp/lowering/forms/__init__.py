@@ -7,7 +7,7 @@ from onnxcomp.lowering.forms.form import FORMS_VERSION, Context, Form, Kind, Spo
 from onnxcomp.lowering.forms.linear import ACTIVATION, LINEAR, SILU, TIED
 from onnxcomp.lowering.forms.quantized import DYNAMIC, QUANTIZED
 from onnxcomp.lowering.forms.residual import RESIDUAL
-from onnxcomp.lowering.forms.siblings import PROJECTIONS, SIBLINGS
+from onnxcomp.lowering.forms.siblings import CODED_SIBLINGS, PROJECTIONS, SIBLINGS
 from onnxcomp.lowering.forms.tables import TABLE
 from onnxcomp.lowering.forms.weight_only import WEIGHT_ONLY
 
@@ -19,6 +19,7 @@ KINDS = {
     for kind in (
         PROJECTIONS,
         SIBLINGS,
+        CODED_SIBLINGS,
         ATTENTION,
         WEIGHT_ONLY,
         QUANTIZED,

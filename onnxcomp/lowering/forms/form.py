@@ -119,11 +119,15 @@ class Form:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of site: the function that finds it, and its forms; the first legal one is the default without a table."""
+    """A kind of site: the function that finds it, and its forms; the first legal one is the default without a table.
+
+    A kind that is not `timed` takes the form of the table.
+    """
 
     name: str
     find: Callable[[Graph], list[Spot]]
     forms: tuple[Form, ...]
+    timed: bool = True
 
     def form(self, name: str) -> Form:
         """The form of that name; raises `KeyError`."""

@@ -13,10 +13,11 @@ from onnxcomp.blocks import Linear
 from onnxcomp.graph import CONTRIB, Graph
 from onnxcomp.lowering.forms.attention import float_mask, heads_of
 from onnxcomp.lowering.forms.form import Context, Form, Kind, Spot
+from onnxcomp.lowering.forms.weight_only import bits_in_use
 from onnxcomp.lowering.older_opsets import decompose_attention, not_decomposable, scale_of
 from onnxcomp.maths import Array
 
-__all__ = ["PROJECTIONS", "SIBLINGS", "join"]
+__all__ = ["CODED_SIBLINGS", "PROJECTIONS", "SIBLINGS", "join"]
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,17 @@ def _joinable(group: Sequence[Linear]) -> bool:
 
 
 def _granularity(x: Linear) -> str:
-    """`float`, or `channel` for codes with one scale per column and no zero points."""
+    """`float`, `channel` for codes with one scale per column and no zero points, or `block` with its parts."""
     if x.dequantize is None:
         return "float"
     node = x.dequantize
     scale = Graph.tensor(node.inputs[1])
-    per_column = scale is not None and len(scale.shape) == 1 and node.attributes.get_int("axis", 1) == 1
-    plain = len(node.inputs) == 2 and "block_size" not in node.attributes
-    return "channel" if per_column and plain else "other"
+    rank, axis = -1 if scale is None else len(scale.shape), node.attributes.get_int("axis", 1)
+    if block := node.attributes.get_int("block_size", 0):
+        zeros = Graph.tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+        what = f"block {block} {zeros.dtype if zeros is not None else ''}"
+        return what if rank == 2 and axis == 0 and Graph.tensor(node.inputs[0]) is not None else "other"
+    return "channel" if rank == 1 and axis == 1 and len(node.inputs) == 2 else "other"
 
 
 def _attention(group: Sequence[Linear]) -> ir.Node | None:
@@ -67,14 +71,17 @@ def _attention(group: Sequence[Linear]) -> ir.Node | None:
     return node if alone and set(node.inputs[:3]) == outs else None
 
 
-def _spots(g: Graph, *, attended: bool) -> list[Spot]:
+def _spots(g: Graph, kind: str) -> list[Spot]:
+    """Families of a kind: of codes in blocks, else those that an attention reads, else others."""
     spots = []
     for family in _families(g):
-        if (family.attention is not None) is not attended:
+        in_blocks = _granularity(family.linears[0]).startswith("block")
+        if kind != ("coded siblings" if in_blocks else "projections" if family.attention is not None else "siblings"):
             continue
+        if in_blocks and len({bits_in_use(g, x.dequantize) for x in family.linears if x.dequantize is not None}) > 1:
+            continue  # 2 bits are packed by themselves later
         nodes = [n for x in family.linears for n in (x.dequantize, x.node, x.add) if n is not None]
-        nodes += [family.attention] if family.attention is not None else []
-        kind = "projections" if attended else "siblings"
+        nodes += [family.attention] if kind == "projections" and family.attention is not None else []
         spots.append(Spot(kind, family.linears[0].name, tuple(dict.fromkeys(nodes)), "separate", family))
     return spots
 
@@ -101,9 +108,7 @@ def join(g: Graph, group: Sequence[Linear]) -> None:
     name = f"{first.name}_joined"
     weight = _concatenated(g, [x.weight for x in group], 1, f"{first.weight.name}_joined")
     if first.dequantize is not None:
-        nodes = [x.dequantize for x in group if x.dequantize is not None]
-        scale = _concatenated(g, [n.inputs[1] for n in nodes], 0, f"{first.weight.name}_joined_scale")
-        weight = g.op("DequantizeLinear", weight, scale, axis=1, name=f"{name}_weight")
+        weight = _dequantized(g, [x.dequantize for x in group if x.dequantize is not None], weight, name)
     y = g.op("MatMul", first.node.inputs[0], weight, name=name)
     y.type, y.shape = first.output.type, _wider(first.output, sum(widths))
     if first.bias is not None:
@@ -120,6 +125,18 @@ def join(g: Graph, group: Sequence[Linear]) -> None:
     for x, part in zip(group, split.outputs, strict=True):
         part.type, part.shape = x.output.type, x.output.shape
         g.replace(x.output, part)
+
+
+def _dequantized(g: Graph, nodes: Sequence[ir.Node], codes: ir.Value, name: str) -> ir.Value:
+    """Joined codes as floats: scales, and zero points of blocks, side by side."""
+    block = nodes[0].attributes.get_int("block_size", 0)
+    sides = [_concatenated(g, [n.inputs[1] for n in nodes], 1 if block else 0, f"{name}_scale")]
+    if block and len(nodes[0].inputs) > 2 and nodes[0].inputs[2] is not None:
+        sides.append(_concatenated(g, [n.inputs[2] for n in nodes], 1, f"{name}_zeros"))
+    weight = f"{name}_weight"
+    if not block:
+        return g.op("DequantizeLinear", codes, *sides, axis=1, name=weight)
+    return g.op("DequantizeLinear", codes, *sides, axis=0, block_size=block, name=weight)
 
 
 def _wider(v: ir.Value, width: int) -> ir.Shape | None:
@@ -216,10 +233,15 @@ def _joined(ctx: Context, spot: Spot) -> None:
 
 
 _SEPARATE = Form("separate", lambda ctx, spot: None)
-SIBLINGS = Kind("siblings", lambda g: _spots(g, attended=False), (_SEPARATE, Form("joined", _joined)))
+SIBLINGS = Kind("siblings", lambda g: _spots(g, "siblings"), (_SEPARATE, Form("joined", _joined)))
+# Not timed, as what is timed here is no product with codes yet: of 4 bits and 1 row of 1,024 channels, a joined query,
+# key and value are 1.02 to 1.26 times as fast as three products on a CPU with AVX2, and no slower at 128 rows.
+CODED_SIBLINGS = Kind(
+    "coded siblings", lambda g: _spots(g, "coded siblings"), (_SEPARATE, Form("joined", _joined)), timed=False
+)
 PROJECTIONS = Kind(
     "projections",
-    lambda g: _spots(g, attended=True),
+    lambda g: _spots(g, "projections"),
     (
         _SEPARATE,
         Form("joined", _joined),
