@@ -23,6 +23,10 @@ def generate(
     top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw from so many likeliest tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option("--top-p", help="Draw from the likeliest that hold this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+    draft: Annotated[
+        Path | None, typer.Option(metavar="SMALLER", help="A model of the same words that proposes tokens.")
+    ] = None,
+    lookahead: Annotated[int, typer.Option(min=1, help="Tokens that the draft proposes at once.")] = 4,
     threads: Annotated[int, typer.Option(min=0, help="Threads of the runtime; 0: as it likes.")] = 0,
     graph: GraphName = None,
     json: Json = False,
@@ -41,7 +45,7 @@ def generate(
 
     found = run(
         model, prompt, max_new=max_new, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, threads=threads,
-        graph=graph,
+        graph=graph, draft=draft, lookahead=lookahead,
         tell=None if json else tell,
     )  # fmt: skip
     output = Output(json, quiet, verbose)
@@ -55,3 +59,7 @@ def generate(
         f"{len(found.prompt_tokens)} tokens read and the first made in {found.first_seconds * 1e3:.0f} ms{speed} "
         f"({len(found.tokens)} in all{', ended by the model' if found.ended else ''}), {memory}"
     )
+    if draft is not None:
+        rate = f"{found.accepted / found.proposed:.0%}" if found.proposed else "none"
+        alone = f"; without it {found.alone_per_second:.0f} tokens/s" if found.alone_per_second else ""
+        output.note(f"{found.accepted} of {found.proposed} tokens that the draft proposed were taken ({rate}){alone}")

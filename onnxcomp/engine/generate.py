@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from onnxcomp.data.arguments import path_of
 from onnxcomp.data.arrays import read_json
+from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.texts import longest, tokenizer
 from onnxcomp.data.untrusted import plain_file
-from onnxcomp.errors import DataError
+from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files import storage
+from onnxcomp.graph import Graph
 from onnxcomp.maths.sampling import Sampling
 from onnxcomp.runtime.generation import Decoder, generated
+from onnxcomp.runtime.speculation import LOOKAHEAD, Drafted, speculated
 from onnxcomp.target import CPU, Target
 
 __all__ = ["Generation", "generate"]
 
+ALONE = 9  # tokens that tell the speed without a draft, the first of which is not timed
 UNFINISHED = "\ufffd"  # what a tokenizer shows for the first bytes of a character
 
 
@@ -29,7 +35,8 @@ class Generation:
     """What was generated: `tokens` and their `text`, seconds to the first token and for all others.
 
     `ended` tells that the model ended the text itself; `cached` that it remembers earlier tokens; `cache_bytes` by how
-    much memory in the end.
+    much memory in the end. With a draft, how many tokens it `proposed` and how many of them were `accepted`, and the
+    tokens a second of the model without it, measured on the tokens behind the text.
     """
 
     prompt: str
@@ -41,6 +48,9 @@ class Generation:
     cache_bytes: int
     first_seconds: float
     other_seconds: float
+    proposed: int = 0
+    accepted: int = 0
+    alone_per_second: float | None = None
 
     @property
     def per_second(self) -> float | None:
@@ -61,48 +71,96 @@ def generate(
     threads: int = 0,
     graph: str | None = None,
     target: Target = CPU,
+    draft: str | Path | None = None,
+    lookahead: int = LOOKAHEAD,
     tell: Callable[[str], None] | None = None,
 ) -> Generation:
     """Go on from a prompt with a decoder and the tokenizer beside it; `tell` gets pieces of text as they come.
 
-    At temperature 0 the likeliest token is taken, else one is drawn. Raises `ModelError` for a model that is no
-    decoder, `DataError` for a prompt without tokens or as long as the model can read.
+    At temperature 0 the likeliest token is taken, else one is drawn. A `draft`, a smaller model of the same words,
+    proposes `lookahead` tokens at once, which changes nothing but the speed. Raises `ModelError` for a model that is no
+    decoder or a draft of other words, `DataError` for a prompt without tokens or as long as the model can read.
     """
-    if max_new < 1:
-        raise DataError(f"max_new is {max_new}; at least one token is generated")
+    if max_new < 1 or lookahead < 1:
+        raise DataError(f"max_new is {max_new} and lookahead {lookahead}; both are at least one")
     sampling = Sampling(temperature, top_k, top_p, seed)
     path = storage.one_graph(path_of("model", model) or Path(), graph)
-    file = path.parent / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(f"{path.parent}: has no tokenizer.json, which reads the prompt")
-    plain_file(file)
-    tok = tokenizer(file.read_text("utf-8"))
-    ids = [int(x) for x in tok.encode(prompt).ids]
-    if not ids:
-        raise DataError("the prompt has no tokens; give at least one word")
+    tok, ids = _read_prompt(path.parent, prompt)
     stored = storage.read(path)
     limit = longest(stored.graph, path.parent)
     if limit is not None and len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens; the model reads at most {limit}, new ones included")
     most = max_new if limit is None else min(max_new, limit - len(ids))
     ends, found, text = _ends(path.parent), list[int](), ""
-    clock, first = time.perf_counter(), 0.0
-    with Decoder(stored, target, threads=threads) as decoder:
+    clock, first, alone, told = time.perf_counter(), 0.0, None, Drafted()
+    with Decoder(stored, target, threads=threads) as decoder, contextlib.ExitStack() as stack:
+        helper = None if draft is None else stack.enter_context(_draft(draft, stored.graph, path, target, threads))
         began = time.perf_counter()
-        for new in generated(decoder, np.array([ids]), most, sampling, ends=ends):
+        for new in _tokens(decoder, helper, ids, most, sampling, ends, lookahead, told):
             clock = time.perf_counter()
             first = first or clock - began
-            found.append(int(new[0]))
+            found.append(new)
             whole = str(tok.decode(found))
             if tell is not None and not whole.endswith(UNFINISHED) and len(whole) > len(text):
                 tell(whole[len(text) :])
                 text = whole
         cached, nbytes = decoder.cached, decoder.cache_bytes
+        if helper is not None:
+            helper.close()  # threads of an idle session would disturb what is timed
+            alone = _speed_alone(decoder, found[-1], len(ids) + len(found), limit)
     whole = str(tok.decode(found))
     if tell is not None and len(whole) > len(text):
         tell(whole[len(text) :])
     ended = found[-1] in ends
-    return Generation(prompt, whole, tuple(ids), tuple(found), ended, cached, nbytes, first, clock - began - first)
+    return Generation(
+        prompt, whole, tuple(ids), tuple(found), ended, cached, nbytes, first, clock - began - first,
+        told.proposed, told.accepted, alone,
+    )  # fmt: skip
+
+
+def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
+    """The tokenizer beside a model, and the tokens of a prompt."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: has no tokenizer.json, which reads the prompt")
+    plain_file(file)
+    tok = tokenizer(file.read_text("utf-8"))
+    ids = [int(x) for x in tok.encode(prompt).ids]
+    if not ids:
+        raise DataError("the prompt has no tokens; give at least one word")
+    return tok, ids
+
+
+def _draft(draft: str | Path, graph: Graph, path: Path, target: Target, threads: int) -> Decoder:
+    """The draft, opened; raises `ModelError` where its words are others than those of the model."""
+    file = storage.one_graph(path_of("draft", draft) or Path(), None)
+    stored = storage.read(file)
+    counts = [max(vocabulary(g).values(), default=0) for g in (graph, stored.graph)]
+    readers = [p.parent / "tokenizer.json" for p in (path, file)]
+    if counts[0] != counts[1] or (readers[1].is_file() and readers[0].read_bytes() != readers[1].read_bytes()):
+        raise ModelError(f"{file}: has other words than {path}, so it cannot propose tokens for it")
+    return Decoder(stored, target, threads=threads)
+
+
+def _tokens(
+    decoder: Decoder, draft: Decoder | None, ids: list[int], most: int, how: Sampling, ends: tuple[int, ...],
+    lookahead: int, told: Drafted,
+) -> Iterator[int]:  # fmt: skip
+    if draft is None:
+        return (int(new[0]) for new in generated(decoder, np.array([ids]), most, how, ends=ends))
+    return speculated(decoder, draft, np.array(ids), most, how, ends=ends, lookahead=lookahead, told=told)
+
+
+def _speed_alone(decoder: Decoder, last: int, read: int, limit: int | None) -> float | None:
+    """Tokens a second of single ones behind a text; None where the model can read no more."""
+    count = ALONE if limit is None else min(ALONE, limit - read)
+    if count < 2:
+        return None
+    decoder.read(np.array([[last]]))
+    began = time.perf_counter()
+    for _ in range(count - 1):
+        decoder.read(np.array([[last]]))
+    return (count - 1) / (time.perf_counter() - began)
 
 
 def _ends(folder: Path) -> tuple[int, ...]:

@@ -88,6 +88,18 @@ class Decoder:
             self._last = scores[:, -1:]
         return scores[:, -new:]
 
+    def forget(self, count: int) -> None:
+        """Forget the last `count` tokens of every row, which costs a copy of the caches."""
+        if not count:
+            return
+        self._seen, self._visible = self._seen[:, :-count], self._visible[:, :-count]
+        self._last = self._last[:, :0]
+        axes = {s.name: s.cache for s in self.inputs}
+        for name, value in self._caches.items():
+            a = half_arrays.as_array(value)
+            kept = np.take(a, np.arange(a.shape[axes[name] or 0] - count), axis=axes[name])
+            self._caches[name] = self._session.value(kept)
+
     def _check(self, again: Array) -> None:
         """Raise `ModelError` where new tokens changed the scores before them."""
         if again.size and self._last.size:

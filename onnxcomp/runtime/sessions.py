@@ -174,6 +174,10 @@ class Session:
         results = dict(zip(fetched, arrays, strict=True))
         return {n: results[n] if n in results else feeds[n] for n in names}
 
+    def value(self, a: Array) -> Any:
+        """An array in the runtime's memory, for `run_values`."""
+        return half_arrays.as_value(self._ort, a)
+
     def run_values(
         self, feeds: Mapping[str, Array], values: Mapping[str, Any], outputs: Sequence[str]
     ) -> dict[str, Any]:

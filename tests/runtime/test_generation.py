@@ -16,6 +16,7 @@ from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
 from onnxcomp.maths.sampling import Sampling
+from onnxcomp.runtime import speculation
 from onnxcomp.runtime.generation import Decoder, generated
 from tests import tiny
 
@@ -172,3 +173,35 @@ def test_the_command_writes_text_and_json(tmp_path, capsys) -> None:
     assert told["ended"] == (told["tokens"][-1] == found.tokens[1])
     assert main(["generate", str(tmp_path), "w1 w1 w1 w1 w1 w1"]) == 2
     assert "reads at most 6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_forgotten_tokens_change_nothing_of_what_comes(cached: bool) -> None:
+    with Decoder(decoder(cached=cached)) as d:
+        d.read(np.array([[1, 5, 3, 7, 2]]))
+        d.forget(2)
+        np.testing.assert_allclose(d.read(np.array([[4]]))[0, 0], formula([1, 5, 3, 4]), atol=1e-5)
+
+
+@pytest.mark.parametrize("lookahead", [1, 3])
+def test_a_draft_changes_no_greedy_token(lookahead: int) -> None:
+    g, other, prompt = decoder(), decoder(), np.array([1, 5, 3])
+    other.put(other.value("head"), other.array(other.value("head")) + RNG.normal(0, 2, (WIDTH, WORDS)).astype("f4"))
+    told = speculation.Drafted()
+    with Decoder(g) as d, Decoder(other) as draft:
+        alone = [int(x[0]) for x in generated(d, prompt[None], 30)]
+        d.reset()
+        text = list(speculation.speculated(d, draft, prompt, 30, lookahead=lookahead, told=told))
+    assert text == alone
+    assert 0 < told.accepted < told.proposed
+
+
+def test_drawn_tokens_keep_their_odds_whatever_the_draft_proposes() -> None:
+    rng = np.random.default_rng(0)
+    p, q = (rng.dirichlet(np.ones(5), n) for n in (2, 1))
+    draws, counts = 20_000, np.zeros(5)
+    for _ in range(draws):
+        proposal = int(rng.choice(5, p=q[0]))
+        kept, new = speculation._judged(p, q, [proposal], rng)
+        counts[proposal if kept else new] += 1
+    assert (np.abs(counts / draws - p[0]) < 5 * np.sqrt(p[0] * (1 - p[0]) / draws)).all()
