@@ -100,10 +100,19 @@ def _site(g: Graph, node: ir.Node) -> _Site | str:
     window = int(words[2]) if len(words) == 3 and words[1] == "window" and words[2].isdigit() else 0
     if len(words) == 3 and not window:
         return f"its mask is '{named.name}'"
-    turned = [x.producer() if x.producer() is not None else None for x in (q, k)]
-    rotary = [n for n in turned if n is not None and n.op_type == "RotaryEmbedding"]
-    if not rotary:
+    turned = [n for x in (q, k) if (n := x.producer()) is not None and n.op_type == "RotaryEmbedding"]
+    if not turned:
         return _Site(node, q, k, None, window, added == "padding")
+    if why := _unlike(turned, width):
+        return why
+    before = [n.inputs[0] for n in turned]
+    assert before[0] is not None
+    assert before[1] is not None
+    return _Site(node, before[0], before[1], turned[0], window, added == "padding")
+
+
+def _unlike(rotary: list[ir.Node], width: int) -> str:
+    """Why the rotary embeddings of queries and keys cannot go inside, "" if they can."""
     if len(rotary) != 2 or any(n.domain != "" or _input(n, 3) is not None or _rank(n.inputs[0]) != 3 for n in rotary):
         return "its rotary embedding is of another form"
     first, second = rotary
@@ -111,12 +120,7 @@ def _site(g: Graph, node: ir.Node) -> _Site | str:
         return "queries and keys are turned by other angles, or read elsewhere"
     if _sides(first) != _sides(second):
         return "queries and keys are turned in other pairs"
-    if width % ROTARY_WIDTHS:
-        return f"heads with a rotary embedding are to be a multiple of {ROTARY_WIDTHS} channels"
-    before = [n.inputs[0] for n in rotary]
-    assert before[0] is not None
-    assert before[1] is not None
-    return _Site(node, before[0], before[1], first, window, added == "padding")
+    return f"turned heads are to be a multiple of {ROTARY_WIDTHS} channels" if width % ROTARY_WIDTHS else ""
 
 
 def _rank(v: ir.Value | None) -> int:
