@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from onnxcomp.cli import failures
-from onnxcomp.cli.console import Output
+from onnxcomp.cli.console import Output, parse_shape
 from onnxcomp.cli.options import (
     AllowCode,
     Batch,
@@ -53,6 +53,12 @@ def validate(
     graph: GraphName = None,
     seed: Seed = 0,
     allow_code: AllowCode = False,
+    through_caches: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Decoders read N tokens at a time, behind their own caches.")
+    ] = 0,
+    generate: Annotated[
+        str | None, typer.Option(metavar="prompt=16,new=32", help="Also compare greedy text behind so many tokens.")
+    ] = None,
     by_layer: Annotated[
         bool, typer.Option("--by-layer", help="Compare value by value: where the models begin to differ, and why.")
     ] = False,
@@ -83,15 +89,10 @@ def validate(
     )  # fmt: skip
     with ForPipelines("validate", junit, summary).recording() as tell:
         result = validate_models.compare(
-            reference,
-            candidate,
-            settings,
-            metrics=metric or (),
-            gates=gate or (),
-            graph=graph,
-            by_layer=by_layer,
-            node_data=node_data,
-        )
+            reference, candidate, settings, metrics=metric or (), gates=gate or (), graph=graph,
+            through_caches=through_caches, generate=parse_shape(generate) if generate is not None else None,
+            by_layer=by_layer, node_data=node_data,
+        )  # fmt: skip
         if report is not None:
             write_report(result.report, report, html=not no_html)
         tell({"": result.report}, result.refused, refused=True)

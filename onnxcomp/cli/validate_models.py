@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from onnxcomp.blocks.stored_parts import stored_parts
+from onnxcomp.data import open_axes
 from onnxcomp.engine.asked import check_asked
 from onnxcomp.engine.by_layer import by_layer as values_of
 from onnxcomp.engine.host import host_of
@@ -25,6 +26,7 @@ from onnxcomp.reports.outcome import DataUsed, Report, Size
 from onnxcomp.runtime.integer import counted, saturating
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
+from onnxcomp.validation.greedy import Greedy, greedy
 from onnxcomp.validation.results import Validation
 
 __all__ = ["Compared", "compare"]
@@ -37,6 +39,7 @@ class Compared:
     report: Report
     validation: Validation
     layers: dict[str, Any] | None = None
+    greedy: Greedy | None = None
 
     @property
     def verdicts(self) -> Sequence[Verdict]:
@@ -47,6 +50,7 @@ class Compared:
         """Plain values."""
         whole = {**self.validation.json(), "verdicts": [dataclasses.asdict(v) for v in self.verdicts]}
         whole |= {"by_layer": self.layers} if self.layers is not None else {}
+        whole |= {"greedy": dataclasses.asdict(self.greedy)} if self.greedy is not None else {}
         plain: dict[str, Any] = finite(whole)
         return plain
 
@@ -68,6 +72,8 @@ def compare(
     metrics: Sequence[str] = (),
     gates: Sequence[str] = (),
     graph: str | None = None,
+    through_caches: int = 0,
+    generate: Mapping[str, int] | None = None,
     by_layer: bool = False,
     node_data: Path | None = None,
 ) -> Compared:
@@ -84,10 +90,18 @@ def compare(
     data = settings.dataset(settings.evaluation, first.graph, first.path.parent)
     assert data is not None, "there is nothing to judge on"
     wanted = list(dict.fromkeys([*metrics, *gate.metrics]))
-    v = validate(first, second, data, settings.target, wanted, allow_code=settings.allow_code)
+    aim, code = settings.target, settings.allow_code
+    v = validate(first, second, data, aim, wanted, through_caches=through_caches, allow_code=code)
     if settings.target.quantized.saturates and (broken := saturating(second.graph.model)):
         can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
         v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
+    text = None
+    if generate is not None:
+        if generate.keys() - {"prompt", "new"} or min(generate.values()) < 1:
+            raise RecipeError("--generate takes prompt=TOKENS,new=TOKENS")
+        counts = generate.get("prompt", 16), generate.get("new", 32)
+        text = greedy(first, second, data, prompt=counts[0], new=counts[1], target=settings.target)
+        v = dataclasses.replace(v, notes=(*v.notes, str(text)))
     sizes = {"size": second.nbytes / max(1, first.nbytes)}
     layers = None
     if by_layer or node_data is not None:
@@ -95,6 +109,8 @@ def compare(
     if node_data is not None:
         _write(node_data, layer_tables.node_data(layers or {}, second.graph))
     options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
+    options |= {"--generate": [open_axes.label(generate)] if generate else ()}
+    options |= {"--through-caches": [str(through_caches)] if through_caches else ()}
     report = Report(
         kind="validate",
         command=_command(reference, candidate, settings, options, by_layer=by_layer),
@@ -106,7 +122,7 @@ def compare(
         warnings=list(v.notes),
         by_layer=layers,
     )
-    return Compared(report, v, layers)
+    return Compared(report, v, layers, text)
 
 
 def _command(

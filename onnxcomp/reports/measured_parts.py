@@ -145,6 +145,8 @@ class OutputPart(TypedDict):
     undefined: int
     kl_p99: float | None
     kl_max: float | None
+    kl_error: NotRequired[float | None]
+    agreement_error: NotRequired[float | None]
     moved: list[MovedPart]
     similarity: SimilarityPart | None
 

@@ -18,7 +18,7 @@ from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import CPU, Target
 
-__all__ = ["Decoder", "generated"]
+__all__ = ["Decoder", "cache_pairs", "generated"]
 
 SAME = 1e-3  # of the largest score: products of other shapes add in another order
 _NUMBERS = re.compile(r"\d+")
@@ -40,7 +40,7 @@ class Decoder:
             raise ModelError(f"{self.name}: is no decoder of text alone, so it generates nothing")
         self.tokens, self._mask = role["tokens"], role.get("mask")
         self.scores = _scores(graph)
-        self._present = _pairs(graph, [s for s in self.inputs if s.cache is not None])
+        self._present = cache_pairs(graph, [s for s in self.inputs if s.cache is not None])
         self._session = Session(model, target, threads=threads)
         self.provider = self._session.provider
         self.reset()
@@ -162,7 +162,7 @@ def _scores(graph: Graph) -> str:
     raise ModelError(f"{graph.path or 'the model'}: gives no scores of next tokens, so it generates nothing")
 
 
-def _pairs(graph: Graph, caches: Sequence[TensorSpec]) -> dict[str, str]:
+def cache_pairs(graph: Graph, caches: Sequence[TensorSpec]) -> dict[str, str]:
     """The output that goes on each cache input, by kind and number in their names, else by their order."""
     scores = _scores(graph)
     outputs = [

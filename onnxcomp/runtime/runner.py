@@ -10,6 +10,7 @@ from onnxcomp.data.inputs import Batch
 from onnxcomp.machine import MEMORY
 from onnxcomp.maths import Array
 from onnxcomp.runtime.payload import Model, graph_of, prepacks
+from onnxcomp.runtime.pieces import Pieces
 from onnxcomp.runtime.segments import Layout, Stage, Walk
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
@@ -23,7 +24,8 @@ class Runner:
     A model with 1 GiB of weights and more (`payload.PREPACK_BELOW`) runs in segments, each over all batches with only
     its own weights in memory; values carried between segments go to files in `scratch` once they are large. With a
     `walk` the model runs from the cut where the walk stands, on the same batches; the walk is not moved. A session that
-    is not `optimized` runs the graph as it is, without the runtime's own optimizations.
+    is not `optimized` runs the graph as it is, without the runtime's own optimizations. A decoder reads texts in
+    `pieces` of so many tokens, behind its own caches, in one session.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Runner:
         scratch: Path | None = None,
         walk: Walk | None = None,
         optimized: bool = True,
+        pieces: int = 0,
     ) -> None:
         self.session: Session | None = None
         self._walk = walk
-        if walk is None and prepacks(model, None):
+        self._pieces = Pieces(graph_of(model), pieces) if pieces else None
+        if walk is None and (prepacks(model, None) or pieces):
             self.session = Session(model, target, optimized=optimized)
             self.inputs = {p.name for p in self.session.inputs}
             self.outputs = self.session.outputs
@@ -51,7 +55,7 @@ class Runner:
         """Every batch with its named outputs; in segments, all but the last one run before the first batch is given."""
         if self.session is not None:
             for batch in data:
-                yield batch, self.session.run(batch.feeds, names)
+                yield batch, self.run(batch.feeds, names)
             return
         if self._walk is not None and prepacks(self._graph, None):
             with Stage(self._walk, self._graph, names) as stage:
@@ -69,6 +73,8 @@ class Runner:
 
     def run(self, feeds: Mapping[str, Array], names: Sequence[str] | None = None) -> dict[str, Array]:
         """The outputs of one batch."""
+        if self.session is not None and self._pieces is not None:
+            return self._pieces.run(self.session, feeds, self.outputs if names is None else names)
         if self.session is not None:
             return self.session.run(feeds, names)
         batch = Batch(dict(feeds))

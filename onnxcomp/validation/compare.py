@@ -40,7 +40,8 @@ class Reference:
     """The original model's answers on a dataset, computed once; any number of candidates is compared with them.
 
     `metrics` are computed besides the one that fits the data (accuracy with labels, perplexity for a causal language
-    model). Raises `DataError` for empty data or labels that are missing, `ModelError` when the original gives NaN.
+    model). With `pieces` both read texts so many tokens at a time, behind their caches. Raises `DataError` for empty
+    data or labels that are missing, `ModelError` when the original gives NaN.
     """
 
     def __init__(
@@ -52,8 +53,9 @@ class Reference:
         metrics: Sequence[str] = (),
         scratch: Path | None = None,
         allow_code: bool = False,
+        pieces: int = 0,
     ) -> None:
-        model = _parsed(model)
+        model, self._pieces = _parsed(model), pieces
         graph = graph_of(model)
         self.data, self.target, self.view = as_dataset(data, graph), target, View.of(graph)
         self.metrics = [scoring.find(name, allow_code=allow_code) for name in dict.fromkeys(metrics)]
@@ -69,7 +71,7 @@ class Reference:
     def _run(self, model: Graph | Stored) -> Sums:
         names = [r.name for r in self.view.outputs]
         sums = Sums(self.metrics)
-        with Runner(model, self.target, scratch=self._scratch) as session:
+        with Runner(model, self.target, scratch=self._scratch, pieces=self._pieces) as session:
             self.inputs = session.inputs
             for batch, made in session.each(self.data, names):
                 out = flattened(made, self.view.flat)
@@ -210,7 +212,8 @@ class Reference:
         sums, count = Sums(self.metrics), 0
         removed = None if vocab is None else RemovedTokens.of(self.data, vocab, self.view.roles)
         causal = any(m.name == "perplexity" for m in self.metrics)
-        with Runner(model, self.target, scratch=self._scratch, walk=walk, optimized=optimized) as session:
+        how: dict[str, Any] = {"walk": walk, "optimized": optimized, "pieces": self._pieces}
+        with Runner(model, self.target, scratch=self._scratch, **how) as session:
             self._check_interface(session.inputs, session.outputs, missing)
             for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab, graph), 1):
                 if count > len(self._kept) or digest(original.feeds) != self._seen[count - 1]:
@@ -345,13 +348,15 @@ def validate(
     text_column: str | None = None,
     label_column: str | None = None,
     seed: int = 0,
+    through_caches: int = 0,
     allow_code: bool = False,
     scratch: Path | None = None,
 ) -> Validation:
     """Compare two models on a dataset, on batches, or on a data source as text; one session is alive at a time.
 
-    `samples`, `batch`, `sequence` and `seed` are for a source. Options are called as on the command line; what its
-    `--gate` does is `Gate([...]).judge(validation.values())`.
+    `samples`, `batch`, `sequence` and `seed` are for a source. `through_caches` lets decoders read texts so many tokens
+    at a time, behind their own keys and values (0: all at once), which judges the caches as well. Options are called as
+    on the command line; what its `--gate` does is `Gate([...]).judge(validation.values())`.
     """
     first, data, metrics = _parsed(reference), evaluation, texts_of("metrics", metrics, "accuracy")
     if isinstance(data, (str, Path)):
@@ -364,7 +369,8 @@ def validate(
     for m in (first, second := _parsed(candidate)):
         if isinstance(m, Stored):
             trial.prove(m, next(iter(suited(data, graph_of(first), m.graph))).feeds, find(target))
-    original = Reference(first, data, find(target), metrics=metrics, scratch=scratch, allow_code=allow_code)
+    options: dict[str, Any] = {"metrics": metrics, "scratch": scratch, "allow_code": allow_code}
+    original = Reference(first, data, find(target), **options, pieces=through_caches)
     return original.against(second)
 
 

@@ -25,6 +25,7 @@ class Drift:
     `pooled_*` compare the mean over the tokens of each sample (embeddings); `agreement` is of the top-1 class.
     Integers, booleans and strings have `exact_match` alone, the share of equal entries. `undefined` entries are NaN in
     the original and count as equal. `kl_p99` and `kl_max` are the 99th percentile and the largest `kl` of a row,
+    `kl_error` and `agreement_error` standard errors over rows, as if these were independent, as llama.cpp has them;
     `moved` the classes that changed, `similarity` how alike samples are to each other.
     """
 
@@ -42,6 +43,8 @@ class Drift:
     undefined: int = 0
     kl_p99: float | None = None
     kl_max: float | None = None
+    kl_error: float | None = None
+    agreement_error: float | None = None
     moved: tuple[Moved, ...] = ()
     similarity: Similarity | None = None
 
@@ -164,9 +167,16 @@ class DriftSums:
             undefined=self._undefined,
             kl_p99=float(np.quantile(kls, 0.99)) if kls.size else None,
             kl_max=float(kls.max()) if kls.size else None,
+            kl_error=float(kls.std(ddof=1, dtype=np.float64) / math.sqrt(len(kls))) if kls.size > 1 else None,
+            agreement_error=_share_error(self._agree / n, n) if self._classes and n > 1 else None,
             moved=self._moved.result(),
             similarity=self._alike.result(),
         )
+
+
+def _share_error(share: float, count: float) -> float:
+    """The standard error of a share."""
+    return math.sqrt(share * (1 - share) / (count - 1))
 
 
 def _of_samples(batch: OutputRows) -> bool:

@@ -11,6 +11,7 @@ pytest.importorskip("tokenizers")
 
 from onnxcomp.benchmarking.generation import bench_generation
 from onnxcomp.cli import main
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.generate import generate
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import save
@@ -18,6 +19,9 @@ from onnxcomp.graph import Graph
 from onnxcomp.maths.sampling import Sampling
 from onnxcomp.runtime import speculation
 from onnxcomp.runtime.generation import Decoder, generated
+from onnxcomp.runtime.runner import Runner
+from onnxcomp.target import CPU
+from onnxcomp.validation.greedy import greedy
 from tests import tiny
 
 WORDS, WIDTH, HEADS = 11, 16, 2
@@ -209,3 +213,29 @@ def test_drawn_tokens_keep_their_odds_whatever_the_draft_proposes() -> None:
         kept, new = speculation._judged(p, q, [proposal], rng)
         counts[proposal if kept else new] += 1
     assert (np.abs(counts / draws - p[0]) < 5 * np.sqrt(p[0] * (1 - p[0]) / draws)).all()
+
+
+def test_a_text_in_pieces_gives_what_it_gives_at_once() -> None:
+    tokens = RNG.integers(0, WORDS, (3, 11))
+    empty = np.zeros((3, HEADS, 0, WIDTH // HEADS), np.float32)
+    feeds = {"input_ids": tokens, "past.k": empty, "past.v": empty}
+    runs = []
+    for pieces in (0, 4):
+        with Runner(decoder(), CPU, pieces=pieces) as r:
+            runs.append(r.run(feeds))
+    assert list(runs[0]) == list(runs[1])
+    for name, a in runs[0].items():
+        np.testing.assert_allclose(runs[1][name], a, atol=1e-5)
+    with pytest.raises(ModelError, match="no decoder of text with caches"):
+        Runner(decoder(cached=False), CPU, pieces=4)
+
+
+def test_greedy_text_is_compared_up_to_the_first_difference() -> None:
+    g, other = decoder(), decoder()
+    other.put(other.value("head"), -other.array(other.value("head")))
+    data = as_dataset([{"input_ids": RNG.integers(0, WORDS, (4, 6))}], g)
+    same, none = (greedy(g, x, data, prompt=5, new=7) for x in (g, other))
+    assert (same.texts, same.equal, same.tokens, same.median_first) == (4, 4, 1.0, 7)
+    assert (none.equal, none.tokens, none.median_first) == (0, 0.0, 0)
+    with pytest.raises(DataError, match="no text has 9 tokens"):
+        greedy(g, g, data, prompt=9, new=7)

@@ -45,11 +45,18 @@ def _words(report: Mapping[str, Any], name: str, of: str, base: str) -> Block:
     """What llama.cpp's perplexity tool prints of a quantized model, by the same names."""
     v = report["validation"]
     words = "perplexity" in v["metrics"] and name == v["scored"]
+
+    def error(key: str, unit: str) -> list[list[str | Figure]]:
+        """A row for a standard error, which reports of before do not have."""
+        return [] if v["outputs"][name].get(key) is None else [["its standard error", Figure(f"{base}/{key}", unit)]]
+
     rows: list[list[str | Figure]] = [
         ["Mean KLD", Figure(f"{base}/kl", "nats")],
+        *error("kl_error", "nats"),
         ["99.0% KLD", Figure(f"{base}/kl_p99", "nats")],
         ["Maximum KLD", Figure(f"{base}/kl_max", "nats")],
         ["Same top token" if words else "Same top class", Figure(f"{base}/agreement", "percent")],
+        *error("agreement_error", "percent"),
     ]
     if words:
         metric = pointer("validation", "metrics", "perplexity")
