@@ -12,6 +12,7 @@ from typing import Any
 
 from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.data import open_axes
+from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine.asked import check_asked
 from onnxcomp.engine.by_layer import by_layer as values_of
 from onnxcomp.engine.host import host_of
@@ -20,10 +21,12 @@ from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import OnnxcompError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.atomic import replacing
+from onnxcomp.files.stored import Stored
 from onnxcomp.reports import layer_tables
 from onnxcomp.reports.json_report import finite, quality
 from onnxcomp.reports.outcome import DataUsed, Report, Size
 from onnxcomp.runtime.integer import counted, saturating
+from onnxcomp.target import Target
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate, Verdict
 from onnxcomp.validation.greedy import Greedy, greedy
@@ -95,13 +98,8 @@ def compare(
     if settings.target.quantized.saturates and (broken := saturating(second.graph.model)):
         can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
         v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
-    text = None
-    if generate is not None:
-        if generate.keys() - {"prompt", "new"} or min(generate.values()) < 1:
-            raise RecipeError("--generate takes prompt=TOKENS,new=TOKENS")
-        counts = generate.get("prompt", 16), generate.get("new", 32)
-        text = greedy(first, second, data, prompt=counts[0], new=counts[1], target=settings.target)
-        v = dataclasses.replace(v, notes=(*v.notes, str(text)))
+    text = None if generate is None else _greedy(first, second, data, generate, settings.target)
+    v = v if text is None else dataclasses.replace(v, notes=(*v.notes, str(text)))
     sizes = {"size": second.nbytes / max(1, first.nbytes)}
     layers = None
     if by_layer or node_data is not None:
@@ -123,6 +121,12 @@ def compare(
         by_layer=layers,
     )
     return Compared(report, v, layers, text)
+
+
+def _greedy(first: Stored, second: Stored, data: Dataset, asked: Mapping[str, int], target: Target) -> Greedy:
+    if asked.keys() - {"prompt", "new"} or min(asked.values()) < 1:
+        raise RecipeError("--generate takes prompt=TOKENS,new=TOKENS")
+    return greedy(first, second, data, prompt=asked.get("prompt", 16), new=asked.get("new", 32), target=target)
 
 
 def _command(

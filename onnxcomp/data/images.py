@@ -15,7 +15,7 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Images"]
+__all__ = ["Images", "prepare", "settings_of"]
 
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 CACHE_BYTES = 256 << 20  # bytes of preprocessed images kept in memory
@@ -31,7 +31,7 @@ class Images:
     def __init__(self, path: Path, graph: Graph, folder: Path | None) -> None:
         self.name, self.notes = str(path), list[str]()
         self.spec = _pixels(specs(graph), path)
-        self.settings = _settings(folder)
+        self.settings = settings_of(folder)
         config = read_json(folder / "config.json") if folder is not None else {}
         self.files, self.labels = _find(path, config)
         self._cache: dict[int, Array] = {}
@@ -75,7 +75,8 @@ def _pixels(inputs: Sequence[TensorSpec], path: Path) -> TensorSpec:
     raise DataError(f"{path}: holds no .npz files, and images need an input of shape [batch, channels, height, width]")
 
 
-def _settings(folder: Path | None) -> dict[str, Any]:
+def settings_of(folder: Path | None) -> dict[str, Any]:
+    """How the image processor of a folder prepares images, `{}` where there is none."""
     if folder is None:
         return {}
     settings = read_json(folder / "preprocessor_config.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from onnxcomp.data.arrays import read_json
 from onnxcomp.data.inputs import vocabulary
 from onnxcomp.data.texts import longest, tokenizer
 from onnxcomp.data.untrusted import plain_file
+from onnxcomp.engine.encoder_source import barred, begins_with, pair_of
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files import storage
-from onnxcomp.graph import Graph
+from onnxcomp.files.stored import Stored
+from onnxcomp.maths import Array
 from onnxcomp.maths.sampling import Sampling
 from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.runtime.speculation import LOOKAHEAD, Drafted, speculated
@@ -77,26 +79,24 @@ def generate(
 ) -> Generation:
     """Go on from a prompt with a decoder and the tokenizer beside it; `tell` gets pieces of text as they come.
 
+    An encoder-decoder writes about the prompt: a text, or a file that its encoder reads (an image or an `.npz`).
     At temperature 0 the likeliest token is taken, else one is drawn. A `draft`, a smaller model of the same words,
     proposes `lookahead` tokens at once, which changes nothing but the speed. Raises `ModelError` for a model that is no
     decoder or a draft of other words, `DataError` for a prompt without tokens or as long as the model can read.
     """
     if max_new < 1 or lookahead < 1:
         raise DataError(f"max_new is {max_new} and lookahead {lookahead}; both are at least one")
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    path = storage.one_graph(path_of("model", model) or Path(), graph)
-    tok, ids = _read_prompt(path.parent, prompt)
-    stored = storage.read(path)
-    limit = longest(stored.graph, path.parent)
+    sampling, start = Sampling(temperature, top_k, top_p, seed), _start(model, prompt, graph, target, threads)
+    ids, tok, limit = start.tokens, start.tokenizer, longest(start.stored.graph, start.path.parent)
     if limit is not None and len(ids) >= limit:
         raise DataError(f"the prompt has {len(ids)} tokens; the model reads at most {limit}, new ones included")
-    most = max_new if limit is None else min(max_new, limit - len(ids))
-    ends, found, text = _ends(path.parent), list[int](), ""
+    most, found, text = max_new if limit is None else min(max_new, limit - len(ids)), list[int](), ""
     clock, first, alone, told = time.perf_counter(), 0.0, None, Drafted()
-    with Decoder(stored, target, threads=threads) as decoder, contextlib.ExitStack() as stack:
-        helper = None if draft is None else stack.enter_context(_draft(draft, stored.graph, path, target, threads))
+    with contextlib.ExitStack() as stack:
+        decoder = stack.enter_context(Decoder(start.stored, target, threads=threads, given=start.given))
+        helper = None if draft is None else stack.enter_context(_draft(draft, start, target, threads))
         began = time.perf_counter()
-        for new in _tokens(decoder, helper, ids, most, sampling, ends, lookahead, told):
+        for new in _tokens(decoder, helper, start, most, sampling, lookahead, told):
             clock = time.perf_counter()
             first = first or clock - began
             found.append(new)
@@ -111,11 +111,43 @@ def generate(
     whole = str(tok.decode(found))
     if tell is not None and len(whole) > len(text):
         tell(whole[len(text) :])
-    ended = found[-1] in ends
     return Generation(
-        prompt, whole, tuple(ids), tuple(found), ended, cached, nbytes, first, clock - began - first,
-        told.proposed, told.accepted, alone,
+        prompt, whole, tuple(start.read), tuple(found), found[-1] in start.ends, cached, nbytes, first,
+        clock - began - first, told.proposed, told.accepted, alone,
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Start:
+    """A decoder with what it begins with: its first `tokens`, those that were `read` of the prompt, those that end it.
+
+    `given` is what an encoder made of the prompt, `barred` what its configuration forbids.
+    """
+
+    path: Path
+    stored: Stored
+    tokenizer: Any
+    tokens: list[int]
+    read: list[int]
+    ends: tuple[int, ...]
+    given: dict[str, Array] = field(default_factory=dict)
+    barred: tuple[list[int], list[int]] = field(default_factory=lambda: ([], []))
+
+
+def _start(model: str | Path, prompt: str, graph: str | None, target: Target, threads: int) -> _Start:
+    source = path_of("model", model) or Path()
+    pair = pair_of(source) if graph is None else None
+    if pair is None:
+        path = storage.one_graph(source, graph)
+        tok, ids = _read_prompt(path.parent, prompt)
+        if not ids:
+            raise DataError("the prompt has no tokens; give at least one word")
+        return _Start(path, storage.read(path), tok, ids, ids, _ends(source if source.is_dir() else path.parent))
+    tok, ids = _read_prompt(source, prompt)
+    told = [read_json(source / name) for name in ("config.json", "generation_config.json")]
+    given = pair.read(prompt, ids, target, threads)
+    tokens, barring = begins_with(told[0], told[1], source), barred(told[1])
+    return _Start(pair.decoder, storage.read(pair.decoder), tok, tokens, ids, _ends(source), given, barring)
 
 
 def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
@@ -125,14 +157,14 @@ def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
         raise DataError(f"{folder}: has no tokenizer.json, which reads the prompt")
     plain_file(file)
     tok = tokenizer(file.read_text("utf-8"))
-    ids = [int(x) for x in tok.encode(prompt).ids]
-    if not ids:
-        raise DataError("the prompt has no tokens; give at least one word")
-    return tok, ids
+    return tok, [int(x) for x in tok.encode(prompt).ids]
 
 
-def _draft(draft: str | Path, graph: Graph, path: Path, target: Target, threads: int) -> Decoder:
+def _draft(draft: str | Path, start: _Start, target: Target, threads: int) -> Decoder:
     """The draft, opened; raises `ModelError` where its words are others than those of the model."""
+    graph, path = start.stored.graph, start.path
+    if start.given:
+        raise ModelError(f"{path}: reads what an encoder made, which a draft does not; drafts are for decoders alone")
     file = storage.one_graph(path_of("draft", draft) or Path(), None)
     stored = storage.read(file)
     counts = [max(vocabulary(g).values(), default=0) for g in (graph, stored.graph)]
@@ -143,12 +175,12 @@ def _draft(draft: str | Path, graph: Graph, path: Path, target: Target, threads:
 
 
 def _tokens(
-    decoder: Decoder, draft: Decoder | None, ids: list[int], most: int, how: Sampling, ends: tuple[int, ...],
-    lookahead: int, told: Drafted,
-) -> Iterator[int]:  # fmt: skip
+    decoder: Decoder, draft: Decoder | None, start: _Start, most: int, how: Sampling, lookahead: int, told: Drafted
+) -> Iterator[int]:
+    ids, ends = np.array([start.tokens]), start.ends
     if draft is None:
-        return (int(new[0]) for new in generated(decoder, np.array([ids]), most, how, ends=ends))
-    return speculated(decoder, draft, np.array(ids), most, how, ends=ends, lookahead=lookahead, told=told)
+        return (int(x[0]) for x in generated(decoder, ids, most, how, ends=ends, barred=start.barred))
+    return speculated(decoder, draft, ids[0], most, how, ends=ends, lookahead=lookahead, told=told)
 
 
 def _speed_alone(decoder: Decoder, last: int, read: int, limit: int | None) -> float | None:

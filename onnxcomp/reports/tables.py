@@ -175,13 +175,10 @@ def validation(v: Validation) -> Table:
         for m in v.metrics.values()
     ]
     rows += [(name, "", _number(value), "", "") for name, value in v.summary().items() if not _is_change(name, v)]
-    d = v.outputs.get(v.scored)
-    if d is not None and d.kl_p99 is not None and d.kl_max is not None and d.kl_error is not None:
-        rows.append(
-            ("kl mean, 99 %, most" + of, "", f"{d.kl:.4g} ± {d.kl_error:.2g}, {d.kl_p99:.4g}, {d.kl_max:.4g}", "", "")
-        )
-    if d is not None and d.agreement is not None and d.agreement_error is not None:
-        rows.append(("same top" + of, "", f"{d.agreement:.2%} ± {d.agreement_error:.2%}", "", ""))
+    if (d := v.outputs.get(v.scored)) is not None and d.kl_error is not None:
+        told = f"{d.kl:.4g} ± {d.kl_error:.2g}, {d.kl_p99:.4g}, {d.kl_max:.4g}"
+        rows.append((f"kl mean, 99 %, most{of}", "", told, "", ""))
+        rows.append((f"same top{of}", "", f"{d.agreement:.2%} ± {d.agreement_error or 0:.2%}", "", ""))
     title = f"Against the original, {v.samples} samples" + (" of random data" if v.random else "")
     title += f", the worst of {len(v.outputs)} outputs" if len(v.outputs) > 1 else ""
     return table(title, ("metric", "original", "result", "change", "95 % interval"), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -27,13 +27,16 @@ _NUMBERS = re.compile(r"\d+")
 class Decoder:
     """A causal language model that goes on from token to token, for use in a `with` statement.
 
-    With caches as inputs and outputs only new tokens are run; they stay in the runtime's memory. Raises `ModelError`
-    for a model that takes no tokens, gives no scores of next tokens, or gives not the caches that it takes.
+    With caches as inputs and outputs only new tokens are run; they stay in the runtime's memory. Inputs that are
+    `given` are the same for all tokens, such as what an encoder made. Raises `ModelError` for a model that takes no
+    tokens, gives no scores of next tokens, or gives not the caches that it takes.
     """
 
-    def __init__(self, model: Model, target: Target = CPU, *, threads: int = 0) -> None:
+    def __init__(
+        self, model: Model, target: Target = CPU, *, threads: int = 0, given: Mapping[str, Array] | None = None
+    ) -> None:
         graph = graph_of(model)
-        self.inputs: list[TensorSpec] = specs(graph)
+        self.inputs: list[TensorSpec] = [s for s in specs(graph) if s.name not in (given or {})]
         role = roles(self.inputs)
         self.name = str(graph.path or "the model")
         if "tokens" not in role or "decoder_tokens" in role or "encoder_states" in role:
@@ -42,6 +45,7 @@ class Decoder:
         self.scores = _scores(graph)
         self._present = cache_pairs(graph, [s for s in self.inputs if s.cache is not None])
         self._session = Session(model, target, threads=threads)
+        self._given = {n: self._session.value(a) for n, a in (given or {}).items()}
         self.provider = self._session.provider
         self.reset()
 
@@ -79,7 +83,7 @@ class Decoder:
         types = {s.name: s.dtype for s in self.inputs}
         whole, _ = completed({k: a.astype(types[k]) for k, a in feeds.items()} | self._lengths(), self.inputs)
         arrays = {k: a for k, a in whole.items() if k not in self._caches}
-        made = self._session.run_values(arrays, self._caches, [self.scores, *self._present.values()])
+        made = self._session.run_values(arrays, self._caches | self._given, [self.scores, *self._present.values()])
         scores = half_arrays.as_array(made[self.scores]).astype(np.float32, copy=False)
         self._caches = {past: made[present] for past, present in self._present.items()}
         new = tokens.shape[1]
@@ -117,7 +121,7 @@ class Decoder:
 
     def close(self) -> None:
         """Free the runtime's memory."""
-        self._caches = {}
+        self._caches = self._given = {}
         self._session.close()
 
     def __enter__(self) -> Self:
@@ -136,15 +140,17 @@ def generated(
     mask: Array | None = None,
     ends: Collection[int] = (),
     pad: int = 0,
+    barred: tuple[Sequence[int], Sequence[int]] = ((), ()),
 ) -> Iterator[Array]:
     """Up to `most` next tokens of each row of `tokens` `[b, n]`, `[b]` at a time; `pad` where a row has ended.
 
-    A row ends with one of `ends`; nothing more comes once all have ended.
+    A row ends with one of `ends`; nothing more comes once all have ended. Tokens are `barred` everywhere, or as first.
     """
     how = sampling or Sampling()
     rng, done = np.random.default_rng(how.seed), np.zeros(len(tokens), bool)
     scores = decoder.read(tokens, mask)[:, -1] if most > 0 else np.zeros((len(tokens), 1))
     for i in range(most):
+        scores[:, [*barred[0], *(barred[1] if i == 0 else ())]] = -np.inf
         new = np.where(done, pad, how.pick(scores, rng))
         yield new
         done |= np.isin(new, list(ends))

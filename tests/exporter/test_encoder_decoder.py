@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from onnxcomp.cli import main
 from onnxcomp.data.datasets import specs
+from onnxcomp.engine.generate import generate
 from onnxcomp.errors import ExportError
 from onnxcomp.files import storage
 
 pytestmark = [pytest.mark.export]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 pytest.importorskip("onnxruntime")
 
 from onnxcomp.exporter import export  # noqa: E402
@@ -53,6 +57,34 @@ def test_greedy_text_is_that_of_transformers(exported: Any, name: str) -> None:
         found = decoders.greedy_pair(model, folder, batch)
         assert found.distinct >= decoders.VARIED
         np.testing.assert_array_equal(found.ours, found.theirs)
+
+
+@pytest.mark.parametrize("name", ["t5", "whisper"])
+def test_a_text_or_features_are_written_about(exported: Any, name: str, tmp_path: Path, capsys: Any) -> None:
+    """The command's tokens are those of transformers; files beside the graphs tell where text begins and ends."""
+    model, made = exported(name)
+    folder = tmp_path / "m"
+    shutil.copytree(made, folder)
+    words = {f"w{i}": i for i in range(model.config.vocab_size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "generation_config.json").write_text('{"decoder_start_token_id": 1}')
+    fed = decoders.sources(model, 1)
+    prompt = " ".join(f"w{i}" for i in fed.get("input_ids", [[]])[0])
+    if name == "whisper":
+        np.savez(folder / "sound.npz", **fed)
+        prompt = str(folder / "sound.npz")
+    assert main(["generate", str(folder), prompt, "--max-new", "12", "--json"]) == 0
+    expected = decoders.theirs_pair(model, fed, 12)[0].tolist()
+    assert json.loads(capsys.readouterr().out)["tokens"] == expected
+    settings = {"decoder_start_token_id": 1, "begin_suppress_tokens": expected[:1]}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    assert generate(folder, prompt, max_new=2).tokens[0] != expected[0]
+    assert main(["generate", str(folder), prompt, "--draft", str(folder), "--graph", "encoder_model"]) == 2
+    if name == "whisper":
+        assert main(["generate", str(folder), "no such sound"]) == 2
+        assert "the encoder reads input_features" in capsys.readouterr().err
 
 
 def test_names_and_axes_of_both_graphs(exported: Any) -> None:
