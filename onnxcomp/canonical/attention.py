@@ -64,7 +64,7 @@ def _raise_core(g: Graph, sizes: Sizes, masks: Masks, softmax: ir.Node, exact_ro
 def _normalise(g: Graph, f: Facts, masks: Masks, sizes: Sizes, node: ir.Node, exact_rows: bool) -> None:
     """Bring one operator to the canonical form: explicit scale, real KV heads, fitted bool mask, three axes."""
     q, k = f.shape(node.inputs[0]), f.shape(node.inputs[1])
-    if q is None or k is None:
+    if q is None or k is None or len(q) not in (3, 4) or len(q) != len(k):
         g.decline(node, "attention: the shapes of queries and keys are unknown")
         return
     if (len(node.inputs) > 6 and node.inputs[6] is not None) or set(node.attributes) - ATTRIBUTES:

@@ -27,7 +27,7 @@ NEGATED = {"no-measure": "measure", "no-html": "html", "no-past": "past"}
 # `Gate(...).judge(...)` and by path; it writes reports of what those calls return; a plan's blocks, data of its own and
 # scratch space are for callers of Python.
 ONLY_COMMAND = {
-    "validate": {"gates", "graph", "report", "html", "by_layer", "node_data"},
+    "validate": {"gates", "graph", "report", "html", "by_layer", "node_data", "generate"},
     "bench": {"report", "html", "generate"},  # what times decoders token by token is a function of its own
 }
 ONLY_PYTHON = {"validate": {"scratch"}, "bench": {"data", "window"}}
