@@ -17,7 +17,6 @@ from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.data.inputs import specs, total_mask
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
-from onnxcomp.graph.inference import has_huge_size
 from onnxcomp.graph.operators import LAYER_OPS
 from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Array
@@ -66,10 +65,7 @@ def _name(g: Graph, mask: ir.Value) -> Mask:
     if inputs_read is None:
         return Mask(OTHER, "content")
     try:
-        mask_model = _MaskModel.of(g, mask, keys)
-        if has_huge_size(ir.to_proto(mask_model.model).graph):  # the evaluator would write such a mask out
-            return Mask(OTHER)
-        return _name_by_probing(mask_model, inputs_read)
+        return _name_by_probing(_MaskModel.of(g, mask, keys), inputs_read)
     except (*EVALUATOR_ERRORS, DataError):  # the evaluator raises all of these for unsupported nodes
         return Mask(OTHER)
 

@@ -9,7 +9,7 @@ from onnx_ir.passes.common import _c_api_utils
 
 from onnxcomp.errors import ModelError
 
-__all__ = ["check_recorded", "has_huge_size", "infer_shapes"]
+__all__ = ["check_recorded", "infer_shapes"]
 
 LONGEST = 1 << 24  # elements of an axis: more than any sequence or table has
 ENDLESS = (1 << 63) - (1 << 16)  # from here on a number stands for "to the end", as in slices
@@ -59,7 +59,7 @@ def _agree(a: ir.Shape, b: ir.Shape) -> bool:
 
 def _infer(proto: onnx.ModelProto) -> onnx.ModelProto:
     """Sizes are followed through arithmetic, but not where a Range of them would be written out by the billion."""
-    follow = not (_has_range(proto.graph) and has_huge_size(proto.graph))
+    follow = not (_has_range(proto.graph) and _has_huge_size(proto.graph))
     return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=follow)
 
 
@@ -67,7 +67,7 @@ def _has_range(graph: onnx.GraphProto) -> bool:
     return any(n.op_type == "Range" or any(_has_range(a.g) for a in n.attribute if a.HasField("g")) for n in graph.node)
 
 
-def has_huge_size(graph: onnx.GraphProto) -> bool:
+def _has_huge_size(graph: onnx.GraphProto) -> bool:
     """Whether a size that is known, or a small constant that may be one, is larger than that of any real axis."""
     sizes = [d.dim_value for v in graph.input for d in v.type.tensor_type.shape.dim]
     constants = [a.t for n in graph.node if n.op_type in ("Constant", "ConstantOfShape") for a in n.attribute]
