@@ -94,7 +94,7 @@ def generate(
     clock, first, alone, told = time.perf_counter(), 0.0, None, Drafted()
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(Decoder(start.stored, target, threads=threads, given=start.given))
-        helper = None if draft is None else stack.enter_context(_draft(draft, start, target, threads))
+        helper = None if draft is None else stack.enter_context(_draft(draft, start, most, target, threads))
         began = time.perf_counter()
         for new in _tokens(decoder, helper, start, most, sampling, lookahead, told):
             clock = time.perf_counter()
@@ -145,9 +145,11 @@ def _start(model: str | Path, prompt: str, graph: str | None, target: Target, th
         return _Start(path, storage.read(path), tok, ids, ids, _ends(source if source.is_dir() else path.parent))
     tok, ids = _read_prompt(source, prompt)
     told = [read_json(source / name) for name in ("config.json", "generation_config.json")]
-    given = pair.read(prompt, ids, target, threads)
+    stored = storage.read(pair.decoder)
+    takes = {str(v.name) for v in stored.graph.inputs}
+    given = {n: a for n, a in pair.read(prompt, ids, target, threads).items() if n in takes}
     tokens, barring = begins_with(told[0], told[1], source), barred(told[1])
-    return _Start(pair.decoder, storage.read(pair.decoder), tok, tokens, ids, _ends(source), given, barring)
+    return _Start(pair.decoder, stored, tok, tokens, ids, _ends(source), given, barring)
 
 
 def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
@@ -160,13 +162,16 @@ def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
     return tok, [int(x) for x in tok.encode(prompt).ids]
 
 
-def _draft(draft: str | Path, start: _Start, target: Target, threads: int) -> Decoder:
-    """The draft, opened; raises `ModelError` where its words are others than those of the model."""
+def _draft(draft: str | Path, start: _Start, most: int, target: Target, threads: int) -> Decoder:
+    """The draft, opened; raises `ModelError` where it has other words than the model, or reads too few tokens."""
     graph, path = start.stored.graph, start.path
     if start.given:
         raise ModelError(f"{path}: reads what an encoder made, which a draft does not; drafts are for decoders alone")
     file = storage.one_graph(path_of("draft", draft) or Path(), None)
     stored = storage.read(file)
+    read, need = longest(stored.graph, file.parent), len(start.tokens) + most
+    if read is not None and read < need:
+        raise ModelError(f"{file}: reads at most {read} tokens, {need} are needed; ask for fewer with --max-new")
     counts = [max(vocabulary(g).values(), default=0) for g in (graph, stored.graph)]
     readers = [p.parent / "tokenizer.json" for p in (path, file)]
     if counts[0] != counts[1] or (readers[1].is_file() and readers[0].read_bytes() != readers[1].read_bytes()):

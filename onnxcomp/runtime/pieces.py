@@ -48,6 +48,8 @@ class Pieces:
             made = session.run(piece | caches, [*scored, *self._pairs.values()])
             caches = {past: made[present] for past, present in self._pairs.items()}
             for n in scored:
+                if made[n].shape[1:2] != (end - start,):
+                    raise ModelError(f"output '{n}' has no entry for each token, so it cannot be read in pieces")
                 parts[n].append(made[n])
         joined = {n: np.concatenate(found, axis=1) for n, found in parts.items()}
         given = {present: caches[past] for past, present in self._pairs.items()}

@@ -90,7 +90,7 @@ def _judged(p: Float64, q: Float64, proposals: list[int], rng: np.random.Generat
     for i, x in enumerate(proposals):
         if rng.random() * q[i, x] >= p[i, x]:
             left = np.maximum(p[i] - q[i], 0)
-            return i, _drawn(left / left.sum(), rng)
+            return i, _drawn(left / left.sum() if left.any() else p[i], rng)  # nothing is left of equal odds
     return len(proposals), _drawn(p[-1], rng)
 
 

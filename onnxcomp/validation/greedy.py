@@ -9,6 +9,7 @@ import numpy as np
 
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.inputs import roles, specs
+from onnxcomp.data.vocabulary import between
 from onnxcomp.errors import DataError
 from onnxcomp.maths import Array
 from onnxcomp.runtime.generation import Decoder, generated
@@ -42,11 +43,13 @@ class Greedy:
 def greedy(original: Model, result: Model, data: Dataset, *, prompt: int, new: int, target: Target = CPU) -> Greedy:
     """Generate behind the first `prompt` tokens of each text of `data` by both models, one session at a time.
 
-    Raises `DataError` where no text is that long, `ModelError` for a model that is no decoder.
+    Raises `DataError` where no text is that long or the words differ, `ModelError` for a model that is no decoder.
     """
-    role = roles(specs(graph_of(original)))
+    role, words = roles(specs(graph_of(original))), between(graph_of(original), graph_of(result))
     if "tokens" not in role:
         raise DataError("greedy text is of decoders of text; the original takes no tokens")
+    if words is not None:
+        raise DataError("greedy text is compared token by token; the result has other words than the original")
     starts = [text for batch in data for text in _starts(batch.feeds, role, prompt)]
     if not starts:
         raise DataError(f"{data.name}: no text has {prompt} tokens; ask for shorter beginnings")

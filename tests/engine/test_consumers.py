@@ -11,8 +11,9 @@ pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer, models
 
 from onnxcomp.cli import main
-from onnxcomp.engine.consumers import package
+from onnxcomp.engine.consumers import genai, package
 from onnxcomp.errors import DataError, ModelError
+from tests.lowering.test_grouped_decoder import decoder as rotary_decoder
 
 CONFIG = {
     "model_type": "llama",
@@ -169,3 +170,11 @@ def test_what_no_consumer_can_load_is_refused_in_one_line(folder: Path, tmp_path
     assert main(["package", str(folder), "-o", str(tmp_path / "out"), "--for", "optimum"]) == 2
     assert "has no config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_scores_that_are_no_numbers_are_no_agreement() -> None:
+    g, broken = rotary_decoder(), rotary_decoder()
+    head = next(n for n in broken.nodes("MatMul") if n.outputs[0].name == "logits").inputs[1]
+    broken.put(head, np.full_like(broken.array(head), np.nan))
+    assert genai._agreement(g, g.clone()) == np.inf
+    assert genai._agreement(g, broken) == -np.inf

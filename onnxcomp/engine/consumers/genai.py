@@ -20,6 +20,7 @@ from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.lowering.grouped_decoder import group_attentions
 from onnxcomp.runtime.generation import Decoder
+from onnxcomp.validation.drift import decibel
 
 __all__ = ["write"]
 
@@ -93,8 +94,8 @@ def _agreement(before: Graph, after: Graph) -> float:
         with Decoder(graph) as decoder:
             scores += [decoder.read(tokens[:, s], mask[:, s])[mask[:, s] > 0] for s in steps]
     for x, y in zip(*given, strict=True):
-        noise = float(((y - x) ** 2).sum())
-        worst = min(worst, 10 * math.log10(float((x * x).sum()) / noise) if noise else math.inf)
+        db = decibel(float((x.astype(np.float64) ** 2).sum()), float(((y.astype(np.float64) - x) ** 2).sum()))
+        worst = min(worst, -math.inf if math.isnan(db) else db)  # a comparison with NaN would pass as agreement
     return worst
 
 
