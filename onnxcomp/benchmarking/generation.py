@@ -15,7 +15,7 @@ from onnxcomp.benchmarking.benchmark import PAUSE, model_of, row, warnings
 from onnxcomp.benchmarking.results import LEAST, BenchReport, Block, Rounds
 from onnxcomp.benchmarking.worker import Child
 from onnxcomp.data.arguments import whole
-from onnxcomp.data.inputs import roles, specs, vocabulary
+from onnxcomp.data.inputs import word_count
 from onnxcomp.data.texts import longest
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.atomic import scratch_folder
@@ -85,8 +85,7 @@ def bench_generation(
 
 def _tokens(graph: Graph, count: int) -> Array:
     """A random prompt `[1, count]` of words that the model has."""
-    words = vocabulary(graph).get(roles(specs(graph)).get("tokens", ""), 2)
-    return np.random.default_rng(0).integers(0, words, (1, count))
+    return np.random.default_rng(0).integers(0, word_count(graph), (1, count))
 
 
 def _interleaved(

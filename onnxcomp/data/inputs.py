@@ -25,6 +25,7 @@ __all__ = [
     "specs",
     "total_mask",
     "vocabulary",
+    "word_count",
 ]
 
 LABELS = ("labels", "label")
@@ -138,6 +139,11 @@ def _kind(s: TensorSpec) -> str:
     if name.startswith("encoder") and len(s.shape) == 3 and not s.integer:
         return "states"
     return "tokens" if s.integer and len(s.shape) == 2 else ""
+
+
+def word_count(graph: Graph) -> int:
+    """How many tokens a model of text knows, 2 where it does not tell."""
+    return vocabulary(graph).get(roles(specs(graph)).get("tokens", ""), 2)
 
 
 def vocabulary(graph: Graph) -> dict[str, int]:

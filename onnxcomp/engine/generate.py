@@ -13,7 +13,7 @@ import numpy as np
 
 from onnxcomp.data.arguments import path_of
 from onnxcomp.data.arrays import read_json
-from onnxcomp.data.inputs import vocabulary
+from onnxcomp.data.inputs import word_count
 from onnxcomp.data.texts import longest, tokenizer
 from onnxcomp.data.untrusted import plain_file
 from onnxcomp.engine.encoder_source import barred, begins_with, pair_of
@@ -172,7 +172,7 @@ def _draft(draft: str | Path, start: _Start, most: int, target: Target, threads:
     read, need = longest(stored.graph, file.parent), len(start.tokens) + most
     if read is not None and read < need:
         raise ModelError(f"{file}: reads at most {read} tokens, {need} are needed; ask for fewer with --max-new")
-    counts = [max(vocabulary(g).values(), default=0) for g in (graph, stored.graph)]
+    counts = [word_count(g) for g in (graph, stored.graph)]
     readers = [p.parent / "tokenizer.json" for p in (path, file)]
     if counts[0] != counts[1] or (readers[1].is_file() and readers[0].read_bytes() != readers[1].read_bytes()):
         raise ModelError(f"{file}: has other words than {path}, so it cannot propose tokens for it")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from onnxcomp.data.inputs import vocabulary
+from onnxcomp.data.inputs import word_count
 from onnxcomp.data.texts import tokenizer
 from onnxcomp.data.untrusted import plain_file
 from onnxcomp.engine.consumers.source import Source
@@ -84,8 +84,7 @@ def with_caches_in_place(source: Source) -> Source:
 def _agreement(before: Graph, after: Graph) -> float:
     """The worst SQNR in dB of the scores of random prompts, with padding on the left, and of single tokens behind."""
     rng, worst = np.random.default_rng(0), math.inf
-    words = max(vocabulary(before).values(), default=2)
-    tokens = rng.integers(0, words, (2, PROMPT + MORE))
+    tokens = rng.integers(0, word_count(before), (2, PROMPT + MORE))
     mask = np.ones_like(tokens)
     mask[1, : PROMPT // 2] = 0
     steps = [slice(0, PROMPT), *(slice(i, i + 1) for i in range(PROMPT, PROMPT + MORE))]
