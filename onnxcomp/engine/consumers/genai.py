@@ -46,9 +46,14 @@ def write(source: Source, folder: Path) -> None:
         raise ModelError(f"{source.path.parent}: has no tokenizer.json, which genai reads")
     try:
         plain_file(file)
-        tokenizer(file.read_text("utf-8"))
+        added = [int(x) for x in tokenizer(file.read_text("utf-8")).encode("").ids]
     except (DataError, ValueError) as e:
         raise ModelError(f"{file}: genai could not load it: {e}") from e
+    if added:
+        source.notes.append(
+            f"tokenizer.json puts the tokens {added} around a text; genai's own tokenizer may leave them out (0.18 does), "
+            "so give them with the prompt"
+        )
     configuration(source)  # refuses what genai cannot load, before any work
     source = with_caches_in_place(source)
     config = configuration(source)
