@@ -50,10 +50,8 @@ def write(source: Source, folder: Path) -> None:
     except (DataError, ValueError) as e:
         raise ModelError(f"{file}: genai could not load it: {e}") from e
     if added:
-        source.notes.append(
-            f"tokenizer.json puts the tokens {added} around a text; genai's own tokenizer may leave them out (0.18 does), "
-            "so give them with the prompt"
-        )
+        why = "genai's own tokenizer may leave them out (0.18 does), so give them with the prompt"
+        source.notes.append(f"tokenizer.json puts the tokens {added} around a text; {why}")
     configuration(source)  # refuses what genai cannot load, before any work
     source = with_caches_in_place(source)
     config = configuration(source)
