@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx.reference import ReferenceEvaluator
 
+from onnxcomp.blocks.bounded_evaluator import BOUNDED_OPS
 from onnxcomp.canonical.masks import MASKED_BELOW
 from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.data.inputs import specs, total_mask
@@ -30,9 +31,11 @@ MAX_WINDOW = 1 << 20  # integers from here on are not tried as windows
 LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to the largest slope
 MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
 MAX_CONSTANT = 1 << 20  # elements of a constant in it; a larger one counts as a weight
-WEIGHTED_OPS = LAYER_OPS | {"Einsum"}  # a mask behind one of these is computed from activations
+# A mask behind one of these is computed from activations, or takes turns that nothing bounds.
+WEIGHTED_OPS = LAYER_OPS | {"Einsum", "Loop", "Scan"}
 EVALUATOR_ERRORS = (
     RuntimeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError, AttributeError, ArithmeticError,
+    MemoryError,
 )  # fmt: skip
 OTHER = "other"
 
@@ -121,7 +124,7 @@ class _MaskModel:
         feeds = {str(v.name): np.ones(self.sizes[str(v.name)], _dtype(v)) for v in self.inputs}
         feeds |= {k: a.astype(feeds[k].dtype) for k, a in (contents or {}).items()}
         with np.errstate(all="ignore"):
-            (result,) = ReferenceEvaluator(ir.to_proto(self.model)).run(None, feeds)
+            (result,) = ReferenceEvaluator(ir.to_proto(self.model), new_ops=BOUNDED_OPS).run(None, feeds)
         return _Sample(np.asarray(result)[..., self.keys])
 
     def numbers(self) -> set[int]:

@@ -117,9 +117,10 @@ def _graph(graph: onnx.GraphProto) -> None:
     _keep(graph.input, lambda v: v.name)
     stored = {t.name for t in graph.initializer}
     _keep(graph.value_info, lambda v: v.name not in stored)  # the tensor knows its own type and shape
-    given = {v.name: v.type for v in graph.input}
+    given = {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims) for t in graph.initializer}
+    given.update((v.name, v.type) for v in graph.input)
     for v in graph.output:
-        if v.name in given:  # an input that is an output as well: what the runtime makes of it is the input
+        if v.name in given:  # an input or a constant that is an output as well: that is what the runtime gives
             v.type.CopyFrom(given[v.name])
     for v in itertools.chain(graph.input, graph.output, graph.value_info):
         _open_axes(v.type)

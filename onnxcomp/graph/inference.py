@@ -69,7 +69,10 @@ def _has_range(graph: onnx.GraphProto) -> bool:
 
 def _has_huge_size(graph: onnx.GraphProto) -> bool:
     """Whether a size that is known, or a small constant that may be one, is larger than that of any real axis."""
-    sizes = [d.dim_value for v in graph.input for d in v.type.tensor_type.shape.dim]
+    declared = (*graph.input, *graph.output, *graph.value_info)
+    if any(d.dim_value > LONGEST for v in declared for d in v.type.tensor_type.shape.dim):
+        return True
+    sizes: list[int] = []
     constants = [a.t for n in graph.node if n.op_type in ("Constant", "ConstantOfShape") for a in n.attribute]
     for t in (*graph.initializer, *constants):
         sizes += t.dims
