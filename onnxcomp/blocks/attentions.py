@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxcomp.blocks.linears import Index, Linear, NormSite
 from onnxcomp.canonical.sinks import has_sink
 from onnxcomp.graph import Graph, Site
-from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST, NORMS
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST, NORMS, is_layout
 from onnxcomp.graph.values import users_of
 
 __all__ = ["Attention", "attentions", "unlinked"]
@@ -122,7 +122,7 @@ def _attention(index: Index, node: ir.Node) -> Attention | str:
     rotary = tuple(n for n in between if n.op_type == "RotaryEmbedding")
     norms = tuple(index.norm_by_output[n.outputs[0]] for n in between if n.outputs[0] in index.norm_by_output)
     simple = {*rotary, *(n.node for n in norms)}
-    inner = tuple(n for n in between if n not in simple and n.op_type not in LAYOUT_OR_CAST)
+    inner = tuple(n for n in between if n not in simple and not is_layout(n))
     crosses = q.source is not k.source and not (_derived(index, k, q) or _derived(index, q, k))
     return Attention(
         node, q, k, v, o, heads, kv, q.sizes[1] // heads, mask, rotary, norms, past, present, inner, crosses
@@ -234,6 +234,6 @@ def _steps_back(v: ir.Value) -> Iterator[ir.Node]:
     """Producers through layout operators, and the first other one."""
     while (node := v.producer()) is not None:
         yield node
-        if node.op_type not in LAYOUT_OR_CAST or node.inputs[0] is None:
+        if not is_layout(node) or node.inputs[0] is None:
             return
         v = node.inputs[0]

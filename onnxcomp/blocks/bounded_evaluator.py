@@ -26,7 +26,7 @@ class Expand(op_expand.Expand):
 
     def _run(self, data: Array, shape: Array) -> Any:
         _check(math.prod(map(float, np.broadcast_shapes(data.shape, tuple(shape.tolist())))))
-        return super()._run(data, shape)
+        return super()._run(data, shape)  # type: ignore[no-untyped-call]
 
 
 class ConstantOfShape(op_constant_of_shape.ConstantOfShape):
@@ -43,7 +43,7 @@ class Range(op_range.Range):
     def _run(self, starts: Array, ends: Array, steps: Array, stash_type: int | None = None) -> Any:
         step = float(steps.item())
         _check(abs(float(ends.item()) - float(starts.item())) / abs(step) if step else math.inf)
-        return super()._run(starts, ends, steps, stash_type)
+        return super()._run(starts, ends, steps, stash_type)  # type: ignore[no-untyped-call]
 
 
 class Tile(op_tile.Tile):
@@ -51,7 +51,7 @@ class Tile(op_tile.Tile):
 
     def _run(self, x: Array, repeats: Array) -> Any:
         _check(math.prod(float(d) for d in repeats.reshape(-1)) * x.size)
-        return super()._run(x, repeats)
+        return super()._run(x, repeats)  # type: ignore[no-untyped-call]
 
 
 BOUNDED_OPS: list[type[OpRun]] = [Expand, ConstantOfShape, Range, Tile]

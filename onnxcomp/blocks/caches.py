@@ -12,7 +12,7 @@ from onnxcomp.analysis.facts import Facts
 from onnxcomp.blocks import Attention
 from onnxcomp.graph import Graph, interface
 from onnxcomp.graph.interface import REMOVED_PORTS, removed_ports
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import is_layout
 from onnxcomp.graph.values import users_of
 
 __all__ = ["NO_PORTS", "CachePorts", "cache_ports", "remove_ports"]
@@ -63,7 +63,7 @@ def cache_ports(g: Graph, a: Attention, others: Sequence[Attention], facts: Fact
         for x in _rearranged_values(v):
             if x.is_graph_output():
                 outputs[str(x.name)] = None
-            if consumer := next((u for u, _ in x.uses() if u.op_type not in LAYOUT_OR_CAST), None):
+            if consumer := next((u for u, _ in x.uses() if not is_layout(u)), None):
                 return CachePorts(why=f"its cache '{v.name}' is also read by '{consumer.name}' ({consumer.op_type})")
     if outputs and (compared := _compared_output(g)) in outputs:
         return CachePorts(why=f"'{compared}' is the output by which models are compared")
@@ -109,7 +109,7 @@ def _graph_input_behind(v: ir.Value, reader: ir.Node) -> tuple[ir.Value | None, 
         if v.is_graph_input():
             return v, list(dict.fromkeys(other_readers))
         node = v.producer()
-        if node is None or node.op_type not in LAYOUT_OR_CAST or node.inputs[0] is None:
+        if node is None or not is_layout(node) or node.inputs[0] is None:
             return None, []
         v, reader = node.inputs[0], node
 
@@ -118,7 +118,7 @@ def _rearranged_values(v: ir.Value) -> Iterator[ir.Value]:
     """A value and all that layout operators produce from it."""
     yield v
     for user in users_of(v):
-        if user.op_type in LAYOUT_OR_CAST:
+        if is_layout(user):
             yield from _rearranged_values(user.outputs[0])
 
 

@@ -200,7 +200,7 @@ def _stored_rows(g: Graph, v: ir.Value | None) -> ir.Value | None:
 def _is_sinusoidal(g: Graph, v: ir.Value) -> bool:
     """Whether a table holds sines and cosines of the same angles: each row's squared norm is half its width."""
     t = g.tensor(v)
-    if t is None or not t.dtype.is_floating_point() or t.size > MAX_TABLE:
+    if t is None or not t.dtype.is_floating_point() or not 0 < t.size <= MAX_TABLE:
         return False
     a = t.numpy().astype(np.float64).reshape(-1, t.shape.numpy()[-1])
     return bool(np.abs((a**2).sum(1) - a.shape[1] / 2).max() <= SINUSOID_TOLERANCE * a.shape[1])

@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from onnxcomp.blocks.linears import Index, Linear, stored
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import is_layout
 from onnxcomp.graph.values import untransposed
 
 __all__ = ["Embedding", "Head", "embeddings", "head"]
@@ -61,7 +61,7 @@ def embeddings(g: Graph) -> list[Embedding]:
 def _is_fed(v: ir.Value) -> bool:
     """Whether indices are a graph input, directly or through layout operators."""
     node = v.producer()
-    while node is not None and node.op_type in LAYOUT_OR_CAST and node.inputs[0] is not None:
+    while node is not None and is_layout(node) and node.inputs[0] is not None:
         v = node.inputs[0]
         node = v.producer()
     return v.is_graph_input()
@@ -86,7 +86,9 @@ def head(g: Graph) -> Head | None:
 
 def _layout_source(g: Graph, node: ir.Node) -> ir.Value | None:
     """The operand of a layout operator or of a step of a soft-cap on the logits."""
-    if node.op_type in LAYOUT_OR_CAST or node.op_type == "Tanh":
+    if node.domain:
+        return None
+    if is_layout(node) or node.op_type == "Tanh":
         return node.inputs[0]
     if node.op_type in ("Mul", "Div") and (t := g.tensor(node.inputs[1])) is not None and t.size == 1:
         return node.inputs[0]

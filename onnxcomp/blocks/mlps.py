@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.blocks.linears import Index, Linear
 from onnxcomp.graph import Graph, Site
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import is_layout
 from onnxcomp.graph.values import sole_use, unquantized
 
 __all__ = ["Mlp", "mlps"]
@@ -80,7 +80,7 @@ def _mlp(g: Graph, index: Index, down: Linear) -> Mlp | None:
 def _activated(g: Graph, index: Index, v: ir.Value | None) -> tuple[Linear, str, tuple[ir.Node, ...]] | None:
     """The linear whose activated output `v` is, the activation's name, and a convolution between them."""
     node = v.producer() if v is not None else None
-    if node is not None and node.op_type in LAYOUT_OR_CAST:  # the layout of an image, behind a convolution
+    if node is not None and is_layout(node):  # the layout of an image, behind a convolution
         inner_value = _behind_layout(v)
         found = _activated(g, index, inner_value) if inner_value is not v else None
         return found if found is not None and found[2] else None
@@ -120,7 +120,7 @@ def _behind_layout(v: ir.Value | None) -> ir.Value | None:
     """The value before layout operators that nothing else reads."""
     while v is not None and sole_use(v) is not None:
         node = v.producer()
-        if node is None or node.op_type not in LAYOUT_OR_CAST:
+        if node is None or not is_layout(node):
             break
         v = node.inputs[0]
     return v

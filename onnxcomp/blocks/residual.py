@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST, NORMS, TOKEN_SELECTING
+from onnxcomp.graph.operators import ADDITIONS, LAYOUT_OR_CAST, NORMS, TOKEN_SELECTING, is_layout
 from onnxcomp.graph.values import users_of
 
 __all__ = ["Residual", "residuals", "stream_before"]
@@ -108,7 +108,7 @@ def _unscaled(v: ir.Value) -> Iterator[ir.Value]:
             return
         inputs = [x for x in node.inputs if x is not None and Graph.tensor(x) is None]
         scales = node.op_type in ("Mul", "Div") and len(inputs) == 1 and node.inputs[0] is inputs[0]
-        if not inputs or not (node.op_type in LAYOUT_OR_CAST or scales):
+        if not inputs or not (is_layout(node) or scales):
             return
         v = inputs[0]
 

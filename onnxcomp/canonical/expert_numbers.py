@@ -8,7 +8,7 @@ import onnx_ir as ir
 from onnxcomp.analysis.facts import Facts
 from onnxcomp.analysis.shape_rules import axis_of
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import is_layout
 
 __all__ = ["fix_expert_numbers"]
 
@@ -88,7 +88,7 @@ def _one_hot(f: Facts, x: ir.Value) -> tuple[ir.Node | None, int | None]:
 def _bound(f: Facts, v: ir.Value | None) -> int | None:
     """The number that all elements are below: of what TopK or ArgMax chooses, how many there are to choose from."""
     node = v.producer() if v is not None else None
-    while node is not None and node.op_type in LAYOUT_OR_CAST and node.inputs[0] is not None:
+    while node is not None and is_layout(node) and node.inputs[0] is not None:
         v, node = node.inputs[0], node.inputs[0].producer()
     if node is not None and node.op_type == "Concat":
         bounds = [_bound(f, x) for x in node.inputs]

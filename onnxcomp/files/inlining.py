@@ -9,9 +9,10 @@ from pathlib import Path
 import onnx
 import onnx.inliner
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass
+from onnx_ir.passes.common import InlinePass, RemoveUnusedFunctionsPass, _c_api_utils
 
 from onnxcomp.errors import ModelError
+from onnxcomp.files.verified import verify
 
 __all__ = ["check_growth", "expanded", "inline"]
 
@@ -32,7 +33,9 @@ def expanded(proto: onnx.ModelProto) -> onnx.ModelProto:
     if check_growth(proto) <= MAX_NAMES:
         return proto
     try:
-        return onnx.inliner.inline_local_functions(proto)
+        inlined = onnx.inliner.inline_local_functions(proto)
+        verify(inlined)
+        return inlined
     except (onnx.checker.ValidationError, RuntimeError, ValueError, TypeError) as e:
         why = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise ModelError(f"its local functions cannot be inlined: {why}") from e
@@ -87,9 +90,12 @@ def inline(model: ir.Model, path: Path) -> None:
     try:
         InlinePass()(model)
         RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+        _c_api_utils.call_onnx_api(verify, model)  # a call may leave out what its function's nodes need
+    except ModelError as e:
+        raise ModelError(f"{path}: not a valid ONNX model: {e}") from e
     except RecursionError as e:
         raise ModelError(f"{path}: its local functions are nested too deep to be inlined") from e
-    except (ir.passes.PassError, ValueError, KeyError, TypeError) as e:
+    except (ir.passes.PassError, ir.passes.InvariantError, ValueError, KeyError, TypeError) as e:
         while e.__cause__ is not None and isinstance(e.__cause__, Exception):
             e = e.__cause__  # type: ignore[assignment]
         why = (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -1,7 +1,7 @@
 """What runtimes accept and the rest of the package need not know: a parsed model in the one form it is loaded in.
 
 Done on the protobuf, before anything else reads it: nodes in topological order, the default domain under one name, the
-operator sets that nodes use declared, graphs named, negative sizes as open axes.
+operator sets that nodes use declared, graphs named, names of nodes in UTF-8, negative sizes as open axes.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def _domains(imports: Any, nodes: Iterable[onnx.NodeProto], functions: set[tuple
     for node in _all_nodes(nodes):
         if node.domain == ALIAS:
             node.domain = ""
+        if isinstance(node.name, bytes):  # what is no UTF-8 is read as bytes, and runtimes do not mind
+            node.name = node.name.decode(errors="replace")
         if (node.domain, node.op_type) not in functions:
             used.add(node.domain)
     versions: dict[str, int] = {}
@@ -117,7 +119,7 @@ def _graph(graph: onnx.GraphProto) -> None:
     _keep(graph.input, lambda v: v.name)
     stored = {t.name for t in graph.initializer}
     _keep(graph.value_info, lambda v: v.name not in stored)  # the tensor knows its own type and shape
-    given = {t.name: onnx.helper.make_tensor_type_proto(t.data_type, t.dims) for t in graph.initializer}
+    given = {t.name: _type_of(t) for t in graph.initializer}
     given.update((v.name, v.type) for v in graph.input)
     for v in graph.output:
         if v.name in given:  # an input or a constant that is an output as well: that is what the runtime gives
@@ -126,6 +128,15 @@ def _graph(graph: onnx.GraphProto) -> None:
         _open_axes(v.type)
     _nodes(graph.node)
     settle_caches(graph)
+
+
+def _type_of(t: onnx.TensorProto) -> onnx.TypeProto:
+    kind = onnx.TypeProto()
+    kind.tensor_type.elem_type = t.data_type
+    kind.tensor_type.shape.SetInParent()
+    for size in t.dims:
+        kind.tensor_type.shape.dim.add(dim_value=size)
+    return kind
 
 
 def _keep(items: Any, wanted: Any) -> None:

@@ -23,6 +23,7 @@ from onnxcomp.graph.identities import drop_identities
 from onnxcomp.graph.inference import infer_shapes
 from onnxcomp.graph.interface import interface as interface_of
 from onnxcomp.graph.interface import same_interface
+from onnxcomp.graph.operators import ONNX_ONLY
 from onnxcomp.graph.records import Covered, Declined, Noted, Site
 from onnxcomp.graph.scratch import as_tensor, release_weights
 from onnxcomp.graph.take import cut_group
@@ -33,6 +34,10 @@ __all__ = ["Graph"]
 CONTRIB = "com.microsoft"
 # Bytes of mapped weights read after which their pages are given back, where a graph is too large to stay in memory.
 RELEASE_AFTER = 256 << 20
+
+
+def _is_known(node: ir.Node) -> bool:
+    return not node.domain or (node.domain == CONTRIB and node.op_type not in ONNX_ONLY)
 
 
 class Graph:
@@ -81,7 +86,7 @@ class Graph:
         A name means ONNX's or ONNX Runtime's operator; one of the same name in a set of the user's own is another.
         """
         for node in list(self.model.graph):
-            if node.graph is not None and (not ops or (node.op_type in ops and node.domain in ("", CONTRIB))):
+            if node.graph is not None and (not ops or (node.op_type in ops and _is_known(node))):
                 yield node
 
     def node(self, name: str) -> ir.Node:

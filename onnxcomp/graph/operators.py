@@ -5,6 +5,7 @@ The sets differ on purpose: each site follows an operator only where its own pro
 
 from __future__ import annotations
 
+import onnx
 import onnx_ir as ir
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "LAYOUT_OR_CAST",
     "MASK_LAYOUT_OPS",
     "NORMS",
+    "ONNX_ONLY",
     "PROJECTION_TO_ATTENTION",
     "REARRANGING",
     "RUNTIME_OPS",
@@ -25,6 +27,7 @@ __all__ = [
     "TOKEN_SELECTING",
     "WEIGHT_PRODUCTS",
     "has_body",
+    "is_layout",
 ]
 
 ADDITIONS = ("Add", "Sum")
@@ -62,6 +65,12 @@ TIMED_OPS = LAYER_OPS | {"If", "Loop", "Scan"}
 
 # ---- operators that are not ONNX's -------------------------------------------------------------------------------
 
+# ONNX Runtime has these names of ONNX's in its own domain as well (1.32); another of them there is nobody's operator.
+_SHARED_NAMES = {
+    *("Attention", "CausalConvWithState", "DequantizeLinear", "GatherND", "Gelu", "GridSample", "LinearAttention"),
+    *("Pad", "QLinearConv", "QuantizeLinear", "Range", "RotaryEmbedding", "SwiGLU", "Trilu", "Unique"),
+}
+ONNX_ONLY = frozenset({s.name for s in onnx.defs.get_all_schemas() if not s.domain} - _SHARED_NAMES)
 # ONNX Runtime has these in the default domain whatever the operator set, with a schema of its own.
 RUNTIME_OPS = frozenset(
     [
@@ -86,3 +95,8 @@ RUNTIME_OPS = frozenset(
 def has_body(node: ir.Node) -> bool:
     """Whether an attribute of the node is a graph, as of loops and branches."""
     return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def is_layout(node: ir.Node) -> bool:
+    """Whether a node is one of ONNX's own that moves elements or changes their type."""
+    return not node.domain and node.op_type in LAYOUT_OR_CAST

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from onnxcomp.blocks import Experts
 from onnxcomp.graph import Graph
-from onnxcomp.graph.operators import LAYOUT_OR_CAST
+from onnxcomp.graph.operators import LAYOUT_OR_CAST, is_layout
 from onnxcomp.graph.values import sole_use, users_of
 from onnxcomp.maths import Array
 
@@ -125,7 +125,7 @@ def _masks(e: Experts) -> Iterator[ir.Node]:
         for user in users_of(pending.pop()):
             if user.op_type in ("OneHot", "Equal") and user not in {s.select for s in e.loop}:
                 yield user
-            elif user.op_type in LAYOUT_OR_CAST:
+            elif is_layout(user):
                 pending += user.outputs
 
 

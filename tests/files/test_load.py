@@ -101,6 +101,7 @@ ACCEPTED = {
     "two declarations of a value": model(known=[port("h"), port("h")]),
     "an output named twice": model(outs=[port("y"), port("y")]),
     "an input and a weight as outputs": model(outs=[port("y"), port("x"), port("w", F, (4, 4))]),
+    "a weight as an output of another shape": model(outs=[port("y"), port("w", F, (4, 4, "b"))]),
     "a weight without a name": model(stored=[weight(), weight("")]),
     "nodes of one name": model([make_node("MatMul", ["x", "w"], ["h"], name="n"), make_node("Relu", ["h"], ["y"])]),
     "IR version 2": changed(lambda m: setattr(m, "ir_version", 2)),

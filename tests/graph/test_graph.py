@@ -195,7 +195,9 @@ def test_nbytes_counts_shared_tensors_once():
     assert g.nbytes == before
 
 
-@pytest.mark.parametrize(("size", "followed"), [(300, True), ((1 << 24) + 1, False), (1 << 40, False)])
+@pytest.mark.parametrize(
+    ("size", "followed"), [(300, True), ((1 << 24) + 1, False), (1 << 40, False), ((1 << 63) - 1, False)]
+)
 def test_a_range_of_a_huge_size_is_not_written_out(monkeypatch: pytest.MonkeyPatch, size: int, followed: bool) -> None:
     """ONNX's inference keeps every element of a Range whose size it follows: a small file took all memory."""
     text = f"""<ir_version: 10, opset_import: ["": 18]> g (float[{size}] x) => (int64[m] y)
