@@ -44,21 +44,25 @@ def alone_behind_a_cache(nodes: Iterable[ir.Node]) -> bool:
 
 def _appended(v: ir.Value, axes: list[int]) -> int | None:
     """The axis of the input along which something is appended to `v`, whose axes are those `axes` of the input."""
-    for user, index in v.uses():
-        taken = PAST.get((user.domain, user.op_type))
-        at: int | None = None
-        if taken is not None and index in taken[0]:
-            at = taken[1]
-        elif user.op_type == "Concat" and not user.domain and index == 0 and _grows(user):
-            at = user.attributes.get_int("axis", 0)
-        elif user.op_type == "TensorScatter" and index == 0:
-            at = user.attributes.get_int("axis", -2)
+    pending = [(use, axes) for use in v.uses()]
+    while pending:
+        (user, index), axes = pending.pop(0)
+        at = _appends_at(user, index)
         if at is not None and -len(axes) <= at < len(axes):
             return axes[at]
-        found = _appended(user.outputs[0], moved) if (moved := _moved(user, axes)) else None
-        if found is not None:
-            return found
+        if moved := _moved(user, axes):
+            pending[:0] = [(use, moved) for use in user.outputs[0].uses()]
     return None
+
+
+def _appends_at(user: ir.Node, index: int) -> int | None:
+    """The axis along which a node appends to its input of that index."""
+    taken = PAST.get((user.domain, user.op_type))
+    if taken is not None and index in taken[0]:
+        return taken[1]
+    if user.op_type == "Concat" and not user.domain and index == 0 and _grows(user):
+        return user.attributes.get_int("axis", 0)
+    return user.attributes.get_int("axis", -2) if user.op_type == "TensorScatter" and index == 0 else None
 
 
 def _grows(concat: ir.Node) -> bool:

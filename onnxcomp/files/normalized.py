@@ -87,8 +87,9 @@ def _domains(imports: Any, nodes: Iterable[onnx.NodeProto], functions: set[tuple
     for node in _all_nodes(nodes):
         if node.domain == ALIAS:
             node.domain = ""
-        if isinstance(node.name, bytes):  # what is no UTF-8 is read as bytes, and runtimes do not mind
-            node.name = node.name.decode(errors="replace")
+        name: object = node.name
+        if isinstance(name, bytes):  # what is no UTF-8 is read as bytes, and runtimes do not mind
+            node.name = name.decode(errors="replace")
         if (node.domain, node.op_type) not in functions:
             used.add(node.domain)
     versions: dict[str, int] = {}
@@ -126,6 +127,8 @@ def _graph(graph: onnx.GraphProto) -> None:
             v.type.CopyFrom(given[v.name])
     for v in itertools.chain(graph.input, graph.output, graph.value_info):
         _open_axes(v.type)
+    for v in graph.input:
+        _two_names(v.type.tensor_type)
     _nodes(graph.node)
     settle_caches(graph)
 
@@ -153,6 +156,14 @@ def _open_axes(kind: onnx.TypeProto) -> None:
         for d in kind.tensor_type.shape.dim:
             if d.HasField("dim_value") and d.dim_value < 0:
                 d.ClearField("dim_value")
+
+
+def _two_names(kind: onnx.TypeProto.Tensor) -> None:
+    """Ids and masks `[n, n]` are a slip of who named the axes, and runtimes take any sizes there."""
+    if kind.elem_type in (onnx.TensorProto.INT32, onnx.TensorProto.INT64) and len(kind.shape.dim) == 2:
+        first, second = kind.shape.dim
+        if first.dim_param and first.dim_param == second.dim_param:
+            second.ClearField("dim_param")
 
 
 def _distinct(graph: onnx.GraphProto) -> None:

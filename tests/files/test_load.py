@@ -104,6 +104,7 @@ ACCEPTED = {
     "a weight as an output of another shape": model(outs=[port("y"), port("w", F, (4, 4, "b"))]),
     "a weight without a name": model(stored=[weight(), weight("")]),
     "nodes of one name": model([make_node("MatMul", ["x", "w"], ["h"], name="n"), make_node("Relu", ["h"], ["y"])]),
+    "a node's name that is no UTF-8": changed(lambda m: m.graph.node[0].MergeFromString(b"\x1a\x03a\xc3b")),
     "IR version 2": changed(lambda m: setattr(m, "ir_version", 2)),
     "a weight of a branch hides another": branches(body(make_node("MatMul", ["x", "w"], ["q"]), stored=[weight()])),
     "an operator of the runtime in the default domain": model(
@@ -111,6 +112,7 @@ ACCEPTED = {
     ),
 }
 SELF = make_function("my", "F", ["a"], ["b"], [make_node("F", ["a"], ["b"], domain="my")], [make_opsetid("my", 1)])
+WANTING = make_function("my", "G", ["a"], ["b"], [make_node("Abs", ["a"], ["b"])], [make_opsetid("", 18)])
 REFUSED: dict[str, tuple[ModelProto, str]] = {
     "two weights of one name": (model(stored=[weight(), weight()]), "two initializers are called 'w'"),
     "two inputs of one name": (model(ins=[port("x"), port("x")]), "two values are called 'x'"),
@@ -154,6 +156,10 @@ REFUSED: dict[str, tuple[ModelProto, str]] = {
     "IR version of the future": (changed(lambda m: setattr(m, "ir_version", 99)), "IR version 99 is newer"),
     "types that differ": (model(stored=[weight(kind=np.float64)]), "tensor(float) and tensor(double)"),
     "a type the operator lacks": (model(stored=[weight(kind=np.bool_)]), "'w' is tensor(bool)"),
+    "a call without the input that its function needs": (
+        model([make_node("G", [], ["y"], domain="my")], opsets=[("", 18), ("my", 1)], functions=[WANTING]),
+        "its input 0 is left out, the operator needs it",
+    ),
     "a function that calls itself": (
         model([make_node("F", ["x"], ["y"], domain="my")], opsets=[("", 18), ("my", 1)], functions=[SELF]),
         "function 'F' calls itself",
@@ -200,6 +206,8 @@ def test_what_outputs_leave_open_is_inferred(tmp_path: Path) -> None:
     assert g.interface[1] == (("y", "FLOAT", ("b", 4)),)
     g = storage.load(stored(ACCEPTED["size of -1"], tmp_path))
     assert [p[2] for p in g.interface[0]] == [("?", 4)]
+    ids = model([make_node("Cast", ["i"], ["y"], to=F)], ins=[port("i", TensorProto.INT64, ("n", "n"))])
+    assert [p[2] for p in storage.load(stored(ids, tmp_path)).interface[0]] == [("n", "?")]
     untyped = model(known=[port("w", F, (4, 1 << 31))])  # what is said of a weight is not what it is
     untyped.graph.output[0].ClearField("type")
     assert storage.load(stored(untyped, tmp_path)).interface[1] == (("y", "FLOAT", ("b", 4)),)
