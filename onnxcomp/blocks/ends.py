@@ -40,6 +40,7 @@ class Head:
 def embeddings(g: Graph) -> list[Embedding]:
     """Every table with computed or fed indices; the largest one that a graph input indexes is the tokens' table."""
     tables: list[Embedding] = []
+    counted = {v for v in g.inputs if "position" in str(v.name).lower()}  # the name that all exporters give them
     for node in g.nodes("Gather"):
         table, _ = stored(g, node.inputs[0]) if node.inputs[0] is not None else (None, None)
         indices, axis = node.inputs[1], node.attributes.get_int("axis", 0)
@@ -48,7 +49,8 @@ def embeddings(g: Graph) -> list[Embedding]:
         rows, width = table.shape.numpy()
         if g.is_constant(indices) or (table.dtype is not None and table.dtype.is_integer() and table is node.inputs[0]):
             continue
-        kind = "types" if _is_fed(indices) else "positions"
+        source = _source(indices)
+        kind = "types" if source.is_graph_input() and source not in counted else "positions"
         tables.append(Embedding(node, table, indices, rows, width, kind))
     fed = [e for e in tables if e.kind == "types"]
     most = max((e.rows for e in fed), default=0)
@@ -58,13 +60,13 @@ def embeddings(g: Graph) -> list[Embedding]:
     ]
 
 
-def _is_fed(v: ir.Value) -> bool:
-    """Whether indices are a graph input, directly or through layout operators."""
+def _source(v: ir.Value) -> ir.Value:
+    """What indices are behind layout operators: a graph input where they are fed."""
     node = v.producer()
     while node is not None and is_layout(node) and node.inputs[0] is not None:
         v = node.inputs[0]
         node = v.producer()
-    return v.is_graph_input()
+    return v
 
 
 def head(g: Graph) -> Head | None:

@@ -49,7 +49,7 @@ def confirm(
     if why := _illegal(other, settings.target):
         r.lowering = Lowering("lowered", f"not compared with the unlowered model: {why}")
         return written
-    if why := _differs(other, written, r):
+    if why := _differs(source, other, written, r):
         return _keep(result, written.path, f"the lowered model {why}")
     return _time(source, written, result, settings, watch) if measure else written
 
@@ -61,7 +61,7 @@ def _illegal(g: Graph, target: Target) -> str:
     return f"'{target.name}' has no {lacking[0]}" if lacking else ""
 
 
-def _differs(other: Graph, written: Stored, r: Report) -> str:
+def _differs(source: Stored, other: Graph, written: Stored, r: Report) -> str:
     """How the lowered model's outputs are wrong, empty if they are not; not asked behind quantizers."""
     if any(s.fidelity == "lossy" and s.changed for s in r.steps):
         return ""
@@ -74,6 +74,8 @@ def _differs(other: Graph, written: Stored, r: Report) -> str:
     except OnnxcompError as e:
         got, why = {}, f"does not run: {e}"
     try:
+        if not got:  # nor may the source, for which only the worker has a time limit
+            trial.run(source, feeds)
         with sessions.Session(other, prepack=False) as session:
             want = session.run(feeds)
     except OnnxcompError:

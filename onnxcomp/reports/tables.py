@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -297,7 +298,8 @@ def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
     """What a model is, one fact a line, its stacks and parts, and what was not recognised, grouped by reason."""
     hidden = {"name", "not_recognised", "stacks", "parameters", "macs_per_token", "linears"}
     hidden |= {"layers", "hidden", "mlp", "norm"} if facts["stacks"] else set()
-    rows = [(k.replace("_", " "), _fact(v)) for k, v in facts.items() if k not in hidden and v is not None]
+    shown = dict(facts) if verbose else {**facts, **{k: _alike(facts[k]) for k in ("inputs", "outputs")}}
+    rows = [(k.replace("_", " "), _fact(v)) for k, v in shown.items() if k not in hidden and v is not None]
     found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
     if facts["stacks"]:
         found.append(_stacks(facts["stacks"]))
@@ -308,6 +310,17 @@ def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
         grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
         found.append(table("Not recognised", ("sites", "why", "such as"), grouped, left=3))
     return found
+
+
+def _alike(ports: Mapping[str, str]) -> dict[str, str]:
+    """Inputs or outputs in one line where only numbers in their names differ, such as the caches of all layers."""
+    same: dict[tuple[str, str], list[str]] = {}
+    for name, kind in ports.items():
+        same.setdefault((re.sub(r"\d+", "*", name), kind), []).append(name)
+    return {
+        names[0] if len(names) == 1 else f"{pattern} ({len(names)} times)": kind
+        for (pattern, kind), names in same.items()
+    }
 
 
 def _linears(found: Sequence[Mapping[str, Any]], *, every: bool) -> Table:

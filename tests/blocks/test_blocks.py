@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -188,6 +189,22 @@ def test_anatomy_says_what_was_not_recognised():
     facts = describe(g)
     assert facts["attention"]["not_recognised"] == 2
     assert [set(x) for x in facts["not_recognised"]] == [{"site", "why"}] * 2
+
+
+def test_a_table_that_fed_positions_index_is_one_of_positions():
+    text = """<ir_version: 10, opset_import: ["": 18]>
+    g (int64[b, s] input_ids, int64[b, s] position_ids, int64[b, s] token_type_ids) => (float[b, s, 4] y)
+    <float[9, 4] words, float[8, 4] places, float[2, 4] kinds> {
+        w = Gather (words, input_ids)
+        p = Gather (places, position_ids)
+        k = Gather (kinds, token_type_ids)
+        wp = Add (w, p)
+        y = Add (wp, k)
+    }"""
+    model = onnx.parser.parse_model(text)
+    for v, n in zip(model.graph.initializer, (9, 8, 2), strict=True):
+        v.raw_data = np.zeros((n, 4), np.float32).tobytes()
+    assert [e.kind for e in blocks.embeddings(Graph(ir.from_proto(model)))] == ["tokens", "positions", "types"]
 
 
 @pytest.mark.parametrize("name", ["llama-cache.legacy-eager-17", "gpt2-cache.dynamo-sdpa-20"])
