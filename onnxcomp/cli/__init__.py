@@ -129,11 +129,11 @@ def inspect(
 ) -> None:
     """Say what a model is: layers, heads, masks, parameters by part, and what was not recognised and why."""
     from onnxcomp.cli import inspect_model
-    from onnxcomp.reports import tables
+    from onnxcomp.reports.anatomy_tables import anatomy
 
     output = Output(json, quiet, verbose)
     found = inspect_model.inspect(model, graph, exact_rows=exact_rows)
-    shown = [t for facts in found["graphs"].values() for t in tables.anatomy(facts, verbose=verbose)]
+    shown = [t for facts in found["graphs"].values() for t in anatomy(facts, verbose=verbose)]
     output.show(found, inspect_model.headline(found), *shown)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,17 +24,19 @@ if TYPE_CHECKING:
     from onnxcomp.validation.results import Validation
 
 __all__ = [
-    "anatomy",
     "benchmark",
     "checks",
     "choices",
     "culprit",
+    "fact",
+    "grouped",
     "option_table",
     "outputs",
     "pass_table",
     "preset_table",
     "remedy",
     "report_tables",
+    "table",
     "validation",
     "verdicts",
 ]
@@ -123,13 +124,13 @@ def steps(found: Sequence[Step]) -> Table:
 
 def noted(found: Sequence[Step], *, every: bool = False) -> Table:
     """What became of sites, equal ones together; all of them by name with `every`."""
-    rows = [(s.name, *row) for s in found for row in _grouped([(n.site, n.what) for n in s.noted], every=every)]
+    rows = [(s.name, *row) for s in found for row in grouped([(n.site, n.what) for n in s.noted], every=every)]
     return table("Cut", ("pass", "sites", "what", "such as"), rows, left=4)
 
 
 def declined(found: Sequence[Step], *, every: bool = False) -> Table:
     """Sites left alone, grouped by reason; all of them by name with `every`."""
-    rows = [(s.name, *row) for s in found for row in _grouped([(d.site, d.why) for d in s.declined], every=every)]
+    rows = [(s.name, *row) for s in found for row in grouped([(d.site, d.why) for d in s.declined], every=every)]
     return table("Left alone", ("pass", "sites", "why", "such as"), rows, left=4)
 
 
@@ -294,69 +295,6 @@ def option_table(info: PassInfo) -> Table | str:
     return table("Options", ("option", "type", "default", "range", "what it does"), rows, left=5)
 
 
-def anatomy(facts: Mapping[str, Any], *, verbose: bool = False) -> list[Table]:
-    """What a model is, one fact a line, its stacks and parts, and what was not recognised, grouped by reason."""
-    hidden = {"name", "not_recognised", "stacks", "parameters", "macs_per_token", "linears"}
-    hidden |= {"layers", "hidden", "mlp", "norm"} if facts["stacks"] else set()
-    shown = dict(facts) if verbose else {**facts, **{k: _alike(facts[k]) for k in ("inputs", "outputs")}}
-    rows = [(k.replace("_", " "), _fact(v)) for k, v in shown.items() if k not in hidden and v is not None]
-    found = [table(f"{facts['name']}", ("", ""), rows, left=2)]
-    if facts["stacks"]:
-        found.append(_stacks(facts["stacks"]))
-    found.append(_parts(facts))
-    if facts.get("linears"):
-        found.append(_linears(facts["linears"], every=verbose))
-    if lost := facts["not_recognised"]:
-        grouped = _grouped([(d["site"], d["why"]) for d in lost], every=verbose)
-        found.append(table("Not recognised", ("sites", "why", "such as"), grouped, left=3))
-    return found
-
-
-def _alike(ports: Mapping[str, str]) -> dict[str, str]:
-    """Inputs or outputs in one line where only numbers in their names differ, such as the caches of all layers."""
-    same: dict[tuple[str, str], list[str]] = {}
-    for name, kind in ports.items():
-        same.setdefault((re.sub(r"\d+", "*", name), kind), []).append(name)
-    return {
-        names[0] if len(names) == 1 else f"{pattern} ({len(names)} times)": kind
-        for (pattern, kind), names in same.items()
-    }
-
-
-def _linears(found: Sequence[Mapping[str, Any]], *, every: bool) -> Table:
-    """Linears of one shape together; all of them by name with `every`."""
-    kinds = [f"{' x '.join(map(str, x['shape']))}{', quantized' if x['quantized'] else ''}" for x in found]
-    named = [(str(x["name"]), kind) for x, kind in zip(found, kinds, strict=True)]
-    return table("Linears", ("count", "shape", "such as"), _grouped(named, every=every), left=3)
-
-
-def _stacks(found: Iterable[Mapping[str, Any]]) -> Table:
-    """One row per kind of attention and layer."""
-    rows: list[tuple[Any, ...]] = []
-    for s in found:
-        shared = "" if s["distinct"] == s["layers"] else f" ({s['distinct']} distinct)"
-        mlp, norm = s["mlp"], s["norm"]
-        own = (_fact(mlp["kind"]), _fact(mlp["width"]), f"{_fact(norm['kind'])}, {_fact(norm['position'])}")
-        rows.append((s["kind"], f"{s['layers']}{shared}", _fact(s["hidden"]), *_heads(s["attention"]), *own))
-        if s["cross_attention"]:
-            rows.append(("  cross attention", "", "", *_heads(s["cross_attention"]), "", "", ""))
-    columns = ("layers of", "count", "width", "heads", "KV", "head width", "mask", "MLP", "MLP width", "norm")
-    return table("Layers", columns, rows, left=len(columns))
-
-
-def _heads(a: Mapping[str, Any]) -> tuple[str, ...]:
-    mask = _fact(a["masks"]) + (f" + {_fact(a['bias'])} bias" if a["bias"] else "") + (" + sink" if a["sinks"] else "")
-    return (*(_fact(a[k]) for k in ("heads", "kv_heads", "head_width")), mask)
-
-
-def _parts(facts: Mapping[str, Any]) -> Table:
-    """Parameters and multiplications by part."""
-    macs = facts["macs_per_token"]
-    rows = [(part, f"{n:,}", f"{macs[part]:,}" if part in macs else "") for part, n in facts["parameters"].items()]
-    rows.append(("scores, per key", "", f"{macs['attention_per_key']:,}"))
-    return table("Parts", ("part", "parameters", "MACs per token"), rows)
-
-
 def checks(found: Iterable[Mapping[str, str]]) -> Table:
     """What `doctor` found."""
     rows = [(c["status"], c["check"], c["detail"], c["advice"]) for c in found]
@@ -384,7 +322,7 @@ def _drift(s: Step) -> str:
     return f"{sqnr:.1f} dB" if sqnr is not None else "none" if s.drift["finite"] else "not finite"
 
 
-def _grouped(declined: Sequence[tuple[str, str]], *, every: bool) -> list[tuple[int, str, str]]:
+def grouped(declined: Sequence[tuple[str, str]], *, every: bool) -> list[tuple[int, str, str]]:
     """Count, reason and names, the most frequent reason first."""
     rows = []
     for why, count in Counter(why for _, why in declined).most_common():
@@ -404,9 +342,10 @@ def _number(x: float | None, missing: str = "-") -> str:
     return missing if x is None else f"{x:.4g}"
 
 
-def _fact(x: Any) -> str:
+def fact(x: Any) -> str:
+    """A fact in words: lists and mappings by commas, integers with separators, nothing for None."""
     if isinstance(x, Mapping):
-        return ", ".join(f"{k}: {_fact(v)}" for k, v in x.items() if v is not None)
+        return ", ".join(f"{k}: {fact(v)}" for k, v in x.items() if v is not None)
     if isinstance(x, (list, tuple)):
-        return ", ".join(_fact(v) for v in x)
+        return ", ".join(fact(v) for v in x)
     return f"{x:,}" if isinstance(x, int) and not isinstance(x, bool) else "" if x is None else str(x)

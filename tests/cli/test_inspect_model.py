@@ -15,7 +15,7 @@ from onnxcomp.canonical import canonicalize
 from onnxcomp.cli import inspect_model
 from onnxcomp.files.storage import save
 from onnxcomp.graph import Graph
-from onnxcomp.reports import tables
+from onnxcomp.reports import anatomy_tables as tables
 from tests import tiny, zoo
 
 
