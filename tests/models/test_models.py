@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="reference models need torch")
 pytest.importorskip("transformers", reason="reference models need transformers")
 
-from models import docs_lm, docs_text, llama, minilm, outliers, vit_digits, vit_glyphs  # noqa: E402
+from models import dates, dates_text, docs_lm, docs_text, llama, minilm, outliers, vit_digits, vit_glyphs  # noqa: E402
 
 DATA = Path(docs_text.DATA).parent
 WEIGHTS = Path(docs_lm.WEIGHTS).parent
@@ -65,6 +65,19 @@ def test_vit_glyphs_draws_parts_that_do_not_overlap_and_stay_the_same():
     seen = {image.tobytes() for image in vit_glyphs.arrays("train")[0]}
     assert not seen & {image.tobytes() for image in again}
     assert sum(p.numel() for p in vit_glyphs.load().parameters()) >= 1_000_000
+
+
+def test_dates_are_written_right_on_days_that_training_has_in_no_spelling():
+    """No line of a table decides: each spelling is right almost always."""
+    pairs = dates_text.read("heldout")
+    right = dates.correct(dates.load(), dates.reader(), pairs[:400])
+    assert right.mean() >= 0.95
+    assert dates.correct(dates.load(), dates.reader(), [("5. mai 1961", "1961-05-06")]).tolist() == [False]
+    held = {target for _, target in pairs}
+    trained = {target for _, target in [*dates_text.pairs(20000, 9), *dates_text.read("calibration")]}
+    assert not held & trained
+    assert len(trained) > 10000
+    assert dates_text.read("heldout") == list(dates_text.pairs(1000, 2, dates_text.HELD_OUT))
 
 
 def test_docs_lm_beats_the_trigram():
