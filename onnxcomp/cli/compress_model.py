@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from onnxcomp.cli.console import Output, Watch
 from onnxcomp.cli.pipelines import ForPipelines
@@ -21,16 +22,22 @@ def show(
     """Run a compression with a progress bar and say what came of it, to pipelines as well."""
     with files.recording() as tell, output.progress() as watch:
         results = run(watch)
-        tell({name: r.report for name, r in results.items()})
+        whole = next((r.whole for r in results.values() if r.whole is not None), None)
+        tell({"": whole} if whole is not None else {name: r.report for name, r in results.items()})
     graphs = {name: report.to_json(r.report) for name, r in results.items()}
     lines, shown = [], []
+    if whole is not None:
+        lines.append(report.headline(whole))
+        shown += tables.report_tables(whole, verbose=output.verbose)
     for name, result in results.items():
         line = report.headline(result.report) if out else _planned(result)
         lines.append(line if len(results) == 1 else f"{name}: {line}")
-        shown += tables.report_tables(result.report, verbose=output.verbose)
+        if whole is None or output.verbose:
+            shown += tables.report_tables(result.report, verbose=output.verbose)
     paths = {name: str(r.path) for name, r in results.items() if r.path is not None}
     shown.append(f"written to {', '.join(paths.values())}" if paths else "nothing was written (--plan)")
-    facts = {"out": str(out) if out else None, "files": paths, "graphs": graphs}
+    facts: dict[str, Any] = {"out": str(out) if out else None, "files": paths, "graphs": graphs}
+    facts |= {"model": report.to_json(whole)} if whole is not None else {}
     output.show(facts, "\n".join(lines), *shown)
 
 

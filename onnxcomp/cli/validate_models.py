@@ -16,6 +16,7 @@ from onnxcomp.data.datasets import Dataset
 from onnxcomp.engine.asked import check_asked
 from onnxcomp.engine.by_layer import by_layer as values_of
 from onnxcomp.engine.host import host_of
+from onnxcomp.engine.pair_judge import PairJudge
 from onnxcomp.engine.repeat import settings_words
 from onnxcomp.engine.settings import Settings
 from onnxcomp.errors import OnnxcompError, RecipeError
@@ -88,6 +89,18 @@ def compare(
     gate = Gate(gates)
     if gate.wants_latency:
         raise RecipeError("validate times nothing, so it cannot judge a latency gate: drop it, or see onnxcomp bench")
+    command = _command(
+        reference, candidate, settings, metrics, gates, graph, through_caches, generate, by_layer=by_layer
+    )
+    report = Report(kind="validate", command=command, models=(str(reference), str(candidate)))
+    judge = PairJudge.of(reference, candidate) if graph is None else None
+    if judge is not None:
+        if by_layer or node_data is not None:
+            raise RecipeError("--by-layer and --node-data are of one graph: name it with --graph")
+        v, size = judge.judge(settings, gate, metrics, through_caches, generate)
+        return _compared(report, gate, _told(v, settings.target, *judge.result), size)
+    if gate.generated:
+        raise RecipeError(f"gate '{gate.generated[0]}' is on texts that encoder-decoders write about their sources")
     first, second = (storage.read(storage.one_graph(x, graph)) for x in (reference, candidate))
     check_asked(first.graph, gate, ())
     data = settings.dataset(settings.evaluation, first.graph, first.path.parent)
@@ -95,32 +108,40 @@ def compare(
     wanted = list(dict.fromkeys([*metrics, *gate.metrics]))
     aim, code = settings.target, settings.allow_code
     v = validate(first, second, data, aim, wanted, through_caches=through_caches, allow_code=code)
-    if settings.target.quantized.saturates and (broken := saturating(second.graph.model)):
-        can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
-        v = dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
+    v = _told(v, settings.target, second.path)
     text = None if generate is None else _greedy(first, second, data, generate, settings.target)
     v = v if text is None else dataclasses.replace(v, notes=(*v.notes, str(text)))
-    sizes = {"size": second.nbytes / max(1, first.nbytes)}
     layers = None
     if by_layer or node_data is not None:
         layers = layer_tables.layer_json(values_of(first.graph, second.graph, data, host_of(settings.target)[0]))
     if node_data is not None:
         _write(node_data, layer_tables.node_data(layers or {}, second.graph))
-    options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
-    options |= {"--generate": [open_axes.label(generate)] if generate else ()}
-    options |= {"--through-caches": [str(through_caches)] if through_caches else ()}
-    report = Report(
-        kind="validate",
-        command=_command(reference, candidate, settings, options, by_layer=by_layer),
-        models=(str(reference), str(candidate)),
+    size = Size(first.nbytes, second.nbytes, stored_parts(second.graph), stored_parts(first.graph))
+    return _compared(report, gate, v, size, layers, text)
+
+
+def _compared(
+    report: Report, gate: Gate, v: Validation, size: Size, layers: Any = None, text: Greedy | None = None
+) -> Compared:
+    """The comparison with the verdicts of the gates; `size` is that of both models."""
+    report = dataclasses.replace(
+        report,
         validation=v,
-        verdicts=[*gate.judge(v.values()), *gate.judge(sizes, files=True)],
-        size=Size(first.nbytes, second.nbytes, stored_parts(second.graph), stored_parts(first.graph)),
-        evaluation=DataUsed(data.name, v.samples),
+        verdicts=[*gate.judge(v.values()), *gate.judge({"size": size.ratio}, files=True)],
+        size=size,
+        evaluation=DataUsed(v.data, v.samples),
         warnings=list(v.notes),
         by_layer=layers,
     )
     return Compared(report, v, layers, text)
+
+
+def _told(v: Validation, target: Target, *files: Path) -> Validation:
+    """The comparison with a note where sums of the candidate's products can saturate on this CPU."""
+    if not target.quantized.saturates or not (broken := [w for f in files for w in saturating(storage.load(f).model)]):
+        return v
+    can = "on this CPU sums of their products can saturate at 16 bits, and these figures show it"
+    return dataclasses.replace(v, notes=(*v.notes, f"{counted(broken)} int8: {can}"))
 
 
 def _greedy(first: Stored, second: Stored, data: Dataset, asked: Mapping[str, int], target: Target) -> Greedy:
@@ -130,10 +151,22 @@ def _greedy(first: Stored, second: Stored, data: Dataset, asked: Mapping[str, in
 
 
 def _command(
-    reference: Path, candidate: Path, s: Settings, options: Mapping[str, Sequence[str]], *, by_layer: bool
+    reference: Path,
+    candidate: Path,
+    s: Settings,
+    metrics: Sequence[str],
+    gates: Sequence[str],
+    graph: str | None,
+    through_caches: int,
+    generate: Mapping[str, int] | None,
+    *,
+    by_layer: bool,
 ) -> str:
     """What does the comparison again."""
     words = ["onnxcomp", "validate", str(reference), str(candidate), "--eval", str(s.evaluation)]
+    options = {"--metric": metrics, "--gate": gates, "--graph": [graph] if graph else ()}
+    options |= {"--generate": [open_axes.label(generate)] if generate else ()}
+    options |= {"--through-caches": [str(through_caches)] if through_caches else ()}
     words += [w for option, values in options.items() for value in values for w in (option, value)]
     words += settings_words(s) + (["--by-layer"] if by_layer else [])
     return shlex.join(words)

@@ -12,12 +12,23 @@ import numpy as np
 from onnxcomp.data import arrays
 from onnxcomp.data.arguments import whole
 from onnxcomp.data.input_check import InputCheck
-from onnxcomp.data.inputs import Batch, Source, TensorSpec, roles, specs, vocabulary
+from onnxcomp.data.inputs import Batch, Derived, Source, TensorSpec, roles, specs, vocabulary
 from onnxcomp.data.untrusted import guarded
 from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 
-__all__ = ["Batch", "Dataset", "TensorSpec", "as_dataset", "load_data", "overlap", "roles", "specs", "static_batch"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "TensorSpec",
+    "as_dataset",
+    "load_data",
+    "open_data",
+    "overlap",
+    "roles",
+    "specs",
+    "static_batch",
+]
 
 RANDOM_SAMPLES = 32  # where nobody says how many
 MOST_RANDOM = 1 << 18  # random samples at once: they are counted one by one, some microseconds each
@@ -50,6 +61,11 @@ class Dataset:
     def name(self) -> str:
         """What the data is called in reports."""
         return self._source.name
+
+    @property
+    def source(self) -> Source:
+        """What gives the samples."""
+        return self._source
 
     @property
     def random(self) -> bool:
@@ -95,6 +111,14 @@ class Dataset:
         """The same samples, each checked batch changed."""
         part = Dataset(self._source, self.batch, self._check, self.indices, self._fixed_batch)
         part._change = change
+        return part
+
+    def of_result(self) -> Dataset:
+        """The same samples as a result takes them: what another model makes of them, that one's result makes."""
+        if not isinstance(self._source, Derived):
+            return self
+        part = Dataset(self._source.of_result(), self.batch, self._check, self.indices, self._fixed_batch)
+        part._change = self._change
         return part
 
     def copied(self, make: Callable[[Source], Source], copies: int) -> Dataset:
@@ -161,21 +185,26 @@ class Dataset:
         return self._select(kept), self._select(held)
 
     def _hash(self, i: int) -> bytes:
-        """Hash of the feeds of one sample."""
+        """Hash of the feeds of one sample, or of what they are derived from."""
         if i not in self._hashes:
             digest = hashlib.sha256()
             check = None if self._check is None else self._check.of_any_batch()
-            for name, a in sorted(self._as_fed(self._source.rows([i]), check, i).feeds.items()):
+            given = self._source.given if isinstance(self._source, Derived) else None
+            fed = self._as_fed(self._source.rows([i]), check, i) if given is None else given.rows([i])
+            for name, a in sorted(fed.feeds.items()):
                 digest.update(f"{name} {a.dtype} {a.shape} ".encode() + np.ascontiguousarray(a).tobytes())
             self._hashes[i] = digest.digest()
         return self._hashes[i]
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of all samples and labels in order, whatever the batch size."""
-        digest = hashlib.sha256()
+        digest, source = hashlib.sha256(), self._source
+        if isinstance(source, Derived):
+            digest.update(source.content().encode())
+            source = source.given
         for i in self.indices:
             digest.update(self._hash(i))
-            labels = self._source.rows([i]).labels
+            labels = source.rows([i]).labels
             if labels is not None:
                 digest.update(f"{labels.dtype} {labels.shape} ".encode() + np.ascontiguousarray(labels).tobytes())
         return digest.hexdigest()
@@ -248,7 +277,9 @@ def _loaded(
     fixed = static_batch(graph)
     if fixed and (samples is not None or src == "random"):  # at least one whole batch
         samples = max(samples or RANDOM_SAMPLES, fixed)
-    source = _open(src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed)
+    source = open_data(
+        src, graph, folder, samples=samples, sequence=sequence, columns=columns, allow_code=code, seed=seed
+    )
     data = Dataset(source, fixed or batch, InputCheck(inputs, vocab, source.name), fixed_batch=fixed is not None)
     if samples is not None:
         data = data.spread(samples)
@@ -258,7 +289,7 @@ def _loaded(
     return data.checked()
 
 
-def _open(
+def open_data(
     src: str,
     graph: Graph,
     folder: Path | None,
@@ -269,6 +300,7 @@ def _open(
     allow_code: bool,
     seed: int,
 ) -> Source:
+    """The samples behind a `SRC`, not checked yet; raises `DataError` for one of no known kind."""
     from onnxcomp.data import images, texts
 
     path, axes = Path(src), arrays.axes_of(specs(graph))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
 import onnx_ir as ir
@@ -16,6 +16,7 @@ from onnxcomp.maths import Array
 
 __all__ = [
     "Batch",
+    "Derived",
     "Source",
     "TensorSpec",
     "completed",
@@ -86,6 +87,19 @@ class Source(Protocol):
 
     def rows(self, indices: Sequence[int]) -> Batch:
         """The samples of these indices as one batch."""
+
+
+@runtime_checkable
+class Derived(Source, Protocol):
+    """A source whose samples a model makes of those `given`; `content` identifies that model."""
+
+    given: Source
+
+    def content(self) -> str:
+        """A hash of the model that makes them."""
+
+    def of_result(self) -> Self:
+        """The samples as the result of that model makes them."""
 
 
 def specs(graph: Graph) -> list[TensorSpec]:

@@ -20,7 +20,7 @@ from onnxcomp.maths import Array
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
-__all__ = ["Columns", "Text", "longest", "open_text", "tokenizer"]
+__all__ = ["Columns", "Text", "longest", "open_text", "tokenizer", "tokenizer_beside"]
 
 DEFAULT_LENGTH = 512  # tokens a text is truncated to where no length is asked for
 UNLIMITED = 1_000_000  # transformers writes a number far above it (1e30) where a tokenizer has no limit
@@ -61,7 +61,7 @@ class Text:
         labels: Array | None,
         pad: Padding,
     ) -> None:
-        self.name, self.notes = name, list[str]()
+        self.name, self.notes, self.texts = name, list[str](), list[str]()
         self.inputs, self.role = inputs, roles(inputs)
         self.ids, self.types, self.labels, self.pad = ids, types, labels, pad
         if "tokens" not in self.role:
@@ -98,10 +98,14 @@ class Text:
 
 @dataclass(frozen=True)
 class Columns:
-    """The fields of a line of JSONL that hold the text (of two fields the pair, `a,b`) and the label."""
+    """The fields of a line of JSONL that hold the text (of two fields the pair, `a,b`) and the label.
+
+    `option` is what names a field that is missing.
+    """
 
     text: str | None = None
     label: str | None = None
+    option: str = "--text-column"
 
     def read(self, row: Mapping[str, Any], where: str) -> tuple[str, str | None, Any]:
         """Text, second text and label of a line; raises `DataError` where there are none."""
@@ -111,7 +115,7 @@ class Columns:
         if names[0] in row and not isinstance(texts[0], str):
             raise DataError(f"{where}: '{names[0]}' must be a string, it is {json.dumps(texts[0])[:40]}")
         if not isinstance(texts[0], str):
-            raise DataError(f"{where}: needs a string '{names[0]}'; {has}: name the column with --text-column")
+            raise DataError(f"{where}: needs a string '{names[0]}'; {has}: name the column with {self.option}")
         if len(texts) > 1 and not (isinstance(texts[1], str) or (texts[1] is None and not self.text)):
             raise DataError(f"{where}: '{names[1]}' must be a string; {has}")
         for name, text in zip(names, texts, strict=False):
@@ -235,6 +239,15 @@ def tokenizer(content: str) -> Tokenizer:
     return tok
 
 
+def tokenizer_beside(folder: Path) -> Tokenizer:
+    """The tokenizer in a model's folder; raises `DataError` where there is none."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        raise DataError(f"{folder}: has no tokenizer.json, which reads and writes the text")
+    plain_file(file)
+    return tokenizer(file.read_text("utf-8"))
+
+
 def _causal(graph: Graph, config: Mapping[str, Any]) -> bool:
     task = graph.model.metadata_props.get("task", "")
     names = " ".join(map(str, config.get("architectures") or []))
@@ -304,6 +317,7 @@ def _encode(
             raise DataError(f"{path}: sample {n} has no tokens")
     ids = [np.array(x.ids, np.int64) for x in encodings]
     text = Text(str(path), inputs, ids, [np.array(x.type_ids, np.int64) for x in encodings], labels, pad)
+    text.texts = [a for a, _ in pairs]
     if cut := sum(bool(x.overflowing) for x in encodings):
         text.notes.append(f"{cut} of {len(encodings)} texts were cut to {limit} tokens")
     return text

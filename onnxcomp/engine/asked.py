@@ -12,7 +12,7 @@ from onnxcomp.graph import Graph
 from onnxcomp.validation.gates import Gate
 from onnxcomp.validation.outputs import View
 
-__all__ = ["check_asked", "check_bisected", "check_timed"]
+__all__ = ["check_asked", "check_bisected", "check_generated", "check_timed"]
 
 
 def check_asked(g: Graph, gate: Gate, shapes: Sequence[Mapping[str, int]]) -> None:
@@ -27,6 +27,12 @@ def check_timed(gate: Gate, settings: Settings) -> None:
     """Raise `RecipeError` where a gate needs a speed that will not be measured."""
     if gate.wants_latency and not (settings.measure and settings.target.here and not host_of(settings.target)[1]):
         raise RecipeError("a latency gate needs measuring on this machine; drop --no-measure or the gate")
+
+
+def check_generated(gate: Gate) -> None:
+    """Raise `RecipeError` where a gate is on generated texts, which a job makes none of."""
+    if gate.generated:
+        raise RecipeError(f"gate '{gate.generated[0]}' is on generated texts: give it to onnxcomp validate --generate")
 
 
 def check_bisected(gate: Gate) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
-from onnxcomp.engine.asked import check_bisected, check_timed
+from onnxcomp.engine.asked import check_bisected, check_generated, check_timed
+from onnxcomp.engine.encoder_source import pair_of
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
 from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
 from onnxcomp.engine.settings import Settings
+from onnxcomp.engine.whole import jobs_of
 from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
@@ -66,11 +68,12 @@ def compress(
 ) -> Result:
     """Compress one model and publish it in the folder (or `.onnx` file) `out`; `compress_each` explains the options.
 
-    Raises `GateFailed` when a gate refuses the result, and `ModelError` for a folder of several graphs of which none is
-    named; nothing is written then.
+    Of an encoder-decoder the result is the decoder's, with the report on both graphs. Raises `GateFailed` when a gate
+    refuses the result, and `ModelError` for another folder of several graphs of which none is named; nothing is written
+    then.
     """
     _one_of(path_of("model", model) or Path(), graph)
-    (result,) = compress_each(
+    *_, result = compress_each(
         model, out, preset=preset, recipe=recipe, passes=passes, target=target, calibration=calibration,
         evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, text_column=text_column,
         label_column=label_column, gates=gates, on_fail=on_fail,
@@ -78,7 +81,7 @@ def compress(
         exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph, seed=seed,
         allow_code=allow_code, bisect=bisect, watch=watch,
     ).values()  # fmt: skip
-    return result
+    return result if result.whole is None else dataclasses.replace(result, report=result.whole)
 
 
 def compress_each(
@@ -118,6 +121,9 @@ def compress_each(
 ) -> dict[str, Result]:
     """Compress every graph of a model and publish all of them or none; returns results by graph name.
 
+    A folder of an encoder and a decoder is one model: the decoder is fitted to, and judged on, what the compressed
+    encoder makes of pairs of sources and targets; gates and `report` are on both, as `whole` of its result.
+
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
     `budget` is the time for measuring in seconds (by default as long as the passes take), `threads` how many what is
@@ -126,7 +132,7 @@ def compress_each(
     refuse, the pass and its sites to blame.
     """
     path, place = path_of("model", model), path_of("out", out)
-    graphs = chosen_graphs(path or Path(), graph)
+    chosen_graphs(path or Path(), graph)  # refuses a wrong name before all else
     chosen = _recipe(preset, recipe, passes)
     chosen = with_exact_rows(chosen) if exact_rows else chosen
     chosen = dataclasses.replace(
@@ -155,13 +161,14 @@ def compress_each(
         bisect=bisect,
     )
     _needs_data(chosen, settings.calibration, plan)
+    check_generated(Gate(chosen.gates))
     if bisect and not plan:
         check_bisected(Gate(chosen.gates))
-    jobs = {name: Job(file, chosen, settings) for name, file in graphs.items()}
+    jobs, whole = _jobs(path, graph, chosen, settings)
     if plan or place is None:
         return {name: job.plan(watch) if plan else job.run(watch) for name, job in jobs.items()}
     check_timed(Gate(chosen.gates), settings)
-    return publish(jobs, place, path_of("report", report), watch)
+    return publish(jobs, place, path_of("report", report), watch, whole)
 
 
 def optimize(
@@ -190,9 +197,21 @@ def optimize(
     )  # fmt: skip
 
 
+def _jobs(
+    path: Path | None, graph: str | None, recipe: Recipe, settings: Settings
+) -> tuple[dict[str, Job], Job | None]:
+    """A job for each graph, and that of the model where two of them, an encoder and a decoder, are one."""
+    source = path or Path()
+    pair = pair_of(source) if graph is None else None
+    if pair is not None and pair.fits():
+        whole = Job(source, recipe, settings)
+        return jobs_of(pair, whole), whole
+    return {name: Job(file, recipe, settings) for name, file in chosen_graphs(source, graph).items()}, None
+
+
 def _one_of(model: str | Path, graph: str | None) -> None:
     held = storage.graphs_of(model)
-    if len(held) > 1 and not graph:
+    if len(held) > 1 and not graph and not ((pair := pair_of(Path(model))) and pair.fits()):
         raise ModelError(f"{model}: holds the graphs {', '.join(held)}; name one with graph=, or call compress_each")
 
 

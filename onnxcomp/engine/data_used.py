@@ -19,7 +19,8 @@ def datasets(
 ) -> tuple[Dataset | None, Dataset | None, list[str]]:
     """Both sources as datasets, with notes; without evaluation data one fifth of the calibration data is held out.
 
-    Where that leaves nothing to judge on, random inputs may be `made_up`.
+    Where that leaves nothing to judge on, random inputs may be `made_up`. Passes fit to calibration data
+    as the result takes it.
     """
     notes = []
     calib = as_dataset(calibration, g) if _given(calibration) else None
@@ -36,7 +37,7 @@ def datasets(
     if any(d is not None and d.random for d in (calib, evalu)):
         notes.append("random data was used: it proves shapes and speed, not accuracy")
     notes += dict.fromkeys(f"{d.name}: {note}" for d in (calib, evalu) if d is not None for note in d.notes)
-    return calib, evalu, notes
+    return calib if calib is None else calib.of_result(), evalu, notes
 
 
 def described(data: Dataset | None) -> DataUsed | None:

@@ -14,9 +14,8 @@ import numpy as np
 from onnxcomp.data.arguments import path_of
 from onnxcomp.data.arrays import read_json
 from onnxcomp.data.inputs import word_count
-from onnxcomp.data.texts import longest, tokenizer
-from onnxcomp.data.untrusted import plain_file
-from onnxcomp.engine.encoder_source import barred, begins_with, pair_of
+from onnxcomp.data.texts import longest, tokenizer_beside
+from onnxcomp.engine.encoder_source import barred, begins_with, ends_of, pair_of
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
@@ -142,23 +141,19 @@ def _start(model: str | Path, prompt: str, graph: str | None, target: Target, th
         tok, ids = _read_prompt(path.parent, prompt)
         if not ids:
             raise DataError("the prompt has no tokens; give at least one word")
-        return _Start(path, storage.read(path), tok, ids, ids, _ends(source if source.is_dir() else path.parent))
+        return _Start(path, storage.read(path), tok, ids, ids, ends_of(source if source.is_dir() else path.parent))
     tok, ids = _read_prompt(source, prompt)
     told = [read_json(source / name) for name in ("config.json", "generation_config.json")]
     stored = storage.read(pair.decoder)
     takes = {str(v.name) for v in stored.graph.inputs}
     given = {n: a for n, a in pair.read(prompt, ids, target, threads).items() if n in takes}
     tokens, barring = begins_with(told[0], told[1], source), barred(told[1])
-    return _Start(pair.decoder, stored, tok, tokens, ids, _ends(source), given, barring)
+    return _Start(pair.decoder, stored, tok, tokens, ids, ends_of(source), given, barring)
 
 
 def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
     """The tokenizer beside a model, and the tokens of a prompt."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        raise DataError(f"{folder}: has no tokenizer.json, which reads the prompt")
-    plain_file(file)
-    tok = tokenizer(file.read_text("utf-8"))
+    tok = tokenizer_beside(folder)
     return tok, [int(x) for x in tok.encode(prompt).ids]
 
 
@@ -198,13 +193,3 @@ def _speed_alone(decoder: Decoder, last: int, read: int, limit: int | None) -> f
     for _ in range(count - 1):
         decoder.read(np.array([[last]]))
     return (count - 1) / (time.perf_counter() - began)
-
-
-def _ends(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, of the configurations beside a model."""
-    for name in ("generation_config.json", "config.json"):
-        file = folder / name
-        given = read_json(file).get("eos_token_id") if file.is_file() else None
-        if given is not None:
-            return tuple(int(x) for x in (given if isinstance(given, list) else [given]) if isinstance(x, int))
-    return ()

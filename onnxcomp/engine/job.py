@@ -45,6 +45,7 @@ class Job:
     recipe: Recipe
     settings: Settings = field(default_factory=Settings)
     shared: Shared = field(default_factory=Shared, compare=False, repr=False)
+    encoder: Path | None = None  # of a decoder: what the encoder beside it became, which its result will read
 
     def hash(self, source: str | None = None) -> str:
         """SHA-256 (hex) over the model's content (`source`, if known), recipe, target, data and seed."""
@@ -57,6 +58,7 @@ class Job:
             "data": [str(s.calibration), str(s.evaluation), s.samples, s.batch, s.sequence],
             "seed": s.seed,
         }
+        parts |= {"encoder": storage.fingerprint(self.encoder)} if self.encoder is not None else {}
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
     def manager(self, watch: Watch | None = None, *, dry: bool = False) -> PassManager:
@@ -77,7 +79,8 @@ class Job:
     def _data(self, graph: Graph) -> tuple[Dataset | None, Dataset | None]:
         """Calibration and evaluation data."""
         s, folder = self.settings, self.model.parent
-        return s.dataset(s.calibration, graph, folder), s.dataset(s.evaluation, graph, folder)
+        calibration, evaluation = (s.dataset(x, graph, folder, self.encoder) for x in (s.calibration, s.evaluation))
+        return calibration, evaluation
 
     def run(self, watch: Watch | None = None, source: Stored | None = None) -> Result:
         """Compress in memory, with quality gates; raises `GateFailed`, whose report tells what was measured.
@@ -130,7 +133,7 @@ class Job:
         recipe = dataclasses.replace(self.recipe, passes=tuple(made), gates=())
         data = self.settings.calibration if with_data else None
         settings = dataclasses.replace(self.settings, calibration=data, evaluation=None, measure=False)
-        dry = Job(self.model, recipe, settings)
+        dry = Job(self.model, recipe, settings, encoder=self.encoder)
         source = storage.read(self.model)
         graph = source.graph
         result = dry.manager(watch, dry=True).run(graph, *dry._data(graph))

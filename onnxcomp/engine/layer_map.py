@@ -91,8 +91,9 @@ def _errors(
         return {}, "no value of the original's residual stream is in the result by its name"
     few = reference.data.singly(SAMPLES if size <= SMALL else 1)
     try:
-        taken = suited(few, original, result)
-        feeds = [b.feeds for b in (few if taken is few else without_caches(few, original))]
+        of_result = few.of_result()
+        taken = suited(of_result, original, result)
+        feeds = [b.feeds for b in (few if taken is of_result else without_caches(few, original))]
         right = _run(original, feeds, names, host)
         made = _run(result, [fitted(b.feeds, original, result) for b in taken], names, host)
     except OnnxcompError as e:  # such as an operator that only the lowered model has

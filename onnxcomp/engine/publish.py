@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.ladder import climb
 from onnxcomp.engine.report_file import check_report_file, report_file, write_report
 from onnxcomp.engine.smoke import smoke
+from onnxcomp.engine.whole import whole_report
 from onnxcomp.errors import DataError, GateFailed, ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
@@ -35,8 +37,13 @@ BESIDE = "{} and its result {} lie in one folder now: say which file in later co
 LARGER = 1.05  # size relative to the source's from which on the report says so: names and shapes alone make less
 
 
-def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watch | None) -> dict[str, Result]:
-    """Run all jobs into a staging folder, judge the written files, then move everything into place at once."""
+def publish(
+    jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watch | None, model: Job | None = None
+) -> dict[str, Result]:
+    """Run all jobs into a staging folder, judge the written files, then move everything into place at once.
+
+    Jobs of the graphs of one `model`, an encoder and a decoder, are judged together as well.
+    """
     folder, file_name = (out.parent, out.name) if out.suffix == ".onnx" else (out, None)
     if file_name and len(jobs) > 1:
         raise ModelError(f"{out}: several graphs need a folder as output, not a file")
@@ -55,22 +62,32 @@ def publish(jobs: Mapping[str, Job], out: Path, report: Path | None, watch: Watc
             staging = late.enter_context(storage.publish(folder, owned, evidence.seal))
             for name, job in jobs.items():
                 notes = evidence.notes if file_name or whole else [BESIDE.format(job.model.name, names[name])]
-                made[name], results[name] = _stage(job, staging, names[name], watch, notes)
+                made[name], results[name] = _stage(_behind(job, staging, names), staging, names[name], watch, notes)
+            if model is not None:
+                results[name].whole = both = whole_report(model, results)
+                write_report(both, staging / "report.json", html=html)
             if whole:
                 storage.copy_companions(source, staging)
                 for result in results.values():
                     config_file.rewrite(staging, result.config)
             _rewrite_companions(made, results, staging, whole=whole)
             evidence.tell(made, results, staging)
-            put_report(next(iter(results.values())).report)
+            put_report(results[name].whole or next(iter(results.values())).report)
         for name, result in results.items():
             result.path = folder / names[name]
     except GateFailed as e:
-        e.graph = next(n for n in jobs if n not in results) if len(jobs) > 1 else ""
+        e.graph = next((n for n in jobs if n not in results), "") if len(jobs) > 1 else ""
         if report is not None and isinstance(e.report, Report):
             write_report(e.report, report, html=html)
         raise
     return results
+
+
+def _behind(job: Job, staging: Path, names: Mapping[str, str]) -> Job:
+    """The job of a decoder with the result of its encoder, which is staged already."""
+    if job.encoder is None:
+        return job
+    return dataclasses.replace(job, encoder=staging / names[job.encoder.stem])
 
 
 def _rewrite_companions(jobs: Mapping[str, Job], results: Mapping[str, Result], staging: Path, *, whole: bool) -> None:

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from onnxcomp.data.arguments import MOST_THREADS, shapes_of, whole
 from onnxcomp.data.datasets import as_dataset, load_data
+from onnxcomp.data.pairs import columns_of
+from onnxcomp.engine.encoded import encoded
+from onnxcomp.engine.encoder_source import pair_with
 from onnxcomp.errors import RecipeError
 from onnxcomp.target import CPU, Target, resolved
 
@@ -63,15 +66,23 @@ class Settings:
             put(name, whole(name, getattr(self, name), 1))
         put("seed", whole("seed", self.seed, 0))
 
-    def dataset(self, source: Any, graph: Graph, folder: Path) -> Dataset | None:
+    def dataset(self, source: Any, graph: Graph, folder: Path, encoder: Path | None = None) -> Dataset | None:
         """The data behind a source given as text, path or batches; None where nothing is given.
 
-        `folder` holds the model's tokenizer or image processor. Raises `DataError`.
+        `folder` holds the model's tokenizer or image processor. That of a decoder behind an encoder are pairs, which a
+        result reads behind the `encoder` that was made of the one beside it. Raises `DataError`.
         """
         if source is None or (isinstance(source, (tuple, list)) and not source):
             return None
         if not isinstance(source, (str, Path)):
             return as_dataset(source, graph)
+        text_column, pair = self.text_column, pair_with(graph.path)
+        if pair is not None and graph.path == pair.decoder:
+            found = encoded(source, pair, self, encoder)
+            if found is not None:
+                return found
+        elif pair is not None:
+            text_column = columns_of(text_column)[0]
         return load_data(
             source,
             graph,
@@ -79,7 +90,7 @@ class Settings:
             batch=self.batch,
             samples=self.samples,
             sequence=self.sequence,
-            text_column=self.text_column,
+            text_column=text_column,
             label_column=self.label_column,
             allow_code=self.allow_code,
             seed=self.seed,

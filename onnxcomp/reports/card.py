@@ -78,6 +78,8 @@ def card(results: Mapping[str, Result], source: Path, folder: Path, *, quantized
 
 def _parts(results: Mapping[str, Result]) -> list[str]:
     shown = []
+    for whole in (r.whole for r in results.values() if r.whole is not None):
+        shown += [f"Both graphs together: {text(headline(whole))}.", "## What was checked of both", checked(whole)]
     for file, result in results.items():
         shown += [f"{code(file)}: {text(headline(result.report))}."]
         shown += [f"## How {text(file)} was made", *made(result.report)]

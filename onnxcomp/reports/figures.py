@@ -71,7 +71,7 @@ def _speed(b: BenchReport) -> Iterator[FigurePart]:
 def _quality(v: Validation, gated: list[str]) -> Iterator[FigurePart]:
     """Task metrics with the interval of their change, then drift of the worst output."""
     for m in v.metrics.values():
-        metric = _figure(m.name, v.scored if len(v.outputs) > 1 else "", "", m.reference, m.candidate, m.change)
+        metric = _figure(m.name, v.read_by(m.name), "", m.reference, m.candidate, m.change)
         metric["low"], metric["high"] = m.low, m.high
         yield metric
     for name, value in v.summary().items():

@@ -201,8 +201,8 @@ def headline(report: Report) -> str:
 
 def quality(v: Validation) -> list[str]:
     """Task metrics of original and result, and the drift of the worst output, by name where there are several."""
-    of = f" of '{v.scored}'" if len(v.outputs) > 1 else ""
-    shown = [f"{m.name}{of} {m.reference:.4g} > {m.candidate:.4g}" for m in v.metrics.values()]
+    named = [(m, f"{m.name} of '{x}'" if (x := v.read_by(m.name)) else m.name) for m in v.metrics.values()]
+    shown = [f"{name} {m.reference:.4g} > {m.candidate:.4g}" for m, name in named]
     broken = [name for name, d in v.outputs.items() if not d.finite]
     if broken:
         return [*shown, f"the result's output '{broken[0]}' is not finite"]

@@ -283,7 +283,8 @@ class Result:
     `exact` is the original as the exact passes before any lossy one left it, `cut` the model as the last pass that
     changes sizes did. `config` are the entries of a
     configuration beside the model that the result has otherwise, such as head counts; `path` is the file it was
-    published in. `unlowered_validation` is how far the model before lowering is from the original.
+    published in. `unlowered_validation` is how far the model before lowering is from the original. `whole` is the
+    report of a model of several graphs, which that of its last one carries.
     """
 
     model: Graph
@@ -294,6 +295,7 @@ class Result:
     path: Path | None = None
     unlowered_validation: Validation | None = None
     cut: Graph | None = None
+    whole: Report | None = None
 
     def save(self, out: str | Path) -> Path:
         """Write the model atomically; returns its path."""

@@ -172,10 +172,10 @@ def rungs(found: Sequence[Rung]) -> Table:
 def validation(v: Validation) -> Table:
     """Drift and task metrics on held-out data, metrics with their interval."""
     of = f" of '{v.scored}'" if len(v.outputs) > 1 else ""
-    rows: list[tuple[Any, ...]] = [
-        (m.name + of, _number(m.reference), _number(m.candidate), _number(m.change), f"[{m.low:.4g}, {m.high:.4g}]")
-        for m in v.metrics.values()
-    ]
+    rows: list[tuple[Any, ...]] = []
+    for m in v.metrics.values():
+        numbers = (_number(x) for x in (m.reference, m.candidate, m.change))
+        rows.append((m.name + (of if v.read_by(m.name) else ""), *numbers, f"[{m.low:.4g}, {m.high:.4g}]"))
     rows += [(name, "", _number(value), "", "") for name, value in v.summary().items() if not _is_change(name, v)]
     if (d := v.outputs.get(v.scored)) is not None and d.kl_error is not None:
         told = f"{d.kl:.4g} ± {d.kl_error:.2g}, {d.kl_p99:.4g}, {d.kl_max:.4g}"

@@ -45,9 +45,9 @@ class Decoder:
         self.scores = _scores(graph)
         self._present = cache_pairs(graph, [s for s in self.inputs if s.cache is not None])
         self._session = Session(model, target, threads=threads)
-        self._given = {n: self._session.value(a) for n, a in (given or {}).items()}
+        self._given: dict[str, Any] = {}
         self.provider = self._session.provider
-        self.reset()
+        self.reset(given or {})
 
     @property
     def cached(self) -> bool:
@@ -59,8 +59,10 @@ class Decoder:
         """Bytes of all caches now."""
         return sum(half_arrays.as_array(v).nbytes for v in self._caches.values())
 
-    def reset(self) -> None:
-        """Forget all tokens."""
+    def reset(self, given: Mapping[str, Array] | None = None) -> None:
+        """Forget all tokens; other inputs of the same names may be `given` for those that follow."""
+        if given is not None:
+            self._given = {n: self._session.value(a) for n, a in given.items()}
         self._caches: dict[str, Any] = {}
         self._last = np.zeros((0, 0, 0), np.float32)
         self._seen = self._visible = np.zeros((0, 0), np.int64)

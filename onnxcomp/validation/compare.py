@@ -215,7 +215,7 @@ class Reference:
         how: dict[str, Any] = {"walk": walk, "optimized": optimized, "pieces": self._pieces}
         with Runner(model, self.target, scratch=self._scratch, **how) as session:
             self._check_interface(session.inputs, session.outputs, missing)
-            for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab, graph), 1):
+            for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab, graph, walk), 1):
                 if count > len(self._kept) or digest(original.feeds) != self._seen[count - 1]:
                     break
                 reference = self._kept[count - 1]
@@ -251,10 +251,10 @@ class Reference:
         return (interface.removed_ports(graph.model.metadata_props) - there | other) - {self.view.scored.name}
 
     def _each(
-        self, session: Runner, names: Sequence[str], words: Renumbering | None, graph: Graph
+        self, session: Runner, names: Sequence[str], words: Renumbering | None, graph: Graph, walk: Walk | None
     ) -> Iterator[tuple[Batch, Batch, dict[str, Array]]]:
         """Batches as they are, as a candidate takes them, and what it makes of them."""
-        data = suited(self.data, self._graph, graph)
+        data = suited(self.data if walk is not None else self.data.of_result(), self._graph, graph)
         if words is None and data is self.data:
             return ((batch, batch, made) for batch, made in session.each(self.data, names))
         given = data if words is None else _Renumbered(data, words, self.view.roles)
@@ -368,7 +368,7 @@ def validate(
     data = as_dataset(data, graph_of(first))
     for m in (first, second := _parsed(candidate)):
         if isinstance(m, Stored):
-            trial.prove(m, next(iter(suited(data, graph_of(first), m.graph))).feeds, find(target))
+            trial.prove(m, next(iter(suited(data.of_result(), graph_of(first), m.graph))).feeds, find(target))
     options: dict[str, Any] = {"metrics": metrics, "scratch": scratch, "allow_code": allow_code}
     original = Reference(first, data, find(target), **options, pieces=through_caches)
     return original.against(second)

@@ -37,9 +37,13 @@ NAMES = {
     "accuracy-drop": "accuracy of the original minus that of the result",
     "f1-drop": "macro F1 of the original minus that of the result",
     "perplexity-rise": "relative rise of perplexity",
+    "exact-drop": "share of generated texts equal to their targets, original minus result",
+    "chrf-drop": "chrF of generated texts, original minus result",
+    "wer-rise": "word error rate of generated texts, result minus original",
     "latency": "latency over the original's, worst asked shape",
     "size": "file size over the original's",
 }
+GENERATED = frozenset({"exact-drop", "chrf-drop", "wer-rise"})  # measured where texts are generated
 MEASURED_ON_FILES = frozenset({"latency", "size"})
 _EXPR = re.compile(r"^\s*([\w.:-]+?)\s*(?:\[(.+)\])?\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*(%|x|dB)?\s*(\?)?\s*$")
 _HOLDS = {"<=": lambda a, b: a <= b, ">=": lambda a, b: a >= b, "<": lambda a, b: a < b, ">": lambda a, b: a > b}
@@ -129,7 +133,13 @@ class Gate:
     @property
     def metrics(self) -> list[str]:
         """Task metrics that must be computed."""
-        return list(dict.fromkeys(m for c in self.conditions if not c.optional and (m := c.metric)))
+        asked = (c for c in self.conditions if not c.optional and c.name not in GENERATED)
+        return list(dict.fromkeys(m for c in asked if (m := c.metric)))
+
+    @property
+    def generated(self) -> list[str]:
+        """Conditions on generated texts."""
+        return [c.text for c in self.conditions if not c.optional and c.name in GENERATED]
 
     @property
     def wants_latency(self) -> bool:

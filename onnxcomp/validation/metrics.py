@@ -6,7 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +19,17 @@ __all__ = ["METRICS", "Metric", "MetricResult", "Sums", "bootstrap", "find"]
 MAX_GROUPS = 4096  # samples are summed in so many groups for the bootstrap, whose cost then depends on no data size
 # Infinities and NaN of a broken candidate are results here, not accidents.
 _QUIET = np.errstate(invalid="ignore", divide="ignore", over="ignore")
+
+
+class Reducing(Protocol):
+    """What has a name and makes values `[R]` of summed sums `[R, k]`; `relative` ones report changes as a ratio."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def reduce(self) -> Callable[[Float64], Float64]: ...
+    @property
+    def relative(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -192,7 +203,7 @@ class Sums:
 
 
 @_QUIET
-def bootstrap(metric: Metric, reference: Float64, candidate: Float64, *, seed: int = 0) -> MetricResult:
+def bootstrap(metric: Reducing, reference: Float64, candidate: Float64, *, seed: int = 0) -> MetricResult:
     """Both values and the 95 % interval of the change, resampling the same samples `[N, k]` of both models."""
     values = [float(metric.reduce(s.sum(axis=0, keepdims=True))[0]) for s in (reference, candidate)]
     reference, candidate = _grouped(reference), _grouped(candidate)
@@ -216,6 +227,6 @@ def _grouped(sums: Float64) -> Float64:
     return sums if n == len(sums) else np.stack([sums[i::n].sum(axis=0) for i in range(n)])
 
 
-def _change(metric: Metric, reference: Float64, candidate: Float64) -> Float64:
+def _change(metric: Reducing, reference: Float64, candidate: Float64) -> Float64:
     result: Float64 = candidate / reference - 1 if metric.relative else candidate - reference
     return result

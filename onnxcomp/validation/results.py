@@ -12,9 +12,10 @@ from onnxcomp.maths import Float64
 from onnxcomp.validation.drift import Drift
 from onnxcomp.validation.metrics import MetricResult
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "together"]
 
 HIGHER_IS_BETTER = ("sqnr", "pooled_sqnr", "cosine", "pooled_cosine", "agreement", "exact_match")
+OF_TEXTS = ("exact", "chrf", "wer")
 LOWER_IS_BETTER = ("max_abs", "rel_l2", "kl")
 
 
@@ -56,6 +57,10 @@ class Validation:
         """The drift of the worst output."""
         return self.outputs[self.worst]
 
+    def read_by(self, metric: str) -> str:
+        """The output that a task metric reads where there are several; empty for those of generated texts."""
+        return "" if metric in OF_TEXTS or len(self.outputs) < 2 else self.scored
+
     def summary(self) -> dict[str, float]:
         """What was measured, by gate name, the worst over all outputs; all NaN where one of them is not finite.
 
@@ -69,8 +74,10 @@ class Validation:
             if found:
                 values[key.replace("_", "-")] = math.nan if any(map(math.isnan, found)) else pick(found)
         for m in self.metrics.values():
-            if m.name in ("accuracy", "f1") or ":" in m.name:
+            if m.name in ("accuracy", "f1", "exact", "chrf") or ":" in m.name:
                 values[f"{m.name}-drop"] = m.reference - m.candidate
+            if m.name == "wer":
+                values["wer-rise"] = m.candidate - m.reference
             if m.name == "perplexity" or ":" in m.name:
                 values[f"{m.name}-rise"] = m.candidate / m.reference - 1 if m.reference else math.nan
         return values if self.finite else dict.fromkeys(values, math.nan)
@@ -100,6 +107,17 @@ class Validation:
             "outputs": {name: _plain({**dataclasses.asdict(d), "equal": d.equal}) for name, d in self.outputs.items()},
             "metrics": {name: _plain(dataclasses.asdict(m)) for name, m in self.metrics.items()},
         }
+
+
+def together(encoder: Validation, decoder: Validation) -> Validation:
+    """What was measured of both graphs of one model: the outputs of both, and the task metrics of the decoder."""
+    return dataclasses.replace(
+        decoder,
+        outputs={**decoder.outputs, **encoder.outputs},
+        notes=tuple(dict.fromkeys((*encoder.notes, *decoder.notes))),
+        uncompared=(*encoder.uncompared, *decoder.uncompared),
+        by_sample={**decoder.by_sample, **encoder.by_sample},
+    )
 
 
 def _order(decibels: float) -> float:
