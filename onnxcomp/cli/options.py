@@ -75,7 +75,8 @@ Samples = Annotated[int | None, typer.Option(min=1, help="Use at most so many sa
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples per batch; by default 8.")]
 Sequence_ = Annotated[int | None, typer.Option("--sequence", min=1, help="Use at most so many tokens per sample.")]
 TextColumn = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The field of .jsonl with the text; of pairs, or of source and target, A,B.")
+    str | None,
+    typer.Option(metavar="NAME", help="The field of .jsonl with the text; of pairs, or of source and target, A,B."),
 ]
 LabelColumn = Annotated[str | None, typer.Option(metavar="NAME", help="The field of .jsonl that holds the label.")]
 Gates = Annotated[list[str] | None, typer.Option("--gate", metavar="EXPR", help="Such as sqnr>=20 or size<=0.3x.")]

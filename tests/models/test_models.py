@@ -195,7 +195,7 @@ def test_images_come_back_through_the_processor_unchanged(tmp_path: Path):
 
 
 def test_shipped_files_stay_small():
-    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 12e6
+    assert sum(path.stat().st_size for path in WEIGHTS.rglob("*") if path.is_file()) < 15e6
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) < 4e6
 
 
