@@ -12,7 +12,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
-    RemoveUnusedNodesPass,
     RemoveUnusedOpsetsPass,
 )
 
@@ -26,6 +25,7 @@ from onnxcomp.graph.interface import same_interface
 from onnxcomp.graph.operators import ONNX_ONLY
 from onnxcomp.graph.records import Covered, Declined, Noted, Site
 from onnxcomp.graph.scratch import as_tensor, release_weights
+from onnxcomp.graph.sweeping import remove_unused
 from onnxcomp.graph.take import cut_group
 from onnxcomp.maths import Array
 
@@ -334,7 +334,7 @@ class Graph:
     def sweep(self) -> int:
         """Remove unused nodes and constants; returns the number of nodes removed."""
         before = self.model.graph.num_nodes()
-        RemoveUnusedNodesPass()(self.model)
+        remove_unused(self.model)
         removed = before - self.model.graph.num_nodes()
         self.edits += removed
         return removed
@@ -344,7 +344,7 @@ class Graph:
         steps = (
             DeduplicateInitializersPass(size_limit=4096),
             CommonSubexpressionEliminationPass(),
-            RemoveUnusedNodesPass(),
+            remove_unused,
         )
         graph = self.model.graph
         while True:  # merged constants make equal nodes, and these leave unused constants

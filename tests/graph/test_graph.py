@@ -188,6 +188,28 @@ def test_take_that_does_not_fit_edits_nothing():
     assert g.edits == 0
 
 
+def test_what_only_a_removed_branch_used_is_removed_too():
+    text = """<ir_version: 9, opset_import: ["": 17]> g (float[4, 4] y, bool flag) => (float[4, 4] z)
+    <float[1] w = {2}, float[1] kept = {3}> {
+        unused = If (flag) <
+            then_branch = a () => (float[4, 4] p) { t = Identity (w) p = Mul (y, t) },
+            else_branch = b () => (float[4, 4] q) {
+                q = If (flag) <
+                    then_branch = c () => (float[4, 4] u) { u = Mul (y, w) },
+                    else_branch = d () => (float[4, 4] v) { v = Identity (y) }
+                >
+            }
+        >
+        z = If (flag) <
+            then_branch = e () => (float[4, 4] r) { r = Mul (y, kept) },
+            else_branch = f () => (float[4, 4] s) { s = Identity (y) }
+        >
+    }"""
+    g = Graph(ir.from_proto(onnx.parser.parse_model(text)))
+    assert g.sweep() == 1
+    assert list(g.model.graph.initializers) == ["kept"]
+
+
 def test_nbytes_counts_shared_tensors_once():
     g = tiny.linear(8, 8, bias=False)
     before = g.nbytes
