@@ -7,7 +7,9 @@ from pathlib import Path
 
 from onnxcomp.data.arguments import path_of
 from onnxcomp.engine.consumers import genai, optimum, transformers_js
+from onnxcomp.engine.consumers.pairs import PAIR_CONSUMERS, Sides
 from onnxcomp.engine.consumers.source import Source
+from onnxcomp.engine.encoder_source import Pair, pair_of
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 
@@ -42,10 +44,26 @@ def package(
         raise ModelError(f"{folder}: is a file; a package is written to a new folder")
     if folder.exists() and any(folder.iterdir()):
         raise ModelError(f"{folder}: is not empty; a package is written to a new folder")
+    pair = pair_of(path) if graph is None else None
+    if pair is not None:
+        return _package_pair(pair, folder, consumer)
     source = Source.of(storage.one_graph(path, graph), threads)
     with storage.publish(folder) as staging:
         CONSUMERS[consumer](source, staging)
     if tell is not None:
         for note in source.notes:
             tell(note)
+    return folder
+
+
+def _package_pair(pair: Pair, folder: Path, consumer: str) -> Path:
+    """An encoder-decoder for those that read one; raises `ModelError` for onnxruntime-genai."""
+    if consumer not in PAIR_CONSUMERS:
+        raise ModelError(
+            f"{pair.encoder.parent}: {consumer} runs no encoder-decoder of text or images (0.18 has a type for whisper "
+            f"alone, whose folder is not written here); there are {', '.join(PAIR_CONSUMERS)}"
+        )
+    sides = Sides.of(pair)
+    with storage.publish(folder) as staging:
+        PAIR_CONSUMERS[consumer](sides, staging)
     return folder
