@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from onnxcomp.engine.settings import Settings
     from onnxcomp.graph import Graph
 
-__all__ = ["Encoded", "encoded"]
+__all__ = ["Encoded", "encoded", "is_cross"]
 
 ONE_THREAD = 1  # products of other numbers of threads add in another order, and statistics must repeat themselves
 
@@ -93,12 +93,15 @@ def encoded(source: str | Path, pair: Pair, settings: Settings, result: Path | N
         str(source), encoder, decoder, pair.encoder.parent, samples=settings.samples, sequence=settings.sequence,
         text_column=settings.text_column, allow_code=settings.allow_code, seed=settings.seed,
     )  # fmt: skip
-    if pairs.targets is None and any(str(v.name) in pairs.rows([0]).feeds for v in decoder.inputs if _is_cross(v.name)):
+    if pairs.targets is None and any(
+        str(v.name) in pairs.rows([0]).feeds for v in decoder.inputs if is_cross(str(v.name))
+    ):
         return None
     made = Encoded(pairs, pair.encoder, specs(decoder), settings.target, result)
     data = Dataset(made, settings.batch, InputCheck(specs(decoder), vocabulary(decoder), made.name))
     return (data if settings.samples is None else data.spread(settings.samples)).checked()
 
 
-def _is_cross(name: str | None) -> bool:
-    return ".encoder." in str(name)
+def is_cross(name: str) -> bool:
+    """Whether a text names a cache of the encoder's states."""
+    return ".encoder." in name

@@ -11,7 +11,7 @@ import numpy as np
 from onnxcomp.data.arrays import read_json
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.texts import longest, tokenizer_beside
-from onnxcomp.engine.encoded import Encoded
+from onnxcomp.engine.encoded import Encoded, is_cross
 from onnxcomp.engine.encoder_source import barred, begins_with, ends_of
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
@@ -52,7 +52,7 @@ def written(decoder: Path, data: Dataset, new: int, target: Target) -> list[str]
 
 
 def _given(feeds: dict[str, Array]) -> dict[str, Array]:
-    return {name: a for name, a in feeds.items() if ".encoder." in name or name == "encoder_attention_mask"}
+    return {name: a for name, a in feeds.items() if is_cross(name) or name == "encoder_attention_mask"}
 
 
 def _texts(tok: Any, tokens: Array, ends: tuple[int, ...]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from onnxcomp.data import open_axes
 from onnxcomp.engine import config_file, confirm
 from onnxcomp.engine.bisect import not_bisected
 from onnxcomp.engine.blame import blaming
+from onnxcomp.engine.encoded import is_cross
 from onnxcomp.engine.evidence import Evidence
 from onnxcomp.engine.host import host_of
 from onnxcomp.engine.job import Job, Watch
@@ -63,6 +64,8 @@ def publish(
             for name, job in jobs.items():
                 notes = evidence.notes if file_name or whole else [BESIDE.format(job.model.name, names[name])]
                 made[name], results[name] = _stage(_behind(job, staging, names), staging, names[name], watch, notes)
+                if model is not None:
+                    _keeps_words(made[name], results[name])
             if model is not None:
                 results[name].whole = both = whole_report(model, results)
                 write_report(both, staging / "report.json", html=html)
@@ -97,6 +100,12 @@ def _rewrite_companions(jobs: Mapping[str, Job], results: Mapping[str, Result], 
         raise RecipeError(f"{needed[0].why}: compress one graph (--graph NAME) into a new folder")
     for c in needed:
         c.rewrite(staging)
+
+
+def _keeps_words(job: Job, result: Result) -> None:
+    """Refuse what would need another tokenizer for one graph of a model than for the other."""
+    if needed := _companions(job, result):
+        raise RecipeError(f"{needed[0].why}: compress one graph (--graph NAME) into a new folder")
 
 
 def _companions(job: Job, result: Result) -> list[Companions]:
@@ -136,7 +145,12 @@ def _stage(job: Job, staging: Path, name: str, watch: Watch | None, notes: Seque
                 left.unlink()
             raise
 
-    done, result = climb(job, source, attempt, watch)
+    try:
+        done, result = climb(job, source, attempt, watch)
+    except DataError as e:
+        if job.encoder is not None and is_cross(str(e)):
+            raise RecipeError(f"{e}: heads of cross attention were cut in the decoder alone; skip these sites") from e
+        raise
     write_report(result.report, staging / _report_name(name), html=job.settings.html)
     return done, result
 

@@ -222,3 +222,22 @@ def test_what_cannot_be_is_one_line(model: Path, small: Path, tmp_path: Path, ru
         code, _, err = run(*args)
         assert (code, "encoder-decoder without decoder_model.onnx" in err) == (2, True), err
     assert not (tmp_path / "out").exists()
+
+
+def test_passes_that_cut_what_both_graphs_share_are_refused(model: Path, tmp_path: Path, run: Run) -> None:
+    """Heads of cross attention and words; heads of the decoder's own attention and layers may go."""
+    data = ("--calibration", CALIBRATION, "--eval", HELD_OUT, "--samples", 20, "--no-measure", "--no-html", "-q")
+
+    def cut(spec: str) -> tuple[int, str]:
+        code, _, err = run("compress", model, "-o", tmp_path / "out", "--pass", "canonicalize", "--pass", spec, *data)
+        return code, err
+
+    code, err = cut("prune-heads: {ratio: 0.25}")
+    assert (code, "heads of cross attention were cut in the decoder alone" in err, err.count("\n")) == (2, True, 1)
+    code, err = cut("prune-vocab")
+    assert (code, "compress one graph (--graph NAME)" in err, err.count("\n")) == (2, True, 1)
+    assert not (tmp_path / "out").exists()
+    code, err = cut('prune-heads: {ratio: 0.25, skip: ["*EncDecAttention*", "*.layer.1.*"]}')
+    assert code == 0, err
+    found = judged(run, model, tmp_path / "out", "--generate", "new=14")["metrics"]
+    assert found["exact"]["candidate"] > 0.9

@@ -66,9 +66,10 @@ class Sides:
 
     def check_layers(self, consumer: str) -> None:
         """Raise `ModelError` where config.json tells another number of layers than there are caches."""
-        layers = {int(str(v.name).split(".")[1]) for v in self.decoder.inputs if str(v.name).startswith(f"{PAST}.")}
-        count = next((self._told[n] for n in LAYERS if isinstance(self._told.get(n), int)), len(layers))
-        if layers != set(range(count)):
+        names = [str(v.name) for v in self.decoder.inputs if str(v.name).startswith(f"{PAST}.")]
+        layers = [{int(n.split(".")[1]) for n in names if side in n} for side in (".decoder.", ".encoder.")]
+        count = next((self._told[n] for n in LAYERS if isinstance(self._told.get(n), int)), len(layers[0]))
+        if any(found != set(range(count)) for found in layers):
             raise ModelError(f"{self.folder}: {consumer} wants caches of all {count} layers, numbered from 0")
 
     def check_sizes(self, consumer: str) -> None:
