@@ -17,6 +17,7 @@ import numpy as np
 from onnxcomp.errors import OnnxcompError, TargetError
 from onnxcomp.machine import peak_mib, status
 from onnxcomp.runtime import child
+from onnxcomp.runtime.encoder_source import cross_caches
 from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.runtime.installed import installed_runtimes
 from onnxcomp.runtime.sessions import Session, check_target
@@ -84,6 +85,7 @@ class _Worker:
         self.feeds: dict[str, Any] = {}
         self.text: Decoder | None = None
         self.prompt = np.zeros((1, 1), np.int64)
+        self.encoder: Session | None = None
 
     def ready(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Load the runtime's library, which is no part of loading the model."""
@@ -119,13 +121,18 @@ class _Worker:
         }
 
     def decoder(self, m: Mapping[str, Any]) -> dict[str, Any]:
-        """Load a decoder, and read the prompt once."""
+        """Load a decoder, and the encoder that it is behind, if any; read the prompt, or the encoder's inputs, once."""
         threads_before, base = status("Threads"), peak_mib()
-        started = time.perf_counter()
-        self.text = Decoder(Path(m["model"]), child.target_of(m["target"]), threads=m["threads"])
+        started, target, given = time.perf_counter(), child.target_of(m["target"]), None
+        if m.get("encoder"):
+            self.encoder = Session(Path(m["encoder"]), target, threads=m["threads"], prepack=True)
+            self.feeds = dict(np.load(m["prompt"], allow_pickle=False))
+            given = self._encoded()
+        else:
+            self.prompt = np.load(m["prompt"], allow_pickle=False)
+        self.text = Decoder(Path(m["model"]), target, threads=m["threads"], given=given)
         loaded = time.perf_counter()
-        threads = m["threads"] or _started(threads_before, status("Threads"))
-        self.prompt = np.load(m["prompt"], allow_pickle=False)
+        threads = m["threads"] or _started(threads_before, status("Threads")) // (1 + bool(given))
         self.text.read(self.prompt)
         return {
             "load_s": loaded - started,
@@ -137,17 +144,25 @@ class _Worker:
         }
 
     def generate(self, m: Mapping[str, Any]) -> dict[str, Any]:
-        """Read the prompt and go on with the likeliest tokens: seconds of the first and of each further one."""
+        """Read the prompt and go on with the likeliest tokens: seconds of the first and of each further one.
+
+        The first is behind a run of the encoder, where there is one.
+        """
         if self.text is None:
             raise OnnxcompError("the benchmark's worker was asked to generate before it had a decoder")
-        self.text.reset()
         watch, seconds = Watch(), []
         begin = time.perf_counter()
+        self.text.reset(self._encoded() if self.encoder is not None else None)
         for _ in generated(self.text, self.prompt, m["new"]):
             now = time.perf_counter()
             seconds.append(now - begin)
             begin = now
         return {"first": seconds[0], "others": seconds[1:], "foreign": watch.foreign(), "peak_mib": peak_mib()}
+
+    def _encoded(self) -> dict[str, Any]:
+        """What the decoder is given: caches of the encoder's states."""
+        assert self.encoder is not None, "only asked for behind an encoder"
+        return cross_caches(self.feeds, self.encoder.run(self.feeds), {"mask": "attention_mask"})
 
     def run(self, m: Mapping[str, Any]) -> dict[str, Any]:
         """Warm up, then `count` timed runs as one block."""

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
 from onnxcomp.engine.asked import check_bisected, check_generated, check_timed
-from onnxcomp.engine.encoder_source import pair_of
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
 from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
@@ -20,6 +19,7 @@ from onnxcomp.files import storage
 from onnxcomp.files.storage import chosen_graphs
 from onnxcomp.pipeline import Pass
 from onnxcomp.reports.outcome import Result
+from onnxcomp.runtime.encoder_source import pair_of
 from onnxcomp.target import Target, find
 from onnxcomp.validation.gates import Gate
 

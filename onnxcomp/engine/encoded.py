@@ -11,10 +11,10 @@ from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.input_check import InputCheck
 from onnxcomp.data.inputs import Batch, TensorSpec, completed, roles, specs, vocabulary
 from onnxcomp.data.pairs import TARGET, Pairs, open_pairs
-from onnxcomp.engine.encoder_source import Pair, cross_caches
 from onnxcomp.engine.host import host_of
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
+from onnxcomp.runtime.encoder_source import Pair, cross_caches
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.target import Target
 

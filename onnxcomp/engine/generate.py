@@ -15,12 +15,12 @@ from onnxcomp.data.arguments import path_of
 from onnxcomp.data.arrays import read_json
 from onnxcomp.data.inputs import word_count
 from onnxcomp.data.texts import longest, tokenizer_beside
-from onnxcomp.engine.encoder_source import barred, begins_with, ends_of, pair_of
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
 from onnxcomp.maths import Array
 from onnxcomp.maths.sampling import Sampling
+from onnxcomp.runtime.encoder_source import barred, begins_with, ends_of, pair_of
 from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.runtime.speculation import LOOKAHEAD, Drafted, speculated
 from onnxcomp.target import CPU, Target

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from onnxcomp.blocks.stored_parts import stored_parts
 from onnxcomp.data.datasets import Dataset
-from onnxcomp.engine.encoder_source import Pair, pair_of
 from onnxcomp.engine.pair_texts import references, written
 from onnxcomp.engine.settings import Settings
 from onnxcomp.engine.whole import both_sizes, check_caches, check_gates
@@ -16,6 +15,7 @@ from onnxcomp.errors import ModelError, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
 from onnxcomp.reports.outcome import Size
+from onnxcomp.runtime.encoder_source import Pair, pair_of
 from onnxcomp.validation.compare import validate
 from onnxcomp.validation.gates import Gate
 from onnxcomp.validation.metrics import MetricResult

@@ -12,10 +12,10 @@ from onnxcomp.data.arrays import read_json
 from onnxcomp.data.datasets import Dataset
 from onnxcomp.data.texts import longest, tokenizer_beside
 from onnxcomp.engine.encoded import Encoded, is_cross
-from onnxcomp.engine.encoder_source import barred, begins_with, ends_of
 from onnxcomp.errors import DataError
 from onnxcomp.files import storage
 from onnxcomp.maths import Array
+from onnxcomp.runtime.encoder_source import barred, begins_with, ends_of
 from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.target import Target
 

@@ -13,8 +13,8 @@ from onnxcomp.data.arguments import MOST_THREADS, shapes_of, whole
 from onnxcomp.data.datasets import as_dataset, load_data
 from onnxcomp.data.pairs import columns_of
 from onnxcomp.engine.encoded import encoded
-from onnxcomp.engine.encoder_source import pair_with
 from onnxcomp.errors import RecipeError
+from onnxcomp.runtime.encoder_source import pair_with
 from onnxcomp.target import CPU, Target, resolved
 
 if TYPE_CHECKING:

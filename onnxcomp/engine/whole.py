@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping
 
 from onnxcomp.blocks.stored_parts import StoredPart
-from onnxcomp.engine.encoder_source import DECODER, ENCODER, PAST, PRESENT, Pair
 from onnxcomp.engine.job import Job
 from onnxcomp.engine.repeat import command_of
 from onnxcomp.errors import GateFailed, RecipeError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.reports.outcome import Origin, Report, Result, Size
+from onnxcomp.runtime.encoder_source import DECODER, ENCODER, PAST, PRESENT, Pair
 from onnxcomp.validation.gates import Condition, Gate, Verdict
 from onnxcomp.validation.outputs import View
 from onnxcomp.validation.results import together

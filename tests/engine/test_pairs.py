@@ -141,6 +141,24 @@ def test_data_that_weights_and_ranges_are_fitted_to(model: Path, tmp_path: Path,
     assert not (tmp_path / "out" / "report.html").exists()
 
 
+def test_speed_is_that_of_the_encoder_with_the_first_token_and_of_each_other(
+    model: Path, small: Path, run: Run
+) -> None:
+    code, out, err = run("bench", model, small, "--generate", "prompt=8,new=4", "--runs", 1, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(r["model"], r["shape"]) for r in found["rows"]] == [
+        (str(m), shape) for shape in ("prompt=8", "next token of 4, prompt=8") for m in (model, small)
+    ]
+    bytes_of = [sum(f.stat().st_size for f in m.glob("*.onnx")) for m in (model, small)]
+    assert [round(r["size_mib"] * 2**20) for r in found["rows"]] == 2 * bytes_of
+    assert {r["samples"] for r in found["rows"]} == {6, 18}  # six rounds of one first and three other tokens
+    code, _, err = run("bench", model, small)
+    assert (code, "name one with --graph" in err) == (2, True)
+    code, _, err = run("bench", model, small, "--generate", "prompt=80,new=4")
+    assert (code, "takes at most 64 tokens" in err) == (2, True)
+
+
 def test_a_gate_on_both_refuses_both(model: Path, tmp_path: Path, run: Run) -> None:
     args = ("--preset", "int8-dynamic", "--eval", HELD_OUT, *FEW, "--no-measure", "--report", tmp_path / "r.json")
     code, _, err = run("compress", model, "-o", tmp_path / "out", *args, "--gate", "size<=0.1x", "-q")

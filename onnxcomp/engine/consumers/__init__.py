@@ -9,9 +9,9 @@ from onnxcomp.data.arguments import path_of
 from onnxcomp.engine.consumers import genai, optimum, transformers_js
 from onnxcomp.engine.consumers.pairs import PAIR_CONSUMERS, Sides
 from onnxcomp.engine.consumers.source import Source
-from onnxcomp.engine.encoder_source import Pair, pair_of
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
+from onnxcomp.runtime.encoder_source import Pair, pair_of
 
 __all__ = ["CONSUMERS", "package"]
 

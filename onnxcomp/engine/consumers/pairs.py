@@ -13,13 +13,13 @@ import numpy as np
 
 from onnxcomp.data.arrays import read_json
 from onnxcomp.engine.consumers.transformers_js import LARGEST, dtype_of
-from onnxcomp.engine.encoder_source import PAST, PRESENT, Pair
 from onnxcomp.engine.probe import random_feeds
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
 from onnxcomp.graph.cross_branch import FLAG, STATES, merged_decoder, states_only
 from onnxcomp.maths import Array
+from onnxcomp.runtime.encoder_source import PAST, PRESENT, Pair
 from onnxcomp.runtime.sessions import Session
 from onnxcomp.validation.drift import decibel
 
