@@ -6,7 +6,12 @@ from typing import ClassVar
 # What options of the command line are called in Python, where that is not the same word.
 _IN_PYTHON = {"eval": "evaluation", "shape": "shapes", "gate": "gates", "metric": "metrics", "pass": "passes"}
 _FLAGS = {"no-measure": "measure=False", "allow-code": "allow_code=True", "exact-rows": "exact_rows=True"}
-_FLAGS |= {"plan": "plan=True", "allow-pickle": "allow_pickle=True", "no-past": "past=False"}
+_FLAGS |= {
+    "plan": "plan=True",
+    "allow-pickle": "allow_pickle=True",
+    "standard": "standard=True",
+    "no-past": "past=False",
+}
 
 
 class OnnxcompError(Exception):

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from onnxcomp.graph import Graph, Site
+from onnxcomp.errors import ModelError, RecipeError, TargetError
+from onnxcomp.graph import CONTRIB, Graph, Site
 from onnxcomp.graph.sharing import share_equal
-from onnxcomp.lowering import older_opsets
+from onnxcomp.lowering import older_opsets, two_forms
 from onnxcomp.lowering.forms import KINDS, Context, Spot, default, legal
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
 from onnxcomp.target import Target
@@ -40,10 +41,22 @@ class Lower(Pass):
     inputs: Literal["any", "int8", "float"] = "any"
     """Inputs of products with weights of few bits: rounded to int8 (accuracy level 4), float, or what is faster."""
 
+    prefill: Literal["same", "int8"] = "same"
+    """Products of a prompt with weights of few bits: the same, or int8 copies of the weights (more bytes, faster)."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.approximate:
+        if self.prefill != "same" and self.standard:
+            raise RecipeError(
+                f"{self.name}: 'prefill: {self.prefill}' has no form of standard operators; leave one out"
+            )
+        if self.approximate or self.prefill != "same":
             object.__setattr__(self, "fidelity", Fidelity.LOSSY)
+
+    def require(self, target: Target) -> None:
+        """Int8 products of a prompt are those of the runtime on CPUs."""
+        if self.prefill != "same" and not {"MatMulIntegerToFloat", "MatMulNBits"} <= {*target.contrib}:
+            raise TargetError(f"{self.name}: '{target.name}' has no int8 products for 'prefill: {self.prefill}'")
 
     def sites(self, g: Graph, target: Target) -> Iterable[Site]:
         """Sites that do not stand in the form of the target's table, and operators that are too new for it."""
@@ -72,11 +85,30 @@ class Lower(Pass):
             g.sweep()  # replaced nodes must not be sites of the later kinds
         share_equal(g)  # layers that shared their weights share what was made of them
         g.sweep()
+        if self.prefill != "same" and (why := two_forms.add_int8_form(g, saturates=env.target.quantized.saturates)):
+            g.decline("prefill", why)
+        if self.standard:
+            _standard_only(g)
         if g.opset > env.target.newest_opset:
             older_opsets.lower_opset(g, env.target.newest_opset, exact_rows=self.exact_rows)
+
+    def advice(self, target: Target) -> Iterable[str]:
+        """Standard operators have no products with codes."""
+        if self.standard:
+            yield (
+                "standard operators dequantize weights before a product: ONNX Runtime joins both as it loads a model, "
+                "other runtimes may dequantize at every run, and codes of 2 bits stay in 4"
+            )
 
     def _first(self, g: Graph, target: Target, spot: Spot) -> bool:
         """Whether the table asks for another form than the present one."""
         ctx = Context(g, target, exact_rows=self.exact_rows, inputs=self.inputs)
         names = legal(ctx, spot, standard=self.standard, approximate=self.approximate)
         return default(ctx, spot.kind, names) != spot.present
+
+
+def _standard_only(g: Graph) -> None:
+    """Raise `ModelError` for an operator of the runtime's own that is left."""
+    if own := [n for n in g.nodes() if n.domain == CONTRIB]:
+        names = ", ".join(sorted({n.op_type for n in own}))
+        raise ModelError(f"'{own[0].name}' has no form of standard operators ({names}); leave out standard: true")

@@ -42,6 +42,7 @@ from onnxcomp.cli.options import (
     Seed,
     Sequence_,
     Shapes,
+    Standard,
     Summary,
     Target,
     TargetOrRecipes,
@@ -149,6 +150,7 @@ def optimize(
     budget: Budget = None,
     threads: Threads = 0,
     exact_rows: ExactRows = False,
+    standard: Standard = False,
     choices: ChoicesFile = None,
     cache: Annotated[Path | None, typer.Option(help="Remember measured forms and finished passes here.")] = None,
     report: ReportFile = None,
@@ -168,7 +170,7 @@ def optimize(
     run = functools.partial(
         compress_each, model, out, preset="optimize", target=target, shapes=shapes, opset=opset, graph=graph,
         measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads, report=report,
-        html=not no_html, exact_rows=exact_rows, choices=choices, cache=cache,
+        html=not no_html, exact_rows=exact_rows, standard=standard, choices=choices, cache=cache,
     )  # fmt: skip
     files = ForPipelines("optimize", junit, summary)
     show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))
@@ -201,6 +203,7 @@ def compress(
     budget: Budget = None,
     threads: Threads = 0,
     exact_rows: ExactRows = False,
+    standard: Standard = False,
     choices: ChoicesFile = None,
     cache: Annotated[
         Path | None, typer.Option(help="Keep statistics, measured forms and finished passes here.")
@@ -234,7 +237,7 @@ def compress(
         shapes=[parse_shape(s) for s in shape or ()], opset=opset, memory=parse_memory(memory) if memory else None,
         plan=plan, measure=not no_measure, budget=parse_seconds(budget) if budget else None, threads=threads,
         cache=cache, report=report, html=not no_html, graph=graph, seed=seed, allow_code=allow_code,
-        exact_rows=exact_rows, choices=choices, bisect=bisect,
+        exact_rows=exact_rows, standard=standard, choices=choices, bisect=bisect,
     )  # fmt: skip
     files = ForPipelines("compress", junit, summary)
     show(Output(json, quiet, verbose, progress), out, files, lambda watch: run(watch=watch))

@@ -37,6 +37,7 @@ __all__ = [
     "Sequence_",
     "Shapes",
     "Source",
+    "Standard",
     "Summary",
     "Target",
     "TargetOrRecipes",
@@ -96,6 +97,9 @@ ExactRows = Annotated[
         "--exact-rows",
         help="Keep the result of queries whose mask hides every key; such attentions stay decomposed.",
     ),
+]
+Standard = Annotated[
+    bool, typer.Option("--standard", help="Write no operators of ONNX Runtime's own; for other consumers.")
 ]
 SEED = "Seed of everything random; with --no-measure one seed gives the same bytes on any number of threads of one CPU."
 Seed = Annotated[int, typer.Option(min=0, help=SEED)]

@@ -11,7 +11,7 @@ from onnxcomp.data.arguments import path_of, shapes_of, texts_of, whole
 from onnxcomp.engine.asked import check_bisected, check_generated, check_timed
 from onnxcomp.engine.job import Job, Watch
 from onnxcomp.engine.publish import publish
-from onnxcomp.engine.recipe import Recipe, parse_pass, with_exact_rows
+from onnxcomp.engine.recipe import Recipe, parse_pass, with_option
 from onnxcomp.engine.settings import Settings
 from onnxcomp.engine.whole import jobs_of
 from onnxcomp.errors import ModelError, RecipeError
@@ -56,6 +56,7 @@ def compress(
     budget: float | None = None,
     threads: int = 0,
     exact_rows: bool = False,
+    standard: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
@@ -78,8 +79,8 @@ def compress(
         evaluation=evaluation, samples=samples, batch=batch, sequence=sequence, text_column=text_column,
         label_column=label_column, gates=gates, on_fail=on_fail,
         shapes=shapes, opset=opset, memory=memory, plan=plan, measure=measure, budget=budget, threads=threads,
-        exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph, seed=seed,
-        allow_code=allow_code, bisect=bisect, watch=watch,
+        exact_rows=exact_rows, standard=standard, choices=choices, cache=cache, report=report, html=html, graph=graph,
+        seed=seed, allow_code=allow_code, bisect=bisect, watch=watch,
     ).values()  # fmt: skip
     return result if result.whole is None else dataclasses.replace(result, report=result.whole)
 
@@ -109,6 +110,7 @@ def compress_each(
     budget: float | None = None,
     threads: int = 0,
     exact_rows: bool = False,
+    standard: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
@@ -127,14 +129,15 @@ def compress_each(
     One of `preset`, `recipe` and `passes` says what to do; `gates` add to the recipe's, other options take the place of
     the recipe's. `out` None and `plan` write nothing; `measure=False` runs no benchmark and takes the target's tables;
     `budget` is the time for measuring in seconds (by default as long as the passes take), `threads` how many what is
-    timed uses (0: the runtime's choice); `choices` is a file that `tune` wrote; `exact_rows` sets that option of the
-    passes that have it; `memory` is in bytes; `html` writes report.html beside report.json; `bisect` names, where gates
-    refuse, the pass and its sites to blame.
+    timed uses (0: the runtime's choice); `choices` is a file that `tune` wrote; `exact_rows` and `standard` set these
+    options of the passes that have them; `memory` is in bytes; `html` writes report.html beside report.json; `bisect`
+    names, where gates refuse, the pass and its sites to blame.
     """
     path, place = path_of("model", model), path_of("out", out)
     chosen_graphs(path or Path(), graph)  # refuses a wrong name before all else
     chosen = _recipe(preset, recipe, passes)
-    chosen = with_exact_rows(chosen) if exact_rows else chosen
+    chosen = with_option(chosen, "exact_rows") if exact_rows else chosen
+    chosen = with_option(chosen, "standard") if standard else chosen
     chosen = dataclasses.replace(
         chosen, gates=(*chosen.gates, *texts_of("gates", gates, "sqnr>=20")), on_fail=on_fail or chosen.on_fail
     )
@@ -182,6 +185,7 @@ def optimize(
     budget: float | None = None,
     threads: int = 0,
     exact_rows: bool = False,
+    standard: bool = False,
     choices: str | Path | None = None,
     cache: str | Path | None = None,
     report: str | Path | None = None,
@@ -192,8 +196,8 @@ def optimize(
     """Make a model faster without changing its outputs (recipe `optimize`, no data); options as for `compress`."""
     return compress(
         model, out, preset="optimize", target=target, shapes=shapes, opset=opset, measure=measure, budget=budget,
-        threads=threads, exact_rows=exact_rows, choices=choices, cache=cache, report=report, html=html, graph=graph,
-        watch=watch,
+        threads=threads, exact_rows=exact_rows, standard=standard, choices=choices, cache=cache, report=report,
+        html=html, graph=graph, watch=watch,
     )  # fmt: skip
 
 

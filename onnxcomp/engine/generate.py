@@ -93,6 +93,10 @@ def generate(
     clock, first, alone, told = time.perf_counter(), 0.0, None, Drafted()
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(Decoder(start.stored, target, threads=threads, given=start.given))
+        if draft is not None and decoder.last_only:
+            raise ModelError(
+                f"{start.path}: gives logits of the last token only; to judge a draft takes those of several"
+            )
         helper = None if draft is None else stack.enter_context(_draft(draft, start, most, target, threads))
         began = time.perf_counter()
         for new in _tokens(decoder, helper, start, most, sampling, lookahead, told):

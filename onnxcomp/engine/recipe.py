@@ -27,7 +27,7 @@ from onnxcomp.errors import RecipeError
 from onnxcomp.pipeline import Pass, plain
 from onnxcomp.validation.gates import Gate
 
-__all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema", "with_exact_rows"]
+__all__ = ["VERSION", "Recipe", "RecipeData", "parse_pass", "presets", "schema", "with_option"]
 
 VERSION = 1
 LARGEST = 256 << 10  # characters of a recipe file
@@ -362,11 +362,10 @@ def _too_new(version: int) -> str:
     return f"this recipe has format version {version}; this onnxcomp reads up to {VERSION}: update onnxcomp"
 
 
-def with_exact_rows(recipe: Recipe) -> Recipe:
-    """The recipe with that option set on the passes that have it; raises `RecipeError` where none has."""
-    option = "exact_rows"
+def with_option(recipe: Recipe, option: Literal["exact_rows", "standard"]) -> Recipe:
+    """The recipe with an option set on the passes that have it; raises `RecipeError` where none has."""
     having = {type(p) for p in recipe.every_pass if any(f.name == option for f in dataclasses.fields(p))}
     if not having:
         known = [n for n, cls in listing().passes.items() if any(f.name == option for f in dataclasses.fields(cls))]
-        raise RecipeError(f"exact_rows is an option of {' and '.join(known)}, which this recipe does not run")
+        raise RecipeError(f"{option} is an option of {' and '.join(known)}, which this recipe does not run")
     return recipe.changed(lambda p: dataclasses.replace(p, **{option: True}) if type(p) in having else p)

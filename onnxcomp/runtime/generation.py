@@ -43,6 +43,8 @@ class Decoder:
             raise ModelError(f"{self.name}: is no decoder of text alone, so it generates nothing")
         self.tokens, self._mask = role["tokens"], role.get("mask")
         self.scores = _scores(graph)
+        shape = graph.value(self.scores).shape
+        self.last_only = shape is not None and shape[1] == 1
         self._present = cache_pairs(graph, [s for s in self.inputs if s.cache is not None])
         self._session = Session(model, target, threads=threads)
         self._given: dict[str, Any] = {}
@@ -70,7 +72,8 @@ class Decoder:
     def read(self, tokens: Array, mask: Array | None = None) -> Array:
         """Read more tokens `[b, n]`; the scores of the token behind each: `[b, n, V]`, float32.
 
-        A `mask` `[b, n]` is 0 at padding (before the first token of a row).
+        A model that is `last_only` gives those behind the last token, `[b, 1, V]`. A `mask` `[b, n]` is 0 at padding
+        (before the first token of a row).
         """
         shown = np.ones_like(tokens) if mask is None else mask
         if not len(self._seen):

@@ -49,7 +49,12 @@ class Pieces:
             caches = {past: made[present] for past, present in self._pairs.items()}
             for n in scored:
                 if made[n].shape[1:2] != (end - start,):
-                    raise ModelError(f"output '{n}' has no entry for each token, so it cannot be read in pieces")
+                    why = (
+                        "of the last token only: read pieces of one token"
+                        if made[n].shape[1:2] == (1,)
+                        else "not per token"
+                    )
+                    raise ModelError(f"output '{n}' is {why}, so it cannot be read in pieces of {self.size}")
                 parts[n].append(made[n])
         joined = {n: np.concatenate(found, axis=1) for n, found in parts.items()}
         given = {present: caches[past] for past, present in self._pairs.items()}

@@ -24,6 +24,7 @@ from onnxcomp.runtime.payload import Model, graph_of
 from onnxcomp.runtime.runner import Runner
 from onnxcomp.runtime.segments import Walk
 from onnxcomp.target import CPU, Target, find
+from onnxcomp.validation import last_token
 from onnxcomp.validation import metrics as scoring
 from onnxcomp.validation.drift import DriftSums, MatchSums
 from onnxcomp.validation.flat import SHAPES, flattened
@@ -209,18 +210,17 @@ class Reference:
         missing = self._missing(graph)
         layouts = [r for r in self.view.outputs if r.name not in missing]
         names, drifts = [r.name for r in layouts], {r.name: _drift(r, self.view) for r in layouts}
-        sums, count = Sums(self.metrics), 0
+        short, metrics = self._of_last(graph)
+        sums, count = Sums(metrics), 0
         removed = None if vocab is None else RemovedTokens.of(self.data, vocab, self.view.roles)
-        causal = any(m.name == "perplexity" for m in self.metrics)
+        causal = any(m.name == "perplexity" for m in metrics)
         how: dict[str, Any] = {"walk": walk, "optimized": optimized, "pieces": self._pieces}
         with Runner(model, self.target, scratch=self._scratch, **how) as session:
             self._check_interface(session.inputs, session.outputs, missing)
             for count, (original, batch, outputs) in enumerate(self._each(session, names, vocab, graph, walk), 1):
                 if count > len(self._kept) or digest(original.feeds) != self._seen[count - 1]:
                     break
-                reference = self._kept[count - 1]
-                if vocab is not None:
-                    reference = {k: vocab.columns(a) for k, a in reference.items()}
+                reference = self._answers(count - 1, vocab, short)
                 outputs = flattened(outputs, self.view.flat)
                 self._check_outputs(reference, outputs)
                 out = {k: as_float(a) for k, a in outputs.items()}
@@ -242,6 +242,20 @@ class Reference:
         raise DataError(
             f"the data '{self.data.name}' gave other batches the second time; it must repeat itself exactly"
         )
+
+    def _of_last(self, graph: Graph) -> tuple[bool, list[Metric]]:
+        """Whether a candidate scores the last token only, and the metrics that can be read of it."""
+        scored = self.view.scored.name
+        if self._pieces or not last_token.gives_last(self._graph, graph, scored):
+            return False, self.metrics
+        return True, last_token.fitting(self.metrics, self._asked, scored)
+
+    def _answers(self, batch: int, words: Renumbering | None, short: bool) -> Mapping[str, Array]:
+        """The original's answers to a batch, as a candidate of other words, or of the last token only, gives them."""
+        kept = self._kept[batch]
+        if words is not None:
+            kept = {k: words.columns(a) for k, a in kept.items()}
+        return last_token.shortened(kept, self.view.scored.name) if short else kept
 
     def _missing(self, graph: Graph) -> frozenset[str]:
         """Inputs and outputs that a candidate no longer has, and caches that it returns where their heads were cut."""
@@ -270,12 +284,13 @@ class Reference:
         drifts = {k: d.result() for k, d in found.items()}
         by_sample = {k: d.by_sample() for k, d in found.items()}
         results = {}
-        for m in self.metrics:
+        for m in sums.metrics:
             reference, candidate = self._sums.of(m), sums.of(m)
             results[m.name] = scoring.bootstrap(
                 m, reference, candidate if more is None else more.put(m, reference, candidate)
             )
-        notes = (*self._notes, *notes)
+        short = (last_token.NOTE.format(self.view.scored.name),) if len(sums.metrics) < len(self.metrics) else ()
+        notes = (*self._notes, *notes, *short)
         if "accuracy" in results and results["accuracy"].reference == 0:
             notes = (*notes, f"the original gives no label right: the labels may not be for '{self.view.scored.name}'")
         if lacking := [r.name for r in self.view.outputs if r.name not in drifts]:

@@ -189,12 +189,12 @@ class Sums:
 
     def __init__(self, metrics: Sequence[Metric]) -> None:
         self._parts: dict[str, list[Float64]] = {m.name: [] for m in metrics}
-        self._metrics = metrics
+        self.metrics = metrics
 
     @_QUIET
     def update(self, batch: OutputRows) -> None:
         """Score one batch with every metric."""
-        for m in self._metrics:
+        for m in self.metrics:
             self._parts[m.name].append(m.score(batch))
 
     def of(self, metric: Metric) -> Float64:

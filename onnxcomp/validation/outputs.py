@@ -232,6 +232,8 @@ def output_rows(
 
 def _per_token(rows_of: OutputRows, axis: int, mask: Array | None) -> OutputRows:
     y, x = (np.moveaxis(a, axis, 1) for a in (rows_of.rows, rows_of.reference))
+    if mask is not None and y.shape[1] == 1:
+        mask = mask[:, -1:]  # scores of the last token alone
     keep = mask if mask is not None and mask.shape == y.shape[:2] else np.ones(y.shape[:2], bool)
     sample, place = np.nonzero(keep)
     inner = math.prod(y.shape[2:-1])  # heads, say, of a key or value output

@@ -94,7 +94,9 @@ def _agreement(before: Graph, after: Graph) -> float:
     given = [list[np.ndarray]() for _ in (before, after)]
     for graph, scores in zip((before, after), given, strict=True):
         with Decoder(graph) as decoder:
-            scores += [decoder.read(tokens[:, s], mask[:, s])[mask[:, s] > 0] for s in steps]
+            for s in steps:
+                made = decoder.read(tokens[:, s], mask[:, s])
+                scores.append(made[mask[:, s][:, -made.shape[1] :] > 0])  # all tokens', or the last one's alone
     for x, y in zip(*given, strict=True):
         db = decibel(float((x.astype(np.float64) ** 2).sum()), float(((y.astype(np.float64) - x) ** 2).sum()))
         worst = min(worst, -math.inf if math.isnan(db) else db)  # a comparison with NaN would pass as agreement

@@ -15,7 +15,7 @@ from onnxcomp.target import Target
 
 __all__ = ["FORMS_VERSION", "Context", "Form", "Kind", "Spot", "ints"]
 
-FORMS_VERSION = 5  # part of the key of every remembered choice: raise it when a form's graph changes
+FORMS_VERSION = 6  # part of the key of every remembered choice: raise it when a form's graph changes
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,32 @@ def _blocks(ctx: Context, spot: Spot) -> None:
     g.replace(out, g.op("GatherBlockQuantized", *args, domain=CONTRIB, name=name, like=out, **attrs))
 
 
+def _rows(ctx: Context, spot: Spot) -> None:
+    """Codes, scales and zero points of the rows that are looked up, which a DequantizeLinear in blocks multiplies."""
+    made, gather = spot.nodes
+    g, name = ctx.g, spot.name
+    assert gather.inputs[1] is not None
+    rank = len(gather.inputs[1].shape or ())
+    parts = [
+        g.op("Gather", v, gather.inputs[1], axis=0, name=f"{name}_{part}")
+        for v, part in zip(made.inputs, ("codes", "scales", "zeros"), strict=False)
+        if v is not None
+    ]
+    out = gather.outputs[0]
+    g.replace(
+        out, g.op("DequantizeLinear", *parts, axis=rank, block_size=spot.data.block, name=f"{name}_rows", like=out)
+    )
+
+
+def _refuse_rows(ctx: Context, spot: Spot) -> str:
+    if spot.data.bits == 4:
+        return "the runtime looks up no codes of 4 bits"
+    known = spot.nodes[1].inputs[1]
+    if known is None or known.shape is None:
+        return "the number of axes of its indices is not known"
+    return "" if spot.data.block else "its rows have one scale"
+
+
 def _refuse_blocks(ctx: Context, spot: Spot) -> str:
     codes, _, indices, out = _parts(spot)
     if not spot.data.block and not spot.data.per_row:
@@ -120,6 +146,7 @@ TABLE = Kind(
     (
         Form("gathered", _gathered, (), _refuse_gathered),
         Form("GatherBlockQuantized", _blocks, ((CONTRIB, "GatherBlockQuantized"),), _refuse_blocks),
+        Form("gathered in blocks", _rows, (), _refuse_rows),
         Form("dequantized", lambda ctx, spot: None),
     ),
 )
