@@ -10,6 +10,7 @@ _FLAGS |= {
     "plan": "plan=True",
     "allow-pickle": "allow_pickle=True",
     "standard": "standard=True",
+    "last-logits": "last_logits=True",
     "no-past": "past=False",
 }
 

@@ -93,6 +93,9 @@ def export(
     no_past: Annotated[
         bool, typer.Option("--no-past", help="Models that generate text: without key-value caches.")
     ] = False,
+    last_logits: Annotated[
+        bool, typer.Option("--last-logits", help="Models that generate text: logits of the last token only.")
+    ] = False,
     opset: Annotated[int, typer.Option(help="Operator set of the exported model.")] = 18,
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     static: Annotated[str | None, typer.Option(metavar="AXES", help="Fix axes: batch=1,sequence=128.")] = None,
@@ -111,8 +114,9 @@ def export(
     fixed = parse_shape(static) if static else None
     with output.progress() as watch:
         folder = onnxcomp.export(
-            source, out, task=task, past=not no_past, opset=opset, dtype=dtype, static=fixed, revision=revision,
-            allow_pickle=allow_pickle, watch=(lambda label: watch(label, 0, 1)) if watch else None,
+            source, out, task=task, past=not no_past, last_logits=last_logits, opset=opset, dtype=dtype, static=fixed,
+            revision=revision, allow_pickle=allow_pickle,
+            watch=(lambda label: watch(label, 0, 1)) if watch else None,
         )  # fmt: skip
     record = text.loads((folder / "export.json").read_text(encoding="utf-8"))
     what = record["task"] + (" with caches" if record.get("past") else "")

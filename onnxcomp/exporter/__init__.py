@@ -42,6 +42,7 @@ def export(
     *,
     task: str | None = None,
     past: bool = True,
+    last_logits: bool = False,
     opset: int = 18,
     dtype: str = "fp32",
     static: Mapping[str, int] | None = None,
@@ -53,13 +54,15 @@ def export(
 
     Writes `model.onnx` with dynamic axes `batch` and `sequence` (or those of `static` fixed), the tokenizer, processor
     and configuration, and `export.json` with the route, versions and measured differences. Models that generate text
-    take and give key-value caches (`past_key_values.N.key`, `present.N.key`), unless `past` is false. Raises
-    `ExportError`.
+    take and give key-value caches (`past_key_values.N.key`, `present.N.key`), unless `past` is false, and with
+    `last_logits` the logits of the last token only. Raises `ExportError`.
     """
     say = watch or (lambda _: None)
     if task in ALIASES and not past:
         raise ExportError(f"the task '{task}' asks for caches; --no-past goes with '{ALIASES[task]}'")
     task = ALIASES.get(task or "", task)
+    if last_logits and not past:
+        raise ExportError("--last-logits is for models with caches, --no-past is for models without")
     _check_options(task, opset, dtype, static or {})
     check_installed()
     if isinstance(source, (str, Path)):
@@ -69,13 +72,15 @@ def export(
         with quiet(log):
             say("loading the checkpoint")
             model, task = load_checkpoint(source, task, revision, allow_pickle)
+            if last_logits and task not in CACHED:
+                raise ExportError(f"--last-logits is for {' and '.join(CACHED)}, not for the task '{task}'")
             fixed, cast_model = dict(static or {}), cast(model, dtype)
             if task in PAIRED:
                 if not past:
                     raise ExportError(f"a model of the task '{task}' is always exported with caches, without --no-past")
                 jobs: list[Work] = two_sides(cast_model, task, dtype, opset, fixed)
             elif past and task in CACHED:
-                jobs = [Decoder.of(cast_model, task, dtype, opset, fixed)]
+                jobs = [Decoder.of(cast_model, task, dtype, opset, fixed, last=last_logits)]
             else:
                 jobs = [Work(cast_model, task, dtype, opset, fixed, inputs_of(model, source))]
             graphs = {job.file: first_verified(job, staging, say) for job in jobs}

@@ -16,6 +16,7 @@ __all__ = ["Decoder"]
 
 BATCH, NEW, PAST = "batch_size", "sequence_length", "past_sequence_length"  # as optimum calls them, and its readers
 TOTAL = f"{PAST} + {NEW}"
+KEEP = "logits_to_keep"  # what models of transformers call the number of last tokens to give logits of
 LONGEST = 12  # tokens that are compared with PyTorch
 
 
@@ -36,10 +37,13 @@ class Decoder(Work):
     """
 
     ports: tuple[Port, ...] = field(default=())
+    last: bool = False  # logits of the last token only, [batch, 1, words]
     past: ClassVar[bool] = True
 
     @classmethod
-    def of(cls, model: Any, task: str, dtype: str, opset: int, static: dict[str, int]) -> Decoder:
+    def of(
+        cls, model: Any, task: str, dtype: str, opset: int, static: dict[str, int], *, last: bool = False
+    ) -> Decoder:
         """The work of a model whose layers all cache keys and values; raises `ExportError` for another cache."""
         if "sequence" in static:
             raise ExportError(
@@ -47,11 +51,14 @@ class Decoder(Work):
                 "use --no-past for a graph that reads whole sequences"
             )
         takes = inspect.signature(model.forward).parameters
+        if last and KEEP not in takes:
+            kind = type(model).__name__
+            raise ExportError(f"{kind} has no '{KEEP}' for --last-logits; compress has a pass, last-logits, instead")
         text = tuple(n for n in ("input_ids", "attention_mask", "position_ids") if n in takes)
         model.config.use_cache = True
         ports = _ports(model)
         inputs = (*text, *(f"past_key_values.{p.name}" for p in ports))
-        return cls(model, task, dtype, opset, static, inputs, ports=ports)
+        return cls(model, task, dtype, opset, static, inputs, ports=ports, last=last)
 
     @property
     def text(self) -> tuple[str, ...]:
@@ -71,7 +78,9 @@ class Decoder(Work):
     def output_axes(self) -> dict[str, Axes]:
         """Names of the open axes of each output."""
         batch = None if "batch" in self.static else BATCH
-        return {"logits": (batch, NEW, None)} | {f"present.{p.name}": (batch, None, TOTAL, None) for p in self.ports}
+        return {"logits": (batch, 1 if self.last else NEW, None)} | {
+            f"present.{p.name}": (batch, None, TOTAL, None) for p in self.ports
+        }
 
     def sample(self) -> dict[str, Any]:
         """Three tokens behind five, the second row padded: no size is that of another axis."""
@@ -121,7 +130,7 @@ class Decoder(Work):
                     layer.keys, layer.values = keys, values
                     cache.layers.append(layer)
                 named = dict(zip(work.text, args, strict=False))
-                out = self.model(**named, past_key_values=cache, use_cache=True)
+                out = self.model(**named, **({KEEP: 1} if work.last else {}), past_key_values=cache, use_cache=True)
                 return (out.logits, *(t for x in out.past_key_values.layers for t in (x.keys, x.values)))
 
         return Cached().eval()
@@ -138,7 +147,7 @@ class Decoder(Work):
             for start, end in pairwise(cuts):
                 feeds = {k: array_of(v) for k, v in self.fed(ids[:, :end], mask[:, :end], start).items()} | caches
                 ours = session.run({k: v for k, v in feeds.items() if k in self.inputs})
-                here = slice(start, end)
+                here = slice(end - 1 if self.last else start, end)
                 worst = difference(self.dtype, "logits", theirs[:, here], ours["logits"], mask[:, here])
                 found.append(worst | {"inputs": {"input_ids": [batch, end - start]}, "past": start})
                 caches = {f"past_key_values.{p.name}": ours[f"present.{p.name}"] for p in self.ports}

@@ -23,7 +23,7 @@ def traced(job: Work, opset: int) -> Any:
     import onnx_ir as ir
 
     module, axes = job.module(), job.axes() | job.output_axes()
-    named = {n: {i: a for i, a in enumerate(x) if a} for n, x in axes.items()}
+    named = {n: {i: a for i, a in enumerate(x) if isinstance(a, str)} for n, x in axes.items()}
     recorded = io.BytesIO()
     with _quiet(), _repeats():
         _record(module, job, opset, named, recorded)

@@ -15,7 +15,7 @@ from onnxcomp.exporter.checkpoints import TASKS, one_line
 __all__ = ["TOLERANCE", "Work", "array_of", "difference", "image_sizes"]
 
 TOLERANCE = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}  # largest difference, relative to the largest output
-Axes = tuple[str | None, ...]
+Axes = tuple[str | int | None, ...]  # names of open axes, sizes that the exporter may not know
 
 
 @dataclass

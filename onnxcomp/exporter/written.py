@@ -77,7 +77,13 @@ def _name_axes(job: Work, program: Any) -> None:
     symbols: dict[str, str] = {}
     for v in program.graph.inputs:
         for d, name in zip(v.shape, axes[v.name], strict=False):
-            if name and not isinstance(d, int) and d.value is not None and str(d.value).isidentifier():
+            if (
+                isinstance(name, str)
+                and name
+                and not isinstance(d, int)
+                and d.value is not None
+                and str(d.value).isidentifier()
+            ):
                 symbols.setdefault(str(d.value), name)
 
     def renamed(d: Any) -> Any:

@@ -177,6 +177,7 @@ class Reference:
             return [scoring.METRICS["accuracy"]] if self.view.labelled else []
         if (
             tokens is None
+            or first.tokens is None  # scores of the last token alone
             or not output.per_token
             or output.rows.shape[1] != self.view.vocabulary
             or tokens.shape[1] < 2

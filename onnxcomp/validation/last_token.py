@@ -12,7 +12,10 @@ from onnxcomp.validation.metrics import Metric
 __all__ = ["NOTE", "fitting", "gives_last", "shortened"]
 
 FITTING = ("agreement", "cosine")  # metrics of two models' scores, whatever tokens they are of
-NEEDED = "it needs the logits of all tokens, and '{}' gives those of the last one; read texts token by token with --through-caches"
+NEEDED = (
+    "it needs the logits of all tokens, and '{}' gives those of the last one; "
+    "read texts token by token with --through-caches"
+)
 NOTE = "'{}' of the result is of the last token alone, so only that one was compared, and perplexity was not measured"
 
 

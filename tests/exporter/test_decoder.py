@@ -15,6 +15,7 @@ from onnxcomp import blocks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import specs
 from onnxcomp.data.inputs import vocabulary
+from onnxcomp.engine.compress import compress
 from onnxcomp.engine.consumers import package
 from onnxcomp.errors import ExportError
 from onnxcomp.files import storage
@@ -116,6 +117,27 @@ def test_another_operator_set_and_half_precision(tmp_path: Path) -> None:
     assert {s.dtype for s in specs(storage.load(folder)) if s.cache is not None} == {np.dtype(np.float16)}
 
 
+def test_logits_of_the_last_token_only(exported: Any, tmp_path: Path) -> None:
+    model, whole = exported("llama")
+    folder = export(model, tmp_path / "last", last_logits=True)
+    assert record(folder)["verification"]["done"]
+    g = storage.load(folder)
+    assert list(g.value("logits").shape)[1] == 1
+    ids, mask = decoders.prompts(model, 3)
+    texts = []
+    for place in (whole, folder):
+        with Decoder(storage.load(place)) as d:
+            texts.append(np.stack(list(generated(d, ids, 8, mask=mask))))
+            d.reset()
+            assert d.read(ids, mask).shape[1] == (1 if place == folder else 6)
+    np.testing.assert_array_equal(*texts)
+    validation = compress(
+        folder, tmp_path / "out", preset="optimize", measure=False, evaluation="random"
+    ).report.validation
+    assert validation is not None
+    assert validation.outputs["logits"].decibels > 80
+
+
 def test_what_does_not_go_with_caches_is_one_error(tmp_path: Path) -> None:
     model = decoders.build(decoders.causal()["llama"])
     out = tmp_path / "out"
@@ -123,6 +145,10 @@ def test_what_does_not_go_with_caches_is_one_error(tmp_path: Path) -> None:
         export(model, out, task="text-generation-with-past", past=False)
     with pytest.raises(ExportError, match=r"a fixed 'sequence' does not go with caches.*past=False"):
         export(model, out, static={"sequence": 8})
+    with pytest.raises(
+        ExportError, match=r"last_logits=True is for models with caches, past=False is for models without"
+    ):
+        export(model, out, past=False, last_logits=True)
     sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes))
     with pytest.raises(ExportError, match=r"MambaForCausalLM .*keys and values.*past=False"):
