@@ -72,17 +72,7 @@ def export(
         with quiet(log):
             say("loading the checkpoint")
             model, task = load_checkpoint(source, task, revision, allow_pickle)
-            if last_logits and task not in CACHED:
-                raise ExportError(f"--last-logits is for {' and '.join(CACHED)}, not for the task '{task}'")
-            fixed, cast_model = dict(static or {}), cast(model, dtype)
-            if task in PAIRED:
-                if not past:
-                    raise ExportError(f"a model of the task '{task}' is always exported with caches, without --no-past")
-                jobs: list[Work] = two_sides(cast_model, task, dtype, opset, fixed)
-            elif past and task in CACHED:
-                jobs = [Decoder.of(cast_model, task, dtype, opset, fixed, last=last_logits)]
-            else:
-                jobs = [Work(cast_model, task, dtype, opset, fixed, inputs_of(model, source))]
+            jobs = _jobs(cast(model, dtype), task, dtype, opset, dict(static or {}), past, last_logits, source)
             graphs = {job.file: first_verified(job, staging, say) for job in jobs}
             job, record = jobs[-1], graphs[jobs[-1].file]
             if len(jobs) > 1:
@@ -100,6 +90,21 @@ def export(
             record |= {"pooling": dataclasses.asdict(pooled)}
         (staging / "export.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return Path(out)
+
+
+def _jobs(
+    model: Any, task: str, dtype: str, opset: int, static: dict[str, int], past: bool, last: bool, source: Any
+) -> list[Work]:
+    """The graphs to write of a model."""
+    if last and task not in CACHED:
+        raise ExportError(f"--last-logits is for {' and '.join(CACHED)}, not for the task '{task}'")
+    if task in PAIRED:
+        if not past:
+            raise ExportError(f"a model of the task '{task}' is always exported with caches, without --no-past")
+        return [*two_sides(model, task, dtype, opset, static)]
+    if past and task in CACHED:
+        return [Decoder.of(model, task, dtype, opset, static, last=last)]
+    return [Work(model, task, dtype, opset, static, inputs_of(model, source))]
 
 
 def _check_options(task: str | None, opset: int, dtype: str, static: Mapping[str, int]) -> None:
