@@ -172,7 +172,7 @@ class PassManager:
         work.sweep()
         sites = listed(p, "sites", p.sites(work, self.target), Site)
         step = Step(p.name, str(p), p.fidelity.value, eligible=len(sites))
-        stats = self._collect(walk.fitted(p)[0], work, needs_of(p, work, walk.exact, self.target), p.name)
+        stats = self._collect(walk.fitted(p)[0], work, needs_of(p, work, walk.exact, self.target), p)
         work.edits, walk.planner, walk.costing = 0, None, 0.0
         p.run(work, self._env(walk, work, stats, p))
         step.choices = walk.planner.chosen if walk.planner is not None else []
@@ -265,16 +265,16 @@ class PassManager:
             dry=self.dry and walk.calibration is None,
             shapes=asked_shapes(work, self.shapes) if measured or self.choices.sites else (),
         )
-        unseen = dataclasses.replace(env, **self._asked(left_out, work, p)) if left_out else None
+        unseen = dataclasses.replace(env, **self._asked(left_out, work, p, fitted=False)) if left_out else None
         return env
 
-    def _asked(self, walk: Walk, work: Graph, p: Pass) -> dict[str, Any]:
-        """What the world says of the data of a walk."""
+    def _asked(self, walk: Walk, work: Graph, p: Pass, *, fitted: bool = True) -> dict[str, Any]:
+        """What the world says of the data of a walk; only data to be fitted is as the pass makes it."""
 
         def score(edits: Sequence[Edit], metric: str | None, samples: int | None, of: Graph | None) -> list[Score]:
             return self._variants(walk, of or work, edits, metric, samples, p.name)
 
-        return {"run_variants": score, "run_collect": self._collector(walk, work, p)}
+        return {"run_variants": score, "run_collect": self._collector(walk, work, p, fitted)}
 
     def _split(self, walk: Walk, work: Graph, env: Env, p: Pass) -> Env:
         fitted, left_out = walk.parts(data_used.HELD_OUT)
@@ -309,17 +309,17 @@ class PassManager:
             )
         return walk.planner
 
-    def _collect(self, walk: Walk, g: Graph, needs: list[Need], name: str) -> Stats:
+    def _collect(self, walk: Walk, g: Graph, needs: list[Need], p: Pass) -> Stats:
         if not needs or (self.dry and walk.calibration is None):
             return Stats()
         if walk.calibration is None:
             raise DataError(
-                f"pass '{name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')"
+                f"pass '{p.name}' needs calibration data: give --calibration calib.jsonl (or .npz, a folder, 'random')"
             )
         return calibrate.collect(
             g,
             needs,
-            walk.calibration,
+            p.calibration(walk.calibration, g),
             self.host,
             original=walk.exact,
             memory=self.memory,
@@ -328,18 +328,21 @@ class PassManager:
             notes=walk.steps.notes,
         )
 
-    def _collector(self, walk: Walk, work: Graph, p: Pass) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
+    def _collector(
+        self, walk: Walk, work: Graph, p: Pass, fitted: bool = True
+    ) -> Callable[[Graph, Sequence[Need], Graph | None], Stats]:
         """Statistics of the graph while a pass edits it, walking forward with the edits."""
         folder, data = walk.scratch / f"walk-{len(walk.report.steps)}", walk.calibration
         made: dict[int, calibrate.Collector] = {}  # by identity of the graph that needs call the original
 
         def collect(g: Graph, needs: Sequence[Need], original: Graph | None) -> Stats:
             if data is None:
-                return self._collect(walk, g, list(needs), p.name)
+                return self._collect(walk, g, list(needs), p)
             of = original or walk.exact
             if id(of) not in made:
                 given: dict[str, Any] = {"original": of, "memory": self.memory, "scratch": folder}
-                made[id(of)] = calibrate.Collector(p.calibration(data, work), self.host, **given, sequential=True)
+                used = p.calibration(data, work) if fitted else data
+                made[id(of)] = calibrate.Collector(used, self.host, **given, sequential=True)
             return made[id(of)].collect(g, needs)
 
         return collect
@@ -387,7 +390,7 @@ class PassManager:
         p, before = walk.lossy
         if p.chooses or not hasattr(p, "skip"):
             return None
-        stats = self._collect(walk, before, needs_of(p, before, walk.exact, self.target), p.name)
+        stats = self._collect(walk, before, needs_of(p, before, walk.exact, self.target), p)
         env = dataclasses.replace(self._env(walk, before, stats, p), measures=False, shapes=())
         few = walk.reference.head(RANKED_ON)
         variants = Variants(few, self.host, self.memory or MEMORY, walk.scratch / "remedy")

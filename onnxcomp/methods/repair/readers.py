@@ -5,7 +5,7 @@ Layout: `y = x W + b`, `x [R, K]`, `W [K, N]`, `b [N]`; the axis of the group is
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +18,11 @@ from onnxcomp.graph import Graph
 from onnxcomp.graph.groups import Group, Slot
 from onnxcomp.maths import Array, Float64, solve
 from onnxcomp.maths.formats import dequantize
-from onnxcomp.stats import Stats, gram, mean, norm2, var
+from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 
 __all__ = [
     "FEEDS_ITSELF",
+    "NEEDS",
     "Reader",
     "Repair",
     "dequantized",
@@ -36,6 +37,14 @@ __all__ = [
 ]
 
 Repair = Literal["gauss-newton", "block-tune", "least-squares", "bias", "none"]
+NEEDS: dict[str, list[Callable[[str], Need]]] = {
+    "gauss-newton": [gram, mean, var],
+    "block-tune": [gram, mean, var],
+    "least-squares": [gram, mean, var],
+    "bias": [mean],
+    "none": [],
+}
+"""By repair, the statistics of each consumer's inputs."""
 FEEDS_ITSELF = (
     "its weights are used again on what they gave (shared layers), so they are not refitted, at most the bias"
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,12 +20,14 @@ from onnxcomp import blocks
 from onnxcomp.blocks import Linear
 from onnxcomp.coupling import Blocked, Coupling, prove
 from onnxcomp.coupling.sizes import parameters
+from onnxcomp.data.datasets import Dataset
 from onnxcomp.errors import ModelError
 from onnxcomp.graph import Graph, Site
 from onnxcomp.graph.groups import Group
 from onnxcomp.maths import Array, Float64
 from onnxcomp.maths.allocation import Candidate, Normal, choose, normalised
 from onnxcomp.maths.error_curves import Curve
+from onnxcomp.methods.quantize.augmentation import widened
 from onnxcomp.methods.repair import readers
 from onnxcomp.methods.repair.readers import Reader, Repair
 from onnxcomp.methods.repair.sequential import WHOLE, Part, refit_in_order
@@ -34,7 +36,7 @@ from onnxcomp.methods.width import amounts, budgets, scores, trial_cuts
 from onnxcomp.methods.width.budgets import Clock
 from onnxcomp.methods.width.places import UNREACHED, Cut, Place
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
-from onnxcomp.stats import Need, gram, mean, var
+from onnxcomp.stats import Need
 from onnxcomp.target import Target
 
 __all__ = ["Ranking", "Score", "Width"]
@@ -49,13 +51,6 @@ FLAT = "no trial cut lost anything on these samples, so all layers give the same
 TRIED = ("curves", "sensitivity")  # rankings by trial cuts, which zero float weights and need statistics of the uncut
 # How scores of different layers become comparable: FLAP standardizes them, ablation has one loss for all layers.
 NORMALIZED: dict[str, Normal] = {"fluctuation": "standard", "ablation": "none"}
-REPAIR_NEEDS: dict[str, list[Callable[[str], Need]]] = {
-    "gauss-newton": [gram, mean, var],
-    "block-tune": [gram, mean, var],
-    "least-squares": [gram, mean, var],
-    "bias": [mean],
-    "none": [],
-}
 
 
 @dataclass(frozen=True)
@@ -104,6 +99,8 @@ class Width(Pass):
     """Keep the same share of every layer whatever the ranking, for runtimes that want one number for all."""
     metric: str | None = None
     """Gate name that ablation, curves and sensitivity measure; by default kl for logits, else rel-l2."""
+    augment: bool = False
+    """Choose and fit on copies of the texts with tokens replaced at random too, for texts of another kind."""
     skip: tuple[str, ...] = ()
     """Patterns of node names that are not cut."""
 
@@ -165,6 +162,10 @@ class Width(Pass):
         """Every place that has the kind of axis this pass cuts."""
         return [site for site, _ in self.starts(g)]
 
+    def calibration(self, data: Dataset, g: Graph) -> Dataset:
+        """With copies of the texts where that is asked for."""
+        return widened(data, g, self.name) if self.augment else data
+
     def needs(self, g: Graph, target: Target) -> Iterable[Need]:
         """The statistics for score and repair, of the inputs of every linear that reads the axis."""
         if self.is_identity or not self.wants_data:
@@ -174,8 +175,8 @@ class Width(Pass):
     def _needs(self, place: Place) -> Iterable[Need]:
         """What the score of one group asks for, and its repair where that is not sequential."""
         uses_uncut_inputs = not self._in_order or self._ranked in TRIED
-        kinds = [*scores.NEEDS[self.score], *(REPAIR_NEEDS[self.repair] if uses_uncut_inputs else ())]
-        bias = REPAIR_NEEDS["none" if self.repair == "none" else "bias"]
+        kinds = [*scores.NEEDS[self.score], *(readers.NEEDS[self.repair] if uses_uncut_inputs else ())]
+        bias = readers.NEEDS["none" if self.repair == "none" else "bias"]
         return (
             need(s)
             for r in place.readers
