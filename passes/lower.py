@@ -46,15 +46,15 @@ class Lower(Pass):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prefill != "same" and self.standard:
-            raise RecipeError(
-                f"{self.name}: 'prefill: {self.prefill}' has no form of standard operators; leave one out"
-            )
         if self.approximate or self.prefill != "same":
             object.__setattr__(self, "fidelity", Fidelity.LOSSY)
 
     def require(self, target: Target) -> None:
         """Int8 products of a prompt are those of the runtime on CPUs."""
+        if self.prefill != "same" and self.standard:
+            raise RecipeError(
+                f"{self.name}: 'prefill: {self.prefill}' has no form of standard operators; leave one out"
+            )
         if self.prefill != "same" and not {"MatMulIntegerToFloat", "MatMulNBits"} <= {*target.contrib}:
             raise TargetError(f"{self.name}: '{target.name}' has no int8 products for 'prefill: {self.prefill}'")
 

@@ -140,7 +140,7 @@ def test_what_has_no_int8_form_says_why() -> None:
 
 def test_what_does_not_go_together_is_refused() -> None:
     with pytest.raises(RecipeError, match="'prefill: int8' has no form of standard operators"):
-        Lower(prefill="int8", standard=True)
+        Lower(prefill="int8", standard=True).require(CPU)
     with pytest.raises(TargetError, match="'cuda' has no int8 products for 'prefill: int8'"):
         Lower(prefill="int8").require(CUDA)
     assert Lower(prefill="int8").require(dataclasses.replace(CPU, name="mine")) is None
