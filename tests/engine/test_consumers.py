@@ -12,7 +12,12 @@ from tokenizers import Tokenizer, models
 
 from onnxcomp.cli import main
 from onnxcomp.engine.consumers import genai, package
+from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError, ModelError
+from onnxcomp.passes.last_logits import LastLogits
+from onnxcomp.passes.lower import Lower
+from onnxcomp.passes.quantize_weights import QuantizeWeights
+from onnxcomp.runtime.generation import Decoder, generated
 from tests.lowering.test_grouped_decoder import decoder as rotary_decoder
 
 CONFIG = {
@@ -178,3 +183,27 @@ def test_scores_that_are_no_numbers_are_no_agreement() -> None:
     broken.put(head, np.full_like(broken.array(head), np.nan))
     assert genai._agreement(g, g.clone()) == np.inf
     assert genai._agreement(g, broken) == -np.inf
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_genai_writes_the_same_tokens_of_both_forms_and_of_last_logits(last: bool, tmp_path: Path) -> None:
+    og = pytest.importorskip("onnxruntime_genai")
+    passes = [QuantizeWeights(method="nearest", min_size=1, block=16), *[LastLogits()] * last, Lower(prefill="int8")]
+    g = PassManager(passes, measure=False).run(rotary_decoder()).model
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "max_position_embeddings": 32, "vocab_size": 11}
+    folder = written(tmp_path / "model", g.model, **sizes, eos_token_id=10)
+    notes: list[str] = []
+    out = package(folder, tmp_path / "out", "genai", tell=notes.append)
+    assert any("keeps caches in place" in n for n in notes)
+    prompt = np.arange(2, 14)[None] % 10
+    with Decoder(g) as d:
+        ours = [int(x[0]) for x in generated(d, prompt, 8)]
+    params = og.GeneratorParams(model := og.Model(str(out)))
+    params.set_search_options(max_length=20, min_length=20, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(prompt.astype(np.int32))
+    theirs = []
+    for _ in range(8):
+        generator.generate_next_token()
+        theirs.append(int(generator.get_next_tokens()[0]))
+    assert theirs == ours
