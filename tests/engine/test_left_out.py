@@ -43,6 +43,7 @@ def test_other_text_than_the_calibration_data_is_said() -> None:
     (note,) = [w for w in found.warnings if "of another kind" in w]
     shown = [tables.level_text(said["metric"], said[k]) for k in ("evaluation", "left_out")]
     assert all(x in note for x in shown)
+    assert "'augment: true'" in note
     assert "{} (left-out calibration {})".format(*shown) in str(list(tables.steps(found.steps).columns[6].cells))
 
 
@@ -61,6 +62,7 @@ def test_copies_with_other_tokens_help_on_other_text_and_are_said() -> None:
     said = [n.what for n in copied.step("prune-ffn").noted if n.site == "prune-ffn"]
     assert said == ["chosen and fitted by 1008 tokens of data and 4 copies with 30% of them replaced"]
     assert not any("copies" in n.what for n in plain.step("prune-ffn").noted)
+    assert not any("augment" in w for w in copied.warnings)
 
 
 @pytest.mark.parametrize(("options", "count"), [("repair: bias", 4), ("repair: least-squares", 1)])
