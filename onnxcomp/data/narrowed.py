@@ -1,4 +1,4 @@
-"""Caches of heads that were cut: a graph takes and gives fewer of them, so it is fed data without caches."""
+"""Caches of heads that were cut, or of fewer bits: a graph takes and gives others, so it is fed data without caches."""
 
 from __future__ import annotations
 
@@ -14,40 +14,63 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Narrowed", "has_caches", "narrowed", "sized", "sizes_of", "suited", "without_caches"]
+__all__ = ["Narrowed", "has_caches", "narrowed", "sized", "suited", "taken", "without_caches"]
 
-Sizes = tuple[int | None, ...]
+CODES = (ir.DataType.INT8, ir.DataType.UINT8)  # what a cache of fewer bits holds, where it held floats
 
 
-def narrowed(before: Iterable[ir.Value], now: Iterable[ir.Value]) -> dict[str, Sizes]:
-    """Values that have fewer entries along an axis of fixed size than before, with the sizes they have now."""
-    old = sizes_of(before)
+@dataclass(frozen=True)
+class Taken:
+    """What a graph takes for an input: fixed sizes, None for an open axis, and an element type."""
+
+    sizes: tuple[int | None, ...]
+    dtype: ir.DataType | None
+
+    def __str__(self) -> str:
+        """Type and sizes."""
+        return f"{self.dtype or 'any type'} {list(self.sizes)}"
+
+    @property
+    def coded(self) -> bool:
+        """Whether it is of codes."""
+        return self.dtype in CODES
+
+
+def narrowed(before: Iterable[ir.Value], now: Iterable[ir.Value]) -> dict[str, Taken]:
+    """Values with fewer entries along an axis of fixed size than before, or with codes instead of floats."""
+    old = taken(before)
     found = {}
-    for name, sizes in sizes_of(now).items():
-        was = old.get(name, ())
-        pairs = zip(was, sizes, strict=True) if len(was) == len(sizes) else ()
-        if any(a is not None and b is not None and b < a for a, b in pairs):
-            found[name] = sizes
+    for name, new in taken(now).items():
+        was = old.get(name)
+        if was is None or len(was.sizes) != len(new.sizes):
+            continue
+        pairs = zip(was.sizes, new.sizes, strict=True)
+        floats = was.dtype is not None and was.dtype.is_floating_point()
+        if (floats and new.coded) or any(a is not None and b is not None and b < a for a, b in pairs):
+            found[name] = new
     return found
 
 
-def sizes_of(values: Iterable[ir.Value]) -> dict[str, Sizes]:
-    """The fixed sizes of values, None for an open axis, by name."""
-    return {str(v.name): tuple(d if isinstance(d, int) else None for d in v.shape or ()) for v in values}
+def taken(values: Iterable[ir.Value]) -> dict[str, Taken]:
+    """What a graph takes, by name."""
+    return {
+        str(v.name): Taken(tuple(d if isinstance(d, int) else None for d in v.shape or ()), v.dtype) for v in values
+    }
 
 
-def sized(feeds: Mapping[str, Array], sizes: Mapping[str, Sizes]) -> dict[str, Array]:
-    """Feeds whose empty caches have the fixed sizes that a graph takes."""
-    return {name: _sized(a, sizes.get(name, ())) for name, a in feeds.items()}
+def sized(feeds: Mapping[str, Array], inputs: Mapping[str, Taken]) -> dict[str, Array]:
+    """Feeds whose empty caches have the fixed sizes and the types that a graph takes."""
+    return {name: _sized(a, inputs[name]) if name in inputs else a for name, a in feeds.items()}
 
 
-def _sized(a: Array, sizes: Sizes) -> Array:
-    if a.size or a.ndim != len(sizes):
+def _sized(a: Array, to: Taken) -> Array:
+    if a.size or a.ndim != len(to.sizes):
         return a
-    return np.zeros([have if n is None else n for have, n in zip(a.shape, sizes, strict=True)], a.dtype)
+    dtype = to.dtype.numpy() if to.dtype is not None else a.dtype
+    return np.zeros([have if n is None else n for have, n in zip(a.shape, to.sizes, strict=True)], dtype)
 
 
-def has_caches(data: Dataset, cut: Mapping[str, Sizes]) -> bool:
+def has_caches(data: Dataset, cut: Mapping[str, Taken]) -> bool:
     """Whether the data fills one of these caches."""
     return any(b.feeds[name].size for b in data for name in cut if name in b.feeds) if cut else False
 
@@ -84,13 +107,13 @@ class Narrowed:
     """The same batches with empty caches of the sizes that the result takes."""
 
     data: Dataset
-    sizes: Mapping[str, Sizes]
+    inputs: Mapping[str, Taken]
 
     def __iter__(self) -> Iterator[Batch]:
         for b in self.data:
-            if full := next((name for name in self.sizes if b.feeds[name].size), None):
+            if full := next((name for name in self.inputs if b.feeds[name].size), None):
                 raise DataError(
-                    f"the result takes '{full}' in another size, {list(self.sizes[full])}, since heads of its cache "
-                    "were cut, and its length is fixed, so it cannot be fed empty"
+                    f"the result takes '{full}' as {self.inputs[full]}, since heads of its cache were cut or it holds "
+                    "codes, and its length is fixed, so it cannot be fed empty"
                 )
-            yield Batch(sized(b.feeds, self.sizes), b.labels, b.samples)
+            yield Batch(sized(b.feeds, self.inputs), b.labels, b.samples)

@@ -19,6 +19,7 @@ from onnxcomp.maths import Array
 
 __all__ = ["SHAPES", "Probe", "fitted", "probe", "random_feeds"]
 
+CODES = 32  # of a number of size 1, in a cache of codes
 SHAPES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
 
 
@@ -47,7 +48,7 @@ def probe(g: Graph) -> tuple[Probe | None, str]:
 
 
 def fitted(feeds: Mapping[str, Array], original: Graph, result: Graph) -> dict[str, Array]:
-    """Inputs of the original as its result takes them: ids of a reduced vocabulary, narrower caches, none removed."""
+    """Inputs of the original as its result takes them: ids of a reduced vocabulary, other caches, none removed."""
     ports = {s.name: s for s in specs(result)}
     made = dict(feeds)
     if (words := between(original, result)) is not None:
@@ -57,4 +58,7 @@ def fitted(feeds: Mapping[str, Array], original: Graph, result: Graph) -> dict[s
         for axis, n in enumerate(ports[name].shape):
             if isinstance(n, int) and made[name].ndim == len(ports[name].shape) and n < made[name].shape[axis]:
                 made[name] = np.take(made[name], np.arange(n), axis=axis)
+        if made[name].dtype.kind == "f" and ports[name].integer:  # any codes will do for a cache of them
+            bounds = np.iinfo(ports[name].dtype)
+            made[name] = np.clip(made[name] * CODES, bounds.min, bounds.max).astype(ports[name].dtype)
     return made

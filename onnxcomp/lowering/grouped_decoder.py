@@ -13,6 +13,7 @@ from onnxcomp.data.inputs import roles, specs, total_mask
 from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import CONTRIB, Graph, extract
 from onnxcomp.graph.values import users_of
+from onnxcomp.lowering.coded_caches import as_floats, as_inputs
 from onnxcomp.lowering.forms.form import ints
 from onnxcomp.lowering.older_opsets import scale_of
 from onnxcomp.maths import Array
@@ -47,6 +48,7 @@ def group_attentions(g: Graph, context: int) -> str:
     padding included, which attention by relative positions does not see. ONNX Runtime's `GroupQueryAttention` takes
     several new tokens behind others for a single sample only.
     """
+    coded = as_floats(g)
     mask = total_mask(specs(g))
     nodes = [n for n in g.nodes("Attention") if n.domain == ""]
     if not nodes:
@@ -66,6 +68,7 @@ def group_attentions(g: Graph, context: int) -> str:
             return found
         tables[pair] = found
     _replace(g, sites, g.value(mask.name), tables)
+    as_inputs(g, coded)
     return ""
 
 

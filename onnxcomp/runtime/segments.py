@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxcomp.data.narrowed import sized, sizes_of
+from onnxcomp.data.narrowed import sized, taken
 from onnxcomp.graph import Graph
 from onnxcomp.graph.operators import has_body
 from onnxcomp.graph.scratch import release_weights
@@ -331,7 +331,7 @@ class Stage:
         inputs = {str(v.name) for v in graph.inputs}
         asked = dict.fromkeys([*self.wanted, *(() if to is None else to.values)])
         self._computed = [n for n in asked if n not in inputs and n not in carried]
-        self._sizes = sizes_of(graph.inputs)
+        self._taken = taken(graph.inputs)
         self._session: Session | None = None
         if self._computed:
             part = segment(graph, carried, self._computed)
@@ -341,7 +341,7 @@ class Stage:
         """Execute the next run and return its wanted values."""
         carried = self.walk.store[self._number] if self.walk.cut is not None else {}
         self._number += 1
-        known = {**sized(feeds, self._sizes), **carried}
+        known = {**sized(feeds, self._taken), **carried}
         computed = {} if self._session is None else self._session.run(known, self._computed)
         values = {**known, **computed}
         if self.to is not None:

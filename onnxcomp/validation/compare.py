@@ -261,7 +261,7 @@ class Reference:
     def _missing(self, graph: Graph) -> frozenset[str]:
         """Inputs and outputs that a candidate no longer has, and caches that it returns where their heads were cut."""
         there = {str(v.name) for v in (*graph.inputs, *graph.outputs)}  # metadata may claim what is not so
-        ranks = {len(sizes) for sizes in narrowed(self._graph.inputs, graph.inputs).values()}
+        ranks = {len(x.sizes) for x in narrowed(self._graph.inputs, graph.inputs).values()}
         other = {str(v.name) for v in graph.outputs if ranks and (v.shape is None or len(v.shape) in ranks)}
         return (interface.removed_ports(graph.model.metadata_props) - there | other) - {self.view.scored.name}
 
