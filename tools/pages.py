@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
-    "cache-bits": "passes/README.md",
+    "cache_bits": "passes/README.md",
     "cnn": "passes/README.md",
     "coverage": "onnxcomp/README.md",
     "coverage-wider": "onnxcomp/README.md",
