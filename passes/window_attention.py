@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from onnxcomp.blocks import Attention, attentions
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.graph import Graph, Site
+from onnxcomp.methods import sliding_caches
 from onnxcomp.methods.skip_patterns import skipped
 from onnxcomp.methods.windows import WIDTHS, Bands, kept_by_width, widest
 from onnxcomp.pipeline import Env, Fidelity, Pass, Stage
@@ -32,6 +33,7 @@ class WindowAttention(Pass):
 
     stage: ClassVar[Stage] = Stage.ATTENTION
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+    changes_interface: ClassVar[bool] = True
     identity: ClassVar[Mapping[str, Any]] = {"width": 0, "mass": 1.0}
     example: ClassVar[Mapping[str, Any]] = {"mass": 0.9}
     example_error: ClassVar[float] = 0.6
@@ -44,6 +46,8 @@ class WindowAttention(Pass):
     """First tokens that every query attends to; in encoders they also attend to every token, as a class token must."""
     skip: tuple[str, ...] = ()
     """Patterns of the names of attentions that are not changed."""
+    cache: Literal["whole", "sliding"] = "whole"
+    """What the caches of a decoder hold: all tokens, or the sinks and those in the window, one width for all layers."""
 
     @property
     def wants_data(self) -> bool:
@@ -68,7 +72,7 @@ class WindowAttention(Pass):
         """Narrow the masks, or say why not."""
         if self.is_identity:
             return
-        bands, every = Bands(g), self._all(g)
+        every = self._all(g)
         masks = name_masks(g, [a.mask for a in every])
         free: list[Attention] = []
         for a in every:
@@ -77,18 +81,42 @@ class WindowAttention(Pass):
             else:
                 free.append(a)
         widths = {a.name: self.width for a in free} if self.width else self._measured(g, env, free)
-        for a in free:
-            width, keys, now = widths[a.name], bands.keys(a), _width_of(masks[a.mask].name)
+        current = {a.name: _width_of(masks[a.mask].name) for a in free}
+        if self.cache == "sliding":
+            widths = self._slide(g, free, widths, current)
+        bands = Bands(g)
+        for a in free if widths else ():
+            width, keys, now = widths[a.name], bands.keys(a), current[a.name]
             if width == 0:
                 g.decline(a.site, f"no window shorter than its sequences keeps {self.mass:.4g} of its attention")
             elif keys is not None and width >= keys:
                 g.decline(a.site, f"its {keys} keys fit into a window of {width}")
-            elif now is not None and width >= now:
+            elif now is not None and width >= now and self.cache == "whole":
                 g.decline(a.site, f"its window of {now} is no wider than {width}")
             else:
                 bands.narrow(a, width, self.sinks)
                 g.note(a.site, f"window {width}" + (f", {self.sinks} sinks" if self.sinks else ""))
         g.forget_shapes()
+
+    def _slide(
+        self,
+        g: Graph,
+        free: list[Attention],
+        widths: Mapping[str, int],
+        current: Mapping[str, int | None],
+    ) -> dict[str, int]:
+        """Let the caches slide under the widest window; the width of each attention, none where they cannot."""
+        found = {min(w, current[n] or w) for n, w in widths.items()}
+        why = sliding_caches.why_not(g, free) or (
+            "" if 0 not in found else f"no window keeps {self.mass:.4g} of the attention of all layers"
+        )
+        if why:
+            for a in free:
+                g.decline(a.site, f"its cache cannot slide: {why}")
+            return {}
+        width = max(found)
+        sliding_caches.slide(g, free, width, self.sinks)
+        return dict.fromkeys(widths, width)
 
     def _all(self, g: Graph) -> list[Attention]:
         return [a for a in attentions(g) if skipped(self.skip, a.name) is None]

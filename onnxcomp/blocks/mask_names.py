@@ -5,6 +5,7 @@ Mask subgraphs differ between exporters; what they compute does not. A name is e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,6 +28,8 @@ __all__ = ["Mask", "name_masks"]
 SAMPLE_BATCH, SAMPLE_LENGTH = 2, 9  # sizes of the open axes of a sample
 SAMPLE_PAST = 4  # tokens of it that are in the caches, where a model has any
 SHORT_WINDOW = 4  # replaces a window longer than a sample
+SHORT_SINKS = 2  # replaces more of them
+WINDOW = re.compile(r"((?:causal )?window) (\d+)(?: sinks (\d+))?")
 MAX_WINDOW = 1 << 20  # integers from here on are not tried as windows
 LINEAR_TOLERANCE = 1e-3  # of the steps of a bias along the keys, relative to the largest slope
 MAX_VALUES = 1000  # values in a mask's subgraph; a larger one is not probed
@@ -216,23 +219,51 @@ def _form(pattern: Array) -> str | None:
     if np.array_equal(pattern, (back >= 0) & (back < width)):
         return f"causal window {width}"
     side = int(np.abs(back)[pattern].max()) if pattern.any() else 0
-    return f"window {side}" if np.array_equal(pattern, np.abs(back) <= side) else None
+    return f"window {side}" if np.array_equal(pattern, np.abs(back) <= side) else _with_sinks(pattern, back)
+
+
+def _with_sinks(pattern: Array, back: Array) -> str | None:
+    """A window and first tokens that all see, and, where it is not causal, that see all; None for another form."""
+    keys = pattern.shape[1]
+    hidden = np.flatnonzero(~pattern[-1])
+    if not len(hidden) or not pattern[-1, 0]:
+        return None
+    sinks, width = int(hidden[0]), keys - 1 - int(hidden[-1])
+    key, query = np.arange(keys)[None, :], np.arange(keys - len(pattern), keys)[:, None]
+    near = (np.abs(back) < width) | (key < sinks)
+    if np.array_equal(pattern, (back >= 0) & near):
+        return f"causal window {width} sinks {sinks}"
+    return f"window {width - 1} sinks {sinks}" if np.array_equal(pattern, near | (query < sinks)) else None
 
 
 def _find_long_window(mask_model: _MaskModel, form: str) -> str:
-    """The form with a window longer than the sample, if replacing one of the constants by a short window reveals it."""
-    for number in sorted(mask_model.numbers()):
-        if not SAMPLE_LENGTH <= abs(number) < MAX_WINDOW:
-            continue
-        try:
-            pattern = mask_model.with_number(number, SHORT_WINDOW if number > 0 else -SHORT_WINDOW).run().pattern
-        except EVALUATOR_ERRORS:  # the number was not a window but a size or an index
-            continue
-        window_form = _form(pattern) if pattern is not None else None
-        if window_form and "window" in window_form:
-            kind, _, width = window_form.rpartition(" ")
-            return f"{kind} {abs(number) + int(width) - SHORT_WINDOW}"
+    """The form with a window longer than the sample, if replacing one of the constants by a short window reveals it.
+
+    Sinks may be more than the sample has tokens as well: then two are replaced.
+    """
+    numbers = sorted(mask_model.numbers())
+    long = [n for n in numbers if SAMPLE_LENGTH <= abs(n) < MAX_WINDOW]
+    for number in long:
+        short = SHORT_WINDOW if number > 0 else -SHORT_WINDOW
+        shorter = mask_model.with_number(number, short)
+        for sinks in (None, *(n for n in numbers if SHORT_SINKS < n < MAX_WINDOW and n != number)):
+            found = _tried(shorter if sinks is None else shorter.with_number(sinks, SHORT_SINKS))
+            if found is None or (sinks is not None and found[2] != SHORT_SINKS):
+                continue
+            kind, width, first = found
+            said = f"{kind} {abs(number) + width - SHORT_WINDOW}"
+            return said if not first else f"{said} sinks {first if sinks is None else sinks}"
     return form
+
+
+def _tried(mask_model: _MaskModel) -> tuple[str, int, int] | None:
+    """What kind of window a mask has, its width and its sinks; None for another mask."""
+    try:
+        pattern = mask_model.run().pattern
+    except EVALUATOR_ERRORS:  # the number was not a window but a size or an index
+        return None
+    parts = WINDOW.fullmatch((_form(pattern) or "") if pattern is not None else "")
+    return None if parts is None else (parts[1], int(parts[2]), int(parts[3] or 0))
 
 
 def _padding(mask_model: _MaskModel, unpadded: _Sample, inputs_read: Iterable[ir.Value]) -> str | None:

@@ -14,8 +14,9 @@ from onnxcomp.errors import DataError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["Narrowed", "has_caches", "narrowed", "sized", "suited", "taken", "without_caches"]
+__all__ = ["KEPT", "Narrowed", "has_caches", "narrowed", "sized", "suited", "taken", "without_caches"]
 
+KEPT = "kept_sequence_length"  # the axis of a cache that holds fewer tokens than were read
 CODES = (ir.DataType.INT8, ir.DataType.UINT8)  # what a cache of fewer bits holds, where it held floats
 
 

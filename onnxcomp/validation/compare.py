@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from onnxcomp.data.arguments import texts_of
 from onnxcomp.data.datasets import Batch, Dataset, as_dataset, load_data
-from onnxcomp.data.narrowed import has_caches, narrowed, suited, without_caches
+from onnxcomp.data.narrowed import KEPT, has_caches, narrowed, suited, without_caches
 from onnxcomp.data.vocabulary import Renumbering, between
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.files.storage import read
@@ -263,6 +264,7 @@ class Reference:
         there = {str(v.name) for v in (*graph.inputs, *graph.outputs)}  # metadata may claim what is not so
         ranks = {len(x.sizes) for x in narrowed(self._graph.inputs, graph.inputs).values()}
         other = {str(v.name) for v in graph.outputs if ranks and (v.shape is None or len(v.shape) in ranks)}
+        other |= {str(v.name) for v in graph.outputs if v.shape is not None and KEPT in map(_name_of, v.shape)}
         return (interface.removed_ports(graph.model.metadata_props) - there | other) - {self.view.scored.name}
 
     def _each(
@@ -392,3 +394,7 @@ def validate(
 
 def _parsed(model: Model) -> Graph | Stored:
     return model if isinstance(model, (Graph, Stored)) else read(model)
+
+
+def _name_of(axis: int | ir.SymbolicDim) -> str | None:
+    return None if isinstance(axis, int) else axis.value
