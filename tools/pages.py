@@ -26,6 +26,7 @@ PAGES = {
     "node_tests": "onnxcomp/README.md",
     "planted": "onnxcomp/README.md",
     "rewrites": "passes/README.md",
+    "window_memory": "passes/README.md",
 }
 
 
