@@ -83,7 +83,8 @@ class WindowAttention(Pass):
         widths = {a.name: self.width for a in free} if self.width else self._measured(g, env, free)
         current = {a.name: _width_of(masks[a.mask].name) for a in free}
         if self.cache == "sliding":
-            widths = self._slide(g, free, widths, current)
+            width = self._slide(g, free, {min(w, current[n] or w) for n, w in widths.items()})
+            widths = dict.fromkeys(widths, width) if width else {}
         bands = Bands(g)
         for a in free if widths else ():
             width, keys, now = widths[a.name], bands.keys(a), current[a.name]
@@ -98,25 +99,15 @@ class WindowAttention(Pass):
                 g.note(a.site, f"window {width}" + (f", {self.sinks} sinks" if self.sinks else ""))
         g.forget_shapes()
 
-    def _slide(
-        self,
-        g: Graph,
-        free: list[Attention],
-        widths: Mapping[str, int],
-        current: Mapping[str, int | None],
-    ) -> dict[str, int]:
-        """Let the caches slide under the widest window; the width of each attention, none where they cannot."""
-        found = {min(w, current[n] or w) for n, w in widths.items()}
-        why = sliding_caches.why_not(g, free) or (
-            "" if 0 not in found else f"no window keeps {self.mass:.4g} of the attention of all layers"
-        )
-        if why:
+    def _slide(self, g: Graph, free: list[Attention], widths: set[int]) -> int:
+        """Let the caches slide under the widest window, which is returned; 0 where they cannot."""
+        why = f"no window keeps {self.mass:.4g} of the attention of all layers" if 0 in widths else ""
+        if why := sliding_caches.why_not(g, free) or why:
             for a in free:
                 g.decline(a.site, f"its cache cannot slide: {why}")
-            return {}
-        width = max(found)
-        sliding_caches.slide(g, free, width, self.sinks)
-        return dict.fromkeys(widths, width)
+            return 0
+        sliding_caches.slide(g, free, max(widths), self.sinks)
+        return max(widths)
 
     def _all(self, g: Graph) -> list[Attention]:
         return [a for a in attentions(g) if skipped(self.skip, a.name) is None]
