@@ -9,10 +9,12 @@ import pytest
 
 from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.canonical import canonicalize
+from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.exporter import export
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.passes.quantize_cache import QuantizeCache
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime.generation import Decoder, generated
 from onnxcomp.validation.compare import validate
@@ -79,6 +81,21 @@ def test_texts_in_pieces_and_at_once_give_the_same(qwen: Graph) -> None:
 def test_a_window_that_is_there_already_slides(qwen: Graph) -> None:
     again = windowed(windowed(qwen, "whole", sinks=0), "sliding", width=40, sinks=0)
     assert set(text(again, padded=False)[1]) == {WIDTH - 1}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sliding_caches_hold_codes_as_well(qwen: Graph, bits: int) -> None:
+    data = as_dataset([{"input_ids": tokens(4, 24)}], qwen)
+    options = {"width": WIDTH, "sinks": SINKS}
+    coded, made = {}, {}
+    for cache in ("whole", "sliding"):
+        passes = [WindowAttention(cache=cache, **options), QuantizeCache(bits=bits)]
+        coded[cache] = PassManager(passes).run(qwen.clone(), data).model
+        made[cache] = text(coded[cache], padded=True)
+    np.testing.assert_array_equal(made["sliding"][0], made["whole"][0])
+    assert set(made["sliding"][1]) == {SINKS + WIDTH - 1}
+    types = {v.dtype.name for v in coded["sliding"].outputs if str(v.name).startswith("present")}
+    assert types == {"INT8" if bits == 8 else "UINT8"}
 
 
 def test_what_cannot_slide_is_declined_with_the_reason(qwen: Graph) -> None:

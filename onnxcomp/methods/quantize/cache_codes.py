@@ -20,6 +20,8 @@ __all__ = ["CacheScales", "anywhere", "best_scales", "declare", "numbers", "part
 
 LARGEST = {8: 127, 4: 7}  # the largest code, of either sign
 HALF = 8  # what is added to a code of 4 bits, which is stored without a sign
+CUTS = ("Slice", "Concat", "Identity")  # how caches slide
+READERS = ("Attention", "Shape")  # of a cache that comes in
 LENGTH = 2  # the axis of a cache `[b, kv_heads, t, h]` that grows with each token
 SHRUNK = tuple(np.linspace(0.5, 1.0, 11))  # shares of the largest magnitude that are tried as the range of 4 bits
 
@@ -40,9 +42,9 @@ def why_not(a: Attention) -> str:
         return "its keys are those of another sequence, made once"
     if a.has_sink or any(x is not None for x in a.node.inputs[6:]) or bool(a.node.attributes.get_int("is_causal", 0)):
         return "it counts its keys, or has a score that belongs to no key"
-    if any(not v.is_graph_input() for v in a.past) or any(not v.is_graph_output() for v in a.present):
-        return "its caches are not inputs and outputs of the model themselves"
-    if any(len(list(v.uses())) != len(_readers(v)) for v in (*a.past, *a.present)):
+    if any(not v.is_graph_input() for v in a.past) or not all(map(_cut_out, a.present)):
+        return "its caches are not inputs and outputs of the model, whole or their last tokens"
+    if any(n.op_type not in READERS for v in a.past for n, _ in v.uses()):
         return "its caches are read by more than the attention"
     if any(v.shape is None or not isinstance(v.shape[-1], int) for v in a.past):
         return "the width of its caches is not known"
@@ -51,8 +53,19 @@ def why_not(a: Attention) -> str:
     return ""
 
 
-def _readers(v: ir.Value) -> list[ir.Node]:
-    return [n for n, _ in v.uses() if n.op_type in ("Attention", "Shape")]
+def _cut_out(present: ir.Value) -> list[ir.Value]:
+    """A cache and what is cut out of it up to an output of the model, where it slides; none where others read it."""
+    found, pending = list[ir.Value](), [present]
+    while pending:
+        v = pending.pop()
+        if v not in found:
+            found.append(v)
+            for node, _ in v.uses():
+                if node.op_type in CUTS:
+                    pending += node.outputs
+                elif node.op_type != "Shape":
+                    return []
+    return found if sum(v.is_graph_output() for v in found) == 1 else []
 
 
 def numbers(a: Attention) -> int:
@@ -128,7 +141,8 @@ def store_codes(g: Graph, a: Attention, scales: CacheScales, bits: int) -> None:
     out = g.op("Reshape", rows, np.array([0, 0, -1]), name=f"{a.name}_joined", like=node.outputs[0])
     g.replace(node.outputs[0], out)
     for present, new in zip(a.present, stored, strict=True):
-        present.type, present.shape = new.type, new.shape
+        for v in _cut_out(present):
+            v.type, v.shape = new.type, _stored_shape(v, bits)
         g.replace(present, new)
 
 
