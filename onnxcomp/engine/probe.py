@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from onnxcomp.errors import OnnxcompError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
 
-__all__ = ["SHAPES", "Probe", "fitted", "probe", "random_feeds"]
+__all__ = ["SHAPES", "Probe", "batches", "fitted", "probe", "random_feeds"]
 
 CODES = 32  # of a number of size 1, in a cache of codes
+LARGE = 32 << 20  # bytes of a batch after which no larger one is made: 8 million numbers take seconds to compare
 SHAPES = ({"batch": 1, "sequence": 7}, {"batch": 3, "sequence": 12})
 
 
@@ -29,11 +30,20 @@ def random_feeds(g: Graph, folder: Path | None, shape: Mapping[str, int]) -> dic
     return next(iter(load_data("random", g, folder, **sizes))).feeds
 
 
+def batches(g: Graph, folder: Path | None) -> Iterator[tuple[Mapping[str, int], dict[str, Array]]]:
+    """Shapes with a batch of each; of inputs that are large by themselves only the first."""
+    for shape in SHAPES:
+        feeds = random_feeds(g, folder, shape)
+        yield shape, feeds
+        if sum(a.nbytes for a in feeds.values()) > LARGE:
+            return
+
+
 class Probe(Dataset):
-    """Two random batches that a model takes, to compare a result on where no data was given."""
+    """Random batches that a model takes, to compare a result on where no data was given."""
 
     def __init__(self, g: Graph, folder: Path | None) -> None:
-        source = Rows.of([random_feeds(g, folder, shape) for shape in SHAPES], "random", axes_of(specs(g)))
+        source = Rows.of([feeds for _, feeds in batches(g, folder)], "random", axes_of(specs(g)))
         source.random = True
         check = InputCheck(specs(g), vocabulary(g), "random")
         super().__init__(source, source.widest, check, fixed_batch=static_batch(g) is not None)

@@ -12,7 +12,7 @@ import numpy as np
 from onnxcomp.data import open_axes
 from onnxcomp.data.vocabulary import renumbering
 from onnxcomp.engine.compared import NO_KERNEL
-from onnxcomp.engine.probe import SHAPES, fitted, random_feeds
+from onnxcomp.engine.probe import SHAPES, batches, fitted, random_feeds
 from onnxcomp.errors import ModelError, OnnxcompError
 from onnxcomp.files import storage
 from onnxcomp.files.stored import Stored
@@ -58,8 +58,7 @@ def smoke(original: Stored, written: Stored, target: Target) -> list[str]:
     outputs are not finite or the runtime lacks an operator; a note where the original fails as well.
     """
     notes = []
-    for shape in SHAPES:
-        feeds = random_feeds(original.graph, original.path.parent, shape)
+    for shape, feeds in batches(original.graph, original.path.parent):
         found = _Run.of(written, fitted(feeds, original.graph, written.graph), target)
         if not found.trouble:
             continue

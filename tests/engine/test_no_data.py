@@ -10,6 +10,7 @@ import pytest
 
 import onnxcomp as oc
 from onnxcomp.analysis.facts import Facts
+from onnxcomp.engine import probe
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.engine.probe import Probe, fitted
 from onnxcomp.errors import DataError
@@ -143,3 +144,10 @@ def test_a_pass_manager_compares_on_random_inputs_of_its_own() -> None:
     assert found is not None
     assert (found.random, found.equal) == (True, False)
     assert "no data was given to judge on" in result.report.warnings
+
+
+def test_a_large_input_is_compared_in_one_batch(monkeypatch):
+    g = tiny.encoder()
+    assert [len(b.feeds["input_ids"]) for b in Probe(g, None)] == [1, 3]
+    monkeypatch.setattr(probe, "LARGE", 0)
+    assert [len(b.feeds["input_ids"]) for b in Probe(g, None)] == [1]
