@@ -8,7 +8,6 @@ import pytest
 from onnxcomp.maths import solve
 from onnxcomp.maths.elimination import elimination
 
-RNG = np.random.default_rng(0)
 UNITS = {
     "of three channels": np.array([0, 0, 0, 1, 1, 1, 2, 2, 2, -1, -1, -1]),
     "of one channel": np.array([3, 1, 2, -1, 0, 4, -1, -1, 5, 6, 7, 8]),
@@ -17,8 +16,9 @@ UNITS = {
 
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS.keys())
 def test_each_step_costs_what_least_squares_loses_and_is_the_cheapest(units: np.ndarray):
+    rng = np.random.default_rng(0)
     count = units.max() + 1
-    x, w = RNG.standard_normal((200, 12)) @ RNG.standard_normal((12, 12)), RNG.standard_normal((12, 5))
+    x, w = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12)), rng.standard_normal((12, 5))
     gram = x.T @ x
     added = elimination(gram, w, units, count, damp=1e-12)
     np.testing.assert_array_equal(gram, x.T @ x)  # what is given is not written to
@@ -36,9 +36,10 @@ def test_each_step_costs_what_least_squares_loses_and_is_the_cheapest(units: np.
 
 def test_rounds_leave_the_error_of_one_by_one():
     """Hundreds of channels go in rounds; what is left after a cut is as good as by exact greedy elimination."""
+    rng = np.random.default_rng(0)
     k = 300
-    x = RNG.standard_normal((900, k)) @ (RNG.standard_normal((k, k)) * np.exp(RNG.standard_normal(k)))
-    gram, w = x.T @ x, RNG.standard_normal((k, 20))
+    x = rng.standard_normal((900, k)) @ (rng.standard_normal((k, k)) * np.exp(rng.standard_normal(k)))
+    gram, w = x.T @ x, rng.standard_normal((k, 20))
     added, exact, single = elimination(gram, w, np.arange(k), k), _one_by_one(gram, w), _alone(gram, w)
     for share in (0.3, 0.6):
         ours, best, plain = (_error(gram, w, np.sort(np.argsort(s)[int(share * k) :])) for s in (added, exact, single))
@@ -47,7 +48,8 @@ def test_rounds_leave_the_error_of_one_by_one():
 
 
 def test_of_two_units_that_replace_each_other_one_stays():
-    x, w = RNG.standard_normal((200, 8)), RNG.standard_normal((8, 5))
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((200, 8)), rng.standard_normal((8, 5))
     x[:, 4:6] = x[:, :2] + 1e-3 * x[:, 4:6]
     alone = [_loss_without(x, w, [2 * u, 2 * u + 1]) for u in range(4)]
     assert alone[0] < 0.01 * alone[1]
@@ -57,7 +59,8 @@ def test_of_two_units_that_replace_each_other_one_stays():
 
 
 def test_channels_that_never_move_go_first():
-    x, w = RNG.standard_normal((50, 6)), RNG.standard_normal((6, 3))
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((50, 6)), rng.standard_normal((6, 3))
     x[:, [1, 4]] = 0
     added = elimination(x.T @ x, w, np.arange(6), 6)
     assert set(np.argsort(added, kind="stable")[:2]) == {1, 4}

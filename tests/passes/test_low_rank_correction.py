@@ -48,11 +48,15 @@ def test_one_linear_gets_the_best_correction_of_its_rank(rank):
 @pytest.mark.parametrize(("quantizer", "share"), [(NEAREST, 0.9), (Qdq(min_size=1, only_faster=False), 1.0)])
 def test_a_model_is_nearer_to_its_original_than_without(quantizer, share):
     g = tiny.decoder()
-    feeds, unseen = [tiny.feeds(g, 4, 9, seed=i) for i in range(6)], tiny.feeds(g, 4, 9, seed=50)
-    want = output(g, unseen)
+    feeds, unseen = (
+        [tiny.feeds(g, 4, 9, seed=i) for i in range(24)],
+        [tiny.feeds(g, 4, 9, seed=50 + i) for i in range(8)],
+    )
+    want = np.stack([output(g, x) for x in unseen])
 
     def error(*passes):
-        return np.linalg.norm(output(run(g, feeds, quantizer, *passes).model, unseen) - want)
+        model = run(g, feeds, quantizer, *passes).model
+        return np.linalg.norm(np.stack([output(model, x) for x in unseen]) - want)
 
     assert error(LowRankCorrection(rank=6)) < share * error()
 
