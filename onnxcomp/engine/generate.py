@@ -93,10 +93,8 @@ def generate(
     clock, first, alone, told = time.perf_counter(), 0.0, None, Drafted()
     with contextlib.ExitStack() as stack:
         decoder = stack.enter_context(Decoder(start.stored, target, threads=threads, given=start.given))
-        if draft is not None and decoder.last_only:
-            raise ModelError(
-                f"{start.path}: gives logits of the last token only; to judge a draft takes those of several"
-            )
+        if draft is not None:
+            _can_judge(decoder)
         helper = None if draft is None else stack.enter_context(_draft(draft, start, most, target, threads))
         began = time.perf_counter()
         for new in _tokens(decoder, helper, start, most, sampling, lookahead, told):
@@ -159,6 +157,16 @@ def _read_prompt(folder: Path, prompt: str) -> tuple[Any, list[int]]:
     """The tokenizer beside a model, and the tokens of a prompt."""
     tok = tokenizer_beside(folder)
     return tok, [int(x) for x in tok.encode(prompt).ids]
+
+
+def _can_judge(decoder: Decoder) -> None:
+    """Raise `ModelError` for a model that can judge no draft."""
+    if decoder.last_only:
+        raise ModelError(
+            f"{decoder.name}: gives logits of the last token only; to judge a draft takes those of several"
+        )
+    if decoder.slides:
+        raise ModelError(f"{decoder.name}: its caches slide, so tokens of a draft that is wrong cannot be taken back")
 
 
 def _draft(draft: str | Path, start: _Start, most: int, target: Target, threads: int) -> Decoder:

@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from onnxcomp.data.inputs import TensorSpec, completed, roles, specs, vocabulary
+from onnxcomp.data.narrowed import KEPT
 from onnxcomp.errors import DataError, ModelError
 from onnxcomp.graph import Graph
 from onnxcomp.maths import Array
@@ -46,6 +47,8 @@ class Decoder:
         shape = graph.value(self.scores).shape
         self.last_only = shape is not None and shape[1] == 1
         self._present = cache_pairs(graph, [s for s in self.inputs if s.cache is not None])
+        axes = [str(d) for name in self._present.values() for d in graph.value(name).shape or ()]
+        self.slides = KEPT in axes
         self._session = Session(model, target, threads=threads)
         self._given: dict[str, Any] = {}
         self.provider = self._session.provider
@@ -98,9 +101,14 @@ class Decoder:
         return scores[:, -new:]
 
     def forget(self, count: int) -> None:
-        """Forget the last `count` tokens of every row, which costs a copy of the caches."""
+        """Forget the last `count` tokens of every row, which costs a copy of the caches.
+
+        Raises `ModelError` where these slide: what they dropped for those tokens cannot be had back.
+        """
         if not count:
             return
+        if self.slides:
+            raise ModelError(f"{self.name}: its caches slide, so tokens cannot be taken back; a draft needs whole ones")
         self._seen, self._visible = self._seen[:, :-count], self._visible[:, :-count]
         self._last = self._last[:, :0]
         axes = {s.name: s.cache for s in self.inputs}

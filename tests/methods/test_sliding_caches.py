@@ -11,6 +11,7 @@ from onnxcomp.blocks.mask_names import name_masks
 from onnxcomp.canonical import canonicalize
 from onnxcomp.data.datasets import as_dataset
 from onnxcomp.engine.manager import PassManager
+from onnxcomp.errors import ModelError
 from onnxcomp.exporter import export
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
@@ -81,6 +82,14 @@ def test_texts_in_pieces_and_at_once_give_the_same(qwen: Graph) -> None:
 def test_a_window_that_is_there_already_slides(qwen: Graph) -> None:
     again = windowed(windowed(qwen, "whole", sinks=0), "sliding", width=40, sinks=0)
     assert set(text(again, padded=False)[1]) == {WIDTH - 1}
+
+
+def test_tokens_cannot_be_taken_back(qwen: Graph) -> None:
+    with Decoder(windowed(qwen, "sliding")) as d:
+        d.read(tokens(1, 9))
+        d.forget(0)
+        with pytest.raises(ModelError, match="its caches slide, so tokens cannot be taken back"):
+            d.forget(2)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
