@@ -109,6 +109,8 @@ class Lower(Pass):
 
 def _standard_only(g: Graph) -> None:
     """Raise `ModelError` for an operator of the runtime's own that is left."""
-    if own := [n for n in g.nodes() if n.domain == CONTRIB]:
+    if own := [n for graph in g.model.graphs() for n in graph if n.domain == CONTRIB]:
         names = ", ".join(sorted({n.op_type for n in own}))
-        raise ModelError(f"'{own[0].name}' has no form of standard operators ({names}); leave out standard: true")
+        raise ModelError(
+            f"'{own[0].name}' has no form of standard operators ({names}); lower the model that it was made of"
+        )

@@ -74,6 +74,10 @@ def test_an_operator_without_a_standard_form_is_refused_by_name() -> None:
              K=32, N=8, block_size=32, quant_type=0, transB=1)  # fmt: skip
     with pytest.raises(ModelError, match=r"'bnb' has no form of standard operators \(MatMulBnb4\)"):
         PassManager([Lower(standard=True)], measure=False).run(tiny.finish(g, y, "y", ["r", 8]))
+    passes = [QuantizeWeights(method="nearest", min_size=1, block=16), Lower(prefill="int8")]
+    both = PassManager(passes, measure=False).run(decoder()).model
+    with pytest.raises(ModelError, match=r"has no form of standard operators \(MatMulIntegerToFloat, MatMulNBits\)"):
+        PassManager([Lower(standard=True)], measure=False).run(both)  # its products stand in branches
 
 
 def test_the_command_line_sets_it_and_says_what_is_slow(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
