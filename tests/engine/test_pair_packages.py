@@ -1,11 +1,13 @@
-"""Encoder-decoders in folders for Optimum and transformers.js: read as these read them, the text is transformers'."""
+"""Encoder-decoders in folders for Optimum, transformers.js and genai: read as these do, the text is transformers'."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import subprocess
+import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,12 @@ from onnxcomp.runtime.sessions import Session
 
 pytestmark = [pytest.mark.export]
 torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 from models import dates, dates_text  # noqa: E402
 from onnxcomp.exporter import export  # noqa: E402
-from tests import decoders  # noqa: E402
+from tests import decoders, wider  # noqa: E402
 
 NEW = 16
 NODE = os.environ.get("ONNXCOMP_NODE_MODULES", "")  # a folder with node_modules/@huggingface/transformers
@@ -162,6 +164,48 @@ def test_transformers_js_writes_our_text(quantized: Path, tmp_path: Path, capsys
     assert len(set(ours)) > 20
 
 
+def test_genai_writes_transformers_text_about_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 30 s of features, which is what it takes; and its own features of a file are those of transformers."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    whole = wider.BY_NAME["whisper"]
+    long = {**whole.options, "max_source_positions": 1500}
+    monkeypatch.setitem(wider.BY_NAME, "whisper", dataclasses.replace(whole, options=long))
+    model = decoders.build_pair("whisper")
+    folder = export(model, tmp_path / "m", task="automatic-speech-recognition")
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN"
+    words = tokenizers.models.BPE(vocab={x: i for i, x in enumerate(letters)}, merges=[])
+    tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "WhisperTokenizer"}')
+    extractor = transformers.WhisperFeatureExtractor(feature_size=80)
+    extractor.save_pretrained(folder)
+    out = package(folder, tmp_path / "out", "genai", threads=1)
+    loaded, sound = genai.Model(str(out)), decoders.sources(model, 1)["input_features"]
+    asked = genai.GeneratorParams(loaded)
+    asked.set_search_options(max_length=NEW + 1)
+    generator, given, tokens = genai.Generator(loaded, asked), genai.NamedTensors(), []
+    given["audio_features"], given["input_ids"] = sound, np.ones((1, 1), np.int32)
+    generator.set_inputs(given)
+    while not generator.is_done():
+        generator.generate_next_token()
+        tokens.append(int(generator.get_next_tokens()[0]))
+    theirs = decoders.theirs_pair(model, {"input_features": sound}, NEW)[0].tolist()
+    assert tokens == theirs[: len(tokens)]
+    assert len(tokens) == NEW or theirs[len(tokens) - 1] == model.config.eos_token_id
+    _check_features(loaded, extractor, genai, tmp_path / "s.wav")
+
+
+def _check_features(loaded: Any, extractor: Any, genai: Any, file: Path) -> None:
+    wave_of = 0.3 * np.sin(np.arange(48000) * 2 * np.pi * 440 / 16000) + np.random.default_rng(0).normal(0, 0.02, 48000)
+    samples = (wave_of * 32767).astype(np.int16)
+    with wave.open(str(file), "wb") as f:
+        f.setparams((1, 2, 16000, 0, "NONE", ""))
+        f.writeframes(samples.tobytes())
+    made = loaded.create_multimodal_processor()("a", audios=genai.Audios.open(str(file)))
+    ours = np.array(made["audio_features"].as_numpy())
+    theirs = extractor(samples.astype(np.float32) / 32768, sampling_rate=16000, return_tensors="np").input_features
+    assert np.abs(ours - theirs).mean() < 0.01 * theirs.std()  # frames at the ends differ
+
+
 def test_what_consumers_cannot_load_is_one_line(exported: Any, tmp_path: Path, capsys: Any) -> None:
     _, made = exported("t5")
     folder = tmp_path / "m"
@@ -175,10 +219,13 @@ def test_what_consumers_cannot_load_is_one_line(exported: Any, tmp_path: Path, c
         assert err.count("\n") == 1
         return err
 
-    assert "genai runs no encoder-decoder of text" in refused("genai")
+    assert "genai has a type for whisper alone (0.18), this is t5" in refused("genai")
     assert "caches of all 3 layers" in refused("optimum", num_decoder_layers=3)
     assert "caches of all 3 layers" in refused("transformers.js", num_decoder_layers=3)
     assert "has 4 heads of 4, Optimum makes 4 of 8" in refused("optimum", d_model=32)
+    _, short = exported("whisper")
+    with pytest.raises(ModelError, match="reads 20 frames of sound, genai gives 3000"):
+        package(short, tmp_path / "out", "genai")
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
         package(folder, tmp_path / "out", "optimum")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onnxcomp.data.arguments import path_of
 from onnxcomp.engine.consumers import genai, optimum, transformers_js
+from onnxcomp.engine.consumers.genai_whisper import write_whisper
 from onnxcomp.engine.consumers.pairs import PAIR_CONSUMERS, Sides
 from onnxcomp.engine.consumers.source import Source
 from onnxcomp.errors import ModelError
@@ -46,7 +47,7 @@ def package(
         raise ModelError(f"{folder}: is not empty; a package is written to a new folder")
     pair = pair_of(path) if graph is None else None
     if pair is not None:
-        return _package_pair(pair, folder, consumer)
+        return _package_pair(pair, folder, consumer, threads)
     source = Source.of(storage.one_graph(path, graph), threads)
     with storage.publish(folder) as staging:
         CONSUMERS[consumer](source, staging)
@@ -56,14 +57,12 @@ def package(
     return folder
 
 
-def _package_pair(pair: Pair, folder: Path, consumer: str) -> Path:
-    """An encoder-decoder for those that read one; raises `ModelError` for onnxruntime-genai."""
-    if consumer not in PAIR_CONSUMERS:
-        raise ModelError(
-            f"{pair.encoder.parent}: {consumer} runs no encoder-decoder of text or images (0.18 has a type for whisper "
-            f"alone, whose folder is not written here); there are {', '.join(PAIR_CONSUMERS)}"
-        )
-    sides = Sides.of(pair)
+def _package_pair(pair: Pair, folder: Path, consumer: str, threads: int) -> Path:
+    """An encoder-decoder for a consumer."""
+    sides = None if consumer == "genai" else Sides.of(pair)
     with storage.publish(folder) as staging:
-        PAIR_CONSUMERS[consumer](sides, staging)
+        if sides is None:
+            write_whisper(pair, staging, threads)
+        else:
+            PAIR_CONSUMERS[consumer](sides, staging)
     return folder
