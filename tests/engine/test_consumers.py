@@ -10,10 +10,14 @@ import pytest
 pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer, models
 
+from onnxcomp import blocks
 from onnxcomp.cli import main
 from onnxcomp.engine.consumers import genai, package
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError, ModelError
+from onnxcomp.files import storage
+from onnxcomp.lowering.grouped_decoder import group_attentions
+from onnxcomp.methods.quantize import cache_codes
 from onnxcomp.passes.last_logits import LastLogits
 from onnxcomp.passes.lower import Lower
 from onnxcomp.passes.quantize_weights import QuantizeWeights
@@ -198,12 +202,43 @@ def test_genai_writes_the_same_tokens_of_both_forms_and_of_last_logits(last: boo
     prompt = np.arange(2, 14)[None] % 10
     with Decoder(g) as d:
         ours = [int(x[0]) for x in generated(d, prompt, 8)]
-    params = og.GeneratorParams(model := og.Model(str(out)))
-    params.set_search_options(max_length=20, min_length=20, do_sample=False)
+    assert _texts_of(og, out, prompt, 8) == ours
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_genai_keeps_caches_of_codes_in_place(bits: int, tmp_path: Path) -> None:
+    """Behind padding keys round to other codes, which is no reason to copy caches; without it the scores are equal."""
+    og = pytest.importorskip("onnxruntime_genai")
+    g = rotary_decoder()
+    for a in blocks.attentions(g):
+        scales = np.full((a.kv_heads, a.head_dim), 4 / cache_codes.LARGEST[bits])
+        cache_codes.store_codes(g, a, cache_codes.CacheScales(scales, scales), bits)
+    cache_codes.declare(g)
+    g.sort()
+    grouped = g.clone()
+    assert group_attentions(grouped, 32) == ""
+    assert genai._agreement(g, grouped, padded=False) > 100 > genai._agreement(g, grouped)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 1, "max_position_embeddings": 32, "vocab_size": 11}
+    folder = written(tmp_path / "model", g.model, **sizes, eos_token_id=10)
+    notes: list[str] = []
+    out = package(folder, tmp_path / "out", "genai", tell=notes.append)
+    assert any("keeps caches in place" in n for n in notes)
+    node = next(n for n in storage.load(out).nodes("GroupQueryAttention"))
+    assert node.attributes.get_int("kv_cache_bit_width", 0) == bits
+    prompt = np.arange(2, 14)[None] % 10
+    with Decoder(g) as d:
+        ours = [int(x[0]) for x in generated(d, prompt, 8)]
+    assert _texts_of(og, out, prompt, 8) == ours
+
+
+def _texts_of(og, folder: Path, prompt: np.ndarray, new: int) -> list[int]:
+    """What genai writes behind a prompt, greedily."""
+    params = og.GeneratorParams(model := og.Model(str(folder)))
+    params.set_search_options(max_length=prompt.shape[1] + new, min_length=prompt.shape[1] + new, do_sample=False)
     generator = og.Generator(model, params)
     generator.append_tokens(prompt.astype(np.int32))
-    theirs = []
-    for _ in range(8):
+    made = []
+    for _ in range(new):
         generator.generate_next_token()
-        theirs.append(int(generator.get_next_tokens()[0]))
-    assert theirs == ours
+        made.append(int(generator.get_next_tokens()[0]))
+    return made
