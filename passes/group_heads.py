@@ -95,8 +95,8 @@ class GroupHeads(Pass):
         """Why an attention keeps its heads, empty if they can be grouped."""
         if a.kv_heads % self.share:
             return f"its {a.kv_heads} key and value heads do not divide into groups of {self.share}"
-        if a.past is not None or len(a.node.outputs) > 1:
-            return "its keys and values are inputs or outputs of the model"
+        if why := shared_heads.cache_stays(a):
+            return why
         if any(x.quantized or len(x.weight.uses()) > 1 for x in a.linears):
             return "a weight is quantized or shared with another layer"
         if a.node.inputs[2] is not a.v.output or shared_heads.key_path(a) is None or a.inner_norms:

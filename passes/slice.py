@@ -72,8 +72,8 @@ class Slice(Pass):
         if self.is_identity:
             return
         uncut, targets, readers = g.clone(), dict[str, Part](), set[ir.Node]()
-        for number in range(len(streams(g))):  # found anew: a cut replaces the values of the streams after it
-            stream = streams(g)[number]
+        for first in [_site(s.norms[0]).name for s in streams(g)]:  # found anew: a cut replaces values of other streams
+            stream = next(s for s in streams(g) if _site(s.norms[0]).name == first)
             width = self._width(stream, env.target)
             if why := self._refusal(g, stream, width, env.target):
                 for norm in stream.norms:

@@ -43,7 +43,7 @@ class ReplacedTokens:
         count = len(self.source)
         batch = self.source.rows([i % count for i in indices])
         ids = batch.feeds[self.tokens].copy()
-        shown = batch.feeds[self.mask] > 0 if self.mask is not None else np.ones(ids.shape, bool)
+        shown = batch.feeds[self.mask] > 0 if self.mask in batch.feeds else np.ones(ids.shape, bool)
         for row, real, index in zip(ids, shown, indices, strict=True):
             if index < count:
                 continue

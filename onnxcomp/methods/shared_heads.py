@@ -14,7 +14,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxcomp.blocks import Attention, Linear
-from onnxcomp.graph import Graph
+from onnxcomp.graph import Graph, interface
+from onnxcomp.graph.values import users_of
 from onnxcomp.maths import Float64, affine
 from onnxcomp.maths.procrustes import rotations, spans
 from onnxcomp.methods import head_matrices
@@ -23,7 +24,10 @@ from onnxcomp.methods.repair.readers import Repair
 from onnxcomp.pipeline import Env
 from onnxcomp.stats import Need, Stats, gram, mean, norm2, var
 
-__all__ = ["Alignment", "average", "factorized", "key_path", "needs", "repair", "rotated", "unaligned"]
+__all__ = ["Alignment", "average", "cache_stays", "factorized", "key_path", "needs", "repair", "rotated", "unaligned"]
+
+
+AXES_OF_HEADS = 2  # axes of a cache `[b, kv_heads, t, h]` up to that of its heads
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,26 @@ def key_path(a: Attention) -> list[ir.Node] | None:
         path.append(node)
         v = node.inputs[0]
     return path
+
+
+def cache_stays(a: Attention) -> str:
+    """Why the caches of an attention cannot have fewer heads, "" where they can or there are none."""
+    if a.present is None and (a.past is not None or any(list(v.uses()) for v in a.node.outputs[1:])):
+        return "of its keys and values only some are inputs and outputs of the model"
+    for v in a.past or ():
+        if not v.is_graph_input():
+            return f"its cache '{v.name}' is computed"
+        if other := next((u for u in users_of(v) if u is not a.node and not _reads_lengths(u)), None):
+            return f"its cache '{v.name}' is also read by '{other.name}' ({other.op_type})"
+    for v in a.present or ():
+        if not v.is_graph_output() or list(v.uses()):
+            return f"its cache '{v.name}' is not an output of the model alone"
+    return ""
+
+
+def _reads_lengths(node: ir.Node) -> bool:
+    """Whether a node reads sizes of a cache `[b, kv_heads, t, h]` behind its heads."""
+    return node.op_type == "Shape" and node.attributes.get_int("start", 0) >= AXES_OF_HEADS
 
 
 def unaligned(g: Graph, a: Attention, x: Linear, count: int, stats: Stats | None) -> Alignment:
@@ -165,6 +189,10 @@ def average(g: Graph, a: Attention, keys: Alignment, values: Alignment, count: i
     g.set_attr(a.node, kv_num_heads=groups)
     for node in key_path(a) or ():
         g.set_attr(node, num_heads=groups)
+    for v in (*(a.past or ()), *(a.present or ())):
+        if v.shape is not None:
+            v.shape = ir.Shape([v.shape[0], groups, *v.shape[2:]])
+    g.interface = interface.interface(g.model.graph)
 
 
 def repair(g: Graph, uncut: Graph, env: Env, outputs: Sequence[Linear], how: Repair = "least-squares") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from onnxcomp.errors import ModelError
 from onnxcomp.exporter import export
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
+from onnxcomp.passes.group_heads import GroupHeads
 from onnxcomp.passes.quantize_cache import QuantizeCache
 from onnxcomp.passes.window_attention import WindowAttention
 from onnxcomp.runtime.generation import Decoder, generated
@@ -133,3 +135,19 @@ def test_windows_with_sinks_have_a_name(qwen: Graph, width: int, sinks: int, cac
     masks = {n.inputs[3] for n in g.nodes("Attention")}
     assert {m.name for m in name_masks(g, masks).values()} >= {f"causal window {width} sinks {sinks}+padding"}
     assert not any(m.name == "causal+padding" for v, m in name_masks(g, masks).items() if v is not None)
+
+
+@pytest.mark.parametrize("repair", ["none", "least-squares"])
+def test_merged_heads_have_caches_of_their_own(tmp_path: Path, repair: str) -> None:
+    llama = storage.load(export(decoders.build(decoders.causal()["llama"], 1), tmp_path / "model"))
+    canonicalize(llama)
+    data = as_dataset([{"input_ids": tokens(i + 1, 24)} for i in range(4)], llama)
+    result = PassManager([GroupHeads(share=2, repair=repair)]).run(llama, data)
+    assert result.report.steps[0].changed, result.report.steps[0].declined
+    assert {v.shape[1] for v in result.model.inputs if str(v.name).startswith("past")} == {1}
+    ids = tokens(2, 20)
+    with Decoder(result.model) as d:
+        whole = d.read(ids)
+    with Decoder(result.model) as d:
+        pieces = np.concatenate([d.read(ids[:, i : i + 4]) for i in range(0, 20, 4)], axis=1)
+    np.testing.assert_allclose(pieces, whole, atol=2e-4)

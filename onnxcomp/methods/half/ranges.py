@@ -49,6 +49,8 @@ class Ranges:
         need = absmax(v)
         if need not in self.asked:
             return ""
+        if not self.stats.reached(need):  # an empty cache holds what its output does, which is measured
+            return "" if v.is_graph_input() else f"no sample reaches '{v.name}'"
         peak = float(self.stats[need])
         if peak * self.headroom > self.top:
             return f"'{v.name}' reaches {peak:.3g} on calibration data; with headroom {self.headroom:g} that overflows"
