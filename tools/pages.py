@@ -10,6 +10,7 @@ PAGES = {
     "cnn": "passes/README.md",
     "coverage": "onnxcomp/README.md",
     "coverage-wider": "onnxcomp/README.md",
+    "decoder_passes": "passes/README.md",
     "curves": "passes/README.md",
     "curves-minilm": "passes/README.md",
     "cuts": "passes/README.md",

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models
 
 from onnxcomp import blocks
 from onnxcomp.cli import main
+from onnxcomp.data.narrowed import KEPT
 from onnxcomp.engine.consumers import genai, package
 from onnxcomp.engine.manager import PassManager
 from onnxcomp.errors import DataError, ModelError
@@ -242,3 +243,13 @@ def _texts_of(og, folder: Path, prompt: np.ndarray, new: int) -> list[int]:
         generator.generate_next_token()
         made.append(int(generator.get_next_tokens()[0]))
     return made
+
+
+@pytest.mark.parametrize("consumer", ["genai", "optimum", "transformers.js"])
+def test_caches_that_slide_are_for_no_consumer(consumer: str, tmp_path: Path) -> None:
+    model = decoder()
+    for v in model.graph.outputs[1:]:
+        v.shape = ir.Shape([*list(v.shape)[:2], KEPT, v.shape[3]])
+    with pytest.raises(ModelError, match=rf"fewer tokens than were read, which {consumer} does not know"):
+        package(written(tmp_path / "model", model), tmp_path / "out", consumer)
+    assert not (tmp_path / "out").exists()

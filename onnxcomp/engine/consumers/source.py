@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxcomp.data.arrays import read_json
+from onnxcomp.data.narrowed import KEPT
 from onnxcomp.errors import ModelError
 from onnxcomp.files import storage
 from onnxcomp.graph import Graph
@@ -61,6 +62,11 @@ class Source:
     def caches(self) -> list[ir.Value]:
         """Inputs that are keys or values of earlier tokens, `[batch, heads, tokens, channels]`."""
         return [v for v in self.graph.inputs if v.shape is not None and len(v.shape) == 4 and "past" in str(v.name)]
+
+    @property
+    def slides(self) -> bool:
+        """Whether its caches hold fewer tokens than were read."""
+        return any(str(d) == KEPT for v in self.graph.outputs for d in v.shape or ())
 
     @cached_property
     def past(self) -> Template:
