@@ -51,8 +51,8 @@ def package(
     source = Source.of(storage.one_graph(path, graph), threads)
     if source.slides:  # genai allocates outputs for all tokens; the others count tokens by the length of a cache
         raise ModelError(
-            f"{source.path}: its caches hold fewer tokens than were read, which {consumer} does not know; package a model "
-            "that keeps all tokens (cache: whole)"
+            f"{source.path}: its caches hold fewer tokens than were read, which {consumer} does not know; package a "
+            "model that keeps all tokens (cache: whole)"
         )
     with storage.publish(folder) as staging:
         CONSUMERS[consumer](source, staging)
