@@ -23,6 +23,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("gpt2", "group-heads", {"share": 2}),
     ("gpt2", "prune-heads", {"ratio": 0.5}),
     ("gpt2", "prune-ffn", {"ratio": 0.3, "multiple_of": 1}),
+    ("gpt2", "drop-layers", {"ratio": 0.5, "protect": 0}),
     ("gpt2", "half", {}),
     ("gpt2", "quantize-weights", {"min_size": 1, "bits": 8, "block": 16}),
     ("qwen3", "slice", {"ratio": 0.2, "multiple": 1}),
